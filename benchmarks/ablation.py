@@ -25,7 +25,6 @@ from onnx import ModelProto
 
 from benchmarks.builder import build_plan, input_shape
 from benchmarks.table import Table
-from van_deploy.calibration_set import ImageSelection
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.samples import digits_set
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
@@ -46,6 +45,7 @@ from van_deploy.precision.plan import (
 )
 from van_deploy.precision.qdq import qdq_for_tensorrt
 from van_deploy.precision.scales import observe
+from van_deploy.recipe import ImageSelection
 
 ASKED_DB = {"van_digits": 40.0, "van_b0": 36.0}
 COLUMNS = ("what", "van_digits, dB", "agreement %", "van_b0 on CIFAR-10, dB", "agreement %")

@@ -35,8 +35,7 @@ from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import decoded_batches
 from van_deploy.data.labels import labelled_images
 from van_deploy.metrics import Task
-from van_deploy.runners.network import PYTORCH
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import PYTORCH, original_network
 
 COLUMNS = (
     *("artifact", "images", "judged", "PASS", "INCONCLUSIVE", "FAIL"),

@@ -32,7 +32,6 @@ import onnx
 from benchmarks.ablation import parsed, parser_of
 from benchmarks.table import Table, van_deploy
 from van_deploy.bundle import Bundle
-from van_deploy.calibration_set import ImageSelection
 from van_deploy.data.images import decoded_batches, image_set
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.graph.export import van_from_onnx
@@ -42,6 +41,7 @@ from van_deploy.precision.comparison import logits_session
 from van_deploy.precision.images import choose_images
 from van_deploy.precision.plan import counted_tensors, layers_in_scope
 from van_deploy.precision.scales import images_at_once, observe
+from van_deploy.recipe import ImageSelection
 
 COLUMNS = ("what", "images", "SQNR dB", "agreement %", "Δtop-1 pp", "INT8 % of work", "MB", "s")
 FIGURES = ("SQNR (dB)", "agreement (%)", "Δtop-1 (pp)", "work in INT8 (%)")

@@ -190,9 +190,13 @@ def document(names: str, draw: Draw, sound: Path, folder: Path) -> Reader:
 
 def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Reader]:
     """Put a sound document into a folder; return it, and what reads it."""
-    from van_deploy.calibration_set import builtin_calibration_sets, calibration_set_named
     from van_deploy.precision.images import choose_images
-    from van_deploy.recipe import builtin_files, read_recipe
+    from van_deploy.recipe import (
+        CALIBRATION_SETS,
+        builtin_files,
+        calibration_set_named,
+        read_recipe,
+    )
 
     if name in {"manifest", "signature"}:
         bundle = Path(shutil.copytree(sound / "signed", folder / "bundle"))
@@ -213,7 +217,7 @@ def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Rea
     if name == "recipe":
         path = Path(shutil.copy(one_of(draw, *sorted(builtin_files().values())), folder))
         return path, lambda: read_recipe(path)
-    source = builtin_calibration_sets()[one_of(draw, "digits", "folder", "cifar10")]
+    source = builtin_files(CALIBRATION_SETS)[one_of(draw, "digits", "folder", "cifar10")]
     path = Path(shutil.copy(source, folder))
     return path, lambda: choose_images(calibration_set_named(str(path)).images)
 

@@ -1,47 +1,44 @@
 """JSON Schemas of every document this program prints with ``--json`` or keeps in a file.
 
 ``python -m supply_chain.reference`` writes ``docs/schemas/NAME.schema.json``; a test
-compares them, and real documents with them. They are made from the types of the results:
+compares them, and real documents with them. Pydantic makes them from the types of the results:
 their annotations, and the ``Attributes:`` of their docstrings. A new document is one line
 in :data:`DOCUMENTS`. Files that a user writes are in :data:`INPUTS`.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import enum
 import importlib
-import inspect
 import json
 import os
-import re
-import types
 import typing
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import PlainSerializer
+from pydantic import ConfigDict, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
-from van_deploy.calibration_set import CalibrationSet
 from van_deploy.config import Recipe
+from van_deploy.config.fields import described
 from van_deploy.documents import field_is_json, json_properties
 from van_deploy.engine.bundled import FleetFile
 from van_deploy.errors import VanDeployError
-from van_deploy.schema import Open, Schema
+from van_deploy.recipe import CalibrationSet
+from van_deploy.schema import Schema
 
 DOCUMENTS: Mapping[str, str] = {
     "baseline": "van_deploy.checks.regression:Baseline",
     "bench": "van_deploy.bench.document:BenchReport",
     "bench-limits": "van_deploy.bench.document:PaperLimits",
-    "build": "van_deploy.results:BuildReport",
+    "build": "van_deploy.building:BuildReport",
     "check": "van_deploy.checks.regression:CheckReport",
     "doctor": "van_deploy.environment.doctor:Environment",
     "drift": "van_deploy.checks.drift:DriftReport",
     "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
-    "export": "van_deploy.results:ExportReport",
+    "export": "van_deploy.pipeline:ExportReport",
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artefacts_described",
@@ -49,12 +46,12 @@ DOCUMENTS: Mapping[str, str] = {
     "manifest": "van_deploy.manifest:Manifest",
     "package": "van_deploy.serve.package:PackageReport",
     "package-record": "van_deploy.serve.package:PackageRecord",
-    "predict": "van_deploy.results:Predictions",
+    "predict": "van_deploy.api:Predictions",
     "predict-line": "van_deploy.serve.predict:Prediction",
     "quantize": "van_deploy.precision.pipeline:QuantizeResult",
-    "report": "van_deploy.results:WrittenReport",
-    "run": "van_deploy.results:RunResult",
-    "serve": "van_deploy.results:Listening",
+    "report": "van_deploy.api:WrittenReport",
+    "run": "van_deploy.pipeline:RunResult",
+    "serve": "van_deploy.cli.use:Listening",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
     "sign": "van_deploy.signing:Signed",
     "signature": "van_deploy.signing:Signature",
@@ -71,23 +68,6 @@ INPUTS: Mapping[str, type[Schema]] = {
 """Each file that a user writes, by name."""
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-SIMPLE: Mapping[Any, Mapping[str, Any]] = {
-    Any: {},
-    object: {},
-    None: {"type": "null"},
-    type(None): {"type": "null"},
-    bool: {"type": "boolean"},
-    int: {"type": "integer"},
-    float: {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]},
-    str: {"type": "string"},
-    dict: {"type": "object"},
-}
-LIMITS = {
-    "ge": "minimum",
-    "gt": "exclusiveMinimum",
-    "le": "maximum",
-    "lt": "exclusiveMaximum",
-}
 
 
 def files(root: Path) -> Mapping[Path, str]:
@@ -105,148 +85,69 @@ def files(root: Path) -> Mapping[Path, str]:
 def schema_of(name: str) -> dict[str, Any]:
     """Return the JSON Schema of the document called ``name``."""
     module, _, attribute = DOCUMENTS[name].partition(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if not isinstance(found, type):
-        found = typing.get_type_hints(found, _namespace(module), include_extras=True)["return"]
-    writer = _Writer()
-    top = writer.of(found)
-    if list(top) == ["$ref"]:  # said once, and not by reference to itself
-        top = writer.definitions.pop(found.__name__)
-    definitions = {key: writer.definitions[key] for key in sorted(writer.definitions)}
-    return {
-        "$schema": DIALECT,
-        "title": name,
-        **top,
-        **({"$defs": definitions} if definitions else {}),
-    }
+    kind = getattr(importlib.import_module(module), attribute)
+    if not isinstance(kind, type):
+        kind = typing.get_type_hints(kind)["return"]
+    config = ConfigDict(arbitrary_types_allowed=True)  # which a class cannot be given, a list can
+    lists: Any = list
+    adapter = TypeAdapter[Any](lists[kind], config=config)
+    schema = adapter.json_schema(schema_generator=_Writer, mode="serialization")
+    definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    return {"$schema": DIALECT, "title": name, **schema["items"], **definitions}
 
 
-class _Writer:
-    """Writes types as JSON Schema.
+class _Writer(GenerateJsonSchema):
+    """Writes types in the form that :func:`~van_deploy.documents.plain` gives their values."""
 
-    Attributes:
-        definitions: of every table met so far, by the name of its class.
-    """
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        """Return the fields that belong to the document, and the properties that do."""
+        kind = schema["cls"]
+        if issubclass(kind, os.PathLike):  # a bundle
+            return {"type": "string", "description": "The path of its folder."}
+        kept = {field.name for field in dataclasses.fields(kind) if field_is_json(field)}
+        inner: Any = schema["schema"]
+        fields = [field for field in inner["fields"] if field["name"] in kept]
+        for name in json_properties(kind):
+            returned = typing.get_type_hints(getattr(kind, name).fget)["return"]
+            fields.append(core_schema.dataclass_field(name, TypeAdapter(returned).core_schema))
+        written: Any = {**schema, "schema": {**inner, "fields": fields}}
+        return _told(kind, super().dataclass_schema(written))
 
-    def __init__(self) -> None:
-        self.definitions: dict[str, dict[str, Any]] = {}
-        self._classes: dict[str, type] = {}
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        """Return the table with what its class says of it."""
+        return _told(schema["cls"], super().model_schema(schema))
 
-    def of(self, kind: Any) -> dict[str, Any]:
-        """Return the schema of one type.
+    def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
+        """Return the form of our errors."""
+        if issubclass(schema["cls"], VanDeployError):
+            texts = {name: {"type": "string"} for name in ("kind", "message", "remedy")}
+            return {"type": "object", "properties": texts, "required": [*texts]}
+        return super().is_instance_schema(schema)
 
-        Raises:
-            TypeError: no document holds such a thing.
-        """
-        if isinstance(kind, typing.Hashable) and kind in SIMPLE:
-            return dict(SIMPLE[kind])
-        origin, inner = get_origin(kind), get_args(kind)
-        if origin is typing.Annotated:
-            if any(isinstance(one, PlainSerializer) and one.func is str for one in inner[1:]):
-                return {"type": "string"}
-            return {**self.of(inner[0]), **_limits(inner[1:])}
-        if origin is typing.Literal:
-            return {"enum": list(inner)}
-        if origin in (typing.Union, types.UnionType):
-            return {"anyOf": [self.of(one) for one in inner]}
-        if origin is tuple and inner[-1] is not Ellipsis:
-            items = [self.of(one) for one in inner]
-            return {"type": "array", "prefixItems": items, "minItems": len(items), "items": False}
-        if isinstance(origin, type) and issubclass(origin, Mapping):
-            return {"type": "object", "additionalProperties": self.of(inner[1])}
-        if isinstance(origin, type) and issubclass(origin, typing.Collection):
-            return {"type": "array", "items": self.of(inner[0])}
-        return self._of_class(kind)
+    def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
+        """Return numbers, and how those are written that JSON cannot spell."""
+        return {"anyOf": [super().float_schema(schema), {"enum": ["inf", "-inf", "nan"]}]}
 
-    def _of_class(self, kind: Any) -> dict[str, Any]:
-        if not isinstance(kind, type):
-            raise TypeError(f"no document can hold {kind!r}")
-        if issubclass(kind, enum.Enum):
-            return {"enum": [member.value for member in kind]}
-        if issubclass(kind, os.PathLike):
-            return {"type": "string"}
-        if issubclass(kind, VanDeployError):
-            keys = ("kind", "message", "remedy")
-            return _table({key: {"type": "string"} for key in keys})
-        if not dataclasses.is_dataclass(kind) and not issubclass(kind, Schema):
-            raise TypeError(f"no document can hold {kind!r}")
-        if self._classes.setdefault(kind.__name__, kind) is not kind:
-            raise TypeError(f"two classes are called {kind.__name__}")
-        if kind.__name__ not in self.definitions:
-            self.definitions[kind.__name__] = {}  # met: it may hold itself
-            self.definitions[kind.__name__] = self._of_table(kind)
-        return {"$ref": f"#/$defs/{kind.__name__}"}
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        """Return the value's own: defaults are written like all others."""
+        return self.generate_inner(schema["schema"])
 
-    def _of_table(self, kind: type) -> dict[str, Any]:
-        summary, described = _said(kind)
-        properties = {name: self.of(annotation) for name, annotation in _keys(kind).items()}
-        for name, words in described.items():
-            if name in properties:
-                properties[name]["description"] = words
-        return {"description": summary, **_table(properties, closed=not issubclass(kind, Open))}
+    def field_is_required(self, *_: Any, **__: Any) -> bool:
+        """Return True: every key is there."""
+        return True
+
+    def field_title_should_be_set(self, *_: Any) -> bool:
+        """Return False: a title would be the key again."""
+        return False
 
 
-def _keys(kind: Any) -> dict[str, Any]:
-    """Return the keys of a table in its document, and the type of each."""
-    modules = [base.__module__ for base in kind.__mro__]
-    names = {name: found for module in modules for name, found in _namespace(module).items()}
-    if not dataclasses.is_dataclass(kind):
-        fields = {name: f for name, f in kind.model_fields.items() if not f.exclude}
-        hints = typing.get_type_hints(kind, names, include_extras=True)
-        return {field.serialization_alias or name: hints[name] for name, field in fields.items()}
-    hints = typing.get_type_hints(kind, names, include_extras=True)
-    found = {f.name: hints[f.name] for f in dataclasses.fields(kind) if field_is_json(f)}
-    table: Any = kind  # of what type checkers take for one
-    for name in json_properties(table):
-        getter = getattr(table, name).fget
-        found[name] = typing.get_type_hints(getter, names, include_extras=True)["return"]
-    return found
-
-
-@cache
-def _namespace(module: str) -> dict[str, Any]:
-    """Return what the annotations of a module may name, imports for types alone included."""
-    loaded = importlib.import_module(module)
-    names = dict(vars(loaded))
-    if not module.startswith("van_deploy"):
-        return names
-    for node in ast.parse(inspect.getsource(loaded)).body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            code = compile(ast.Module(node.body, []), module, "exec")
-            exec(code, names)
-    return names
-
-
-def _said(kind: type) -> tuple[str, dict[str, str]]:
-    """Return what a class is, and what each of its attributes is, in words."""
-    text = inspect.getdoc(kind) or ""
-    described: dict[str, str] = {}
+def _told(kind: type, schema: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the schema of a table, closed unless it is open, and described by its docstring."""
+    schema.pop("title", None)
+    schema.setdefault("additionalProperties", False)
+    schema["description"] = " ".join(described(kind.__doc__ or "")[0].partition("\n\n")[0].split())
     for base in reversed(kind.__mro__):
-        section = re.search(
-            r"Attributes:\n((?:    .*\n?|\n)+)", inspect.cleandoc(base.__doc__ or "")
-        )
-        for name, words in re.findall(
-            r"^    (\w+): ((?:.|\n {6,})*)", section[1] if section else "", re.MULTILINE
-        ):
-            described[name] = " ".join(words.split())
-    for name, field in getattr(kind, "model_fields", {}).items():
-        described |= {name: field.description} if field.description else {}
-    return " ".join(text.partition("\n\n")[0].split()), described
-
-
-def _limits(metadata: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the limits that an annotation's metadata holds."""
-    found: dict[str, Any] = {}
-    for item in metadata:
-        for one in getattr(item, "metadata", [item]):
-            found |= {word: getattr(one, key) for key, word in LIMITS.items() if hasattr(one, key)}
-    return found
-
-
-def _table(properties: Mapping[str, Any], *, closed: bool = True) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": dict(properties),
-        "required": list(properties),
-        **({"additionalProperties": False} if closed else {}),
-    }
+        for name, words in described(base.__doc__ or "")[1].items():
+            if name in schema["properties"]:
+                schema["properties"][name]["description"] = words
+    return schema

@@ -16,11 +16,19 @@ from typing import Any
 from supply_chain import json_schemas
 from van_deploy import config
 from van_deploy.config.fields import range_text
-from van_deploy.config.named import EXPORT, Named, named_options
-from van_deploy.schema import Settings
+from van_deploy.config.named import EXPORT, named_options
 
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
+LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+CALLS = (
+    *("Bench", "Build", "Check", "Drift", "Evaluation", "Export"),
+    *("Package", "Predict", "Quantize", "Run", "Verify"),
+)
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
+TYPES["object"] = "str"  # a range, written min:opt:max
+WORDS = {"integer": "whole number", "number": "number", "boolean": "true, false"}
+WORDS["object"] = "`min:opt:max`"
+Schema = Mapping[str, Any]
 
 
 def files(root: Path) -> Mapping[Path, str]:
@@ -38,29 +46,21 @@ def files(root: Path) -> Mapping[Path, str]:
 
 def option_types() -> str:
     """Return the keyword arguments of the Python API as ``TypedDict`` classes."""
-    tables: dict[str, type[Settings]] = {
-        "BenchOptions": config.BenchSettings,
-        "BuildOptions": config.BuildSettings,
-        "CheckOptions": config.CheckSettings,
-        "DriftOptions": config.DriftSettings,
-        "EvaluateOptions": config.EvaluationSettings,
-        "PackageOptions": config.PackageSettings,
-        "PredictOptions": config.PredictSettings,
-        "QuantizeOptions": config.QuantizeSettings,
-        "RunOptions": config.RunSettings,
-        "VerifyOptions": config.VerifySettings,
-    }
-    options = {name: list(named_options(table).values()) for name, table in tables.items()}
     lines = [
         "# Written by `python -m supply_chain.reference` from van_deploy/config.",
         "from collections.abc import Sequence",
         "from pathlib import Path",
         "from typing import Literal, TypedDict",
     ]
-    for name, found in sorted({**options, "ExportOptions": list(EXPORT.values())}.items()):
-        root = tables.get(name, config.Recipe)
-        lines += ["", f"class {name}(TypedDict, total=False):"]
-        lines += [f"    {option.name}: {_type_of(option, root)}" for option in found]
+    for name in CALLS:
+        table = config.Recipe if name == "Export" else getattr(config, f"{name}Settings")
+        schema = table.model_json_schema()
+        lines += ["", f"class {name}Options(TypedDict, total=False):"]
+        for option in (EXPORT if name == "Export" else named_options(table)).values():
+            value = schema
+            for part in option.place:
+                value = _resolved(schema, value)["properties"][part]
+            lines.append(f"    {option.name}: {_union(schema, value)}")
     return "\n".join(lines) + "\n"
 
 
@@ -75,13 +75,13 @@ def key_table() -> str:
             default = json.dumps(value.get("default"))
             words = f"`{default}`" if default not in ("null", '""', "[]") else ""
             lines.append(
-                f"| `{key}` | {_values(schema, value)} | {words} | {value.get('description', '')} |"
+                f"| `{key}` | {_words(schema, value)} | {words} | {value.get('description', '')} |"
             )
         lines.append("")
     return "\n".join(lines)
 
 
-def _keys(schema: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _keys(schema: Schema, entry: Schema) -> Iterator[tuple[str, Any]]:
     """Yield the keys of a table; those of tables inside it with dots."""
     for key, value in _resolved(schema, entry)["properties"].items():
         inner = _resolved(schema, value)
@@ -91,51 +91,44 @@ def _keys(schema: Mapping[str, Any], entry: Mapping[str, Any]) -> Iterator[tuple
             yield key, value
 
 
-def _resolved(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolved(schema: Schema, value: Schema) -> Schema:
     return schema["$defs"][value["$ref"].split("/")[-1]] if "$ref" in value else value
 
 
-def _type_of(option: Named, root: type[Settings]) -> str:
-    """Return the Python type of an option's values."""
-    schema = root.model_json_schema()
-    value: Mapping[str, Any] = schema
-    for part in option.place:
-        value = _resolved(schema, value)["properties"][part]
-    return " | ".join(dict.fromkeys(_types(schema, value)))
-
-
-def _types(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Iterator[str]:
+def _leaves(schema: Schema, value: Schema) -> list[Schema]:
+    """Return what a value may be, one schema each."""
     value = _resolved(schema, value)
-    if "anyOf" in value:
-        for one in value["anyOf"]:
-            yield from _types(schema, one)
-    elif "enum" in value:
-        yield f"Literal[{', '.join(json.dumps(name) for name in value['enum'])}]"
-    elif value.get("type") == "array":
-        yield f"Sequence[{' | '.join(_types(schema, value['items']))}]"
-    elif value.get("type") == "object":  # a batch range, written min:opt:max
-        yield "str"
-    else:
-        yield TYPES[value["type"]]
-        if value.get("format") == "path":
-            yield "Path"
+    if "anyOf" not in value:
+        return [value]
+    return [leaf for one in value["anyOf"] for leaf in _leaves(schema, one)]
 
 
-def _values(schema: Mapping[str, Any], value: Mapping[str, Any]) -> str:
+def _union(schema: Schema, value: Schema) -> str:
+    """Return the Python type of a value."""
+    return " | ".join(dict.fromkeys(_type(schema, leaf) for leaf in _leaves(schema, value)))
+
+
+def _type(schema: Schema, leaf: Schema) -> str:
+    if "enum" in leaf:
+        return f"Literal[{', '.join(map(json.dumps, leaf['enum']))}]"
+    if leaf["type"] == "array":
+        return f"Sequence[{_union(schema, leaf['items'])}]"
+    return "str | Path" if leaf.get("format") == "path" else TYPES[leaf["type"]]
+
+
+def _words(schema: Schema, value: Schema) -> str:
     """Return what a key takes, in words."""
-    value = _resolved(schema, value)
-    if "anyOf" in value:
-        kinds = [_values(schema, one) for one in value["anyOf"] if one.get("type") != "null"]
-        return " or ".join(kinds)
-    if "enum" in value:
-        return " \\| ".join(f"`{name}`" for name in value["enum"])
-    if value.get("type") == "array":
-        return f"list of {_values(schema, value['items'])}"
-    if value.get("type") == "object":
-        return "`min:opt:max`"
-    limits = {word: value[key] for word, key in json_schemas.LIMITS.items() if key in value}
-    words = {"integer": "whole number", "number": "number", "boolean": "true, false"}
-    kind = "path" if value.get("format") == "path" else words.get(value["type"], "text")
+    leaves = (leaf for leaf in _leaves(schema, value) if leaf.get("type") != "null")
+    return " or ".join(_leaf_words(schema, leaf) for leaf in leaves)
+
+
+def _leaf_words(schema: Schema, leaf: Schema) -> str:
+    if "enum" in leaf:
+        return " \\| ".join(f"`{name}`" for name in leaf["enum"])
+    if leaf["type"] == "array":
+        return f"list of {_words(schema, leaf['items'])}"
+    limits = {word: leaf[key] for word, key in LIMITS.items() if key in leaf}
+    kind = "path" if leaf.get("format") == "path" else WORDS.get(leaf["type"], "text")
     return f"{kind} {range_text(limits)}".strip()
 
 

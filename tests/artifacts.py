@@ -25,25 +25,9 @@ from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe,
 from van_deploy.recipe import recipe_named
 
 if TYPE_CHECKING:
-    from van_deploy.checks.samples import Samples
+    from van_deploy.checks.golden import Samples
     from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.model.variants import VanConfig
-
-__all__ = [
-    "BATCHES",
-    "SMALL_SIZE",
-    "Copy",
-    "MadeOnce",
-    "Subject",
-    "digits_graph",
-    "enter_engine",
-    "export_network",
-    "int8_graph",
-    "put",
-    "subject_of",
-    "with_byte_graph",
-    "with_precisions",
-]
 
 BATCHES = BatchRange(1, 2, 8)
 SMALL_SIZE = 32
@@ -125,7 +109,7 @@ class Subject:
 def subject_of(folder: Path, labelled: Path) -> Subject:
     """Return a bundle that :func:`with_precisions` made, with its network and images."""
     from van_deploy.checks.golden import golden_samples
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     bundle = Bundle.open(folder)
     return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
@@ -149,7 +133,7 @@ def digits_graph(path: Path, size: int) -> None:
 
 def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
-    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_for
 
     if weights == "van_digits":
         recipe = recipe_named(weights).changed(batch=BATCHES)
@@ -160,7 +144,8 @@ def export_network(folder: Path, weights: str = "van_digits", images: Path | Non
 
 def with_byte_graph(folder: Path, exported: Path) -> None:
     """Write a copy of a bundle that also takes bytes, and gives every output."""
-    from van_deploy.pipeline import export_recipe, load_for
+    from van_deploy.exporting import load_for
+    from van_deploy.pipeline import export_recipe
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
@@ -177,7 +162,7 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     from van_deploy.checks.judging import judge_new
     from van_deploy.data.samples import check_images
     from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     shutil.copytree(exported, folder)
     bundle = Bundle.open(folder)

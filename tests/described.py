@@ -11,8 +11,6 @@ from van_deploy.manifest import Description
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.variants import VARIANTS, WeightsSource
 
-__all__ = ["WEIGHTS", "described", "entry"]
-
 WEIGHTS = Origin(name="weights", sha256="0" * 64)
 
 

@@ -18,8 +18,6 @@ from typing import Any, TypeVar, cast
 
 import pytest
 
-__all__ = ["each"]
-
 Test = TypeVar("Test", bound=Callable[..., None])
 
 

@@ -9,8 +9,6 @@ import jsonschema
 
 from supply_chain.json_schemas import DOCUMENTS, schema_of
 
-__all__ = ["require_valid"]
-
 
 @cache
 def _validator(name: str) -> Any:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from van_deploy.bundle import Bundle
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "van_deploy"
 
@@ -47,10 +49,14 @@ def test_every_module_imports_without_optional_packages() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_and_opening_a_bundle_imports_nothing_heavy(
+    digits_bundle: Bundle,
+) -> None:
     result = imported_by(
         "import sys, van_deploy, van_deploy.errors, van_deploy.model.variants",
         "import van_deploy.cli.app",
+        "from van_deploy.bundle import Bundle",
+        f"assert Bundle.open({str(digits_bundle.path)!r}).manifest.preprocessing.image_size == 64",
         f"print([name for name in {HEAVY!r} if name in sys.modules])",
     )
     assert (result.stdout, result.stderr) == ("[]\n", "")

@@ -18,8 +18,7 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.model.conftest import rename
 from van_deploy.bundle import Bundle, writing
-from van_deploy.checks.golden import golden_count, golden_samples
-from van_deploy.checks.samples import SKETCH, sketch
+from van_deploy.checks.golden import SKETCH, golden_count, golden_samples, sketch
 from van_deploy.config import (
     BatchRange,
     ExportSettings,
@@ -29,6 +28,7 @@ from van_deploy.config import (
 )
 from van_deploy.config.sizes import ImageSize, SizeRange
 from van_deploy.errors import UsageError
+from van_deploy.exporting import export_bundle, load_for
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import FOLD_TOLERANCE, fold_van
 from van_deploy.metrics import sqnr_db
@@ -36,7 +36,6 @@ from van_deploy.model.checkpoint import load_van, network_from_state
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VARIANTS, VanConfig
-from van_deploy.pipeline import export_bundle, load_for
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.runners.network import Network
 from van_deploy.runners.onnxruntime import onnxruntime_outputs

@@ -11,17 +11,16 @@ import van_deploy
 from tests.artifacts import Copy
 from tests.each import each
 from van_deploy import building
-from van_deploy.building import Candidate, candidates_of
+from van_deploy.building import Candidate, Tuned, candidates_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.backend import Host
 from van_deploy.errors import ConversionError
-from van_deploy.results import Tuned
 
 LEVELS = [f", level {level}, tiling {tiling}" for level in (3, 5) for tiling in ("none", "full")]
 FIXED: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(8, 8, 8),)}
 RANGE: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(1, 4, 8),)}
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused kernels"
 
 
 @each(
@@ -33,17 +32,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
             [f"int8 {scope}{t}" for scope in ("pointwise", "deep", "all") for t in LEVELS[:2]],
         ),
         ({**RANGE, "device": "cpu"}, [*PRECISIONS]),
-        (
-            {**RANGE, "device": "cuda:0"},
-            [p + t for p in PRECISIONS for t in ("", ", max-autotune")],
-        ),
+        ({**RANGE, "device": "cuda:0"}, [p + t for p in PRECISIONS for t in ("", MAX)]),
         (
             {**FIXED, "device": "cuda:0"},
-            [
-                *("fp32", "fp32, max-autotune"),
-                *("fp16", "fp16, max-autotune", "fp16, fused kernels"),
-                *("bf16", "bf16, max-autotune", "bf16, fused kernels"),
-            ],
+            ["fp32", f"fp32{MAX}", *(p + t for p in ("fp16", "bf16") for t in ("", MAX, FUSED))],
         ),
     ],
 )

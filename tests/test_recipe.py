@@ -10,29 +10,11 @@ import pytest
 from supply_chain.reference import files
 from tests.each import each
 from van_deploy import config
-from van_deploy.config import (
-    BatchRange,
-    BenchSettings,
-    Recipe,
-    VerifySettings,
-)
-from van_deploy.config.named import (
-    EXPORT,
-    RUN,
-    changes_from,
-    named_options,
-    settings_from,
-    with_changes,
-)
+from van_deploy.config import BatchRange, BenchSettings, Recipe, VerifySettings
+from van_deploy.config.named import EXPORT, RUN, changes_from, named_options, settings_from
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
-from van_deploy.recipe import (
-    builtin_files,
-    changes_from_text,
-    read_recipe,
-    recipe_for,
-    recipe_named,
-)
+from van_deploy.recipe import builtin_files, changes_from_text, read_recipe, recipe_for
 from van_deploy.schema import validated
 
 
@@ -42,15 +24,11 @@ def mine(tmp_path: Path) -> Path:
     return tmp_path / "mine.toml"
 
 
-def test_there_is_a_recipe_for_every_variant_and_for_the_embedded_network() -> None:
+def test_the_recipes_that_ship_name_their_model_and_nothing_that_is_the_default() -> None:
     assert set(builtin_files()) == {*VARIANTS, "van_digits"}
-
-
-@each("name", [*VARIANTS, "van_digits"])
-def test_every_recipe_that_ships_names_its_model_and_nothing_that_is_the_default(name: str) -> None:
-    assert recipe_named(name) == Recipe.model_validate({"model": {"name": name}})
-    text = builtin_files()[name].read_text()
-    assert re.findall(r"^\w+ *=", text, re.MULTILINE) == ["name ="]
+    for name, file in builtin_files().items():
+        assert recipe_for(name) == Recipe.model_validate({"model": {"name": name}})
+        assert re.findall(r"^\w+ *=", file.read_text(), re.MULTILINE) == ["name ="]
 
 
 MISTAKES = {  # what a file says, and what the message about it holds
@@ -103,13 +81,16 @@ def test_a_mistake_names_the_file_and_the_key(mine: Path, text: str, said: str) 
         read_recipe(mine)
     assert caught.value.message.startswith(f"The recipe '{mine}'")
     assert said in f"{caught.value.message} {caught.value.remedy}"
+    with pytest.raises(RecipeError, match="No such file"):
+        recipe_for("none.toml")
 
 
 def test_whole_numbers_do_for_floats_and_lists_become_tuples(mine: Path) -> None:
+    mine.write_text("")
+    assert read_recipe(mine) == Recipe()
     mine.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
     settings = read_recipe(mine).preprocessing
-    assert settings.mean == (0.0, 0.5, 1.0)
-    assert settings.crop_pct == 1.0
+    assert (settings.mean, settings.crop_pct) == ((0.0, 0.5, 1.0), 1.0)
 
 
 def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
@@ -162,18 +143,6 @@ def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
     assert (int8.keep, half.keep, int8.equalize) == (("block1.0",), ("block1.0",), False)
 
 
-def test_an_empty_file_is_the_default_recipe(mine: Path) -> None:
-    mine.write_text("")
-    assert read_recipe(mine) == Recipe()
-
-
-@each(("name", "said"), [("van_b9", "Did you mean van_b"), ("none.toml", "No such file")])
-def test_a_recipe_that_is_not_there_is_said(name: str, said: str) -> None:
-    with pytest.raises(RecipeError) as caught:
-        recipe_named(name)
-    assert said in f"{caught.value.message} {caught.value.remedy}"
-
-
 @each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8"])
 def test_a_batch_range_is_three_rising_numbers(text: str) -> None:
     with pytest.raises(UsageError, match=r"should be min:opt:max|is not min <= opt <= max"):
@@ -192,52 +161,46 @@ def test_every_key_can_be_set_by_text(mine: Path) -> None:
     assert recipe.gates.int8.top1_loss == 0.5
 
 
-SETTINGS = {
-    "export.opset=40": "'--set export.opset' is 40: it should be less than or equal to 23. Correct",
-    "engines.tf23=false": "'--set engines.tf23' is unknown. Did you mean '--set engines.tf32'?",
-    "tf32": "--set 'tf32' is no assignment. Write KEY=VALUE, such as --set engines.",
-    "batch.max=8": "'batch.max' cannot be set: 'batch' is no table. Set the whole of it.",
-    "precision.calibrate_on_noise=true": "--set precision.calibrate_on_noise and precision.images",
-}
+WRONG: list[tuple[str, object, str]] = [
+    ("--set", "export.opset=40", "'--set export.opset' is 40: it should be less than or equal to"),
+    ("--set", "engines.tf23=false", "unknown. Did you mean '--set engines.tf32'?"),
+    ("--set", "tf32", "--set 'tf32' is no assignment. Write KEY=VALUE, such as --set engines."),
+    ("--set", "batch.max=8", "'batch.max' cannot be set: 'batch' is no table. Set the whole of it"),
+    ("--set", "precision.calibrate_on_noise=true", "--set precision.calibrate_on_noise and precis"),
+    ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
+    ("opst", 20, "The key 'opst=' is unknown."),
+    ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
+    ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
+    ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
+]
 
 
-@each(("text", "said"), SETTINGS.items())
-def test_a_change_that_is_wrong_is_told_as_it_was_written(mine: Path, text: str, said: str) -> None:
+@each(("option", "value", "said"), WRONG)
+def test_a_change_that_is_wrong_is_told_as_it_was_written(
+    mine: Path, option: str, value: object, said: str
+) -> None:
     mine.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
+
+    def changed() -> Recipe:
+        if option == "--set":
+            return read_recipe(mine, changes_from_text([str(value)]))
+        return read_recipe(mine, changes_from(EXPORT, {option: value}))
+
     with pytest.raises(UsageError) as caught:
-        read_recipe(mine, changes_from_text([text]))
+        changed()
     assert said in f"{caught.value.message} {caught.value.remedy}"
 
 
-@each(
-    ("name", "value", "message"),
-    [
-        ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
-        ("opst", 20, "The key 'opst=' is unknown."),
-        ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
-        ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-        ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
-    ],
-)
-def test_keyword_arguments_are_checked_like_keys(name: str, value: object, message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        recipe_for("van_digits", changes_from(EXPORT, {name: value}))
-    assert caught.value.message.startswith(message)
-
-
 def test_another_name_keeps_the_weights() -> None:
-    renamed = recipe_for("van_b1", changes_from(EXPORT, {"name": "mine"}))
-    assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
     changes = changes_from(EXPORT, {"name": "mine"})
-    assert with_changes(recipe_named("van_b1"), changes) == renamed
+    renamed = recipe_for("van_b1", changes)
+    assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
+    assert recipe_for(recipe_for("van_b1"), changes) == renamed
 
 
-def test_keyword_arguments_fill_a_table_and_those_inside_it() -> None:
-    found = settings_from(BenchSettings, {"limit": 5, "streams": 2})
-    assert (found.streams, found.budget.limit_s) == (2, 5.0)
-
-
-def test_an_option_stands_under_its_own_heading_or_its_table_s() -> None:
+def test_options_fill_a_table_and_those_inside_it_and_stand_under_their_headings() -> None:
+    bench = settings_from(BenchSettings, {"limit": 5, "streams": 2})
+    assert (bench.streams, bench.budget.limit_s) == (2, 5.0)
     found = {**named_options(VerifySettings), **EXPORT}
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
         *("What is measured", "How it is done", "Graph", "", "Graph"),

@@ -51,14 +51,14 @@ def bundle(tmp_path: Path) -> Path:
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
     (tmp_path / "k.pem").write_bytes(private())
-    (tmp_path / "k.pem.pub").write_bytes(public())
     return tmp_path / "k.pem"
 
 
 @pytest.fixture
-def check(key: Path) -> Path:
+def check(tmp_path: Path) -> Path:
     """Return the public key."""
-    return key.with_name("k.pem.pub")
+    (tmp_path / "k.pem.pub").write_bytes(public())
+    return tmp_path / "k.pem.pub"
 
 
 @pytest.fixture
@@ -201,34 +201,26 @@ def test_the_whole_way_on_the_command_line(
     assert cli("sign", bundle).exit_code == 2
 
 
-CONSUMERS = {
-    "predict": ("{}", "x.png"),
-    "serve": ("{}",),
-    "build": ("{}",),
-    "verify": ("{}",),
-    "inspect": ("{}",),
-    "evaluate": ("{}", "--images", "x"),
-    "drift": ("{}",),
-    "bench": ("{}",),
-    "check": ("{}", "--baseline", "x.json", "--update"),
-    "package": ("triton", "{}"),
-}
+CONSUMERS = [
+    *(f"{name} {{}}" for name in ("serve", "build", "verify", "inspect", "drift", "bench")),
+    *("predict {} x.png", "evaluate {} --images x", "package triton {}"),
+    "check {} --baseline x.json --update",
+]
 
 
 @each("command", CONSUMERS, fresh="bundle")
 def test_every_consumer_refuses_a_bundle_without_the_signature(
     cli: Cli, bundle: Path, key: Path, check: Path, command: str
 ) -> None:
-    words = [command, *(word.format(bundle) for word in CONSUMERS[command])]
-    missing = cli(*words, "--require-signature", check)
+    words = [*command.format(bundle).split(), "--require-signature", check]
+    missing = cli(*words)
     assert (missing.exit_code, missing.stdout) == (5, "")
     assert missing.stderr.startswith(f"error: The bundle '{bundle}' is not signed")
     sign_bundle(bundle, key)
-    if command == "inspect":  # the files here are no ONNX: it is their reader that refuses them
-        taken = cli(*words, "--require-signature", check)
-        assert (taken.exit_code, "is not an ONNX file" in taken.stderr) == (5, True)
+    if words[0] == "inspect":  # the files here are no ONNX: it is their reader that refuses them
+        assert "is not an ONNX file" in cli(*words).stderr
     (bundle / "labels.txt").write_text("cat\n")
-    edited = cli(*words, "--require-signature", check)
+    edited = cli(*words)
     assert (edited.exit_code, edited.stdout) == (5, "")
     assert f"'{bundle}/labels.txt' was changed" in edited.stderr
 

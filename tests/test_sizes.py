@@ -7,11 +7,11 @@ import json
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import pytest
 import torch
 
+import van_deploy as vd
 from tests.artifacts import int8_graph
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
@@ -32,21 +32,17 @@ from van_deploy.schema import validated
 
 CONFIG = VanConfig((8, 12, 16, 24), (1, 1, 2, 1), (4, 4, 2, 2), num_classes=5)
 OPERATORS = {"Conv", "Gelu", "Add", "Mul", "Transpose", "LayerNormalization", "ReduceMean", "Gemm"}
-BATCHES = {"dynamic batch": None, "batch 2": 2}
 SIZES: dict[str, tuple[ImageSize, SizeRange | None]] = {
     "square": (64, None),
     "64x96": ((64, 96), None),
     "dynamic size": ((64, 96), SizeRange(32, (64, 96), (96, 128))),
 }
-OUTPUTS = {"logits": (), "features": (0, 1, 2, 3)}
 LEAST_DB = {"fp32": 105.0, "fp16": 50.0, "bf16": 34.0, "int8": 20.0}
-ALL = list(itertools.product(BATCHES, SIZES, OUTPUTS))
-FAST = {
-    ("dynamic batch", "64x96", "features"),
-    ("dynamic batch", "dynamic size", "logits"),
-    ("batch 2", "square", "features"),
-    ("batch 2", "dynamic size", "features"),
-}
+ALL = list(itertools.product((None, 2), SIZES, ((), (0, 1, 2, 3))))
+FAST = (
+    *((None, "64x96", (0, 1, 2, 3)), (None, "dynamic size", ())),
+    *((2, "square", (0, 1, 2, 3)), (2, "dynamic size", (0, 1, 2, 3))),
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,62 +50,50 @@ def original() -> VAN:
     return random_van(CONFIG, seed=5)
 
 
-def rows(outputs: dict[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    return [value.reshape(len(value), -1) for value in outputs.values()]
-
-
 @pytest.mark.parametrize(
-    ("batch", "size", "outputs"),
-    [
-        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id=", ".join(case))
-        for case in ALL
-    ],
+    ("batch", "size", "indices"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in ALL],
 )
 def test_every_combination_answers_as_pytorch_does(
-    original: VAN, batch: str, size: str, outputs: str
+    original: VAN, batch: int | None, size: str, indices: tuple[int, ...]
 ) -> None:
-    (native, sizes), indices = SIZES[size], OUTPUTS[outputs]
+    native, sizes = SIZES[size]
     config = CONFIG.backbone(indices) if indices else CONFIG
     network = network_from_state(original.state_dict(), config)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pictures = smooth_images(8, 3, 128)
+        images = smooth_images(8, 3, 128)
     height, width = sides_of(native)
-    folded = fold_van(network, pictures[:1, :, :height, :width]).model
-    fp32 = onnx_from_van(folded, native, batch=BATCHES[batch], sizes=sizes)
+    folded = fold_van(network, images[:1, :, :height, :width]).model
+    fp32 = onnx_from_van(folded, native, batch=batch, sizes=sizes)
     assert {node.op_type for node in fp32.graph.node} <= OPERATORS
     dims = [d.dim_param or d.dim_value for d in fp32.graph.input[0].type.tensor_type.shape.dim]
-    assert dims == [
-        BATCHES[batch] or "batch",
-        3,
-        *(("height", "width") if sizes else (height, width)),
-    ]
+    assert dims == [batch or "batch", 3, *(("height", "width") if sizes else (height, width))]
     kept = usually_kept(fp32)
-    calibration = [pictures[:, :, :height, :width].numpy()]
     graphs = {
         "fp32": fp32,
         "fp16": fp16_from_fp32(fp32, kept),
         "bf16": bf16_from_fp32(fp32, kept),
-        "int8": int8_graph(fp32, config, calibration),
+        "int8": int8_graph(fp32, config, [images[:, :, :height, :width].numpy()]),
     }
-    for name, graph in graphs.items():
+    for graph in graphs.values():
         onnx.checker.check_model(graph, full_check=True)
-        for at in sizes.tried() if sizes else (native,):
-            rows_, columns = sides_of(at)
-            images = pictures[:2, :, :rows_, :columns].contiguous()
-            with torch.no_grad():
-                found = network.double()(images.double())
-            expected = found if isinstance(found, tuple) else (found,)
-            actual = onnxruntime_outputs(graph, images.numpy())
+    network = network.double()
+    for at in sizes.tried() if sizes else (native,):
+        rows, columns = sides_of(at)
+        shown = images[:2, :, :rows, :columns].contiguous()
+        with torch.no_grad():
+            found = network(shown.double())
+        expected = found if isinstance(found, tuple) else (found,)
+        for name, graph in graphs.items():
+            actual = onnxruntime_outputs(graph, shown.numpy())
             assert list(actual) == list(config.output_names)
             for stage, value in zip(expected, actual.values(), strict=True):
                 assert sqnr_db(stage.numpy(), value) >= LEAST_DB[name], (name, at)
-        network.float()
 
 
 def test_a_static_graph_refuses_other_batches(original: VAN) -> None:
-    folded = fold_van(original, torch.zeros(1, 3, 64, 64)).model
-    graph = onnx_from_van(folded, 64, batch=2)
+    graph = onnx_from_van(fold_van(original, torch.zeros(1, 3, 64, 64)).model, 64, batch=2)
     images = np.zeros((3, 3, 64, 64), np.float32)
     with pytest.raises(Exception, match="dimension"):
         onnxruntime_outputs(graph, images)
@@ -119,82 +103,73 @@ def test_a_static_graph_refuses_other_batches(original: VAN) -> None:
 
 def test_ranges_of_sizes_and_batches() -> None:
     sizes = SizeRange(64, (64, 96), (96, 128))
-    assert sizes.holds((96, 64))
-    assert not sizes.holds((97, 64))
+    assert (sizes.holds((96, 64)), sizes.holds((97, 64))) == (True, False)
     assert str(sizes) == "64:64x96:96x128"
     assert SizeRange(64, 64, 64).tried() == (64,)
     assert SizeRange((64, 32), (64, 48), (64, 64)).tried() == ((64, 32), (64, 48), (64, 49), 64)
-    assert batch_sizes(validated(BatchRange, "8")) == (8,)
+    eight, rising = validated(BatchRange, "8"), validated(BatchRange, "1:8:8")
+    assert (batch_sizes(eight), eight.fixed, rising.fixed) == ((8,), 8, None)
     assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
     assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
-    assert (validated(BatchRange, "8").fixed, validated(BatchRange, "1:8:8").fixed) == (8, None)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Return the digits at 64x96 in batches of 3, sizes dynamic."""
-    from typer.testing import CliRunner
-
-    from van_deploy.cli.app import app
-
     path = tmp_path_factory.mktemp("sizes") / "b"
-    words = ["export", "van_digits", "--output", str(path), "--batch", "3"]
-    words += ["--image-size", "64x96", "--dynamic-size", "64:64x96:96x128"]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.stderr
+    options: Any = {"batch": "3", "image_size": "64x96", "dynamic_size": "64:64x96:96x128"}
+    vd.export("van_digits", path, **options)
     return Bundle.open(path)
 
 
-class TestBundle:
-    def test_it_is_judged_at_its_batch_and_every_size(self, made: Bundle) -> None:
-        agreement = made.manifest.checks["agreement"]
-        assert [row["batch"] for row in agreement["batches"]] == [3]
-        rules = [finding["rule"] for finding in agreement["findings"]]
-        assert rules.count("SQNR") == 1 + 3  # at its own size and the others
-        assert agreement["outcome"] == "pass"
-        with np.load(made.path / "golden.npz") as arrays:
-            sizes = {name.split()[1] for name in arrays.files if " " in name}
-        assert sizes == {"64x64", "81x97", "96x128"}
+def test_a_bundle_is_judged_at_its_batch_and_every_size(made: Bundle) -> None:
+    agreement = made.manifest.checks["agreement"]
+    assert [row["batch"] for row in agreement["batches"]] == [3]
+    rules = [finding["rule"] for finding in agreement["findings"]]
+    assert rules.count("SQNR") == 1 + 3  # at its own size and the others
+    assert agreement["outcome"] == "pass"
+    with np.load(made.path / "golden.npz") as arrays:
+        sizes = {name.split()[1] for name in arrays.files if " " in name}
+    assert sizes == {"64x64", "81x97", "96x128"}
 
-    def test_the_network_fills_the_batch(self, made: Bundle) -> None:
-        images = np.random.default_rng(0).standard_normal((4, 3, 64, 96)).astype(np.float32)
-        with Network(made, "fp32") as network:
-            assert network.serves(3)
-            assert not network.serves(2)
-            together = network.run(images)["logits"]
-            apart = np.concatenate([network.run(images[i : i + 1])["logits"] for i in range(4)])
-            assert network.serves_size((96, 64))
-            assert not network.serves_size((96, 160))
-        assert np.allclose(together, apart, atol=1e-4)
 
-    def test_the_other_precisions_and_engines_follow(self, made: Bundle, cli: Cli) -> None:
-        pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-        for precision in ("fp16", "bf16"):
-            result = cli("quantize", made.path, "--precision", precision)
-            assert result.exit_code == 0, result.stdout
-        built = cli("build", made.path, "--precision", "fp16", "--target", "sm_89")
-        assert built.exit_code == 0, built.stderr
-        verified = cli("verify", made.path, "--allow-skip", "engines")
-        assert verified.exit_code == 0, verified.stdout
-        engine = next(a for a in made.open(made.path).artefacts.values() if a.kind == "engine")
-        sidecar = json.loads((made.path / engine.file).with_suffix(".json").read_text())
-        assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
-        for asked, message in (
-            (("--batch", "1:2:4"), "has a fixed batch of 3, so it cannot serve 1:2:4"),
-            (("--dynamic-size", "64:32:96"), "is not min <= opt <= max"),
-        ):
-            result = cli("build", made.path, "--target", "sm_89", *asked)
-            assert result.exit_code in (2, 5)
-            assert message in " ".join(result.stderr.split())
+def test_the_network_fills_the_batch(made: Bundle) -> None:
+    images = np.random.default_rng(0).standard_normal((4, 3, 64, 96)).astype(np.float32)
+    with Network(made, "fp32") as network:
+        assert [network.serves(3), network.serves(2)] == [True, False]
+        assert [network.serves_size((96, 64)), network.serves_size((96, 160))] == [True, False]
+        together = network.run(images)["logits"]
+        apart = np.concatenate([network.run(images[i : i + 1])["logits"] for i in range(4)])
+    assert np.allclose(together, apart, atol=1e-4)
 
-    def test_a_fixed_size_serves_no_range(self, digits_bundle: Bundle, cli: Cli) -> None:
-        result = cli(
-            *("build", digits_bundle.path, "--target", "sm_89", "--dynamic-size", "64:64:96")
-        )
-        assert result.exit_code == 5
-        assert "takes one image size, so it cannot serve 64:64:96" in " ".join(
-            result.stderr.split()
-        )
+
+def test_the_other_precisions_and_engines_follow(
+    made: Bundle, digits_bundle: Bundle, cli: Cli
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    for precision in ("fp16", "bf16"):
+        result = cli("quantize", made.path, "--precision", precision)
+        assert result.exit_code == 0, result.stdout
+    built = cli("build", made.path, "--precision", "fp16", "--target", "sm_89")
+    assert built.exit_code == 0, built.stderr
+    verified = cli("verify", made.path, "--allow-skip", "engines")
+    assert verified.exit_code == 0, verified.stdout
+    engine = next(a for a in made.open(made.path).artefacts.values() if a.kind == "engine")
+    sidecar = json.loads((made.path / engine.file).with_suffix(".json").read_text())
+    assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
+    for bundle, option, asked, message in (
+        (made, "--batch", "1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
+        (made, "--dynamic-size", "64:32:96", "is not min <= opt <= max"),
+        (
+            digits_bundle,
+            "--dynamic-size",
+            "64:64:96",
+            "size, so it cannot serve 64:64:96",
+        ),
+    ):
+        result = cli("build", bundle.path, "--target", "sm_89", option, asked)
+        assert result.exit_code in (2, 5)
+        assert message in " ".join(result.stderr.split())
 
 
 def test_a_size_that_is_refused_is_shown_as_it_was_written(cli: Cli) -> None:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from van_deploy import bundle as on_disk
 from van_deploy import config, judging
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.document import BenchReport, save_report
 from van_deploy.checks.verify import record_check
-from van_deploy.config.named import EXPORT, Changes, changes_from, settings_from, with_changes
+from van_deploy.config.named import EXPORT, Change, changes_from, settings_from
+from van_deploy.documents import Verdict
 from van_deploy.recipe import recipe_for
-from van_deploy.report.bundle_report import document_of_bundle
-from van_deploy.report.files import write_report
-from van_deploy.results import BuildReport, ExportReport, Predictions, RunResult, WrittenReport
+from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, require_classes
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, predict, sources_from
@@ -31,14 +31,78 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from van_deploy import option_types as kw
+    from van_deploy.building import BuildReport
     from van_deploy.checks.drift import DriftReport
     from van_deploy.checks.evaluate import EvaluateReport
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verify import VerifyReport
+    from van_deploy.pipeline import ExportReport, RunResult
     from van_deploy.precision.pipeline import QuantizeResult
 
 Image = str | Path | bytes
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Predictions(Verdict):
+    """The predictions for some images.
+
+    Attributes:
+        bundle: whose network answered.
+        artefact: which of its artefacts.
+        images_per_s: answered, over the whole call.
+        predictions: one an image, in order.
+    """
+
+    bundle: Path
+    artefact: str
+    images_per_s: float
+    predictions: tuple[Prediction, ...]
+
+    @property
+    def unreadable(self) -> int:
+        """How many images could not be read."""
+        return sum(answer.error is not None for answer in self.predictions)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every image could be read."""
+        return not self.unreadable
+
+    def __len__(self) -> int:
+        """Return how many predictions there are."""
+        return len(self.predictions)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        """Iterate over the predictions."""
+        return iter(self.predictions)
+
+
+@dataclass(frozen=True)
+class WrittenReport(Verdict):
+    """A bundle's report, as files.
+
+    Attributes:
+        verdict: ``PASS``, ``FAIL``, ``INCONCLUSIVE`` or ``SKIPPED``, for all checks together.
+        checks: how many of each.
+        files: the HTML, then the Markdown.
+    """
+
+    JSON_PROPERTIES: ClassVar = ("sizes",)
+
+    verdict: str
+    checks: str
+    files: tuple[Path, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the verdict is ``PASS``."""
+        return self.verdict == "PASS"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path."""
+        return {str(path): path.stat().st_size for path in self.files}
 
 
 class Bundle:
@@ -145,7 +209,7 @@ class Bundle:
         return self._recorded(opened, "verify", judging.verify(opened, asked, self.progress))
 
     def evaluate(
-        self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluateOptions]
+        self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluationOptions]
     ) -> EvaluateReport:
         """Measure top-1 and top-5 of PyTorch and every artefact on a folder of labelled images.
 
@@ -325,10 +389,10 @@ def export(
     >>> bool(export("van_digits", output=getfixture("tmp_path") / "digits"))
     True
     """
-    from van_deploy import pipeline
+    from van_deploy import exporting, pipeline
 
-    recipe = _recipe(model, changes_from(EXPORT, options))
-    loaded = pipeline.load_for(recipe, offline=offline, progress=progress)
+    recipe = recipe_for(model, changes_from(EXPORT, options))
+    loaded = exporting.load_for(recipe, offline=offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
     how = config.RunSettings(images=Path(images) if images else None, force=force)
     return Exported(pipeline.export_recipe(loaded, recipe, folder, how, progress))
@@ -354,21 +418,15 @@ def run_recipe(
     Raises:
         VanDeployError: as :func:`~van_deploy.pipeline.run_recipe`.
     """
-    from van_deploy import pipeline
+    from van_deploy import exporting, pipeline
 
     how = settings_from(config.RunSettings, options)
-    values = {tuple(key.split(".")): value for key, value in (changes or {}).items()}
-    wanted = _recipe(recipe, Changes(values, {place: ".".join(place) for place in values}))
-    loaded = pipeline.load_for(wanted, offline=how.offline, progress=progress)
+    values = {tuple(key.split(".")): Change(one, key) for key, one in (changes or {}).items()}
+    wanted = recipe_for(recipe, values)
+    loaded = exporting.load_for(wanted, offline=how.offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
     return pipeline.run_recipe(loaded, wanted, folder, how, progress)
 
 
 open_bundle = Bundle
 """Return the bundle at a path. Arguments and errors are those of :class:`Bundle`."""
-
-
-def _recipe(model: str | Path | config.Recipe, changes: Changes) -> config.Recipe:
-    if isinstance(model, config.Recipe):
-        return with_changes(model, changes)
-    return recipe_for(str(model), changes)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle
-from van_deploy.checks.gates import Outcome as Verdict
+from van_deploy.checks.gates import Outcome as Found
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import (
@@ -31,6 +31,7 @@ from van_deploy.config import (
     RunnerSettings,
     VerifySettings,
 )
+from van_deploy.documents import Verdict
 from van_deploy.engine.backend import Host, device_number, host_here
 from van_deploy.engine.bundled import (
     BUILT,
@@ -52,13 +53,65 @@ from van_deploy.errors import (
 )
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
-from van_deploy.results import BuildReport, Tuned
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, silent
 
 MADE_HERE = ("fp16", "bf16", "int8")
 LEAST_S, LEAST_CALLS, ROUNDS = 0.3, 10, 5
 SCOPES = ("pointwise", "deep", "all")
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one candidate.
+
+    Attributes:
+        candidate: in words.
+        engine: its name; "" where it was not built.
+        batch: images a call, when it was timed.
+        latency_ms: of a batch that stays on the device, the least mean of several rounds;
+            None where it was not timed.
+        images_per_s: at that batch.
+        sqnr_db: of its logits on the golden samples.
+        passed: whether it holds its gate.
+        error: why it was not built or not timed, or does not hold; "" otherwise.
+        kept: whether it is the one that is now in the bundle.
+    """
+
+    candidate: str
+    engine: str = ""
+    batch: int = 0
+    latency_ms: float | None = None
+    images_per_s: float | None = None
+    sqnr_db: float | None = None
+    passed: bool = False
+    error: str = ""
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class BuildReport(Verdict):
+    """The engines that were asked for.
+
+    Attributes:
+        outcomes: one an engine, in order.
+        tuned: the candidates that were timed, where that was asked.
+        remarks: a sentence for each precision that was made on the way.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    tuned: tuple[Tuned, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def errors(self) -> list[VanDeployError]:
+        """Why engines failed, in order."""
+        return [outcome.error for outcome in self.outcomes if outcome.error is not None]
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is one and none failed."""
+        return bool(self.outcomes) and not self.errors
 
 
 def build_bundle(
@@ -226,24 +279,29 @@ def _fastest(bundle: Bundle, settings: BuildSettings, host: Host, say: Progress)
                 found.append(Tuned(candidate.described, error=error.message))
             finally:
                 shutil.rmtree(copy)
-    times = {i: one.latency_ms for i, one in enumerate(found) if one.passed and one.latency_ms}
-    if not times:
+    holding = [one for one in found if one.passed and one.latency_ms]
+    if not holding:
         reasons = "; ".join(f"{one.candidate}: {one.error}" for one in found)
         raise ConversionError(
             f"No candidate holds its gate: {reasons}.", "See `van-deploy verify`."
         )
-    best = min(times, key=times.__getitem__)
+    best = found.index(min(holding, key=lambda one: one.latency_ms or 0.0))
     found[best] = replace(found[best], kept=True)
-    _with_scope(bundle.path, candidates[best])
-    report = build_bundle(Bundle.open(bundle.path), candidates[best].settings)
-    return replace(report, tuned=tuple(found))
+    return replace(_built(bundle.path, candidates[best]), tuned=tuple(found))
+
+
+def _built(path: Path, candidate: Candidate) -> BuildReport:
+    """Build a candidate, the INT8 graph it is built from first where it names a scope."""
+    if candidate.scope:
+        images = candidate.settings.images
+        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        quantize_bundle(path, asked, force=True)
+    return build_bundle(Bundle.open(path), candidate.settings)
 
 
 def tried(copy: Path, candidate: Candidate) -> Tuned:
     """Build, judge and time one candidate in a copy of the bundle."""
-    settings = candidate.settings
-    _with_scope(copy, candidate)
-    (built,) = build_bundle(Bundle.open(copy), settings).outcomes
+    settings, (built,) = candidate.settings, _built(copy, candidate).outcomes
     bundle, name = Bundle.open(copy), built.engine
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     device = "cuda:0" if settings.device in (None, "cpu") else str(settings.device)
@@ -252,7 +310,7 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         samples_for(bundle, None, None),
         VerifySettings(artefacts=(name,), device=device, modules=False),
     ).artefacts[name]
-    passed = verdict.outcome is Verdict.PASS
+    passed = verdict.outcome is Found.PASS
     with Network(bundle, name, RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -267,14 +325,6 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         passed,
         verdict.reason,
     )
-
-
-def _with_scope(path: Path, candidate: Candidate) -> None:
-    """Make the bundle's INT8 graph anew with the candidate's scope, where it names one."""
-    if candidate.scope:
-        images = candidate.settings.images
-        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
-        quantize_bundle(path, asked, force=True)
 
 
 def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:

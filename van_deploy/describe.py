@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from van_deploy.bundle import MANIFEST, Bundle, Manifest
 from van_deploy.config.sizes import ImageSize
+from van_deploy.engine.inspect import (
+    EngineDescription,
+    PackageDescription,
+    describe_engine,
+    describe_package,
+)
 from van_deploy.errors import InputError
+from van_deploy.graph.files import OnnxDescription, describe_onnx
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, locate_weights
-
-if TYPE_CHECKING:
-    from van_deploy.engine.inspect import EngineDescription, PackageDescription
-    from van_deploy.graph.files import OnnxDescription
 
 ENGINES = (".plan", ".engine", ".trt")
 
@@ -138,9 +141,6 @@ def artefacts_described(
     Raises:
         InputError: there is nothing to describe, or it cannot be read.
     """
-    from van_deploy.engine.inspect import describe_engine, describe_package
-    from van_deploy.graph.files import describe_onnx
-
     files = [artefact]
     if artefact.is_dir():
         bundle = Bundle.open(artefact)

@@ -149,6 +149,19 @@ def plain(value: object) -> Any:
     raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
 
 
+class Verdict:
+    """A result that is true if it passed."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether it passed."""
+        raise NotImplementedError
+
+    def __bool__(self) -> bool:
+        """Return :attr:`passed`."""
+        return self.passed
+
+
 def field_is_json(field: dataclasses.Field[Any]) -> bool:
     """Return whether a field belongs to the document, as all but ``{"json": False}`` do."""
     return bool(field.metadata.get("json", True))

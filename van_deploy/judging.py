@@ -10,12 +10,12 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
-from van_deploy.checks.golden import GOLDEN_IMAGES, samples_for
+from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
 from van_deploy.checks.judging import common
-from van_deploy.checks.samples import Samples
 from van_deploy.checks.verify import NO_RECIPE, VerifyReport, verify_bundle
+from van_deploy.files import write_atomic
 from van_deploy.recipe import recipe_named
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import original_network
 from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def check(
     measured = regression.baseline_from(bundle, samples, verified, evaluated, ratios)
     report = regression.compare_with_baseline(measured, known, verified, evaluated)
     if update and report:
-        regression.write_baseline(baseline, report.measured)
+        baseline.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(baseline, report.measured.text())  # one figure a line: a change is one line
     return report
 
 

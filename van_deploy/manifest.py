@@ -28,7 +28,6 @@ from van_deploy.schema import (
     Text,
     Versioned,
     read_versioned,
-    versioned_from,
 )
 
 SCHEMA: Final = "van-deploy/bundle/2"
@@ -282,7 +281,7 @@ def manifest_from(text: str, path: Path) -> Manifest:
     Raises:
         BundleError: it is damaged, of another version, or names files outside of the bundle.
     """
-    return versioned_from(Manifest, text, path, "manifest", BundleError, ANEW)
+    return read_versioned(Manifest, path, "manifest", BundleError, ANEW, text)
 
 
 def read_manifest(folder: Path) -> Manifest:

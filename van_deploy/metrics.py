@@ -185,11 +185,6 @@ def kl_divergence(reference: Array, actual: Array) -> Array:
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
 
 
-def top1_agreement(reference: Array, actual: Array) -> float:
-    """Return the share of rows with the same top-1 class, as :func:`topk_agreement`."""
-    return topk_agreement(reference, actual, 1)
-
-
 def top_classes(logits: Array, k: int) -> npt.NDArray[np.int64]:
     """Return each row's ``k`` largest columns ``(N, min(k, K))``, the largest first.
 

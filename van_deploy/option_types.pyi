@@ -68,7 +68,7 @@ class DriftOptions(TypedDict, total=False):
     images: str | Path | None
     count: int
 
-class EvaluateOptions(TypedDict, total=False):
+class EvaluationOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
     allow_inconclusive: bool
     artefacts: Sequence[str]

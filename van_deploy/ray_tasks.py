@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from van_deploy.errors import MissingDependency
@@ -12,31 +12,20 @@ from van_deploy.errors import MissingDependency
 
 @dataclass(frozen=True)
 class RayTask:
-    """One call of the function.
+    """One call of the function, and how it ended.
 
     Attributes:
         tag: what its result is told by.
         arguments: of the call, after what all calls share.
         options: Ray's, such as ``num_cpus`` and ``accelerator_type``.
-    """
-
-    tag: Any
-    arguments: tuple[Any, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RayDone:
-    """A task that ended.
-
-    Attributes:
-        tag: of the task.
         result: what the function returned.
         failure: why it did not return, one line; "" where it did.
     """
 
     tag: Any
-    result: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
     failure: str = ""
 
 
@@ -62,7 +51,7 @@ def run_on_ray(
     *,
     shared: Any = None,
     address: str | None = None,
-) -> Iterator[RayDone]:
+) -> Iterator[RayTask]:
     """Call ``function(shared, *arguments)`` for each task, and yield each as it ends.
 
     Args:
@@ -88,20 +77,20 @@ def run_on_ray(
     try:
         remote, given = ray.remote(function), ray.put(shared)
         most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=1)
-        waiting: dict[Any, Any] = {}
+        waiting: dict[Any, RayTask] = {}
         for task in tasks:
             options = {"max_retries": 0, **task.options}
             if "num_cpus" in options:  # no more than the largest machine has
                 options["num_cpus"] = min(options["num_cpus"], max(1, most))
-            waiting[remote.options(**options).remote(given, *task.arguments)] = task.tag
+            waiting[remote.options(**options).remote(given, *task.arguments)] = task
         while waiting:
             (done,), _ = ray.wait(list(waiting), num_returns=1)
-            tag = waiting.pop(done)
+            task = waiting.pop(done)
             try:
-                yield RayDone(tag, ray.get(done))
+                yield replace(task, result=ray.get(done))
             except ray.exceptions.RayError as error:
                 lines = str(error).strip().splitlines()
-                yield RayDone(tag, None, lines[-1] if lines else type(error).__name__)
+                yield replace(task, failure=lines[-1] if lines else type(error).__name__)
     finally:
         if started:
             ray.shutdown()

@@ -1,9 +1,11 @@
-"""A recipe: the version-controlled truth of how one model is deployed.
+"""Recipes, the version-controlled truth of how models are deployed, and calibration sets.
 
 A recipe is a TOML file. It is read once, here, into the tables of
 :mod:`van_deploy.config`; a mistake is reported with the file and the key. Paths in it are
 relative to the file. ``export/`` holds one for each variant; a user copies one for a model
 of their own. ``docs/recipe.md`` shows every key.
+
+A calibration set says which images calibrate INT8, and how many; ``calibration/`` holds some.
 """
 
 from __future__ import annotations
@@ -12,20 +14,56 @@ import difflib
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from van_deploy.config import Recipe
-from van_deploy.config.fields import InFile, key_of
-from van_deploy.config.named import Changes, put_all
+from van_deploy.config.fields import InFile, Table, option
+from van_deploy.config.named import Change, Changes, recipe_from, written
 from van_deploy.documents import tomllib
 from van_deploy.errors import RecipeError, UsageError
-from van_deploy.schema import Settings, table_in, toml_tables, validated
+from van_deploy.schema import Settings, key_of, read_toml, table_in, toml_tables
 
-FILES = "van_deploy.recipes"
-UNCHANGED = Changes()
+RECIPES, CALIBRATION_SETS = "van_deploy.recipes", "van_deploy.calibration_sets"
+UNCHANGED: Changes = {}
 
 
-def builtin_files(package: str = FILES) -> dict[str, Path]:
+class ImageSelection(Table):
+    """Which images, and how many. Table ``[images]``.
+
+    Attributes:
+        source: A folder (one sub-folder a class, or flat), an .npz, the digits inside the package,
+            or noise.
+        path: The folder or file, relative to the set; empty for what --images gives.
+        count: How many at most.
+        seed: Of the choice.
+        balanced: The same number of every class folder, as far as there are that many.
+        held_out: Share of the chosen images that is not calibrated on but compares the methods,
+            and evaluates the result where there are no other images.
+        digest: Digest the chosen images must have; empty where it is not known.
+    """
+
+    source: Literal["folder", "npz", "digits", "noise"] = option("folder")
+    path: str = option("")
+    count: int = option(512, ge=2)
+    seed: int = option(0, ge=0)
+    balanced: bool = option(True)
+    held_out: float = option(0.2, ge=0, lt=1)
+    digest: str = option("")
+
+
+class CalibrationSet(Table):
+    """Which images calibrate INT8; one file of ``calibration/``.
+
+    Attributes:
+        description: What it is for, one sentence.
+        images: Which images.
+    """
+
+    description: str = option("")
+    images: ImageSelection = option(ImageSelection)
+
+
+def builtin_files(package: str = RECIPES) -> dict[str, Path]:
     """Return the TOML files inside a data package by name; by default the recipes."""
     folder = resources.files(package)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
@@ -63,20 +101,21 @@ def recipe_named(name: str, changes: Changes = UNCHANGED) -> Recipe:
         RecipeError: there is none, or it is wrong.
         UsageError: a change is wrong.
     """
-    return read_recipe(file_named(name, FILES, "recipe"), changes)
+    return read_recipe(file_named(name, RECIPES, "recipe"), changes)
 
 
-def recipe_for(model: str, changes: Changes = UNCHANGED) -> Recipe:
-    """Return the recipe for what the user named: a recipe, or anything with weights.
+def recipe_for(model: str | Path | Recipe, changes: Changes = UNCHANGED) -> Recipe:
+    """Return the recipe for what the user gave: a recipe, its name, or anything with weights.
 
     Raises:
         RecipeError: it is a recipe, and wrong.
         UsageError: a change is wrong.
     """
-    if model.endswith(".toml") or model in builtin_files():
-        return recipe_named(model, changes)
-    tables = put_all({"model": {"weights": model}}, changes)
-    return validated(Recipe, tables, error=RecipeError, spelling=changes.spelling)
+    if isinstance(model, Recipe):
+        return recipe_from(written(model), changes)
+    if str(model).endswith(".toml") or model in builtin_files():
+        return recipe_named(str(model), changes)
+    return recipe_from({"model": {"weights": str(model)}}, changes)
 
 
 def read_recipe(path: Path, changes: Changes = UNCHANGED) -> Recipe:
@@ -91,13 +130,12 @@ def read_recipe(path: Path, changes: Changes = UNCHANGED) -> Recipe:
             not of its kind; names the file and the key.
         UsageError: a change is wrong; names the option as it was written.
     """
-    tables, where = toml_tables(path, "recipe", RecipeError), f"The recipe '{path}'"
+    tables = toml_tables(path, "recipe", RecipeError)
     _find_files_(tables, Recipe, path.parent)
-    put_all(tables, changes)
-    return validated(Recipe, tables, where=where, error=RecipeError, spelling=changes.spelling)
+    return recipe_from(tables, changes, f"The recipe '{path}'")
 
 
-def changes_from_text(assignments: Iterable[str], option: str = "--set") -> Changes:
+def changes_from_text(assignments: Iterable[str]) -> Changes:
     """Return the changes of a recipe written ``KEY=VALUE``.
 
     The value is TOML; what is none is taken as text, so that ``model.weights=mine.pth``
@@ -106,21 +144,35 @@ def changes_from_text(assignments: Iterable[str], option: str = "--set") -> Chan
     Raises:
         UsageError: one has no ``=``, or its key is none of a recipe.
     """
-    changes = Changes()
+    changes: Changes = {}
     for text in assignments:
-        key, equals, written = text.partition("=")
+        key, equals, given = text.partition("=")
         place = tuple(part.strip() for part in key.split("."))
         if not equals or not all(place):
             raise UsageError(
-                f"{option} '{text}' is no assignment.",
-                f"Write KEY=VALUE, such as {option} engines.tf32=false.",
+                f"--set '{text}' is no assignment.",
+                "Write KEY=VALUE, such as --set engines.tf32=false.",
             )
         try:
-            value = tomllib.loads(f"value = {written}")["value"]
+            value = tomllib.loads(f"value = {given}")["value"]
         except tomllib.TOMLDecodeError:
-            value = written
-        changes |= Changes({place: value}, {place: f"{option} {'.'.join(place)}"})
+            value = given
+        changes[place] = Change(value, f"--set {'.'.join(place)}")
     return changes
+
+
+def calibration_set_named(name: str) -> CalibrationSet:
+    """Return the built-in set ``name``, or the one in the TOML file of that path.
+
+    Raises:
+        RecipeError: there is none, or it is wrong.
+    """
+    path = file_named(name, CALIBRATION_SETS, "calibration set")
+    found = read_toml(CalibrationSet, path, "calibration set", RecipeError)
+    if not found.images.path:
+        return found
+    place = str(path.parent / found.images.path)
+    return found.changed(images=found.images.changed(path=place))
 
 
 def _find_files_(values: Any, schema: type[Settings], folder: Path) -> None:

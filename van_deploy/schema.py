@@ -115,7 +115,7 @@ class _Checked(ModelMetaclass):
 
         def __call__(cls, *values_in_order: Any, **values: Any) -> Any:  # noqa: N805
             values = {**dict(zip(cls.model_fields, values_in_order, strict=False)), **values}
-            spelling = {(_key(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
+            spelling = {(key_of(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
             spelling |= {(name,): f"{name}=" for name in values}
             return validated(cls, values, spelling=spelling)
 
@@ -190,7 +190,12 @@ def validated(
 
 
 def read_versioned(
-    model: type[Document], path: Path, what: str, error: type[InputError], remedy: str
+    model: type[Document],
+    path: Path,
+    what: str,
+    error: type[InputError],
+    remedy: str,
+    text: str | None = None,
 ) -> Document:
     """Return the document in a file.
 
@@ -200,27 +205,18 @@ def read_versioned(
         what: what errors call it, such as ``manifest``.
         error: what a mistake is raised as.
         remedy: what to do about a file that is not what was written, or of another version.
+        text: what the file holds; None reads it.
 
     Raises:
         error: it cannot be read, is damaged, or is of another version.
     """
-    try:
-        text = text_from(path)
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or failure
-        raise error(f"The {what} '{path}' is damaged: {reason}.", remedy) from failure
-    return versioned_from(model, text, path, what, error, remedy)
-
-
-def versioned_from(
-    model: type[Document], text: str, path: Path, what: str, error: type[InputError], remedy: str
-) -> Document:
-    """Return the document in ``text``. Arguments and errors are :func:`read_versioned`'s."""
     where = f"The {what} '{path}' is damaged"
     try:
+        text = text_from(path) if text is None else text
         raw = json_from(text)
-    except ValueError as failure:
-        raise error(f"{where}: {failure}.", remedy) from failure
+    except (OSError, ValueError) as failure:
+        reason = getattr(failure, "strerror", None) or failure
+        raise error(f"{where}: {reason}.", remedy) from failure
     found = raw.get("schema") if isinstance(raw, Mapping) else None
     if isinstance(found, str) and found != model.schema_name():
         raise error(
@@ -348,11 +344,11 @@ def _keys_of(table: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(table, include_extras=True)
     if dataclasses.is_dataclass(table):
         return {field.name: hints[field.name] for field in dataclasses.fields(table)}
-    return {_key(name, field): hints[name] for name, field in table.model_fields.items()}
+    return {key_of(name, field): hints[name] for name, field in table.model_fields.items()}
 
 
-def _key(name: str, field: pydantic.fields.FieldInfo) -> str:
-    """Return what a field is called in files."""
+def key_of(name: str, field: pydantic.fields.FieldInfo) -> str:
+    """Return what files and keyword arguments call a field."""
     return field.validation_alias if isinstance(field.validation_alias, str) else name
 
 

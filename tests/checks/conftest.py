@@ -28,12 +28,6 @@ def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
     return Bundle.open(bundle.path)
 
 
-@pytest.fixture(scope="session")
-def digits(judged: Subject) -> Subject:
-    """Return the digits' bundle; it must not be changed."""
-    return judged
-
-
 @pytest.fixture
 def broken(copy_of: Copy, tmp_path: Path) -> Broken:
     """Return a function that puts a broken graph in the place of an artefact, in a new copy.

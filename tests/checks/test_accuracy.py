@@ -34,56 +34,56 @@ def said(classes: list[int], confidence: float = 0.9) -> Answers:
     return Answers.of(logits.astype(np.float32))
 
 
-class TestOneClassOfMany:
-    def test_counted_by_hand(self) -> None:
-        labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-        before, after = said([0, 0, 1, 1, 2, 0, 3, 3]), said([0, 1, 1, 1, 2, 2, 0, 0])
-        accuracy = accuracy_of(before, Truth(labels, 10, SINGLE))
-        assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.875)
-        assert accuracy.ece == pytest.approx(0.025, abs=1e-6)
-        found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8")
-        assert (found.loss.lost, found.loss.won, found.loss.loss) == (3, 1, 25.0)
-        assert found.loss.p_value == binomtest(3, 4, 0.5).pvalue
-        changed = [tuple(change.values()) for change in found.classes]
-        assert changed == [(3, 2, 2, 0), (0, 2, 2, 1), (2, 2, 1, 2)]
-        assert found.confusions == ((3, 0, 2), (0, 1, 1), (0, 2, 1))
+def test_counted_by_hand() -> None:
+    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    before, after = said([0, 0, 1, 1, 2, 0, 3, 3]), said([0, 1, 1, 1, 2, 2, 0, 0])
+    accuracy = accuracy_of(before, Truth(labels, 10, SINGLE))
+    assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.875)
+    assert accuracy.ece == pytest.approx(0.025, abs=1e-6)
+    found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8")
+    assert (found.loss.lost, found.loss.won, found.loss.loss) == (3, 1, 25.0)
+    assert found.loss.p_value == binomtest(3, 4, 0.5).pvalue
+    changed = [tuple(change.values()) for change in found.classes]
+    assert changed == [(3, 2, 2, 0), (0, 2, 2, 1), (2, 2, 1, 2)]
+    assert found.confusions == ((3, 0, 2), (0, 1, 1), (0, 2, 1))
 
-    def test_top5_of_five_classes_is_no_figure(self) -> None:
-        """It is 100 % whatever the network says."""
-        logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
-        labels = np.zeros(20, np.int64)
-        few = accuracy_of(Answers.of(logits), Truth(labels, 5, SINGLE))
-        assert (few.top5, few.top5_interval) == (None, None)
-        assert (
-            accuracy_of(Answers.of(np.tile(logits, 2)), Truth(labels, 10, SINGLE)).top5 is not None
-        )
 
-    def test_a_nan_is_no_answer(self) -> None:
-        reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
-        logits = np.array([[3.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
-        found, truth = Answers.of(logits, SINGLE, reference), Truth(np.array([0, 0]), 3, SINGLE)
-        assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
-        assert found.confidence[1] == 0
-        assert accuracy_of(found, truth).top1 == 0.5
-        judged = judge_artefact(Answers.of(reference), found, truth, "fp16")
-        assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
-        assert judged.confusions == ((0, -1, 1),)
+def test_top5_of_five_classes_is_no_figure() -> None:
+    """It is 100 % whatever the network says."""
+    logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
+    labels = np.zeros(20, np.int64)
+    few = accuracy_of(Answers.of(logits), Truth(labels, 5, SINGLE))
+    assert (few.top5, few.top5_interval) == (None, None)
+    assert accuracy_of(Answers.of(np.tile(logits, 2)), Truth(labels, 10, SINGLE)).top5 is not None
 
-    def test_noise_and_flips_over_the_whole_set(self) -> None:
-        rng = np.random.default_rng(3)
-        expected = rng.normal(size=(10, 4)).astype(np.float32)
-        found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
-        before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
-        judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
-        noise = np.square(found.astype(np.float64) - expected).sum()
-        signal = np.square(expected.astype(np.float64)).sum()
-        assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
-        changed = np.flatnonzero(expected.argmax(1) != found.argmax(1))
-        assert judged.flips == len(changed) > 0
-        (flips,) = (f for f in judged.findings if f.rule == "label flips")
-        ordered = np.sort(expected[changed])
-        widest = (ordered[:, -1] - ordered[:, -2]).max() / math.sqrt(signal / expected.size)
-        assert flips.value == pytest.approx(widest, rel=1e-5)
+
+def test_a_nan_is_no_answer() -> None:
+    reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
+    logits = np.array([[3.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
+    found, truth = Answers.of(logits, SINGLE, reference), Truth(np.array([0, 0]), 3, SINGLE)
+    assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
+    assert found.confidence[1] == 0
+    assert accuracy_of(found, truth).top1 == 0.5
+    judged = judge_artefact(Answers.of(reference), found, truth, "fp16")
+    assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
+    assert judged.confusions == ((0, -1, 1),)
+
+
+def test_noise_and_flips_over_the_whole_set() -> None:
+    rng = np.random.default_rng(3)
+    expected = rng.normal(size=(10, 4)).astype(np.float32)
+    found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
+    before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
+    judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
+    noise = np.square(found.astype(np.float64) - expected).sum()
+    signal = np.square(expected.astype(np.float64)).sum()
+    assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
+    changed = np.flatnonzero(expected.argmax(1) != found.argmax(1))
+    assert judged.flips == len(changed) > 0
+    (flips,) = (f for f in judged.findings if f.rule == "label flips")
+    ordered = np.sort(expected[changed])
+    widest = (ordered[:, -1] - ordered[:, -2]).max() / math.sqrt(signal / expected.size)
+    assert flips.value == pytest.approx(widest, rel=1e-5)
 
 
 def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
@@ -103,31 +103,32 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
 
 
-class TestManyLabels:
-    LOGITS = np.array([[2.0, -1.0, 3.0], [-2.0, 1.0, -1.0]], np.float32)
-    LABELS = np.array([[1, 0, 1], [0, 1, 1]])
+LOGITS = np.array([[2.0, -1.0, 3.0], [-2.0, 1.0, -1.0]], np.float32)
+LABELS = np.array([[1, 0, 1], [0, 1, 1]])
 
-    def test_f1_and_its_loss_counted_by_hand(self) -> None:
-        worse = self.LOGITS.copy()
-        worse[0, 0] = -2.0
-        before, after = Answers.of(self.LOGITS, MULTI), Answers.of(worse, MULTI)
-        accuracy = accuracy_of(before, Truth(self.LABELS, 3, MULTI))
-        assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
-        assert accuracy.top1 == pytest.approx(2 * 3 / (3 + 4))
-        loss = judge_artefact(before, after, Truth(self.LABELS, 3, MULTI), "int8").loss
-        assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
-        assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
-        assert loss.interval[0] <= loss.loss <= loss.interval[1]
 
-    def test_the_interval_resamples_images_and_not_decisions(self) -> None:
-        """A thousand labels of one image are no thousand observations."""
-        rng = np.random.default_rng(0)
-        one = rng.integers(0, 2, (30, 1))
-        logits = np.where(rng.random((30, 1)) < 0.2, 1 - 2 * one, 2 * one - 1)
-        found = Answers.of(np.repeat(logits, 200, axis=1).astype(np.float32), MULTI)
-        labels = np.repeat(one, 200, axis=1)
-        low, high = accuracy_of(found, Truth(labels, 200, MULTI)).top1_interval
-        assert high - low > 0.15
+def test_f1_and_its_loss_counted_by_hand() -> None:
+    worse = LOGITS.copy()
+    worse[0, 0] = -2.0
+    before, after = Answers.of(LOGITS, MULTI), Answers.of(worse, MULTI)
+    accuracy = accuracy_of(before, Truth(LABELS, 3, MULTI))
+    assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
+    assert accuracy.top1 == pytest.approx(2 * 3 / (3 + 4))
+    loss = judge_artefact(before, after, Truth(LABELS, 3, MULTI), "int8").loss
+    assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
+    assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
+    assert loss.interval[0] <= loss.loss <= loss.interval[1]
+
+
+def test_the_interval_resamples_images_and_not_decisions() -> None:
+    """A thousand labels of one image are no thousand observations."""
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 2, (30, 1))
+    logits = np.where(rng.random((30, 1)) < 0.2, 1 - 2 * one, 2 * one - 1)
+    found = Answers.of(np.repeat(logits, 200, axis=1).astype(np.float32), MULTI)
+    labels = np.repeat(one, 200, axis=1)
+    low, high = accuracy_of(found, Truth(labels, 200, MULTI)).top1_interval
+    assert high - low > 0.15
 
 
 @settings(deadline=None)

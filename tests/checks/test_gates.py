@@ -106,116 +106,115 @@ def test_what_was_not_shown_needs_leave_of_its_own_kind(
         assert passes(needs, finding) is (finding.outcome is INCONCLUSIVE), "a skip shows nothing"
 
 
-class TestLogits:
-    @each(
-        ("numeric", "found", "recorded", "rules", "said"),
-        [
-            ("fp16", noisy(LOGITS, 44.0), None, ["SQNR"], "44.0 dB is below 45.0 dB (floor for "),
-            # INT8 limits of 12.5 dB, where the artifact had 38.9, passed scales times 6.
-            ("int8", noisy(LOGITS, 35.0), 38.9, ["SQNR"], "(38.9 dB recorded when it was made, mi"),
-            ("int8", noisy(LOGITS, 19.0), 21.0, ["SQNR"], "(floor for int8)"),
-            ("int8", noisy(LOGITS, 38.0), 38.9, [], ""),
-            ("fp16", spoiled(17, noisy(LOGITS, 32.0)[17]), None, ["worst image"], ""),
-            ("int8", spoiled(3, np.nan), None, ["SQNR", "worst image", "label flips"], ""),
-            ("int8", spoiled(3, np.inf), None, ["SQNR", "worst image", "label flips"], ""),
-            ("int8", LOGITS[:, :9], None, ["shape"], "(40, 9) where PyTorch's has (40, 10)"),
-        ],
-    )
-    def test_what_does_not_hold_says_its_limit(
-        self, numeric: str, found: np.ndarray, recorded: float | None, rules: list[str], said: str
-    ) -> None:
-        findings, flips = gates.judge_logits(LOGITS, found, sqnr_floor(numeric, 130.0), recorded)
-        assert [f.rule for f in findings if f.outcome is FAIL] == rules
-        assert said in findings[0].message
-        if not np.isfinite(found).all():
-            assert (flips[0].image, flips[0].found, flips[0].fault) == (3, -1, True)
-
-    @each(
-        ("task", "expected", "found", "flips"),
-        [
-            # A narrow margin may flip; a wide one may not, however large the artifact's noise.
-            (
-                *(Task.SINGLE_LABEL, [[10, 9.99, 0], [10, 5, 0]], [[9.99, 10, 0], [5, 10, 0]]),
-                [(1, 0, True), (0, 0, False)],
-            ),
-            # One logit: decided at 0; argmax gave 100 % agreement, whatever it was.
-            (
-                *(Task.BINARY, [[2.0], [-1.0], [0.001]], [[2.0], [1.0], [-0.001]]),
-                [(1, 0, True), (2, 0, False)],
-            ),
-            # Many labels: each is a decision.
-            (
-                *(Task.MULTI_LABEL, [[3.0, -3.0, 0.01]], [[3.0, 3.0, -0.01]]),
-                [(0, 1, True), (0, 2, False)],
-            ),
-            (Task.BINARY, [[2.0], [-1.0]], [[2.001], [-1.001]], []),
-            (Task.SINGLE_LABEL, [[10, 9.99, 0]], [[np.nan, 10, 0]], [(0, 0, True)]),
-            (Task.REGRESSION, [[2.0], [-1.0]], [[-2.0], [1.0]], []),
-        ],
-    )
-    def test_flips_are_explained_by_the_allowed_noise_and_not_by_their_own(
-        self, task: Task, expected: object, found: object, flips: list[tuple[int, int, bool]]
-    ) -> None:
-        pair, floor = (np.array(expected), np.array(found)), Limit(45.0, "x")
-        findings, given = gates.judge_logits(*pair, floor, task=task)
-        assert [(f.image, f.label, f.fault) for f in given] == flips
-        fails = {f.rule for f in findings if f.outcome is FAIL}
-        assert ("label flips" in fails) is any(fault for _, _, fault in flips)
-
-    def test_a_row_shifted_by_one_fails_batch_invariance(self) -> None:
-        floor = sqnr_floor("int8", 130.0)
-        assert gates.judge_invariance(LOGITS, LOGITS, floor, 8).outcome is PASS
-        shifted = gates.judge_invariance(LOGITS, np.roll(LOGITS, 1, axis=0), floor, 8)
-        assert shifted.outcome is FAIL
-        assert shifted.message.endswith(" dB is below 26.0 dB (floor for any class)")
+@each(
+    ("numeric", "found", "recorded", "rules", "said"),
+    [
+        ("fp16", noisy(LOGITS, 44.0), None, ["SQNR"], "44.0 dB is below 45.0 dB (floor for "),
+        # INT8 limits of 12.5 dB, where the artifact had 38.9, passed scales times 6.
+        ("int8", noisy(LOGITS, 35.0), 38.9, ["SQNR"], "(38.9 dB recorded when it was made, mi"),
+        ("int8", noisy(LOGITS, 19.0), 21.0, ["SQNR"], "(floor for int8)"),
+        ("int8", noisy(LOGITS, 38.0), 38.9, [], ""),
+        ("fp16", spoiled(17, noisy(LOGITS, 32.0)[17]), None, ["worst image"], ""),
+        ("int8", spoiled(3, np.nan), None, ["SQNR", "worst image", "label flips"], ""),
+        ("int8", spoiled(3, np.inf), None, ["SQNR", "worst image", "label flips"], ""),
+        ("int8", LOGITS[:, :9], None, ["shape"], "(40, 9) where PyTorch's has (40, 10)"),
+    ],
+)
+def test_what_does_not_hold_says_its_limit(
+    numeric: str, found: np.ndarray, recorded: float | None, rules: list[str], said: str
+) -> None:
+    findings, flips = gates.judge_logits(LOGITS, found, sqnr_floor(numeric, 130.0), recorded)
+    assert [f.rule for f in findings if f.outcome is FAIL] == rules
+    assert said in findings[0].message
+    if not np.isfinite(found).all():
+        assert (flips[0].image, flips[0].found, flips[0].fault) == (3, -1, True)
 
 
-class TestNonInferiority:
-    @each(
-        ("loss", "numeric", "message"),
-        [
-            # McNemar's p is 0.06 there, which was a PASS.
-            ((5, 0, 5), "int8", "+13.10 to +100.00 pp of top-1 lost on 5 images, 1 allowed"),
-            ((4, 0, 5), "int8", "pp of top-1 lost on 5 images, 1 allowed (allowed for int8)"),
-            # Twice what is allowed passed.
-            ((20, 0, 2000), "bf16", "+0.65 to +1.54 pp of top-1 lost on 2000 images, 0.5 allowed"),
-        ],
-    )
-    def test_a_loss_that_is_shown_fails(
-        self, loss: tuple[int, int, int], numeric: str, message: str
-    ) -> None:
-        found = judge_loss(paired_loss(*loss), allowed_loss(numeric))
-        assert found.outcome is FAIL
-        assert message in found.message
+@each(
+    ("task", "expected", "found", "flips"),
+    [
+        # A narrow margin may flip; a wide one may not, however large the artifact's noise.
+        (
+            *(Task.SINGLE_LABEL, [[10, 9.99, 0], [10, 5, 0]], [[9.99, 10, 0], [5, 10, 0]]),
+            [(1, 0, True), (0, 0, False)],
+        ),
+        # One logit: decided at 0; argmax gave 100 % agreement, whatever it was.
+        (
+            *(Task.BINARY, [[2.0], [-1.0], [0.001]], [[2.0], [1.0], [-0.001]]),
+            [(1, 0, True), (2, 0, False)],
+        ),
+        # Many labels: each is a decision.
+        (
+            *(Task.MULTI_LABEL, [[3.0, -3.0, 0.01]], [[3.0, 3.0, -0.01]]),
+            [(0, 1, True), (0, 2, False)],
+        ),
+        (Task.BINARY, [[2.0], [-1.0]], [[2.001], [-1.001]], []),
+        (Task.SINGLE_LABEL, [[10, 9.99, 0]], [[np.nan, 10, 0]], [(0, 0, True)]),
+        (Task.REGRESSION, [[2.0], [-1.0]], [[-2.0], [1.0]], []),
+    ],
+)
+def test_flips_are_explained_by_the_allowed_noise_and_not_by_their_own(
+    task: Task, expected: object, found: object, flips: list[tuple[int, int, bool]]
+) -> None:
+    pair, floor = (np.array(expected), np.array(found)), Limit(45.0, "x")
+    findings, given = gates.judge_logits(*pair, floor, task=task)
+    assert [(f.image, f.label, f.fault) for f in given] == flips
+    fails = {f.rule for f in findings if f.outcome is FAIL}
+    assert ("label flips" in fails) is any(fault for _, _, fault in flips)
 
-    @each(("allowed", "images"), [(1.0, 381), (0.5, 765)])
-    def test_too_few_images_say_how_many_would_decide(self, allowed: float, images: int) -> None:
-        limit, few = Limit(allowed, "x"), paired_loss(0, 0, images - 1)
-        assert judge_loss(paired_loss(0, 0, images), limit).outcome is PASS
-        assert judge_loss(few, limit).outcome is INCONCLUSIVE
-        assert f"about {images} images would decide" in judge_loss(few, limit).message
-        assert judge_loss(few, limit, lossy=False).outcome is PASS
-        assert judge_loss(Loss(9, 0.0, (-1.0, allowed)), limit).outcome is PASS, "within"
-        assert judge_loss(Loss(9, 0.0, (allowed, 2.0)), limit).outcome is INCONCLUSIVE
 
-    def test_how_many_images_decide(self) -> None:
-        just = judge_loss(paired_loss(10, 0, 1000), INT8)
-        assert "no number of images would decide" in just.message
-        needed = gates.images_to_decide(paired_loss(6, 3, 400), 1.0)
-        assert needed is not None
-        more = paired_loss(round(6 * needed / 400), round(3 * needed / 400), needed)
-        assert judge_loss(more, INT8).outcome is PASS
+def test_a_row_shifted_by_one_fails_batch_invariance() -> None:
+    floor = sqnr_floor("int8", 130.0)
+    assert gates.judge_invariance(LOGITS, LOGITS, floor, 8).outcome is PASS
+    shifted = gates.judge_invariance(LOGITS, np.roll(LOGITS, 1, axis=0), floor, 8)
+    assert shifted.outcome is FAIL
+    assert shifted.message.endswith(" dB is below 26.0 dB (floor for any class)")
 
-    @settings(deadline=None)
-    @given(st.sampled_from([5, 50, 500, 2000]), st.data())
-    def test_none_that_lost_more_than_allowed_passes(
-        self, images: int, data: st.DataObject
-    ) -> None:
-        lost = data.draw(st.integers(0, images))
-        loss = paired_loss(lost, data.draw(st.integers(0, images - lost)), images)
-        for allowed in (allowed_loss("bf16"), INT8):
-            wrong = PASS if loss.loss > allowed.value else FAIL
-            assert judge_loss(loss, allowed).outcome is not wrong
+
+@each(
+    ("loss", "numeric", "message"),
+    [
+        # McNemar's p is 0.06 there, which was a PASS.
+        ((5, 0, 5), "int8", "+13.10 to +100.00 pp of top-1 lost on 5 images, 1 allowed"),
+        ((4, 0, 5), "int8", "pp of top-1 lost on 5 images, 1 allowed (allowed for int8)"),
+        # Twice what is allowed passed.
+        ((20, 0, 2000), "bf16", "+0.65 to +1.54 pp of top-1 lost on 2000 images, 0.5 allowed"),
+    ],
+)
+def test_a_loss_that_is_shown_fails(loss: tuple[int, int, int], numeric: str, message: str) -> None:
+    found = judge_loss(paired_loss(*loss), allowed_loss(numeric))
+    assert found.outcome is FAIL
+    assert message in found.message
+
+
+@each(("allowed", "images"), [(1.0, 381), (0.5, 765)])
+def test_too_few_images_say_how_many_would_decide(allowed: float, images: int) -> None:
+    limit, few = Limit(allowed, "x"), paired_loss(0, 0, images - 1)
+    assert judge_loss(paired_loss(0, 0, images), limit).outcome is PASS
+    assert judge_loss(few, limit).outcome is INCONCLUSIVE
+    assert f"about {images} images would decide" in judge_loss(few, limit).message
+    assert judge_loss(few, limit, lossy=False).outcome is PASS
+    assert judge_loss(Loss(9, 0.0, (-1.0, allowed)), limit).outcome is PASS, "within"
+    assert judge_loss(Loss(9, 0.0, (allowed, 2.0)), limit).outcome is INCONCLUSIVE
+
+
+def test_how_many_images_decide() -> None:
+    just = judge_loss(paired_loss(10, 0, 1000), INT8)
+    assert "no number of images would decide" in just.message
+    needed = gates.images_to_decide(paired_loss(6, 3, 400), 1.0)
+    assert needed is not None
+    more = paired_loss(round(6 * needed / 400), round(3 * needed / 400), needed)
+    assert judge_loss(more, INT8).outcome is PASS
+
+
+@settings(deadline=None)
+@given(st.sampled_from([5, 50, 500, 2000]), st.data())
+def test_none_that_lost_more_than_allowed_passes(images: int, data: st.DataObject) -> None:
+    lost = data.draw(st.integers(0, images))
+    loss = paired_loss(lost, data.draw(st.integers(0, images - lost)), images)
+    for allowed in (allowed_loss("bf16"), INT8):
+        wrong = PASS if loss.loss > allowed.value else FAIL
+        assert judge_loss(loss, allowed).outcome is not wrong
 
 
 @each(

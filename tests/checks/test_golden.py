@@ -38,33 +38,33 @@ def rewritten(path: Path, **arrays: Any) -> Bundle:
     return Bundle.open(path)
 
 
-def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
-    samples = golden_samples(digits.bundle)
+def test_they_are_pytorchs_own_answers(judged: Subject) -> None:
+    samples = golden_samples(judged.bundle)
     assert len(samples) == 16
     assert samples.pixels is not None
-    inputs = normalised(samples.pixels, digits.loaded.preprocessing)
+    inputs = normalised(samples.pixels, judged.loaded.preprocessing)
     assert np.array_equal(samples.inputs, inputs)
     with torch.inference_mode():
         parts = torch.from_numpy(inputs).split(8)  # how many at a time decides float32's noise
-        single = torch.cat([digits.loaded.model(part) for part in parts]).numpy()
-        double = digits.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
-        digits.loaded.model.float()
+        single = torch.cat([judged.loaded.model(part) for part in parts]).numpy()
+        double = judged.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
+        judged.loaded.model.float()
     assert np.abs(samples.logits - double).max() < 1e-12
     assert 120 < samples.noise_db < 150
     assert samples.noise_db == pytest.approx(sqnr_db(double, single), abs=1e-3)
 
 
-def test_the_originals_and_the_terms(digits: Subject) -> None:
-    ours = digits.bundle.manifest.golden
+def test_the_originals_and_the_terms(judged: Subject) -> None:
+    ours = judged.bundle.manifest.golden
     assert ours is not None
     assert ours.originals == ("golden/0.png", "golden/1.png")
-    found = judge_originals(digits.bundle, digits.samples)
+    found = judge_originals(judged.bundle, judged.samples)
     assert [(f.outcome, f.value) for f in found] == [(Outcome.PASS, 0.0)] * 2
     assert "scikit-image's and scikit-learn's own photographs" in ours.licence
 
 
-def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_of: Copy) -> None:
-    path = copy_of(digits)
+def test_another_resize_on_this_machine_is_seen(judged: Subject, copy_of: Copy) -> None:
+    path = copy_of(judged)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["preprocessing"]["interpolation"] = "nearest"
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -93,11 +93,11 @@ def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", ["samples", "images", "none"])
 def test_the_users_images_stay_at_home_where_they_should(
-    tmp_path: Path, digits: Subject, choice: Any
+    tmp_path: Path, judged: Subject, choice: Any
 ) -> None:
+    from van_deploy.exporting import export_bundle, load_for
     from van_deploy.model.van import random_van
     from van_deploy.model.variants import VanConfig
-    from van_deploy.pipeline import export_bundle, load_for
 
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=7)
     torch.save(random_van(config, seed=3).state_dict(), tmp_path / "tiny.pth")
@@ -106,13 +106,13 @@ def test_the_users_images_stay_at_home_where_they_should(
         batch=BatchRange(1, 1, 2),
         export=ExportSettings(golden=choice, simplify=False),
     )
-    bundle = export_bundle(load_for(recipe), recipe, tmp_path / "b", images=digits.labelled).bundle
+    bundle = export_bundle(load_for(recipe), recipe, tmp_path / "b", images=judged.labelled).bundle
     golden = bundle.manifest.golden
     written = (tmp_path / "b" / "manifest.json").read_text()
     if choice != "none":
         assert golden is not None
         assert ("photographs" in golden.images) is (choice == "samples")
-        assert (str(digits.labelled) in written) is (choice == "images")
+        assert (str(judged.labelled) in written) is (choice == "images")
         given = golden.licence == "the terms of the images given with --images"
         assert given is (choice == "images")
     else:
@@ -130,16 +130,16 @@ def test_the_users_images_stay_at_home_where_they_should(
     ],
 )
 def test_golden_samples_that_are_damaged(
-    digits: Subject, copy_of: Copy, tmp_path: Path, arrays: dict[str, Any], said: str
+    judged: Subject, copy_of: Copy, tmp_path: Path, arrays: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(BundleError) as error:
-        golden_samples(rewritten(copy_of(digits, f"{tmp_path.name}-{hash(said)}"), **arrays))
+        golden_samples(rewritten(copy_of(judged, f"{tmp_path.name}-{hash(said)}"), **arrays))
     assert said in error.value.message
     assert error.value.remedy == "Export the model again; nothing made it from here."
 
 
-def test_a_changed_file(digits: Subject, copy_of: Copy) -> None:
-    path = copy_of(digits)
+def test_a_changed_file(judged: Subject, copy_of: Copy) -> None:
+    path = copy_of(judged)
     (path / "golden" / "1.png").write_bytes(b"")
     with pytest.raises(BundleError, match=r"1\.png' was changed after the manifest"):
-        judge_originals(Bundle.open(path), digits.samples)
+        judge_originals(Bundle.open(path), judged.samples)

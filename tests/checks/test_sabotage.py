@@ -29,7 +29,7 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 
-@pytest.fixture(params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
+@pytest.fixture(params=["judged", pytest.param("cifar", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> Subject:
     """Return the embedded network and, where it is, the shared one."""
     found: Subject = request.getfixturevalue(request.param)
@@ -95,13 +95,13 @@ def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
     assert wrong == []
 
 
-def test_each_wrong_scale_is_named(digits: Subject) -> None:
+def test_each_wrong_scale_is_named(judged: Subject) -> None:
     """A weight's scale that is twice too large costs one bit in one layer; the integers show it."""
-    few, model = digits.samples.first(2), digits.graph("int8")
+    few, model = judged.samples.first(2), judged.graph("int8")
     made = {node.output[0]: node.op_type for node in model.graph.node}
     rounded = {name for name, kind in made.items() if kind == "DequantizeLinear"}
     layers = [node.name for node in model.graph.node if rounded.intersection(node.input[1:2])]
     for layer in layers[::7]:
         for of, factor in (("weight", 2), ("activation", 8)):
-            model = faults.scale_times(digits.graph("int8"), layer, of, factor)
+            model = faults.scale_times(judged.graph("int8"), layer, of, factor)
             assert layer in dict(judge_graph(model, "int8", few, INT8)[1])

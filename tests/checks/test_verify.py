@@ -22,7 +22,7 @@ from van_deploy.checks.golden import golden_samples, samples_for
 from van_deploy.checks.verify import ArtefactVerdict, verify_bundle
 from van_deploy.config import DriftSettings, VerifySettings
 from van_deploy.errors import GateFailed
-from van_deploy.graph.embed import embed_preprocessing
+from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.stopwatch import silent
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
@@ -39,68 +39,73 @@ def drift(whole: Subject, bundle: Bundle, *names: str, known: bool = True) -> Dr
     return drift_of_bundle(bundle, few, asked, whole.loaded if known else None, silent)
 
 
-class TestRightArtefacts:
-    def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(
-        self, digits: Subject
-    ) -> None:
-        report = verify_bundle(digits.bundle, digits.samples)
-        assert report.passed
-        assert report.against == "the golden samples"
-        assert report.modules == "model.onnx in ONNX Runtime, which holds on the golden samples"
-        for verdict in report.artefacts.values():
-            assert verdict.outcome is PASS, verdict.reason
-            assert [row.batch for row in verdict.batches] == [1, 2, 3, 4, 5, 6]
-            assert verdict.comparison is not None
-            assert verdict.findings[0].value == verdict.comparison.sqnr_db
-            assert verdict.margin_db == pytest.approx(3.0, abs=0.01)
-            assert verdict.limit is not None
-            assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
-            assert len(verdict.worst_modules) == (0 if verdict.artefact == "fp32" else 10)
+def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(judged: Subject) -> None:
+    report = verify_bundle(judged.bundle, judged.samples)
+    assert report.passed
+    assert report.against == "the golden samples"
+    assert report.modules == "model.onnx in ONNX Runtime, which holds on the golden samples"
+    for verdict in report.artefacts.values():
+        assert verdict.outcome is PASS, verdict.reason
+        assert [row.batch for row in verdict.batches] == [1, 2, 3, 4, 5, 6]
+        assert verdict.comparison is not None
+        assert verdict.findings[0].value == verdict.comparison.sqnr_db
+        assert verdict.margin_db == pytest.approx(3.0, abs=0.01)
+        assert verdict.limit is not None
+        assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
+        assert len(verdict.worst_modules) == (0 if verdict.artefact == "fp32" else 10)
 
-    @pytest.mark.slow
-    def test_the_shared_network(self, cifar: Subject) -> None:
-        found = verify_bundle(cifar.bundle, cifar.samples).artefacts
-        outcomes = {name: verdict.outcome for name, verdict in found.items()}
-        assert outcomes == {"fp32": PASS, "fp16": PASS, "int8": PASS}
 
-    def test_they_pass_against_the_original_network(self, digits: Subject) -> None:
-        samples = samples_for(digits.bundle, digits.loaded, None)
-        report = verify_bundle(digits.bundle, samples, loaded=digits.loaded)
-        assert report.passed
-        assert report.modules == "PyTorch, the rewritten network in float64"
-        assert all(verdict.worst_modules for verdict in report.artefacts.values())
-        assert np.array_equal(samples.logits, digits.samples.logits)
+@pytest.mark.slow
+def test_the_shared_network(cifar: Subject) -> None:
+    found = verify_bundle(cifar.bundle, cifar.samples).artefacts
+    outcomes = {name: verdict.outcome for name, verdict in found.items()}
+    assert outcomes == {"fp32": PASS, "fp16": PASS, "int8": PASS}
 
-    def test_without_a_record_the_floor_alone_holds(self, digits: Subject, copy_of: Copy) -> None:
-        """Another runtime, provider or class than the record's."""
-        bundle = put(Bundle.open(copy_of(digits)), "fp16", "fp16", digits.graph("fp16"))
-        limit = verdict_of(digits, bundle, "fp16").limit
-        assert limit is not None
-        assert (limit.value, limit.origin) == (45.0, "floor for fp16")
 
-    @each(
-        ("output", "mean", "outcome", "rule"),
-        [
-            ("logits", None, PASS, "SQNR"),
-            ("logits", (0.35,), FAIL, "SQNR"),
-            *(("top5", None, PASS, "probabilities"), ("top5", (0.9,), FAIL, "probabilities")),
-        ],
-    )
-    def test_an_embedded_graph(
-        self,
-        digits: Subject,
-        copy_of: Copy,
-        tmp_path: Path,
-        output: str,
-        mean: tuple[float, ...] | None,
-        outcome: Outcome,
-        rule: str,
-    ) -> None:
-        preprocessing = digits.loaded.preprocessing.override(mean=mean)
-        model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", (output,))
-        copy = Bundle.open(copy_of(digits, f"copy {tmp_path.name}"))
-        verdict = verdict_of(digits, put(copy, "bytes", "fp32", model, embedded="uint8"), "bytes")
-        assert (verdict.outcome, verdict.findings[0].rule) == (outcome, rule)
+def test_they_pass_against_the_original_network(judged: Subject) -> None:
+    samples = samples_for(judged.bundle, judged.loaded, None)
+    report = verify_bundle(judged.bundle, samples, loaded=judged.loaded)
+    assert report.passed
+    assert report.modules == "PyTorch, the rewritten network in float64"
+    assert all(verdict.worst_modules for verdict in report.artefacts.values())
+    assert np.array_equal(samples.logits, judged.samples.logits)
+
+
+def test_without_a_record_the_floor_alone_holds(judged: Subject, copy_of: Copy) -> None:
+    """Another runtime, provider or class than the record's."""
+    bundle = put(Bundle.open(copy_of(judged)), "fp16", "fp16", judged.graph("fp16"))
+    limit = verdict_of(judged, bundle, "fp16").limit
+    assert limit is not None
+    assert (limit.value, limit.origin) == (45.0, "floor for fp16")
+
+
+@each(
+    ("output", "mean", "factors", "outcome", "rule"),
+    [
+        ("logits", None, None, PASS, "SQNR"),
+        ("logits", (0.35,), None, FAIL, "SQNR"),
+        ("top5", None, None, PASS, "probabilities"),
+        ("top5", (0.9,), None, FAIL, "probabilities"),
+        ("top5", None, [1, 1, 1, np.nan, 1], FAIL, "probabilities"),
+    ],
+)
+def test_an_embedded_graph(
+    judged: Subject,
+    copy_of: Copy,
+    tmp_path: Path,
+    output: str,
+    mean: tuple[float, ...] | None,
+    factors: list[float] | None,
+    outcome: Outcome,
+    rule: str,
+) -> None:
+    preprocessing = judged.loaded.preprocessing.override(mean=mean)
+    model = embed_preprocessing(judged.graph("fp32"), preprocessing, "uint8", (output,))
+    if factors:
+        faults.behind(model, TOP_PROBABILITIES, ("Mul", [np.array(factors, np.float32)]))
+    copy = Bundle.open(copy_of(judged, f"copy {tmp_path.name}"))
+    verdict = verdict_of(judged, put(copy, "bytes", "fp32", model, embedded="uint8"), "bytes")
+    assert (verdict.outcome, verdict.findings[0].rule) == (outcome, rule)
 
 
 OVERFLOW = "passes 65504, the largest number of FP16"
@@ -114,112 +119,107 @@ PLACED: list[Placed] = [
 
 @each(("precision", "spoil", "block"), PLACED)
 def test_a_fault_fails_and_drift_names_its_block(
-    digits: Subject,
+    judged: Subject,
     broken: Broken,
     precision: str,
     spoil: Callable[[ModelProto], ModelProto],
     block: str,
 ) -> None:
-    bundle = broken(digits, "broken", precision, spoil(digits.graph(precision)))
-    verdict = verdict_of(digits, bundle, "broken")
+    bundle = broken(judged, "broken", precision, spoil(judged.graph(precision)))
+    verdict = verdict_of(judged, bundle, "broken")
     assert verdict.outcome is FAIL, verdict.findings
-    assert drift(digits, bundle, "broken").artefacts["broken"].worst_names[0] == block
+    assert drift(judged, bundle, "broken").artefacts["broken"].worst_names[0] == block
     overflows = any(OVERFLOW in finding.message for finding in verdict.findings)
     assert overflows == block.startswith("norm")
 
 
-class TestBrokenArtefacts:
-    def test_a_wrong_mean_and_deviation_inside_the_graph(
-        self, digits: Subject, broken: Broken
-    ) -> None:
-        right = digits.loaded.preprocessing
-        pair = (right.mean[0], right.std[0])
-        model = faults.wrong_normalisation(digits.graph("fp32"), pair, (0.5, 0.5))
-        bundle = broken(digits, "wrong", "fp32", model)
-        assert verdict_of(digits, bundle, "wrong").outcome is FAIL
-        assert drift(digits, bundle, "wrong").artefacts["wrong"].worst_names[0] == "patch_embed1"
-
-    def test_a_manifest_of_other_preprocessing(self, digits: Subject, copy_of: Copy) -> None:
-        bundle = Bundle.open(copy_of(digits))
-        wrong = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
-        edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": wrong}))
-        report = verify_bundle(edited, golden_samples(edited), VerifySettings(artefacts=("fp32",)))
-        assert report.artefacts["fp32"].outcome is FAIL
-
-    def test_a_frozen_batch(self, digits: Subject, broken: Broken) -> None:
-        model = faults.frozen_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
-        verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
-        failed = [row.batch for row in verdict.batches if row.outcome is FAIL]
-        assert failed == [2, 3, 4, 5, 6]
-        assert verdict.reason.startswith("batch 2: it does not run: ")
-        said = verdict.findings[-1].message
-        assert said.startswith("they cannot be compared: does not run at batch 2")
-
-    def test_a_graph_that_does_not_load_fails_and_the_others_are_still_judged(
-        self, digits: Subject, broken: Broken
-    ) -> None:
-        model = digits.graph("fp16")
-        next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Gelo"
-        bundle = broken(digits, "fp16", "fp16", model)
-        asked = VerifySettings(modules=False, artefacts=("fp16", "fp32"))
-        report = verify_bundle(bundle, digits.samples, asked)
-        assert [v.outcome for v in report.artefacts.values()] == [FAIL, PASS]
-        assert report.artefacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
-        assert not report
-
-    def test_an_overflow_that_cannot_be_looked_for_is_no_pass(
-        self, digits: Subject, broken: Broken
-    ) -> None:
-        """Any exception there meant 'no overflow'."""
-        model = digits.graph("fp16")
-        model.opset_import[0].version = 17  # no Gelu there, which ONNX Runtime finds in its own
-        bundle = broken(digits, "fp16", "fp16", model)
-        assert verdict_of(digits, bundle, "fp16").outcome is FAIL
-
-    def test_an_engine_that_was_not_run_is_no_pass_even_where_it_is_named(
-        self, digits: Subject, copy_of: Copy
-    ) -> None:
-        """Verify passed with every engine skipped."""
-        bundle = enter_engine(copy_of(digits), "x", made_from="fp16")
-        asked = VerifySettings(artefacts=("x",), allow_skip=("engines",))
-        report = verify_bundle(bundle, digits.samples, asked)
-        if report.artefacts["x"].outcome is not Outcome.SKIPPED:
-            pytest.skip("this machine has a GPU")
-        assert report.artefacts["x"].reason == "engine not executed: no GPU"
-        assert not report, "nothing was verified"
+def test_a_wrong_mean_and_deviation_inside_the_graph(judged: Subject, broken: Broken) -> None:
+    right = judged.loaded.preprocessing
+    pair = (right.mean[0], right.std[0])
+    model = faults.wrong_normalisation(judged.graph("fp32"), pair, (0.5, 0.5))
+    bundle = broken(judged, "wrong", "fp32", model)
+    assert verdict_of(judged, bundle, "wrong").outcome is FAIL
+    assert drift(judged, bundle, "wrong").artefacts["wrong"].worst_names[0] == "patch_embed1"
 
 
-class TestDrift:
-    def test_without_the_network_parts_are_compared_with_model_onnx(
-        self, digits: Subject, broken: Broken
-    ) -> None:
-        bundle = broken(digits, "fp16", "fp16", faults.perturbed(digits.graph("fp16"), "block3.1"))
-        report = drift(digits, bundle, known=False)
-        assert list(report.artefacts) == ["fp16", "int8"]
-        assert report.artefacts["fp16"].worst_names[0] == "block3.1"
-        assert [link.name for link in report.chain] == ["PyTorch float32", "fp32", "fp16", "int8"]
+def test_a_manifest_of_other_preprocessing(judged: Subject, copy_of: Copy) -> None:
+    bundle = Bundle.open(copy_of(judged))
+    wrong = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
+    edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": wrong}))
+    report = verify_bundle(edited, golden_samples(edited), VerifySettings(artefacts=("fp32",)))
+    assert report.artefacts["fp32"].outcome is FAIL
 
-    def test_a_model_onnx_that_does_not_hold_is_no_reference(
-        self, digits: Subject, broken: Broken
-    ) -> None:
-        model = faults.perturbed(digits.graph("fp32"), "block1.0")
-        bundle = broken(digits, "fp32", "fp32", model)
-        with pytest.raises(GateFailed, match=r"model\.onnx does not hold on the golden samples"):
-            drift(digits, bundle, known=False)
-        report = verify_bundle(bundle, digits.samples, VerifySettings(artefacts=("fp16",)))
-        assert report.artefacts["fp16"].outcome is PASS, "its logits are right"
-        assert not report, "its modules were compared with nothing"
 
-    def test_a_wrong_scale_is_named_though_its_error_is_small(
-        self, digits: Subject, broken: Broken
-    ) -> None:
-        layer = "block2.1.mlp.fc2"
-        model = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
-        asked = DriftSettings(level="module", artefacts=("int8",))
-        bundle = broken(digits, "int8", "int8", model)
-        found = drift_of_bundle(bundle, digits.samples, asked, digits.loaded, silent).artefacts[
-            "int8"
-        ]
-        assert found.worst_names[0] == layer
-        faults_of = {row.name: row.fault for row in found.rows}
-        assert "times the one of least error on the golden images" in faults_of[layer]
+def test_a_frozen_batch(judged: Subject, broken: Broken) -> None:
+    model = faults.frozen_batch(judged.graph("fp32"), "block2.1", (1, 32, 8, 8))
+    verdict = verdict_of(judged, broken(judged, "frozen", "fp32", model), "frozen")
+    failed = [row.batch for row in verdict.batches if row.outcome is FAIL]
+    assert failed == [2, 3, 4, 5, 6]
+    assert verdict.reason.startswith("batch 2: it does not run: ")
+    said = verdict.findings[-1].message
+    assert said.startswith("they cannot be compared: does not run at batch 2")
+
+
+def test_a_graph_that_does_not_load_fails_and_the_others_are_still_judged(
+    judged: Subject, broken: Broken
+) -> None:
+    model = judged.graph("fp16")
+    next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Gelo"
+    bundle = broken(judged, "fp16", "fp16", model)
+    asked = VerifySettings(modules=False, artefacts=("fp16", "fp32"))
+    report = verify_bundle(bundle, judged.samples, asked)
+    assert [v.outcome for v in report.artefacts.values()] == [FAIL, PASS]
+    assert report.artefacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
+    assert not report
+
+
+def test_an_overflow_that_cannot_be_looked_for_is_no_pass(judged: Subject, broken: Broken) -> None:
+    """Any exception there meant 'no overflow'."""
+    model = judged.graph("fp16")
+    model.opset_import[0].version = 17  # no Gelu there, which ONNX Runtime finds in its own
+    bundle = broken(judged, "fp16", "fp16", model)
+    assert verdict_of(judged, bundle, "fp16").outcome is FAIL
+
+
+def test_an_engine_that_was_not_run_is_no_pass_even_where_it_is_named(
+    judged: Subject, copy_of: Copy
+) -> None:
+    """Verify passed with every engine skipped."""
+    bundle = enter_engine(copy_of(judged), "x", made_from="fp16")
+    asked = VerifySettings(artefacts=("x",), allow_skip=("engines",))
+    report = verify_bundle(bundle, judged.samples, asked)
+    if report.artefacts["x"].outcome is not Outcome.SKIPPED:
+        pytest.skip("this machine has a GPU")
+    assert report.artefacts["x"].reason == "engine not executed: no GPU"
+    assert not report, "nothing was verified"
+
+
+def test_without_the_network_parts_are_compared_with_model_onnx(
+    judged: Subject, broken: Broken
+) -> None:
+    bundle = broken(judged, "fp16", "fp16", faults.perturbed(judged.graph("fp16"), "block3.1"))
+    report = drift(judged, bundle, known=False)
+    assert list(report.artefacts) == ["fp16", "int8"]
+    assert report.artefacts["fp16"].worst_names[0] == "block3.1"
+    assert [link.name for link in report.chain] == ["PyTorch float32", "fp32", "fp16", "int8"]
+
+
+def test_a_model_onnx_that_does_not_hold_is_no_reference(judged: Subject, broken: Broken) -> None:
+    model = faults.perturbed(judged.graph("fp32"), "block1.0")
+    bundle = broken(judged, "fp32", "fp32", model)
+    with pytest.raises(GateFailed, match=r"model\.onnx does not hold on the golden samples"):
+        drift(judged, bundle, known=False)
+    report = verify_bundle(bundle, judged.samples, VerifySettings(artefacts=("fp16",)))
+    assert report.artefacts["fp16"].outcome is PASS, "its logits are right"
+    assert not report, "its modules were compared with nothing"
+
+
+def test_a_wrong_scale_is_named_though_its_error_is_small(judged: Subject, broken: Broken) -> None:
+    layer = "block2.1.mlp.fc2"
+    model = faults.scale_times(judged.graph("int8"), layer, "activation", 8)
+    asked = DriftSettings(level="module", artefacts=("int8",))
+    bundle = broken(judged, "int8", "int8", model)
+    found = drift_of_bundle(bundle, judged.samples, asked, judged.loaded, silent).artefacts["int8"]
+    assert found.worst_names[0] == layer
+    faults_of = {row.name: row.fault for row in found.rows}
+    assert "times the one of least error on the golden images" in faults_of[layer]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -17,6 +19,7 @@ from tests.each import each
 from van_deploy import __version__
 from van_deploy.cli.app import COMMANDS, CommandGroup, translated
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
+from van_deploy.model.variants import VARIANTS
 
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "PIL", "tensorrt", "tensorrt_rtx")
 
@@ -171,3 +174,35 @@ def test_a_name_that_no_file_system_takes_is_one_message(cli: Cli) -> None:
         result = cli(*words)
         assert result.exit_code == 5
         assert "File name too long" in result.stderr
+
+
+def test_list_names_every_variant_and_the_embedded_network(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    listed = {item["name"]: item for item in json.loads(cli("list", "--json").stdout)}
+    assert list(listed) == [*VARIANTS, "van_digits"]
+    assert listed["van_b0"] == {
+        "name": "van_b0",
+        "parameters": 4105800,
+        "multiply_adds": VARIANTS["van_b0"].config.mac_count(224),
+        "image_size": 224,
+        "top1_percent": 75.4,
+        "top1_on": "ImageNet-1K validation",
+        "weights": "Visual-Attention-Network/VAN-Tiny-original:van_tiny_754.pth.tar",
+        "note": "",
+        "here": None,
+    }
+    assert listed["van_b4"]["weights"] is None
+    assert "mmpretrain" in listed["van_b4"]["note"]
+    assert Path(listed["van_digits"]["here"]).is_file()
+    result = cli("list")
+    assert (result.exit_code, result.stderr) == (0, "")
+    lines = {line.split(" ")[0]: line for line in result.stdout.splitlines()}
+    assert max(map(len, lines.values())) <= 100
+    assert lines["van_b1"].split() == [
+        *("van_b1", "13.9", "M", "2.5", "G", "224", "81.1", "-"),
+        "VAN-Small-original:van_small_811.pth.tar",
+    ]
+    assert lines["van_digits"].endswith("  YES   in this package")
+    assert "for commercial use, please contact" in result.stdout

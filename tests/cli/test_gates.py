@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import onnx
 import pytest
 from junitparser import JUnitXml, Skipped
 
-from supply_chain.json_schemas import schema_of
 from tests.artifacts import Copy, Subject, enter_engine
 from tests.checks import faults
 from tests.checks.conftest import overwritten
@@ -21,13 +19,6 @@ from van_deploy.bundle import Bundle
 
 FEW = ("--against", "weights", "--count", "6")
 UNDECIDED = "--allow-inconclusive"  # 60 images are too few for INT8
-
-
-def document(text: str, name: str) -> dict[str, Any]:
-    """Return a printed document, held against its schema."""
-    found: dict[str, Any] = json.loads(text)
-    jsonschema.validate(found, schema_of(name))
-    return found
 
 
 def words_of(text: str) -> str:
@@ -48,155 +39,143 @@ def rewritten(file: Path, change: Any) -> None:
     file.write_text(json.dumps(values))
 
 
-class TestVerify:
-    def test_right_artefacts_pass_and_it_is_kept(
-        self, cli: Cli, judged: Subject, copy_of: Copy
-    ) -> None:
-        path = copy_of(judged)
-        result = cli("verify", path, "--json")
-        assert result.exit_code == 0
-        found = document(result.stdout, "verify")
-        assert found["passed"] is True
-        assert list(found["artefacts"]) == ["fp32", "fp16", "int8"]
-        assert len(found["names"]) == 16
-        assert found["names"][:2] == ["golden/0.png", "golden/1.png"]
-        kept = json.loads((path / "manifest.json").read_text())["checks"]["verify"]
-        assert kept["passed"] is True
-        assert set(kept["artefacts_sha256"]) == {"fp32", "fp16", "int8"}
+@pytest.fixture
+def path(judged: Subject, copy_of: Copy) -> Path:
+    """Return a copy of the digits' bundle."""
+    return copy_of(judged)
 
-    def test_a_broken_artefact_ends_with_1_and_is_named(
-        self, cli: Cli, judged: Subject, copy_of: Copy
-    ) -> None:
-        path = copy_of(judged)
-        perturbed_in(path)
-        result = cli("verify", path)
-        assert result.exit_code == 1
-        assert result.stderr.splitlines()[-2:] == [
-            "error: Failed: 'fp16'.",
-            "  See the rows above; `van-deploy drift` names the module.",
-        ]
-        lines = result.stdout.splitlines()
-        assert any(line.startswith("FAIL") and "fp16: SQNR" in line for line in lines)
-        assert "block3.1." in result.stdout
-        limits = [line.split() for line in lines if line.startswith("LIMIT")]
-        assert [words[1] for words in limits] == ["fp32", "fp16", "int8"]
-        assert all(words[5] == "dB," and "recorded" in words for words in limits)
-        chosen = cli("verify", path, "--artefact", "fp32", "--no-modules", "--json")
-        assert chosen.exit_code == 0
-        found = document(chosen.stdout, "verify")["artefacts"]
-        assert (list(found), found["fp32"]["worst_modules"]) == (["fp32"], [])
 
-    @pytest.mark.parametrize(
-        ("key", "code", "said"),
-        [
-            ("sqnr_db = 120.0", 1, "dB is below 120.0 dB (recipe [gates.fp16])"),
-            ("margin_db = 3.0", 5, "the key 'gates.fp16.margin_db' is unknown."),
-        ],
+def test_right_artefacts_pass_and_it_is_kept(cli: Cli, path: Path) -> None:
+    result = cli("verify", path, "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["passed"] is True
+    assert list(found["artefacts"]) == ["fp32", "fp16", "int8"]
+    assert len(found["names"]) == 16
+    assert found["names"][:2] == ["golden/0.png", "golden/1.png"]
+    kept = json.loads((path / "manifest.json").read_text())["checks"]["verify"]
+    assert kept["passed"] is True
+    assert set(kept["artefacts_sha256"]) == {"fp32", "fp16", "int8"}
+
+
+def test_a_broken_artefact_ends_with_1_and_is_named(cli: Cli, path: Path) -> None:
+    perturbed_in(path)
+    result = cli("verify", path)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-2:] == [
+        "error: Failed: 'fp16'.",
+        "  See the rows above; `van-deploy drift` names the module.",
+    ]
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("FAIL") and "fp16: SQNR" in line for line in lines)
+    assert "block3.1." in result.stdout
+    limits = [line.split() for line in lines if line.startswith("LIMIT")]
+    assert [words[1] for words in limits] == ["fp32", "fp16", "int8"]
+    assert all(words[5] == "dB," and "recorded" in words for words in limits)
+    chosen = cli("verify", path, "--artefact", "fp32", "--no-modules", "--json")
+    assert chosen.exit_code == 0
+    found = json.loads(chosen.stdout)["artefacts"]
+    assert (list(found), found["fp32"]["worst_modules"]) == (["fp32"], [])
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "said"),
+    [
+        ("sqnr_db = 120.0", 1, "dB is below 120.0 dB (recipe [gates.fp16])"),
+        ("margin_db = 3.0", 5, "the key 'gates.fp16.margin_db' is unknown."),
+    ],
+)
+def test_a_recipes_limits_are_named(cli: Cli, path: Path, key: str, code: int, said: str) -> None:
+    recipe = path.parent / "mine.toml"
+    recipe.write_text(f"[gates.fp16]\n{key}\n")
+    words = ("--artefact", "fp16", "--no-modules", "--recipe", recipe)
+    result = cli("verify", path, *words)
+    assert result.exit_code == code
+    assert said in words_of(result.output)
+
+
+def test_the_users_images_and_the_network(cli: Cli, judged: Subject, path: Path) -> None:
+    words = ("--artefact", "fp32", "--images", judged.labelled, "--json")
+    result = cli("verify", path, *FEW, *words)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["against"] == "the original network"
+    assert found["modules"] == "PyTorch, the rewritten network in float64"
+    assert str(judged.labelled) in found["images"]
+    assert len(found["names"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--images", "x"), 2, "--images is given, and other images than the golden samples"),
+        (("--runner", "onnx"), 2, "'--runner' is 'onnx': it should be 'ort-cpu' or"),
+        (("--artefact", "fp8"), 5, "has no artefact 'fp8'; it has: fp32, fp16, int8."),
+    ],
+)
+def test_mistakes(cli: Cli, judged: Subject, words: tuple[str, str], code: int, said: str) -> None:
+    result = cli("verify", judged.bundle.path, *words)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert said in words_of(result.stderr)
+
+
+def test_what_is_not_run_here_needs_leave(cli: Cli, path: Path) -> None:
+    enter_engine(path, "x", made_from="fp16")
+    words = ("--artefact", "fp32", "--artefact", "x", "--no-modules")
+    refused = cli("verify", path, *words)
+    if "x: engine not executed: no GPU" not in refused.stdout:
+        pytest.skip("this machine has a GPU")
+    assert refused.exit_code == 1
+    assert (
+        "error: 'x' was not checked (engine not executed: no GPU); --allow-skip engines "
+        "would let that pass." in words_of(refused.stderr)
     )
-    def test_limits_of_a_recipe_apply_and_are_named(
-        self, cli: Cli, judged: Subject, copy_of: Copy, key: str, code: int, said: str
-    ) -> None:
-        path = copy_of(judged)
-        recipe = path.parent / "mine.toml"
-        recipe.write_text(f"[gates.fp16]\n{key}\n")
-        words = ("--artefact", "fp16", "--no-modules", "--recipe", recipe)
-        result = cli("verify", path, *words)
-        assert result.exit_code == code
-        assert said in words_of(result.output)
-
-    def test_the_users_images_against_the_original_network(
-        self, cli: Cli, judged: Subject, copy_of: Copy
-    ) -> None:
-        path = copy_of(judged)
-        words = ("--artefact", "fp32", "--images", judged.labelled, "--json")
-        result = cli("verify", path, *FEW, *words)
-        assert result.exit_code == 0
-        found = document(result.stdout, "verify")
-        assert found["against"] == "the original network"
-        assert found["modules"] == "PyTorch, the rewritten network in float64"
-        assert str(judged.labelled) in found["images"]
-        assert len(found["names"]) == 6
-
-    @pytest.mark.parametrize(
-        ("words", "code", "said"),
-        [
-            (("--images", "x"), 2, "--images is given, and other images than the golden samples"),
-            (("--runner", "onnx"), 2, "'--runner' is 'onnx': it should be 'ort-cpu' or"),
-            (("--artefact", "fp8"), 5, "has no artefact 'fp8'; it has: fp32, fp16, int8."),
-        ],
-    )
-    def test_mistakes(
-        self, cli: Cli, judged: Subject, words: tuple[str, str], code: int, said: str
-    ) -> None:
-        result = cli("verify", judged.bundle.path, *words)
-        assert (result.exit_code, result.stdout) == (code, "")
-        assert said in words_of(result.stderr)
-
-    def test_what_is_not_run_here_needs_leave(
-        self, cli: Cli, judged: Subject, copy_of: Copy
-    ) -> None:
-        path = copy_of(judged)
-        enter_engine(path, "x", made_from="fp16")
-        words = ("--artefact", "fp32", "--artefact", "x", "--no-modules")
-        refused = cli("verify", path, *words)
-        if "x: engine not executed: no GPU" not in refused.stdout:
-            pytest.skip("this machine has a GPU")
-        assert refused.exit_code == 1
-        assert (
-            "error: 'x' was not checked (engine not executed: no GPU); --allow-skip engines "
-            "would let that pass." in words_of(refused.stderr)
-        )
-        assert cli("verify", path, *words, "--allow-skip", "runtimes").exit_code == 1
-        assert cli("verify", path, *words, "--allow-skip", "engines").exit_code == 0
-        cuda = ("--artefact", "fp32", "--runner", "ort-cuda", "--allow-skip", "runtimes")
-        nothing = cli("verify", path, *cuda)
-        assert nothing.exit_code == 1
-        assert "No artefact could be run on this machine, so nothing was" in nothing.stderr
-        assert "CUDAExecutionProvider" in nothing.stdout
-
-    def test_golden_samples_that_are_edited_or_gone(
-        self, cli: Cli, judged: Subject, copy_of: Copy
-    ) -> None:
-        path = copy_of(judged)
-        right = (path / "golden.npz").read_bytes()
-        (path / "golden.npz").write_bytes(b"edited")
-        result = cli("verify", path)
-        assert result.exit_code == 5
-        assert "golden.npz' was changed after the manifest was written" in result.stderr
-        (path / "golden.npz").write_bytes(right)
-        rewritten(path / "manifest.json", lambda values: values.update(golden=None))
-        result = cli("verify", path)
-        assert result.exit_code == 5
-        assert result.stderr.splitlines()[-2].endswith("has no golden samples.")
-        assert "--against weights" in result.stderr
-        assert cli("verify", path, *FEW, "--artefact", "fp32", "--no-modules").exit_code == 0
+    assert cli("verify", path, *words, "--allow-skip", "runtimes").exit_code == 1
+    assert cli("verify", path, *words, "--allow-skip", "engines").exit_code == 0
+    cuda = ("--artefact", "fp32", "--runner", "ort-cuda", "--allow-skip", "runtimes")
+    nothing = cli("verify", path, *cuda)
+    assert nothing.exit_code == 1
+    assert "No artefact could be run on this machine, so nothing was" in nothing.stderr
+    assert "CUDAExecutionProvider" in nothing.stdout
 
 
-class TestDrift:
-    def test_the_perturbed_block_comes_first(
-        self, cli: Cli, judged: Subject, copy_of: Copy
-    ) -> None:
-        path = copy_of(judged)
-        perturbed_in(path)
-        result = cli("drift", path, "--count", "2", "--json")
-        assert result.exit_code == 0
-        found = document(result.stdout, "drift")
-        assert found["artefacts"]["fp16"]["worst_names"][0] == "block3.1"
-        names = [row["name"] for row in found["artefacts"]["fp32"]["rows"]]
-        assert names[:3] == ["patch_embed1", "block1.0", "block1.1"]
-        assert [link["name"] for link in found["chain"]] == [
-            *("PyTorch float32", "rewritten, float64", "fp32", "fp16", "int8")
-        ]
+def test_golden_samples_that_are_edited_or_gone(cli: Cli, path: Path) -> None:
+    right = (path / "golden.npz").read_bytes()
+    (path / "golden.npz").write_bytes(b"edited")
+    result = cli("verify", path)
+    assert result.exit_code == 5
+    assert "golden.npz' was changed after the manifest was written" in result.stderr
+    (path / "golden.npz").write_bytes(right)
+    rewritten(path / "manifest.json", lambda values: values.update(golden=None))
+    result = cli("verify", path)
+    assert result.exit_code == 5
+    assert result.stderr.splitlines()[-2].endswith("has no golden samples.")
+    assert "--against weights" in result.stderr
+    assert cli("verify", path, *FEW, "--artefact", "fp32", "--no-modules").exit_code == 0
 
-    def test_stages_against_model_onnx(self, cli: Cli, judged: Subject, copy_of: Copy) -> None:
-        words = ("--count", "1", "--level", "stage", "--artefact", "fp16", "--top", "2")
-        result = cli("drift", copy_of(judged), *words, "--against", "golden")
-        assert result.exit_code == 0
-        rows = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("stage")]
-        assert (rows[0], len(rows)) == ("stage", 3)
-        text = words_of(result.stdout)
-        assert "Parts are compared with model.onnx in ONNX Runtime" in text
-        assert cli("drift", judged.bundle.path, "--top", "-1").exit_code == 2
+
+def test_the_perturbed_block_comes_first(cli: Cli, path: Path) -> None:
+    perturbed_in(path)
+    result = cli("drift", path, "--count", "2", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert found["artefacts"]["fp16"]["worst_names"][0] == "block3.1"
+    names = [row["name"] for row in found["artefacts"]["fp32"]["rows"]]
+    assert names[:3] == ["patch_embed1", "block1.0", "block1.1"]
+    assert [link["name"] for link in found["chain"]] == [
+        *("PyTorch float32", "rewritten, float64", "fp32", "fp16", "int8")
+    ]
+
+
+def test_stages_against_model_onnx(cli: Cli, path: Path) -> None:
+    words = ("--count", "1", "--level", "stage", "--artefact", "fp16", "--top", "2")
+    result = cli("drift", path, *words, "--against", "golden")
+    assert result.exit_code == 0
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("stage")]
+    assert (rows[0], len(rows)) == ("stage", 3)
+    text = words_of(result.stdout)
+    assert "Parts are compared with model.onnx in ONNX Runtime" in text
+    assert cli("drift", path, "--top", "-1").exit_code == 2
 
 
 @pytest.fixture(scope="module")
@@ -216,149 +195,143 @@ def made(judged: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "baseline.json"
 
 
-class TestCheck:
-    @pytest.fixture
-    def good(self, made: Path, judged: Subject, copy_of: Copy, tmp_path: Path) -> tuple[Path, Path]:
-        """Return a bundle and its baseline."""
-        return copy_of(judged), Path(shutil.copy(made, tmp_path / "baseline.json"))
+@pytest.fixture
+def baseline(made: Path, tmp_path: Path) -> Path:
+    """Return a copy of the baseline."""
+    return Path(shutil.copy(made, tmp_path / "baseline.json"))
 
-    def test_a_baseline_is_met_then_missed(
-        self, cli: Cli, judged: Subject, good: tuple[Path, Path], tmp_path: Path
-    ) -> None:
-        path, baseline = good
-        junit, summary = tmp_path / "out" / "junit.xml", tmp_path / "summary.md"
-        words = ("--baseline", baseline, "--evaluate", judged.labelled)
-        # One near-tie more or less of 200 images failed.
-        top1 = json.loads(baseline.read_text())["artefacts"]["fp32"]["top-1"]["value"]
-        one_more = {"value": round(top1 + 100 / 60, 9)}
-        rewritten(baseline, lambda v: v["artefacts"]["fp32"].update({"top-1": one_more}))
-        result = cli("check", path, *words, "--json", "--junit", junit, UNDECIDED)
-        assert result.exit_code == 0
-        found = document(result.stdout, "check")
-        rest = len(found["rows"]) - 1
-        assert found["counts"] == {"pass": rest, "fail": 0, "inconclusive": 1, "skipped": 0}
-        suites = JUnitXml.fromfile(str(junit))
-        assert (suites.failures, suites.skipped, suites.errors) == (0, 1, 0)
-        assert suites.tests == len(found["rows"])
 
-        def better(values: Any) -> None:
-            values["artefacts"]["fp16"]["SQNR"]["value"] += 10.0
-            values["artefacts"]["int8"]["top-1"]["value"] += 200 / 60
+def test_a_baseline_is_met_and_missed(
+    cli: Cli, judged: Subject, path: Path, baseline: Path, tmp_path: Path
+) -> None:
+    junit, summary = tmp_path / "out" / "junit.xml", tmp_path / "summary.md"
+    words = ("--baseline", baseline, "--evaluate", judged.labelled)
+    # One near-tie more or less of 200 images failed.
+    top1 = json.loads(baseline.read_text())["artefacts"]["fp32"]["top-1"]["value"]
+    one_more = {"value": round(top1 + 100 / 60, 9)}
+    rewritten(baseline, lambda v: v["artefacts"]["fp32"].update({"top-1": one_more}))
+    result = cli("check", path, *words, "--json", "--junit", junit, UNDECIDED)
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    rest = len(found["rows"]) - 1
+    assert found["counts"] == {"pass": rest, "fail": 0, "inconclusive": 1, "skipped": 0}
+    suites = JUnitXml.fromfile(str(junit))
+    assert (suites.failures, suites.skipped, suites.errors) == (0, 1, 0)
+    assert suites.tests == len(found["rows"])
 
-        rewritten(baseline, better)
-        summary.write_text("what another step wrote\n")
-        worse = cli("check", path, *words, "--junit", junit, "--summary", summary)
-        assert worse.exit_code == 1
-        assert worse.stderr.splitlines()[-2] == (
-            "error: Failed: 'baseline/fp16/SQNR', 'baseline/int8/top-1'."
+    def better(values: Any) -> None:
+        values["artefacts"]["fp16"]["SQNR"]["value"] += 10.0
+        values["artefacts"]["int8"]["top-1"]["value"] += 200 / 60
+
+    rewritten(baseline, better)
+    summary.write_text("what another step wrote\n")
+    worse = cli("check", path, *words, "--junit", junit, "--summary", summary)
+    assert worse.exit_code == 1
+    assert worse.stderr.splitlines()[-2] == (
+        "error: Failed: 'baseline/fp16/SQNR', 'baseline/int8/top-1'."
+    )
+    text = summary.read_text()
+    assert text.startswith("what another step wrote\n## ❌ van-deploy: van_digits failed")
+    assert "| ❌ FAIL | baseline/fp16/SQNR |" in text
+    assert JUnitXml.fromfile(str(junit)).failures == 3, "and what is undecided"
+
+
+def test_a_broken_artefact_fails_twice(cli: Cli, path: Path, baseline: Path) -> None:
+    perturbed_in(path)
+    words = ("--baseline", baseline, "--json", "--allow-skip", "accuracy")
+    result = cli("check", path, *words)
+    assert result.exit_code == 1
+    rows = {row["name"]: row["finding"] for row in json.loads(result.stdout)["rows"]}
+    failed = {name for name, finding in rows.items() if finding["outcome"] == "fail"}
+    assert failed == {"gate/verify/fp16", "baseline/fp16/SQNR"}
+
+
+def test_a_deleted_artefact_fails_whatever_may_be_skipped(
+    cli: Cli, path: Path, baseline: Path
+) -> None:
+    """`--allow-skip` passed it."""
+    rewritten(path / "manifest.json", lambda values: values["artefacts"].pop("fp16"))
+    kinds = ("engines", "runtimes", "accuracy", "speed")
+    leave = [word for kind in kinds for word in ("--allow-skip", kind)]
+    result = cli("check", path, "--baseline", baseline, *leave)
+    assert result.exit_code == 1
+    assert "error: Failed: 'baseline/fp16'." in result.stderr
+    said = "the baseline has this artifact and the bundle lacks it"
+    assert said in words_of(result.stdout)
+
+
+def test_what_was_not_measured_needs_leave(
+    cli: Cli, path: Path, baseline: Path, tmp_path: Path
+) -> None:
+    enter_engine(path, "x", made_from="fp16")
+    junit = tmp_path / "junit.xml"
+    words = ("--baseline", baseline, "--junit", junit)
+    refused = cli("check", path, *words, "--allow-skip", "accuracy")
+    if "no GPU" not in refused.stdout:
+        pytest.skip("this machine has a GPU")
+    assert refused.exit_code == 1
+    assert "'gate/verify/x' was not checked (engine not executed: no GPU)" in refused.stderr
+    assert JUnitXml.fromfile(str(junit)).failures == 1
+    assert cli("check", path, *words, "--allow-skip", "engines").exit_code == 1
+    both = ("--allow-skip", "engines", "--allow-skip", "accuracy")
+    allowed = cli("check", path, *words, *both)
+    assert allowed.exit_code == 0
+    assert "Not in the baseline: x." in words_of(allowed.stdout)
+    suites = JUnitXml.fromfile(str(junit))
+    assert suites.failures == 0
+    skipped = {c.name for s in suites for c in s if any(isinstance(r, Skipped) for r in c.result)}
+    tops = (f"{name}/top-{k}" for name in ("fp32", "fp16", "int8") for k in (1, 5))
+    assert skipped == {"verify/x", *tops}
+
+
+def test_the_wrong_baseline_is_refused(
+    cli: Cli, judged: Subject, path: Path, baseline: Path, tmp_path: Path
+) -> None:
+    images = Path(shutil.copytree(judged.labelled, tmp_path / "images"))
+    next((images / "5").glob("*.png")).unlink()
+    text = baseline.read_text()
+    name, weights, schema = (
+        text.replace(*pair)
+        for pair in (
+            ('"van_digits"', '"van_b1"'),
+            (judged.bundle.manifest.weights.sha256, "0" * 64),
+            ("van-deploy/baseline/3", "van-deploy/baseline/2"),
         )
-        text = summary.read_text()
-        assert text.startswith("what another step wrote\n## ❌ van-deploy: van_digits failed")
-        assert "| ❌ FAIL | baseline/fp16/SQNR |" in text
-        assert JUnitXml.fromfile(str(junit)).failures == 3, "and what is undecided"
+    )
+    other = "The baseline was measured with other images to verify on: "
+    for written, words, said in (
+        (None, (), "Write one with --update, look at it, and commit it."),
+        (text, FEW, other),
+        (text, ("--evaluate", images), "was measured with another evaluation set: "),
+        (name, (), "another model: van_b1, and now van_digits."),
+        (weights, (), "other weights: 000000000000, and now "),
+        (schema, (), "this version reads 'van-deploy/baseline/3'."),
+        ('{"stranger": 1, ' + text[1:], (), "the key 'stranger' is unknown."),
+        (text[:-10], (), "is damaged: "),
+    ):
+        baseline.unlink(missing_ok=True)
+        if written is not None:
+            baseline.write_text(written)
+        refused = cli("check", path, "--baseline", baseline, *words)
+        assert refused.exit_code == 5
+        assert said in words_of(refused.stderr)
 
-    def test_a_broken_artefact_fails_its_gate_and_its_figures(
-        self, cli: Cli, good: tuple[Path, Path]
-    ) -> None:
-        path, baseline = good
-        perturbed_in(path)
-        words = ("--baseline", baseline, "--json", "--allow-skip", "accuracy")
-        result = cli("check", path, *words)
-        assert result.exit_code == 1
-        rows = {row["name"]: row["finding"] for row in json.loads(result.stdout)["rows"]}
-        failed = {name for name, finding in rows.items() if finding["outcome"] == "fail"}
-        assert failed == {"gate/verify/fp16", "baseline/fp16/SQNR"}
 
-    def test_an_artefact_that_was_deleted_fails_whatever_may_be_skipped(
-        self, cli: Cli, good: tuple[Path, Path]
-    ) -> None:
-        """`--allow-skip` passed it."""
-        path, baseline = good
-        rewritten(path / "manifest.json", lambda values: values["artefacts"].pop("fp16"))
-        kinds = ("engines", "runtimes", "accuracy", "speed")
-        leave = [word for kind in kinds for word in ("--allow-skip", kind)]
-        result = cli("check", path, "--baseline", baseline, *leave)
-        assert result.exit_code == 1
-        assert "error: Failed: 'baseline/fp16'." in result.stderr
-        said = "the baseline has this artifact and the bundle lacks it"
-        assert said in words_of(result.stdout)
+@pytest.mark.slow
+def test_speed_is_compared_by_its_interval(cli: Cli, path: Path, tmp_path: Path) -> None:
+    baseline = tmp_path / "baseline.json"
+    words = ("--baseline", baseline, "--speed", "--json")
+    assert cli("check", path, *words, "--update").exit_code == 0
 
-    def test_what_was_not_measured_needs_leave_of_its_kind(
-        self, cli: Cli, good: tuple[Path, Path], tmp_path: Path
-    ) -> None:
-        path, baseline = good
-        enter_engine(path, "x", made_from="fp16")
-        junit = tmp_path / "junit.xml"
-        words = ("--baseline", baseline, "--junit", junit)
-        refused = cli("check", path, *words, "--allow-skip", "accuracy")
-        if "no GPU" not in refused.stdout:
-            pytest.skip("this machine has a GPU")
-        assert refused.exit_code == 1
-        assert "'gate/verify/x' was not checked (engine not executed: no GPU)" in refused.stderr
-        assert JUnitXml.fromfile(str(junit)).failures == 1
-        assert cli("check", path, *words, "--allow-skip", "engines").exit_code == 1
-        both = ("--allow-skip", "engines", "--allow-skip", "accuracy")
-        allowed = cli("check", path, *words, *both)
-        assert allowed.exit_code == 0
-        assert "Not in the baseline: x." in words_of(allowed.stdout)
-        suites = JUnitXml.fromfile(str(junit))
-        assert suites.failures == 0
-        skipped = {
-            c.name for s in suites for c in s if any(isinstance(r, Skipped) for r in c.result)
-        }
-        tops = (f"{name}/top-{k}" for name in ("fp32", "fp16", "int8") for k in (1, 5))
-        assert skipped == {"verify/x", *tops}
+    def other(values: Any) -> None:
+        for name, low, high in (("fp32", 1e3, 1e4), ("fp16", 1e-6, 1e-5), ("int8", 0.01, 100)):
+            speed = {"value": (low * high) ** 0.5, "interval": [low, high]}
+            values["artefacts"][name]["speed"] = speed
 
-    def test_the_wrong_baseline_is_refused(
-        self, cli: Cli, judged: Subject, good: tuple[Path, Path], tmp_path: Path
-    ) -> None:
-        path, baseline = good
-        images = Path(shutil.copytree(judged.labelled, tmp_path / "images"))
-        next((images / "5").glob("*.png")).unlink()
-        text = baseline.read_text()
-        name, weights, schema = (
-            text.replace(*pair)
-            for pair in (
-                ('"van_digits"', '"van_b1"'),
-                (judged.bundle.manifest.weights.sha256, "0" * 64),
-                ("van-deploy/baseline/3", "van-deploy/baseline/2"),
-            )
-        )
-        other = "The baseline was measured with other images to verify on: "
-        for written, words, said in (
-            (None, (), "Write one with --update, look at it, and commit it."),
-            (text, FEW, other),
-            (text, ("--evaluate", images), "was measured with another evaluation set: "),
-            (name, (), "another model: van_b1, and now van_digits."),
-            (weights, (), "other weights: 000000000000, and now "),
-            (schema, (), "this version reads 'van-deploy/baseline/3'."),
-            ('{"stranger": 1, ' + text[1:], (), "the key 'stranger' is unknown."),
-            (text[:-10], (), "is damaged: "),
-        ):
-            baseline.unlink(missing_ok=True)
-            if written is not None:
-                baseline.write_text(written)
-            refused = cli("check", path, "--baseline", baseline, *words)
-            assert refused.exit_code == 5
-            assert said in words_of(refused.stderr)
-
-    @pytest.mark.slow
-    def test_speed_is_compared_by_the_interval_of_its_median(
-        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
-    ) -> None:
-        path, baseline = copy_of(judged), tmp_path / "baseline.json"
-        words = ("--baseline", baseline, "--speed", "--json")
-        assert cli("check", path, *words, "--update").exit_code == 0
-
-        def other(values: Any) -> None:
-            for name, low, high in (("fp32", 1e3, 1e4), ("fp16", 1e-6, 1e-5), ("int8", 0.01, 100)):
-                speed = {"value": (low * high) ** 0.5, "interval": [low, high]}
-                values["artefacts"][name]["speed"] = speed
-
-        rewritten(baseline, other)
-        result = cli("check", path, *words)
-        assert result.exit_code == 1
-        rows = {row["name"]: row["finding"] for row in document(result.stdout, "check")["rows"]}
-        outcomes = [rows[f"baseline/{n}/speed"]["outcome"] for n in ("fp32", "fp16", "int8")]
-        assert outcomes == ["fail", "pass", "inconclusive"]
-        assert cli("check", path, *words[:2], "--allow-skip", "speed").exit_code == 0
+    rewritten(baseline, other)
+    result = cli("check", path, *words)
+    assert result.exit_code == 1
+    rows = {row["name"]: row["finding"] for row in json.loads(result.stdout)["rows"]}
+    outcomes = [rows[f"baseline/{n}/speed"]["outcome"] for n in ("fp32", "fp16", "int8")]
+    assert outcomes == ["fail", "pass", "inconclusive"]
+    assert cli("check", path, *words[:2], "--allow-skip", "speed").exit_code == 0

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.artifacts import Copy, Subject
 from tests.checks import faults
 from tests.checks.conftest import overwritten
-from tests.cli.test_gates import document, words_of
+from tests.cli.test_gates import words_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
@@ -34,116 +34,118 @@ def evaluated(cli: Cli, *words: str | Path) -> dict[str, Any]:
     """Return the document of an evaluation that passed."""
     result = cli("evaluate", *words, "--json", "--allow-inconclusive")
     assert result.exit_code == 0, result.stderr
-    return document(result.stdout, "evaluate")
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
 
 
-class TestTheDigits:
-    def test_it_is_kept_and_corrupt_images_are_named_and_left_out(
-        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
-    ) -> None:
-        images = Path(shutil.copytree(judged.labelled, tmp_path / "images"))
-        (images / "3" / "empty.png").touch()
-        good = next((images / "5").glob("*.png"))
-        (images / "5" / "torn.png").write_bytes(good.read_bytes()[:60])
-        path = copy_of(judged)
-        found = evaluated(cli, path, "--images", images, "--batch", "16")
-        assert found["count"] == 60
-        assert "class folders by class name" in found["images"]
-        assert [Path(name).name for name, _ in found["unreadable"]] == ["empty.png", "torn.png"]
-        assert all(reason for _, reason in found["unreadable"])
-        assert list(found["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
-        top1 = [found["accuracy"][name]["top1"] for name in ("pytorch", "fp32")]
-        assert top1[0] == top1[1] > 0.9
-        manifest = json.loads((path / "manifest.json").read_text())
-        assert manifest["checks"]["evaluate"]["count"] == 60
-        table = cli("evaluate", path, "--images", images)
-        assert "2 image(s) could not be read and were left out." in table.stdout
-        assert "torn.png" in "".join(table.stdout.split())
+@pytest.fixture
+def path(judged: Subject, copy_of: Copy) -> Path:
+    """Return a copy of the digits' bundle."""
+    return copy_of(judged)
 
-    @pytest.mark.parametrize("images", [5, 50])
-    def test_an_artefact_with_its_logits_negated_never_passes(
-        self, cli: Cli, judged: Subject, copy_of: Copy, images: int
-    ) -> None:
-        """Top-1 from 80 % to 0 % on five images was a PASS, exit 0."""
-        path = copy_of(judged)
-        for name in ("fp16", "int8"):
-            overwritten(Bundle.open(path), name, faults.negated(judged.graph(name)))
-        words = ("--images", judged.labelled, "--limit", str(images), "--json")
-        result = cli("evaluate", path, *words, "--allow-inconclusive")
-        assert result.exit_code == 1
-        assert result.stderr.splitlines()[-2] == "error: Failed: 'fp16', 'int8'."
-        losses = json.loads(result.stdout)["losses"]
-        outcomes = {name: loss["outcome"] for name, loss in losses.items()}
-        assert outcomes == {"fp32": "pass", "fp16": "fail", "int8": "fail"}
 
-    def test_too_few_images_are_inconclusive_but_for_a_larger_allowed_loss(
-        self, cli: Cli, judged: Subject, copy_of: Copy, tmp_path: Path
-    ) -> None:
-        path, recipe = copy_of(judged), tmp_path / "mine.toml"
-        words = ("--images", judged.labelled, "--artefact", "int8")
-        result = cli("evaluate", path, *words)
-        assert result.exit_code == 1
-        assert (
-            "error: The data cannot decide: 'int8'; --allow-inconclusive would let that pass."
-            in words_of(result.stderr)
-        )
-        text = words_of(result.stdout)
-        assert "INCONCLUSIVE int8: -6.02 to +6.02 pp of top-1 lost on 60 images" in text
-        assert "about 381 images would decide at this rate of label flips" in text
-        assert cli("evaluate", path, *words, "--allow-inconclusive").exit_code == 0
-        recipe.write_text("[gates.int8]\ntop1_loss = 7.0\n")
-        named = cli("evaluate", path, *words, "--recipe", recipe, "--json")
-        assert named.exit_code == 0
-        (finding,) = json.loads(named.stdout)["losses"]["int8"]["findings"]
-        assert finding["limit"] == {"value": 7.0, "origin": "recipe [gates.int8]"}
+def test_corrupt_images_are_left_out(cli: Cli, judged: Subject, path: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(judged.labelled, tmp_path / "images"))
+    (images / "3" / "empty.png").touch()
+    good = next((images / "5").glob("*.png"))
+    (images / "5" / "torn.png").write_bytes(good.read_bytes()[:60])
+    found = evaluated(cli, path, "--images", images, "--batch", "16")
+    assert found["count"] == 60
+    assert "class folders by class name" in found["images"]
+    assert [Path(name).name for name, _ in found["unreadable"]] == ["empty.png", "torn.png"]
+    assert all(reason for _, reason in found["unreadable"])
+    assert list(found["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
+    top1 = [found["accuracy"][name]["top1"] for name in ("pytorch", "fp32")]
+    assert top1[0] == top1[1] > 0.9
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["checks"]["evaluate"]["count"] == 60
+    table = cli("evaluate", path, "--images", images)
+    assert "2 image(s) could not be read and were left out." in table.stdout
+    assert "torn.png" in "".join(table.stdout.split())
 
-    @pytest.mark.parametrize(
-        ("words", "code", "message"),
-        [
-            (("--batch", "0"), 2, "'--batch' is 0: it should be greater than or equal to 1."),
-            (("--labels", "/nowhere.txt"), 5, "The labels '/nowhere.txt' cannot be read"),
-        ],
+
+@pytest.mark.parametrize("images", [5, 50])
+def test_negated_logits_never_pass(cli: Cli, judged: Subject, path: Path, images: int) -> None:
+    """Top-1 from 80 % to 0 % on five images was a PASS, exit 0."""
+    for name in ("fp16", "int8"):
+        overwritten(Bundle.open(path), name, faults.negated(judged.graph(name)))
+    words = ("--images", judged.labelled, "--limit", str(images), "--json")
+    result = cli("evaluate", path, *words, "--allow-inconclusive")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-2] == "error: Failed: 'fp16', 'int8'."
+    losses = json.loads(result.stdout)["losses"]
+    outcomes = {name: loss["outcome"] for name, loss in losses.items()}
+    assert outcomes == {"fp32": "pass", "fp16": "fail", "int8": "fail"}
+
+
+def test_too_few_images_are_inconclusive(
+    cli: Cli, judged: Subject, path: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "mine.toml"
+    words = ("--images", judged.labelled, "--artefact", "int8")
+    result = cli("evaluate", path, *words)
+    assert result.exit_code == 1
+    assert (
+        "error: The data cannot decide: 'int8'; --allow-inconclusive would let that pass."
+        in words_of(result.stderr)
     )
-    def test_mistakes(
-        self, cli: Cli, judged: Subject, words: tuple[str, ...], code: int, message: str
-    ) -> None:
-        result = cli("evaluate", judged.bundle.path, "--images", judged.labelled, *words)
-        assert result.exit_code == code
-        assert message in result.stderr
+    text = words_of(result.stdout)
+    assert "INCONCLUSIVE int8: -6.02 to +6.02 pp of top-1 lost on 60 images" in text
+    assert "about 381 images would decide at this rate of label flips" in text
+    assert cli("evaluate", path, *words, "--allow-inconclusive").exit_code == 0
+    recipe.write_text("[gates.int8]\ntop1_loss = 7.0\n")
+    named = cli("evaluate", path, *words, "--recipe", recipe, "--json")
+    assert named.exit_code == 0
+    (finding,) = json.loads(named.stdout)["losses"]["int8"]["findings"]
+    assert finding["limit"] == {"value": 7.0, "origin": "recipe [gates.int8]"}
 
-    @pytest.mark.slow
-    @pytest.mark.filterwarnings("ignore")  # Ray's own
-    def test_ray_gives_the_figures_of_one_machine(
-        self, cli: Cli, judged: Subject, copy_of: Copy, ray: Any
-    ) -> None:
-        path = copy_of(judged)
-        words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")
-        here, there = evaluated(cli, path, *words), evaluated(cli, path, *words, "--on", "ray")
-        for key in ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed"):
-            assert there[key] == here[key]
 
-    @pytest.fixture
-    def ray(self) -> Iterator[Any]:
-        """Return Ray with a cluster of this machine alone."""
-        if importlib.util.find_spec("ray") is None:
-            pytest.skip("ray is not installed (pip install 'van-deploy[ray]')")
-        import ray
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--batch", "0"), 2, "'--batch' is 0: it should be greater than or equal to 1."),
+        (("--labels", "/nowhere.txt"), 5, "The labels '/nowhere.txt' cannot be read"),
+    ],
+)
+def test_mistakes(
+    cli: Cli, judged: Subject, words: tuple[str, ...], code: int, message: str
+) -> None:
+    result = cli("evaluate", judged.bundle.path, "--images", judged.labelled, *words)
+    assert result.exit_code == code
+    assert message in result.stderr
 
-        ray.init(
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            object_store_memory=100 << 20,
-            configure_logging=False,
-        )
-        yield ray
-        ray.shutdown()
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_ray_gives_one_machines_figures(cli: Cli, judged: Subject, path: Path, ray: Any) -> None:
+    words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")
+    here, there = evaluated(cli, path, *words), evaluated(cli, path, *words, "--on", "ray")
+    for key in ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed"):
+        assert there[key] == here[key]
+
+
+@pytest.fixture
+def ray() -> Iterator[Any]:
+    """Return Ray with a cluster of this machine alone."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("ray is not installed (pip install 'van-deploy[ray]')")
+    import ray
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 << 20,
+        configure_logging=False,
+    )
+    yield ray
+    ray.shutdown()
 
 
 def tiny_bundle(folder: Path, classes: int, problem: str = "") -> Path:
     """Return the bundle of a tiny network of random weights, 32 x 32."""
     from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
-    from van_deploy.pipeline import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_for
 
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
     torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
@@ -214,7 +216,7 @@ def images(pictures: list[Image.Image], tmp_path: Path) -> Path:
 
 def labels_of(bundle: Path, images: Path, line: Any) -> tuple[str | Path, ...]:
     """Return a command's words, with a labels file of what PyTorch decides of each image."""
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     loaded = original_network(Bundle.open(bundle))
     inputs = check_images("", loaded.preprocessing, 12, image_set(images)).inputs
@@ -225,42 +227,41 @@ def labels_of(bundle: Path, images: Path, line: Any) -> tuple[str | Path, ...]:
     return (bundle, "--images", images, "--labels", file)
 
 
-class TestOtherTasks:
-    """One logit and many labels: no argmax, no softmax, and no metric without a meaning."""
+"""One logit and many labels: no argmax, no softmax, and no metric without a meaning."""
 
-    def test_one_logit_is_decided_at_one_half(self, cli: Cli, images: Path, tmp_path: Path) -> None:
-        bundle = tiny_bundle(tmp_path, 1)
-        # Three labels of twelve are not what the network says.
-        words = labels_of(bundle, images, lambda n, row: f" {1 - row[0] if n < 3 else row[0]}")
-        found = evaluated(cli, *words)
-        assert found["task"] == "binary"
-        assert {a["top1"] for a in found["accuracy"].values()} == {0.75}
-        assert found["accuracy"]["fp32"]["top5"] is None
-        negated = faults.negated(onnx.load(bundle / "model.onnx"))
-        overwritten(Bundle.open(bundle), "fp32", negated)
-        result = cli("evaluate", *words, "--json")
-        assert result.exit_code == 1
-        broken = json.loads(result.stdout)
-        assert broken["accuracy"]["fp32"]["top1"] == 0.25
-        assert broken["losses"]["fp32"]["flips"] == 12
 
-    def test_many_labels_are_judged_by_f1(self, cli: Cli, images: Path, tmp_path: Path) -> None:
-        bundle = tiny_bundle(tmp_path, 4, "multi_label_classification")
-        words = labels_of(
-            bundle, images, lambda n, row: f"\t{','.join(map(str, np.flatnonzero(row)))}"
-        )
-        found = evaluated(cli, *words)
-        assert found["task"] == "multi-label"
-        accuracy = found["accuracy"]["fp32"]
-        assert (accuracy["metric"], accuracy["top1"]) == ("F1 (micro)", 1.0)
-        assert (accuracy["top5"], accuracy["ece"]) == (None, None)
-        zeroed = faults.zeroed(onnx.load(bundle / "model.onnx"))
-        overwritten(Bundle.open(bundle), "fp32", zeroed)
-        broken = cli("evaluate", *words)
-        assert broken.exit_code == 1
-        assert "error: Failed: 'fp32'." in broken.stderr
-        assert "F1 (micro) %" in broken.stdout
-        assert "top-1" not in broken.stdout
-        missing = cli("evaluate", *words[:3])
-        assert missing.exit_code == 5
-        assert "Give --labels FILE." in missing.stderr
+def test_one_logit_is_decided_at_one_half(cli: Cli, images: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path, 1)
+    # Three labels of twelve are not what the network says.
+    words = labels_of(bundle, images, lambda n, row: f" {1 - row[0] if n < 3 else row[0]}")
+    found = evaluated(cli, *words)
+    assert found["task"] == "binary"
+    assert {a["top1"] for a in found["accuracy"].values()} == {0.75}
+    assert found["accuracy"]["fp32"]["top5"] is None
+    negated = faults.negated(onnx.load(bundle / "model.onnx"))
+    overwritten(Bundle.open(bundle), "fp32", negated)
+    result = cli("evaluate", *words, "--json")
+    assert result.exit_code == 1
+    broken = json.loads(result.stdout)
+    assert broken["accuracy"]["fp32"]["top1"] == 0.25
+    assert broken["losses"]["fp32"]["flips"] == 12
+
+
+def test_many_labels_are_judged_by_f1(cli: Cli, images: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path, 4, "multi_label_classification")
+    words = labels_of(bundle, images, lambda n, row: f"\t{','.join(map(str, np.flatnonzero(row)))}")
+    found = evaluated(cli, *words)
+    assert found["task"] == "multi-label"
+    accuracy = found["accuracy"]["fp32"]
+    assert (accuracy["metric"], accuracy["top1"]) == ("F1 (micro)", 1.0)
+    assert (accuracy["top5"], accuracy["ece"]) == (None, None)
+    zeroed = faults.zeroed(onnx.load(bundle / "model.onnx"))
+    overwritten(Bundle.open(bundle), "fp32", zeroed)
+    broken = cli("evaluate", *words)
+    assert broken.exit_code == 1
+    assert "error: Failed: 'fp32'." in broken.stderr
+    assert "F1 (micro) %" in broken.stdout
+    assert "top-1" not in broken.stdout
+    missing = cli("evaluate", *words[:3])
+    assert missing.exit_code == 5
+    assert "Give --labels FILE." in missing.stderr

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
-import pydantic
 import typer
 from typer.testing import CliRunner, Result
 
@@ -14,39 +14,51 @@ from tests.each import each
 from van_deploy.cli.app import CommandGroup
 from van_deploy.cli.options import Given, with_options
 from van_deploy.config import BatchRange
-from van_deploy.config.fields import Size, option
+from van_deploy.config.fields import Size, Table, option
 from van_deploy.config.named import RUN, Changes
-from van_deploy.schema import Contradiction, Settings
 
 HOW = "How it is done"
 
 
-class Inner(Settings):
-    """A table inside the table."""
+class Inner(Table):
+    """A table inside the table.
 
-    seconds: float = option(3.0, "At least.", panel=HOW, gt=0)
+    Attributes:
+        seconds: At least.
+    """
+
+    PANEL = HOW
+
+    seconds: float = option(3.0, gt=0)
 
 
-class Table(Settings):
-    """One option of every kind."""
+class Options(Table):
+    """One option of every kind.
 
-    count: int = option(20, "How many.", ge=1, le=40)
-    kind: Literal["fast", "good"] | None = option(None, "Which.", shown_default="the best")
-    fold: bool = option(True, "Make the [exact] rewrites.")
-    force: bool = option(False, "Anew.", key="always")
-    batch: BatchRange = option(BatchRange, "Sizes.")
-    size: Size | None = option(None, "Memory.")
-    names: tuple[str, ...] = option((), "Which.", flags=["--name", "-n"])
-    patterns: tuple[str, ...] = option((), "Regular expressions.", commas=False)
-    sides: tuple[int, ...] = option((1, 2), "In pixels.")
-    file: Path | None = option(None, "A file.")
-    inner: Inner = option(Inner, "How long.")
+    Attributes:
+        count: How many.
+        kind: Which.
+        fold: Make the [exact] rewrites.
+        batch: Sizes.
+        file: A file.
+        sides: In pixels.
+    """
 
-    @pydantic.model_validator(mode="after")
-    def _both(self) -> Table:
+    count: int = option(20, ge=1, le=40)
+    kind: Literal["fast", "good"] | None = option(None)
+    fold: bool = option(True)
+    force: bool = option(False, key="always")
+    batch: BatchRange = option(BatchRange)
+    size: Size | None = option(None)
+    names: tuple[str, ...] = option((), flags=["--name", "-n"])
+    patterns: tuple[str, ...] = option((), commas=False)
+    sides: tuple[int, ...] = option((1, 2))
+    file: Path | None = option(None)
+    inner: Inner = option(Inner)
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
         if self.force and not self.fold:
-            raise Contradiction("{always} and no {fold} exclude each other.", "Leave {fold} out.")
-        return self
+            yield "{always} and no {fold} exclude each other.", "Leave {fold} out."
 
 
 def run(*words: str) -> tuple[Result, list[object]]:
@@ -59,19 +71,19 @@ def run(*words: str) -> tuple[Result, list[object]]:
     @with_options
     def make(
         place: str,
-        table: Annotated[Given, Table],
+        table: Annotated[Given, Options],
         changes: Annotated[Changes, RUN],
         quiet: bool = False,
     ) -> None:
         """Make it."""
-        called.extend([place, table.table, dict(changes.values), quiet])
+        called.extend([place, table.table, {k: c.value for k, c in changes.items()}, quiet])
 
     result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
     return result, called
 
 
 def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
-    assert run("here")[1] == ["here", Table(), {}, False]
+    assert run("here")[1] == ["here", Options(), {}, False]
     words = (
         "here --count 3 --kind good --no-fold --batch 1:2:4 --size 1GiB -n a,b --name c "
         "--patterns a{1,2} --sides 3,4 --file x.txt --seconds 0.5 --quiet --target sm_89 "
@@ -79,7 +91,7 @@ def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
     )
     result, called = run(*words.split())
     assert result.exit_code == 0, result.stderr
-    assert called[1] == Table(
+    assert called[1] == Options(
         count=3,
         kind="good",
         fold=False,
@@ -126,11 +138,10 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
     text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
     for words in (
         "--count INTEGER How many. [default: 20; from 1 up to 40]",
-        "--kind fast|good Which. [default: the best]",
+        "--kind fast|good Which.",
         "--fold --no-fold Make the [exact] rewrites.",
-        "--always Anew.",
         "--batch MIN:OPT:MAX Sizes. [default: 1:8:32]",
-        "--name -n TEXT,... Which.",
+        "--name -n TEXT,...",
         "--sides INTEGER,... In pixels. [default: 1,2]",
         "--file PATH A file.",
         "--seconds NUMBER At least. [default: 3.0; above 0]",

@@ -37,10 +37,9 @@ def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: 
     again = cli("quantize", bundle, *FAST, "--json")
     assert "int8: reused: " in again.stderr
     found = json.loads(again.stdout)
-    row = found["facts"]["comparison"][1]
-    low, high = row["top1_interval"]
     assert (found["artefact"], found["passed"]) == ("int8", True)
-    assert low < row["correct"] / row["images"] <= high
+    row = found["facts"]["comparison"][1]
+    assert row["top1_interval"][0] < row["correct"] / row["images"] <= row["top1_interval"][1]
 
 
 def test_a_result_below_its_gate_ends_with_1(
@@ -57,24 +56,19 @@ def test_a_result_below_its_gate_ends_with_1(
     ("words", "code", "message"),
     [
         (
-            ("--precision", "int4"),
+            "--precision int4",
             2,
-            "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or 'int8'.\n",
+            "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or",
         ),
-        (
-            ("--target", "cpu", "--precision", "fp16"),
-            2,
-            "error: FP16 makes no sense for --target cpu: ONNX Runtime's CPU",
-        ),
-        (("--calibration", "none"), 5, "error: There is no calibration set called 'none'."),
-        (("--scope", "resnet"), 2, "error: The scope 'resnet' is neither pointwise"),
-        (("--keep", "block9"), 2, "error: There is nothing called 'block9' to keep in FP32."),
-        (("--images", "/nowhere"), 5, "error: '/nowhere' cannot be read: No such file"),
+        ("--target cpu --precision fp16", 2, "error: FP16 makes no sense for --target cpu: ONNX"),
+        ("--calibration none", 5, "error: There is no calibration set called 'none'."),
+        ("--scope resnet", 2, "error: The scope 'resnet' is neither pointwise"),
+        ("--keep block9", 2, "error: There is nothing called 'block9' to keep in FP32."),
+        ("--images /nowhere", 5, "error: '/nowhere' cannot be read: No such file"),
     ],
 )
 def test_mistakes_are_said_in_words(
-    cli: Cli, bundle: Path, words: tuple[str, ...], code: int, message: str
+    cli: Cli, bundle: Path, words: str, code: int, message: str
 ) -> None:
-    result = cli("quantize", bundle, *FAST, *words)
-    assert result.exit_code == code
-    assert message in result.stderr
+    result = cli("quantize", bundle, *FAST, *words.split())
+    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr

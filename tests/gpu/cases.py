@@ -62,7 +62,7 @@ class Case:
 
 def _torch(mode: str, precision: str = "fp32", device: str = "cuda:0") -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
-        from van_deploy.runners.original import original_network
+        from van_deploy.runners.network import original_network
         from van_deploy.runners.pytorch import TorchRunner
 
         return TorchRunner(original_network(bundle).model, mode, device, precision)

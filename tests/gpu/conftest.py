@@ -43,7 +43,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
     import torch
 
     from van_deploy.metrics import compare
-    from van_deploy.runners.original import original_network
+    from van_deploy.runners.network import original_network
 
     path = tmp_path_factory.mktemp("gpu") / "digits"
     made = van_deploy.export("van_digits", path, batch="1:4:8")

@@ -30,7 +30,6 @@ from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
 from van_deploy.runners.onnxruntime import (
     OnnxRuntimeRunner,
-    onnxruntime_logits,
     onnxruntime_outputs,
 )
 
@@ -76,7 +75,7 @@ def test_every_opset_is_the_one_asked_for_and_answers_alike(digits: Exported, op
     with torch.no_grad():
         expected = digits.loaded.model(digits.images).numpy()
     for batch in (1, 3, 5):
-        actual = onnxruntime_logits(model, digits.images[:batch].numpy())
+        actual = onnxruntime_outputs(model, digits.images[:batch].numpy())["logits"]
         assert compare(expected[:batch], actual).relative < 1e-5
 
 
@@ -149,7 +148,7 @@ def test_a_simplified_graph_that_answers_differently_is_not_kept(
 
 def test_large_weights_go_into_a_file_of_their_own(digits: Exported, tmp_path: Path) -> None:
     path, images = tmp_path / "model.onnx", digits.images.numpy()
-    expected = onnxruntime_logits(digits.graph, images)
+    expected = onnxruntime_outputs(digits.graph, images)["logits"]
     files = save_onnx(copy.deepcopy(digits.graph), path, external_limit_bytes=1000)
     assert files == ["model.onnx", "model.onnx.data"]
     description = describe_onnx(path)

@@ -26,7 +26,7 @@ from van_deploy.model.files import LICENCE
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VARIANTS, VanConfig
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import original_network
 
 if TYPE_CHECKING:
     from tests.model.conftest import FakeHub

@@ -106,8 +106,8 @@ def mixed(state: State, other: str) -> State:
     [
         (
             lambda s: under("model.", s) | {"normalize.mean": torch.ones(3)},
-            "beside the VAN's: normalize.mean. Save the state dict of one whole VAN, or name its own "
-            "alone: --container state_dict.model.",
+            "beside the VAN's: normalize.mean. Save the state dict of one whole VAN, or name its "
+            "own alone: --container state_dict.model.",
         ),
         (lambda s: s | {"van.layernorm.weight": torch.ones(24)}, "beside the VAN's: van.layernorm"),
         (

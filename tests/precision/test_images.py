@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 
 from tests.each import each
-from van_deploy.calibration_set import (
-    ImageSelection,
-    builtin_calibration_sets,
-    calibration_set_named,
-)
 from van_deploy.data.images import ImageSet, image_set
 from van_deploy.errors import ImageError, RecipeError
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.images import choose_images, split
+from van_deploy.recipe import (
+    CALIBRATION_SETS,
+    ImageSelection,
+    builtin_files,
+    calibration_set_named,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_too_few_different_images_are_refused(
 
 
 def test_every_shipped_set_is_read_and_described() -> None:
-    known = builtin_calibration_sets()
+    known = builtin_files(CALIBRATION_SETS)
     assert {"cifar10", "digits", "folder", "imagenet-512"} <= set(known)
     for name in known:
         found = calibration_set_named(name)

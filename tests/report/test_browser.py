@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from van_deploy.bundle import Bundle
-from van_deploy.report.bundle_report import document_of_bundle
+from van_deploy.report.files import document_of_bundle
 from van_deploy.report.render_html import html_from_document
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -64,7 +64,7 @@ def test_it_is_light_by_day_and_dark_by_night(page: Path, tmp_path: Path) -> Non
 
 def test_it_reads_without_errors_and_fits_a_narrow_window(page: Path, tmp_path: Path) -> None:
     result = chromium(page, tmp_path / "profile", "--dump-dom")
-    assert "<h2>Throughput against accuracy</h2>" in result.stdout
+    assert "Throughput against accuracy: each artifact" in result.stdout
     assert [line for line in result.stderr.splitlines() if ":CONSOLE" in line] == []
     narrow = screenshot(page, tmp_path, width=500)
     assert (narrow[:, -3:] == narrow[0, 0]).all(), "nothing reaches over the right edge"

@@ -8,15 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from tests.each import each
-from van_deploy.report.plots import (
-    CHARACTER,
-    Mark,
-    Series,
-    colours,
-    nice_ticks,
-    rows_chart,
-    xy_chart,
-)
+from van_deploy.report.plots import CHARACTER, Mark, colours, nice_ticks, rows_chart, xy_chart
 
 
 def numbers(element: ET.Element, *names: str) -> list[float]:
@@ -60,10 +52,10 @@ def test_ticks_are_round_few_and_cover_the_values(low: float, high: float) -> No
 
 
 def test_lines_go_up_where_values_do_and_every_point_is_named() -> None:
-    series = [
-        Series("a<b", [Mark("", 1, 10), Mark("", 2, 20), Mark("", 8, 80)], 1),
-        Series("flat", [Mark("", 1, 5), Mark("", 8, 5, low=4, high=6)], 2),
-    ]
+    series = {
+        "a<b": [Mark("", 1, 10), Mark("", 2, 20), Mark("", 8, 80)],
+        "flat": [Mark("", 1, 5), Mark("", 8, 5, interval=(4, 6))],
+    }
     svg = xy_chart(series, "batch", "ms")
     x, y = zip(*(numbers(m, "cx", "cy") for m in ET.fromstring(svg).iter("circle")), strict=True)
     named = titles(svg)
@@ -78,27 +70,23 @@ def test_lines_go_up_where_values_do_and_every_point_is_named() -> None:
     assert low - ys[4] == pytest.approx(ys[4] - high, abs=0.2), "a whisker reaches both ends"
 
 
-def test_bars_are_as_long_as_their_values() -> None:
-    svg = rows_chart([Mark("one", 10, text="10"), Mark("two", 20, low=18, high=23)], "ms")
-    widths = [numbers(bar, "width")[0] for bar in ET.fromstring(svg).iter("rect")]
-    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
-    assert titles(svg) == ["one: 10", "two: 20"]
-
-
-def test_an_interval_its_zero_and_its_limit_are_in_order() -> None:
-    marks = [Mark("a", -0.5, low=-1, high=0.1, limit=0.2), Mark("b", 0.5, low=0.3, high=0.9)]
-    svg = rows_chart(marks, "points", dots=True)
+def test_a_dot_its_interval_the_zero_and_the_limit_are_in_their_places() -> None:
+    marks = [Mark("a", -0.5, interval=(-1, 0.1), limit=0.2), Mark("b", 0.5, interval=(0.3, 0.9))]
+    svg = rows_chart(marks, "points")
     left, right = (numbers(m, "cx")[0] for m in ET.fromstring(svg).iter("circle"))
     (limit,) = re.findall(r'd="M([\d.]+) [\d.]+v24" stroke="var\(--bad\)"', svg)
     (zero,) = re.findall(r'd="M([\d.]+) [\d.]+V[\d.]+" stroke="var\(--axis\)"', svg)
     assert left < float(zero) < float(limit) < right
     assert left - float(zero) == pytest.approx(float(zero) - right, abs=0.2)
+    low, high = map(float, re.findall(r'd="M([\d.]+) [\d.]+H([\d.]+)M', svg)[0])
+    assert (left - low) / (high - left) == pytest.approx(0.5 / 0.6, abs=0.02), "both ends"
+    assert titles(svg) == ["a: -0.5", "b: 0.5"]
 
 
 def test_no_text_covers_another_however_long_the_names_are() -> None:
     names = [f"tensorrt/van_b3-int8-sm89-rtx1.7.1.{i}" for i in range(9)]
     marks = [Mark(n, 10.0 + i, text=f"{i} ms INCONCLUSIVE") for i, n in enumerate(names)]
-    series = [Series(n, [Mark("", i, i), Mark("", 9, 9)], i) for i, n in enumerate(names)]
+    series = {n: [Mark("", i, i), Mark("", 9, 9)] for i, n in enumerate(names)}
     require_readable(rows_chart(marks, "latency (ms)"))
     require_readable(xy_chart(series, "x", "y"))
 
@@ -106,18 +94,17 @@ def test_no_text_covers_another_however_long_the_names_are() -> None:
 @each("value", [0.0, 1e-9, 5.0, -3.0])
 def test_one_value_alone_is_no_trouble(value: float) -> None:
     for svg in (
-        xy_chart([Series("s", [Mark("", 1, value)], 1)], "x", "y"),
-        rows_chart([Mark("b", value, text="b")], "x"),
-        rows_chart([Mark("p", value, low=value, high=value)], "x", dots=True),
+        xy_chart({"s": [Mark("", 1, value)]}, "x", "y"),
+        rows_chart([Mark("p", value, interval=(value, value))], "x"),
     ):
         assert "nan" not in svg
         ET.fromstring(svg)
 
 
 def test_colours_come_from_the_page_and_are_the_artifacts_own() -> None:
-    series = [Series(str(i), [Mark("", 0, i)], i) for i in range(1, 9)]
+    series = {str(i): [Mark("", 0, i, colour=i)] for i in range(1, 9)}
     svg = xy_chart(series, "x", "y") + rows_chart([Mark("a", 1, limit=2)], "x")
-    assert set(re.findall(r'(?:fill|stroke)="([^"]+)"', svg)) <= {
+    assert set(re.findall(r'(?:fill|stroke)="([^"]+)"', svg)) == {
         "none",
         *(f"var(--{name})" for name in ("ink", "muted", "grid", "axis", "surface", "bad")),
         *(f"var(--series-{i})" for i in range(1, 9)),

@@ -21,10 +21,9 @@ from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
 from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
 from van_deploy.manifest import EngineFacts
 from van_deploy.metrics import softmax
-from van_deploy.runners.network import Outputs
+from van_deploy.runners.network import NamedClass, Outputs
 from van_deploy.serve.app import App, listen, run_server
 from van_deploy.serve.models import Service
-from van_deploy.serve.predict import NamedClass
 
 PlanMaker = Callable[..., Bundle]
 

@@ -203,7 +203,7 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
         (INFER, b"{}", {JSON_LENGTH: length}, status, message)
         for length, status, message in (
             ("3", 400, "The JSON is said to be 3 bytes; the body has 2."),
-            ("20000", 413, "16,384 are taken"),
+            ("20000", 413, "16,384 bytes of JSON"),
             *((text, 400, "not a number") for text in ("x", "-1", "9" * 5000, "\xd9\xa1")),
         )
     ),
@@ -250,8 +250,8 @@ def test_tensors_that_are_no_pixels() -> None:
         tracemalloc.stop()
         assert peak < max(MIB, 10 * len(body))
     body = tensor(name="x", shape=[1, 1], datatype="FP32", data=[1.5])
-    given = TensorSpec("x", "float32", (1,))
-    rows, request = parse_request(body, len(body), given, ["a", "b"], 1)
+    given, *gives = (TensorSpec(name, "float32", (1,)) for name in "xab")
+    rows, request = parse_request(body, len(body), given, gives, 1)
     found: dict[str, Any] = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 1), np.int64)}
     text, length = encode_response(request, found, "m")
     assert (rows.tolist(), length) == ([[1.5]], None)
@@ -428,7 +428,7 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
 
 
 def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> None:
-    with pytest.raises(UsageError, match="A queue of 15 images cannot fill 2 x 8 images"):
+    with pytest.raises(UsageError, match="A queue of 15 images cannot hold the 16"):
         Service(digits, ServiceSettings(queue_limit=15, instances=2))
     both, given, sizes = threading.Barrier(2, timeout=30), an_input(pixels[:2]), list[int]()
     settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}

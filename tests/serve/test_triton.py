@@ -35,7 +35,7 @@ from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
 from van_deploy.serve.package import check_package, client_of, write_environment
-from van_deploy.serve.triton import TritonModel, loads, preferred_batches, releases, triton_models
+from van_deploy.serve.triton import TritonModel, loads, models_of, preferred_batches, releases
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
@@ -149,11 +149,11 @@ def test_plans_that_triton_could_not_serve_are_refused(
             open_bundle(bundle.path).package(tmp_path / "out", artefacts=names, **options)
         assert not (tmp_path / "out").exists()
 
-    refused("takes a batch of 1 (it has 8:8:8), and Triton sends any up to", with_plans("8:8:8"))
+    refused("8:8:8, the profiles of 'plan-sm_89', leave out a batch of 1", with_plans("8:8:8"))
     gap = with_plans("1:2:4,8:8:16")
-    refused("takes a batch of 5 (it has 1:2:4, 8:8:16), and Triton sends", gap)
+    refused("1:2:4, 8:8:16, the profiles of 'plan-sm_89', leave out a batch of 5", gap)
     rtx = with_plans(backend="tensorrt-rtx", backend_version="1.7.1.116")
-    refused("cannot load 'plan-sm_89': it was built by tensorrt-rtx 1.7.1.116.", rtx)
+    refused("cannot load 'plan-sm_89': it was built by tensorrt-rtx 1.7.1.116", rtx)
     refused("no table here says which TensorRT", with_plans(backend_version="11.4.0.106"))
     unlike = with_plans("1:2:8", "sm_86", "sm_89", other={"backend_version": "10.6.0.26"})
     both = ("plan-sm_86", "plan-sm_89")
@@ -213,10 +213,10 @@ def test_the_release_is_the_newest_that_loads_the_models(
     release = findings[f"{NAME}: release"]
     assert (result.exit_code, release["outcome"]) == (0, None)
     assert release["detail"].startswith("not checked: no table here says which ONNX Runtime")
-    (model,) = triton_models(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
+    (model,) = models_of(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
     for newest_loaded, fits in (((20, 9), True), ((19, 9), False), ((20, 8), False)):
         monkeypatch.setitem(releases()["onnx"], "1.27", newest_loaded)
-        assert loads("26.07", model)[0] is fits
+        assert loads("26.07", model).outcome is fits
 
 
 def test_the_python_backend_brings_its_onnx_runtime(
@@ -279,7 +279,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     detail = "made anew in the bundle since"
     assert failed(Bundle.open(copy.path)) == {"artefact fp32-uint8": detail}
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
-    with pytest.raises(InputError, match="was made from 'van_digits', not from 'other'"):
+    with pytest.raises(InputError, match="was made from 'van_digits', not 'other'"):
         check_package(package, other)
     with pytest.raises(InputError, match=r"The package record '.*' is damaged: No such file"):
         check_package(tmp_path / "nowhere", digits)

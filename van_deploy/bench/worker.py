@@ -226,7 +226,7 @@ def runner_of(contender: Contender, threads: int) -> Any:
         import torch
 
         from van_deploy.bundle import Bundle
-        from van_deploy.runners.original import original_network
+        from van_deploy.runners.network import original_network
         from van_deploy.runners.pytorch import TorchRunner
 
         torch.set_num_threads(threads)

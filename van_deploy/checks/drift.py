@@ -33,9 +33,9 @@ import onnx
 
 from van_deploy.bundle import Artefact, Bundle
 from van_deploy.checks.gates import DEFAULT, Outcome, sqnr_floor
+from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
 from van_deploy.checks.judging import judge_graph, judge_new, plain_onnx
-from van_deploy.checks.samples import Samples
 from van_deploy.config import DriftSettings, GateProfile
 from van_deploy.errors import BundleError, GateFailed
 from van_deploy.graph.names import INPUT_NAME, module_of
@@ -185,7 +185,7 @@ def drift_of_artefact(
     model, last = onnx.load(bundle.verified(artefact.name)), dict[str, str]()
     for node in onnx.load(bundle.verified("fp32")).graph.node:
         module = module_of(node.output[0])
-        name = module if level == "module" else _unit(node.name or module, level)
+        name = module if level == "module" else part_name(node.name or module, level)
         if name and module in reference.modules:
             last.pop(name, None)  # the order is that of the last tensors
             last[name] = node.output[0]
@@ -228,27 +228,20 @@ def drift_of_artefact(
     )
 
 
-def _unit(node: str, level: Level) -> str:
-    """Return the block or stage that a node belongs to ("" for none)."""
+def part_name(node: str, level: Level, modules: Iterable[str] = ()) -> str:
+    """Return the stage, the block or the innermost of the modules that a node is in, or "".
+
+    >>> levels = ("stage", "block", "module")
+    >>> [part_name("block1.0.mlp.fc2", level, ["block1.0.mlp"]) for level in levels]
+    ['stage1', 'block1.0', 'block1.0.mlp']
+    """
+    if level == "module":
+        return max((m for m in modules if f"{node}.".startswith(f"{m}.")), key=len, default="")
     unit = _UNIT.match(node)
     if unit is None:
         return ""
     stage = unit["embed"] or unit["block"] or unit["norm"]
     return f"stage{stage}" if level == "stage" and stage else unit[0]
-
-
-def part_name(module: str, level: Level, parts: Iterable[str]) -> str:
-    """Return the part that a module is in: the longest of the names it begins with, or "".
-
-    >>> part_name("block1.0.mlp.fc2", "block", ["block1.0", "block1.1"])
-    'block1.0'
-    >>> part_name("block1.0.mlp.fc2", "stage", ["stage1"])
-    'stage1'
-    """
-    if level == "stage":
-        return _unit(module, level)
-    around = [part for part in parts if f"{module}.".startswith(f"{part}.")]
-    return max(around, key=len, default="")
 
 
 # --- the whole bundle ------------------------------------------------------------------------
@@ -336,7 +329,7 @@ def drift_of_bundle(
         model, inside = onnx.load(bundle.verified(name)), dict[str, list[str]]()
         floor = sqnr_floor(artefact.precision, noise_db)
         for module, fault in judge_graph(model, artefact.precision, samples, floor, method)[1]:
-            part = part_name(module, asked.level, [part.name for part in parts])
+            part = part_name(module, asked.level, (part.name for part in parts))
             inside.setdefault(part, []).append(fault)
         told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)
         entries[name] = ArtefactDrift(name, tuple(told))

@@ -21,11 +21,10 @@ import numpy.typing as npt
 
 from van_deploy import metrics
 from van_deploy.bundle import Bundle
-from van_deploy.checks import gates as rules
-from van_deploy.checks.gates import Finding, Loss
+from van_deploy.checks import gates
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.judging import Networks
-from van_deploy.config import EvaluationSettings, GateProfile, GateSettings
+from van_deploy.config import EvaluationSettings, GateSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.labels import label_sets, labelled_images
 from van_deploy.errors import ConversionError, ImageError
@@ -33,8 +32,7 @@ from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
-from van_deploy.runners.network import PYTORCH, require_classes, task_of
-from van_deploy.runners.original import original_network
+from van_deploy.runners.network import PYTORCH, original_network, require_classes, task_of
 from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
@@ -51,19 +49,21 @@ Logits = npt.NDArray[np.floating[Any]]
 
 
 class Truth(NamedTuple):
-    """What is right on an evaluation set.
+    """What is right on an evaluation set, and what is allowed.
 
     Attributes:
         labels: ``(N,)`` int64 classes, or ``(N, K)`` of 0 and 1 for many labels.
         classes: how many logits the network gives.
         task: how these become labels.
         noise_db: SQNR of PyTorch's float32 against its float64.
+        rules: what a recipe sets otherwise.
     """
 
     labels: npt.NDArray[Any]
     classes: int
     task: Task
-    noise_db: float = rules.ROUNDOFF_DB
+    noise_db: float = gates.ROUNDOFF_DB
+    rules: GateSettings = GateSettings()
 
 
 class Answers(NamedTuple):
@@ -132,7 +132,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ArtefactLoss(rules.Findings):
+class ArtefactLoss(gates.Findings):
     """What an artifact lost against PyTorch on the same images, and what the gate says.
 
     Attributes:
@@ -147,8 +147,8 @@ class ArtefactLoss(rules.Findings):
     """
 
     numeric: str
-    loss: Loss
-    findings: tuple[Finding, ...]
+    loss: gates.Loss
+    findings: tuple[gates.Finding, ...]
     sqnr_db: float
     flips: int
     confusions: tuple[tuple[int, int, int], ...]
@@ -171,13 +171,7 @@ def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
     return replace(found, top5=among / total, top5_interval=wilson_interval(among, total))
 
 
-def judge_artefact(
-    before: Answers,
-    after: Answers,
-    truth: Truth,
-    numeric: str,
-    profile: GateProfile = rules.DEFAULT,
-) -> ArtefactLoss:
+def judge_artefact(before: Answers, after: Answers, truth: Truth, numeric: str) -> ArtefactLoss:
     """Return what one artifact lost against PyTorch, and what the gate of its class says.
 
     Args:
@@ -185,10 +179,10 @@ def judge_artefact(
         after: the artifact's, to the same images.
         truth: of the images.
         numeric: the artifact's numeric class.
-        profile: what a recipe sets otherwise.
     """
-    floor = rules.sqnr_floor(numeric, truth.noise_db, profile)
-    allowed, task = rules.allowed_loss(numeric, profile), truth.task
+    profile = truth.rules.of(numeric)
+    floor = gates.sqnr_floor(numeric, truth.noise_db, profile)
+    allowed, task = gates.allowed_loss(numeric, profile), truth.task
     labels, total = truth.labels, len(truth.labels)
     changes: tuple[Mapping[str, int], ...] = ()
     if task is Task.MULTI_LABEL:
@@ -197,20 +191,20 @@ def judge_artefact(
         def lost(rows: npt.NDArray[np.int64]) -> float:
             return 100 * (_f1(one[rows]) - _f1(other[rows]))
 
-        loss = Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
+        loss = gates.Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
     else:
         right, still = (answers.classes[:, 0] == labels for answers in (before, after))
         won = int((~right & still).sum())
-        loss = rules.paired_loss(int((right & ~still).sum()), won, total)
+        loss = gates.paired_loss(int((right & ~still).sum()), won, total)
         changes = _changes(labels, right, still)
     signal = float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
-    explained = rules.flip_margin(floor.value, task)
+    explained = gates.flip_margin(floor.value, task)
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
-    findings = [rules.judge_loss(loss, allowed, rules.what_of(task))]
-    if not rules.CLASSES[numeric].lossy:
-        findings = rules.judge_numbers(loss, allowed, sqnr, floor, flips, task)
+    findings = [gates.judge_loss(loss, allowed, gates.what_of(task))]
+    if not gates.CLASSES[numeric].lossy:
+        findings = gates.judge_numbers(loss, allowed, sqnr, floor, flips, task)
     pairs = Counter((flip.expected, flip.found) for flip in flips)
     commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
     confusions = tuple((*pair, count) for pair, count in commonest)
@@ -269,7 +263,7 @@ Said = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Answers]]
 
 
 @dataclass(frozen=True)
-class EvaluateReport(rules.Report):
+class EvaluateReport(gates.Report):
     """Accuracy of PyTorch and each artifact.
 
     Attributes:
@@ -295,11 +289,11 @@ class EvaluateReport(rules.Report):
     unreadable: tuple[tuple[str, str], ...]
     accuracy: Mapping[str, Accuracy]
     losses: Mapping[str, ArtefactLoss]
-    skipped: Mapping[str, Finding]
+    skipped: Mapping[str, gates.Finding]
     runners: Mapping[str, str]
     class_names: tuple[str, ...] | None
     seconds: float
-    allowed: rules.Allowed
+    allowed: gates.Allowed
     schema: Literal["van-deploy/evaluate/2"] = "van-deploy/evaluate/2"
 
     @property
@@ -307,14 +301,14 @@ class EvaluateReport(rules.Report):
         """How many images were answered."""
         return self.accuracy[PYTORCH].images
 
-    def named(self) -> list[tuple[str, Finding]]:
+    def named(self) -> list[tuple[str, gates.Finding]]:
         """Return every finding and its artifact, those of skipped artifacts included."""
         found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
         return [*found, *self.skipped.items()]
 
 
 def evaluate_bundle(
-    bundle: Bundle, loaded: LoadedVan, asked: EvaluationSettings, gates: GateSettings, say: Progress
+    bundle: Bundle, loaded: LoadedVan, asked: EvaluationSettings, rules: GateSettings, say: Progress
 ) -> EvaluateReport:
     """Return the accuracy of PyTorch and of each artifact of ``bundle`` on labelled images.
 
@@ -322,7 +316,7 @@ def evaluate_bundle(
         bundle: the bundle.
         loaded: its original network.
         asked: which images, and how.
-        gates: limits a recipe sets otherwise.
+        rules: what a recipe sets otherwise.
         say: told how many images of how many are answered.
 
     Raises:
@@ -355,22 +349,23 @@ def evaluate_bundle(
         answers[name] = Answers(*(np.concatenate(column)[order] for column in columns))
     golden = bundle.manifest.golden is not None
     noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
-    truth = Truth(labels[np.sort(rows)], loaded.config.num_classes, task_of(bundle), noise_db)
+    classes, task = loaded.config.num_classes, task_of(bundle)
+    truth = Truth(labels[np.sort(rows)], classes, task, noise_db, rules)
     return EvaluateReport(
         images=images.description,
         dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),
-        task=truth.task,
+        task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
         accuracy={name: accuracy_of(found, truth) for name, found in answers.items()},
         losses={
-            n: judge_artefact(answers[PYTORCH], answers[n], truth, k, gates.of(k))
-            for n, k in networks.numeric.items()
+            name: judge_artefact(answers[PYTORCH], answers[name], truth, numeric)
+            for name, numeric in networks.numeric.items()
         },
         skipped=networks.skipped,
         runners=networks.runners,
         class_names=loaded.class_names,
         seconds=time.perf_counter() - started,
-        allowed=rules.Allowed(asked.allow_skip, asked.allow_inconclusive),
+        allowed=gates.Allowed(asked.allow_skip, asked.allow_inconclusive),
     )
 
 

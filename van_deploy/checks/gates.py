@@ -31,15 +31,15 @@ from van_deploy.config import GateProfile
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
+# ``fp32`` may be so much noisier than PyTorch's own float32 against its float64: another order of
+# summation, on another processor, costs 3 to 17 dB on trained VANs (docs/gates.md).
 BELOW_NOISE_DB = 20.0
-"""``fp32`` may be so much noisier than PyTorch's own float32 against its float64: another order
-of summation, on another processor, costs 3 to 17 dB on trained VANs (docs/gates.md)."""
 
+# 20 log10(2^24). Noise below float32's own roundoff is luck, and no reason to ask for more.
 ROUNDOFF_DB = 144.5
-"""20 log10(2^24). Noise below float32's own roundoff is luck, and no reason to ask for more."""
 
+# Below this an artifact is broken, whatever the network and the class.
 BROKEN_DB = 20.0
-"""Below this an artifact is broken, whatever the network and the class."""
 
 
 @dataclass(frozen=True)
@@ -73,66 +73,65 @@ CLASSES: Mapping[str, ClassLimits] = {
 }
 LOSSY = tuple(name for name, limits in CLASSES.items() if limits.lossy)
 
+# How far below the SQNR recorded when it was made an artifact may be, on the same samples, in the
+# same runtime, provider and numeric class. It catches a file that changed after it was made.
 BELOW_RECORD_DB = 3.0
-"""How far below the SQNR recorded when it was made an artifact may be, on the same samples, in the
-same runtime, provider and numeric class. It catches a file that changed after it was made."""
 
+# Whatever the class, an image in a batch is the same image: at most 5 % of the logits' RMS.
 BATCH_INVARIANCE_DB = 26.0
-"""Whatever the class, an image in a batch is the same image: at most 5 % of the logits' RMS."""
 
+# One image may have ten times the mean noise power that is allowed.
 WORST_ROW_DB = 10.0
-"""One image may have ten times the mean noise power that is allowed."""
 
+# A label flip is explained where PyTorch's margin is within so many standard deviations of the
+# noise that the class allows: one in 30,000 is beyond by chance.
 FLIP_SIGMAS = 4.0
-"""A label flip is explained where PyTorch's margin is within so many standard deviations of the
-noise that the class allows: one in 30,000 is beyond by chance."""
 
+# Share of images that another processor or build may decide otherwise: near-ties.
 CHANCE_FLIPS = 1 / 2000
-"""Share of images that another processor or build may decide otherwise: near-ties."""
 
 
+# What the activation scales of one calibration method may be over the best ones: expected of the
+# median over the tensors, and the largest of any. The best scale of a tensor is the one with the
+# least squared error on the golden images. Measured on the shared van_b0 with golden images of its
+# own kind and with photographs (docs/gates.md has the medians and the extremes). A method that is
+# not known is held to ``mse``.
 SCALE_BOUNDS: Mapping[str, tuple[float, float]] = {
     "mse": (1.0, 3.0),
     "percentile": (1.15, 3.5),
     "minmax": (1.5, 4.5),
 }
-"""What the activation scales of one calibration method may be over the best ones: expected of the
-median over the tensors, and the largest of any. The best scale of a tensor is the one with the
-least squared error on the golden images.
 
-Measured on the shared van_b0 with golden images of its own kind and with photographs
-(docs/gates.md has the medians and the extremes). A method that is not known is held to ``mse``."""
-
+# The smallest such ratio of any tensor.
 SCALE_LEAST = 1 / 3
-"""The smallest such ratio of any tensor."""
 
+# The least ratio of unsigned activations (graphs for CPUs). The best scale is sought with the
+# zero-point as it is, the quantiser moves both ends: its right scales reach down to 0.22 on the
+# shared van_b0 with photographs and to 0.29 on van_digits with its own kind of images.
 UNSIGNED_LEAST = 0.15
-"""The least ratio of unsigned activations (graphs for CPUs). The best scale is sought with the
-zero-point as it is, the quantiser moves both ends: its right scales reach down to 0.22 on the
-shared van_b0 with photographs and to 0.29 on van_digits with its own kind of images."""
 
+# Share of a speed ratio that may be lost between a baseline and now.
 SPEED_SLACK = 0.1
-"""Share of a speed ratio that may be lost between a baseline and now."""
 
+# Share of a median ratio that its interval should be within; rounds go on until it is.
 SPEED_WITHIN = 0.02
-"""Share of a median ratio that its interval should be within; rounds go on until it is."""
 
+# The median may be off its centre by this factor either way: half way to a doubled scale.
 SCALE_MEDIAN_FACTOR = 1.4
-"""The median may be off its centre by this factor either way: half way to a doubled scale."""
 
+# At most this share of the scales may be off the median by more than this factor. Right ones: 0 to
+# 9 %; ranges of another layer: 22 % and more.
 SCALE_SPREAD = (2.0, 0.15)
-"""At most this share of the scales may be off the median by more than this factor. Right ones:
-0 to 9 %; ranges of another layer: 22 % and more."""
 
+# The same for unsigned activations: right ones 11 % (van_digits) and 15 % (the shared van_b0).
 UNSIGNED_SPREAD = (2.0, 0.22)
-"""The same for unsigned activations: right ones 11 % (van_digits) and 15 % (the shared van_b0)."""
 
+# A channel whose largest weight is an integer below this wastes an eighth of them or more; right
+# scales make it 125 to 127.
 LEAST_CODE = 112
-"""A channel whose largest weight is an integer below this wastes an eighth of them or more; right
-scales make it 125 to 127."""
 
+# So many integers of a channel, or that share of them, may be at the end of the range.
 MOST_SATURATED = (4, 0.03)
-"""So many integers of a channel, or that share of them, may be at the end of the range."""
 
 
 class Outcome(str, enum.Enum):
@@ -227,14 +226,17 @@ class Report:
         return self.passed
 
 
+# A recipe that sets nothing.
 DEFAULT = GateProfile()
-"""A recipe that sets nothing."""
 
+# Levels of 255 by which an image that is read and resized here may differ.
+RESIZED = Limit(1, "what another build of Pillow may resize otherwise")
+
+# Beyond this a number of images is no advice.
 MOST_IMAGES = 10**8
-"""Beyond this a number of images is no advice."""
 
+# Messages that are shown of several findings together.
 SHOWN = 4
-"""Messages that are shown of several findings together."""
 
 
 def outcome_of(findings: Iterable[Finding]) -> Outcome:
@@ -403,16 +405,12 @@ def _explained(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "")
     """Return whether noise at the floor explains every label flip, the widest margin first."""
     limit = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
     faults = [flip for flip in flips if flip.fault]
-    told = faults or flips
+    told, outcome = faults or flips, Outcome.FAIL if faults else Outcome.PASS
     widest = told[0].margin if told else 0.0
     said = f"{where}{len(told)} label flip{'s' * (len(told) != 1)}"
-    fault = (
-        f"{said} where PyTorch's margin is up to {widest:.2g} RMS logits; {limit.origin} "
-        f"explains {limit.value:.2g}"
-    ) * bool(faults)
-    shown = f"{said}, within what the allowed noise explains" * bool(flips)
-    outcome = Outcome.FAIL if faults else Outcome.PASS
-    return Finding("label flips", outcome, fault or shown, widest, limit, "RMS logits")
+    why = f"where PyTorch's margin is up to {widest:.2g} RMS logits; {limit.origin} explains"
+    said += f" {why} {limit.value:.2g}" if faults else ", within what the allowed noise explains"
+    return Finding("label flips", outcome, said * bool(told), widest, limit, "RMS logits")
 
 
 def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:

@@ -30,7 +30,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 
 from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, at_least, held
-from van_deploy.checks.samples import Samples
+from van_deploy.checks.golden import Samples
 from van_deploy.graph.names import INPUT_NAME, with_dynamic_batch_
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import DTYPES, inference_session, require_onnxruntime
@@ -67,12 +67,10 @@ def isolated(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     The input that replaces tensor ``t`` is ``t.reference``, of ``t``'s type;
     those that nothing reads are left out.
     """
-    cut, read = with_taps(model, tensors), set()
+    cut, read = with_taps(model, tensors), set[str]()
     for node in cut.graph.node:
-        for index, name in enumerate(node.input):
-            if name in tensors:
-                read.add(name)
-                node.input[index] = f"{name}{FED}"
+        read |= set(tensors).intersection(node.input)
+        node.input[:] = [f"{name}{FED}" if name in tensors else name for name in node.input]
     for value in cut.graph.output:
         if value.name in read:
             kind = value.type.tensor_type.elem_type
@@ -132,7 +130,7 @@ def overflows_of_graph(model: ModelProto, images: Images) -> list[Fault]:
         Exception: ONNX Runtime's own, where the graph does not run.
     """
     types, bad = tensor_types(model), set[str]()
-    made = [name for node in model.graph.node for name in node.output if name]
+    made = (name for node in model.graph.node for name in node.output)
     halves = [name for name in made if types.get(name) == TensorProto.FLOAT16]
     if not halves:
         return []

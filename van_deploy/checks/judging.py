@@ -17,8 +17,8 @@ from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, Outcome, held, judge_invariance, judge_logits
+from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import Fault, judge_scales, one_line, overflows_of_graph
-from van_deploy.checks.samples import Samples
 from van_deploy.data.images import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError

@@ -13,20 +13,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.checks.evaluate import EvaluateReport
 from van_deploy.checks.gates import Finding, Limit, Outcome, skipped
+from van_deploy.checks.golden import Samples
 from van_deploy.checks.judging import given_to, open_artefact
-from van_deploy.checks.samples import Samples
 from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
-from van_deploy.files import write_atomic
 from van_deploy.intervals import median_interval
 from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
 
@@ -46,8 +45,6 @@ MOST_DB = 300.0  # what "no error at all" is written as
 WARM_UPS = 2
 ROUNDS = (25, 200)  # at least, and at most where the interval stays wide
 
-Ratio = Annotated[float, Field(gt=0)]
-
 
 class Figure(Schema):
     """What was measured of one artifact.
@@ -57,7 +54,7 @@ class Figure(Schema):
     """
 
     value: float
-    interval: tuple[Ratio, Ratio] | None = None
+    interval: tuple[PositiveFloat, PositiveFloat] | None = None
     """Of a speed, 95 %."""
     by: Text = ""
     """Runner and numeric class, which an SQNR depends on."""
@@ -94,8 +91,7 @@ def baseline_from(
         if verdict.comparison is not None:
             level = max(-MOST_DB, min(MOST_DB, round(verdict.comparison.sqnr_db, 3)))
             found["SQNR"] = Figure(value=level, by=f"{verdict.runner}, {verdict.numeric}")
-        accuracy = None if evaluate is None else evaluate.accuracy.get(name)
-        if accuracy is not None:
+        if evaluate is not None and (accuracy := evaluate.accuracy.get(name)) is not None:
             # Rounded, so that a share is the same number however it was come by.
             metric = accuracy.metric.partition(" ")[0]
             found[metric] = Figure(value=round(100 * accuracy.top1, 9))
@@ -113,12 +109,6 @@ def baseline_from(
         evaluation_images=0 if evaluate is None else evaluate.count,
         artefacts=figures,
     )
-
-
-def write_baseline(path: Path, baseline: Baseline) -> None:
-    """Write a baseline as JSON, one figure a line, so that a change shows in a diff."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, baseline.text())
 
 
 def read_baseline(path: Path) -> Baseline:

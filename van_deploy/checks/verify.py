@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import onnx
 
 from van_deploy.bundle import Artefact, Bundle, writing
-from van_deploy.checks import gates as rules
-from van_deploy.checks import judging
+from van_deploy.checks import gates, judging
 from van_deploy.checks.drift import DriftRow, Reference, drift_of_artefact, module_reference
 from van_deploy.checks.gates import Finding, Limit, Outcome, held, numeric_class, skipped
-from van_deploy.checks.golden import judge_originals
+from van_deploy.checks.golden import Samples, judge_originals
 from van_deploy.checks.graphs import one_line
 from van_deploy.checks.judging import Judged
-from van_deploy.checks.samples import Samples
 from van_deploy.config import GateSettings, VerifySettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, VanDeployError
@@ -74,7 +72,7 @@ class ArtefactVerdict(Judged):
 
 
 @dataclass(frozen=True)
-class VerifyReport(rules.Report):
+class VerifyReport(gates.Report):
     """What was found of every artifact of a bundle.
 
     Attributes:
@@ -96,7 +94,7 @@ class VerifyReport(rules.Report):
     modules: str
     findings: tuple[Finding, ...]
     artefacts: Mapping[str, ArtefactVerdict]
-    allowed: rules.Allowed
+    allowed: gates.Allowed
     schema: Literal["van-deploy/verify/2"] = "van-deploy/verify/2"
 
     def named(self) -> list[tuple[str, Finding]]:
@@ -116,7 +114,7 @@ def verify_bundle(
     samples: Samples,
     asked: VerifySettings = ALL,
     loaded: LoadedVan | None = None,
-    gates: GateSettings = NO_RECIPE,
+    rules: GateSettings = NO_RECIPE,
     progress: Progress = silent,
 ) -> VerifyReport:
     """Return what is found of each artifact of ``bundle``.
@@ -126,7 +124,7 @@ def verify_bundle(
         samples: its golden samples, or others with the original network's answers.
         asked: which artifacts, whether by module, what runs them, and what may pass.
         loaded: the original network, for the modules; None compares them with ``model.onnx``.
-        gates: limits a recipe sets otherwise.
+        rules: what a recipe sets otherwise.
         progress: told what is checked.
 
     Raises:
@@ -140,19 +138,19 @@ def verify_bundle(
             numeric, runner, said = numeric_class(artefact.precision), "", Judged((opened,))
         else:
             progress(f"'{name}' at every batch size")
-            numeric, said = _judged(opened, artefact, samples, gates)
+            numeric, said = _judged(opened, artefact, samples, rules)
             runner = opened.described
         findings, modules = [*said.findings], tuple[DriftRow, ...]()
         if said.comparison is not None and name in judging.plain_onnx(bundle):
             progress(f"'{name}', its tensors")
             method = str(artefact.quantization.get("method", "mse"))
-            model, profile = onnx.load(bundle.verified(name)), gates.of(numeric)
-            floor = rules.sqnr_floor(numeric, samples.noise_db, profile)
+            model, profile = onnx.load(bundle.verified(name)), rules.of(numeric)
+            floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
             findings += judging.judge_graph(model, numeric, samples, floor, method)[0]
             if asked.modules and (loaded is not None or name != "fp32"):
                 progress(f"'{name}', module by module")
-                reference = reference or module_reference(bundle, samples, loaded, gates.fp32)
-                limit = rules.module_floor(numeric, profile)
+                reference = reference or module_reference(bundle, samples, loaded, rules.fp32)
+                limit = gates.module_floor(numeric, profile)
                 modules, found = _modules(bundle, artefact, reference, samples.inputs, limit)
                 findings.append(found)
         what = {**vars(said), "findings": tuple(findings), "precision": artefact.precision}
@@ -167,12 +165,12 @@ def verify_bundle(
         modules=reference.described if isinstance(reference, Reference) else "",
         findings=tuple(judge_originals(bundle, samples)) if samples.golden else (),
         artefacts=verdicts,
-        allowed=rules.Allowed(asked.allow_skip, asked.allow_inconclusive),
+        allowed=gates.Allowed(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
 def _judged(
-    opened: Network, artefact: Artefact, samples: Samples, gates: GateSettings
+    opened: Network, artefact: Artefact, samples: Samples, rules: GateSettings
 ) -> tuple[str, Judged]:
     """Return the numeric class of an artifact that is run here, and what its answers say."""
     numeric, bundle = numeric_class(artefact.precision), opened.bundle
@@ -186,7 +184,7 @@ def _judged(
                 lambda of, rows: opened.run(judging.given_to(opened, of, rows)),
                 replace(samples, others=tuple(served)),
                 [first, *(size for size in more if opened.serves(size))],
-                rules.sqnr_floor(numeric, samples.noise_db, gates.of(numeric)),
+                gates.sqnr_floor(numeric, samples.noise_db, rules.of(numeric)),
                 records.get(judging.record_key(opened.runner, numeric)),
             )
     except Exception as error:  # the runtimes raise their own bare types

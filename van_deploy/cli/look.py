@@ -59,7 +59,7 @@ def inspect(
     if require_signature is not None:
         opened(artefact, require_signature, silent)
     from van_deploy.describe import artefacts_described
-    from van_deploy.report.sections_engine import artefacts_blocks
+    from van_deploy.report.sections_model import artefacts_blocks
 
     return Shown(artefacts_described(artefact, trust_engine=trust_engine), artefacts_blocks)
 
@@ -79,7 +79,7 @@ def doctor(
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
     from van_deploy.environment.doctor import environment_here, missing
-    from van_deploy.report.sections_engine import environment_blocks
+    from van_deploy.report.sections_model import environment_blocks
 
     environment = environment_here()
     return Shown(environment, environment_blocks, failure=missing(environment, require or ()))

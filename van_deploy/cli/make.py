@@ -97,7 +97,7 @@ def build(
         raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
     asked = opened(bundle, require_signature, progress)
     report = asked.build(force=force, **options)
-    from van_deploy.report.sections_engine import builds_blocks
+    from van_deploy.report.sections_model import builds_blocks
 
     warned = [
         f"{outcome.engine}: {sum(outcome.sidecar.warnings.values())} warnings, all in its .log"
@@ -110,7 +110,7 @@ def build(
 def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progress) -> Shown:
     """Build a fleet; it fails if a cell did."""
     from van_deploy.building import build_fleet
-    from van_deploy.report.sections_engine import builds_blocks, cell_name
+    from van_deploy.report.sections_model import builds_blocks, cell_name
 
     report = build_fleet(
         path,

@@ -39,8 +39,8 @@ import typer
 
 from van_deploy.cli.console import Shown, show, telling
 from van_deploy.config.fields import range_text, shown
-from van_deploy.config.named import Changes, Named, named_options, put_all
-from van_deploy.config.sizes import BatchRange
+from van_deploy.config.named import Change, Changes, Named, named_options, put_all
+from van_deploy.config.sizes import BatchRange, SizeRange
 from van_deploy.schema import validated
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ else:
 
 LONGEST_CHOICES = 24  # columns; longer ones stand in the help
 KINDS = {int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
+KINDS[SizeRange] = KINDS[BatchRange]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 BundlePath = Annotated[Path, typer.Argument(help="A bundle that `van-deploy export` made.")]
@@ -144,14 +145,13 @@ def opened(bundle: Path, require_signature: Path | None, progress: Any) -> Bundl
 def _filled(schema: Any, options: Mapping[str, Named], written: Mapping[str, Any]) -> object:
     """Return the options that were written, checked where they are those of a schema."""
     values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
-    changes = Changes(
-        {options[o].place: value for o, value in values.items()},
-        {options[o].place: _flag(options[o], value) for o, value in values.items()},
-    )
+    changes = {
+        options[o].place: Change(value, _flag(options[o], value)) for o, value in values.items()
+    }
     if schema is None:
         return changes
     given, spelling = Given(values), {option.place: option.flags[0] for option in options.values()}
-    spelling |= changes.spelling
+    spelling |= {place: change.written for place, change in changes.items()}
     given.table = validated(schema, put_all({}, changes), spelling=spelling)
     return given
 
@@ -163,7 +163,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _parameter(option: Named) -> inspect.Parameter:
     """Return an option as Typer takes it: text, checked later by its table."""
-    facts, kind = shown(option.field), _kind(option.field.annotation)
+    kind = _kind(option.field.annotation)
     choices = _choices(kind)
     listed = len("|".join(choices)) > LONGEST_CHOICES
     required = option.field.is_required()
@@ -175,7 +175,7 @@ def _parameter(option: Named) -> inspect.Parameter:
         *flags,
         help=(option.field.description or "").replace("[", "\\[")
         + _facts(option, choices if listed else []),
-        metavar="" if kind is bool else facts.metavar or ("NAME" if listed else _metavar(kind)),
+        metavar="" if kind is bool else "NAME" if listed else _metavar(kind),
         rich_help_panel=option.panel or None,
         show_default=False,
     )
@@ -185,11 +185,10 @@ def _parameter(option: Named) -> inspect.Parameter:
 
 def _facts(option: Named, choices: list[str]) -> str:
     """Return what the help says of an option's choices, default and limits."""
-    value = None
+    text, value = "", None
     if not option.field.is_required():
         value = option.field.get_default(call_default_factory=True, validated_data={})
-    text = shown(option.field).default
-    if not text and value not in (None, "", (), False, True):
+    if value not in (None, "", (), False, True):
         values = value if isinstance(value, tuple) else (value,)
         text = ",".join(str(getattr(one, "value", one)) for one in values)
     limits = {

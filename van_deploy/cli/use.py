@@ -6,6 +6,7 @@ import enum
 import ipaddress
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +20,7 @@ from van_deploy.errors import GateFailed, ImageError, UsageError
 from van_deploy.stopwatch import silent
 
 if TYPE_CHECKING:
-    from van_deploy.report.document import Facts
+    from van_deploy.report.document import Block
     from van_deploy.signing import Signed
 
 STDIN_LIMIT_BYTES = 256 * 2**20
@@ -29,6 +30,19 @@ class Server(str, enum.Enum):
     """What a package can be for."""
 
     TRITON = "triton"
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A server that answers.
+
+    Attributes:
+        url: where.
+        models: what it serves.
+    """
+
+    url: str
+    models: tuple[str, ...]
 
 
 def bench(
@@ -93,8 +107,8 @@ def predict(
     if images.count("-") > 1:
         raise UsageError("Standard input can be read once.", "Give '-' once.")
     wanted = [_stdin() if image == "-" else image for image in images]
+    from van_deploy.api import Predictions
     from van_deploy.report.sections_model import predictions_blocks
-    from van_deploy.results import Predictions
     from van_deploy.serve.predict import Prediction
 
     kept, artefact = list[Prediction](), options.table.artefact
@@ -172,7 +186,6 @@ def serve(
     Example: van-deploy serve dist/van_b1 --port 8000
     """
     from van_deploy.report.document import Paragraph
-    from van_deploy.results import Listening
     from van_deploy.serve.app import App, listen, run_server
     from van_deploy.serve.models import Service
 
@@ -213,13 +226,13 @@ def sign(
     signed, notes = sign_bundle(bundle, key), []
     if key.stat().st_mode & 0o077:
         notes = [f"note: others on this machine may read or use '{key}': chmod 600 it"]
-    return Shown(signed, lambda _: [_signature_facts(signed)], notes)
+    return Shown(signed, lambda _: _signature_facts(signed), notes)
 
 
-def _signature_facts(signed: Signed) -> Facts:
-    from van_deploy.report.document import Facts
+def _signature_facts(signed: Signed) -> list[Block]:
+    from van_deploy.report.document import named
 
-    return Facts({name.replace("_", " "): value for name, value in plain(signed).items()})
+    return named({name.replace("_", " "): value for name, value in plain(signed).items()})
 
 
 def verify_signature(
@@ -232,12 +245,12 @@ def verify_signature(
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
-    from van_deploy.report.document import Notice
+    from van_deploy.report.document import notices
     from van_deploy.signing import signed_bundle
 
     _, signed = signed_bundle(bundle, public_key)
     said = f"{signed.files} files are what was signed, and there is no other"
-    return Shown(signed, lambda _: [Notice("PASS", said), _signature_facts(signed)])
+    return Shown(signed, lambda _: [*notices("PASS", [said]), *_signature_facts(signed)])
 
 
 def report(
@@ -256,8 +269,9 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import Facts, Notice, bytes_text
+    from van_deploy.report.document import bytes_text, named, notices
 
     written = opened(bundle, None, silent).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
-    return Shown(written, lambda _: [Notice(written.verdict, written.checks), Facts(sizes)])
+    said = notices(written.verdict, [written.checks])
+    return Shown(written, lambda _: [*said, *named(sizes)])

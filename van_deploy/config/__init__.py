@@ -39,19 +39,17 @@ from van_deploy.config.making import (
     BuildOptions,
     BuildSettings,
     EngineSettings,
+    EvaluateSettings,
+    ExportSettings,
+    GateProfile,
+    GateSettings,
     HardwareCompatibility,
+    ModelSettings,
     Precision,
     PrecisionSettings,
+    PreprocessingSettings,
     Profiling,
     QuantizeSettings,
     Recipe,
 )
 from van_deploy.config.sizes import BatchRange
-from van_deploy.config.tables import (
-    EvaluateSettings,
-    ExportSettings,
-    GateProfile,
-    GateSettings,
-    ModelSettings,
-    PreprocessingSettings,
-)

@@ -11,13 +11,11 @@ from typing import Annotated, Literal
 import pydantic
 
 from van_deploy.config.fields import Table, option
-from van_deploy.config.making import LEAVE_OUT
+from van_deploy.config.making import LEAVE_OUT, ClassOrder, EvaluateSettings
 from van_deploy.config.sizes import ImageSizeOption
-from van_deploy.config.tables import ClassOrder, EvaluateSettings
 from van_deploy.errors import UsageError
 
 WHAT, HOW = "What is measured", "How it is done"
-BY_DEFAULT = "fp32-uint8 where the bundle has it, else fp32"
 QUEUE, CUDA = "Queue", "ONNX Runtime on a GPU"
 
 LEAST_ROUNDS = 6
@@ -29,7 +27,7 @@ class RunnerSettings(Table):
 
     Attributes:
         runner: What runs ONNX artefacts; engines are run by TensorRT, packages by PyTorch.
-        device: Which GPU, where something runs on one.
+        device: Which GPU (cuda:N), where something runs on one.
         trust_engine: Run an engine whose sidecar is gone. An engine is code: only one you built
             yourself.
     """
@@ -37,7 +35,7 @@ class RunnerSettings(Table):
     PANEL = HOW
 
     runner: Literal["ort-cpu", "ort-cuda"] = option("ort-cpu")
-    device: str = option("cuda:0", metavar="cuda:N", pattern=r"^cuda(:\d+)?$")
+    device: str = option("cuda:0", pattern=r"^cuda(:\d+)?$")
     trust_engine: bool = option(False)
 
 
@@ -60,7 +58,7 @@ class _Judged(_Original, RunnerSettings):
         recipe: Recipe whose [gates] apply; the defaults without one.
     """
 
-    recipe: str = option("", metavar="RECIPE")
+    recipe: str = option("")
 
 
 class _Allowed(Table):
@@ -72,9 +70,7 @@ class _Allowed(Table):
         allow_inconclusive: Let pass what the data cannot decide.
     """
 
-    allow_skip: tuple[Literal["engines", "runtimes", "accuracy", "speed"], ...] = option(
-        (), metavar="KIND"
-    )
+    allow_skip: tuple[Literal["engines", "runtimes", "accuracy", "speed"], ...] = option(())
     allow_inconclusive: bool = option(False)
 
 
@@ -82,10 +78,10 @@ class _Artefacts(Table):
     """Which artefacts.
 
     Attributes:
-        artefacts: Which to judge.
+        artefacts: Which to judge; all by default.
     """
 
-    artefacts: tuple[str, ...] = option((), flags=["--artefact"], shown_default="all")
+    artefacts: tuple[str, ...] = option((), flags=["--artefact"])
 
 
 class _Samples(Table):
@@ -95,14 +91,14 @@ class _Samples(Table):
         against: What to compare with: the golden samples in the bundle, or the original network
             (PyTorch and the weights).
         images: Folder or .npz of images to compare on, with --against weights.
-        count: How many of these images.
+        count: How many of these images; 16 by default.
     """
 
     PANEL = WHAT
 
     against: Literal["golden", "weights"] = option("golden")
-    images: Path | None = option(None, shown_default="the golden samples")
-    count: int | None = option(None, shown_default="16", ge=1)
+    images: Path | None = option(None)
+    count: int | None = option(None, ge=1)
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield images that the golden samples have no answers for."""
@@ -162,7 +158,7 @@ class DriftSettings(_Original, _Artefacts):
 
     against: Literal["weights", "golden"] = option("weights")
     level: Literal["stage", "block", "module"] = option("block", panel="")
-    images: Path | None = option(None, shown_default="the golden samples")
+    images: Path | None = option(None)
     count: int = option(4, ge=1)
 
 
@@ -195,14 +191,14 @@ class RunSettings(RunnerSettings, _Allowed):
     """How a run is done; *what* is done stands in the recipe.
 
     Attributes:
-        images: Folder of images to check on.
+        images: Folder of images to check on; sample photographs by default.
         offline: Never use the network.
         force: Make everything anew even if nothing changed.
     """
 
     PANEL = ""
 
-    images: Path | None = option(None, shown_default="sample photographs")
+    images: Path | None = option(None)
     offline: bool = option(False)
     force: bool = option(False)
 
@@ -278,14 +274,15 @@ class BenchSettings(Table):
     """What to measure: the options of ``van-deploy bench``.
 
     Attributes:
-        device: Where: cuda:N, or cpu.
+        device: Where: cuda:N, or cpu; by default cuda:0, without a GPU cpu.
         batches: Batch sizes.
-        runners: Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * is any text.
+        runners: Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * is any text. All that
+            are here by default.
         reference: What ratios are against; if it does not run, the first that does. On a GPU,
             pytorch is the fastest of PyTorch's modes.
-        threads: Threads of each runner.
+        threads: Threads of each runner; all cores by default.
         streams: Calls in flight at the same time.
-        image_sizes: Other sizes of the input, such as 192,224x320.
+        image_sizes: Other sizes of the input than the bundle's own, such as 192,224x320.
         p99_ms: Find each runner's best batch with p99 below this.
         roofline: Measure the device's limits and compare.
         profile: Add the time by kind of layer.
@@ -297,19 +294,15 @@ class BenchSettings(Table):
 
     PANEL = "What to run"
 
-    device: str | None = option(
-        None, shown_default="cuda:0; without a GPU, cpu", pattern=r"^(cpu|cuda:\d+)$"
-    )
+    device: str | None = option(None, pattern=r"^(cpu|cuda:\d+)$")
     batches: tuple[Annotated[int, pydantic.Field(ge=1, le=4096)], ...] = option(
         (1, 8), min_length=1
     )
-    runners: tuple[str, ...] = option((), shown_default="all that are here")
+    runners: tuple[str, ...] = option(())
     reference: str = option("pytorch")
-    threads: int | None = option(None, shown_default="all cores", ge=1)
+    threads: int | None = option(None, ge=1)
     streams: int = option(1, ge=1)
-    image_sizes: tuple[ImageSizeOption, ...] = option(
-        (), flags=["--image-size"], shown_default="the bundle's own"
-    )
+    image_sizes: tuple[ImageSizeOption, ...] = option((), flags=["--image-size"])
     p99_ms: float | None = option(None, gt=0)
     roofline: bool = option(True)
     profile: bool = option(False)
@@ -323,12 +316,12 @@ class _Threads(RunnerSettings):
     """A runner and its threads.
 
     Attributes:
-        threads: Processor threads.
+        threads: Processor threads; by default the runtime's own choice.
     """
 
     PANEL = ""
 
-    threads: int | None = option(None, shown_default="the runtime's own choice", ge=1)
+    threads: int | None = option(None, ge=1)
 
 
 class PredictSettings(_Threads):
@@ -337,19 +330,20 @@ class PredictSettings(_Threads):
     Attributes:
         artefact: Which one: fp32, int8, fp32-uint8, pytorch, ...
         top_k: Classes an image.
-        batch: Images a batch.
+        batch: Images a batch; by default the bundle's optimum.
     """
 
     artefact: str = option("fp32")
     top_k: int = option(5, ge=1)
-    batch: int | None = option(None, shown_default="the bundle's optimum", ge=1)
+    batch: int | None = option(None, ge=1)
 
 
 class _RequestLimits(Table):
     """What the server refuses.
 
     Attributes:
-        queue_limit: Images of a model in the server, by whatever route; more get 429.
+        queue_limit: Images of a model in the server, by whatever route; more get 429. By default
+            256, or two batches an instance.
         max_body_mib: Largest request.
         max_json_mib: Largest JSON: numbers as text take thirty times their size to parse.
         max_held_mib: All requests held at once; more get 503.
@@ -360,7 +354,7 @@ class _RequestLimits(Table):
 
     PANEL = "Limits"
 
-    queue_limit: int | None = option(None, shown_default="256, or two batches an instance", ge=1)
+    queue_limit: int | None = option(None, ge=1)
     max_body_mib: float = option(32.0, ge=0.001)
     max_json_mib: float = option(1.0, ge=0.001)
     max_held_mib: float = option(256.0, ge=1)
@@ -373,24 +367,24 @@ class ServiceSettings(_RequestLimits, _Threads):
     """How a bundle is served.
 
     Attributes:
-        artefacts: Which to serve; the first answers the page.
+        artefacts: Which to serve; the first answers the page. By default fp32-uint8 where the
+            bundle has it, else fp32.
         instances: Batches at the same time, a model.
         max_delay_ms: How long a lone request waits for others.
         compare: Let the page ask PyTorch too.
         log_requests: Log every request, not only faults.
-        api_key_file: File with the key that clients must send as 'Authorization: Bearer KEY'.
+        api_key_file: File with the key that clients must send as 'Authorization: Bearer KEY'; by
+            default VAN_DEPLOY_API_KEY in the environment, else no key.
     """
 
     PANEL = ""
 
-    artefacts: tuple[str, ...] = option((), flags=["--artefact"], shown_default=BY_DEFAULT)
+    artefacts: tuple[str, ...] = option((), flags=["--artefact"])
     instances: int = option(1, ge=1)
     max_delay_ms: float = option(1.0, ge=0)
     compare: bool = option(True)
     log_requests: bool = option(False)
-    api_key_file: Path | None = option(
-        None, shown_default="VAN_DEPLOY_API_KEY in the environment, else no key"
-    )
+    api_key_file: Path | None = option(None)
 
     def api_key(self) -> str:
         """Return what clients must send; "" for no key.
@@ -432,8 +426,9 @@ class TritonSettings(Table):
         threads: Inside one operator on a processor; 0 leaves it to the runtime.
         gpu: Run ONNX models on a GPU; plans always are.
         model_version: Number of the models' version.
-        triton_release: Of the container image, such as 25.08.
-        triton_python: Python of the Python backend, such as 3.12.
+        triton_release: Of the container image, such as 25.08; by default the newest that is known
+            to load the models.
+        triton_python: Python of the Python backend, such as 3.12; by default the release's.
         queue_delay_us: Longest wait for other requests.
         queue_limit: Requests waiting, at most.
         queue_timeout_ms: Refuse what waited longer; 0 for never.
@@ -444,12 +439,8 @@ class TritonSettings(Table):
     threads: int = option(2, ge=0)
     gpu: bool = option(False)
     model_version: int = option(1, ge=1)
-    triton_release: str = option(
-        "",
-        shown_default="the newest that is known to load the models",
-        pattern=r"^([0-9]{2}\.(0[1-9]|1[0-2]))?$",
-    )
-    triton_python: str = option("", shown_default="the release's", pattern=r"^(3\.[0-9]+)?$")
+    triton_release: str = option("", pattern=r"^([0-9]{2}\.(0[1-9]|1[0-2]))?$")
+    triton_python: str = option("", pattern=r"^(3\.[0-9]+)?$")
     queue_delay_us: int = option(1000, panel=QUEUE, ge=0)
     queue_limit: int = option(256, panel=QUEUE, ge=1)
     queue_timeout_ms: int = option(0, panel=QUEUE, ge=0)
@@ -465,7 +456,7 @@ class PackageSettings(TritonSettings):
     """The options of ``van-deploy package``.
 
     Attributes:
-        artefacts: Which to package.
+        artefacts: Which to package; by default fp32-uint8 where the bundle has it, else fp32.
     """
 
-    artefacts: tuple[str, ...] = option((), flags=["--artefact"], shown_default=BY_DEFAULT)
+    artefacts: tuple[str, ...] = option((), flags=["--artefact"])

@@ -13,25 +13,21 @@ import pydantic
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from van_deploy.schema import Contradiction, Settings
+from van_deploy.schema import Contradiction, Settings, key_of
 
 
 @dataclass(frozen=True)
 class Shown:
-    """How the command line shows an option.
+    """How the command line shows and reads an option.
 
     Attributes:
         flags: such as ``--output`` and ``-o``; empty for the key with dashes.
         panel: heading it stands under in the help; None for its table's ``PANEL``.
-        metavar: what stands for its value; "" for the kind of value.
-        default: the default in words, where the value itself says nothing.
         commas: whether a list may be written with commas, besides repeating the option.
     """
 
     flags: tuple[str, ...] = ()
     panel: str | None = None
-    metavar: str = ""
-    default: str = ""
     commas: bool = True
 
     def __call__(self, schema: dict[str, Any]) -> None:
@@ -40,37 +36,29 @@ class Shown:
 
 def option(
     default: Any,
-    text: str = "",
     *,
     key: str = "",
     flags: Sequence[str] = (),
     panel: str | None = None,
-    metavar: str = "",
-    shown_default: str = "",
     commas: bool = True,
     **limits: Any,
 ) -> Any:
-    """Return the field of one option; everything about it is said here.
+    """Return the field of one option; what it does, the table's docstring says of the attribute.
 
     Args:
         default: its value where nothing is given, or what makes it; ``...`` where something
             must be given.
-        text: what it does, one or two sentences: the help everywhere; without it what the
-            table's docstring says of the attribute.
         key: what files and keyword arguments call it; "" for the attribute's name.
         flags: see :class:`Shown`.
         panel: see :class:`Shown`.
-        metavar: see :class:`Shown`.
-        shown_default: :attr:`Shown.default`.
         commas: see :class:`Shown`.
         limits: such as ``ge=1``; pydantic's names.
     """
     made = {"default_factory": default} if callable(default) else {"default": default}
     return pydantic.Field(
         **made,
-        description=text or None,
         validation_alias=key or None,
-        json_schema_extra=Shown(tuple(flags), panel, metavar, shown_default, commas),
+        json_schema_extra=Shown(tuple(flags), panel, commas),
         **limits,
     )
 
@@ -79,11 +67,6 @@ def shown(field: FieldInfo) -> Shown:
     """Return how the command line shows a field."""
     extra: object = field.json_schema_extra
     return extra if isinstance(extra, Shown) else Shown()
-
-
-def key_of(name: str, field: FieldInfo) -> str:
-    """Return what files and keyword arguments call a field."""
-    return field.validation_alias if isinstance(field.validation_alias, str) else name
 
 
 def range_text(limits: Mapping[str, float]) -> str:
@@ -97,7 +80,7 @@ def range_text(limits: Mapping[str, float]) -> str:
 
 
 @functools.cache
-def _described(docstring: str) -> tuple[str, dict[str, str]]:
+def described(docstring: str) -> tuple[str, dict[str, str]]:
     """Return what a class says of itself, and of each of its attributes."""
     text, _, section = inspect.cleandoc(docstring).partition("\n\nAttributes:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
@@ -105,7 +88,7 @@ def _described(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def _own_text(schema: dict[str, Any]) -> None:
-    schema["description"], _ = _described(schema.get("description", ""))  # none under -OO
+    schema["description"], _ = described(schema.get("description", ""))  # none under -OO
 
 
 class Table(Settings):
@@ -121,7 +104,7 @@ class Table(Settings):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Give every option the description that the table's docstring, or its base's, has."""
         for base in cls.__mro__:
-            for name, words in _described(base.__doc__ or "")[1].items():
+            for name, words in described(base.__doc__ or "")[1].items():
                 field = cls.model_fields.get(name)
                 if field is not None and not field.description:
                     field.description = words

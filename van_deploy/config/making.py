@@ -1,4 +1,4 @@
-"""What to make of a network, as a recipe says it: precisions, engines, and the recipe itself."""
+"""The tables of a recipe, and the recipe itself: which network, and what is made of it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,12 @@ from typing import Annotated, Literal
 import pydantic
 
 from van_deploy.config.fields import FileOrName, Size, Table, Target, option
-from van_deploy.config.sizes import BatchRange, SizeRange, size_text
-from van_deploy.config.tables import (
-    ClassOrder,
-    EvaluateSettings,
-    ExportSettings,
-    GateSettings,
-    ModelSettings,
-    PreprocessingSettings,
-)
+from van_deploy.config.sizes import BatchRange, ImageSizeOption, SizeRange, size_text
 
 Precision = Literal["fp16", "bf16", "int8"]
 """What can be made of an exported graph."""
 
-Profile = Annotated[BatchRange, pydantic.PlainSerializer(str)]
+Profile = Annotated[BatchRange, pydantic.PlainSerializer(str, return_type=str)]
 IMAGES, TYPES = "Images", "FP16 and BF16"
 ONLY_TENSORRT = (
     *("targets", "hardware_compatibility", "version_compatible", "workspace_bytes", "tiling"),
@@ -33,6 +25,182 @@ ONLY_TENSORRT = (
 MACHINES, KERNELS = "Where it runs", "What is in the plan"
 LEAVE_OUT = "Leave one of them out."
 FOR_INT8 = ("max_drop", "noise", "scope", "rest")
+
+ClassOrder = Literal["strings", "natural", "index", "names"]
+"""How the classes of images are numbered: `van_deploy.data.labels.CLASS_ORDERS` explains it."""
+
+
+class ModelSettings(Table):
+    """Which network. Table ``[model]``.
+
+    Attributes:
+        name: What the bundle is called; a variant's name takes its public weights.
+        weights: A checkpoint, a repository, a variant, or 'random'; by default the name's public
+            weights.
+        sha256: Digest the weights file must have; the first one seen is recorded by default.
+        container: Which tensors of a file that holds several networks: keys, and the beginning of
+            the names, joined by dots, such as state_dict.student.
+        layer_norm_eps: Epsilon of every LayerNorm; by default what stands beside the weights, else
+            their framework's own.
+        head: Layers of a sequential head, such as linear,relu,linear.
+        labels: File with one class name a line.
+        seed: Of random weights.
+    """
+
+    PANEL = "Weights"
+
+    name: str = option("", panel="")
+    weights: FileOrName = option("")
+    sha256: str = option("")
+    container: str = option("")
+    layer_norm_eps: float | None = option(None, gt=0, lt=1)
+    head: tuple[str, ...] = option(())
+    labels: Path | None = option(None)
+    seed: int = option(0, ge=0)
+
+
+class PreprocessingSettings(Table):
+    """What differs from the weights' own preprocessing. Table ``[preprocessing]``.
+
+    Attributes:
+        image_size: Pixels of the input: 224, or 224x320 (height x width); any size from 32 on.
+        mean: Such as 0.485,0.456,0.406.
+        std: Such as 0.229,0.224,0.225.
+        interpolation: Filter that resizes images.
+        crop_pct: Crop over resized side, in (0, 1].
+        crop_mode: Side that is resized: the short one, both, or the long one.
+    """
+
+    PANEL = "Preprocessing (the weights' own by default; timm's names)"
+
+    image_size: ImageSizeOption | None = option(None)
+    mean: tuple[float, ...] | None = option(None)
+    std: tuple[float, ...] | None = option(None)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
+        option(None)
+    )
+    crop_pct: float | None = option(None, gt=0, le=1)
+    crop_mode: Literal["center", "squash", "border"] | None = option(None)
+
+
+class ExportSettings(Table):
+    """How the graph is written. Table ``[export]``.
+
+    Attributes:
+        opset: ONNX operator set; 20 is the first in which GELU is one operator.
+        fold: Make the exact rewrites.
+        simplify: Run onnxsim, and keep its graph if it agrees.
+        embed_preprocess: Also write graphs that take pixels: uint8 (N,H,W,3) bytes, or normalize
+            (N,3,H,W) floats in 0..1.
+        outputs: What those graphs give.
+        features: Leave the head out, and give feature maps: stage1 to stage4, each after its
+            LayerNorm.
+        out_indices: Which stages' maps, from 0 as in OpenMMLab and timm, such as 1,2,3; all four
+            by default.
+        dynamic_size: Make height and width dynamic: sizes min:opt:max that are checked and that
+            engines serve, such as 192:224:512 or 192x256:224x320:512x640; opt is the input size
+            unless image_size is given.
+        golden: Golden samples, on which the bundle is verified anywhere: the images given (they
+            travel in the bundle), the package's own samples, or none.
+    """
+
+    PANEL = "Graph"
+
+    # From the first with LayerNormalization to the newest tried here.
+    opset: int = option(20, ge=17, le=23)
+    fold: bool = option(True)
+    simplify: bool = option(True)
+    embed_preprocess: Literal["none", "normalize", "uint8"] = option("none")
+    outputs: tuple[Literal["logits", "probabilities", "top5"], ...] = option(
+        ("logits",), min_length=1
+    )
+    features: bool = option(False)
+    out_indices: tuple[int, ...] = option(())
+    dynamic_size: SizeRange | None = option(None)
+    golden: Literal["images", "samples", "none"] = option("images")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield outputs of classes beside feature maps, and what is given twice or for nothing."""
+        outputs = ",".join(self.outputs)
+        if len(set(self.outputs)) != len(self.outputs):
+            yield "{outputs} names an output twice.", "Give each once."
+        if self.features and outputs != "logits":
+            message = f"{{features}} gives feature maps, and {{outputs}} {outputs} is of classes."
+            yield message, "Leave one of them out."
+        if self.out_indices and not self.features:
+            message = "{out_indices} chooses feature maps, and none are asked for."
+            yield message, "Add --features, or features = true to the table [export]."
+
+    @property
+    def embeds(self) -> bool:
+        """Whether a second graph is wanted, with something inside that the plain one lacks."""
+        return self.embed_preprocess != "none" or self.outputs != ("logits",)
+
+
+class EvaluateSettings(Table):
+    """Labelled images to measure accuracy on. Table ``[evaluate]``; without it, none.
+
+    Attributes:
+        images: Labelled images: one folder a class, ImageNet's own layout, or an .npz.
+        labels: File with a label for each image: 'file label' or one a line.
+        class_order: How training numbered the class folders, where nothing names the classes:
+            strings (torchvision), natural (timm), index (of a number), names.
+        label_files: Look for a ground-truth file such as val.txt beside the images.
+        limit: At most so many images, evenly spread.
+    """
+
+    PANEL = "Labels"
+
+    images: Path | None = option(None, panel="")
+    labels: Path | None = option(None)
+    class_order: ClassOrder | None = option(None)
+    label_files: bool = option(True)
+    limit: int | None = option(None, ge=1, panel="")
+
+    def contradictions(self) -> Iterator[tuple[str, str]]:
+        """Yield what is said of images that are not there."""
+        given = self.given_of("labels", "limit")
+        if self.images is None and given:
+            yield f"{given} is given, and {{images}} is not.", "Name the folder of images, too."
+
+
+class GateProfile(Table):
+    """What an artefact of one numeric class must reach. Table ``[gates.fp32]`` and its like.
+
+    A limit that is left out is that of :mod:`van_deploy.checks.gates` (see ``docs/gates.md``).
+
+    Attributes:
+        sqnr_db: Least SQNR of the logits, in dB.
+        module_db: Least isolated SQNR of any module, in dB.
+        top1_loss: Points of top-1 (percent) that may be lost on labelled images.
+    """
+
+    sqnr_db: float | None = option(None)
+    module_db: float | None = option(None)
+    top1_loss: float | None = option(None, ge=0, le=100)
+
+
+class GateSettings(Table):
+    """What differs from the built-in limits, by numeric class. Table ``[gates]``.
+
+    Attributes:
+        fp32: Limits of FP32 artefacts.
+        tf32: Limits of FP32 artefacts that compute in TF32.
+        fp16: Limits of FP16 artefacts.
+        bf16: Limits of BF16 artefacts.
+        int8: Limits of INT8 artefacts.
+    """
+
+    fp32: GateProfile = option(GateProfile)
+    tf32: GateProfile = option(GateProfile)
+    fp16: GateProfile = option(GateProfile)
+    bf16: GateProfile = option(GateProfile)
+    int8: GateProfile = option(GateProfile)
+
+    def of(self, numeric: str) -> GateProfile:
+        """Return the profile of a numeric class."""
+        profile: GateProfile = getattr(self, numeric)
+        return profile
 
 
 class _Quantization(Table):
@@ -51,8 +219,8 @@ class _Quantization(Table):
         method: How ranges become scales.
         scope: What becomes INT8: pointwise, deep (all but stem and stage 1), all, or regular
             expressions over module names; auto times the first three and takes the fastest that
-            holds its gate.
-        rest: What is not INT8.
+            holds its gate. By default pointwise for TensorRT, deep for a CPU.
+        rest: What is not INT8; by default fp16 for TensorRT, fp32 for a CPU.
         equalize: Re-scale and shift channels exactly, so that they round better.
         bias_correction: Take the mean error of every layer out in its bias.
         max_drop: Points of top-1 (of agreement without labels) that may be lost; the layers that
@@ -62,7 +230,7 @@ class _Quantization(Table):
         keep_defaults: Keep the LayerNorms, the pooling and the head in FP32.
         strict: Refuse where FP16 cannot hold a tensor, instead of keeping it FP32.
         allow_inconclusive: Let pass what the evaluation set cannot decide.
-        threads: Of ONNX Runtime.
+        threads: Of ONNX Runtime; its own choice by default.
     """
 
     PANEL = "INT8"
@@ -74,12 +242,8 @@ class _Quantization(Table):
     class_order: ClassOrder | None = option(None, panel=IMAGES)
     noise: bool = option(False, key="calibrate_on_noise", panel=IMAGES)
     method: Literal["mse", "percentile", "minmax"] = option("mse")
-    scope: tuple[str, ...] = option(
-        (), shown_default="pointwise for TensorRT, deep for a CPU", commas=False
-    )
-    rest: Literal["fp16", "fp32"] | None = option(
-        None, shown_default="fp16 for TensorRT, fp32 for a CPU"
-    )
+    scope: tuple[str, ...] = option((), commas=False)
+    rest: Literal["fp16", "fp32"] | None = option(None)
     equalize: bool = option(True)
     bias_correction: bool = option(True)
     max_drop: float | None = option(None, ge=0)
@@ -88,7 +252,7 @@ class _Quantization(Table):
     keep_defaults: bool = option(True, panel=TYPES)
     strict: bool = option(False, panel=TYPES)
     allow_inconclusive: bool = option(False, panel="")
-    threads: int | None = option(None, shown_default="its own choice", ge=1, panel="")
+    threads: int | None = option(None, ge=1, panel="")
 
     def contradictions(self) -> Iterator[tuple[str, str]]:
         """Yield what is for FP16 or for images where there are none, and techniques that clash."""
@@ -215,13 +379,13 @@ class PlanSettings(Table):
     """What decides the contents of a plan, besides the ONNX file, the backend and the GPUs.
 
     Attributes:
-        profiles: Batch sizes min:opt:max, one profile each.
+        profiles: Batch sizes min:opt:max, one profile each; by default the bundle's own.
         dynamic_size: Sizes min:opt:max that the plan serves, of a graph with dynamic height and
-            width.
+            width; by default the bundle's own.
         hardware_compatibility: Other GPUs to serve (TensorRT).
         version_compatible: Let later versions load it (TensorRT).
-        workspace_bytes: Scratch memory a layer may use, as 4GiB.
-        optimization_level: 0 builds fast, 5 searches longest.
+        workspace_bytes: Scratch memory a layer may use, as 4GiB; by default the backend's limit.
+        optimization_level: 0 builds fast, 5 searches longest; by default the backend's own.
         tiling: How long to search for ways to keep tensors in the GPU's cache.
         tf32: Let FP32 layers compute in TF32.
         profiling: What the engine inspector can tell.
@@ -229,20 +393,14 @@ class PlanSettings(Table):
 
     PANEL = KERNELS
 
-    profiles: tuple[Profile, ...] = option(
-        (), key="batch", shown_default="the bundle's own", panel=""
-    )
-    dynamic_size: SizeRange | None = option(
-        None, metavar="MIN:OPT:MAX", shown_default="the bundle's own", panel=""
-    )
+    profiles: tuple[Profile, ...] = option((), key="batch", panel="")
+    dynamic_size: SizeRange | None = option(None, panel="")
     hardware_compatibility: HardwareCompatibility = option(
         HardwareCompatibility.NONE, panel=MACHINES
     )
     version_compatible: bool = option(False, panel=MACHINES)
-    workspace_bytes: Size | None = option(
-        None, key="workspace", shown_default="the backend's own limit"
-    )
-    optimization_level: int | None = option(None, shown_default="the backend's own", ge=0, le=5)
+    workspace_bytes: Size | None = option(None, key="workspace")
+    optimization_level: int | None = option(None, ge=0, le=5)
     tiling: Literal["none", "fast", "moderate", "full"] = option("none")
     tf32: bool = option(True)
     profiling: Profiling = option(Profiling.LAYER_NAMES_ONLY)
@@ -284,7 +442,8 @@ class EngineSettings(PlanSettings):
         precisions: fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as
             fp32-uint8: an engine each, for each of the targets. Inductor computes in fp32, fp16 or
             bf16.
-        targets: Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both.
+        targets: Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both; by
+            default that of the GPU in this machine.
         backend: What builds and will run it. inductor: a package that PyTorch compiles ahead of
             time, for the GPU or the processor of this machine.
         timing_cache: File of kernel timings to use and add to (TensorRT).
@@ -293,9 +452,7 @@ class EngineSettings(PlanSettings):
     PANEL = MACHINES
 
     precisions: tuple[str, ...] = option((), flags=["--precision"], panel="")
-    targets: tuple[Target, ...] = option(
-        (), flags=["--target"], shown_default="the GPU in this machine"
-    )
+    targets: tuple[Target, ...] = option((), flags=["--target"])
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"] = option("auto")
     timing_cache: Path | None = option(None, panel=KERNELS)
 
@@ -312,7 +469,8 @@ class BuildSettings(EngineSettings):
         precisions: fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as
             fp32-uint8: an engine each, for each of the targets. Inductor computes in fp32, fp16 or
             bf16.
-        device: What it is built on: cuda:N, or cpu (inductor).
+        device: What it is built on: cuda:N, or cpu (inductor); by default cuda:0, without a GPU cpu
+            for inductor.
         max_autotune: Choose Inductor's kernels by timing them, which takes minutes.
         fused_kernels: Compile a package on this project's fused kernels: FP16 or BF16 on a GPU, one
             batch size.
@@ -328,7 +486,6 @@ class BuildSettings(EngineSettings):
     device: str | None = option(
         None,
         panel=MACHINES,
-        shown_default="cuda:0; without a GPU, cpu for inductor",
         pattern=r"^(cpu|cuda(:\d+)?)$",
     )
     max_autotune: bool = option(False)

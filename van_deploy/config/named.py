@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from van_deploy.config.fields import key_of, shown
+from van_deploy.config.fields import shown
 from van_deploy.config.making import Recipe
 from van_deploy.config.sizes import BatchRange
-from van_deploy.errors import UsageError
-from van_deploy.schema import Settings, Spelling, validated
+from van_deploy.errors import RecipeError, UsageError
+from van_deploy.schema import Settings, key_of, validated
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -37,21 +37,20 @@ class Named:
     panel: str
 
 
-@dataclass(frozen=True)
-class Changes:
-    """Values for some options of a recipe, and how the user wrote these options.
+class Change(NamedTuple):
+    """Another value for one option.
 
     Attributes:
-        values: by the option's keys.
-        spelling: by the same keys.
+        value: as a file would have it.
+        written: how the user wrote the option, such as ``--opset`` or ``opset=``.
     """
 
-    values: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
-    spelling: Spelling = field(default_factory=dict)
+    value: Any
+    written: str
 
-    def __or__(self, other: Changes) -> Changes:
-        """Return both; ``other`` wins where both have a value."""
-        return Changes({**self.values, **other.values}, {**self.spelling, **other.spelling})
+
+Changes = dict[tuple[str, ...], Change]
+"""Other values for some options, by their keys; the outermost table first."""
 
 
 def named_options(schema: type[Settings]) -> dict[str, Named]:
@@ -114,21 +113,19 @@ def changes_from(options: Mapping[str, Named], values: Mapping[str, Any]) -> Cha
                 f"The key '{name}=' is unknown.",
                 f"Did you mean '{near[0]}='?" if near else f"Known keys: {', '.join(options)}.",
             )
-    places = {name: options[name].place for name in values}
-    return Changes(
-        {places[name]: value for name, value in values.items()},
-        {place: f"{name}=" for name, place in places.items()},
-    )
+    return {options[name].place: Change(value, f"{name}=") for name, value in values.items()}
 
 
-def with_changes(recipe: Recipe, changes: Changes) -> Recipe:
-    """Return a recipe with other values for some keys.
+def recipe_from(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
+    """Return the recipe in ``tables`` with ``changes`` made to it.
 
     Raises:
+        RecipeError: the tables are wrong; it begins with ``where``.
         UsageError: a change is wrong; names the option as it was written.
     """
-    tree = put_all(_written(recipe), changes)
-    return validated(Recipe, tree, spelling=changes.spelling)
+    spelling = {place: change.written for place, change in changes.items()}
+    tables = put_all(tables, changes)
+    return validated(Recipe, tables, where=where, error=RecipeError, spelling=spelling)
 
 
 def settings_from(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
@@ -142,13 +139,13 @@ def settings_from(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySe
     return validated(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
 
 
-def _written(settings: Settings) -> dict[str, Any]:
+def written(settings: Settings) -> dict[str, Any]:
     """Return the values that were given, as a file would have them."""
     fields, tree = type(settings).model_fields, {}
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
         inner = getattr(settings, name)
         is_table = isinstance(inner, Settings)
-        tree[key_of(name, fields[name])] = _written(inner) if is_table else value
+        tree[key_of(name, fields[name])] = written(inner) if is_table else value
     return tree
 
 
@@ -161,9 +158,9 @@ def put_all(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
         UsageError: something else is where a table should be.
     """
     model = tables.get("model")
-    if ("model", "name") in changes.values and isinstance(model, dict) and model.get("name"):
+    if ("model", "name") in changes and isinstance(model, dict) and model.get("name"):
         model.setdefault("weights", model["name"])
-    for place, value in changes.values.items():
+    for place, change in changes.items():
         tree = tables
         for depth, part in enumerate(place[:-1], 1):
             tree = tree.setdefault(part, {})
@@ -172,5 +169,5 @@ def put_all(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
                     f"'{'.'.join(place)}' cannot be set: '{'.'.join(place[:depth])}' is no table.",
                     "Set the whole of it.",
                 )
-        tree[place[-1]] = value
+        tree[place[-1]] = change.value
     return tables

@@ -75,11 +75,11 @@ class FleetHost(Table):
 
     Attributes:
         backend: What builds it.
-        accelerator_type: Ray's name of the GPU the build must run on.
+        accelerator_type: Ray's name of the GPU the build must run on; any machine by default.
     """
 
     backend: Literal["auto", "tensorrt", "tensorrt-rtx"] = option("auto")
-    accelerator_type: str = option("", shown_default="any machine")
+    accelerator_type: str = option("")
 
 
 class _Cells(Table):

@@ -25,7 +25,7 @@ from van_deploy.checks.gates import (
     paired_loss,
     sqnr_floor,
 )
-from van_deploy.checks.samples import LOGITS, Outputs
+from van_deploy.checks.golden import LOGITS, Outputs
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, with_dynamic_batch_

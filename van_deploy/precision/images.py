@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from van_deploy.bundle import Bundle
-from van_deploy.calibration_set import ImageSelection, calibration_set_named
 from van_deploy.config import QuantizeSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.labels import labelled_images
@@ -23,6 +22,7 @@ from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.scales import Images
+from van_deploy.recipe import ImageSelection, calibration_set_named
 from van_deploy.stopwatch import Stopwatch
 
 MOST_UNREADABLE = 0.01  # largest share of the images

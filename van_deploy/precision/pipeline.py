@@ -12,9 +12,8 @@ import numpy as np
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artefact, Bundle, Origin, writing
-from van_deploy.checks.golden import golden_samples
+from van_deploy.checks.golden import Outputs, golden_samples
 from van_deploy.checks.judging import judge_new
-from van_deploy.checks.samples import Outputs
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency, UsageError

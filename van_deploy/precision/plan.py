@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from van_deploy.checks.samples import Outputs
+from van_deploy.checks.golden import Outputs
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan

@@ -41,25 +41,18 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Notice:
-    """One sentence with a state before it. Neighbours are set as one list."""
-
-    state: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Facts:
-    """Names and values below each other; what has no value is left out."""
+    """Names and their values, or states and what is said of each, below each other.
 
-    values: Mapping[str, object]
+    Attributes:
+        pairs: both as text.
+        title: one line above.
+        states: whether they are states.
+    """
+
+    pairs: Sequence[tuple[str, str]]
     title: str = ""
-
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield names and values as text."""
-        for name, value in self.values.items():
-            if not _missing(value):
-                yield name, shown(value, "")
+    states: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,19 +63,12 @@ class Table:
         columns: headers, with the unit, and the form of what stands below each (see
             :func:`shown`). Numbers are set to the right.
         rows: cells as text, as many as there are columns.
-        title: one line above.
-        folded: shown closed at first, where that is possible.
+        title: one line above. A page shows a long table that has one closed at first.
     """
 
     columns: Mapping[str, str]
     rows: Sequence[Sequence[str]]
     title: str = ""
-    folded: bool = False
-
-    @property
-    def forms(self) -> list[str]:
-        """The form of each column."""
-        return list(self.columns.values())
 
 
 @dataclass(frozen=True)
@@ -98,17 +84,7 @@ class Plot:
     caption: str
 
 
-Block: TypeAlias = Paragraph | Notice | Facts | Table | Plot
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number that matters, large: what it is, the number with its unit, and a remark."""
-
-    label: str
-    value: str
-    note: str = ""
-    tone: str = ""
+Block: TypeAlias = Paragraph | Facts | Table | Plot
 
 
 @dataclass(frozen=True)
@@ -122,7 +98,6 @@ class Document:
         note: how many checks said what.
         sections: what stands below each heading.
         notices: what has to be known before the numbers: results of other files.
-        tiles: the numbers at the top.
         footer: who wrote it and when.
     """
 
@@ -131,14 +106,11 @@ class Document:
     state: str
     note: str
     sections: Mapping[str, Sequence[Block]]
-    notices: Sequence[Notice] = ()
-    tiles: Sequence[Tile] = ()
+    notices: Sequence[Block] = ()
     footer: str = ""
 
 
-def table(
-    rows: Iterable[Any], columns: str, title: str = "", *, folded: bool = False
-) -> list[Block]:
+def table(rows: Iterable[Any], columns: str, title: str = "") -> list[Block]:
     """Return a table of the rows, or nothing where there are none.
 
     Args:
@@ -147,10 +119,9 @@ def table(
             ``limit.value``, or the position in a sequence; the form is text where none is given,
             and the header the path's last part. Columns and rows without values are left out.
         title: one line above.
-        folded: shown closed at first, where that is possible.
 
     >>> table([{"at": {"ms": 4.2}, "no": None}, {}], "latency = at.ms .2f; at.ms .1f; none = no")
-    [Table(columns={'latency': '.2f', 'ms': '.1f'}, rows=[['4.20', '4.2']], title='', folded=False)]
+    [Table(columns={'latency': '.2f', 'ms': '.1f'}, rows=[['4.20', '4.2']], title='')]
     """
     places = list(_places(columns))
     found = [[_at(row, where) for _, where, _ in places] for row in rows]
@@ -158,18 +129,24 @@ def table(
     used = [i for i in range(len(places)) if not all(_missing(values[i]) for values in found)]
     cells = [[shown(values[i], places[i][2]) for i in used] for values in found]
     forms = {places[i][0]: places[i][2] for i in used}
-    return [Table(forms, cells, title, folded)] if used else []
+    return [Table(forms, cells, title)] if used else []
 
 
 def facts(entry: Entry, places: str, title: str = "") -> list[Block]:
     """Return some of a result's values, named as the columns of :func:`table` are.
 
     >>> facts({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
-    [Facts(values={'size': '2.0 KiB'}, title='')]
+    [Facts(pairs=[('size', '2.0 KiB')], title='', states=False)]
     """
     found = ((name, _at(entry, where), form) for name, where, form in _places(places))
-    known = {name: shown(value, form) for name, value, form in found if not _missing(value)}
-    return [Facts(known, title)] if known else []
+    pairs = [(name, shown(value, form)) for name, value, form in found if not _missing(value)]
+    return [Facts(pairs, title)] if pairs else []
+
+
+def named(values: Mapping[str, object], title: str = "") -> list[Block]:
+    """Return values by their names; what has none is left out."""
+    pairs = [(name, shown(value, "")) for name, value in values.items() if not _missing(value)]
+    return [Facts(pairs, title)] if pairs else []
 
 
 def _places(text: str) -> Iterator[tuple[str, str, str]]:
@@ -214,9 +191,10 @@ def most(lines: Sequence[str], count: int) -> list[str]:
     return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]
 
 
-def notices(state: str, lines: Iterable[str]) -> list[Notice]:
-    """Return one notice a line."""
-    return [Notice(state, line) for line in lines]
+def notices(state: str, lines: Iterable[str]) -> list[Block]:
+    """Return sentences with a state before each, or nothing where there are none."""
+    pairs = [(state, line) for line in lines]
+    return [Facts(pairs, states=True)] if pairs else []
 
 
 # --- figures -----------------------------------------------------------------------------------

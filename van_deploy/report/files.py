@@ -1,23 +1,199 @@
-"""Writing reports where they belong: into a bundle, a job's summary, or a CI server's JUnit."""
+"""Reports that are files: a bundle's whole story as a page, a check's as a summary and JUnit."""
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ElementTree
-from itertools import groupby
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from van_deploy import __version__
+from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, writing
+from van_deploy.config.sizes import size_text
 from van_deploy.documents import plain
-from van_deploy.errors import InputError
+from van_deploy.errors import BundleError, InputError
 from van_deploy.files import write_atomic
-from van_deploy.report.document import Document
+from van_deploy.report import document as doc
+from van_deploy.report import sections_bench as timed
+from van_deploy.report import sections_checks as judged
+from van_deploy.report import sections_model as model
+from van_deploy.report.document import Block, Document, Entry, state_of, table
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
-from van_deploy.report.sections_checks import check_blocks, counts_text
 
 if TYPE_CHECKING:
-    from van_deploy.checks.regression import CheckReport, CheckRow
+    from van_deploy.checks.regression import CheckReport
+
+# State, name and detail of a check.
+Verdict = tuple[str, str, str]
+
+# Keys of a check's result under which there is one entry an artifact.
+BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
+
+# What is not measured without its command: checks, precisions and kinds of artifacts by name.
+COMMANDS = {
+    "verify": "every artifact against PyTorch at every batch size: `van-deploy verify`",
+    "evaluate": "accuracy on labelled images: `van-deploy evaluate`",
+    "drift": "where in the network an artifact drifts: `van-deploy drift`",
+    "bench": "speed: `van-deploy bench`",
+    "fp16": "not made: `van-deploy quantize --precision fp16`",
+    "int8": "not made: `van-deploy quantize --precision int8`",
+    "engine": "not built: `van-deploy build`",
+}
+
+# The worst first, and how the number of checks in each is worded.
+STATES = {"FAIL": "failed", "INCONCLUSIVE": "undecided", "PASS": "", "SKIPPED": "skipped"}
+QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^']*?([^'/\\]+)[/\\]?'")
+BARE_PATH = re.compile(r"(?<![\w.:/'<-])/(?:[^\s'\"/,;()]+/)+([^\s'\"/,;()]+)")
+
+
+def document_of_bundle(bundle: Bundle) -> Document:
+    """Return the report of a bundle: everything its manifest and its benchmark say.
+
+    Results of files that are no longer in the bundle are left out and named at the top; what no
+    command has measured yet is named in the last section. Paths lose their folders: a report is
+    read elsewhere.
+
+    Raises:
+        BundleError: a file of an artifact is missing, or a check's record in the manifest
+            cannot be read.
+    """
+    try:
+        return _document(bundle)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise BundleError(
+            f"The manifest of '{bundle.path}' records a check or a graph in a form that this "
+            f"version does not read ({type(error).__name__}: {error}).",
+            "Run the checks again with this version; if it wrote the bundle, please report it.",
+        ) from error
+
+
+def _document(bundle: Bundle) -> Document:
+    manifest, sizes = portable(plain(bundle.manifest)), bundle.sizes()
+    manifest["checks"], bench, stale = _fresh(bundle, manifest["checks"])
+    problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
+    said = f"all {len(bundle.digests)} have the manifest's SHA-256"
+    verdicts = [*(problems or [("PASS", "files", said)]), *_verdicts(manifest["checks"])]
+    states = Counter(state for state, _, _ in verdicts)
+    state = next(state for state in STATES if states[state])
+    words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
+    words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
+    words += [f"{len(stale)} stale"] * bool(stale)
+    precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
+    size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
+    gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
+    again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)
+    written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+    return Document(
+        title=bundle.name,
+        subtitle=f"Visual Attention Network, {doc.count_text(manifest['parameters'])} parameters, "
+        f"{size} pixels, {gives}, deployed as {', '.join(precisions)}",
+        state="INCONCLUSIVE" if state == "PASS" and stale else state,
+        note="; ".join(words),
+        sections={t: blocks for t, blocks in _sections(manifest, sizes, verdicts, bench) if blocks},
+        notices=doc.notices("STALE", again),
+        footer=f"Written by van-deploy {__version__} on {written}; the bundle was last changed "
+        f"{manifest['written']}.",
+    )
+
+
+def _sections(
+    manifest: Entry, sizes: Mapping[str, int], verdicts: Sequence[Verdict], bench: Entry | None
+) -> Iterator[tuple[str, Sequence[Block]]]:
+    checks, artefacts = manifest["checks"], manifest["artefacts"]
+    worst = {state: place for place, state in enumerate(STATES)}
+    ordered = sorted(verdicts, key=lambda verdict: worst.get(verdict[0], len(worst)))
+    yield "Verdicts", doc.checks_table(ordered)
+    notes = doc.notices("NOTE", manifest["weights"]["notes"])
+    yield "Model", [*model.model_facts(manifest), *notes]
+    yield "Artifacts", model.artefacts_table(manifest, sizes)
+    if checks.get("verify", {}).get("artefacts"):
+        yield "Verification", judged.verify_blocks(checks["verify"], manifest["class_names"])
+    if checks.get("evaluate", {}).get("losses"):
+        yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
+    if checks.get("drift", {}).get("artefacts"):
+        yield "Drift", judged.drift_blocks(checks["drift"])
+    if bench is not None and bench["rows"]:
+        accuracies = checks.get("evaluate", {}).get("accuracy", {})
+        yield "Speed", [*timed.bench_blocks(bench), *timed.tradeoff_plots(accuracies, bench)]
+    yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
+    yield "Graph", model.graph_blocks(artefacts)
+    files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
+    columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
+    made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
+    every_file = table(files, columns, "Every file")
+    yield "Provenance", [*doc.named(made_with), *every_file]
+    done = {*checks, *(e[key] for e in artefacts.values() for key in ("precision", "kind"))}
+    left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
+    left += [(name, what) for name, what in COMMANDS.items() if name not in done]
+    yield "Not measured", table(left, "what = 0 name; why = 1")
+
+
+def _verdicts(checks: Entry) -> Iterator[Verdict]:
+    """Yield the verdict of every check."""
+    for outcome, name, said in model.proof_rows(checks):
+        yield state_of(outcome), name, said
+    for name, verdict in checks.get("verify", {}).get("artefacts", {}).items():
+        figures, limit, said = verdict["comparison"], verdict["limit"], verdict["reason"]
+        if verdict["outcome"] == "pass" and figures and limit:
+            said = (
+                f"SQNR {float(figures['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
+                f"{limit['origin']}), {len(verdict['flips'])} label flips"
+            )
+        yield state_of(verdict["outcome"]), f"verify {name}", said
+    evaluated = checks.get("evaluate", {})
+    for name, loss in evaluated.get("losses", {}).items():
+        own, original = evaluated["accuracy"][name], evaluated["accuracy"]["pytorch"]
+        pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
+        told = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
+        said = "; ".join(filter(None, [pair, *told]))
+        yield state_of(loss["outcome"]), f"{own['metric']} of {name}", said
+    for name, skipped in evaluated.get("skipped", {}).items():
+        yield "SKIPPED", f"evaluate {name}", skipped["message"]
+
+
+def _fresh(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
+    """Return checks and benchmark without what was measured on other files, and what that was."""
+    digests = {name: artefact.sha256 for name, artefact in bundle.artefacts.items()}
+    fresh, stale, path = {}, [], bundle.path / BENCH_FILE
+    for name, entry in checks.items():
+        measured = entry.get("artefacts_sha256", {}).items()
+        gone = {one for one, digest in measured if digests.get(one) != digest}
+        stale += [(name, f"{name} of {one}: measured on another file") for one in sorted(gone)]
+        fresh[name] = dict(entry)
+        for key in {*BY_ARTEFACT} & {*entry} if gone else ():
+            fresh[name][key] = {n: one for n, one in entry[key].items() if n not in gone}
+    try:
+        bench = portable(plain(read_report(path)))
+    except InputError:
+        unread = [("bench", f"{BENCH_FILE}: not of this version")]
+        return fresh, None, [*stale, *unread * path.is_file()]
+    known = {*digests.values(), bundle.manifest.weights.sha256}
+    gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
+    for key in ("rows", "roofline"):
+        bench[key] = [row for row in bench[key] if row["contender"] not in gone]
+    stale += [("bench", f"speed of {one}: measured on another file") for one in sorted(gone)]
+    return fresh, bench, stale
+
+
+def portable(value: Any) -> Any:
+    r"""Return what JSON can hold with the folders of every absolute path left out.
+
+    >>> portable(["16 of 520 images of '/data/cifar10/calib',\n/srv/a/b.onnx; 3 images/s"])
+    ["16 of 520 images of 'calib',\nb.onnx; 3 images/s"]
+    """
+    if isinstance(value, str):
+        return BARE_PATH.sub(r"\1", QUOTED_PATH.sub(r"'\1'", value))
+    if isinstance(value, Mapping):
+        return {name: portable(item) for name, item in value.items()}
+    return [portable(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# --- files ------------------------------------------------------------------------------------
 
 
 def write_report(document: Document, bundle: Bundle, output: Path | None) -> list[Path]:
@@ -41,9 +217,8 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
         with writing(bundle.path) as draft:
             for path, text in texts.items():
                 draft.file(path.name).write_text(text, encoding="utf-8")
-    else:
-        for path, text in texts.items():
-            _write(path, text)
+    for path, text in texts.items() if output is not None else ():
+        _write(path, text)
     return list(texts)
 
 
@@ -54,8 +229,8 @@ def append_summary(report: CheckReport, path: Path) -> None:
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
         state="PASS" if report.passed else "FAIL",
-        note=counts_text(entry),
-        sections={"Gates and baseline": check_blocks(entry)},
+        note=f"{len(report.rows)} rows",
+        sections={"Gates and baseline": judged.check_blocks(entry)},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -68,19 +243,20 @@ def write_junit(report: CheckReport, path: Path) -> None:
     What was not shown and nobody allowed is a failure there, as it is for the exit code.
     """
     root = ElementTree.Element("testsuites", name="van-deploy check")
-    for kind, rows in groupby(sorted(report.rows, key=_kind), key=_kind):
-        suite = ElementTree.SubElement(root, "testsuite", name=f"{report.model}.{kind}")
-        for row in rows:
-            found, name = row.finding, row.name.partition("/")[2]
-            place = {"classname": f"{report.model}.{kind}", "name": name, "time": "0"}
-            case = ElementTree.SubElement(suite, "testcase", place)
-            if not report.allowed.holds(found):
-                words = {"skipped": "not checked: ", "inconclusive": "undecided: "}
-                message = f"{words.get(row.finding.outcome.value, '')}{found.message}"
-                failure = ElementTree.SubElement(case, "failure", message=message, type="gate")
-                failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
-            elif row.finding.outcome.value != "pass":
-                ElementTree.SubElement(case, "skipped", message=found.message)
+    words = {"skipped": "not checked: ", "inconclusive": "undecided: "}
+    suites, child = dict[str, ElementTree.Element](), ElementTree.SubElement
+    for row in report.rows:
+        found, (kind, _, name) = row.finding, row.name.partition("/")
+        whole = f"{report.model}.{kind}"
+        if kind not in suites:
+            suites[kind] = child(root, "testsuite", name=whole)
+        case = child(suites[kind], "testcase", classname=whole, name=name, time="0")
+        if not report.allowed.holds(found):
+            message = f"{words.get(found.outcome.value, '')}{found.message}"
+            failure = child(case, "failure", message=message, type="gate")
+            failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
+        elif found.outcome.value != "pass":
+            child(case, "skipped", message=found.message)
     for element in (root, *root):
         for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped",) * 2):
             element.set(attribute, str(len(element.findall(f".//{tag}"))))
@@ -88,10 +264,6 @@ def write_junit(report: CheckReport, path: Path) -> None:
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
     _write(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
-
-
-def _kind(row: CheckRow) -> str:
-    return row.name.partition("/")[0]
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Two small plots as SVG: rows with bars or intervals, and lines or points over two axes.
+"""Two small plots as SVG: rows with their intervals, and lines or points over two axes.
 
 Colours are the page's CSS variables (``--series-1`` ... and ``--ink``, ``--muted``, ``--grid``,
 ``--axis``, ``--surface``), so one drawing serves light, dark and print. Names stand in columns of
@@ -9,7 +9,7 @@ their own or in the legend, so none covers another, and every mark names its val
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -29,8 +29,7 @@ class Mark:
         y: of a point.
         text: at the right of a row.
         colour: 1 to 8.
-        low: lower end of its interval (along x in a row, along y at a point), or None.
-        high: upper end.
+        interval: both ends (along x in a row, along y at a point), or None.
         limit: a line drawn across a row, or None.
     """
 
@@ -39,18 +38,8 @@ class Mark:
     y: float = 0.0
     text: str = ""
     colour: int = 1
-    low: float | None = None
-    high: float | None = None
+    interval: Sequence[float] | None = None
     limit: float | None = None
-
-
-@dataclass(frozen=True)
-class Series:
-    """A named line of points in order of x, in one colour."""
-
-    name: str
-    points: Sequence[Mark]
-    colour: int
 
 
 def colours(names: Iterable[str]) -> dict[str, int]:
@@ -78,57 +67,58 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def rows_chart(marks: Sequence[Mark], label: str, *, dots: bool = False) -> str:
-    """Return one row a mark: name, bar (or dot) with its interval and limit, text.
+def rows_chart(marks: Sequence[Mark], label: str) -> str:
+    """Return one row a mark: name, a dot with its interval and its limit, text.
 
     Args:
         marks: one a row.
         label: what ``x`` measures, with its unit.
-        dots: dots instead of bars.
     """
     left = EDGE + CHARACTER * max((len(m.name) for m in marks), default=0) + 10
     right = WIDTH - EDGE - CHARACTER * max((len(m.text) for m in marks), default=0) - 10
     bottom = EDGE + ROW * len(marks)
-    ends = [v for m in marks for v in (m.x, m.low, m.high, m.limit) if v is not None]
-    scale = _Scale([0.0, *ends], left, right)
+    limits = [mark.limit for mark in marks if mark.limit is not None]
+    ends = [end for mark in marks for end in (mark.x, *(mark.interval or ()))]
+    scale = _Scale([0.0, *ends, *limits], left, right)
     parts = [scale.drawn(label, EDGE, bottom)]
     for index, mark in enumerate(marks):
-        middle, at = EDGE + ROW * (index + 0.5), scale(mark.x)
-        colour, told = f"var(--series-{mark.colour})", f"{mark.name}: {mark.text or _short(mark.x)}"
+        middle, colour = EDGE + ROW * (index + 0.5), f"var(--series-{mark.colour})"
         parts.append(_label(left - 10, middle + 4, mark.name, "end"))
         parts.append(_label(WIDTH - EDGE, middle + 4, mark.text, "end"))
-        if not dots:
-            start = scale(max(0.0, scale.ticks[0]))
-            place = {"x": start, "y": middle - 8, "width": max(1.0, at - start), "height": 16}
-            parts.append(_tag("rect", _tag("title", escape(told)), fill=colour, rx=2, **place))
-        if mark.low is not None and mark.high is not None:
-            a, b = scale(mark.low), scale(mark.high)
-            ends_drawn = "".join(f"M{end:.1f} {middle - 5:.1f}v10" for end in (a, b))
-            ink, width = (colour, 2.0) if dots else ("var(--ink)", 1.2)
-            parts.append(_path(f"M{a:.1f} {middle:.1f}H{b:.1f}{ends_drawn}", ink, width))
+        if mark.interval:
+            low, high = map(scale, mark.interval)
+            caps = "".join(f"M{end:.1f} {middle - 5:.1f}v10" for end in (low, high))
+            parts.append(_path(f"M{low:.1f} {middle:.1f}H{high:.1f}{caps}", colour, 2))
         if mark.limit is not None:
             path = f"M{scale(mark.limit):.1f} {middle - ROW / 2 + 2:.1f}v{ROW - 4}"
             parts.append(_path(path, "var(--bad)", 2, stroke_dasharray="5 4"))
-        parts += [_dot(at, middle, colour, told)] * dots
+        told = f"{mark.name}: {mark.text or _short(mark.x)}"
+        parts.append(_dot(scale(mark.x), middle, colour, told))
     return _svg(bottom + BELOW, label, parts)
 
 
-def xy_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
-    """Return lines with a mark at every point, and a legend above them."""
+def xy_chart(series: Mapping[str, Sequence[Mark]], x_label: str, y_label: str) -> str:
+    """Return lines with a mark at every point, and a legend above them.
+
+    Args:
+        series: points in order of x by the line's name, in the colour of the first.
+        x_label: what ``x`` measures, with its unit.
+        y_label: what ``y`` measures.
+    """
     at, top, parts = LEFT, 14.0, list[str]()
-    for one in series:
-        needed, colour = 44 + CHARACTER * len(one.name), f"var(--series-{one.colour})"
+    for name, points in series.items():
+        needed, colour = 44 + CHARACTER * len(name), f"var(--series-{points[0].colour})"
         if at + needed > WIDTH and at > LEFT:
             at, top = LEFT, top + 20
         parts.append(_path(f"M{at:.1f} {top:.1f}h22", colour, 2))
-        parts.append(_dot(at + 11, top, colour, one.name))
-        parts.append(_label(at + 28, top + 4, one.name, "start"))
+        parts.append(_dot(at + 11, top, colour, name))
+        parts.append(_label(at + 28, top + 4, name, "start"))
         at += needed
     top, right = top + 20, WIDTH - 20.0
-    points = [point for one in series for point in one.points]
-    ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
-    to_x = _Scale([p.x for p in points], LEFT, right)
-    to_y = _Scale(ys, top + HEIGHT, top)
+    every = [point for points in series.values() for point in points]
+    to_x = _Scale([point.x for point in every], LEFT, right)
+    ends = [end for point in every for end in (point.y, *(point.interval or ()))]
+    to_y = _Scale(ends, top + HEIGHT, top)
     parts.append(to_x.drawn(x_label, top, top + HEIGHT))
     for tick in to_y.ticks:
         parts.append(_path(f"M{LEFT:.1f} {to_y(tick):.1f}H{right:.1f}", "var(--grid)"))
@@ -136,7 +126,18 @@ def xy_chart(series: Sequence[Series], x_label: str, y_label: str) -> str:
     middle = top + HEIGHT / 2
     turned = _label(14, middle, y_label, "middle", "muted")
     parts.append(_tag("g", turned, transform=f"rotate(-90 14 {middle:.1f})"))
-    parts += [_line(one, to_x, to_y) for one in series]
+    for name, points in series.items():
+        colour = f"var(--series-{points[0].colour})"
+        line = "L".join(f"{to_x(p.x):.1f} {to_y(p.y):.1f}" for p in points)
+        parts.append(_path(f"M{line}", colour, 2))
+        for point in points:
+            if point.interval:
+                low, high = map(to_y, point.interval)
+                whisker = f"M{to_x(point.x):.1f} {low:.1f}V{high:.1f}"
+                parts.append(_path(whisker, colour, 1.5))
+            part = f" ({point.name})" if point.name else ""
+            told = f"{name}{part}: {_short(point.y)} at {_short(point.x)}"
+            parts.append(_dot(to_x(point.x), to_y(point.y), colour, told))
     return _svg(top + HEIGHT + BELOW, f"{y_label} against {x_label}", parts)
 
 
@@ -163,21 +164,6 @@ class _Scale:
             parts.append(_label(self(tick), bottom + 17, _short(tick), "middle", "muted"))
         middle = (self.start + self.end) / 2
         return "".join([*parts, _label(middle, bottom + 37, label, "middle", "muted")])
-
-
-def _line(line: Series, to_x: _Scale, to_y: _Scale) -> str:
-    colour, parts = f"var(--series-{line.colour})", []
-    places = [(to_x(p.x), to_y(p.y)) for p in line.points]
-    if len(places) > 1:
-        parts.append(_path("M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in places), colour, 2))
-    for (a, b), point in zip(places, line.points, strict=True):
-        if point.low is not None and point.high is not None:
-            whisker = f"M{a:.1f} {to_y(point.low):.1f}V{to_y(point.high):.1f}"
-            parts.append(_path(whisker, colour, 1.5))
-        named = f" ({point.name})" if point.name else ""
-        told = f"{line.name}{named}: {_short(point.y)} at {_short(point.x)}"
-        parts.append(_dot(a, b, colour, told))
-    return "".join(parts)
 
 
 def _svg(height: float, label: str, parts: Iterable[str]) -> str:

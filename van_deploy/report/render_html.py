@@ -13,17 +13,13 @@ from van_deploy.report import document as doc
 from van_deploy.report.document import TEXTS, TONES, Block, Document
 
 FOLDER = resources.files("van_deploy.report")
+MOST_OPEN = 24  # rows of a table that has a title
 
 
 def html_from_document(document: Document) -> str:
     """Return the document as a whole HTML page, light or dark as the reader's system is."""
     anchors = {title: "-".join(re.findall(r"\w+", title.lower())) for title in document.sections}
     links = (f'<a href="#{at}">{escape(title)}</a>' for title, at in anchors.items())
-    tiles = (
-        f'<div class="tile {tile.tone}"><span>{escape(tile.label)}</span>'
-        f"<strong>{escape(tile.value)}</strong><small>{escape(tile.note)}</small></div>"
-        for tile in document.tiles
-    )
     sections = (
         f'<section id="{anchors[title]}">\n<h2>{escape(title)}</h2>\n{_drawn(blocks)}\n</section>'
         for title, blocks in document.sections.items()
@@ -36,7 +32,6 @@ def html_from_document(document: Document) -> str:
         state=_badge(document.state),
         note=escape(document.note),
         notices=_drawn(document.notices),
-        tiles="\n".join(tiles),
         navigation=" ".join(links),
         sections="\n".join(sections),
         footer=escape(document.footer),
@@ -50,12 +45,11 @@ def _drawn(blocks: Iterable[Block]) -> str:
 def _block(block: Block) -> str:
     if isinstance(block, doc.Paragraph):
         return f"<p>{_text(block.text)}</p>"
-    if isinstance(block, doc.Notice):
-        return f'<p class="notice">{_badge(block.state)} <span>{_text(block.text)}</span></p>'
     if isinstance(block, doc.Facts):
         title = f"<h3>{escape(block.title)}</h3>" if block.title else ""
-        pairs = (f"<dt>{escape(name)}</dt><dd>{_text(value)}</dd>" for name, value in block.pairs())
-        return f"{title}<dl>{''.join(pairs)}</dl>"
+        drawn, kind = (_badge, "notices") if block.states else (escape, "facts")
+        pairs = (f"<dt>{drawn(name)}</dt><dd>{_text(value)}</dd>" for name, value in block.pairs)
+        return f'{title}<dl class="{kind}">{"".join(pairs)}</dl>'
     if isinstance(block, doc.Table):
         return _table(block)
     caption = f"<figcaption>{_text(block.caption)}</figcaption>"
@@ -63,15 +57,17 @@ def _block(block: Block) -> str:
 
 
 def _table(table: doc.Table) -> str:
-    forms, title = table.forms, escape(table.title)
+    forms, title = list(table.columns.values()), escape(table.title)
     head = _row("th", list(table.columns), [form.replace("state", "") for form in forms])
     body = "\n".join(_row("td", row, forms) for row in table.rows)
-    caption = f"<caption>{title}</caption>" if title and not table.folded else ""
+    # A verdict and a ratio are always seen.
+    folded = title and len(table.rows) > MOST_OPEN and not {"state", "ratio"}.intersection(forms)
+    caption = f"<caption>{title}</caption>" if title and not folded else ""
     drawn = (
         f'<div class="scroll"><table>{caption}<thead>{head}</thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
-    return f"<details><summary>{title}</summary>{drawn}</details>" if table.folded else drawn
+    return f"<details><summary>{title}</summary>{drawn}</details>" if folded else drawn
 
 
 def _row(tag: str, cells: Sequence[str], forms: Sequence[str]) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
-from van_deploy.report.document import TEXTS, Block, Document, Facts, Notice, Paragraph, Table
+from van_deploy.report.document import TEXTS, Block, Document, Facts, Paragraph, Table
 
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️", "STALE": "⚠️"}
 
@@ -13,16 +12,14 @@ MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️
 def markdown_from_document(document: Document, level: int = 1) -> str:
     """Return the document; ``level`` is that of its first heading."""
     head = "#" * level
-    tiles = [(tile.label, tile.value, tile.note) for tile in document.tiles]
     parts = [
         f"{head} {_marked(document.state).split()[0]} {_plain(document.title)}",
         _plain(document.subtitle),
         f"**{document.state}**: {_plain(document.note)}",
-        *_blocks(document.notices),
-        markdown_table(("", "", ""), tiles) if tiles else "",
+        *map(_block, document.notices),
     ]
     for title, blocks in document.sections.items():
-        parts += [f"{head}# {_plain(title)}", *_blocks(blocks)]
+        parts += [f"{head}# {_plain(title)}", *map(_block, blocks)]
     parts += ["---", _plain(document.footer)] if document.footer else []
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -43,28 +40,21 @@ def markdown_table(
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _blocks(blocks: Iterable[Block]) -> Iterable[str]:
-    """Return the blocks' texts, neighbouring notices as one list."""
-    for kind, group in groupby(blocks, type):
-        texts = map(_block, group)
-        yield from ["\n".join(texts)] if kind is Notice else texts
-
-
 def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
         return _plain(block.text)
-    if isinstance(block, Notice):
-        return f"- {_marked(block.state)}: {_plain(block.text)}"
     if isinstance(block, Facts):
-        lines = [f"- **{_plain(name)}**: {_plain(value)}" for name, value in block.pairs()]
+        drawn = _marked if block.states else lambda name: f"**{_plain(name)}**"
+        lines = [f"- {drawn(name)}: {_plain(value)}" for name, value in block.pairs]
         return "\n".join([f"**{_plain(block.title)}**\n"] * bool(block.title) + lines)
     if not isinstance(block, Table):
         return ""
+    forms = list(block.columns.values())
     rows = [
-        [_marked(cell) if f == "state" else cell for cell, f in zip(row, block.forms, strict=True)]
+        [_marked(cell) if form == "state" else cell for cell, form in zip(row, forms, strict=True)]
         for row in block.rows
     ]
-    numbers = [index for index, form in enumerate(block.forms) if form not in TEXTS]
+    numbers = [index for index, form in enumerate(forms) if form not in TEXTS]
     table = markdown_table(map(_plain, block.columns), rows, numbers)
     return f"{_plain(block.title)}:\n\n{table}" if block.title else table
 

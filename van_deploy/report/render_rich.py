@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from itertools import groupby
 
 from rich import box
 from rich.cells import cell_len
@@ -20,7 +19,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from van_deploy.documents import CONTROL
-from van_deploy.report.document import TEXTS, TONES, Block, Facts, Notice, Paragraph, Plot, Table
+from van_deploy.report.document import TEXTS, TONES, Block, Facts, Paragraph, Plot, Table
 
 STYLES = {
     "good": "bold green",
@@ -58,20 +57,15 @@ def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
         blocks: what to show.
         width: columns of the terminal. A table that does not fit becomes a list of each row.
     """
-    parts: list[RenderableType] = []
-    for kind, group in groupby(blocks, type):
-        if kind is Notice:
-            found = (block for block in group if isinstance(block, Notice))
-            parts.append(_pairs((_cell(one.state, "state"), Text(one.text)) for one in found))
-        else:
-            parts += [_rich(block, width) for block in group if not isinstance(block, Plot)]
+    parts = [_rich(block, width) for block in blocks if not isinstance(block, Plot)]
     last = len(parts) - 1
     return Group(*(Padding(part, (0, 0, i != last, 0)) for i, part in enumerate(parts)))
 
 
 def _rich(block: Block, width: int) -> RenderableType:
     if isinstance(block, Facts):
-        body: RenderableType = _pairs((Text(n, "dim"), Text(v)) for n, v in block.pairs())
+        form = "state" if block.states else "dim"
+        body: RenderableType = _pairs((_cell(n, form), Text(value)) for n, value in block.pairs)
     elif isinstance(block, Table):
         widths = _widths(block, width)
         body = _grid(block, widths) if widths else _records(block)
@@ -83,7 +77,7 @@ def _rich(block: Block, width: int) -> RenderableType:
 def _cell(text: str, form: str) -> Text:
     if form == "state":
         return Text(text, STYLES.get(TONES.get(text, ""), ""), no_wrap=True)
-    return Text(text, "dim" if text == "-" else "")
+    return Text(text, "dim" if text == "-" or form == "dim" else "")
 
 
 def _pairs(rows: Iterable[tuple[Text, Text]]) -> Grid:
@@ -117,7 +111,7 @@ def _grid(table: Table, widths: list[int]) -> Grid:
         side: JustifyMethod = "left" if form in TEXTS else "right"
         grid.add_column(Text(header, "bold"), justify=side, width=width, overflow="fold")
     for row in table.rows:
-        grid.add_row(*map(_cell, row, table.forms))
+        grid.add_row(*map(_cell, row, table.columns.values()))
     return grid
 
 
@@ -126,6 +120,6 @@ def _records(table: Table) -> RenderableType:
     records: list[RenderableType] = []
     for row in table.rows:
         named = zip(table.columns.items(), row, strict=True)
-        said = ((Text(n, "dim"), _cell(t, form)) for (n, form), t in named if t not in ("", "-"))
+        said = ((_cell(n, "dim"), _cell(t, form)) for (n, form), t in named if t not in ("", "-"))
         records.append(Padding(_pairs(said), (0, 0, len(records) + 1 < len(table.rows), 0)))
     return Group(*records)

@@ -7,9 +7,7 @@ from typing import Any
 
 from van_deploy.config.sizes import size_text
 from van_deploy.report.document import Block, Entry, Plot, facts, ms_text, notices, table
-from van_deploy.report.plots import Mark, Series, colours, rows_chart, xy_chart
-
-STEADY_PERCENT = 2.5  # deviation over mean of all calls, above which it is marked
+from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 
 def bench_blocks(report: Entry) -> list[Block]:
@@ -60,7 +58,6 @@ def bench_blocks(report: Entry) -> list[Block]:
             profiles,
             "runner = 0 name; 1.kind; 1.ms ms; % = 1.percent .1f; 1.calls .0f",
             "Time by kind of layer at the largest batch",
-            folded=True,
         ),
         *notices("SKIPPED", (f"{name}: {reason}" for name, reason in report["skipped"].items())),
         *table(
@@ -96,12 +93,10 @@ def _sized(rows: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _roofline(report: Entry) -> list[Block]:
-    if not report["ceilings"]:
-        return []
-    known = report["ceilings"]["ops_per_s"].items()
-    rates = [f"{kind} {rate / 1e9:,.0f} G operations/s" for kind, rate in known]
-    rates.append(f"memory {report['ceilings']['bytes_per_s'] / 1e9:.1f} GB/s")
-    return _reached(report["roofline"], f"Roofline: measured {', '.join(rates)}")
+    ceilings = report["ceilings"] or {"ops_per_s": {}, "bytes_per_s": 0.0}
+    known, memory = ceilings["ops_per_s"].items(), ceilings["bytes_per_s"] / 1e9
+    rates = "".join(f"{kind} {rate / 1e9:,.0f} G operations/s, " for kind, rate in known)
+    return _reached(report["roofline"], f"Roofline: measured {rates}memory {memory:.1f} GB/s")
 
 
 def limits_blocks(limits: Entry) -> list[Block]:
@@ -132,15 +127,14 @@ def _plots(rows: Sequence[Entry]) -> list[Block]:
     for row in sorted(rows, key=lambda row: row["p50"]):
         if row["batch"] == batches[0]:
             own, p50, p99 = colour[row["artefact"]], row["p50"], row["latency"]["p99_ms"]
-            marks.append(Mark(row["contender"], p50, 0.0, f"{ms_text(p50)} ms", own, p50, p99))
+            marks.append(Mark(row["contender"], p50, 0.0, f"{ms_text(p50)} ms", own, (p50, p99)))
     caption = f"Latency at batch {batches[0]}: median, whisker to the 99th percentile."
     blocks: list[Block] = [Plot(rows_chart(marks, "latency (ms)"), caption)]
-    lines = []
+    lines = {}
     for artefact, fast in fastest_runners(rows).items():
-        own_rows = [row for row in rows if row["contender"] == fast["contender"]]
-        points = [Mark("", row["batch"], row["p50"]) for row in own_rows]
-        points.sort(key=lambda point: point.x)
-        lines.append(Series(fast["contender"], points, colour[artefact]))
+        same = [row for row in rows if row["contender"] == fast["contender"]]
+        points = [Mark("", row["batch"], row["p50"], colour=colour[artefact]) for row in same]
+        lines[fast["contender"]] = sorted(points, key=lambda point: point.x)
     svg = xy_chart(lines, "batch", "latency, median (ms)")
     against = Plot(svg, "Latency of one call against batch: each artifact by its fastest runner.")
     return [*blocks, *[against] * (len(batches) > 1)]
@@ -154,23 +148,15 @@ def fastest_runners(rows: Sequence[Entry]) -> dict[str, Entry]:
     return found
 
 
-def tradeoff_blocks(accuracies: Mapping[str, Entry], report: Entry) -> list[Block]:
+def tradeoff_plots(accuracies: Mapping[str, Entry], report: Entry) -> list[Block]:
     """Return throughput against accuracy, of the artifacts that have both."""
-    best, colour = fastest_runners(measured(report)), colours(accuracies)
+    best, colour, series = fastest_runners(measured(report)), colours(accuracies), {}
     both = [{**accuracies[name], **best[name]} for name in accuracies if name in best]
-    series = []
     for row in both:
-        low, high = (100 * end for end in row["top1_interval"])
-        point = Mark("", row["rate"], 100 * row["top1"], low=low, high=high)
-        series.append(Series(row["contender"], [point], colour[row["artefact"]]))
+        ends, own = [100 * end for end in row["top1_interval"]], colour[row["artefact"]]
+        point = Mark("", row["rate"], 100 * row["top1"], colour=own, interval=ends)
+        series[row["contender"]] = [point]
     batch = max((row["batch"] for row in both), default=0)
     svg = xy_chart(series, f"images/s at batch {batch}", "top-1 (%)")
-    words = "Each artifact by its fastest runner here; the whiskers are 95 % intervals."
-    return [
-        *[Plot(svg, words)] * bool(both),
-        *table(
-            both,
-            "runner = contender name; images/s = rate ,.1f; top-1 % = top1 percent; "
-            "top-1, 95 % = top1_interval percents",
-        ),
-    ]
+    words = "each artifact by its fastest runner here; the whiskers are 95 % intervals"
+    return [Plot(svg, f"Throughput against accuracy: {words}.")] * bool(both)

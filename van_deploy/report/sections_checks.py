@@ -5,25 +5,28 @@ Failures and one row an artifact come first.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from van_deploy.report import document as doc
 from van_deploy.report.document import Block, Entry, Paragraph, inner, most, notices, table
-from van_deploy.report.plots import Mark, Series, colours, rows_chart, xy_chart
+from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
     from van_deploy.checks.gates import Allowed, Finding
 
-MOST_FLIPS, MOST_FAILURES, MOST_NAMED = 10, 12, 5
+MOST_FLIPS, MOST_MESSAGES, MOST_NAMED = 10, 24, 5
+
+FAILURES = {
+    "fail": "Failed: {}.",
+    "inconclusive": "The data cannot decide: {}; --allow-inconclusive would let that pass.",
+}
 
 # Where a plot ends: past it two results are equal to the last bit that float64 holds.
 LOUDEST_DB = 200.0
 
-# Columns of a result an artifact, and of one a batch size.
+# Columns of a result an artifact.
 HEAD = "verdict = outcome state; artifact = about name; "
-BATCHES = "batch = batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
 
 
 def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Block]:
@@ -60,46 +63,43 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
             "batch invariance dB ↑ = invariance .1f",
         ),
         *notices("LIMIT", limits),
-        *_skips(found),
         *table(
             flips,
             "flip = 0 state; artifact = 1 name; image = 2; PyTorch = 3; artifact's = 4; "
             "margin (RMS logits) = 5 .1e",
             "Label flips",
         ),
-        *_messages(found, "fail"),
+        *_messages(found),
     ]
 
 
 def evaluate_blocks(entry: Entry) -> list[Block]:
     """Return accuracy, what was lost, what flipped into what, and the images left out."""
     names, seconds = entry["class_names"], float(entry["seconds"])
-    rate = entry["count"] / seconds if seconds else math.nan
+    rate = entry["count"] / max(seconds, 1e-9)
     accuracies = [(name, entry["runners"][name], one) for name, one in entry["accuracy"].items()]
-    metric = accuracies[0][2]["metric"] if accuracies else "top-1"
+    metric = accuracies[0][2]["metric"]
     losses, marks, colour = [], [], colours(entry["losses"])
     for name, one in entry["losses"].items():
-        loss, limit = one["loss"], one["findings"][-1]["limit"]
-        allowed = None if limit is None else float(limit["value"])
-        pairs = None if loss["lost"] is None else f"{loss['lost']}/{loss['won']}"
-        losses.append({**one, "about": name, "allowed": allowed, "pairs": pairs})
-        text = f"{loss['loss']:+.2f} pp  {doc.state_of(one['outcome'])}"
-        low, high = loss["interval"]
-        marks.append(Mark(name, loss["loss"], 0.0, text, colour[name], low, high, allowed))
+        # The last finding is the one on the loss.
+        loss, allowed = one["loss"], float(one["findings"][-1]["limit"]["value"])
+        losses.append({**one, "about": name, "allowed": allowed})
+        said, ends = f"{loss['loss']:+.2f} pp  {doc.state_of(one['outcome'])}", loss["interval"]
+        marks.append(Mark(name, loss["loss"], 0.0, said, colour[name], ends, allowed))
     flipped = [
         (loss["about"], _class(old, names), _class(new, names), count)
         for loss in losses
         for old, new, count in loss["confusions"][:MOST_FLIPS]
     ]
-    changed = [
-        {**c, "name": _class(c["label"], names)} for c in inner(losses, "classes", MOST_FLIPS)
-    ]
+    most_changed = inner(losses, "classes", MOST_FLIPS)
+    changed = [{**one, "name": _class(one["label"], names)} for one in most_changed]
     plot = doc.Plot(
-        rows_chart(marks, f"{metric} lost against PyTorch (pp)", dots=True),
+        rows_chart(marks, f"{metric} lost against PyTorch (pp)"),
         "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed.",
     )
-    skipped = ({"about": name, **finding} for name, finding in entry["skipped"].items())
-    found, unread = inner(losses, "findings"), [reason for _, reason in entry["unreadable"]]
+    found = inner(losses, "findings")
+    found += ({"about": name, **finding} for name, finding in entry["skipped"].items())
+    unread = [reason for _, reason in entry["unreadable"]]
     left_out = [f"{len(unread)} image(s) could not be read and were left out."] * bool(unread)
     return [
         Paragraph(f"{entry['images']} ({seconds:.1f} s, {rate:.0f} images a second)."),
@@ -112,54 +112,50 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         *table(
             losses,
             f"{HEAD}lost pp = loss.loss +.2f; 95 % pp = loss.interval points; "
-            "allowed pp = allowed g; lost/won = pairs number; p = loss.p_value .2g; "
+            "allowed pp = allowed g; lost = loss.lost d; won = loss.won d; p = loss.p_value .2g; "
             "label flips = flips d; SQNR dB ↑ = sqnr_db .1f",
-            "Against PyTorch (p is McNemar's, and no gate)",
+            "Against PyTorch (lost, won: images that one alone gets right; p: McNemar's, no gate)",
         ),
         *[plot] * bool(marks),
-        *_skips(skipped),
-        *_messages(found, "inconclusive"),
-        *_messages(found, "fail"),
+        *_messages(found),
         *table(
             flipped,
             "artifact = 0 name; PyTorch said = 1; artifact says = 2; images = 3 d",
             "What flipped into what",
-            folded=True,
         ),
         *table(
             changed,
-            "artifact = about name; class = name; images = images d; right before = before d; "
+            "artifact = about name; class = name; images d; right before = before d; "
             "right after = after d",
             "Classes that changed",
-            folded=True,
         ),
-        *notices("WARNING", [*left_out, *most(unread, MOST_FAILURES)]),
+        *notices("WARNING", [*left_out, *most(unread, MOST_MESSAGES)]),
     ]
 
 
-def drift_blocks(entry: Entry, top: int) -> list[Block]:
+def drift_blocks(entry: Entry, top: int = 5) -> list[Block]:
     """Return the chain, and for each artifact the parts that add most error.
 
     Args:
         entry: the ``drift`` document.
         top: parts shown of each artifact; 0 for all, in the network's order.
     """
-    level, series, tables = entry["level"], [], list[Block]()
+    level, series, tables = entry["level"], dict[str, list[Mark]](), list[Block]()
     for name, colour in colours(entry["artefacts"]).items():
         drift = entry["artefacts"][name]
         parts = {row["name"]: row for row in drift["rows"]}
-        points = [
-            Mark(row["name"], place, _within_plot(row["sqnr_db"]))
-            for place, row in enumerate(drift["rows"], 1)
-            if row["sqnr_db"] is not None
-        ]
-        series += [Series(name, points, colour)] * bool(points)
+        points = []
+        for place, row in enumerate(drift["rows"], 1):
+            if row["sqnr_db"] is not None:
+                reached = max(-LOUDEST_DB, min(float(row["sqnr_db"]), LOUDEST_DB))
+                points.append(Mark(row["name"], place, reached, colour=colour))
+        series |= {name: points} if points else {}
         worst = [parts[part] for part in drift["worst_names"]][:top]
         which = f"the {len(worst)} that add most error" if top else "in order"
         tables += table(
             worst if top else parts.values(),
             f"{level} = name name; isolated SQNR dB ↑ = isolated_db .1f; "
-            "SQNR so far dB ↑ = sqnr_db .1f; fault = fault; note = note",
+            "SQNR so far dB ↑ = sqnr_db .1f; fault; note",
             f"{name}: {level}s, {which}",
         )
     svg = xy_chart(series, f"{level}, in the order of the network", "SQNR against float64 (dB)")
@@ -167,7 +163,7 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
         Paragraph(f"{entry['images']}. Parts are compared with {entry['reference']}."),
         *table(
             entry["chain"],
-            "link = name name; SQNR dB ↑ = sqnr_db .1f; note = note",
+            "link = name name; SQNR dB ↑ = sqnr_db .1f; note",
             "The chain: logits against the original network in float64",
         ),
         *[doc.Plot(svg, f"Signal over error after each {level}.")] * bool(series),
@@ -175,21 +171,12 @@ def drift_blocks(entry: Entry, top: int) -> list[Block]:
     ]
 
 
-def _within_plot(level: Any) -> float:
-    """Return a level in dB within what a plot can show."""
-    value = float(level)
-    return LOUDEST_DB if math.isnan(value) else max(-LOUDEST_DB, min(LOUDEST_DB, value))
-
-
 def check_blocks(entry: Entry) -> list[Block]:
     """Return the gates, what failed or is undecided, the skips grouped, and the counts."""
     found = [{"about": row["name"], **row, **row["finding"]} for row in entry["rows"]]
-    shown = [
-        {**row, "message": row["message"] * (row["outcome"] != "pass")}
-        for row in found
-        if row["outcome"] in ("fail", "inconclusive")
-        or (row["outcome"] == "pass" and row["about"].startswith("gate/"))
-    ]
+    ran = [row for row in found if row["outcome"] != "skipped"]
+    shown = [row for row in ran if row["outcome"] != "pass" or row["about"].startswith("gate/")]
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in entry["counts"].items())
     new = f" Not in the baseline: {', '.join(entry['new'])}." if entry["new"] else ""
     return [
         *table(
@@ -197,38 +184,26 @@ def check_blocks(entry: Entry) -> list[Block]:
             "verdict = outcome state; row = about name; baseline = baseline .4g; now = value .4g; "
             "limit = limit.value .4g; message = message",
         ),
-        *_skips(found),
-        Paragraph(f"{len(found)} rows: {counts_text(entry)}.{new}"),
+        *_messages([row for row in found if row["outcome"] == "skipped"]),
+        Paragraph(f"{len(found)} rows: {counts}.{new}"),
     ]
-
-
-def counts_text(entry: Entry) -> str:
-    """Return how many rows of a check have each outcome."""
-    return ", ".join(f"{count} {outcome}" for outcome, count in entry["counts"].items())
 
 
 # --- findings ----------------------------------------------------------------------------------
 
 
-def _skips(found: Iterable[Entry]) -> Sequence[Block]:
-    """Return what was not run, each reason once."""
-    reasons: dict[str, dict[str, None]] = {}
-    for finding in found:
-        if finding["outcome"] == "skipped":
-            kind, reason = finding["skip"], finding["message"]
-            remedy = f" (--allow-skip {kind} lets that pass)" if kind else ""
-            reasons.setdefault(f"{reason}{remedy}", {})[finding["about"]] = None
-    return notices("SKIPPED", (f"{', '.join(about)}: {why}" for why, about in reasons.items()))
-
-
-def _messages(found: Sequence[Entry], outcome: str) -> Sequence[Block]:
-    """Return the messages of the findings with that outcome, grouped by what they are about."""
-    chosen = [finding for finding in found if finding["outcome"] == outcome]
-    lines = []
-    for name in dict.fromkeys(finding["about"] for finding in chosen):
-        own = [finding["message"] for finding in chosen if finding["about"] == name]
-        lines += [f"{name}: {text}" for text in most(own, MOST_FAILURES)]
-    return notices(doc.state_of(outcome), lines)
+def _messages(found: Sequence[Entry]) -> list[Block]:
+    """Return what was skipped, is undecided or failed: each message once, and whom it is about."""
+    blocks = list[Block]()
+    for outcome in ("skipped", "inconclusive", "fail"):
+        about: dict[str, list[str]] = {}
+        for one in found:
+            if one["outcome"] == outcome:
+                remedy = f" (--allow-skip {one['skip']} lets that pass)" if one["skip"] else ""
+                about.setdefault(f"{one['message']}{remedy}", []).append(one["about"])
+        lines = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in about.items()]
+        blocks += notices(doc.state_of(outcome), most(lines, MOST_MESSAGES))
+    return blocks
 
 
 def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: str) -> str:
@@ -240,15 +215,10 @@ def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: s
         done: what did not happen where nothing was shown at all, such as ``verified``.
     """
     rest = [(name, finding) for name, finding in found if not allowed.holds(finding)]
-    named = {
-        outcome: list(dict.fromkeys(f"'{n}'" for n, f in rest if f.outcome.value == outcome))
-        for outcome in ("fail", "inconclusive")
-    }
-    if named["fail"]:
-        return f"Failed: {', '.join(most(named['fail'], MOST_NAMED))}."
-    if named["inconclusive"]:
-        undecided = ", ".join(named["inconclusive"])
-        return f"The data cannot decide: {undecided}; --allow-inconclusive would let that pass."
+    for outcome, said in FAILURES.items():
+        names = [f"'{name}'" for name, finding in rest if finding.outcome.value == outcome]
+        if names:
+            return said.format(", ".join(most([*dict.fromkeys(names)], MOST_NAMED)))
     if rest and any(f.outcome.value == "pass" for _, f in found):
         name, finding = rest[0]
         others = f", and {len(rest) - 1} more," if len(rest) > 1 else ""
@@ -268,20 +238,20 @@ def _class(index: int, names: Sequence[str] | None) -> str:
 
 
 def quantized_blocks(result: Entry) -> list[Block]:
-    """Return one quantisation: what it cost, and where it was written."""
-    took = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
-    word = "Reused" if result["reused"] else "Wrote"
-    said = f"{word} {result['artefact']} in {result['bundle']}{took}."
-    return [*precision_blocks(result["facts"]), Paragraph(said)]
-
-
-def precision_blocks(made: Entry) -> list[Block]:
-    """Return everything worth reading about one artifact of lower precision."""
+    """Return everything worth reading about one quantisation, and where it was written."""
+    made, rows = result["facts"], []
+    for row in made["comparison"]:
+        # What compares the reference with itself is left out.
+        left_out = dict.fromkeys(("cosine", "kl", "agreement")) if row["passed"] is None else {}
+        right = None if row["correct"] is None else row["correct"] / row["images"]
+        rows.append({**row, **left_out, "name": row["name"].upper(), "right": right})
     search = made.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
     lost = "At most {max_drop:g} points of {of} lost, searched on {images} images".format(**search)
     findings = (made.get("judged") or {}).get("findings", ())
     failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
     best = f"{made['recommended'].upper()}: " if made["recommended"] else ""
+    took = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
+    word = "Reused" if result["reused"] else "Wrote"
     return [
         *table(
             made.get("techniques") or (),
@@ -291,10 +261,11 @@ def precision_blocks(made: Entry) -> list[Block]:
         ),
         *table(search["kept"].items(), "kept out of INT8 = 0 name; why = 1", lost),
         *table(
-            map(_compared, made["comparison"]),
+            rows,
             "precision = name name; size = size_bytes bytes; SQNR dB ↑ = sqnr_db .1f; "
-            "cosine .5f; KL nats = kl .1e; agree % = agreement percent; "
-            "top-1 % (95 %) = accuracy number; ms/image = ms_per_image .2f; gate = passed state",
+            "cosine .5f; KL nats = kl .1e; agree % = agreement percent; top-1 % = right percent; "
+            "top-1, 95 % = top1_interval percents; ms/image = ms_per_image .2f; "
+            "gate = passed state",
         ),
         *doc.facts(
             {**made, "best": best + made["why"]},
@@ -304,20 +275,8 @@ def precision_blocks(made: Entry) -> list[Block]:
         ),
         *notices("FAIL", failed),
         *notices("WARNING", _doubts(made)),
+        Paragraph(f"{word} {result['artefact']} in {result['bundle']}{took}."),
     ]
-
-
-def _compared(row: Entry) -> Entry:
-    """Return one precision: what compares the reference with itself is left out."""
-    from van_deploy.intervals import wilson_interval  # needs NumPy
-
-    accuracy = None
-    if row["correct"] is not None:
-        low, high = wilson_interval(row["correct"], row["images"])
-        share = row["correct"] / row["images"]
-        accuracy = f"{100 * share:.2f} ({100 * low:.1f}-{100 * high:.1f})"
-    left_out = dict.fromkeys(("cosine", "kl", "agreement")) if row["passed"] is None else {}
-    return {**row, **left_out, "name": row["name"].upper(), "accuracy": accuracy}
 
 
 def _doubts(facts: Entry) -> Iterator[str]:

@@ -1,13 +1,16 @@
-"""What networks, bundles and their ONNX files are, as blocks."""
+"""What networks, bundles, ONNX files, engines and machines are, as blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from van_deploy.report import document as doc
 from van_deploy.report import sections_checks as judged
 from van_deploy.report.document import Block, Entry, checks_table, facts, notices, table
 
+BATCHES = "batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
+MOST_LAYERS = 200
 MOST_PROBLEMS = 20  # told one by one; --json has them all
 HUB_OWNER = "Visual-Attention-Network"
 
@@ -99,7 +102,7 @@ def export_blocks(done: Entry) -> list[Block]:
         *model_facts(manifest),
         *preprocessing_facts(manifest["preprocessing"]),
         *checks_table(proof_rows(checks)),
-        *table(checks["agreement"]["batches"], f"verdict = outcome state; {judged.BATCHES}"),
+        *table(checks["agreement"]["batches"], f"verdict = outcome state; {BATCHES}"),
         *artefacts_table(manifest, {}),
         doc.Paragraph(f"{made} the bundle {result['bundle']}{took} ({result['reason']})."),
         *(block for other in done["precisions"] for block in judged.quantized_blocks(other)),
@@ -140,29 +143,24 @@ def described_blocks(described: Entry) -> list[Block]:
     manifest, problems = described["manifest"], described["problems"]
     said = doc.most(problems, MOST_PROBLEMS) or ["every file is the manifest's"]
     return [
-        doc.Facts({"bundle": described["path"], "written": manifest["written"]}),
+        *doc.named({"bundle": described["path"], "written": manifest["written"]}),
         *model_facts(manifest),
         *preprocessing_facts(manifest["preprocessing"]),
         *checks_table(proof_rows(manifest["checks"])),
         *artefacts_table(manifest, described["sizes"]),
         *notices("FAIL" if problems else "PASS", said),
         *notices("NOTE", manifest["weights"]["notes"]),
-        doc.Facts(manifest["versions"], "Made with"),
+        *doc.named(manifest["versions"], "Made with"),
     ]
 
 
 def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
     """Return one line a variant, and remarks on them and on the columns."""
-    rows = [
-        {
-            **item,
-            "here": "YES" if item["here"] else None,
-            "weights": {None: "see below", "embedded": "in this package"}.get(
-                item["weights"], str(item["weights"]).removeprefix(f"{HUB_OWNER}/")
-            ),
-        }
-        for item in variants
-    ]
+    rows, weights = [], {None: "see below", "embedded": "in this package"}
+    for item in variants:
+        place = str(item["weights"]).removeprefix(f"{HUB_OWNER}/")
+        here = "YES" if item["here"] else None
+        rows.append({**item, "here": here, "weights": weights.get(item["weights"], place)})
     remarks = {
         **{item["name"]: item["note"] for item in variants},
         "mult-adds": "multiply-adds of one square image with sides of so many pixels",
@@ -175,7 +173,7 @@ def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
         "variant = name name; params = parameters count; mult-adds = multiply_adds count; "
         "px = image_size d; top-1 % = top1_percent .1f; here state; weights"
     )
-    return [*table(rows, columns), doc.Facts(remarks)]
+    return [*table(rows, columns), *doc.named(remarks)]
 
 
 def predictions_blocks(predictions: Entry) -> list[Block]:
@@ -188,3 +186,159 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
         rows.append((state, answer["source"], first, answer["error"] or then))
     columns = "verdict = 0 state; image = 1; class = 2.name name; 2.probability .1%; then = 3"
     return table(rows, columns)
+
+
+# --- artifacts and machines --------------------------------------------------------------------
+
+
+def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
+    """Return what is in each artifact."""
+    blocks = (_onnx(one) if one["kind"] == "onnx" else _built(one) for one in descriptions)
+    return [block for each in blocks for block in each]
+
+
+def _onnx(one: Entry) -> list[Block]:
+    graph, named = one["graph"], {}
+    for way in ("inputs", "outputs"):
+        named[way] = [{"name": name, **tensor} for name, tensor in graph[way].items()]
+    return [
+        *facts(
+            one,
+            "file; size = bytes bytes; written by = producer; graph.opset; "
+            "IR version = graph.ir_version; weights in = external_files",
+        ),
+        *_tensors(named),
+        *table(one["weights"].items(), "weights = 0 name; 1.values ,d; size = 1.bytes bytes"),
+        *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
+        *doc.named(one["metadata"], "Metadata"),
+    ]
+
+
+def _tensors(named: Entry) -> list[Block]:
+    """Return a row each of ``inputs`` and ``outputs``; a free length is ``N``."""
+    rows = [
+        {**tensor, "tensor": way[:-1], "shape": ["N" if n == -1 else n for n in tensor["shape"]]}
+        for way in ("inputs", "outputs")
+        for tensor in named.get(way, ())
+    ]
+    return table(rows, "tensor name; name name; type = dtype name; shape")
+
+
+def _built(one: Entry) -> list[Block]:
+    """Return what an engine or a package is, whether it runs here, and its layers if known."""
+    file = "file; size = plan_bytes bytes; sha256 = plan_sha256"
+    sidecar, layers = one["sidecar"], one.get("layers") or ()
+    said = f"{len(layers)} layers"
+    shown = table(layers[:MOST_LAYERS], "layer = name; kind name; precision name; nodes", said)
+    if sidecar is None:
+        unknown = notices("WARNING", ["it has no sidecar: nothing says where this plan is from"])
+        return [*facts(one, file), *unknown, *shown]
+    off = (None, False, "none")
+    options = {key: v for key, v in sidecar.get("options", {}).items() if v not in off}
+    build = {**one, **sidecar, "options": options, "log": one.get("log")}
+    here = "it runs on this machine"
+    if one["obstacles"]:
+        problems = "; ".join(obstacle["problem"] for obstacle in one["obstacles"])
+        remedies = dict.fromkeys(obstacle["remedy"] for obstacle in one["obstacles"])
+        here = f"runs here: {problems}. {' '.join(remedies)}"
+    gone = "only the engine's own GPU can load it and name them" * bool(one["obstacles"])
+    reason = (gone or one["layers_skipped"]) if "layers_skipped" in one else ""
+    return [
+        *facts(
+            one,
+            f"name = sidecar.name; {file}; size = sidecar.file_bytes bytes; "
+            "sha256 = sidecar.file_sha256; made from = sidecar.onnx_file; "
+            "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
+            "version = sidecar.backend_version; by PyTorch = sidecar.torch; CUDA = sidecar.cuda",
+        ),
+        *facts(
+            sidecar,
+            "GPUs = targets; CPU features = cpu_features; batch; batch = options.profiles; "
+            "input = input_shape; memory on the GPU = device_memory",
+            "Serves",
+        ),
+        *_tensors(sidecar),
+        *facts(
+            {**build, "notes": "\n".join(one.get("build_notes", ()))},
+            "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
+            "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
+            "on = built_on; options; max_autotune; tf32; warnings; log; from the log = notes",
+            "Build",
+        ),
+        *notices("NO" if one["obstacles"] else "YES", [here]),
+        *(shown or notices("SKIPPED", [f"layers: {reason}"] * bool(reason))),
+    ]
+
+
+def builds_blocks(report: Entry) -> list[Block]:
+    """Return one line an engine, below it why any failed, and what was tuned before them."""
+    words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
+    rows, failed = [], []
+    for one in report["outcomes"]:
+        made, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
+        size = made.get("plan_bytes", made.get("file_bytes"))
+        batch = made["options"]["profiles"] if one["sidecar"] else made.get("batch")
+        row = {"state": words[one["outcome"]], "name": one["engine"] or name}
+        rows.append({**made, **row, "size": size, "batch": batch})
+        if one["error"]:
+            failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
+    tuned = [
+        {**one, "state": "KEPT" if one["kept"] else doc.state_of(one["passed"])}
+        for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
+    ]
+    return [
+        *table(
+            tuned,
+            "state state; candidate; batch d; ms = latency_ms .3f; images/s = images_per_s .0f; "
+            "SQNR dB ↑ = sqnr_db .1f; why not = error",
+        ),
+        *table(
+            rows,
+            "state state; engine = name name; batch name; size bytes; build s = build_seconds .1f; "
+            "memory = peak_memory_bytes bytes",
+        ),
+        *notices("FAIL", failed),
+    ]
+
+
+def cell_name(cell: Entry) -> str:
+    """Return what an engine that has no name yet is called."""
+    bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
+    return f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
+
+
+def environment_blocks(environment: Entry) -> list[Block]:
+    """Return the machine, the packages, what can be done here, and what clashes."""
+    from packaging.utils import canonicalize_name
+
+    from van_deploy.environment.packages import pip_command
+
+    driver, packages = environment["driver"] or {"gpus": ()}, []
+    for item in environment["components"]:
+        version, fault = item["version"], item["fault"]
+        if version and item["distribution"] != canonicalize_name(item["install"]):
+            version = f"{version} ({item['distribution']})"
+        state = "FAIL" if fault else "MISSING" if version is None else "OK"
+        run = fault or f"{pip_command()} install {item['install']}"
+        packages.append({**item, "state": state, "version": version, "run": run})
+    tasks = environment["abilities"].items()
+    able = [("NO" if lack else "YES", task, lack) for task, lack in tasks]
+    return [
+        *facts(
+            environment,
+            "van-deploy = van_deploy; Python = python; system; CPU = cpu.name; "
+            "cores = cpu.cores; cpu.cores_allowed; CPU features = cpu.features; "
+            "memory = memory.total_bytes bytes; memory free = memory.available_bytes bytes; "
+            "NVIDIA driver = driver.version; CUDA up to = driver.cuda_version dotted; "
+            "hidden by CUDA_VISIBLE_DEVICES = driver.hidden; PyTorch's CUDA = torch_cuda; "
+            "ONNX Runtime's CUDA = onnxruntime_cuda; ONNX Runtime = providers",
+        ),
+        *table(
+            driver["gpus"],
+            "GPU = name name; compute_capability dotted; memory = memory_bytes bytes",
+        ),
+        *table(packages, "state state; package = name name; version name; is there for = enables"),
+        *table(able, "here = 0 state; task = 1 name; because = 2.problem"),
+        *table((one for one in packages if one["state"] != "OK"), "to have = name name; run"),
+        *notices("WARNING", (f"{c['problem']}.\n{c['remedy']}" for c in environment["clashes"])),
+    ]

@@ -9,8 +9,9 @@ most probable classes from whatever outputs there are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, host_here
 from van_deploy.engine.compatibility import obstacles
 from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
-from van_deploy.errors import MissingDependency, UsageError
+from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
@@ -30,7 +32,9 @@ from van_deploy.model.preprocess import Pixels, Preprocessing, normalised
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
-from van_deploy.runners.original import original_network
+
+if TYPE_CHECKING:
+    from van_deploy.model.checkpoint import LoadedVan
 
 PYTORCH = "pytorch"
 """The name under which the original network can be asked for, beside the artifacts."""
@@ -64,6 +68,21 @@ class Obstacle:
 
     kind: str
     reason: str
+
+
+@dataclass(frozen=True)
+class NamedClass:
+    """One class of an answer.
+
+    Attributes:
+        index: column of the logits.
+        name: what the weights call it; the index as text if they do not say.
+        probability: 0 to 1.
+    """
+
+    index: int
+    name: str
+    probability: float
 
 
 def task_of(bundle: Bundle) -> Task:
@@ -316,10 +335,8 @@ class Network:
             )
         return outputs[OUTPUT_NAME].astype(np.float32)
 
-    def top(
-        self, outputs: Mapping[str, npt.NDArray[Any]], count: int
-    ) -> list[list[tuple[int, float]]]:
-        """Return each row's most probable classes and their probabilities, the best first.
+    def top(self, outputs: Outputs, count: int) -> list[tuple[NamedClass, ...]]:
+        """Return each row's most probable classes, the best first.
 
         Raises:
             UsageError: the artifact gives only its first five and more are asked for.
@@ -331,14 +348,86 @@ class Network:
             classes = np.argsort(-scores, axis=1, kind="stable")[:, :count]
             ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
         else:
-            classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES]
+            classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES][:, :count]
             if count > classes.shape[1]:
                 raise UsageError(
                     f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
                     f"Ask for {classes.shape[1]}, or take another artifact.",
                 )
-        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
-        return [list(zip(found, shares, strict=False)) for found, shares in rows]
+        names = self.bundle.manifest.class_names
+        return [
+            tuple(
+                NamedClass(c, names[c] if names else str(c), share)
+                for c, share in zip(found, shares, strict=True)
+            )
+            for found, shares in zip(classes.tolist(), ranked.tolist(), strict=True)
+        ]
+
+
+def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
+    """Return the unfolded PyTorch network of a bundle, its weights' digest checked.
+
+    Only tensors are read from the weights file: architecture, preprocessing and class names
+    are the manifest's, whatever stands beside the file today. Nothing is downloaded: weights
+    from a hub must still be in its cache.
+
+    Args:
+        bundle: the bundle.
+        weights: where its weights file is now; None takes the place the manifest names.
+
+    Raises:
+        MissingDependency: PyTorch or timm is not installed.
+        BundleError: the weights have moved, have changed, or are not this bundle's.
+    """
+    try:
+        from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
+        from van_deploy.model.embedded import EMBEDDED_WEIGHTS
+        from van_deploy.model.van import random_van, sha256_of_state
+    except ImportError as error:
+        raise MissingDependency(
+            f"The original network needs PyTorch and timm: {error}.",
+            "Install them with `pip install van-deploy`, or compare with the golden samples "
+            "(--against golden), which needs neither.",
+        ) from error
+    manifest = bundle.manifest
+    recorded, config = manifest.weights, manifest.architecture
+    place = Path(weights or recorded.path or recorded.spec).expanduser()
+    drawn = weights is None and recorded.format == "random"
+    try:
+        if drawn:
+            model = random_van(config, recorded.seed or 0)
+            digest = sha256_of_state(model.state_dict())
+        else:
+            if weights is None and recorded.format == "embedded":
+                place = EMBEDDED_WEIGHTS
+            elif place.is_dir():
+                place /= Path(recorded.path).name
+            file = read_weights(place, recorded.container)
+            digest = file_sha256(place)
+            if digest == recorded.sha256:
+                model = network_from_state(file.tensors, config)
+    except (InputError, UsageError) as error:
+        raise BundleError(
+            f"The weights that the bundle '{bundle.path}' was made from cannot be read "
+            f"from '{place}': {error.message}",
+            "Say where they are with --weights PATH.",
+        ) from error
+    if digest != recorded.sha256:
+        what = f"What seed {recorded.seed} draws here" if drawn else f"'{place}'"
+        raise BundleError(
+            f"{what} is not what the bundle '{bundle.path}' was made from: its SHA-256 is "
+            f"{digest[:12]}..., the manifest says {recorded.sha256[:12]}....",
+            "Export again with this PyTorch, or give the weights it was made from with --weights "
+            "PATH.",
+        )
+    return LoadedVan(
+        bundle.name,
+        model,
+        config,
+        replace(recorded, path="" if drawn else str(place)),
+        manifest.preprocessing,
+        manifest.class_names,
+    )
 
 
 def network_input(

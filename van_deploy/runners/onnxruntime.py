@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import ModelProto, parser
 
 from van_deploy.environment.packages import imported_quietly, pip_command
 from van_deploy.errors import (
@@ -26,11 +28,8 @@ from van_deploy.errors import (
     needs_extra,
 )
 from van_deploy.graph.bfloat16 import emulated_bf16, holds_bf16
-from van_deploy.runners.base import CudaOptions, Images, Logits, Outputs, Runner, gpu_index
+from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, gpu_index
 from van_deploy.runners.cuda import DeviceBatch, out_of_memory, require_cuda
-
-if TYPE_CHECKING:
-    from onnx import ModelProto
 
 CUDA = "CUDAExecutionProvider"
 PROVIDERS: Mapping[str, str] = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": CUDA}
@@ -94,8 +93,6 @@ def inference_session(
     Raises:
         Exception: ONNX Runtime's own, where it refuses the graph.
     """
-    import onnx
-
     ort = require_onnxruntime()
     # Left to itself ONNX Runtime goes on with the CPU where another provider fails.
     how: dict[str, Any] = {"providers": list(providers), "enable_fallback": 0}
@@ -262,11 +259,6 @@ def _spec(tensor: Any) -> tuple[tuple[int, ...], npt.DTypeLike]:
     return row, DTYPES[tensor.type]
 
 
-def onnxruntime_logits(model: ModelProto, images: Images) -> Logits:
-    """Return the logits ``(N, K)`` of a graph in memory for ``images (N, C, H, W)``."""
-    return next(iter(onnxruntime_outputs(model, images).values()))
-
-
 def onnxruntime_outputs(model: ModelProto, images: Images) -> Outputs:
     """Return the outputs by name of a graph in memory for ``images (N, C, H, W)``."""
     with OnnxRuntimeRunner(model) as runner:
@@ -314,13 +306,10 @@ def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     A listed provider whose libraries do not load is left out of a session with a warning only,
     which ``quiet`` keeps from the user.
     """
-    from onnx import TensorProto, helper
-
     if provider == CUDA:
         preload(ort)
-    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", value[:1], value[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    graph = "one (float[1] x) => (float[1] y) { y = Relu(x) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
     options = ort.SessionOptions()
     options.log_severity_level = 4 if quiet else 2
     with silent(ort) if quiet else contextlib.nullcontext():
@@ -342,8 +331,6 @@ def refuse_options(model: Path | ModelProto, options: CudaOptions) -> None:
     Raises:
         UsageError: the runtime would fail, or answer wrongly.
     """
-    import onnx
-
     if not options.prefer_nhwc:
         return
     graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model

@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import hmac
-import inspect
 import json
-import os
 import re
 import signal
 import socket
@@ -17,31 +15,31 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, NamedTuple
 
 from van_deploy import __version__
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.runners.network import TensorSpec
 from van_deploy.serve.models import ServedModel, Service
 from van_deploy.serve.requests import (
     MIB,
     Request,
     RequestError,
+    Where,
     encode_response,
     limited_protocol,
     parse_request,
 )
-from van_deploy.serve.triton import DATATYPES
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config)?")
 MODEL = "/v2/models/MODEL"
+POSTED = {f"{MODEL}/infer", "/predict", "/v2/repository/index"}  # the others are read with GET
 EXTENSIONS = ["binary_tensor_data", "model_configuration"]
 READY = {"version": "1", "state": "READY"}
 SERVER = {"name": "van-deploy", "version": __version__, "extensions": EXTENSIONS}
-PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan", "pytorch": "pytorch"}
 KEYLESS = {"/", "/page.css", "/page.js", "/v2/health/live", "/v2/health/ready"}
 MAX_TOP = 1000
 SMALL_JSON = 16 * 2**10  # bytes parsed in the event loop: less than a millisecond
@@ -60,11 +58,7 @@ REFUSED_HEADERS = {
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
 }
-BACKLOG = 1024
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 THREADS = 2  # that decode and check arrays
-
-Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 
 class Response(NamedTuple):
@@ -90,27 +84,24 @@ class App:
         self.service, key = service, service.settings.api_key()
         self.keyed, self._authorization = bool(key), f"Bearer {key}".encode()
         models, metrics = service.models, service.metrics
-        self._routes: dict[str, tuple[str, Callable[[Request], Any]]] = {
-            f"{MODEL}/infer": ("POST", self._infer),
-            "/predict": ("POST", self._predict),
-            "/v2/repository/index": ("POST", lambda _: [{"name": n, **READY} for n in models]),
-            "/v2/health/live": ("GET", lambda _: Response()),
-            "/v2/health/ready": (
-                "GET",
-                lambda _: Response(status=503 if service.intake.draining else 200),
-            ),
-            "/": ("GET", _page("page.html", "text/html; charset=utf-8")),
-            "/page.css": ("GET", _page("page.css", "text/css")),
-            "/page.js": ("GET", _page("page.js", "text/javascript")),
-            "/models": ("GET", lambda _: service.description()),
-            "/metrics": ("GET", lambda _: Response(metrics.text(), metrics.kind)),
-            "/v2": ("GET", lambda _: SERVER),
-            MODEL: ("GET", lambda request: _metadata(self._served(request))),
-            f"{MODEL}/config": ("GET", lambda request: self._served(request).config),
-            f"{MODEL}/ready": ("GET", lambda request: self._served(request) and Response()),
+        self._routes: dict[str, Callable[[Request], Any]] = {
+            f"{MODEL}/infer": self._infer,
+            "/predict": self._predict,
+            "/v2/repository/index": lambda _: [{"name": name, **READY} for name in models],
+            "/v2/health/live": lambda _: Response(),
+            "/v2/health/ready": lambda _: Response(status=503 if service.intake.draining else 200),
+            "/": _page("page.html", "text/html; charset=utf-8"),
+            "/page.css": _page("page.css", "text/css"),
+            "/page.js": _page("page.js", "text/javascript"),
+            "/models": lambda _: service.description(),
+            "/metrics": lambda _: Response(metrics.text(), metrics.kind),
+            "/v2": lambda _: SERVER,
+            MODEL: lambda request: _metadata(self._served(request).config),
+            f"{MODEL}/config": lambda request: self._served(request).config,
+            f"{MODEL}/ready": lambda request: self._served(request) and Response(),
         }
 
-    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Send) -> None:
+    async def __call__(self, scope: Mapping[str, Any], receive: Any, send: Any) -> None:
         """Answer one request; whatever happens, with a status."""
         start, metrics = time.perf_counter(), self.service.metrics
         query = urllib.parse.parse_qsl(scope["query_string"].decode("latin-1"), True)
@@ -119,7 +110,7 @@ class App:
         request = Request(method, scope["path"], dict(query), heads, receive)
         try:
             answer = self._handler(request)(request)
-            answer = await answer if inspect.isawaitable(answer) else answer
+            answer = await answer if isinstance(answer, Awaitable) else answer
             response = answer if isinstance(answer, Response) else _json(answer)
         except (RequestError, ImageError, UsageError) as error:
             status = 422 if isinstance(error, ImageError) else getattr(error, "status", 400)
@@ -145,21 +136,19 @@ class App:
         path, given = request.path, request.headers.get("authorization", "").encode()
         allowed = not self.keyed or hmac.compare_digest(given, self._authorization)
         if path not in KEYLESS and not allowed:
-            raise RequestError(
-                "This server wants its key: 'Authorization: Bearer KEY'.", status=401
-            )
+            raise RequestError("Send the key: 'Authorization: Bearer KEY'.", status=401)
         match = MODEL_PATH.fullmatch(path)
         if match:
             request.model, request.version = match[1], match[2] or "1"
             path = f"{MODEL}{match[3] or ''}"
         if path not in self._routes:
             raise RequestError(f"There is nothing at {request.path[:200]!r}.", status=404)
-        method, handler = self._routes[path]
+        method = "POST" if path in POSTED else "GET"
         if method != request.method:
             text = f"{request.path[:200]!r} takes {method}, not {request.method}."
             raise RequestError(text, status=405)
         request.route = path
-        return handler
+        return self._routes[path]
 
     async def _infer(self, request: Request) -> Response:
         served, intake = self._served(request), self.service.intake
@@ -167,25 +156,21 @@ class App:
         if text is not None and not re.fullmatch("[0-9]{1,18}", text):
             raise RequestError(f"Inference-Header-Content-Length is {text[:20]!r}, not a number.")
         if text is not None and int(text) > SMALL_JSON:
-            told = f"has {int(text):,} bytes; {SMALL_JSON:,} are taken."
-            raise RequestError(f"The JSON before binary tensors {told}", status=413)
+            raise RequestError(f"Over {SMALL_JSON:,} bytes of JSON before tensors.", status=413)
         with contextlib.ExitStack() as held:
             body = await intake.body(request, held, is_json=text is None)
             served.queue.take(held, 1)
             network, size = served.network, len(body) if text is None else int(text)
-            names = [output.name for output in network.outputs]
-            rows, parsed = await intake.run(
-                "process" if size > SMALL_JSON else "thread" if len(body) > MIB else "here",
-                *(parse_request, body, size, network.input, names, network.max_batch),
-            )
+            given = (body, size, network.input, network.outputs, network.max_batch)
+            where: Where = "thread" if len(body) > MIB else "here"
+            where = "process" if size > SMALL_JSON else where
+            rows, parsed = await intake.run(where, parse_request, *given)
             served.queue.take(held, len(rows) - 1)
             outputs, *_ = await served.infer(rows)
-            texts = [w.name for w in parsed.outputs if not parsed.in_bytes(w)]
-            many = sum(outputs[name].size for name in texts) > MANY_NUMBERS
-            content, json_size = await intake.run(
-                "process" if many else "here",
-                *(encode_response, parsed, outputs, served.name),
-            )
+            numbers = sum(outputs[w.name].size for w in parsed.outputs if not parsed.in_bytes(w))
+            where = "process" if numbers > MANY_NUMBERS else "here"
+            answer = (parsed, outputs, served.name)
+            content, json_size = await intake.run(where, encode_response, *answer)
         if json_size is None:
             return Response(content, {"content-type": "application/json"})
         kind = {"content-type": "application/octet-stream"}
@@ -225,24 +210,27 @@ def _page(name: str, kind: str) -> Callable[[Request], Response]:
     return lambda _: Response(content, {"content-type": kind, **PAGE_HEADERS})
 
 
-def _metadata(served: ServedModel) -> dict[str, Any]:
-    def tensors(specs: Sequence[TensorSpec]) -> list[dict[str, Any]]:
-        return [
-            {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": [-1, *spec.shape]}
-            for spec in specs
+def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the protocol's metadata of a model from Triton's description of it."""
+    tensors = {
+        f"{side}s": [
+            {
+                "name": t["name"],
+                "datatype": t["data_type"][len("TYPE_") :],
+                "shape": [-1, *t["dims"]],
+            }
+            for t in config[side]
         ]
-
-    backend, network = served.config["backend"], served.network
-    what = {"name": served.name, "versions": ["1"], "platform": PLATFORMS.get(backend, backend)}
-    inputs, outputs = tensors([network.input]), tensors(network.outputs)
-    return {**what, "inputs": inputs, "outputs": outputs}
+        for side in ("input", "output")
+    }
+    platform = PLATFORMS[config["backend"]]
+    return {"name": config["name"], "versions": ["1"], "platform": platform, **tensors}
 
 
 def _log(event: str, **fields: object) -> None:
     """Write one JSON object on one line of standard error."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
-    sys.stderr.flush()
 
 
 def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, str]:
@@ -253,7 +241,7 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, st
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        bound = socket.create_server((host, port), family=family)
     except OSError as error:
         reason = (error.strerror or "").partition(" (while")[0]
         raise UsageError(
@@ -264,9 +252,7 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, st
     return bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(
-    app: App, bound: socket.socket, on_ready: Callable[[Callable[[], Any]], None] = lambda _: None
-) -> None:
+def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) -> None:
     """Answer until SIGINT or SIGTERM, then finish what was begun.
 
     Args:
@@ -286,7 +272,6 @@ def run_server(
         log_config=None,
         log_level="critical",
         server_header=False,
-        backlog=BACKLOG,
         limit_concurrency=settings.max_connections,
         timeout_keep_alive=75,  # seconds: longer than most clients' pools
         timeout_graceful_shutdown=30,
@@ -307,14 +292,12 @@ def run_server(
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, end)
-        for served in service.models.values():
-            served.start()
         running = asyncio.create_task(server.serve(sockets=[bound]))
+        answering = asyncio.create_task(service.answer(running))
         while not (server.started or running.done()):
             await asyncio.sleep(0.01)
         on_ready(lambda: loop.call_soon_threadsafe(end))
-        await running
-        await service.close()
+        await answering
 
     loop = (config.get_loop_factory() or asyncio.new_event_loop)()
     with bound, contextlib.closing(loop):
@@ -328,5 +311,5 @@ def return_large_blocks() -> bool:
     stay in its heaps: 1.2 GiB above the model under the worst bodies, and 0.8 GiB with this
     (``python -m benchmarks.serve worst``). Other C libraries have no such call.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 128 * 1024))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(-3, 128 * 1024))  # M_MMAP_THRESHOLD of malloc.h

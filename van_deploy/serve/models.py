@@ -14,7 +14,7 @@ import io
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,8 +26,7 @@ from van_deploy.data.images import FORMATS, open_image
 from van_deploy.errors import UsageError, VanDeployError, needs_extra
 from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
-from van_deploy.runners.network import PYTORCH, Network, Outputs, require_classes
-from van_deploy.serve.predict import named_classes
+from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classes
 from van_deploy.serve.requests import MIB, Allowance, Intake, Values
 from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artefacts
 
@@ -62,10 +61,9 @@ class ServerMetrics:
         client.ProcessCollector(registry=registry)  # processor time, memory, files
         self.text: Callable[[], bytes] = lambda: client.generate_latest(registry)
         self.kind = {"content-type": client.CONTENT_TYPE_LATEST}
+        how = {"namespace": "van_deploy", "registry": registry}
         self._all = {
-            name: getattr(client, kind)(
-                f"van_deploy_{name}", text, labels.split(), registry=registry, **more
-            )
+            name: getattr(client, kind)(name, text, labels.split(), **how, **more)
             for name, (kind, text, labels, more) in METRICS.items()
         }
 
@@ -105,8 +103,7 @@ class ServedModel:
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
         if limit < least:
             raise UsageError(
-                f"A queue of {limit} images cannot fill {settings.instances} x "
-                f"{network.max_batch} images.",
+                f"A queue of {limit} images cannot hold the {least} that run at once.",
                 f"Give --queue-limit {least} or more.",
             )
         compiled = network.is_engine or network.is_package
@@ -129,22 +126,20 @@ class ServedModel:
         model = TritonModel(self.name, native if compiled else "onnxruntime", network)
         self.config = model_config(model, how)
         self.config["dynamic_batching"]["preferred_batch_size"] = []  # it takes what waits
-        self._idle = self._instances = settings.instances
+        self._idle = settings.instances
         self._waiting = deque[Waiting]()
-        self._threads = ThreadPoolExecutor(self._instances, "van-deploy-batch")
+        self._threads = ThreadPoolExecutor(self._idle, "van-deploy-batch")
         self._changed, self._closing = asyncio.Event(), False
-        self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Begin to run batches; needs a running event loop."""
-        self._tasks = [asyncio.create_task(self._work()) for _ in range(self._instances)]
+    async def answer(self) -> None:
+        """Run batches until it is closed and everything that waits is answered."""
+        await asyncio.gather(*(self._work() for _ in range(self._idle)))
+        self._threads.shutdown()
 
-    async def close(self) -> None:
-        """Answer everything that waits, then stop."""
+    def close(self) -> None:
+        """Take no more; what waits is answered."""
         self._closing = True
         self._changed.set()
-        await asyncio.gather(*self._tasks)
-        self._threads.shutdown()
 
     async def infer(self, rows: Values) -> Answer:
         """Return the answer to ``rows (n, ...)`` as the network takes them, ``n`` of one batch."""
@@ -234,25 +229,29 @@ class Service:
     def description(self) -> dict[str, Any]:
         """Return what the page shows of the bundle and of this server."""
         manifest, settings = self.bundle.manifest, self.settings
-        plain = manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"})
         networks = ((name, served.network) for name, served in self.models.items())
         return {
-            **plain,
+            **manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"}),
             "compare": settings.compare,
             "classes": manifest.architecture.num_classes,
             "max_body_bytes": round(MIB * settings.max_body_mib),
             "models": [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks],
         }
 
-    async def close(self) -> None:
-        """Answer what waits, then release everything."""
-        await asyncio.gather(*(served.close() for served in self.models.values()))
-        self.intake.close()
-        self._torch.shutdown()
-        self._stack.close()
+    async def answer(self, ended: Awaitable[object]) -> None:
+        """Run batches until ``ended``, and all that waits then; release everything."""
+        models = self.models.values()
+        with self._stack:
+            answering = asyncio.gather(*(served.answer() for served in models))
+            await ended
+            for served in models:
+                served.close()
+            await answering
+            self.intake.close()
+            self._torch.shutdown()
 
     async def look(
-        self, served: ServedModel, content: bytes, top: int, *, compare: bool
+        self, served: ServedModel, content: bytes, count: int, *, compare: bool
     ) -> dict[str, Any]:
         """Return what is in an image file's bytes, as the page shows it.
 
@@ -264,13 +263,12 @@ class Service:
         pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
         decoded = time.perf_counter()
         outputs, times, batch = await served.infer(network.prepare(pixels))
-        (ranked,), names = network.top(outputs, top), self.bundle.manifest.class_names
-        classes = [vars(found) for found in named_classes(ranked, names)]
-        document: dict[str, Any] = {"model": served.name, "artefact": network.name, "top": classes}
-        document |= {"image": {"width": width, "height": height}, "batch": batch}
+        (top,) = network.top(outputs, count)
+        document: dict[str, Any] = {"model": served.name, "artefact": network.name, "batch": batch}
+        document |= {"image": {"width": width, "height": height}, "top": [vars(c) for c in top]}
         if compare and self.settings.compare:
             ask = asyncio.get_running_loop().run_in_executor
-            document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, classes)
+            document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, top)
         times = {"decode": decoded - start, **times, "total": time.perf_counter() - start}
         return {**document, "milliseconds": {k: round(1e3 * s, 3) for k, s in times.items()}}
 
@@ -290,7 +288,7 @@ class Service:
     def _original(self) -> Network:
         return self._stack.enter_context(Network(self.bundle, PYTORCH))
 
-    def _ask_pytorch(self, pixels: Pixels, answer: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _ask_pytorch(self, pixels: Pixels, answer: Sequence[NamedClass]) -> dict[str, Any]:
         """Return the original network's answer, beside another one to the same image."""
         try:
             original = self._original
@@ -300,6 +298,6 @@ class Service:
         logits = original.run(original.prepare(pixels))["logits"]
         times = {"infer": round(1e3 * (time.perf_counter() - start), 3)}
         shares = probabilities(logits, original.task)[0].tolist()
-        beside = [shares[c["index"]] for c in answer]
-        largest = max(abs(c["probability"] - p) for c, p in zip(answer, beside, strict=True))
+        beside = [shares[c.index] for c in answer]
+        largest = max(abs(c.probability - p) for c, p in zip(answer, beside, strict=True))
         return {"milliseconds": times, "beside": beside, "largest_difference": largest}

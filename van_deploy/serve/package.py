@@ -33,16 +33,8 @@ from van_deploy.metrics import Task
 from van_deploy.model.preprocess import image_mode
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.schema import Versioned, read_versioned
-from van_deploy.serve.triton import (
-    DATATYPES,
-    LABELS_FILE,
-    TritonModel,
-    loads,
-    model_config,
-    releases,
-    triton_models,
-    usual_artefacts,
-)
+from van_deploy.serve import triton
+from van_deploy.serve.triton import Finding, TritonModel
 
 PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
@@ -67,21 +59,6 @@ class PackageRecord(Versioned):
     bundle: str
     artefacts: dict[str, str]
     files: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked.
-
-    Attributes:
-        name: of the model and the check.
-        outcome: whether it is as it should be; None if that could not be checked.
-        detail: what was found.
-    """
-
-    name: str
-    outcome: bool | None
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -126,12 +103,11 @@ def package(
     folder = output or bundle.path.with_name(f"{bundle.path.resolve().name}-triton")
     if only_check:
         return check_package(folder, bundle)
-    artefacts = settings.artefacts or usual_artefacts(bundle)
-    models = triton_models(bundle, artefacts, settings.backend)
-    release = _chosen_release(models, settings.triton_release)
-    if folder.is_file() or (
-        folder.is_dir() and any(folder.iterdir()) and not (folder / PACKAGE_FILE).is_file()
-    ):
+    artefacts = settings.artefacts or triton.usual_artefacts(bundle)
+    models = triton.models_of(bundle, artefacts, settings.backend)
+    release, loading = _chosen_release(models, settings.triton_release)
+    used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if used and not (folder / PACKAGE_FILE).is_file():
         raise UsageError(
             f"'{folder}' holds something else and no package.",
             "Nothing was written. Choose an empty or a new folder with --output DIR.",
@@ -150,20 +126,19 @@ def package(
         if folder.exists():
             os.replace(folder, Path(workshop) / "old")
         os.replace(made, folder)
-    findings = check_package(folder, bundle).findings
-    findings += tuple(Finding(f"{m.name}: release", *loads(release, m)) for m in models)
+    findings = (*check_package(folder, bundle).findings, *loading)
     return PackageReport(folder, len(record.files) + 1, findings)
 
 
-def _chosen_release(models: Sequence[TritonModel], asked: str) -> str:
+def _chosen_release(models: Sequence[TritonModel], asked: str) -> tuple[str, list[Finding]]:
     """Return the release that was asked for, or the newest that is known to load every model."""
-    refused = ""
-    for release in [asked] if asked else releases()["releases"]:
-        judged = [(*loads(release, model), model.name) for model in models]
-        wrong = [each for each in judged if each[0] is False or not (each[0] or asked)]
+    refused, good = "", {True, None} if asked else {True}
+    for release in [asked] if asked else triton.releases()["releases"]:
+        found = {model.name: triton.loads(release, model) for model in models}
+        wrong = [(name, one.detail) for name, one in found.items() if one.outcome not in good]
         if not wrong:
-            return str(release)
-        _, why, name = wrong[0]
+            return str(release), list(found.values())
+        name, why = wrong[0]
         refused = refused or f"Triton {release} is not known to load '{name}': {why}."
     raise UsageError(
         refused,
@@ -178,15 +153,12 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     Raises:
         InputError: there is no package, or it is another bundle's.
     """
-    given = (PackageRecord, path / PACKAGE_FILE, "package record", InputError)
-    record = read_versioned(*given, AGAIN)
+    record = read_versioned(PackageRecord, path / PACKAGE_FILE, "package record", InputError, AGAIN)
     if record.bundle != bundle.name:
-        raise InputError(
-            f"'{path}' was made from '{record.bundle}', not from '{bundle.name}'.", AGAIN
-        )
-    found = {file: digest for file, digest in _digests(path).items() if file != PACKAGE_FILE}
-    both = {*record.files, *found}
-    wrong = sorted(file for file in both if record.files.get(file) != found.get(file))
+        raise InputError(f"'{path}' was made from '{record.bundle}', not '{bundle.name}'.", AGAIN)
+    found = _digests(path)
+    del found[PACKAGE_FILE]
+    wrong = sorted({file for file, _ in record.files.items() ^ found.items()})
     text = f"{', '.join(wrong)}: missing, changed or added" if wrong else "as they were written"
     findings = [Finding("files", not wrong, text)]
     now = {name: entry.sha256 for name, entry in bundle.artefacts.items()}
@@ -210,14 +182,12 @@ def _write_repository(
         from tritonclient.grpc import model_config_pb2
     from google.protobuf import json_format, text_format
 
-    network, entry = models[0].network, releases()["releases"].get(release, {})
+    network, entry = models[0].network, triton.releases()["releases"].get(release, {})
     python = settings.triton_python or entry.get("python", "")
     archive, names = f"environment-python{python}.tar.gz", network.bundle.manifest.class_names
     if settings.backend == "python" and not python:
-        raise UsageError(
-            f"No table here says which Python Triton {release} has.",
-            "Name it with --triton-python, such as 3.12.",
-        )
+        unknown = f"No table here says which Python Triton {release} has."
+        raise UsageError(unknown, "Name it with --triton-python, such as 3.12.")
     for model in models:
         folder, in_python = made / "models" / model.name, model.backend == "python"
         version = folder / str(settings.model_version)
@@ -225,17 +195,16 @@ def _write_repository(
         for file, (source, _) in model.files.items():
             shutil.copyfile(source, version / file)
         if names:
-            (folder / LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
+            (folder / triton.LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
         if in_python:
             (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
             if not (made / "models" / archive).exists():
                 write_environment(made / "models" / archive, python)
         environment = f"$$TRITON_MODEL_DIRECTORY/../{archive}" if in_python else ""
-        labels = LABELS_FILE if names else ""
-        config = model_config(model, settings, labels=labels, environment=environment)
+        labels = triton.LABELS_FILE if names else ""
+        config = triton.model_config(model, settings, labels=labels, environment=environment)
         message = json_format.ParseDict(config, model_config_pb2.ModelConfig())
-        text = text_format.MessageToString(message)
-        (folder / "config.pbtxt").write_text(text, encoding="utf-8")
+        (folder / "config.pbtxt").write_text(text_format.MessageToString(message), "utf-8")
     weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
     processes = settings.instances * sum(model.backend == "python" for model in models)
     plans = [model.sidecar.options for model in models if model.sidecar]
@@ -269,7 +238,7 @@ def client_of(model: TritonModel) -> str:
         "mode": image_mode(preprocessing.channels),
         "model": json.dumps(model.name),
         "input": json.dumps(network.input.name),
-        "datatype": DATATYPES[network.input.dtype],
+        "datatype": triton.DATATYPES[network.input.dtype],
     }
     odds = ODDS.get(network.task, "sigmoid")
     holds = [network.embedding, odds, preprocessing.crop_mode, preprocessing.crop_rounding]
@@ -323,8 +292,7 @@ def write_environment(archive: Path, python: str) -> None:
             raise ConversionError(
                 f"pip cannot get {' and '.join(wanted)} for Python {python}: "
                 f"{(said or [done.stderr])[-1]}",
-                "Check the connection to the package index, or choose a --triton-release whose "
-                "Python has such a wheel.",
+                "Check the connection, or choose a --triton-release whose Python has such a wheel.",
             )
         shutil.rmtree(packages / "bin", ignore_errors=True)  # scripts that name this interpreter
         (root / "bin").mkdir()

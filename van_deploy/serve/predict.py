@@ -12,22 +12,7 @@ import numpy as np
 from van_deploy.data.images import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.preprocess import Pixels, pixels_from_image
-from van_deploy.runners.network import Network
-
-
-@dataclass(frozen=True)
-class NamedClass:
-    """One class of an answer.
-
-    Attributes:
-        index: column of the logits.
-        name: what the weights call it; the index as text if they do not say.
-        probability: 0 to 1.
-    """
-
-    index: int
-    name: str
-    probability: float
+from van_deploy.runners.network import NamedClass, Network
 
 
 @dataclass(frozen=True)
@@ -59,16 +44,15 @@ def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
         if isinstance(image, bytes):
             found.append(image)
         elif not (path := Path(image)).exists():
-            raise ImageError(
-                f"There is no image '{image}'.", "Check the path; download what is a URL first."
-            )
+            remedy = "Check the path; download what is a URL first."
+            raise ImageError(f"There is no image '{image}'.", remedy)
         else:
             found += find_images(path) if path.is_dir() else [path]
     return tuple(found)
 
 
 def predict(
-    network: Network, sources: Iterable[Path | bytes], *, top: int = 5, batch: int = 8
+    network: Network, sources: Iterable[Path | bytes], top: int, batch: int
 ) -> Iterator[Prediction]:
     """Yield the answer to each image, in order; one that cannot be read gets an error.
 
@@ -79,21 +63,18 @@ def predict(
         batch: images a batch, at most the network's ``max_batch``.
 
     Raises:
-        UsageError: ``top`` or ``batch`` is not possible.
+        UsageError: ``batch`` is too large, or the artefact does not give so many classes.
     """
-    if top < 1 or not 1 <= batch <= network.max_batch:
-        raise UsageError(
-            f"{top} classes in batches of {batch} are not possible.",
-            f"Ask for 1 class or more, and batches of 1 to {network.max_batch}.",
-        )
-    names, remaining = network.bundle.manifest.class_names, iter(sources)
+    if batch > network.max_batch:
+        text = f"'{network.name}' does not take batches of {batch}."
+        raise UsageError(text, f"Ask for batches of 1 to {network.max_batch}.")
+    remaining = iter(sources)
     while some := list(islice(remaining, batch)):
         pixels, answers = list[Pixels](), list[Prediction]()
         for source in some:
-            name, shown = (
-                ("-", "Standard input") if isinstance(source, bytes) else (str(source), "")
-            )
+            name = "-" if isinstance(source, bytes) else str(source)
             try:
+                shown = "Standard input" if name == "-" else ""
                 image = open_image(source, channels=network.preprocessing.channels, name=shown)
                 pixels.append(pixels_from_image(image, network.preprocessing))
                 answers.append(Prediction(name, ()))
@@ -102,12 +83,5 @@ def predict(
         if pixels:
             ranked = iter(network.top(network.run(network.prepare(np.stack(pixels))), top))
         for answer in answers:
-            classes = () if answer.error else named_classes(next(ranked), names)
+            classes = () if answer.error else next(ranked)
             yield Prediction(answer.source, classes, answer.error)
-
-
-def named_classes(
-    top: Iterable[tuple[int, float]], names: Sequence[str] | None
-) -> tuple[NamedClass, ...]:
-    """Return classes and their probabilities with their names."""
-    return tuple(NamedClass(c, names[c] if names else str(c), p) for c, p in top)

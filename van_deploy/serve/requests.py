@@ -11,6 +11,7 @@ Triton's binary tensor extension, as ``tritonclient.http`` speaks it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import multiprocessing
@@ -19,7 +20,6 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal, TypeVar
@@ -38,16 +38,14 @@ from van_deploy.serve.triton import DATATYPES
 MIB = 2**20
 HELD_FULL = "The requests that are being received hold all the memory they may."
 SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
-SEND_BYTES = (
-    "Send tensors as bytes (the binary tensor extension), or start the server with a higher "
-    "--max-json-mib."
-)
+SEND_BYTES = "Send tensors as bytes, or start the server with a higher --max-json-mib."
 
 MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of a request; both with its request line
 MAX_PIPELINED = 16  # requests of one connection that wait for each other
 FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
 
 T = TypeVar("T")
+Where = Literal["here", "thread", "process"]
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
 
@@ -101,7 +99,7 @@ class Allowance:
     def __init__(self, limit: int, message: str, status: int) -> None:
         self.limit, self.message, self.status, self.used = limit, message, status, 0
 
-    def take(self, held: ExitStack, count: int) -> None:
+    def take(self, held: contextlib.ExitStack, count: int) -> None:
         """Take some more, until ``held`` is closed.
 
         Raises:
@@ -131,7 +129,9 @@ class Intake:
         self._settings, self._pool, self.draining = settings, _new_pool(), False
         self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
 
-    async def body(self, request: Request, held: ExitStack, *, is_json: bool = False) -> bytes:
+    async def body(
+        self, request: Request, held: contextlib.ExitStack, *, is_json: bool = False
+    ) -> bytes:
         """Return a request's body.
 
         Args:
@@ -147,12 +147,7 @@ class Intake:
             raise RequestError("The server is shutting down.", status=503)
         settings, pieces = self._settings, list[bytes]()
         limit = round(MIB * (settings.max_json_mib if is_json else settings.max_body_mib))
-        too_large = RequestError(
-            f"The request is larger than {limit:,} bytes.",
-            SEND_BYTES if is_json else SEND_LESS,
-            413,
-        )
-        size = int(request.headers.get("content-length", "0"))
+        size, complete = int(request.headers.get("content-length", "0")), False
 
         async def collect() -> None:
             """Read even what is too large to its end, so that the client reads the answer."""
@@ -169,27 +164,24 @@ class Intake:
                     self.held.take(held, len(piece))
                     pieces.append(piece)
 
-        try:
-            try:
-                await asyncio.wait_for(collect(), settings.read_timeout_s)
-            except asyncio.TimeoutError:
-                text = f"The request was not complete after {settings.read_timeout_s:g} s."
-                raise (too_large if size > limit else RequestError(text, status=408)) from None
-            if size > limit:
-                raise too_large
-            kind = request.headers.get("content-type", "").lower()
-            encoding = request.headers.get("content-encoding", "identity").lower()
-            if encoding != "identity" or kind.startswith("multipart/"):
-                text = "Bodies are taken as they are: no form, and no Content-Encoding."
-                raise RequestError(text, "Send the file itself: curl --data-binary @FILE.", 415)
-            # A large join releases Python's lock.
-            return await self.run("thread" if size > MIB else "here", b"".join, pieces)
-        finally:
-            pieces.clear()  # an error's traceback may keep them for a while
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(collect(), settings.read_timeout_s)
+            complete = True
+        if size > limit:
+            remedy = SEND_BYTES if is_json else SEND_LESS
+            raise RequestError(f"The request is larger than {limit:,} bytes.", remedy, 413)
+        if not complete:
+            text = f"The request was not complete after {settings.read_timeout_s:g} s."
+            raise RequestError(text, status=408)
+        kind = request.headers.get("content-type", "").lower()
+        encoding = request.headers.get("content-encoding", "identity").lower()
+        if encoding != "identity" or kind.startswith("multipart/"):
+            text = "Bodies are taken as they are: no form, and no Content-Encoding."
+            raise RequestError(text, "Send the file itself: curl --data-binary @FILE.", 415)
+        # A large join releases Python's lock.
+        return await self.run("thread" if size > MIB else "here", b"".join, pieces)
 
-    async def run(
-        self, where: Literal["here", "thread", "process"], function: Callable[..., T], *given: Any
-    ) -> T:
+    async def run(self, where: Where, function: Callable[..., T], *given: Any) -> T:
         """Return ``function(*given)``; for a process, all must be picklable.
 
         Raises:
@@ -329,7 +321,7 @@ class InferRequest(Open):
 
 
 def parse_request(
-    body: bytes, json_length: int, given: TensorSpec, outputs: Sequence[str], max_batch: int
+    body: bytes, json_length: int, given: TensorSpec, gives: Sequence[TensorSpec], max_batch: int
 ) -> tuple[Values, InferRequest]:
     """Return the rows in ``body`` as the model takes them, and the rest of the request.
 
@@ -337,7 +329,7 @@ def parse_request(
         body: JSON, followed by the binary tensors if there are any.
         json_length: bytes of the JSON.
         given: the model's input.
-        outputs: names of what the model gives.
+        gives: its outputs.
         max_batch: rows a request may have.
 
     Raises:
@@ -352,11 +344,11 @@ def parse_request(
     request = validated(InferRequest, document, where="The request", error=RequestError)
     if [entry.name for entry in request.inputs] != [given.name]:
         raise RequestError(f"The model has one input, '{given.name}'; give that one.")
-    unknown = [wanted.name for wanted in request.outputs if wanted.name not in outputs]
-    if unknown:
-        names = ", ".join(outputs)
-        raise RequestError(f"There is no output {unknown[0][:99]!r}; the model gives {names}.")
-    every = request.outputs or tuple(_Output(name=name) for name in outputs)
+    names = [output.name for output in gives]
+    if unknown := [wanted.name for wanted in request.outputs if wanted.name not in names]:
+        text = f"There is no output {unknown[0][:99]!r}; the model gives {', '.join(names)}."
+        raise RequestError(text)
+    every = request.outputs or tuple(_Output(name=name) for name in names)
     rows = _tensor(request.inputs[0], memoryview(body)[json_length:], given, max_batch)
     return rows, request.model_copy(update={"inputs": (), "outputs": every})
 
@@ -377,8 +369,7 @@ def encode_response(
             entry["data"] = values.ravel().tolist()
         entries.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
-    if request.id:
-        document["id"] = request.id
+    document |= {"id": request.id} if request.id else {}
     head = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
     return b"".join([head, *tail]), len(head) if tail else None
 
@@ -400,10 +391,8 @@ def _tensor(entry: _Input, tail: memoryview, given: TensorSpec, max_batch: int) 
     elif size == len(tail) == expected:
         values = np.frombuffer(tail, dtype=given.dtype).reshape(shape)
     else:
-        raise RequestError(
-            f"{called} of shape {list(shape)} takes {expected} bytes; {size} were announced and "
-            f"{len(tail)} sent."
-        )
+        sent = f"{size} were announced and {len(tail)} sent"
+        raise RequestError(f"{called} of shape {list(shape)} takes {expected} bytes; {sent}.")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise RequestError(f"{called} holds values that are not finite.")
     return values
@@ -417,10 +406,8 @@ def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
             data = list(chain.from_iterable(data))
     numbers = type(data) is list and {type(item) for item in data} <= {int, float}
     if not numbers or len(data) != math.prod(shape):
-        raise RequestError(
-            f"The input '{given.name}' has no data of shape {list(shape)}: give "
-            f"{math.prod(shape)} numbers, or binary_data_size and the bytes."
-        )
+        wanted = f"give {math.prod(shape)} numbers, or binary_data_size and the bytes"
+        raise RequestError(f"The input '{given.name}' of shape {list(shape)} lacks data: {wanted}.")
     try:
         values = np.array(data, np.float64)
     except OverflowError:

@@ -23,7 +23,7 @@ from van_deploy.config import TritonSettings
 from van_deploy.documents import toml_from
 from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import InputError, UsageError
-from van_deploy.runners.network import Network, TensorSpec, runnable_artefacts
+from van_deploy.runners.network import Network, runnable_artefacts
 
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
 """NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
@@ -33,6 +33,21 @@ LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
 THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py reads the same
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Attributes:
+        name: of the model and the check.
+        outcome: whether it is as it should be; None if that could not be checked.
+        detail: what was found.
+    """
+
+    name: str
+    outcome: bool | None
+    detail: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ def usual_artefacts(bundle: Bundle) -> tuple[str, ...]:
     return ("fp32-uint8" if "fp32-uint8" in runnable_artefacts(bundle) else "fp32",)
 
 
-def triton_models(
+def models_of(
     bundle: Bundle, artefacts: Sequence[str], backend: str = "onnxruntime"
 ) -> list[TritonModel]:
     """Return artefacts of a bundle as Triton models, every digest checked.
@@ -87,10 +102,10 @@ def triton_models(
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(artefacts):
         artefact = bundle.artefact(name)
-        if artefact.kind == "package":
+        if artefact.engine and not artefact.engine.backend.startswith("tensorrt "):
             raise InputError(
-                f"Triton does not load Inductor packages here, and '{name}' is one.",
-                "Package an ONNX artefact or a plan, or serve this one with `van-deploy serve`.",
+                f"Triton cannot load '{name}': it was built by {artefact.engine.backend}.",
+                "Package the ONNX artefact, or a plan of `tensorrt` for the target GPU.",
             )
         source = artefact.made_from.name if artefact.kind == "engine" else name
         groups.setdefault(source, []).append(name)
@@ -114,39 +129,31 @@ def triton_models(
 
 def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonModel:
     """Return the model of plans of one graph; refuse what Triton cannot load or serve as one."""
-    sidecars, files, plans = [], dict[str, tuple[Path, str]](), dict[str, str]()
-    for name in names:
-        path = network.bundle.verified(name)
-        sidecar = verified_sidecar(path)
-        if sidecar.backend != "tensorrt":
-            raise InputError(
-                f"Triton's TensorRT backend cannot load '{name}': it was built by "
-                f"{sidecar.backend} {sidecar.backend_version}.",
-                "Build a plan with `tensorrt` on a machine with the target GPU, or package the "
-                "ONNX artefact.",
-            )
-        largest = max(profile.max for profile in sidecar.profiles)
-        taken = {n for p in sidecar.profiles for n in range(p.min, p.max + 1)}
-        if gaps := sorted({*range(1, largest)} - taken):
-            raise InputError(
-                f"No profile of '{name}' takes a batch of {gaps[0]} (it has "
-                f"{', '.join(map(str, sidecar.profiles))}), and Triton sends any up to {largest}.",
-                f"Build it with profiles that leave none out, such as --batch "
-                f"1:{largest}:{largest}.",
-            )
-        sidecars.append(sidecar)
-        same = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
-        unlike = [w for w in same if getattr(sidecar, w) != getattr(sidecars[0], w)]
-        if unlike:
-            raise UsageError(
-                f"'{names[0]}' and '{name}' cannot be one model of Triton: their sidecars differ "
-                f"in {', '.join(unlike)}.",
-                "Build them alike with one `van-deploy build --target`, or package one of them.",
-            )
+    paths = [network.bundle.verified(name) for name in names]
+    sidecars = [verified_sidecar(path) for path in paths]
+    first, both = sidecars[0], " and ".join(f"'{name}'" for name in names)
+    same = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
+    unlike = [what for what in same if len({str(getattr(s, what)) for s in sidecars}) > 1]
+    if unlike:
+        raise UsageError(
+            f"{both} cannot be one model of Triton: their sidecars differ in {', '.join(unlike)}.",
+            "Build them alike with one `van-deploy build --target`, or package one of them.",
+        )
+    largest = max(profile.max for profile in first.profiles)
+    taken = {n for p in first.profiles for n in range(p.min, p.max + 1)}
+    if gaps := sorted({*range(1, largest)} - taken):
+        profiles = ", ".join(map(str, first.profiles))
+        raise InputError(
+            f"{profiles}, the profiles of {both}, leave out a batch of {gaps[0]}.",
+            f"Triton sends any up to {largest}: build it with --batch 1:{largest}:{largest}.",
+        )
+    files, capabilities = dict[str, tuple[Path, str]](), dict[str, str]()
+    for path, name, sidecar in zip(paths, names, sidecars, strict=True):
         file = f"model-{len(files)}.plan" if files else "model.plan"
         files[file] = (path, name)
-        plans |= {re.sub(r"sm_(\d+)(\d)", r"\1.\2", target): file for target in sidecar.targets}
-    return TritonModel(called, "tensorrt", network, files, sidecars[0], plans)
+        for target in sidecar.targets:
+            capabilities[re.sub(r"sm_(\d+)(\d)", r"\1.\2", target)] = file
+    return TritonModel(called, "tensorrt", network, files, first, capabilities)
 
 
 def preferred_batches(network: Network) -> list[int]:
@@ -183,7 +190,11 @@ def model_config(
     largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
-    gpu, given = how.gpu or model.backend == "tensorrt", _tensor(network.input)
+    gpu = how.gpu or model.backend == "tensorrt"
+    given, *outputs = (
+        {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": list(spec.shape)}
+        for spec in (network.input, *network.outputs)
+    )
     parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(how.threads or "")}
     shape = {given["name"]: {"dim": given["dims"]}}
     cuda = {"graphs": True, "graph_spec": [{"batch_size": n, "input": shape} for n in static]}
@@ -194,8 +205,8 @@ def model_config(
         "max_batch_size": largest,
         "input": [given],
         "output": [
-            {**_tensor(spec), "label_filename": labels if spec.name in LABELLED else ""}
-            for spec in network.outputs
+            {**output, "label_filename": labels if output["name"] in LABELLED else ""}
+            for output in outputs
         ],
         "version_policy": {"specific": {"versions": [how.model_version]}},
         "instance_group": [
@@ -222,13 +233,7 @@ def model_config(
             {"name": f"batch of {rows}", "batch_size": rows, "inputs": {given["name"]: zeros}}
             for rows in sorted(ends)
         ],
-        "response_cache": {"enable": False},
     }
-
-
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
-    kind = f"TYPE_{DATATYPES[spec.dtype]}"
-    return {"name": spec.name, "data_type": kind, "dims": list(spec.shape)}
 
 
 @functools.cache
@@ -237,26 +242,29 @@ def releases() -> dict[str, Any]:
     return toml_from(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
 
 
-def loads(release: str, model: TritonModel) -> tuple[bool | None, str]:
-    """Return whether a release of Triton loads ``model`` (None: not checked), and why."""
+def loads(release: str, model: TritonModel) -> Finding:
+    """Return whether a release of Triton loads ``model``, and why."""
+
+    def found(outcome: bool | None, detail: str) -> Finding:
+        return Finding(f"{model.name}: release", outcome, detail)
+
+    what, title = ("tensorrt", "TensorRT") if model.sidecar else ("onnxruntime", "ONNX Runtime")
+    has = releases()["releases"].get(release, {}).get(what)
     if model.backend == "python":
-        return True, "the execution environment brings ONNX Runtime"
-    entry = releases()["releases"].get(release, {})
-    if model.sidecar:
-        what, has, built = "TensorRT", entry.get("tensorrt"), model.sidecar.backend_version
-        detail, fits = f"the plan was built by {built}", f"{built}.".startswith(f"{has}.")
-    else:
-        what, has = "ONNX Runtime", entry.get("onnxruntime")
-        graph = model.network.bundle.artefact(model.network.name).graph
-        newest = releases()["onnx"].get(str(has).rpartition(".")[0], (0, 0))
-        own = (graph.opset, graph.ir_version) if graph else (0, 0)
-        detail = (
-            f"it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has opset "
-            f"{own[0]} and IR version {own[1]}"
-        )
-        fits = own[0] <= newest[0] and own[1] <= newest[1]
+        return found(True, "the execution environment brings ONNX Runtime")
     if has == "none":
-        return False, f"Triton {release} was shipped without an ONNX Runtime backend"
+        return found(False, f"Triton {release} was shipped without an ONNX Runtime backend")
     if not has:
-        return None, f"not checked: no table here says which {what} Triton {release} has"
-    return fits, f"Triton {release} has {what} {has}; {detail}"
+        return found(None, f"not checked: no table here says which {title} Triton {release} has")
+    told = f"Triton {release} has {title} {has}"
+    if model.sidecar:
+        built = model.sidecar.backend_version
+        return found(f"{built}.".startswith(f"{has}."), f"{told}; the plan was built by {built}")
+    graph = model.network.bundle.artefact(model.network.name).graph
+    opset, version = (graph.opset, graph.ir_version) if graph else (0, 0)
+    newest = releases()["onnx"].get(has.rpartition(".")[0], (0, 0))
+    return found(
+        opset <= newest[0] and version <= newest[1],
+        f"{told}; it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has "
+        f"opset {opset} and IR version {version}",
+    )
