@@ -12,7 +12,6 @@ know is in :attr:`~van_deploy.model.variants.WeightsSource.notes`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -131,8 +130,7 @@ def _place(
 
 def _random(spec: str, variant: Variant, seed: int, asked: Mapping[str, Any]) -> LoadedVan:
     """Return a variant with random weights."""
-    eps = asked.get("layer_norm_eps", variant.config.layer_norm_eps)
-    config = replace(variant.config, layer_norm_eps=eps)
+    config = replace(variant.config, layer_norm_eps=asked.get("layer_norm_eps", 1e-6))
     config = config.backbone(tuple(asked["out_indices"])) if "out_indices" in asked else config
     model, told = random_van(config, seed), ("random weights: the outputs mean nothing",)
     digest = sha256_of_state(model.state_dict())
@@ -197,10 +195,10 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
         fault = "is not floating point: pass the weights from before quantisation"
     else:
         copied = tensor.to(torch.float32, copy=True).contiguous()
-        low, high = map(float, torch.aminmax(copied) if copied.numel() else (0, 0))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        ends = torch.stack(torch.aminmax(copied)) if copied.numel() else torch.zeros(2)
+        if not ends.isfinite().all():
             fault = "holds NaN or infinite values"
-        elif name.endswith("running_var") and low < 0:
+        elif name.endswith("running_var") and ends[0] < 0:
             fault = "is negative"
         else:
             return copied

@@ -83,8 +83,7 @@ def find_weights(word: str, expect_sha256: str | None = None, offline: bool = Fa
             another digest than the hub announced or than asked for.
     """
     path, repo, what = Path(word).expanduser(), _REPO.fullmatch(word), word
-    stem, official = WEIGHTS.sub("", path.name), False
-    notes: tuple[str, ...] = ()
+    stem, official, told = WEIGHTS.sub("", path.name), False, ""
     is_file = path.exists() or (WEIGHTS.search(word) and not (repo and repo["file"]))
     if path.is_dir():
         stem = path.resolve().name
@@ -98,7 +97,7 @@ def find_weights(word: str, expect_sha256: str | None = None, offline: bool = Fa
         owner, _, stem = repo["repo"].partition("/")
         path, told = _downloaded(repo["repo"], repo["revision"] or "main", repo["file"], offline)
         official = owner.lower() == "visual-attention-network"
-        what, notes = f"{repo['repo']}/{path.name}", (*told, *[LICENCE] * official)
+        what = f"{repo['repo']}/{path.name}"
     digest, blob, beside = "", path.resolve(), list[Path]()
     with contextlib.suppress(OSError):  # reading it says what is wrong
         digest = file_sha256(path)
@@ -116,6 +115,7 @@ def find_weights(word: str, expect_sha256: str | None = None, offline: bool = Fa
         raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or get the file again.")
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
     said = {file.name: _json_object(file) for file in beside}
+    notes = tuple(filter(None, (told, LICENCE if official else "")))
     return Found(name, path, digest, said, official, notes)
 
 
@@ -142,13 +142,10 @@ def _json_object(file: Path) -> dict[str, Any]:
 # --- the hub ---------------------------------------------------------------------------------
 
 
-def _downloaded(
-    repo_id: str, revision: str, wanted: str | None, offline: bool
-) -> tuple[Path, tuple[str, ...]]:
+def _downloaded(repo_id: str, revision: str, wanted: str | None, offline: bool) -> tuple[Path, str]:
     """Return a repository's weights, and the JSON beside them, in the cache; and what to tell."""
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    notes: tuple[str, ...] = ()
-    snapshot = cached_snapshot(repo_id, revision)
+    snapshot, told = cached_snapshot(repo_id, revision), ""
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
     is_here = snapshot.name == revision and wanted in names  # a commit never changes
     offline = offline or constants.HF_HUB_OFFLINE or is_here
@@ -159,14 +156,14 @@ def _downloaded(
         except Exception as error:  # of whatever the network is made of
             if not names or isinstance(error, _UNKNOWN):
                 raise
-            offline, told = True, str(error).strip().partition("\n")[0]
-            notes = (f"the copy in the cache, since the hub cannot be asked: {told}",)
+            offline, why = True, str(error).strip().partition("\n")[0]
+            told = f"the copy in the cache, since the hub cannot be asked: {why}"
         chosen = wanted or (_chosen_file(names, f"{repo_id}:") if names else _PREFERRED[0])
         folder = chosen[: chosen.rfind("/") + 1]
         beside = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
         get = partial(api.hf_hub_download, repo_id, revision=revision, local_files_only=offline)
         path, *_ = map(get, (chosen, *beside))
-        return Path(path), notes
+        return Path(path), told
     except UsageError:
         raise
     except Exception as error:

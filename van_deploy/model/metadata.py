@@ -47,8 +47,9 @@ _MMCV_EPS = 1e-5  # build_norm_layer's default; the official code's and Transfor
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # What the tensors tell, and what others call it.
 _NETWORK = {"architecture", "model_type", "hidden_sizes"}  # one of these makes a config.json one
-_TOLD = ("embed_dims", "in_chans", "depths", "patch_sizes", "mlp_ratios", "lka_dilation")
-_CALLED = {"hidden_sizes": "embed_dims", "num_channels": "in_chans", "dilation": "lka_dilation"}
+_TOLD = {n: n for n in ("embed_dims", "in_chans", "depths", "patch_sizes", "mlp_ratios")}
+_TOLD |= {"hidden_sizes": "embed_dims", "num_channels": "in_chans"}
+_TOLD |= dict.fromkeys(("dilation", "lka_dilation"), "lka_dilation")
 # What fields may be that no tensor tells, in a config.json or in training arguments.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "gelu_python"),
@@ -153,9 +154,8 @@ def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str,
     strides, eps = told.get("strides", config.strides), told.get("layer_norm_eps", 1e-6)
     sound = isinstance(strides, tuple) and len(strides) == len(config.depths)
     sound = sound and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
-    names = {key: _CALLED.get(key, key) for key in told}
     facts = {
-        **{key: (getattr(config, name),) for key, name in names.items() if name in _TOLD},
+        **{key: (getattr(config, name),) for key, name in _TOLD.items()},
         # a backbone's file may say of how many classes its head was
         "num_classes": (config.num_classes or told.get("num_classes"),),
         "num_features": (config.embed_dims[-1],),

@@ -173,9 +173,8 @@ _ADAPTER = TypeAdapter(Preprocessing)
 
 # timm 0.4.12's ``_cfg()``, which the official ``models/van.py`` uses; mmpretrain's configurations
 # agree and reproduce the published accuracies.
-OFFICIAL = Preprocessing(
-    224, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "the training of the official VAN weights"
-)
+_TRAINED = "the training of the official VAN weights"
+OFFICIAL = Preprocessing(224, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, _TRAINED)
 
 
 # --- images ---------------------------------------------------------------------------------

@@ -44,10 +44,8 @@ _KNOWN = re.compile(  # read below, or of no meaning for the pixels
     "|default_to_square|_?valid_processor_keys"
 )
 # What :func:`from_arguments` reads.
-ARGUMENTS = (
-    *("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size"),
-    *("val_resize_size", "val_crop_size"),
-)
+_TIMM = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+ARGUMENTS = (*_TIMM, "img_size", "input_size", "val_resize_size", "val_crop_size")
 
 
 def _require(fits: object, key: str, value: object, wanted: str = "which is not supported") -> None:
@@ -66,10 +64,9 @@ def from_arguments(args: Given) -> Values:
         _require(backend.lower() == "pil", "backend", backend, "and images are resized by Pillow")
         cut = _cut(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
         return {**_IMAGENET, "interpolation": args.get("interpolation"), **cut}
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     size = list(args.get("input_size") or ())[1:] or args.get("img_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
-    return {name: args.get(name) for name in names} | {"image_size": parse_image_size(size)}
+    return {name: args.get(name) for name in _TIMM} | {"image_size": parse_image_size(size)}
 
 
 def from_config(config: Given) -> Values:

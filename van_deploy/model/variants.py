@@ -201,10 +201,7 @@ def _public(
 
 
 _USUAL = (64, 128, 320, 512)
-_NOTE = (
-    "Only mmpretrain published weights of it (van-b4_3rdparty_in1k_*.pth; of van_b5 and van_b6 "
-    "ImageNet-21K's): pass a file with --weights FILE, or try the export with --weights random."
-)
+_NOTE = "Only mmpretrain has weights (b5, b6: ImageNet-21K's): give --weights FILE, or random."
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
