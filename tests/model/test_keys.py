@@ -123,7 +123,7 @@ def mixed(state: State, other: str) -> State:
         (lambda s: mixed(s, "mmpretrain"), "several networks, or one in mixed formats: "),
         (
             lambda _: {"layer1.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
-            "is not a VAN: its 2 tensors begin with layer1.0.conv1.weight, fc.weight.",
+            "is no VAN: 2 tensors begin with layer1.0.conv1.weight, fc.weight.",
         ),
     ],
     fresh="state",

@@ -29,10 +29,10 @@ from van_deploy.model.files import WEIGHTS, Found, find_weights, load_file
 from van_deploy.model.keys import TOP_LEVEL, Weights, find_network, official_names
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.van import HEAD_LAYERS, STAGES, VAN, random_van, sha256_of_state
+from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
 from van_deploy.model.variants import NAMES, VanConfig, Variant, WeightsSource, variant_named
 
-ALL_STAGES = tuple(range(STAGES))
+ALL_STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,9 @@ def load_van(
     >>> load_van("van_b0", weights="random", seed=1).config.depths
     (3, 3, 5, 2)
     """
-    given = {name: value for name, value in (preprocessing or {}).items() if value is not None}
-    more = {"layer_norm_eps": layer_norm_eps, "head": head, "out_indices": out_indices}
-    asked = given | {name: value for name, value in more.items() if value is not None}
-    asked |= {"class_names": ()} if own_labels else {}
+    asked = {**(preprocessing or {}), "layer_norm_eps": layer_norm_eps, "head": head}
+    asked |= {"out_indices": out_indices, "class_names": () if own_labels else None}
+    asked = {name: value for name, value in asked.items() if value is not None}
     if not 0 < asked.get("layer_norm_eps", 1e-6) < 1:
         raise UsageError(f"layer_norm_eps {layer_norm_eps} is not between 0 and 1.", "Give 1e-6.")
     is_place = re.search(r"[/\\]", spec) or WEIGHTS.search(spec) or Path(spec).exists()
@@ -109,7 +108,7 @@ def load_van(
     else:
         found = find_weights(*_place(spec, variant, weights, expect_sha256), offline)
         loaded = _from_file(spec, variant, found, read_weights(found.path, container), asked)
-    return replace(loaded, preprocessing=loaded.preprocessing.override(**given))
+    return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 
 
 def _place(
@@ -123,8 +122,7 @@ def _place(
     if weights or not variant:
         return weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec), expected
     if not variant.weights:
-        refusal = f"{variant.name} has no public ImageNet-1K weights on the hub."
-        raise UsageError(refusal, variant.weights_note)
+        raise UsageError(f"{variant.name} has no public ImageNet-1K weights.", variant.weights_note)
     return variant.weights, expected or variant.sha256
 
 
@@ -178,12 +176,13 @@ def read_weights(path: Path, container: str | None = None) -> Weights:
         UsageError: the file has no such ``container``, or several networks.
     """
     loaded = load_file(path)
-    network, chosen = find_network(loaded, container)
+    network, choice = find_network(loaded, container)
     names, notes = official_names(network)
     state = {new: _plain(old, network.tensors[old]) for old, new in names.items()}
     if kinds := {str(network.tensors[old].dtype)[6:] for old in names} - {"float32"}:
         notes += (f"weights converted to float32 from {', '.join(sorted(kinds))}",)
-    return Weights(state, network.source, network.place or TOP_LEVEL, loaded, (*chosen, *notes))
+    notes = (choice, *notes) if choice else notes
+    return Weights(state, network.source, network.place or TOP_LEVEL, loaded, notes)
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -246,7 +245,7 @@ def config_from_state_dict(
             has, or the head's layers are not known.
         UsageError: ``head`` is not this head.
     """
-    stages = range(1, STAGES + 1)
+    stages = [stage + 1 for stage in ALL_STAGES]
     embeds = [_shape(state, f"patch_embed{stage}.proj.weight", 4) for stage in stages]
     hidden = [_shape(state, f"block{stage}.0.mlp.fc1.weight", 4)[0] for stage in stages]
     dims = tuple(shape[0] for shape in embeds)

@@ -114,16 +114,14 @@ def find_weights(word: str, expect_sha256: str | None = None, offline: bool = Fa
         )
         raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or get the file again.")
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
-    said = {file.name: _json_object(file) for file in beside}
     notes = tuple(filter(None, (told, LICENCE if official else "")))
-    return Found(name, path, digest, said, official, notes)
+    return Found(name, path, digest, {f.name: _json_object(f) for f in beside}, official, notes)
 
 
 def _chosen_file(names: Iterable[str], where: str) -> str:
     """Return ``model.safetensors``, else ``pytorch_model.bin``, else the only weights file."""
     names = sorted(names)
-    found = [name for name in _PREFERRED if name in names][:1]
-    found = found or [name for name in names if WEIGHTS.search(name)]
+    found = [n for n in _PREFERRED if n in names][:1] or [n for n in names if WEIGHTS.search(n)]
     if len(found) != 1:
         few = ", ".join((found or names)[:10])
         wrong = f"{where[:-1]} has {len(found)} weights files that PyTorch can read, among {few}."
@@ -182,8 +180,8 @@ def _downloaded(repo_id: str, revision: str, wanted: str | None, offline: bool) 
 
 _SAVE = "Save the weights: torch.save(model.state_dict(), 'weights.pth')."
 _AGAIN = f"If it is damaged or truncated, get it again; if another program wrote it: {_SAVE}"
-_MOST_ENTRIES = 30_000  # a VAN-B6 has 3,000 tensors, and its optimizer twice as many
-_MAX_UNPACKED = 8  # times the file's size; PyTorch itself writes 1
+# A VAN-B6 has 3,000 tensors and its optimizer twice as many; PyTorch unpacks to the file's size.
+_MOST_ENTRIES, _MOST_UNPACKED = 30_000, 8
 
 
 def load_file(path: Path) -> Mapping[Any, Any]:
@@ -245,7 +243,7 @@ def _is_stored(path: Path) -> bool:
         what = f"it begins as a zip archive and is not a whole one ({error})"
         raise _unreadable(path, what) from None
     unpacked = sum(entry.file_size for entry in entries)
-    if len(entries) > _MOST_ENTRIES or unpacked > _MAX_UNPACKED * path.stat().st_size:
+    if len(entries) > _MOST_ENTRIES or unpacked > _MOST_UNPACKED * path.stat().st_size:
         claim = f"it claims to unpack to {unpacked:,} bytes in {len(entries):,} entries"
         raise _unreadable(path, claim)
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)

@@ -113,10 +113,8 @@ class Weights(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_network(
-    loaded: Mapping[Any, Any], container: str | None
-) -> tuple[Network, tuple[str, ...]]:
-    """Return a file's one network, and notes.
+def find_network(loaded: Mapping[Any, Any], container: str | None) -> tuple[Network, str]:
+    """Return a file's one network, and what should be told, if anything.
 
     Args:
         loaded: the file's content.
@@ -130,9 +128,7 @@ def find_network(
     """
     places = dict(_places(loaded))
     if container not in (None, TOP_LEVEL):
-        every = [
-            (f"{p}.{n}" if p else n, n, t) for p, held in places.items() for n, t in held.items()
-        ]
+        every = [(f"{p}.{n}" if p else n, n, t) for p, ts in places.items() for n, t in ts.items()]
         below = {name: t for whole, name, t in every if whole.startswith(f"{container}.")}
         inside = places.get(container) or below
         if not inside:
@@ -150,8 +146,7 @@ def find_network(
     found = list(parts.values())
     if not found:
         names = max(map(list, places.values()), key=len, default=[])
-        such = _listed(names, 5)
-        wrong = f"The checkpoint is not a VAN: its {len(names)} tensors begin with {such}."
+        wrong = f"The checkpoint is no VAN: {len(names)} tensors begin with {_listed(names, 5)}."
         raise CheckpointError(wrong, "Pass a VAN's (official, Transformers or mmpretrain names).")
     whole = [network for network in found if len({stage for stage, _ in network.blocks}) == STAGES]
     several = whole or found
@@ -165,7 +160,7 @@ def find_network(
         raise (UsageError if whole else CheckpointError)(wrong, remedy)
     others = ", ".join(one.container for one in several if one is not chosen[0])
     note = f"the file also holds {others}: the averaged weights were taken (--container)"
-    return chosen[0], (note,) if others else ()
+    return chosen[0], note if others else ""
 
 
 def _places(

@@ -8,7 +8,8 @@ and meanings are timm's.
 :func:`pixels_from_image` and :func:`normalised` are the two halves of the evaluation
 transforms of timm, torchvision and Transformers, to the last bit, with nothing but Pillow
 and NumPy. A graph with embedded preprocessing takes what is between the two; a server or a
-client computes it without importing PyTorch.
+client computes it without importing PyTorch. NumPy and Pillow are imported when they are needed:
+opening a bundle, which has a :class:`Preprocessing`, is quick.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from van_deploy.config.sizes import ImageSize, possible_size, sides_of, size_text
@@ -29,7 +27,10 @@ from van_deploy.documents import plain
 from van_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
+    from PIL import Image
 
 # timm's names of Pillow's filters.
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -159,8 +160,7 @@ class Preprocessing:
         crop = f"crop {pct}" if _covered(self.image_size, float(pct)) == side else resize
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        size = size_text(self.image_size)
-        return f"{size} {self.interpolation}, {crop}, mean {mean}, std {std}"
+        return f"{size_text(self.image_size)} {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
 def _covered(size: ImageSize, crop_pct: float) -> ImageSize:
@@ -180,7 +180,7 @@ OFFICIAL = Preprocessing(224, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, _TRAINED)
 # --- images ---------------------------------------------------------------------------------
 
 # ``(H, W, C)`` or ``(N, H, W, C)`` uint8.
-Pixels = npt.NDArray[np.uint8]
+Pixels: TypeAlias = "npt.NDArray[np.uint8]"
 
 # A quarter of a GiB as RGB; Pillow's own warning limit.
 MAX_PIXELS = 89_478_485
@@ -208,6 +208,9 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixel
         UsageError: the network's channels are not an image's (not 1, 3 or 4).
         ImageError: the image is so narrow that its resized form would not fit in memory.
     """
+    import numpy as np
+    from PIL import Image
+
     mode = image_mode(preprocessing.channels)
     image = image if image.mode == mode else image.convert(mode)
     size, (height, width) = _resized(image.size, preprocessing), preprocessing.sides
@@ -232,6 +235,8 @@ def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.f
     The same three float32 operations in the same order as torchvision's
     ``ToTensor`` and ``Normalize``, so the result is the same to the last bit.
     """
+    import numpy as np
+
     values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
     values /= np.float32(255)
     shape = (1, preprocessing.channels, 1, 1)

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
-from van_deploy.model.variants import STAGES as STAGES
-from van_deploy.model.variants import VanConfig
+from van_deploy.model.variants import STAGES, VanConfig
 
 # Layers without weights that a sequential head may have, with PyTorch's default arguments.
 _ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)

@@ -23,6 +23,7 @@ from van_deploy.errors import UsageError
 
 # Of every VAN.
 STAGES = 4
+Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,7 @@ class Variant:
     aliases: tuple[str, ...] = ()
 
 
-def _public(
-    name: str, dims: tuple[int, ...], depths: tuple[int, ...], top1: float, size: str
-) -> Variant:
+def _public(name: str, dims: Numbers, depths: Numbers, top1: float, size: str) -> Variant:
     """Return a variant with public weights, whose size and accuracy are in their file's name."""
     repo = f"Visual-Attention-Network/VAN-{size.title()}-original"
     weights = f"{repo}:van_{size}_{top1 * 10:.0f}.pth.tar"
