@@ -160,6 +160,15 @@ def test_a_graph_that_does_not_load_fails_alone(judged: Subject, broken: Broken)
     assert not report
 
 
+def test_a_graph_that_gives_nothing_known_is_no_pass(judged: Subject, broken: Broken) -> None:
+    """Its answers were compared with nothing, which was a PASS."""
+    model = judged.graph("fp16")
+    next(node for node in model.graph.node if node.output[0] == "logits").output[0] = "scores"
+    model.graph.output[0].name = "scores"
+    verdict = verdict_of(judged, broken(judged, "fp16", "fp16", model), "fp16")
+    assert verdict.outcome is FAIL
+
+
 def test_an_overflow_that_cannot_be_looked_for_is_no_pass(judged: Subject, broken: Broken) -> None:
     """Any exception there meant 'no overflow'."""
     model = judged.graph("fp16")
