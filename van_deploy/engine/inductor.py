@@ -131,21 +131,17 @@ def build_package(
         "batch": str(batch),
         "fused_kernels": settings.fused_kernels,
     }
-    present = None if force else existing(bundle, made_with, verified_package)
-    if present is not None:
+    if not force and (present := existing(bundle, made_with, verified_package)):
         return present, True
-    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
-    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
-    name = f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
-        file = Path(folder) / f"{name}.pt2"
+        file = Path(folder) / f"{_name(bundle, settings, target)}.pt2"
         _compile(_network(onnx, bundle, settings), settings, row, file)
         facts = {
             **decided,
             "schema": PACKAGE_SCHEMA,
-            "name": name,
+            "name": file.stem,
             "file_sha256": file_sha256(file),
             "file_bytes": file.stat().st_size,
             "onnx_file": source.file,
@@ -161,6 +157,12 @@ def build_package(
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))
         enter(path, source, file, sidecar, made_with)
     return sidecar, False
+
+
+def _name(bundle: Bundle, settings: BuildSettings, target: str) -> str:
+    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
+    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
+    return f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
 
 
 def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
