@@ -33,7 +33,7 @@ LONGEST_S = 900
 TESTS = "not slow and not gpu"
 
 AREAS = {
-    "gates": ("checks/*.py", "metrics.py", "intervals.py", "judging.py"),
+    "gates": ("checks/*.py", "metrics.py", "intervals.py", "api.py"),
     "fold": ("graph/*.py",),
     "precision": ("precision/*.py",),
     "labels": ("data/*.py", "images/*.py"),

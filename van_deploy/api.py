@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from van_deploy import bundle as on_disk
-from van_deploy import config, judging
+from van_deploy import config
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.document import BenchReport, save_report
-from van_deploy.checks.verify import record_check
+from van_deploy.checks import regression
+from van_deploy.checks.drift import DriftReport, drift_of_bundle
+from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
+from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
+from van_deploy.checks.judging import common
+from van_deploy.checks.verify import NO_RECIPE, VerifyReport, record_check, verify_bundle
 from van_deploy.config.named import EXPORT, Change, changes_from, settings_from
 from van_deploy.documents import Verdict
-from van_deploy.recipe import recipe_for
+from van_deploy.files import write_atomic
+from van_deploy.recipe import recipe_for, recipe_named
 from van_deploy.report.files import document_of_bundle, write_report
-from van_deploy.runners.network import Network, require_classes
+from van_deploy.runners.network import Network, original_network, require_classes
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, predict, sources_from
 from van_deploy.signing import signed_bundle
@@ -32,10 +38,7 @@ if TYPE_CHECKING:
 
     from van_deploy import option_types as kw
     from van_deploy.building import BuildReport
-    from van_deploy.checks.drift import DriftReport
-    from van_deploy.checks.evaluate import EvaluateReport
-    from van_deploy.checks.regression import CheckReport
-    from van_deploy.checks.verify import VerifyReport
+    from van_deploy.model.checkpoint import LoadedVan
     from van_deploy.pipeline import ExportReport, RunResult
     from van_deploy.precision.pipeline import QuantizeResult
 
@@ -204,9 +207,11 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
         """
-        opened = self.opened()
-        asked = settings_from(config.VerifySettings, options)
-        return self._recorded(opened, "verify", judging.verify(opened, asked, self.progress))
+        opened, asked = self.opened(), settings_from(config.VerifySettings, options)
+        gates = _gates(asked.recipe)
+        loaded, samples = self._compared(opened, asked)
+        report = verify_bundle(opened, samples, asked, loaded, gates, self.progress)
+        return self._recorded(opened, "verify", report)
 
     def evaluate(
         self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluationOptions]
@@ -218,7 +223,9 @@ class Bundle:
         """
         opened, folder = self.opened(), {"images": images} if images else {}
         asked = settings_from(config.EvaluationSettings, {**options, **folder})
-        return self._recorded(opened, "evaluate", judging.evaluate(opened, asked, self.progress))
+        gates, loaded = _gates(asked.recipe), self._original(opened, asked.weights)
+        report = evaluate_bundle(opened, loaded, asked, gates, self.progress)
+        return self._recorded(opened, "evaluate", report)
 
     def drift(self, **options: Unpack[kw.DriftOptions]) -> DriftReport:
         """Measure what each stage, block or module of each ONNX artefact adds to the error.
@@ -226,13 +233,14 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
         """
-        opened = self.opened()
-        asked = settings_from(config.DriftSettings, options)
-        return self._recorded(opened, "drift", judging.drift(opened, asked, self.progress))
+        opened, asked = self.opened(), settings_from(config.DriftSettings, options)
+        loaded, samples = self._compared(opened, asked)
+        report = drift_of_bundle(opened, samples.first(asked.count), asked, loaded, self.progress)
+        return self._recorded(opened, "drift", report)
 
     def check(
         self, baseline: str | Path, *, update: bool = False, **options: Unpack[kw.CheckOptions]
-    ) -> CheckReport:
+    ) -> regression.CheckReport:
         """Hold the bundle against its gates and a committed baseline.
 
         With ``update`` the baseline is written from what is measured, if the gates hold.
@@ -241,8 +249,28 @@ class Bundle:
             InputError: the baseline cannot be read, or is not this bundle's.
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
-        asked = settings_from(config.CheckSettings, options)
-        return judging.check(self.opened(), Path(baseline), asked, update, self.progress)
+        opened, asked = self.opened(), settings_from(config.CheckSettings, options)
+        gates, file, say = _gates(asked.recipe), Path(baseline), self.progress
+        known = None if update else regression.read_baseline(file)
+        loaded, samples = self._compared(opened, asked)
+        same = config.VerifySettings(**common(asked))
+        verified = verify_bundle(opened, samples, same, loaded, gates, say)
+        evaluated, ratios = None, {}
+        if asked.evaluate is not None or asked.speed:
+            loaded = loaded or self._original(opened, asked.weights)
+        if asked.evaluate is not None and loaded is not None:
+            table = {"images": asked.evaluate, "labels": asked.labels, **common(asked)}
+            settings = config.EvaluationSettings(**table, class_order=asked.class_order)
+            evaluated = evaluate_bundle(opened, loaded, settings, gates, say)
+        if asked.speed and loaded is not None:
+            say("Measuring ratios of speed")
+            ratios = regression.speed_ratios(opened, loaded, samples, asked)
+        measured = regression.baseline_from(opened, samples, verified, evaluated, ratios)
+        report = regression.compare_with_baseline(measured, known, verified, evaluated)
+        if update and report:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, report.measured.text())  # one figure a line: a change is one line
+        return report
 
     def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:
         """Time every artefact in every runtime that is here, each in a process of its own.
@@ -329,6 +357,20 @@ class Bundle:
         document = document_of_bundle(opened)
         files = write_report(document, opened, Path(output) if output else None)
         return WrittenReport(document.state, document.note, tuple(files))
+
+    def _compared(
+        self,
+        opened: on_disk.Bundle,
+        asked: config.VerifySettings | config.DriftSettings | config.CheckSettings,
+    ) -> tuple[LoadedVan | None, Samples]:
+        """Return the original network, where it is asked for, and what is judged on."""
+        from_weights = asked.against == "weights"
+        loaded = self._original(opened, asked.weights) if from_weights else None
+        return loaded, samples_for(opened, loaded, asked.images, asked.count or GOLDEN_IMAGES)
+
+    def _original(self, opened: on_disk.Bundle, weights: Path | None) -> LoadedVan:
+        self.progress("Loading the original network")
+        return original_network(opened, weights)
 
     def _recorded(self, opened: on_disk.Bundle, name: str, result: Result) -> Result:
         """Keep a result in the manifest; what was signed stays as it was signed."""
@@ -430,3 +472,8 @@ def run_recipe(
 
 open_bundle = Bundle
 """Return the bundle at a path. Arguments and errors are those of :class:`Bundle`."""
+
+
+def _gates(recipe: str) -> config.GateSettings:
+    """Return the gates of the recipe called that, or the defaults."""
+    return recipe_named(recipe).gates if recipe else NO_RECIPE

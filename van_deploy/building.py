@@ -19,38 +19,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
+from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome as Found
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
-from van_deploy.config import (
-    BuildSettings,
-    FleetSettings,
-    Precision,
-    QuantizeSettings,
-    RunnerSettings,
-    VerifySettings,
-)
 from van_deploy.documents import Verdict
+from van_deploy.engine import bundled
 from van_deploy.engine.backend import Host, device_number, host_here
-from van_deploy.engine.bundled import (
-    BUILT,
-    REUSED,
-    Cell,
-    FleetHost,
-    Outcome,
-    build_cells,
-    build_on_ray,
-    planned_engines,
-    read_fleet,
-)
 from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, packages_asked
-from van_deploy.errors import (
-    BundleError,
-    ConversionError,
-    MissingDependency,
-    VanDeployError,
-)
+from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.runners.network import Network
@@ -99,7 +77,7 @@ class BuildReport(Verdict):
         remarks: a sentence for each precision that was made on the way.
     """
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[bundled.Outcome, ...]
     tuned: tuple[Tuned, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -116,7 +94,7 @@ class BuildReport(Verdict):
 
 def build_bundle(
     bundle: Bundle,
-    settings: BuildSettings,
+    settings: config.BuildSettings,
     *,
     force: bool = False,
     progress: Progress = silent,
@@ -135,26 +113,28 @@ def build_bundle(
         for one in packages_asked(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
-            targets, how = package.targets, REUSED if reused else BUILT
-            cell = Cell(bundle.path, package.precision, targets, one.of(), FleetHost())
-            packages.append(Outcome(cell, how, package.name, package=package))
+            targets, how = package.targets, bundled.REUSED if reused else bundled.BUILT
+            made_of = package.precision, targets, one.of(), bundled.FleetHost()
+            cell = bundled.Cell(bundle.path, *made_of)
+            packages.append(bundled.Outcome(cell, how, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
-    cells = planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
+    cells = bundled.planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
     missing = [name for name in settings.precisions if name not in bundle.artefacts]
     made = [_made_missing(Bundle.open(bundle.path), name, settings, progress) for name in missing]
-    cache = settings.timing_cache
-    outcomes = build_cells(cells, host=host, timing_cache=cache, force=force, progress=progress)
+    outcomes = bundled.build_cells(
+        cells, host=host, timing_cache=settings.timing_cache, force=force, progress=progress
+    )
     return BuildReport(tuple(outcomes), remarks=tuple(made))
 
 
 def build_fleet(
     path: Path,
-    fleet: FleetSettings,
+    fleet: config.FleetSettings,
     *,
     force: bool = False,
     progress: Progress = silent,
-    each: Callable[[int, int, Outcome], None],
+    each: Callable[[int, int, bundled.Outcome], None],
 ) -> BuildReport:
     """Return what became of every engine of a fleet file; one that fails does not stop the others.
 
@@ -169,11 +149,11 @@ def build_fleet(
         RecipeError: the file is wrong.
         MissingDependency: Ray was asked for and is not here.
     """
-    cells = read_fleet(path)
+    cells = bundled.read_fleet(path)
     if fleet.on == "ray":
-        stream = build_on_ray(cells, address=fleet.ray_address or None, force=force)
+        stream = bundled.build_on_ray(cells, address=fleet.ray_address or None, force=force)
     else:
-        stream = build_cells(cells, go_on=True, force=force, progress=progress)
+        stream = bundled.build_cells(cells, go_on=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         each(count, len(cells), outcome)
@@ -181,7 +161,9 @@ def build_fleet(
     return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
-def _made_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: Progress) -> str:
+def _made_missing(
+    bundle: Bundle, precision: str, settings: config.BuildSettings, say: Progress
+) -> str:
     """Make the ONNX file of a precision that a bundle lacks, and return what to tell of it.
 
     FP16 and BF16 are made as ``van-deploy quantize`` makes them, and so is INT8 where there are
@@ -199,7 +181,8 @@ def _made_missing(bundle: Bundle, precision: str, settings: BuildSettings, say: 
             more = "\nOr give --images DIR to make it on the way." * made_here
             raise BundleError(error.message, error.remedy + more) from None
     say(f"{precision} is not in the bundle yet: making it")
-    asked = QuantizeSettings(precision=cast("Precision", precision), images=settings.images)
+    wanted = cast("config.Precision", precision)
+    asked = config.QuantizeSettings(precision=wanted, images=settings.images)
     result = quantize_bundle(bundle.path, asked, progress=say)
     held = "" if result else f"; its gate is not shown to hold: `van-deploy verify {bundle.path}`"
     return f"{precision}: was not in the bundle, and was made as `van-deploy quantize` does{held}"
@@ -215,11 +198,11 @@ class Candidate(NamedTuple):
     """
 
     described: str
-    settings: BuildSettings
+    settings: config.BuildSettings
     scope: str
 
 
-def candidates_of(bundle: Bundle, settings: BuildSettings) -> list[Candidate]:
+def candidates_of(bundle: Bundle, settings: config.BuildSettings) -> list[Candidate]:
     """Return what is tried: precision, INT8 scope, and how hard the backend searches.
 
     The precisions are those asked for, or all that there are. INT8 scopes other than the
@@ -254,7 +237,9 @@ def candidates_of(bundle: Bundle, settings: BuildSettings) -> list[Candidate]:
     return found
 
 
-def _fastest(bundle: Bundle, settings: BuildSettings, host: Host, say: Progress) -> BuildReport:
+def _fastest(
+    bundle: Bundle, settings: config.BuildSettings, host: Host, say: Progress
+) -> BuildReport:
     """Build the fastest candidate that holds its gate, and say what became of the others.
 
     Raises:
@@ -294,7 +279,7 @@ def _built(path: Path, candidate: Candidate) -> BuildReport:
     """Build a candidate, the INT8 graph it is built from first where it names a scope."""
     if candidate.scope:
         images = candidate.settings.images
-        asked = QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        asked = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
         quantize_bundle(path, asked, force=True)
     return build_bundle(Bundle.open(path), candidate.settings)
 
@@ -308,10 +293,10 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
     verdict = verify_bundle(
         bundle,
         samples_for(bundle, None, None),
-        VerifySettings(artefacts=(name,), device=device, modules=False),
+        config.VerifySettings(artefacts=(name,), device=device, modules=False),
     ).artefacts[name]
     passed = verdict.outcome is Found.PASS
-    with Network(bundle, name, RunnerSettings(device=device)) as network:
+    with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         seconds = _seconds(network.opened, images)

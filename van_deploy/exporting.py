@@ -13,16 +13,8 @@ import torch
 from onnx import ModelProto
 
 from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
+from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.golden import (
-    GOLDEN_FILE,
-    Samples,
-    golden_count,
-    images_for_golden,
-    other_sizes,
-    reference_samples,
-    write_golden,
-)
 from van_deploy.checks.judging import batch_sizes, judge_new
 from van_deploy.config import Recipe
 from van_deploy.data.images import Batch
@@ -145,8 +137,8 @@ def export_bundle(
     clock = Stopwatch(progress)
     clock.begin("Preparing images")
     source = None if recipe.export.golden == "samples" else images
-    count = golden_count(loaded.config, loaded.preprocessing)
-    checked, originals = images_for_golden(loaded.name, loaded.preprocessing, source, count)
+    count = golden.golden_count(loaded.config, loaded.preprocessing)
+    checked, originals = golden.images_for_golden(loaded.name, loaded.preprocessing, source, count)
     made_with, reason = _ingredients(loaded, recipe, rewrites, checked.inputs), "asked to (--force)"
     if not force:
         try:
@@ -156,15 +148,15 @@ def export_bundle(
     if reason:
         with writing(output, name=loaded.name) as draft:
             artefact, samples = _checked_graph(draft, loaded, recipe, rewrites, checked, clock)
-            files, golden = dict(artefact.files), None
+            files, entry = dict(artefact.files), None
             if recipe.export.golden != "none":
-                golden = write_golden(draft, samples, originals, users=source is not None)
-                files |= dict.fromkeys((GOLDEN_FILE, *golden.originals), "")
+                entry = golden.write_golden(draft, samples, originals, users=source is not None)
+                files |= dict.fromkeys((golden.GOLDEN_FILE, *entry.originals), "")
             if loaded.class_names:
                 text = "\n".join(loaded.class_names) + "\n"
                 draft.file(LABELS_FILE).write_text(text, encoding="utf-8")
                 files[LABELS_FILE] = ""
-            draft.description = _description(loaded, recipe, golden)
+            draft.description = _description(loaded, recipe, entry)
             draft.record(artefact.model_copy(update={"files": files, "made_with": made_with}))
     clock.begin("")
     why, notes = reason or "nothing changed", loaded.source.notes
@@ -178,7 +170,7 @@ def _checked_graph(
     rewrites: Rewrites,
     checked: Batch,
     clock: Stopwatch,
-) -> tuple[Artefact, Samples]:
+) -> tuple[Artefact, golden.Samples]:
     """Write the FP32 graph into a draft, and judge it; return its entry, and what it was judged on.
 
     Raises:
@@ -190,8 +182,8 @@ def _checked_graph(
     files = dict.fromkeys(save_onnx(model, path), "")
     del model
     clock.begin("Running the original network in float64")
-    sizes = other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
-    samples = reference_samples(loaded, checked, sizes)
+    sizes = golden.other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
+    samples = golden.reference_samples(loaded, checked, sizes)
     clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
     judged, record = judge_new(path, "fp32", samples, batches)
     if judged.outcome is not Outcome.PASS:
@@ -280,7 +272,7 @@ def _ingredients(
     }
 
 
-def _description(loaded: LoadedVan, recipe: Recipe, golden: Golden | None) -> Description:
+def _description(loaded: LoadedVan, recipe: Recipe, entry: Golden | None) -> Description:
     """Return what the manifest says of the network."""
     values = {
         "name": loaded.name,
@@ -292,7 +284,7 @@ def _description(loaded: LoadedVan, recipe: Recipe, golden: Golden | None) -> De
         "batch": recipe.batch,
         "sizes": recipe.export.dynamic_size,
         "versions": tool_versions(*TOOLS),
-        "golden": golden,
+        "golden": entry,
     }
     return validated(
         Description,

