@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,25 +31,27 @@ from typing import Any
 
 from reliability.load import exported
 
-NEEDED = (
+FORKS = multiprocessing.get_context("forkserver")
+IMPORTED = (
     *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
     *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.pipeline", "van_deploy.cli.make"),
 )
 NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
 CHANGES = {*NEEDS_ROOM, "os.remove", "os.rmdir", "os.truncate"} - {"open"}
+PATHS = (str, bytes, os.PathLike)
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SIZES_KIB = (64, 256, 512, 900, 1300, 1800, 2600, 3600, 5000)
 MOST_STEPS = 1000
 STOPS = {"kill": "`kill -9` before", "full": "disk full from"}
-BUNDLE = "BUNDLE"
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "export": ("export", "van_digits", "--output", BUNDLE, "--force"),
-    "quantize": ("quantize", BUNDLE, "--precision", "fp16", "--force"),
-    "build": ("build", BUNDLE, "--target", "sm_89", "--force"),
-    "run": ("run", "van_digits", "--precision", "fp16", "--output", BUNDLE, "--force"),
-    "report": ("report", BUNDLE),
+COMMANDS = {
+    "export": "export van_digits --output {bundle} --force",
+    "quantize": "quantize {bundle} --precision fp16 --force",
+    "build": "build {bundle} --target sm_89 --force",
+    "run": "run van_digits --precision fp16 --output {bundle} --force",
+    "report": "report {bundle}",
 }
-"""The commands that write, with the bundle's place in them."""
+"""The commands that write."""
+PREDICT = "predict {bundle} {bundle}/golden/0.png"
 CLOCK = """
 import itertools, time
 start, steps = time.time(), itertools.count()
@@ -82,19 +83,24 @@ class Trials:
             self.broken.append(f"{what}: {code} {problem} {said[-600:]}")
         self.outcomes[f"exit code {code}" if code else "ended well"] += 1
 
+    def run(self, line: str, *allowed: int, bundle: Path, **how: Any) -> None:
+        """Run a command on a bundle, and judge how it ended."""
+        self.judge(line, van_deploy(line, bundle, **how), allowed, bundle)
+
 
 def van_deploy(
-    *words: object, program: Sequence[str] = ("-m", "van_deploy"), **environment: str
+    line: str, bundle: Path, program: Sequence[str] = ("-m", "van_deploy"), **environment: str
 ) -> tuple[int, str]:
-    """Run ``van-deploy`` as a process of its own; return its exit code and its stderr."""
-    done = subprocess.run(
-        [sys.executable, *program, *map(str, words)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )
+    """Run a command on a bundle as a process of its own; return its exit code and its stderr."""
+    words = [sys.executable, *program, *words_of(line, bundle)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     return done.returncode, done.stderr
+
+
+def words_of(line: str, bundle: Path) -> list[str]:
+    """Return a command's words, its bundle filled in."""
+    return [word.format(bundle=bundle) for word in line.split()]
 
 
 def bundle_is_whole(folder: Path) -> str:
@@ -121,26 +127,21 @@ def stopped_at_every_step(
 ) -> Iterator[Trials]:
     """Kill commands before each of their steps, or let the disk be full from there on."""
     base = exported(folder / "base", "van_digits")
+    FORKS.set_forkserver_preload(list(IMPORTED))  # what is not installed is left out
     for kind, name in itertools.product(kinds, only):
-        what = (
-            "`kill -9` before every step of" if kind == "kill" else "disk full from every step of"
-        )
-        trials, target = (
-            Trials(f"{what} `{name}`, on the bundle's files"),
-            folder / f"{kind}-{name}",
-        )
-        words = [str(target) if word is BUNDLE else word for word in COMMANDS[name]]
+        trials = Trials(f"{STOPS[kind]} every step of `{name}`, on the bundle's files")
+        target = folder / f"{kind}-{name}"
         for step in range(1, MOST_STEPS):
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(base, target)
-            ended = _forked(words, target, kind, step)
+            ended = _forked(name, target, kind, step)
             if ended[0] == 3 and "not installed" in ended[1]:
                 trials.skipped = ended[1].strip().splitlines()[0]
                 break
             if ended[0] == 0:  # there was no such step any more
                 break
             trials.judge(f"step {step}", ended, (3, -signal.SIGKILL), target)
-            again = _forked(words, target, kind, MOST_STEPS)
+            again = _forked(name, target, kind, MOST_STEPS)
             if again[0] or bundle_is_whole(target):
                 trials.broken.append(f"the run after step {step}: {again}")
         else:
@@ -148,33 +149,25 @@ def stopped_at_every_step(
         yield trials
 
 
-def _forked(words: Sequence[str], target: Path, kind: str, step: int) -> tuple[int, str]:
+def _forked(name: str, target: Path, kind: str, step: int) -> tuple[int, str]:
     """Return the exit code of a command that is stopped at a step, and its stderr."""
-    for name in NEEDED:
-        with contextlib.suppress(ImportError):  # tensorrt_rtx is not everywhere
-            importlib.import_module(name)
     log = target.parent / "said"
-    pid = os.fork()
-    if pid == 0:
-        code = 99
-        try:
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            import torch
+    process = FORKS.Process(target=_run, args=(name, target, kind, step, log))
+    process.start()
+    process.join()
+    return process.exitcode or 0, log.read_text(errors="replace")
 
-            from van_deploy.cli.app import app
 
-            torch.set_num_threads(1)
-            sys.addaudithook(_stopping(os.path.realpath(target), kind, step))
-            app([*words, "--json"], prog_name="van-deploy", standalone_mode=True)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code, log.read_text(errors="replace")
+def _run(name: str, target: Path, kind: str, step: int, log: Path) -> None:
+    import torch
+
+    from van_deploy.cli.app import app
+
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    torch.set_num_threads(1)
+    sys.addaudithook(_stopping(os.path.realpath(target), kind, step))
+    app([*words_of(COMMANDS[name], target), "--json"], prog_name="van-deploy")
 
 
 def _stopping(place: str, kind: str, step: int) -> Callable[[str, tuple[Any, ...]], None]:
@@ -183,9 +176,7 @@ def _stopping(place: str, kind: str, step: int) -> Callable[[str, tuple[Any, ...
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(details[2], int) and details[2] & WRITING
-        if not (writes or event in CHANGES) or not isinstance(
-            details[0], str | bytes | os.PathLike
-        ):
+        if not (writes or event in CHANGES) or not isinstance(details[0], PATHS):
             return
         if not os.path.realpath(os.fsdecode(details[0])).startswith(place + os.sep):
             return
@@ -224,65 +215,46 @@ def full_disk(
     used = 64 + sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) // 1024
     for name in only:
         trials = Trials(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
-        words = [str(disk / "bundle") if word is BUNDLE else word for word in COMMANDS[name]]
         try:
             for free in sizes:
                 with small_disk(disk, free + (0 if name == "export" else used)):
                     if name != "export":
                         shutil.copytree(base, disk / "bundle")
                     (disk / "tmp").mkdir()
-                    ended = van_deploy(*words, TMPDIR=str(disk / "tmp"))
-                    trials.judge(f"{free} KiB free", ended, (0, 3), disk / "bundle")
+                    full: Any = {"bundle": disk / "bundle", "TMPDIR": str(disk / "tmp")}
+                    trials.run(COMMANDS[name], 0, 3, **full)
         except OSError as error:
             trials.skipped = str(error)
         yield trials
 
 
-def tried(
-    fault: str, commands: Iterable[tuple[Sequence[object], Collection[int]]], **how: Any
-) -> Trials:
-    """Run commands one after the other; each may end with some exit codes."""
-    trials = Trials(fault)
-    for words, allowed in commands:
-        bundle = next((word for word in words if isinstance(word, Path) and word.is_dir()), None)
-        trials.judge(str(words[0]), van_deploy(*words, **how), allowed, bundle)
-    return trials
-
-
 def read_only(folder: Path) -> Iterator[Trials]:
     """Run every command that reads, and every one that writes, on a read-only bundle."""
-    what, disk = "a bundle on a read-only file system", folder / "ro"
-    base, bundle = exported(folder / "base", "van_digits"), disk / "bundle"
-    commands: list[tuple[tuple[object, ...], tuple[int, ...]]] = [
-        (("info", bundle), (0,)),
-        (("inspect", bundle), (0,)),
-        (("predict", bundle, base / "golden/0.png"), (0,)),
-        (("verify", bundle, "--no-modules"), (0, 3, 5)),
-        (("drift", bundle, "--level", "stage"), (0, 3, 5)),
-        (("quantize", bundle, "--precision", "fp16"), (3, 5)),
-        (("build", bundle, "--target", "sm_89"), (3, 5)),
-        (("export", "van_digits", "--output", bundle, "--force"), (3, 5)),
-    ]
+    trials, disk = Trials("a bundle on a read-only file system"), folder / "ro"
+    base = exported(folder / "base", "van_digits")
     try:
         with small_disk(disk, 20_000):
-            shutil.copytree(base, bundle)
+            bundle = Path(shutil.copytree(base, disk / "bundle"))
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-            yield tried(what, commands)
+            for line in ("info {bundle}", "inspect {bundle}", PREDICT):
+                trials.run(line, 0, bundle=bundle)
+            for line in ("verify {bundle} --no-modules", "drift {bundle} --level stage"):
+                trials.run(line, 0, 3, 5, bundle=bundle)
+            for name in ("quantize", "build", "export"):
+                trials.run(COMMANDS[name], 3, 5, bundle=bundle)
     except OSError as error:
-        yield Trials(what, skipped=str(error))
+        trials.skipped = str(error)
+    yield trials
 
 
 def two_writers(folder: Path) -> Iterator[Trials]:
     """Let three processes write one bundle at the same time, five times."""
-    trials, bundle = (
-        Trials("three processes writing one bundle"),
-        exported(folder / "shared", "van_digits"),
-    )
-    writers = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
-    words = [[bundle if word is BUNDLE else word for word in each] for each in writers]
+    trials = Trials("three processes writing one bundle")
+    bundle = exported(folder / "shared", "van_digits")
+    lines = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(5):
-            for code, said in pool.map(lambda each: van_deploy(*each), words):
+            for code, said in pool.map(lambda line: van_deploy(line, bundle), lines):
                 replaced = code == 5 and "was replaced while" in said
                 trials.judge("a writer", (0 if replaced else code, said), (0, 3))
             trials.judge("all writers", (0, ""), bundle=bundle)
@@ -291,21 +263,21 @@ def two_writers(folder: Path) -> Iterator[Trials]:
 
 def odd_places(folder: Path) -> Iterator[Trials]:
     """Run commands while the clock goes back a minute at every look, and with a spoiled cache."""
-    bundle, loop, file = folder / "clock", folder / "loop", folder / "a-file"
-    export = ("export", "van_digits", "--output", bundle)
-    others = (("quantize", bundle, "--precision", "fp16"), ("verify", bundle, "--no-modules"))
-    every = [(words, (0,)) for words in (export, *others, export)]
-    yield tried("a clock that goes back a minute at every look", every, program=("-c", CLOCK))
+    loop, file = folder / "loop", folder / "a-file"
+    trials, export = Trials("a clock that goes back a minute at every look"), COMMANDS["export"]
+    for line in (export, COMMANDS["quantize"], "verify {bundle} --no-modules", export):
+        trials.run(line, 0, bundle=folder / "clock", program=("-c", CLOCK))
+    yield trials
     loop.symlink_to(loop)
     file.write_text("no folder")
-    commands: list[tuple[tuple[object, ...], tuple[int, ...]]] = [
-        (("list",), (0,)),
-        (("info", "van_b1"), (0,)),
-        (("export", "van_b1", "--offline", "--output", folder / "no"), (3, 5)),
-        (("export", "van_digits", "--output", folder / "yes"), (0,)),
-    ]
     for home in map(str, (file, loop, file / "below", "/proc/1/nothing")):
-        trials = tried("a cache that cannot be read", commands, HF_HOME=home, HF_HUB_CACHE=home)
+        trials, cache = (
+            Trials("a cache that cannot be read"),
+            {"HF_HOME": home, "HF_HUB_CACHE": home},
+        )
+        for line in ("list", "info van_b1", export):
+            trials.run(line, 0, bundle=folder / "yes", **cache)
+        trials.run("export van_b1 --offline --output {bundle}", 3, 5, bundle=folder / "no", **cache)
         if (folder / "no").exists():
             trials.broken.append("an export that failed left its folder behind")
         yield trials

@@ -9,32 +9,33 @@ cases of a kind run in a process of their own; Hypothesis shrinks the first that
 from __future__ import annotations
 
 import faulthandler
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
-
-import hypothesis
-from hypothesis import strategies as st
 
 from reliability.kinds import KINDS, MARKER, command, make_sound_files
+from reliability.spoiled import Draw, first_fault
 
 TOTAL, LONGEST_S, MOST_BYTES = 10_000, 20.0, 2 * 10**9
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
+
+Found = tuple[Counter[int], int, str]
+"""How often each exit code came, the most memory in bytes, and what went wrong or ""."""
 
 
 class _TooLong(BaseException):
     """A case took more than its time."""
 
 
-def fuzz(kind: str, seed: int, count: int, sound: Path) -> dict[str, Any]:
-    """Return what became of about so many cases: ``codes``, ``peak`` in bytes and ``fault``.
+def fuzz(kind: str, seed: int, count: int, sound: Path) -> Found:
+    """Return what became of about so many cases, run in a process of their own.
 
     Args:
         kind: one of :data:`~reliability.kinds.KINDS`.
@@ -42,53 +43,37 @@ def fuzz(kind: str, seed: int, count: int, sound: Path) -> dict[str, Any]:
         count: of cases.
         sound: folder of the sound files, which are made where they are not there.
     """
-    words = [sys.executable, "-m", "reliability.fuzz", kind, str(seed), str(count), str(sound)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        said = " ".join(done.stderr.split()[-40:])
-        return {
-            "codes": {},
-            "peak": 0,
-            "fault": f"the process ended with {done.returncode}: {said}",
-        }
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(run_cases, kind, seed, count, sound).result()
+        except BrokenProcessPool:
+            return Counter(), 0, f"{kind}: the process died"
 
 
-def run_cases(kind: str, seed: int, count: int, sound: Path) -> None:
-    """Run cases in this process, and write what became of them to standard output as JSON."""
+def run_cases(kind: str, seed: int, count: int, sound: Path) -> Found:
+    """Run cases in this process, and return what became of them."""
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", NO_COLOR="1")
     if not sound.exists():
         sound.mkdir(parents=True)
         make_sound_files(sound)
     bundle, image = sound / "bundle", sound / "bundle/golden/0.png"
     for words in (("info", sound / "zip.pth"), ("inspect", bundle), ("predict", bundle, image)):
         if command(*words)() != 0:  # also starts what libraries start once
-            raise SystemExit(f"van-deploy {words[0]} refuses a sound file")
-    codes, executed, fault = Counter[int](), list[str](), ""
-    sys.addaudithook(lambda name, _: executed.append(name) if name.startswith(EXECUTES) else None)
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(st.data())
-    def case(data: st.DataObject) -> None:
-        with tempfile.TemporaryDirectory(dir=sound) as folder:
-            codes[outcome(data, kind, sound, Path(folder), executed)] += 1
-
-    try:
-        case()
-    except AssertionError as error:
-        fault = f"{kind}: {error}"
+            return Counter(), 0, f"van-deploy {words[0]} refuses a sound file"
     from van_deploy.environment.hardware import peak_memory_bytes
 
-    print(json.dumps({"codes": codes, "peak": peak_memory_bytes(), "fault": fault}))
+    codes, executed = Counter[int](), list[str]()
+    sys.addaudithook(lambda name, _: executed.append(name) if name.startswith(EXECUTES) else None)
+
+    def case(draw: Draw) -> None:
+        with tempfile.TemporaryDirectory(dir=sound) as folder:
+            codes[outcome(draw, kind, sound, Path(folder), executed)] += 1
+
+    fault = first_fault(case, seed, count)
+    return codes, peak_memory_bytes(), f"{kind}: {fault}" if fault else ""
 
 
-def outcome(data: st.DataObject, kind: str, sound: Path, folder: Path, executed: list[str]) -> int:
+def outcome(draw: Draw, kind: str, sound: Path, folder: Path, executed: list[str]) -> int:
     """Return the exit code of one case.
 
     Raises:
@@ -100,7 +85,7 @@ def outcome(data: st.DataObject, kind: str, sound: Path, folder: Path, executed:
     def too_long(*_: object) -> None:
         raise _TooLong
 
-    read = KINDS[kind][2](data.draw, sound, folder)
+    read = KINDS[kind][2](draw, sound, folder)
     executed.clear()
     signal.signal(signal.SIGALRM, too_long)
     signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
@@ -118,8 +103,7 @@ def outcome(data: st.DataObject, kind: str, sound: Path, folder: Path, executed:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-    marker = sound / MARKER
-    if marker.exists() or executed:
+    if (sound / MARKER).exists() or executed:
         raise AssertionError(f"it ran something: {executed or 'the payload'}")
     if not 0 <= code <= 5 or peak_memory_bytes() > MOST_BYTES:
         raise AssertionError(f"exit code {code}, {peak_memory_bytes() / 1e9:.1f} GB")
@@ -133,19 +117,12 @@ def table(
     rows, faults, names = [], list[str](), only or list(KINDS)
     with tempfile.TemporaryDirectory(prefix="van-deploy-fuzz-") as folder:
         for name in names:
-            share = KINDS[name][0] / sum(KINDS[other][0] for other in names)
-            found = fuzz(
-                name, seed, max(1, round((count or TOTAL) * share)), Path(folder) / "sound"
-            )
-            refused = {code: n for code, n in sorted(found["codes"].items()) if code != "0"}
+            share = (count or TOTAL) * KINDS[name][0] / sum(KINDS[other][0] for other in names)
+            codes, peak, fault = fuzz(name, seed, round(share), Path(folder) / "sound")
+            refused = {code: n for code, n in sorted(codes.items()) if code}
             told = f"{sum(refused.values())} ({', '.join(f'{c}: {n}' for c, n in refused.items())})"
-            figures = [sum(found["codes"].values()), found["codes"].get("0", 0), told]
-            figures += [int(bool(found["fault"])), f"{found['peak'] / 1e9:.2f}"]
+            figures = [codes.total(), codes[0], told, int(bool(fault)), f"{peak / 1e9:.2f}"]
             rows.append([name, KINDS[name][1], *map(str, figures)])
-            faults += [found["fault"]] if found["fault"] else []
+            faults += [fault] if fault else []
     columns = ["file", "what was spoiled", "cases", "taken", "refused (exit code: cases)", "faults"]
     return [*columns, "peak GB"], rows, faults
-
-
-if __name__ == "__main__":
-    run_cases(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

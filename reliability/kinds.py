@@ -25,12 +25,27 @@ Spoil = Callable[[Draw, Path, Path], Reader]
 
 MARKER = "executed"  # of the sound files' folder: a payload that runs makes it
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
-READING = ("info", "inspect", "predict", "report", "package")
 LABELS = {str(number): f"digit {number}" for number in range(10)}
-DOCUMENTS: dict[str, dict[str, Any]] = {
+HUB: dict[str, dict[str, Any]] = {
     "config": {"model_type": "van", "hidden_act": "gelu", "num_labels": 10, "id2label": LABELS},
     "preprocessor_config": {"size": {"shortest_edge": 64}, "crop_size": 64, "resample": 3},
 }
+DOCUMENTS: dict[str, tuple[str, ...]] = {
+    "manifest": (
+        "signed/manifest.json",
+        *("info {it}", "inspect {it}", "report {it}", "package triton {it} --output {it}-out"),
+        "predict {it} {sound}/bundle/golden/0.png",
+    ),
+    "signature": (
+        "signed/manifest.json.sig",
+        "verify-signature {it} --public-key {sound}/key/is.pub",
+    ),
+    "key": ("key/is.pub", "verify-signature {sound}/signed --public-key {it}/is.pub"),
+    "sidecar": ("engine/van.json", "inspect {it}/van.plan"),
+    "config": ("hub/config.json", "info {it}"),
+    "preprocessor": ("hub/preprocessor_config.json", "info {it}"),
+}
+"""The sound file that is spoiled in a copy of its folder; the commands that read that copy."""
 
 
 def make_sound_files(folder: Path) -> None:
@@ -46,21 +61,21 @@ def make_sound_files(folder: Path) -> None:
     state = {k: v.clone() for k, v in van_deploy.load_van("van_digits").model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, folder / "zip.pth")
     torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
-    save_file(state, folder / "model.safetensors")
-    for name, document in DOCUMENTS.items():
-        (folder / f"{name}.json").write_text(json.dumps(document))
-    key, public = folder / "key.pem", folder / "key.pem.pub"
-    for words in (("genpkey", "-algorithm", "ed25519"), ("pkey", "-pubout", "-in", str(key))):
-        out = key if words[0] == "genpkey" else public
+    for name in ("hub", "key", "engine"):
+        (folder / name).mkdir()
+    save_file(state, folder / "hub/model.safetensors")
+    for name, document in HUB.items():
+        (folder / f"hub/{name}.json").write_text(json.dumps(document))
+    secret, public = folder / "secret.pem", folder / "key/is.pub"
+    for words in (("genpkey", "-algorithm", "ed25519"), ("pkey", "-pubout", "-in", str(secret))):
+        out = secret if words[0] == "genpkey" else public
         subprocess.run(["openssl", *words, "-out", str(out)], check=True)
     shutil.copytree(folder / "bundle", folder / "signed")
-    sign_bundle(folder / "signed", key)
-    build = ("build", folder / "bundle", "--backend", "tensorrt-rtx", "--target", "sm_89")
-    if command(*build)() == 0:
-        for file in (folder / "bundle/engines").iterdir():
-            shutil.copy(file, (folder / "engine").with_suffix(file.suffix))
-        shutil.rmtree(folder / "bundle")
-        van_deploy.export("van_digits", folder / "bundle")
+    sign_bundle(folder / "signed", secret)
+    built = Path(shutil.copytree(folder / "bundle", folder / "built"))
+    if command("build", built, "--backend", "tensorrt-rtx", "--target", "sm_89")() == 0:
+        for file in (built / "engines").iterdir():
+            shutil.copy(file, (folder / "engine/van").with_suffix(file.suffix))
     grey = Image.radial_gradient("L").resize((60, 40))
     image = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
     more: dict[str, Any] = {"gif": {"save_all": True, "append_images": [image.rotate(9)]}}
@@ -84,18 +99,6 @@ def command(*words: object) -> Reader:
     return run
 
 
-def on_bundle(sound: Path, name: str, bundle: Path) -> Reader:
-    """Return the reader of a bundle that a command is."""
-    more: dict[str, tuple[object, ...]] = {
-        "predict": (sound / "bundle/golden/0.png",),
-        "package": ("--output", bundle.with_name("out")),
-        "verify-signature": ("--public-key", sound / "key.pem.pub"),
-        "sign": ("--key", sound / "key.pem"),
-    }
-    first = ("package", "triton") if name == "package" else (name,)
-    return command(*first, bundle, *more.get(name, ()))
-
-
 def checkpoint(draw: Draw, sound: Path, folder: Path) -> Reader:
     """Bytes, tensors, headers and archives of weights, pickles that run something; by `info`."""
     ways = (*[_bytes] * 4, *[_tensors] * 3, _payload, _header, _bomb)
@@ -103,7 +106,7 @@ def checkpoint(draw: Draw, sound: Path, folder: Path) -> Reader:
 
 
 def _bytes(draw: Draw, sound: Path, path: Path) -> Path:
-    source = sound / one_of(draw, "zip.pth", "old.pth", "model.safetensors")
+    source = sound / one_of(draw, "zip.pth", "old.pth", "hub/model.safetensors")
     path = path.with_suffix(source.suffix)
     path.write_bytes(spoiled_bytes(draw, source.read_bytes()))
     return path
@@ -147,7 +150,7 @@ def _payload(draw: Draw, sound: Path, path: Path) -> Path:
 
 def _header(draw: Draw, sound: Path, path: Path) -> Path:
     """Write a safetensors file whose header lies: shapes, offsets, types, lengths."""
-    data = (sound / "model.safetensors").read_bytes()
+    data = (sound / "hub/model.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, huge = spoiled_json(draw, json.loads(data[8 : 8 + length])), one_of(draw, 2**31, 2**62)
     if isinstance(header, dict) and one_of(draw, True, False):
@@ -174,52 +177,34 @@ def _archive(sound: Path, path: Path, changed: Callable[[str, bytes], bytes]) ->
 
 
 def document(names: str, draw: Draw, sound: Path, folder: Path) -> Reader:
-    """Spoil one of some documents: its bytes, or what it says."""
+    """Spoil one of some documents, its bytes or what it says; one of its commands reads it."""
     from van_deploy.files import content_key
 
-    path, read = _placed(one_of(draw, *names.split()), draw, sound, folder)
+    file, *lines = DOCUMENTS[one_of(draw, *names.split())]
+    it = Path(shutil.copytree((sound / file).parent, folder / "it"))
+    path = it / Path(file).name
     data = spoiled_document(draw, path.read_bytes(), path.suffix)
-    if path.name == "engine.json" and one_of(draw, True, True, False):
+    if path.name == "van.json" and one_of(draw, True, True, False):
         edited = spoiled_json(draw, json.loads(path.read_bytes()))  # by one who knows of its digest
         if isinstance(edited, dict):
             edited["sidecar_sha256"] = content_key({**edited, "sidecar_sha256": ""})
         data = json.dumps(edited).encode("utf-8", "surrogatepass")
     path.write_bytes(data)
-    return read
+    words = one_of(draw, *lines).split()
+    return command(*(word.format(it=it, sound=sound) for word in words))
 
 
-def _placed(name: str, draw: Draw, sound: Path, folder: Path) -> tuple[Path, Reader]:
-    """Put a sound document into a folder; return it, and what reads it."""
+def settings_file(of: str, draw: Draw, sound: Path, folder: Path) -> Reader:
+    """Spoil a recipe or a calibration set; read as `run` and `quantize` read them."""
+    from van_deploy import recipe
     from van_deploy.precision.images import choose_images
-    from van_deploy.recipe import (
-        CALIBRATION_SETS,
-        builtin_files,
-        calibration_set_named,
-        read_recipe,
-    )
 
-    if name in {"manifest", "signature"}:
-        bundle = Path(shutil.copytree(sound / "signed", folder / "bundle"))
-        verb = one_of(draw, *READING) if name == "manifest" else "verify-signature"
-        file = "manifest.json" if name == "manifest" else "manifest.json.sig"
-        return bundle / file, on_bundle(sound, verb, bundle)
-    if name == "key":
-        path = Path(shutil.copy(sound / "key.pem.pub", folder))
-        return path, command("verify-signature", sound / "signed", "--public-key", path)
-    beside = {
-        "sidecar": ("engine.json", "engine.plan"),
-        "config": ("config.json", "preprocessor_config.json", "model.safetensors"),
-        "preprocessor": ("preprocessor_config.json", "config.json", "model.safetensors"),
-    }
-    if name in beside:
-        path, second, *_ = (Path(shutil.copy(sound / n, folder)) for n in beside[name])
-        return path, command(*(("inspect", second) if name == "sidecar" else ("info", folder)))
-    if name == "recipe":
-        path = Path(shutil.copy(one_of(draw, *sorted(builtin_files().values())), folder))
-        return path, lambda: read_recipe(path)
-    source = builtin_files(CALIBRATION_SETS)[one_of(draw, "digits", "folder", "cifar10")]
-    path = Path(shutil.copy(source, folder))
-    return path, lambda: choose_images(calibration_set_named(str(path)).images)
+    known = recipe.builtin_files(recipe.RECIPES if of == "recipe" else recipe.CALIBRATION_SETS)
+    path = Path(shutil.copy(one_of(draw, *sorted(known.values())), folder))
+    path.write_bytes(spoiled_document(draw, path.read_bytes(), path.suffix))
+    if of == "recipe":
+        return lambda: recipe.read_recipe(path)
+    return lambda: choose_images(recipe.calibration_set_named(str(path)).images)
 
 
 def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
@@ -264,8 +249,8 @@ KINDS: dict[str, tuple[int, str, Spoil]] = {
     "onnx": (150, "bytes, shapes, types, operators", onnx_file),
     "repository": (40, "the JSON beside weights", partial(document, "config preprocessor")),
     "manifest": (130, "a bundle's manifest", partial(document, "manifest")),
-    "recipe": (80, "recipes", partial(document, "recipe")),
-    "calibration": (50, "calibration sets", partial(document, "calibration")),
+    "recipe": (80, "recipes", partial(settings_file, "recipe")),
+    "calibration": (50, "calibration sets", partial(settings_file, "calibration")),
     "sidecar": (60, "engines' sidecars, most with a right digest", partial(document, "sidecar")),
     "image": (100, "seven formats, and PostScript by their names", image),
     "signature": (30, "signatures and keys", partial(document, "signature key")),

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ CLIENTS, KILLS = 64, 5
 FLAT = 1.1  # times the memory of the small run
 TOLERANCE = 1e-4  # of the largest logit: what FP32 artifacts are allowed everywhere else
 RETRY_S = 0.05
+QUIET = subprocess.DEVNULL
 
 
 @dataclass
@@ -68,7 +69,7 @@ def exported(folder: Path, *words: str) -> Path:
     """Return a bundle whose artifacts also take bytes."""
     command = [sys.executable, "-m", "van_deploy", "export", *words, "--output", str(folder)]
     command += ["--embed-preprocess", "uint8", "--json"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=QUIET, stderr=QUIET)
     return folder
 
 
@@ -81,7 +82,7 @@ def started(
         RuntimeError: it did not start.
     """
     command = [sys.executable, "-m", "van_deploy", "serve", str(bundle), "--port", str(port)]
-    errors = log.open("w", encoding="utf-8") if log else subprocess.DEVNULL
+    errors = log.open("w", encoding="utf-8") if log else QUIET
     server = subprocess.Popen(
         [*command, "--json", *words], stdout=subprocess.PIPE, stderr=errors, text=True
     )
@@ -172,34 +173,35 @@ def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
 
 def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[str]]:
     """Return what so many images of noise took in two commands, against a few of them."""
-    manifest, rng, rows = folder / "images.toml", np.random.default_rng(0), []
-    few = count // FEW
+    selection, rng, few = folder / "images.toml", np.random.default_rng(0), count // FEW
     plainest = ("--method", "minmax", "--no-equalize", "--no-bias-correction", "--force")
     for number in range(count):
         place = folder / ("few" if number < few else "more") / str(number % 10)
         place.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (32, 32), np.uint8)
         Image.fromarray(pixels).save(place / f"{number}.png", compress_level=0)
+
+    def peak(command: str, more: tuple[str, ...], images: str, number: int) -> float:
+        """Return the most memory of a command, in MB; infinite where it failed."""
+        selection.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
+        words = [sys.executable, "-m", "van_deploy", command, str(bundle), *more]
+        process = subprocess.Popen(
+            [*words, "--images", str(folder / images)], stdout=QUIET, stderr=QUIET
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        return usage.ru_maxrss * 1024e-6 if process.returncode <= 1 else math.inf  # no gate is met
+
+    rows = []
     for command, more in (
         ("evaluate", ("--artefact", "fp32")),
-        ("quantize", ("--precision", "int8", "--calibration", str(manifest), *plainest)),
+        ("quantize", ("--precision", "int8", "--calibration", str(selection), *plainest)),
     ):
-        found = []
-        for images, number in ((folder / "few", few), (folder / "more", count - few)):
-            manifest.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
-            words = [command, str(bundle), "--images", str(images), *more]
-            start, quiet = time.monotonic(), subprocess.DEVNULL
-            process = subprocess.Popen(
-                [sys.executable, "-m", "van_deploy", *words], stdout=quiet, stderr=quiet
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-            found.append((usage.ru_maxrss * 1024, process.returncode <= 1))  # noise meets no gate
-            seconds = time.monotonic() - start
-        (small, first), (large, second) = found
-        detail = f"peak {large / 1e6:.0f} MB, {small / 1e6:.0f} MB for {few:,}"
-        much = f"{count:,} images, {seconds:.0f} s"
-        held = "yes" if large <= FLAT * small and first and second else "NO"
+        small, start = peak(command, more, "few", few), time.monotonic()
+        large = peak(command, more, "more", count - few)
+        much = f"{count:,} images, {time.monotonic() - start:.0f} s"
+        held = "yes" if large <= FLAT * small < math.inf else "NO"
+        detail = f"peak {large:.0f} MB, {small:.0f} MB for {few:,}"
         rows.append([f"`{command}` over generated images", much, detail, held])
     return rows
 
@@ -210,29 +212,22 @@ def serve_killed(bundle: Path, count: int) -> list[str]:
     Every client asks again until it is answered; every answer is compared.
     """
     words = ("--artefact", "fp32-uint8", "--threads", "1", "--no-compare")
-    requests = infer_requests(bundle, "fp32-uint8", 16)
+    requests, rng = infer_requests(bundle, "fp32-uint8", 16), random.Random(0)
     server, url = started(bundle, *words)
-    port, kills, done, found = int(url.rsplit(":", 1)[1]), 0, threading.Event(), Load()
-    rng = random.Random(0)
-
-    def killer() -> None:
-        nonlocal server, kills
-        while kills < KILLS and not done.is_set():
-            enough = count * (kills + rng.random()) / (KILLS + 1)
-            while found.answered < enough and not done.wait(0.01):
-                pass
-            server.kill()
-            server.wait()
-            server, _ = started(bundle, *words, port=port)
-            kills += 1
-
-    thread = threading.Thread(target=killer)
-    thread.start()
+    port, kills, found = int(url.rsplit(":", 1)[1]), 0, Load()
     try:
-        drive(url, requests, found, count, CLIENTS, retry=True)
+        with ThreadPoolExecutor(1) as pool:
+            driving = pool.submit(drive, url, requests, found, count, CLIENTS, retry=True)
+            while kills < KILLS and not driving.done():
+                enough = count * (kills + rng.random()) / (KILLS + 1)
+                while found.answered < enough and not driving.done():
+                    time.sleep(0.01)
+                server.kill()
+                server.wait()
+                server, _ = started(bundle, *words, port=port)
+                kills += 1
+            driving.result()
     finally:
-        done.set()
-        thread.join()
         server.terminate()
         server.wait()
     what = f"`serve` under {CLIENTS} clients, killed {kills} times and started again"

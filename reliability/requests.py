@@ -16,13 +16,13 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import hypothesis
 from hypothesis import strategies as st
 
 from reliability.load import exported, started
-from reliability.spoiled import Draw, one_of, spoiled_bytes, spoiled_json
+from reliability.spoiled import Draw, first_fault, one_of, spoiled_bytes, spoiled_json
 
 TOTAL, AT_ONCE, MEAN = 10_000, 32, 12  # requests, connections of a case at most and about
 SILENCE_S = 1.0  # then nothing more comes: the request was not complete
@@ -72,7 +72,6 @@ def request(draw: Draw, image: bytes) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-@st.composite
 def connections(draw: Draw, image: bytes) -> list[bytes]:
     """Return what some clients send at once."""
     found = []
@@ -100,28 +99,15 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
     host, port = url.removeprefix("http://").split(":")
     address, statuses = (host, int(port)), Counter[int]()
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=max(1, count // MEAN),
-        database=None,
-        deadline=None,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(connections(image))
-    def case(every: list[bytes]) -> None:
-        with ThreadPoolExecutor(len(every)) as pool:
-            found = list(pool.map(lambda raw: answers(address, raw), every))
-        for raw, codes in zip(every, found, strict=True):
+    def case(draw: Draw) -> None:
+        every = connections(draw, image)
+        for raw, codes in zip(every, pool.map(partial(answers, address), every), strict=True):
             statuses.update(codes or [0])
             wrong = [code for code in codes if code // 100 not in {1, 2, 4} and code != 503]
-            if wrong:
-                raise AssertionError(f"status {wrong} to {raw[:300]!r}")
+            assert not wrong, f"status {wrong} to {raw[:300]!r}"
 
-    faults = []
-    try:
-        case()
-    except AssertionError as error:
-        faults.append(str(error))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        faults = [fault] if (fault := first_fault(case, seed, count // MEAN)) else []
     if answers(address, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n") != [200]:
         faults.append("the server does not answer any more")
     return statuses, faults

@@ -30,6 +30,7 @@ from van_deploy.config import GateProfile
 from van_deploy.metrics import Task, find_flips
 
 PASS, FAIL, INCONCLUSIVE = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE
+SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
 INT8, FP16 = allowed_loss("int8"), allowed_loss("fp16")
 LOGITS = np.random.default_rng(0).normal(size=(40, 10))
 
@@ -134,22 +135,13 @@ def test_what_does_not_hold_says_its_limit(
     ("task", "expected", "found", "flips"),
     [
         # A narrow margin may flip; a wide one may not, however large the artifact's noise.
-        (
-            *(Task.SINGLE_LABEL, [[10, 9.99, 0], [10, 5, 0]], [[9.99, 10, 0], [5, 10, 0]]),
-            [(1, 0, True), (0, 0, False)],
-        ),
+        (SINGLE, [[10, 9.99], [10, 5]], [[9.99, 10], [5, 10]], [(1, 0, True), (0, 0, False)]),
         # One logit: decided at 0; argmax gave 100 % agreement, whatever it was.
-        (
-            *(Task.BINARY, [[2.0], [-1.0], [0.001]], [[2.0], [1.0], [-0.001]]),
-            [(1, 0, True), (2, 0, False)],
-        ),
+        (BINARY, [[2], [-1], [0.001]], [[2], [1], [-0.001]], [(1, 0, True), (2, 0, False)]),
         # Many labels: each is a decision.
-        (
-            *(Task.MULTI_LABEL, [[3.0, -3.0, 0.01]], [[3.0, 3.0, -0.01]]),
-            [(0, 1, True), (0, 2, False)],
-        ),
-        (Task.BINARY, [[2.0], [-1.0]], [[2.001], [-1.001]], []),
-        (Task.SINGLE_LABEL, [[10, 9.99, 0]], [[np.nan, 10, 0]], [(0, 0, True)]),
+        (MULTI, [[3.0, -3.0, 0.01]], [[3.0, 3.0, -0.01]], [(0, 1, True), (0, 2, False)]),
+        (BINARY, [[2.0], [-1.0]], [[2.001], [-1.001]], []),
+        (SINGLE, [[10, 9.99, 0]], [[np.nan, 10, 0]], [(0, 0, True)]),
         (Task.REGRESSION, [[2.0], [-1.0]], [[-2.0], [1.0]], []),
     ],
 )
@@ -233,9 +225,7 @@ def test_near_lossless_numbers_decide(
 ) -> None:
     before, after = np.array([[1.0, 1.0 - margin, 0.0]]), np.array([[0.0, 1.0, 0.0]])
     explained = gates.flip_margin(45.0)
-    flips = find_flips(before, after, Task.SINGLE_LABEL, explained) if lost else []
+    flips = find_flips(before, after, SINGLE, explained) if lost else []
     floor = Limit(45.0, "floor for fp16")
-    findings = judge_numbers(
-        paired_loss(lost, 0, images), FP16, sqnr, floor, flips, Task.SINGLE_LABEL
-    )
+    findings = judge_numbers(paired_loss(lost, 0, images), FP16, sqnr, floor, flips, SINGLE)
     assert outcome_of(findings) is outcome

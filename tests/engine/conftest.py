@@ -1,9 +1,10 @@
-"""The real TensorRT for RTX, small real networks, a plan, and a bundle to build from."""
+"""The real TensorRT for RTX, small real networks, a plan, and what builds one."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from onnx import ModelProto
 from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility
 from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, backend_named
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.bundled import Cell, FleetHost
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.model.preprocess import OFFICIAL
 
@@ -25,6 +25,8 @@ PLUS: dict[str, Any] = {"hardware_compatibility": HardwareCompatibility.AMPERE_P
 RTX_17 = Backend(RTX, "1.7.1.116", 13, None)
 TENSORRT_11 = Backend(TENSORRT, "11.4.0.106", 13, None)
 """Backends as far as refusals and names look at it: they never call the bindings."""
+
+Build = Callable[..., Sidecar]
 
 
 @dataclass(frozen=True)
@@ -36,20 +38,6 @@ class Plan:
     told: list[tuple[str, int, int | None]]
 
 
-def built(
-    onnx_file: Path, plan: Path, backend: Backend, options: BuildOptions = SM89, **more: Any
-) -> Sidecar:
-    """Build one plan for real."""
-    return engine_from_onnx(
-        onnx_file, plan, backend=backend, options=options, precision="fp32", **more
-    )
-
-
-def cell_of(folder: Path, precision: str = "fp32", options: BuildOptions = SM89) -> Cell:
-    """Return the engine of a bundle for the options' own targets."""
-    return Cell(folder, precision, options.targets, options, FleetHost())
-
-
 @pytest.fixture(scope="session")
 def rtx() -> Backend:
     """Return TensorRT for RTX, which builds on any machine."""
@@ -59,13 +47,24 @@ def rtx() -> Backend:
 
 
 @pytest.fixture(scope="session")
-def plan(rtx: Backend, digits_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Plan:
+def build(rtx: Backend, digits_onnx: Path) -> Build:
+    """Return what builds a plan for real: of the embedded network for an L4, if nothing is said."""
+
+    def built(
+        plan: Path, options: BuildOptions = SM89, source: Path = digits_onnx, **more: Any
+    ) -> Sidecar:
+        asked: dict[str, Any] = {"backend": rtx, "options": options, "precision": "fp32", **more}
+        return engine_from_onnx(source, plan, **asked)
+
+    return built
+
+
+@pytest.fixture(scope="session")
+def plan(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     """Return a plan for an L4, with sidecar and log; not to be changed."""
     path = tmp_path_factory.mktemp("plan") / "van_digits-fp32-sm89-rtx1.7.1.plan"
     told: list[tuple[str, int, int | None]] = []
-    sidecar = built(
-        digits_onnx, path, rtx, preprocessing=OFFICIAL, progress=lambda *at: told.append(at)
-    )
+    sidecar = build(path, preprocessing=OFFICIAL, progress=lambda *at: told.append(at))
     return Plan(path, sidecar, told)
 
 

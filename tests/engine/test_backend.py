@@ -31,7 +31,7 @@ from van_deploy.engine.backend import (
     host_here,
 )
 from van_deploy.environment.hardware import Driver, Gpu
-from van_deploy.errors import MissingDependency, UsageError
+from van_deploy.errors import MissingDependency
 from van_deploy.schema import validated
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
@@ -60,23 +60,12 @@ def test_every_name_used_is_in_tensorrt_10_and_11(rtx: Backend) -> None:
     for path in RECORDED:
         has = {name for members in json.loads(path.read_text()).values() for name in members}
         assert used & known - has - {"__init__"} == ONLY_RTX
-
-
-def test_rtx_builds_for_its_targets_and_no_others(rtx: Backend) -> None:
     members = {name for name in dir(rtx.module.ComputeCapability) if name.startswith("SM")}
     assert members == {f"SM{target.removeprefix('sm_')}" for target in RTX_TARGETS}
 
 
-def test_a_backend_that_is_not_known_not_installed_or_broken(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    with pytest.raises(UsageError, match="no backend 'openvino'"):
-        backend_named("openvino")
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingDependency, match=r"^TensorRT is not installed") as absent:
-        backend_named(TENSORRT)
-    assert "pip install tensorrt`" in absent.value.remedy
-    monkeypatch.delitem(sys.modules, "tensorrt")
+def test_a_backend_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(MissingDependency, match=r"does not load: libnvinfer\.so\.11"):
@@ -109,14 +98,12 @@ def test_what_auto_takes(
     if targets == ("sm_90",):
         with pytest.raises(MissingDependency, match="RTX does not build for sm_90") as caught:
             choose_backend("auto", targets, gpu)
-        assert "on a machine with that GPU" in caught.value.remedy
+        assert "pip install tensorrt`. It builds on a machine with" in caught.value.remedy
     else:
         assert choose_backend("auto", targets, gpu).name == RTX
 
 
 def test_the_configuration_gets_what_is_asked(rtx: Backend) -> None:
-    assert rtx.label == f"TensorRT for RTX {rtx.release}"
-    assert rtx.cuda in {12, 13}
     trt = rtx.module
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
     asked = {"workspace": "256MiB", "optimization_level": 2, "profiling": "detailed"}
@@ -142,11 +129,9 @@ def test_the_host_is_one_of_the_drivers_gpus() -> None:
 
 
 def test_a_table_becomes_the_options_of_each_plan_and_survives_json() -> None:
-    spellings = ["sm_89", "SM86", "8.0", "75", "sm_120+8.0"]
-    table = {"targets": spellings, "batch": ["1:2:4"], "workspace": "1GiB", "tf32": False}
-    settings = validated(EngineSettings, table)
-    targets = [("sm_89",), ("sm_86",), ("sm_80",), ("sm_75",), ("sm_80", "sm_120")]
-    assert settings.targets == tuple(targets)
+    table = {"targets": ["SM86", "8.0", "75", "sm_120+8.0"], "batch": ["1:2:4"]}
+    settings = validated(EngineSettings, {**table, "workspace": "1GiB", "tf32": False})
+    assert settings.targets == (("sm_86",), ("sm_80",), ("sm_75",), ("sm_80", "sm_120"))
     options = settings.of(("sm_89",), BatchRange(1, 3, 9))
     assert options.profiles == (BatchRange(1, 2, 4),)
     assert (options.workspace_bytes, options.tf32) == (1 << 30, False)

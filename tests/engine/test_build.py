@@ -9,18 +9,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 from tests.each import each
-from tests.engine.conftest import ADA, PLUS, RTX_17, SM89, TENSORRT_11, Plan, built
+from tests.engine.conftest import ADA, PLUS, RTX_17, SM89, TENSORRT_11, Build, Plan
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Backend, Host
@@ -37,16 +37,12 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> No
     """The plan stays as TensorRT wrote it: its own look finds it sound, and a header would not."""
     sidecar, name, data = plan.sidecar, plan.sidecar.name, plan.path.read_bytes()
     assert {path.suffix for path in plan.path.parent.iterdir()} == {".json", ".log", ".plan"}
-    assert (sidecar.plan_sha256, sidecar.onnx_sha256) == (
-        file_sha256(plan.path),
-        file_sha256(digits_onnx),
-    )
-    assert sidecar.backend_version == rtx.version
+    assert sidecar.plan_sha256 == file_sha256(plan.path)
+    assert sidecar.onnx_sha256 == file_sha256(digits_onnx)
     assert (sidecar.targets, sidecar.built_on) == (("sm_89",), None)
     assert sidecar.profiles == (BatchRange(1, 2, 4),)
-    assert [(t.name, t.shape[0]) for t in (*sidecar.inputs, *sidecar.outputs)] == [
-        *(("images", -1), ("logits", -1))
-    ]
+    tensors = [(t.name, t.shape[0]) for t in (*sidecar.inputs, *sidecar.outputs)]
+    assert tensors == [("images", -1), ("logits", -1)]
     assert 100 << 20 < sidecar.peak_memory_bytes < 2 << 30
     assert sidecar.parser_layers <= 1.2 * (13 * 9 + 17), "hardly more than the graph has nodes"
     assert set(sidecar.device_memory) == {"weights_bytes", "activation_bytes", "scratch_bytes"}
@@ -62,47 +58,32 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> No
     assert str(plan.path.parent).encode() not in data
 
 
-def test_the_same_inputs_give_the_same_bytes(
-    rtx: Backend, digits_onnx: Path, tmp_path: Path
+def test_builds_side_by_side_give_the_same_bytes_for_the_same_inputs_only(
+    build: Build, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    options = SM89.changed(profiling=Profiling.DETAILED)
-    first = built(digits_onnx, tmp_path / "e.plan", rtx, options)
+    named = SM89.changed(profiling=Profiling.DETAILED)  # holds names, which could be of places
+    far = tmp_path / "a folder with a much longer name than the first" / "other.plan"
+    far.parent.mkdir()
+    shutil.copy(digits_onnx, far.with_suffix(".onnx"))
+    more = SM89.changed(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16)))
+    near, other = tmp_path / "near.plan", tmp_path / "other.plan"
+    asked: Any = [(near, named), (far, named, far.with_suffix(".onnx")), (other, more)]
+    with ThreadPoolExecutor() as pool:
+        first, same, larger = pool.map(lambda arguments: build(*arguments), asked)
+    assert [verified_sidecar(path) for path, *_ in asked] == [first, same, larger]
+    assert len({plan.sidecar.plan_sha256, first.plan_sha256, larger.plan_sha256}) == 3
+    sizes = [one.device_memory["activation_bytes"] for one in (plan.sidecar, larger)]
+    assert sizes[0] < sizes[1]
     if not first.fixed_addresses:
         pytest.skip("this container forbids fixed memory addresses (personality(2))")
-    assert built(digits_onnx, tmp_path / "e.plan", rtx, options).plan_sha256 == first.plan_sha256
-    elsewhere = tmp_path / "a folder with a much longer name than the first" / "other.plan"
-    copy = elsewhere.with_suffix(".onnx")
-    copy.parent.mkdir()
-    copy.write_bytes(digits_onnx.read_bytes())
-    assert built(copy, elsewhere, rtx, options).plan_sha256 == first.plan_sha256
+    assert first.plan_sha256 == same.plan_sha256
 
 
-def test_other_options_give_another_plan_side_by_side(
-    rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
-) -> None:
-    options = {
-        "a": SM89.changed(targets=("sm_120",)),
-        "b": SM89.changed(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16))),
-    }
-    with ThreadPoolExecutor() as pool:
-        one, two = pool.map(
-            lambda name: built(digits_onnx, tmp_path / f"{name}.plan", rtx, options[name]), options
-        )
-    assert [verified_sidecar(tmp_path / f"{name}.plan") for name in options] == [one, two]
-    assert len({plan.sidecar.plan_sha256, one.plan_sha256, two.plan_sha256}) == 3
-    larger, smaller = two.device_memory, plan.sidecar.device_memory
-    assert larger["activation_bytes"] > smaller["activation_bytes"]
-
-
-def test_weights_beside_the_file(rtx: Backend, graph: ModelProto, tmp_path: Path) -> None:
-    path = tmp_path / "in" / "model.onnx"
-    path.parent.mkdir()
+def test_weights_beside_the_file(build: Build, graph: ModelProto, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
     onnx.save(graph, path, save_as_external_data=True, location="model.bin", size_threshold=0)
-    sidecar = built(path, tmp_path / "e.plan", rtx)
+    sidecar = build(tmp_path / "out" / "e.plan", source=path)
     assert sidecar.device_memory["weights_bytes"] > 100_000
-    (path.parent / "model.bin").unlink()
-    with pytest.raises(InputError, match=r"are in 'model\.bin', which is not beside it"):
-        built(path, tmp_path / "e.plan", rtx)
 
 
 def for_cpus(model: ModelProto) -> None:
@@ -139,11 +120,7 @@ SIZES = SM89.changed(dynamic_size=SizeRange(32, 64, 96))
     fresh="graph",
 )
 def test_what_the_graph_does_not_serve_or_tensorrt_would_misread(
-    graph: ModelProto,
-    tmp_path: Path,
-    spoil: Callable[[ModelProto], object] | bytes | None,
-    options: BuildOptions,
-    words: str,
+    graph: ModelProto, tmp_path: Path, spoil: Any, options: BuildOptions, words: str
 ) -> None:
     path = tmp_path / "model.onnx"
     if callable(spoil):
@@ -157,12 +134,11 @@ def test_what_the_graph_does_not_serve_or_tensorrt_would_misread(
 
 
 def test_a_plan_that_was_there_survives_a_failed_build(
-    rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
+    build: Build, plan: Plan, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "plans"
-    shutil.copytree(plan.path.parent, folder)
+    folder = Path(shutil.copytree(plan.path.parent, tmp_path / "plans"))
     with pytest.raises(ConversionError, match="no kernel fits into the workspace"):
-        built(digits_onnx, folder / plan.path.name, rtx, SM89.changed(workspace_bytes=1024))
+        build(folder / plan.path.name, SM89.changed(workspace_bytes=1024))
     assert verified_sidecar(folder / plan.path.name) == plan.sidecar
     assert len(list(folder.iterdir())) == 3
 
@@ -176,46 +152,38 @@ def test_a_plan_that_was_there_survives_a_failed_build(
     ],
 )
 def test_a_build_that_is_stopped_leaves_nothing(
-    rtx: Backend,
-    digits_onnx: Path,
-    tmp_path: Path,
-    number: signal.Signals | None,
-    kind: type[BaseException],
-    words: str | None,
+    build: Build, tmp_path: Path, number: int | None, kind: type[BaseException], words: str | None
 ) -> None:
     """Ctrl-C stops TensorRT, too; a worker that is killed becomes an error."""
-    workers: set[int] = set()
-    others = set(_children())  # of the tests before this one
+    workers: set[psutil.Process] = set()
+    others = set(psutil.Process().children())  # of the tests before this one
 
     def stop(phase: str, done: int, total: int | None) -> None:
-        workers.update(set(_children()) - others)
+        workers.update(set(psutil.Process().children()) - others)
         for worker in workers:
+            assert os.getsid(worker.pid) == worker.pid, "Ctrl-C would reach it"
             if number is not None:
-                os.kill(worker, number)
+                worker.send_signal(number)
         if number is None and done:
             raise KeyboardInterrupt
 
     with pytest.raises(kind, match=words):
-        built(digits_onnx, tmp_path / "e.plan", rtx, progress=stop)
+        build(tmp_path / "e.plan", progress=stop)
     assert list(tmp_path.iterdir()) == []
     assert workers
-    assert not workers & set(_children())
+    assert not [worker for worker in workers if worker.is_running()]
 
 
 def test_a_cancelled_build_stops_at_tensorrts_next_step(
     rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
     (tmp_path / ONNX).symlink_to(digits_onnx)
-    job: dict[str, Any] = {"backend": rtx.name, "options": SM89.as_dict()}
-    job |= {"timing_cache": None, "weights_beside": None}
+    job = dict.fromkeys(("timing_cache", "weights_beside"))
+    asked = json.dumps({**job, "backend": rtx.name, "options": SM89.as_dict()})
     folder = os.open(tmp_path, os.O_RDONLY)
     words = [sys.executable, "-m", "van_deploy.engine.worker", str(folder)]
-    asked: dict[str, Any] = {
-        "input": json.dumps(job),
-        "pass_fds": [folder],
-        "stdout": subprocess.PIPE,
-    }
-    events = subprocess.run(words, text=True, check=True, **asked).stdout.splitlines()
+    with subprocess.Popen(words, pass_fds=[folder], stdin=-1, stdout=-1, text=True) as worker:
+        events = worker.communicate(asked)[0].splitlines()
     os.close(folder)
     assert 0 < len(events) < len(plan.told) / 2, "the end of stdin cancels it"
     assert not any('"built"' in event for event in events)
@@ -225,27 +193,18 @@ def test_the_worker_stops_when_its_parent_is_gone(
     rtx: Backend, digits_onnx: Path, tmp_path: Path
 ) -> None:
     program = (
-        "import sys; from pathlib import Path\n"
-        "from tests.engine.conftest import *\n"
-        "built(Path(sys.argv[1]), Path(sys.argv[2]), backend_named(RTX),\n"
-        "    progress=lambda *_: print('building', flush=True))\n"
+        "import sys; from pathlib import Path; from tests.engine.conftest import *\n"
+        "engine_from_onnx(Path(sys.argv[1]), Path(sys.argv[2]), backend=backend_named(RTX),\n"
+        "    options=SM89, precision='fp32', progress=lambda *_: print('building', flush=True))"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", program, str(digits_onnx), str(tmp_path / "e.plan")],
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[2],
-    )
-    assert parent.stdout is not None
-    with parent.stdout:
+    words = [sys.executable, "-c", program, str(digits_onnx), str(tmp_path / "e.plan")]
+    root = Path(__file__).parents[2]
+    with psutil.Popen(words, stdout=subprocess.PIPE, cwd=root) as parent:
         parent.stdout.readline()
-        workers = _children(parent.pid)
+        workers = parent.children()
         parent.kill()
-        parent.wait()
     assert workers
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{worker}").exists() for worker in workers):
-        assert time.monotonic() < deadline, "the worker outlived its parent"
-        time.sleep(0.05)
+    assert psutil.wait_procs(workers, timeout=20)[1] == [], "the worker outlived its parent"
     assert list(tmp_path.iterdir()) == [], "the parent was killed and could not tidy up"
 
 
@@ -263,39 +222,29 @@ def test_names(options: BuildOptions, name: str) -> None:
     assert engine_name("van_b1", "fp16", backend, options, host) == f"van_b1-fp16-{name}"
 
 
-LEARN = """
-import sys, time
-from pathlib import Path
-from van_deploy.engine.worker import ONNX, save_timings
+class Timings(bytearray):
+    """Timings as TensorRT has them: made of a file's bytes, combined, serialised."""
 
-class Timings(bytearray):  # as TensorRT's: made of a file's bytes, combined, serialised
-    serialize = lambda self: bytes(self)
+    def serialize(self) -> bytes:
+        return bytes(self)
 
-    def combine(self, other, ignore):
+    def combine(self, other: Timings, _: bool) -> None:
         time.sleep(0.1)
         self.extend(other)
 
+
 class Config:
     create_timing_cache = Timings
-
-save_timings(Config(), Timings(sys.argv[2].encode()), Path(sys.argv[1]))
-"""
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated:DeprecationWarning")
 def test_builds_that_share_a_timing_cache_lose_nothing(rtx: Backend, tmp_path: Path) -> None:
     """On RTX it does nothing, but the calls are those that TensorRT has."""
-    path = tmp_path / "caches" / "timing.cache"
-    builds = [subprocess.Popen([sys.executable, "-c", LEARN, str(path), name]) for name in "abc"]
-    assert [build.wait() for build in builds] == [0, 0, 0]
+    path, own = tmp_path / "caches" / "timing.cache", tmp_path / "own.cache"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: save_timings(Config(), Timings(name), path), (b"a", b"b", b"c")))
     assert sorted(path.read_bytes()) == sorted(b"abc")
     builder, _logger = rtx.builder(BuildLog())
-    config, own = builder.create_builder_config(), tmp_path / "own.cache"
+    config = builder.create_builder_config()
     save_timings(config, timing_cache_(config, own), own)
     assert own.exists()
-
-
-def _children(parent: int | None = None) -> list[int]:
-    """Return the processes that a process (this one) has started."""
-    tasks = Path(f"/proc/{parent or os.getpid()}/task").glob("*/children")
-    return [int(pid) for task in tasks for pid in task.read_text().split()]

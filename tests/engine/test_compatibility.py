@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import Cli
 from tests.each import each
-from tests.engine.conftest import ADA, PLUS, RTX_17, SM89, TENSORRT_11, Plan, built
+from tests.engine.conftest import ADA, PLUS, SM89, TENSORRT_11, Build, Plan
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend, Host, host_here
 from van_deploy.engine.compatibility import (
@@ -35,16 +35,19 @@ from van_deploy.engine.sidecar import (
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu, nvidia_driver
-from van_deploy.errors import InputError, MissingDependency, UsageError, VanDeployError
+from van_deploy.errors import InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 
 NO_GPU = Host()
 A100 = Host("NVIDIA A100", "sm_80", 80 << 30, "580.65.06", (13, 0))
+H100 = Host("NVIDIA H100", "sm_90", None, "580.0", (13, 0))
 TURING = Host("Tesla T4", "sm_75", 16 << 30, "580.65.06", (13, 0))
 OLD = replace(ADA, driver="535.129.03", cuda=(11, 8))
 VC = {"version_compatible": True}
+TEN, ELEVEN, LATER = (
+    {"tensorrt": f"{version}"} for version in ("10.16.1.11", "11.4.0.106", "11.5.0.1")
+)
 Spoil = Callable[[Path], object]
-PlanCase = tuple[dict[str, Any], Host, str, str]
 
 
 def of_tensorrt(sidecar: Sidecar, version: str, **options: object) -> Sidecar:
@@ -53,8 +56,20 @@ def of_tensorrt(sidecar: Sidecar, version: str, **options: object) -> Sidecar:
     return sidecar.model_copy(update=changes)
 
 
+def package(**changes: Any) -> PackageSidecar:
+    texts = dict.fromkeys(("name", "onnx_file", "onnx_sha256", "file_sha256", "built_on"), "p")
+    flags: Any = {"tf32": True, "max_autotune": False, "cpu_features": (), "file_bytes": 1}
+    served: Any = {"batch": BatchRange(1, 4, 8), "input_shape": (-1, 3, 32, 32)}
+    made: Any = {"schema": PACKAGE_SCHEMA, "precision": "fp16", "build_seconds": 1.0}
+    made |= {"torch": torch_version(), "device": "cuda", "targets": ("sm_90",)}
+    return PackageSidecar(**{**texts, **flags, **served, **made, **changes})
+
+
+ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
+
+
 @each(
-    "case",
+    ("changes", "host", "problem", "remedy"),
     [
         ({}, ADA, "", ""),
         ({"targets": ("sm_80", "sm_89")}, A100, "", ""),
@@ -64,73 +79,43 @@ def of_tensorrt(sidecar: Sidecar, version: str, **options: object) -> Sidecar:
         # another build of one release
         ({"backend_version": "{release}.1"}, ADA, "; installed is TensorRT for RTX {version}", ""),
         ({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 runs CUDA up to 11.8", "Update"),
-        ({"tensorrt": "11.4.0.106", **PLUS}, A100, "", ""),
-        ({"tensorrt": "11.4.0.106", **PLUS}, TURING, "for sm_80 and newer with", "this machine."),
-        ({"tensorrt": "11.4.0.106"}, A100, "this machine has sm_80", "Rebuild on this machine."),
-        ({"tensorrt": "10.16.1.11", **VC}, ADA, "", ""),
-        ({"tensorrt": "11.5.0.1", **VC}, ADA, "never on earlier ones)", "install TensorRT 11.5.0."),
-        ({"tensorrt": "10.16.1.11"}, ADA, "; installed is TensorRT 11.4.0", "install TensorRT 10."),
+        ({**ELEVEN, **PLUS}, A100, "", ""),
+        ({**ELEVEN, **PLUS}, TURING, "for sm_80 and newer with", "this machine."),
+        (ELEVEN, A100, "this machine has sm_80", "Rebuild on this machine."),
+        ({**TEN, **VC}, ADA, "", ""),
+        ({**LATER, **VC}, ADA, "never on earlier ones)", "install TensorRT 11.5.0."),
+        (TEN, ADA, "; installed is TensorRT 11.4.0", "install TensorRT 10."),
+        ({"device": "cuda"}, H100, "", ""),
+        ({**ON_CPU, "cpu_features": cpu().features}, NO_GPU, "", ""),
+        ({"torch": "2.0.1"}, H100, "PyTorch 2.0.1; installed is {torch}", "install torch==2.0.1"),
+        ({"device": "cuda"}, ADA, "it was compiled for sm_90; this machine has sm_89", "Rebuild"),
+        ({"device": "cuda"}, NO_GPU, "compiled for sm_90; this machine has no NVIDIA GPU", ""),
+        ({**ON_CPU, "cpu_features": ("amx_fp8",)}, NO_GPU, "and may use amx_fp8, which", ""),
+        ({**ON_CPU, "targets": ("riscv64",)}, NO_GPU, "and may use riscv64, which", ""),
     ],
 )
-def test_where_a_plan_runs(
-    rtx: Backend, plan: Plan, monkeypatch: pytest.MonkeyPatch, case: PlanCase
+def test_where_a_plan_or_a_package_runs(
+    rtx: Backend, plan: Plan, monkeypatch: pytest.MonkeyPatch, **case: Any
 ) -> None:
     """TensorRT's own rules with a stand-in where only its version is looked at."""
-    changes, host, problem, remedy = case
+    changes, host, problem, remedy = case.values()
     facts = {name: getattr(rtx, name) for name in ("label", "version", "cuda", "release")}
+    facts["torch"] = torch_version()
     given = {k: v.format(**facts) if isinstance(v, str) else v for k, v in changes.items()}
-    sidecar = plan.sidecar
     if version := given.pop("tensorrt", None):
         stand_in = "van_deploy.engine.compatibility.backend_named"
         monkeypatch.setattr(stand_in, lambda _: TENSORRT_11)
-        sidecar, given = of_tensorrt(sidecar, version, **given), {}
-    found = obstacles(sidecar.model_copy(update=given), host)
+        sidecar: Any = of_tensorrt(plan.sidecar, version, **given)
+    elif given.keys() & {"device", "torch"}:
+        sidecar = package(**given)
+    else:
+        sidecar = plan.sidecar.model_copy(update=given)
+    found = obstacles(sidecar, host)
     monkeypatch.undo()
-    assert [problem and problem.format(**facts) in one.problem for one in found] in ([], [True])
     assert len(found) == bool(problem)
-    assert all(remedy in one.remedy for one in found)
-
-
-def package(**changes: Any) -> PackageSidecar:
-    texts = dict.fromkeys(("name", "onnx_file", "onnx_sha256", "file_sha256", "built_on"), "p")
-    return PackageSidecar(
-        schema=PACKAGE_SCHEMA,
-        file_bytes=1,
-        build_seconds=1.0,
-        precision="fp16",
-        tf32=True,
-        max_autotune=False,
-        batch=BatchRange(1, 4, 8),
-        input_shape=(-1, 3, 32, 32),
-        **{**texts, **ON_GPU, **changes},
-    )
-
-
-ON_GPU: dict[str, Any] = {"device": "cuda", "targets": ("sm_90",), "cpu_features": ()}
-ON_GPU["torch"] = torch_version()
-H100 = Host("NVIDIA H100", "sm_90", None, "580.0", (13, 0))
-ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
-
-
-@each(
-    ("changes", "host", "problem"),
-    [
-        ({}, H100, ""),
-        ({**ON_CPU, "cpu_features": cpu().features}, NO_GPU, ""),
-        ({"torch": "2.0.1"}, H100, f"PyTorch 2.0.1; installed is {torch_version()}"),
-        ({}, ADA, "it was compiled for sm_90; this machine has sm_89 (NVIDIA L4)"),
-        ({}, NO_GPU, "it was compiled for sm_90; this machine has no NVIDIA GPU that answers"),
-        ({**ON_CPU, "cpu_features": ("amx_fp8",)}, NO_GPU, "and may use amx_fp8, which"),
-        ({**ON_CPU, "targets": ("riscv64",)}, NO_GPU, "and may use riscv64, which"),
-    ],
-)
-def test_where_a_package_runs(changes: dict[str, Any], host: Host, problem: str) -> None:
-    if not problem:
-        require_compatible(package(**changes), host)
-        return
-    with pytest.raises(MissingDependency, match="The package 'p' does not run here") as caught:
-        require_compatible(package(**changes), host)
-    assert problem in caught.value.message
+    for one in found:
+        assert problem.format(**facts) in one.problem
+        assert remedy in one.remedy
 
 
 def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,45 +124,43 @@ def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPat
         require_compatible(older, replace(A100, cuda=(11, 8)))
     assert caught.value.message.count(";") >= 3
     assert len(caught.value.remedy.splitlines()) == 3
+    with pytest.raises(MissingDependency, match="The package 'p' does not run here"):
+        require_compatible(package(), NO_GPU)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     first, *_ = obstacles(of_tensorrt(plan.sidecar, "11.4.0.106"), ADA)
     assert first.problem.startswith("TensorRT is not installed")
 
 
 @each(
-    ("options", "host", "message", "kind"),
+    ("options", "host", "refused"),
     [
-        ({"targets": ()}, NO_GPU, "builds on the GPU that will run the engine", MissingDependency),
-        ({"workspace_bytes": 25 << 30}, ADA, "of memory that NVIDIA L4 has", UsageError),
+        (SM89, ADA, ""),
+        (BuildOptions(**PLUS, workspace_bytes=24 << 30), ADA, ""),
+        (SM89.changed(targets=()), NO_GPU, "builds on the GPU that will run the engine"),
+        (SM89.changed(workspace_bytes=25 << 30), ADA, "of memory that NVIDIA L4 has"),
         # A level covers other GPUs only where no target is named, and RTX only those it serves.
-        ({"targets": ("sm_90",)}, ADA, "give --hardware-compatibility ampere-plus.", UsageError),
-        ({"targets": ("sm_75",)}, ADA, "on that GPU, or use --backend tensorrt-rtx.", UsageError),
+        (SM89.changed(targets=("sm_90",)), ADA, "give --hardware-compatibility ampere-plus."),
+        (SM89.changed(targets=("sm_75",)), ADA, "on that GPU, or use --backend tensorrt-rtx."),
     ],
 )
-def test_what_tensorrt_refuses(
-    options: dict[str, Any], host: Host, message: str, kind: type[VanDeployError]
-) -> None:
+def test_what_tensorrt_refuses(options: BuildOptions, host: Host, refused: str) -> None:
     """What RTX refuses is in ``tests/cli/test_build.py``."""
-    with pytest.raises(kind) as caught:
-        refuse_impossible(TENSORRT_11, SM89.changed(**options), host)
-    assert message in str(caught.value)
-
-
-def test_what_is_possible_is_not_refused() -> None:
-    for backend, options, host in (
-        *((RTX_17, SM89, NO_GPU), (RTX_17, SM89, ADA), (TENSORRT_11, SM89, ADA)),
-        (TENSORRT_11, BuildOptions(**PLUS, workspace_bytes=24 << 30), ADA),
-    ):
-        refuse_impossible(backend, options, host)
+    if not refused:
+        refuse_impossible(TENSORRT_11, options, host)
+        return
+    with pytest.raises((UsageError, MissingDependency)) as caught:
+        refuse_impossible(TENSORRT_11, options, host)
+    assert refused in str(caught.value)
+    assert isinstance(caught.value, UsageError) == (host is ADA)
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="measures RTX on a machine with no GPU")
 def test_what_rtx_is_refused_it_really_cannot_do(
-    rtx: Backend, digits_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
     with pytest.raises(MissingDependency):
-        built(digits_onnx, tmp_path / "e.plan", rtx, SM89.changed(version_compatible=True))
+        build(tmp_path / "e.plan", SM89.changed(version_compatible=True))
     assert list(tmp_path.iterdir()) == []
 
 

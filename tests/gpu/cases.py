@@ -20,7 +20,7 @@ from van_deploy.engine.inductor import build_package, packages_asked
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
 
-BATCHES = BatchRange(1, 4, 8)
+BATCHES, EIGHT = BatchRange(1, 4, 8), BatchRange(8, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,8 @@ def _inductor(
     def opened(bundle: Bundle) -> Any:
         from van_deploy.runners.pytorch import InductorRunner
 
-        settings = BuildSettings(
-            precisions=(precision,),
-            backend="inductor",
-            device=device,
-            profiles=(batches,),
-            fused_kernels=fused,
-        )
+        how: Any = {"backend": "inductor", "device": device, "fused_kernels": fused}
+        settings = BuildSettings(precisions=(precision,), profiles=(batches,), **how)
         (asked,) = packages_asked(bundle, settings, host_here())
         package, _ = build_package(bundle.path, asked)
         return InductorRunner(bundle.path / "engines" / f"{package.name}.pt2")
@@ -161,12 +156,7 @@ CASES = (
     Case("ort-cuda-fp16-graph", "fp16", _ort("fp16", replace(TF32, cuda_graph=True))),
     Case("ort-cuda-int8", "int8", _ort("int8", TF32)),
     Case("inductor-fp16", "fp16", _inductor("fp16", "cuda:0")),
-    Case(
-        "fused-fp16",
-        "fp16",
-        _inductor("fp16", "cuda:0", BatchRange(8, 8, 8), fused=True),
-        batches=(8,),
-    ),
+    Case("fused-fp16", "fp16", _inductor("fp16", "cuda:0", EIGHT, fused=True), batches=(8,)),
     Case("tensorrt-fp32", "fp32", _tensorrt("fp32", graph=False)),
     Case("tensorrt-fp32-graph", "fp32", _tensorrt("fp32", graph=True)),
     Case("tensorrt-tf32", "tf32", _tensorrt("fp32", graph=False, tf32=True)),

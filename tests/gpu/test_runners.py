@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from tests.gpu.cases import Case, Digits, need_cuda_provider, params
 from van_deploy.checks.gates import sqnr_floor
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.metrics import compare
 from van_deploy.runners.base import Resident
+from van_deploy.runners.cuda import require_cuda
+from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
+from van_deploy.runners.pytorch import torch_device
 
 Held = tuple[Case, Any]
 ALL = pytest.mark.parametrize("held", params(), indirect=True)
@@ -94,74 +99,51 @@ def test_a_batch_that_is_not_served(held: Held, digits: Digits) -> None:
 
 @pytest.mark.gpu
 def test_onnxruntime_runs_nothing_on_the_cpu(digits: Digits, tmp_path: Path) -> None:
-    import onnx
-    from onnx import TensorProto, helper
-
     need_cuda_provider()
-    from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
     with OnnxRuntimeRunner(digits.bundle.verified("fp32"), name="ort-cuda") as runner:
         assert runner._session.get_providers()[0] == "CUDAExecutionProvider"
-    graph = helper.make_graph(
-        [helper.make_node("Det", ["x"], ["y"])],  # which CUDA's provider does not have
-        "det",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 3])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
-    )
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
+    node = helper.make_node("Det", ["x"], ["y"])  # which CUDA's provider does not have
+    graph, opset = helper.make_graph([node], "det", [x], [y]), helper.make_opsetid("", 17)
     path = tmp_path / "det.onnx"
-    opset = helper.make_opsetid("", 17)
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
     with pytest.raises(ConversionError, match="would run part of"):
         OnnxRuntimeRunner(path, name="ort-cuda").__enter__()
 
 
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", code]
+    given = {**os.environ, **environment}
+    return subprocess.run(words, env=given, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.gpu
 def test_onnxruntime_starts_cuda_without_torch_in_the_process(digits: Digits) -> None:
     need_cuda_provider()
-    shape = digits.images.shape
-    code = f"""
+    done = python(f"""
 import sys
 from pathlib import Path
 import numpy as np
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 with OnnxRuntimeRunner(Path({str(digits.bundle.verified("fp32"))!r}), name="ort-cuda") as runner:
-    print(runner.run(np.zeros({shape}, np.float32)).shape)
+    print(runner.run(np.zeros({digits.images.shape}, np.float32)).shape)
 assert "torch" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+""")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(digits.expected.shape)
 
 
 @pytest.mark.gpu
-def test_a_gpu_without_room_is_said_to_be_full() -> None:
-    from van_deploy.runners.cuda import require_cuda
-
+def test_a_gpu_that_is_full_absent_or_hidden() -> None:
     with pytest.raises(MissingDependency) as caught:
         require_cuda().call("cudaMalloc", 1 << 48)
     assert caught.value.message == "The GPU is out of memory (cudaMalloc)."
     assert caught.value.exit_code == 3
-
-
-@pytest.mark.gpu
-def test_a_gpu_that_is_not_there(digits: Digits) -> None:
-    from van_deploy.runners.cuda import require_cuda
-    from van_deploy.runners.pytorch import torch_device
-
     for ask in (lambda: require_cuda(99), lambda: torch_device("cuda:99")):
         with pytest.raises(MissingDependency, match=r"There is no device cuda:99; CUDA sees \d+"):
             ask()
-
-
-@pytest.mark.gpu
-def test_no_gpu_is_visible(digits: Digits) -> None:
     code = "from van_deploy.runners.cuda import require_cuda; require_cuda()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "CUDA finds no GPU here" in done.stderr
-    assert "CUDA_VISIBLE_DEVICES is ''" in done.stderr
+    said = python(code, CUDA_VISIBLE_DEVICES="").stderr
+    assert "CUDA finds no GPU here" in said
+    assert "CUDA_VISIBLE_DEVICES is ''" in said

@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-import torch
-from torch import nn
 
 from benchmarks.ablation import plan_kernels
 from tests.each import each
@@ -19,10 +17,10 @@ from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.preprocess import Preprocessing, normalised
-from van_deploy.model.van import VAN
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
-
-ort = pytest.importorskip("onnxruntime")
+from van_deploy.runners.base import Outputs
+from van_deploy.runners.onnxruntime import onnxruntime_outputs
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 PREPROCESSING = Preprocessing(32, *IMAGENET, "bicubic", 0.9, "test")
@@ -32,24 +30,16 @@ NAMES = {"top5": ("top5_classes", "top5_probabilities")}
 
 @pytest.fixture(scope="module")
 def plain() -> onnx.ModelProto:
-    """Return a tiny network of four classes with trained-looking statistics."""
-    torch.manual_seed(0)
-    model = VAN(VanConfig((8, 8, 16, 16), (1, 1, 1, 1), (2, 2, 2, 2), num_classes=4)).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.running_mean, -0.5, 0.5)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-    return onnx_from_van(model, 32)
+    """Return a tiny network of four classes: fewer than the five best."""
+    return onnx_from_van(random_van(VanConfig((8, 8, 16, 16), (1,) * 4, (2,) * 4, 4)), 32)
+
+
+def run(model: onnx.ModelProto, values: npt.NDArray[Any]) -> Outputs:
+    return onnxruntime_outputs(model, values)
 
 
 def pixels(count: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-
-
-def run(model: onnx.ModelProto, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, {session.get_inputs()[0].name: values}), strict=True))
 
 
 def test_the_network_is_given_the_very_bits_of_the_file_pipeline(plain: onnx.ModelProto) -> None:
@@ -92,13 +82,10 @@ def test_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> 
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_other_outputs_are_refused(plain: onnx.ModelProto) -> None:
+def test_other_outputs_are_refused_and_these_build_in_tensorrt(plain: onnx.ModelProto) -> None:
     maps = onnx.ModelProto.FromString(plain.SerializeToString())
     maps.graph.output[0].name = "stage4"
     with pytest.raises(ConversionError, match="the graph gives 'stage4', not 'logits'"):
         embed_preprocessing(maps, PREPROCESSING, "uint8")
-
-
-def test_it_builds_in_tensorrt_for_rtx(plain: onnx.ModelProto) -> None:
     pytest.importorskip("tensorrt_rtx")
     assert plan_kernels(embed_preprocessing(plain, PREPROCESSING, "uint8", ALL))["total"] > 10

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -33,32 +34,28 @@ from van_deploy.runners.onnxruntime import (
     onnxruntime_outputs,
 )
 
-FAST = {"van_b1", "van_b2"}
-DEPTHS = [
-    pytest.param(v.config.depths, marks=() if name in FAST else pytest.mark.slow, id=name)
-    for name, v in VARIANTS.items()
-]
-OPSETS = [
-    pytest.param(opset, marks=() if opset in {17, 20, 23} else pytest.mark.slow)
-    for opset in range(17, 24)
-]
+
+def slow_but(fast: set[Any], values: Mapping[Any, Any]) -> list[Any]:
+    """Return the parameters, by name; all but a few are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(v, id=str(k), marks=() if k in fast else slow) for k, v in values.items()]
 
 
 def fails(*_: object, **__: object) -> None:
     raise RuntimeError("no such operator")
 
 
-@pytest.mark.parametrize("depths", DEPTHS)
+@pytest.mark.parametrize(
+    "depths", slow_but({"van_b1", "van_b2"}, {k: v.config.depths for k, v in VARIANTS.items()})
+)
 def test_golden_operator_counts(depths: tuple[int, int, int, int]) -> None:
     # The counts follow from the depths alone, so narrow networks show them.
     config = VanConfig((8, 8, 8, 8), depths, (1, 1, 1, 1), num_classes=3)
     rewritten = fold_van(VAN(config).eval(), torch.rand(1, 3, 32, 32)).model
     counts, blocks = operator_counts(onnx_from_van(rewritten, 32)), config.blocks
+    blockwise = {"Conv": 8 * blocks + 4, "Gelu": 2 * blocks, "Add": 2 * blocks, "Mul": blocks}
     assert counts == {
-        "Conv": 8 * blocks + 4,
-        "Gelu": 2 * blocks,
-        "Add": 2 * blocks,
-        "Mul": blocks,
+        **blockwise,
         "Transpose": 7,
         "LayerNormalization": 4,
         "ReduceMean": 1,
@@ -67,7 +64,7 @@ def test_golden_operator_counts(depths: tuple[int, int, int, int]) -> None:
     assert sum(counts.values()) == 13 * blocks + 17
 
 
-@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("opset", slow_but({17, 20, 23}, {n: n for n in range(17, 24)}))
 def test_every_opset_is_the_one_asked_for_and_answers_alike(digits: Exported, opset: int) -> None:
     model = onnx_from_van(digits.folded, digits.loaded.preprocessing.image_size, opset=opset)
     onnx.checker.check_model(model, full_check=True)
@@ -77,14 +74,6 @@ def test_every_opset_is_the_one_asked_for_and_answers_alike(digits: Exported, op
     for batch in (1, 3, 5):
         actual = onnxruntime_outputs(model, digits.images[:batch].numpy())["logits"]
         assert compare(expected[:batch], actual).relative < 1e-5
-
-
-def test_an_exporter_that_fails_is_one_error(
-    digits: Exported, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.onnx, "export", fails)
-    with pytest.raises(ConversionError, match="failed at opset 20: no such operator"):
-        onnx_from_van(digits.folded, 64)
 
 
 def test_every_value_is_named_after_the_module_that_made_it(digits: Exported) -> None:
@@ -120,9 +109,12 @@ def test_the_unfolded_network_loses_nodes_to_simplification(digits: Exported) ->
     assert facts["relative_error"] < 1e-5
 
 
-def test_a_simplified_graph_that_answers_differently_is_not_kept(
+def test_exporters_that_fail_and_a_simplified_graph_that_answers_differently(
     digits: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ConversionError, match="failed at opset 20: no such operator"):
+        onnx_from_van(digits.folded, 64)
     real = onnxsim.simplify
 
     def breaks(model: onnx.ModelProto) -> tuple[onnx.ModelProto, bool]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,8 @@ from van_deploy.kernels.launch import Launch
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
-@dataclass
-class Machine:
-    """What ptxas made of one launch."""
-
-    registers: int
-    stack: int
-    shared: int
-    instructions: dict[str, int] = field(repr=False)
-
-
-def compiled(launch: Launch, capability: int = 90) -> Machine:
-    """Compile ``launch`` for ``capability`` and read registers, spills and instructions."""
+def compiled(launch: Launch, capability: int = 90) -> tuple[int, set[str]]:
+    """Return what ptxas makes of ``launch``: bytes of stack a thread, and its instructions."""
     kernel, tile = launch.kernel, dict(launch.tile)
     options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
     names = list(kernel.arg_names)
@@ -50,21 +39,11 @@ def compiled(launch: Launch, capability: int = 90) -> Machine:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return read(made.asm["cubin"])
-
-
-def read(cubin: bytes) -> Machine:
-    """Read a cubin with the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(made.asm["cubin"])
         file.flush()
-        run = [str(tool), "-sass", "-res-usage", file.name]
-        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
-    assert found, text[:500]
-    counts: dict[str, int] = {}
-    for match in re.finditer(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", text):
-        counts[match[1]] = counts.get(match[1], 0) + 1
-    registers, stack, shared = (int(value) for value in found.groups())
-    return Machine(registers, stack, shared, counts)
+        words = [str(tool), "-sass", "-res-usage", file.name]
+        text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"REG:\d+ STACK:(\d+) SHARED:\d+", text)
+    return int(stack), set(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", text))

@@ -175,21 +175,21 @@ def random_shapes() -> Iterator[tuple[str, Callable[[], float]]]:
 
 
 def refused() -> dict[str, str]:
-    """Return the messages of what the kernels do not take."""
+    """Return what the kernels do not take, by a part of the message, and what they said."""
     x, weight, bias = tensor(1, 4, 4, 16), tensor(3, 3, 16), tensor(16)
+    whole = torch.ones(1, 3, 8, 8, dtype=torch.int32)
+    last = x.permute(0, 3, 1, 2)
     calls: dict[str, Callable[[], Any]] = {
-        "dimensions": lambda: steps.depthwise(x[0], weight, bias),
-        "even": lambda: steps.depthwise(x, tensor(2, 2, 16), bias),
-        "layout": lambda: steps.depthwise(x.permute(0, 3, 1, 2), tensor(3, 3, 4), tensor(4)),
-        "type": lambda: steps.depthwise(x.double(), weight, bias),
-        "bias": lambda: steps.depthwise(x, weight, bias.half()),
-        "empty": lambda: steps.depthwise(x[:0], weight, bias),
-        "epilogue": lambda: steps.pointwise(x, tensor(16, 16), bias, "add"),
-        "integers": lambda: steps.patches(
-            torch.ones(1, 3, 8, 8).int(), tensor(3, 3, 3, 16), bias, 2
-        ),
+        "(4, 4, 16), where the kernel takes 4 dim": lambda: steps.depthwise(x[0], weight, bias),
+        "takes shape (3, 3, 16)": lambda: steps.depthwise(x, tensor(2, 2, 16), bias),
+        "'x' is not contiguous": lambda: steps.depthwise(last, tensor(3, 3, 4), tensor(4)),
+        "'x' is torch.float64": lambda: steps.depthwise(x.double(), weight, bias),
+        "'bias' is torch.float16": lambda: steps.depthwise(x, weight, bias.half()),
+        "'x' has shape (0, 4, 4, 16)": lambda: steps.depthwise(x[:0], weight, bias),
+        "epilogue 'add' and": lambda: steps.pointwise(x, tensor(16, 16), bias, "add"),
+        "'x' is torch.int32": lambda: steps.patches(whole, tensor(3, 3, 3, 16), bias, 2),
     }
-    return {name: _message(call) for name, call in calls.items()}
+    return {words: _message(call) for words, call in calls.items()}
 
 
 def _message(call: Callable[[], Any]) -> str:

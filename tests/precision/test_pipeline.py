@@ -18,6 +18,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import BundleError, GateFailed, ImageError, MissingDependency, UsageError
+from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
@@ -130,12 +131,11 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
     assert engine.precision == "bf16"
 
 
-@pytest.mark.parametrize("method", ["minmax", "percentile"])
-def test_other_scales_and_what_is_kept(bundle: Path, few: str, method: Any) -> None:
-    asked = PLAIN.changed(calibration=few, method=method, keep=("block4",))
+def test_other_scales_and_what_is_kept(bundle: Path, few: str) -> None:
+    asked = PLAIN.changed(calibration=few, method="percentile", keep=("block4",))
     result = quantize_bundle(bundle, asked)
     assert lines(result)["int8"]["sqnr_db"] > 20
-    assert (result.facts["method"], result.facts["quantized"]) == (method, 35)
+    assert (result.facts["method"], result.facts["quantized"]) == ("percentile", 35)
     kinds = {t.name: t.data_type for t in load(bundle / "model.int8.onnx").graph.initializer}
     assert kinds["block4.1.mlp.fc1.weight"] == 1
     assert "block4.1.mlp.fc1.weight.int8" not in kinds
@@ -158,6 +158,7 @@ def test_a_budget_is_searched_on_other_images_than_it_is_judged_on(
 ) -> None:
     settings = PLAIN.changed(calibration=few, method="minmax", max_drop=0.0, evaluations=3)
     result = quantize_bundle(bundle, settings.changed(evaluate=heldout))
+    assert lines(result)["int8"]["sqnr_db"] > 20
     search = result.facts["search"]
     assert (search["images"], search["of"]) == (60, "top-1")
     assert len(search["trials"]) <= 3
@@ -195,6 +196,9 @@ def test_noise_is_labelled_and_too_few_images_to_decide_are_no_pass(
     result = quantize_bundle(bundle, asked)
     (row,) = [row for row in result.facts["comparison"] if row["requested"]]
     assert row["passed"]
+    intervals = {"agreement": round(40 * row["agreement"]), "top1": row["correct"]}
+    for name, hits in intervals.items():
+        assert tuple(row[f"{name}_interval"]) == wilson_interval(hits, 40)
     assert "would decide at this rate" in row["doubts"][0]
     assert not result.passed
     again = quantize_bundle(bundle, asked.changed(allow_inconclusive=True))

@@ -13,17 +13,11 @@ from van_deploy.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
-def bare(digits_bundle: Bundle) -> Bundle:
-    """Return a bundle of van_digits as export leaves it."""
-    return digits_bundle
-
-
-@pytest.fixture(scope="session")
-def full(made_once: MadeOnce, bare: Bundle, heldout_200: Path) -> Bundle:
-    """Return the same verified, with drift, accuracy and a benchmark."""
+def full(made_once: MadeOnce, digits_bundle: Bundle, heldout_200: Path) -> Bundle:
+    """Return van_digits verified, with drift, accuracy and a benchmark; not to be changed."""
 
     def make(folder: Path) -> None:
-        shutil.copytree(bare.path, folder)
+        shutil.copytree(digits_bundle.path, folder)
         bundle = vd.open_bundle(folder)
         bundle.verify()
         bundle.drift(level="stage", count=2)

@@ -6,13 +6,13 @@ import copy
 import io
 import json
 import re
-import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle
@@ -26,9 +26,8 @@ from van_deploy.report.render_rich import HarmlessConsole, rich_from_blocks
 from van_deploy.report.sections_checks import quantized_blocks
 
 
-def edited(bundle: Bundle, folder: Path, **checks: object) -> Bundle:
-    """Return a copy whose manifest says something else of some checks."""
-    shutil.copytree(bundle.path, folder)
+def edited(folder: Path, **checks: object) -> Bundle:
+    """Return the bundle, whose manifest says something else of some checks."""
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["checks"].update(checks)
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -99,9 +98,7 @@ def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None
     assert losses["allowed pp"] == f"{allowed_loss('fp32').value:g}", "and no other rule's limit"
 
 
-def test_all_three_say_the_same_and_no_folder_of_this_machine(
-    full: Bundle, document: Document
-) -> None:
+def test_all_three_say_the_same_and_name_no_folder(full: Bundle, document: Document) -> None:
     html, text = html_from_document(document), markdown_from_document(document)
     folder = str(full.path.parent)
     assert folder in json.dumps(full.manifest.checks["evaluate"]["images"])
@@ -118,13 +115,13 @@ def test_all_three_say_the_same_and_no_folder_of_this_machine(
 
 @each(("outcome", "tone"), [("fail", "bad"), ("inconclusive", "open")])
 def test_what_is_not_passed_comes_first_and_in_its_own_colour(
-    full: Bundle, tmp_path: Path, outcome: str, tone: str
+    full: Bundle, copy_of: Copy, outcome: str, tone: str
 ) -> None:
     evaluated, state = copy.deepcopy(full.manifest.checks["evaluate"]), outcome.upper()
     loss = evaluated["losses"]["fp32"]
     loss["outcome"] = loss["findings"][-1]["outcome"] = outcome
     loss["findings"][-1]["message"] = "too much was lost"
-    document = document_of_bundle(edited(full, tmp_path / "copy", evaluate=evaluated))
+    document = document_of_bundle(edited(copy_of(full, outcome), evaluate=evaluated))
     assert document.state == state
     assert f"; 1 {'failed' if outcome == 'fail' else 'undecided'}; 1 skipped" in document.note
     (verdicts,) = document.sections["Verdicts"]
@@ -136,12 +133,10 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
     assert f"{state}</text>" in html, "and is written beside the interval"
 
 
-def test_results_of_another_file_are_left_out_and_named_in_the_banner(
-    full: Bundle, tmp_path: Path
-) -> None:
+def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: Copy) -> None:
     evaluated = copy.deepcopy(full.manifest.checks["evaluate"])
     evaluated["artefacts_sha256"]["fp32"] = "0" * 64
-    bundle = edited(full, tmp_path / "copy", evaluate=evaluated)
+    bundle = edited(copy_of(full), evaluate=evaluated)
     document = document_of_bundle(bundle)
     said = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
     assert document.notices == doc.notices("STALE", [said])
@@ -171,6 +166,13 @@ def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
     assert shown == "\ufffd]0;titleab\ufffd2J[bold]", "nor for a terminal's"
 
 
+@each(("columns", "folded"), [("ms = 1 .1f", True), ("verdict = 0 state; ms = 1 .1f", False)])
+def test_a_long_table_is_folded_but_no_verdict(columns: str, folded: bool) -> None:
+    blocks = table([("fail", 1.0)] * 30, columns, "title")
+    html = html_from_document(Document("name", "", "FAIL", "", {"Speed": blocks}))
+    assert ("<details>" in html) is folded
+
+
 @each("width", [60, 80, 100])
 def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) -> None:
     row = {"name": "fp16", "verdict": "inconclusive", "why": "more images would decide " * 3}
@@ -185,57 +187,38 @@ def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) 
     assert all(f"{value:,.2f}" in text for value in numbers.values()), "no number is broken"
 
 
-def test_the_command_writes_both_files_into_the_bundle(
-    full: Bundle, cli: Cli, tmp_path: Path
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(full.path, folder)
-    result = cli("report", folder)
-    assert result.exit_code == 0
+def test_the_command_writes_both_files(full: Bundle, cli: Cli, copy_of: Copy) -> None:
+    folder = copy_of(full)
+    assert cli("report", folder).exit_code == 0
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ✅ van_digits\n")
     assert Bundle.open(folder).problems() == []
-    elsewhere = tmp_path / "deep" / "page.html"
+    elsewhere = folder.parent / "deep" / "page.html"
     values = json.loads(cli("report", folder, "--output", elsewhere, "--json").stdout)
     assert values["verdict"] == "PASS"
     assert set(values["files"]) == {str(elsewhere), str(elsewhere.with_suffix(".md"))}
-
-
-def test_the_command_refuses_what_it_cannot_do(full: Bundle, cli: Cli, tmp_path: Path) -> None:
-    assert cli("report", tmp_path / "nothing").exit_code == 5
-    result = cli("report", full.path, "--output", tmp_path / "report.md")
+    assert cli("report", folder / "nothing").exit_code == 5
+    result = cli("report", folder, "--output", folder / "report.md")
     assert result.exit_code == 5
     assert "is where the Markdown would go" in result.stderr
-    (tmp_path / "file").write_text("")
-    assert cli("report", full.path, "--output", tmp_path / "file/report.html").exit_code == 5
+    assert cli("report", folder, "--output", folder / "model.onnx/report.html").exit_code == 5
 
 
-@each(
-    "text",
-    ["{", '{"schema": "van-deploy/bench/1", "rows": []}'],
-)
-def test_a_benchmark_that_cannot_be_read_is_left_out(
-    full: Bundle, tmp_path: Path, text: str
-) -> None:
-    shutil.copytree(full.path, tmp_path / "copy")
-    (tmp_path / "copy" / "bench.json").write_text(text)
-    document = document_of_bundle(Bundle.open(tmp_path / "copy"))
-    assert "Speed" not in document.sections
-    assert "bench.json: not of this version" in markdown_from_document(document)
-
-
-def test_speed_of_another_file_is_stale_and_the_rest_of_it_stays(
-    full: Bundle, tmp_path: Path
-) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(full.path, folder)
+def test_a_benchmark_of_other_files_or_of_another_version(full: Bundle, copy_of: Copy) -> None:
+    folder = copy_of(full)
     bench = json.loads((folder / "bench.json").read_text())
     name = next(name for name in bench["contenders"] if name.startswith("ort-cpu"))
     bench["contenders"][name]["sha256"] = "0" * 64
     (folder / "bench.json").write_text(json.dumps(bench))
-    document = document_of_bundle(Bundle.open(folder))
-    assert f"speed of {name}: measured on another" in markdown_from_document(document)
-    assert f"| {name} |" not in markdown_from_document(document)
+    text = markdown_from_document(document_of_bundle(Bundle.open(folder)))
+    assert f"speed of {name}: measured on another" in text
+    assert f"| {name} |" not in text
+    assert "| pytorch |" in text
+    for unread in ("{", '{"schema": "van-deploy/bench/1", "rows": []}'):
+        (folder / "bench.json").write_text(unread)
+        document = document_of_bundle(Bundle.open(folder))
+        assert "Speed" not in document.sections
+        assert "bench.json: not of this version" in markdown_from_document(document)
 
 
 @each(("passed", "gate"), [(True, "PASS"), (False, "FAIL")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -81,65 +82,57 @@ class HostGpu:
 
     def __init__(self) -> None:
         self.held: dict[int, Any] = {}
-        self.recording: list[Callable[[], None]] | None = None
+        self.recording: Any = None
         self.launched = self.recorded = 0
-        own = [name for name in dir(self) if name.startswith("cuda")]
+        done: dict[str, Callable[..., Any]] = {
+            **dict.fromkeys(("cudaMalloc", "cudaMallocHost"), self.take),
+            **dict.fromkeys(("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy"), self.held.pop),
+            "cudaMemcpyAsync": lambda to, source, size, *_: ctypes.memmove(to, source, size),
+            "cudaStreamBeginCapture": lambda *_: setattr(self, "recording", []),
+            "cudaStreamEndCapture": lambda _: self.recording,
+            "cudaGraphInstantiate": self.instantiate,
+            "cudaGraphLaunch": self.launch,
+        }
         nothing = ("cudaSetDevice", "cudaStreamSynchronize", "cudaGraphDestroy")
+        done |= dict.fromkeys(nothing, lambda _: None)
         self.runtime = SimpleNamespace(
             cudaError_t=CODES,
             cudaMemcpyKind=bindings.cudaMemcpyKind,
             cudaStreamCaptureMode=bindings.cudaStreamCaptureMode,
-            **dict.fromkeys(nothing, lambda _: (CODES.cudaSuccess,)),
-            **{name: self._answering(getattr(self, name)) for name in own},
+            **{name: functools.partial(self.answer, function) for name, function in done.items()},
         )
 
     @staticmethod
-    def _answering(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: (CODES.cudaSuccess, function(*arguments))
+    def answer(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+        return CODES.cudaSuccess, function(*arguments)
 
-    def cudaMalloc(self, size: int) -> int:  # noqa: N802
+    def take(self, size: int) -> int:
         memory = (ctypes.c_byte * size)()
         self.held[ctypes.addressof(memory)] = memory
         return ctypes.addressof(memory)
 
-    def cudaFree(self, what: int) -> None:  # noqa: N802
-        del self.held[what]
-
-    cudaMallocHost, cudaFreeHost, cudaGraphExecDestroy = cudaMalloc, cudaFree, cudaFree  # noqa: N815
-
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, *_: object) -> None:  # noqa: N802
-        ctypes.memmove(to, source, size)
-
-    def cudaStreamBeginCapture(self, *_: object) -> None:  # noqa: N802
-        self.recording = []
-
-    def cudaStreamEndCapture(self, _: int) -> Any:  # noqa: N802
-        recorded, self.recording = self.recording, None
-        return recorded
-
-    def cudaGraphInstantiate(self, graph: Any, _: int) -> int:  # noqa: N802
-        self.recorded += 1
+    def instantiate(self, graph: Any, _: int) -> int:
+        self.recorded, self.recording = self.recorded + 1, None
         self.held[self.recorded] = graph
         return self.recorded
 
-    def cudaGraphLaunch(self, handle: int, _: int) -> None:  # noqa: N802
+    def launch(self, handle: int, _: int) -> None:
         self.launched += 1
         for work in self.held[handle]:
             work()
 
     def enqueue(self, batch: DeviceBatch) -> None:
         """Put a network on the stream that doubles each number and sums each row."""
-        rows = batch.rows
 
-        def array(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        def array(name: str, *shape: int) -> npt.NDArray[np.float32]:
             kind = ctypes.c_float * int(np.prod(shape))
             memory = memoryview(kind.from_address(batch.addresses[name]))
             return np.frombuffer(memory, np.float32).reshape(shape)
 
-        def work() -> None:
-            given = array("x", (rows, 3))
-            array("y", (rows, 3))[:] = 2 * given
-            array("sum", (rows,))[:] = given.sum(axis=1)
+        def work(rows: int = batch.rows) -> None:
+            given = array("x", rows, 3)
+            array("y", rows, 3)[:] = 2 * given
+            array("sum", rows)[:] = given.sum(axis=1)
 
         (work() if self.recording is None else self.recording.append(work))
 

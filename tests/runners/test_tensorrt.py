@@ -69,7 +69,12 @@ def test_a_profile_is_chosen_by_its_optimum() -> None:
     [
         (np.zeros((1, 3, 8, 8), np.float32), (3, -1, -1), np.float32, ""),
         (np.zeros((8, 3, 8, 8), np.float32), (3, 8, 8), np.float16, ""),
-        (np.zeros((1, 3, 8, 8), np.float16), (3, 8, 8), np.float32, "the images are"),
+        (
+            np.zeros((1, 3, 8, 8), np.float16),
+            (3, 8, 8),
+            np.float32,
+            "float32, not (1, 3, 8, 8) float16",
+        ),
         (np.zeros((1, 8, 8, 3), np.uint8), (3, 8, 8), np.uint8, "takes (N, 3, 8, 8) uint8"),
         (np.zeros((1, 3, 8), np.float32), (3, 8, 8), np.float32, "takes (N, 3, 8, 8) float32"),
         (np.zeros((1, 1, 8, 8), np.float32), (3, -1, -1), np.float32, "takes (N, 3, -1, -1)"),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
 from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
 from van_deploy.manifest import EngineFacts
 from van_deploy.metrics import softmax
-from van_deploy.runners.network import NamedClass, Outputs
+from van_deploy.runners.network import NamedClass
 from van_deploy.serve.app import App, listen, run_server
 from van_deploy.serve.models import Service
 
@@ -75,9 +76,11 @@ def _sidecar(
     ranges = tuple(BatchRange.model_validate(text) for text in profiles.split(","))
     graph = bundle.artefact("fp32")
     fields: dict[str, Any] = {
+        **dict.fromkeys(("parse_seconds", "build_seconds", "peak_memory_bytes"), 0),
+        "device_memory": {},
+        "warnings": {},
+        "schema": "van-deploy/engine/2",
         "name": plan.stem,
-        "plan_sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
-        "plan_bytes": plan.stat().st_size,
         "onnx_file": "model.onnx",
         "onnx_sha256": graph.sha256,
         "backend": "tensorrt",
@@ -86,27 +89,23 @@ def _sidecar(
         "precision": "fp32",
         "targets": (target,),
         "built_on": "a GPU",
+        "parser_layers": 1,
+        "fixed_addresses": True,
+        "plan_sha256": hashlib.sha256(plan.read_bytes()).hexdigest(),
+        "plan_bytes": plan.stat().st_size,
         "options": BuildOptions(profiles=ranges, targets=(target,)),
         "inputs": (Tensor(name="images", shape=(-1, 3, 64, 64), dtype="float"),),
         "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),),
-        "parser_layers": 1,
-        **dict.fromkeys(("parse_seconds", "build_seconds"), 0.0),
-        "peak_memory_bytes": 0,
-        "device_memory": {},
-        "warnings": {},
-        "fixed_addresses": True,
     }
-    return Sidecar(schema="van-deploy/engine/2", **{**fields, **changes})
+    return Sidecar(**{**fields, **changes})
 
 
-class Running:
-    """A server that answers, in a thread of its own."""
+class Running(NamedTuple):
+    """A server that answers, in a thread of its own; ``address`` is host and port."""
 
-    def __init__(self, service: Service, url: str, stop: Callable[[], Any]) -> None:
-        self.service = service
-        self.url = url
-        self.address = url.removeprefix("http://")
-        self.stop = stop
+    service: Service
+    address: str
+    stop: Callable[[], Any]
 
 
 @contextlib.contextmanager
@@ -121,10 +120,10 @@ def serving(
         settings: of :class:`ServiceSettings`.
     """
     service = Service(bundle, ServiceSettings(**settings))
-    app = App(service)
-    if slow is not None:
-        _hold(service, slow)
-    bound, url = listen(port=0)
+    for served in service.models.values() if slow else ():
+        held = functools.partial(_after, slow, served.network.run)
+        served.network.run = held  # type: ignore[method-assign]
+    app, (bound, url) = App(service), listen(port=0)
     ready, ends = threading.Event(), list[Callable[[], Any]]()
 
     def on_ready(end: Callable[[], Any]) -> None:
@@ -135,7 +134,7 @@ def serving(
     thread.start()
     try:
         assert ready.wait(30)
-        yield Running(service, url, ends[0])
+        yield Running(service, url.removeprefix("http://"), ends[0])
     finally:
         ends[0]()
         if slow is not None:
@@ -144,15 +143,9 @@ def serving(
         assert not thread.is_alive()
 
 
-def _hold(service: Service, gate: threading.Event) -> None:
-    for served in service.models.values():
-        run = served.network.run
-
-        def held(batch: Any, run: Callable[[Any], Outputs] = run) -> Outputs:
-            gate.wait(30)
-            return run(batch)
-
-        served.network.run = held  # type: ignore[method-assign]
+def _after(gate: Any, run: Callable[[Any], Any], batch: Any) -> Any:
+    gate.wait(30)
+    return run(batch)
 
 
 @pytest.fixture(scope="session")

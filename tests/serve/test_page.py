@@ -57,7 +57,7 @@ def shown(page: Any, file: Path, name: str = "") -> None:
 def test_an_image_gets_bars_times_and_pytorch_beside(
     page: Any, server: Running, digits: Bundle, original: Path
 ) -> None:
-    page.goto(server.url)
+    page.goto(f"http://{server.address}")
     page.wait_for_selector("#model option", state="attached")
     assert page.inner_text("h1") == "van_digits"
     assert "10 classes" in page.inner_text("#about")
@@ -87,7 +87,7 @@ def test_a_file_can_be_dropped_and_what_is_no_image_is_told(
     page: Any, server: Running, original: Path, tmp_path: Path
 ) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
-    page.goto(server.url)
+    page.goto(f"http://{server.address}")
     page.wait_for_selector("#model option", state="attached")
     page.evaluate(
         """async (bytes) => {
@@ -114,7 +114,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(
 ) -> None:
     (tmp_path / "key").write_text("open-sesame")
     with serving(digits, api_key_file=tmp_path / "key") as server:
-        page.goto(server.url)
+        page.goto(f"http://{server.address}")
         page.wait_for_selector("#locked:visible")
         page.fill("#secret", "wrong")
         with page.expect_response("**/models") as refused:

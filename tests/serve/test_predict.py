@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import helper, numpy_helper
 
 from tests.artifacts import Copy
 from tests.conftest import Cli
@@ -19,7 +20,7 @@ from tests.serve.conftest import top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import ExportSettings
 from van_deploy.errors import GateFailed, ImageError
-from van_deploy.graph.embed import embed_preprocessing
+from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.serve import embedded
 from van_deploy.serve.embedded import embed_artefacts
@@ -93,12 +94,24 @@ def test_an_embedded_graph_is_the_same_network_or_nothing_is_written(
     (again,) = embed_artefacts(Bundle.open(copy), asked, batches)
     assert again.reused
 
-    def wrong(model: Any, preprocessing: Any, *more: Any) -> Any:
+    def other_mean(model: Any, preprocessing: Any, *more: Any) -> Any:
         mean = tuple(value + 0.01 for value in preprocessing.mean)
         return embed_preprocessing(model, replace(preprocessing, mean=mean), *more)
 
-    monkeypatch.setattr(embedded, "embed_preprocessing", wrong)
+    def not_a_number(*given: Any) -> Any:
+        """Return the right graph, but for its last output."""
+        model = embed_preprocessing(*given)
+        node = next(n for n in model.graph.node if TOP_PROBABILITIES in n.output)
+        node.output[list(node.output).index(TOP_PROBABILITIES)] = "right"
+        zero = numpy_helper.from_array(np.float32(0), "zero")
+        model.graph.initializer.append(zero)
+        model.graph.node.append(helper.make_node("Div", ["zero", "zero"], ["nan"]))
+        model.graph.node.append(helper.make_node("Mul", ["right", "nan"], [TOP_PROBABILITIES]))
+        return model
+
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-    with pytest.raises(GateFailed, match=r"At batch 1 'model\.normalize"):
-        embed_artefacts(Bundle.open(copy), asked.changed(outputs=("logits",)), batches)
-    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+    for wrong in (other_mean, not_a_number):
+        monkeypatch.setattr(embedded, "embed_preprocessing", wrong)
+        with pytest.raises(GateFailed, match=r"At batch 1 'model\.uint8"):
+            embed_artefacts(Bundle.open(copy), asked.changed(embed_preprocess="uint8"), batches)
+        assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before

@@ -20,7 +20,7 @@ import numpy as np
 import onnx
 import pytest
 import yaml
-from google.protobuf import json_format, text_format
+from google.protobuf import text_format
 from PIL import Image
 
 from tests.artifacts import Copy, put
@@ -40,7 +40,6 @@ from van_deploy.serve.triton import TritonModel, loads, models_of, preferred_bat
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 NAME = "van_digits-fp32-uint8"
-CONFIG, GRAPH = f"models/{NAME}/config.pbtxt", f"models/{NAME}/1/model.onnx"
 Written = Callable[..., Path]
 
 
@@ -58,56 +57,53 @@ def written(tmp_path: Path) -> Written:
     return write
 
 
-def config_of(package: Path, name: str = NAME) -> dict[str, Any]:
-    """Return ``config.pbtxt`` as Triton's own message reads it; what is not set is missing."""
+def config_of(package: Path, name: str = NAME) -> Any:
+    """Return ``config.pbtxt`` as Triton's own message reads it."""
     text = (package / "models" / name / "config.pbtxt").read_text()
-    message = text_format.Parse(text, schema.ModelConfig())
-    return json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return text_format.Parse(text, schema.ModelConfig())
 
 
-def yaml_of(package: Path, name: str) -> list[Any]:
-    return list(yaml.safe_load_all((package / name).read_text()))
+def yaml_of(path: Path) -> list[Any]:
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+GRAPH = """
+name: "van_digits-fp32-uint8" backend: "onnxruntime" max_batch_size: 8
+input { name: "pixels" data_type: TYPE_UINT8 dims: [64, 64, 3] }
+output { name: "logits" data_type: TYPE_FP32 dims: 10 label_filename: "labels.txt" }
+output { name: "probabilities" data_type: TYPE_FP32 dims: 10 label_filename: "labels.txt" }
+output { name: "top5_classes" data_type: TYPE_INT64 dims: 5 }
+output { name: "top5_probabilities" data_type: TYPE_FP32 dims: 5 }
+version_policy { specific { versions: 7 } }
+instance_group { count: 3 kind: KIND_CPU }
+default_model_filename: "model.onnx"
+dynamic_batching { preferred_batch_size: [2, 8] max_queue_delay_microseconds: 1000
+  default_queue_policy { max_queue_size: 256 default_timeout_microseconds: 50000 } }
+parameters { key: "intra_op_thread_count" value { string_value: "4" } }
+model_warmup { name: "batch of 1" batch_size: 1 inputs { key: "pixels" value {
+  data_type: TYPE_UINT8 dims: [64, 64, 3] zero_data: true } } }
+model_warmup { name: "batch of 8" batch_size: 8 inputs { key: "pixels" value {
+  data_type: TYPE_UINT8 dims: [64, 64, 3] zero_data: true } } }
+"""
+PLANS = """
+backend: "tensorrt" max_batch_size: 32 default_model_filename: "model.plan"
+cc_model_filenames { key: "8.6" value: "model.plan" }
+cc_model_filenames { key: "12.0" value: "model-1.plan" }
+instance_group { count: 1 kind: KIND_GPU profile: ["0", "1"] }
+optimization { cuda { graphs: true graph_spec { batch_size: 1
+  input { key: "images" value { dim: [3, 64, 64] } } } } }
+"""
 
 
 def test_the_configuration_of_a_graph(written: Written, digits: Bundle) -> None:
     how = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
     package = written(digits, "fp32-uint8", **how)
-    zeros = {"data_type": "TYPE_UINT8", "dims": ["64", "64", "3"], "zero_data": True}
-    one = {"data_type": "TYPE_FP32", "label_filename": "labels.txt"}
-    config = config_of(package)
-    assert config.pop("response_cache", {}) == {}
-    assert config == {
-        "name": NAME,
-        "backend": "onnxruntime",
-        "max_batch_size": 8,
-        "input": [{"name": "pixels", "data_type": "TYPE_UINT8", "dims": ["64", "64", "3"]}],
-        "output": [
-            {"name": "logits", "dims": ["10"], **one},
-            {"name": "probabilities", "dims": ["10"], **one},
-            {"name": "top5_classes", "data_type": "TYPE_INT64", "dims": ["5"]},
-            {"name": "top5_probabilities", "data_type": "TYPE_FP32", "dims": ["5"]},
-        ],
-        "version_policy": {"specific": {"versions": ["7"]}},
-        "instance_group": [{"count": 3, "kind": "KIND_CPU"}],
-        "default_model_filename": "model.onnx",
-        "dynamic_batching": {
-            "preferred_batch_size": [2, 8],
-            "max_queue_delay_microseconds": "1000",
-            "default_queue_policy": {
-                "max_queue_size": 256,
-                "default_timeout_microseconds": "50000",
-            },
-        },
-        "parameters": {"intra_op_thread_count": {"string_value": "4"}},
-        "model_warmup": [
-            {"name": f"batch of {n}", "batch_size": n, "inputs": {"pixels": zeros}} for n in (1, 8)
-        ],
-    }
+    assert config_of(package) == text_format.Parse(GRAPH, schema.ModelConfig())
     served = package / "models" / NAME / "7/model.onnx"
     assert served.read_bytes() == (digits.path / "model.uint8.onnx").read_bytes()
     on_gpu = config_of(written(digits, "fp32-uint8", gpu=True))  # where threads are the runtime's
-    assert on_gpu["instance_group"][0]["kind"] == "KIND_GPU"
-    assert "parameters" not in on_gpu
+    assert str(on_gpu.instance_group[0]) == "count: 1\nkind: KIND_GPU\n"
+    assert not on_gpu.parameters
 
 
 def test_plans_are_one_model_with_all_profiles_and_a_cuda_graph_for_a_static_one(
@@ -117,18 +113,14 @@ def test_plans_are_one_model_with_all_profiles_and_a_cuda_graph_for_a_static_one
     package = written(bundle, "plan-sm_86", "plan-sm_120")
     (folder,) = (package / "models").iterdir()
     config = config_of(package, folder.name)
-    assert config["name"] == folder.name == "van_digits-fp32"
-    assert (config["backend"], config["max_batch_size"]) == ("tensorrt", 32)
-    assert config["default_model_filename"] == "model.plan"
-    assert config["cc_model_filenames"] == {"8.6": "model.plan", "12.0": "model-1.plan"}
+    assert config.name == folder.name == "van_digits-fp32"
     assert (folder / "1/model.plan").read_bytes() == b"plan for sm_86"
     assert (folder / "1/model-1.plan").read_bytes() == b"plan for sm_120"
-    group = {"count": 1, "kind": "KIND_GPU", "profile": ["0", "1"]}
-    assert config["instance_group"] == [group]
-    graph = {"batch_size": 1, "input": {"images": {"dim": ["3", "64", "64"]}}}
-    assert config["optimization"]["cuda"] == {"graphs": True, "graph_spec": [graph]}
-    assert [w["batch_size"] for w in config["model_warmup"]] == [1, 2, 32]
-    assert "parameters" not in config
+    assert [warmup.batch_size for warmup in config.model_warmup] == [1, 2, 32]
+    left = "name input output version_policy dynamic_batching model_warmup"
+    for field in left.split():
+        config.ClearField(field)
+    assert config == text_format.Parse(PLANS, schema.ModelConfig())
 
 
 def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
@@ -201,11 +193,11 @@ def test_the_release_is_the_newest_that_loads_the_models(
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (compose,) = yaml_of(written(digits), "compose.yaml")
+    (compose,) = yaml_of(written(digits) / "compose.yaml")
     newest = next(iter(releases()["releases"]))
     assert compose["services"]["triton"]["image"] == f"nvcr.io/nvidia/tritonserver:{newest}-py3"
     plan = with_plans(backend_version="10.6.0.26")
-    (kserve,) = yaml_of(written(plan, "plan-sm_89"), "kserve.yaml")
+    (kserve,) = yaml_of(written(plan, "plan-sm_89") / "kserve.yaml")
     assert kserve["spec"]["predictor"]["model"]["runtimeVersion"] == "24.11-py3"
     words = ("package", "triton", digits.path, "-o", tmp_path / "new", "--json")
     result = cli(*words, "--triton-release", "31.07")  # not in the table, so not checked
@@ -235,9 +227,9 @@ def test_the_python_backend_brings_its_onnx_runtime(
     package = written(digits, "fp32-uint8", backend="python", triton_release="23.04")
     assert made == ["3.8"]  # and the release's own ONNX Runtime would not load the graph
     config = config_of(package)
-    assert (config["backend"], config["default_model_filename"]) == ("python", "model.py")
+    assert (config.backend, config.default_model_filename) == ("python", "model.py")
     path = "$$TRITON_MODEL_DIRECTORY/../environment-python3.8.tar.gz"
-    assert config["parameters"]["EXECUTION_ENV_PATH"]["string_value"] == path
+    assert config.parameters["EXECUTION_ENV_PATH"].string_value == path
     assert (package / "models/environment-python3.8.tar.gz").is_file()
     version = package / "models" / NAME / "1"
     assert sorted(p.name for p in version.iterdir()) == ["model.onnx", "model.py"]
@@ -258,20 +250,20 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     assert [p.name for p in (package / "models").iterdir()] == [NAME]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert cli(*words, "--check").exit_code == 0
-    config, graph = package / CONFIG, package / GRAPH
-    text, onnx_bytes = config.read_text(), graph.read_bytes()
-    config.write_text(text.replace("max_batch_size: 8", "max_batch_size: 16"))
-    assert failed(digits) == {"files": f"{CONFIG}: missing, changed or added"}
-    found = cli(*words, "--check")
-    assert found.exit_code == 1
-    assert "is not what the bundle says: files." in " ".join(found.stderr.split())
-    config.write_text(text)
-    graph.unlink()
-    assert failed(digits) == {"files": f"{GRAPH}: missing, changed or added"}
-    graph.write_bytes(onnx_bytes)
-    (package / "models/another").write_text('name: "another"')
-    assert failed(digits) == {"files": "models/another: missing, changed or added"}
-    (package / "models/another").unlink()
+    for file in (f"models/{NAME}/config.pbtxt", f"models/{NAME}/1/model.onnx"):
+        path, wrong = package / file, {"files": f"{file}: missing, changed or added"}
+        before = path.read_bytes()
+        path.write_bytes(before + b"#")
+        assert failed(digits) == wrong
+        path.unlink()
+        assert failed(digits) == wrong
+        found = cli(*words, "--check")
+        assert found.exit_code == 1
+        assert "is not what the bundle says: files." in " ".join(found.stderr.split())
+        path.write_bytes(before)
+    (package / "models/package.json").write_text("{}")
+    assert failed(digits) == {"files": "models/package.json: missing, changed or added"}
+    (package / "models/package.json").unlink()
     copy = Bundle.open(copy_of(digits))
     model = onnx.load(copy.path / "model.uint8.onnx")
     model.doc_string = "another one"
@@ -285,59 +277,67 @@ def test_the_command_packages_and_notices_what_was_changed_since(
         check_package(tmp_path / "nowhere", digits)
 
 
+# KServe's runtime listens on 8080 and 9000, and all three manifests read the package's folder
+# models/, copied into the root of one volume.
+IN_BOTH = """
+kubernetes 0 spec template metadata annotations prometheus.io/port = 8002
+kubernetes 0 spec template spec containers 0 args 1 = --model-repository=/models
+kubernetes 0 spec template spec containers 0 ports 0 containerPort = 8000
+kubernetes 0 spec template spec containers 0 ports 0 name = http
+kubernetes 0 spec template spec containers 0 ports 2 containerPort = 8002
+kubernetes 0 spec template spec containers 0 ports 2 name = metrics
+kubernetes 0 spec template spec containers 0 startupProbe httpGet port = http
+kubernetes 0 spec template spec containers 0 readinessProbe httpGet port = http
+kubernetes 0 spec template spec containers 0 livenessProbe httpGet port = http
+kubernetes 0 spec template spec containers 0 volumeMounts 0 mountPath = /models
+kubernetes 0 spec template spec containers 0 volumeMounts 0 subPath = models
+kubernetes 0 spec template spec volumes 0 persistentVolumeClaim claimName = van-digits-models
+kubernetes 1 spec ports 2 targetPort = metrics
+kserve 0 spec predictor model runtime = kserve-tritonserver
+kserve 0 spec predictor model storageUri = pvc://van-digits-models/models
+kserve 0 spec predictor model ports 0 containerPort = 8080
+kserve 0 spec predictor model readinessProbe httpGet port = 8080
+kserve 0 spec predictor model livenessProbe httpGet port = 8080
+compose 0 services triton ports 2 = 127.0.0.1:8002:8002
+compose 0 services triton volumes 0 = ./models:/models:ro
+compose 0 services triton command 1 = --model-repository=/models
+"""
+ON_A_PROCESSOR = """
+kubernetes 0 spec template spec containers 0 resources requests cpu = 12
+kubernetes 0 spec template spec containers 0 resources requests memory = 2056Mi
+kubernetes 2 spec metrics 0 type = Resource
+"""
+ON_A_GPU = """
+kubernetes 0 spec template spec containers 0 resources limits nvidia.com/gpu = 1
+kubernetes 0 spec template spec containers 0 args 4 = --backend-config=tensorrt,COMPATIBLE
+kubernetes 2 spec metrics 0 pods metric name = nv_inference_pending_request_count
+kubernetes 2 spec metrics 0 pods target averageValue = 32
+kserve 0 spec predictor model args 1 = --backend-config=tensorrt,COMPATIBLE
+compose 0 services triton command 3 = --backend-config=tensorrt,COMPATIBLE
+compose 0 services triton deploy resources reservations devices 0 capabilities 0 = gpu
+""".replace("COMPATIBLE", "version-compatible=true")
+
+
 def test_the_manifests(written: Written, digits: Bundle, with_plans: PlanMaker) -> None:
     validate = pytest.importorskip("kubernetes_validate")
-
-    def checked(package: Path) -> tuple[Any, Any, Any, Any, Any]:
-        resources = yaml_of(package, "kubernetes.yaml")
-        for resource in resources:
-            validate.validate(resource, "1.30", strict=True)
-        for path in (*package.rglob("*.yaml"), *package.rglob("*.py")):
-            assert not set(path.read_text()) & set("$"), "a mark of the templates is left"
-            assert "#if" not in path.read_text()
-        model = yaml_of(package, "kserve.yaml")[0]["spec"]["predictor"]["model"]
-        return *resources, model, yaml_of(package, "compose.yaml")[0]["services"]["triton"]
-
-    package = written(digits, "fp32-uint8", "fp32", instances=2, threads=3)
-    deployment, service, scaler, model, compose = checked(package)
-    pod = deployment["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert ports == {"http": 8000, "grpc": 8001, "metrics": 8002}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["port"] == "http"
-    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
-    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
-    assert annotations["prometheus.io/port"] == "8002"
-    assert model["runtime"] == "kserve-tritonserver"  # which listens on 8080 and 9000
-    assert [port["containerPort"] for port in model["ports"]] == [8080]
-    probes = (model["readinessProbe"], model["livenessProbe"])
-    assert [probe["httpGet"]["port"] for probe in probes] == [8080, 8080]
-    assert all(port.startswith("127.0.0.1:") for port in compose["ports"])
-    # All three read the package's folder models/, copied into the root of one volume.
-    mount = container["volumeMounts"][0]
-    assert (mount["mountPath"], mount["subPath"]) == ("/models", "models")
-    claim = pod["volumes"][0]["persistentVolumeClaim"]["claimName"]
-    assert "--model-repository=/models" in container["args"]
-    assert model["storageUri"] == f"pvc://{claim}/models"
-    assert compose["volumes"] == ["./models:/models:ro"]
-    assert "--model-repository=/models" in compose["command"]
-    # Threads x instances x models.
-    assert container["resources"]["requests"] == {"cpu": "12", "memory": "2056Mi"}
-    assert [metric["type"] for metric in scaler["spec"]["metrics"]] == ["Resource"]
     options = BuildOptions(profiles=(BatchRange(1, 8, 32),), version_compatible=True)
-    package = written(with_plans("1:8:32", options=options), "plan-sm_89")
-    deployment, _, scaler, _, compose = checked(package)
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
-    (metric,) = scaler["spec"]["metrics"]  # Triton's queue, not the processor
-    assert metric["pods"]["metric"]["name"] == "nv_inference_pending_request_count"
-    assert metric["pods"]["target"] == {"type": "AverageValue", "averageValue": "32"}
-    (device,) = compose["deploy"]["resources"]["reservations"]["devices"]
-    assert device["capabilities"] == ["gpu"]
-    for name in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
-        text = (package / name).read_text()
-        assert "- --backend-config=tensorrt,version-compatible=true\n" in text, name
+    compatible, two = with_plans("1:8:32", options=options), ("fp32-uint8", "fp32")
+    for bundle, artefacts, how, wanted in (
+        (digits, two, {"instances": 2, "threads": 3}, ON_A_PROCESSOR),
+        (compatible, ["plan-sm_89"], {}, ON_A_GPU),
+    ):
+        package = written(bundle, *artefacts, **how)
+        for path in (*package.rglob("*.yaml"), *package.rglob("*.py")):
+            assert not re.findall(r"\$|#if", path.read_text()), "a mark of the templates is left"
+        found = {path.stem: yaml_of(path) for path in package.glob("*.yaml")}
+        for resource in found["kubernetes"]:
+            validate.validate(resource, "1.30", strict=True)
+        for line in filter(None, (IN_BOTH + wanted).splitlines()):
+            place, value = line.split(" = ")
+            at: Any = found
+            for key in place.split():
+                at = at[int(key) if key.isdigit() else key]
+            assert str(at) == value, line
 
 
 @each("artefact", ["fp32-uint8", "fp32"])

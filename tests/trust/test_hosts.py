@@ -16,8 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,10 @@ from van_deploy.cli.app import COMMANDS
 
 WITHIN_S = 500
 RTX = find_spec("tensorrt_rtx") is not None
+OPTIONAL = (
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
+    *("uvicorn", "prometheus_client", "tritonclient", "sklearn", "skimage", "scipy"),
+)
 HOOK = """
 import json, os, sys
 
@@ -71,21 +74,20 @@ class Without:
         if name.partition(".")[0] not in BLOCKED:
             return self.finder.find_spec(name, path, target)
 
-BLOCKED, commands = json.load(open(sys.argv[1], encoding="utf-8"))
+BLOCKED, lines = json.loads(sys.argv[1])
 before = set(sys.modules)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 sys.path_importer_cache.clear()
 from typer.testing import CliRunner
 from van_deploy.cli.app import app, main
-if len(commands) == 1:
-    sys.argv = ["van-deploy", *commands[0]]
+if len(lines) == 1:
+    sys.argv = ["van-deploy", *lines[0].split()]
     main()
 done = {}
-for words in commands:
-    result = CliRunner().invoke(app, words)
-    fault = result.exception
-    told = "" if fault is None or isinstance(fault, SystemExit) else repr(fault)
-    done[" ".join(words)] = [result.exit_code, result.stdout, result.stderr, told]
+for line in lines:
+    result = CliRunner().invoke(app, line.split())
+    if not isinstance(result.exception, SystemExit | None): raise result.exception
+    done[line] = [result.exit_code, result.stdout, result.stderr]
 found = {name.partition(".")[0] for name in set(sys.modules) - before}
 assert not found & set(BLOCKED), found
 json.dump(done, open(sys.argv[2], "w", encoding="utf-8"))
@@ -95,114 +97,95 @@ json.dump(done, open(sys.argv[2], "w", encoding="utf-8"))
 class Host:
     """A machine that refuses the network and lacks some modules; its files are in ``folder``."""
 
-    def __init__(self, folder: Path, blocked: list[str]) -> None:
-        self.folder, self.blocked = folder, blocked
-        (folder / "site").mkdir()
+    def __init__(self, folder: Path, blocked: Sequence[str] = ()) -> None:
+        self.folder, self.blocked, self.out = folder, blocked, folder / "out.json"
+        (folder / "site").mkdir(parents=True)
         (folder / "site/sitecustomize.py").write_text(HOOK)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        paths = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
-        self.environment = {
-            **kept,
-            "PYTHONPATH": os.pathsep.join(paths),
-            "REFUSALS": str(folder / "refusals"),
-            "HF_HOME": str(folder / "hub"),
-            "COLUMNS": "100",
-            "NO_COLOR": "1",
-        }
+        paths = os.pathsep.join(map(str, (folder / "site", ROOT, os.environ.get("PYTHONPATH", ""))))
+        own = {"PYTHONPATH": paths, "REFUSALS": f"{folder}/refusals", "HF_HOME": f"{folder}/hub"}
+        self.environment = {**kept, **own, "COLUMNS": "100", "NO_COLOR": "1"}
 
-    def command(self, commands: list[list[str]]) -> list[str]:
-        (self.folder / "in.json").write_text(json.dumps([self.blocked, commands]))
-        return [
-            sys.executable,
-            "-c",
-            DRIVER,
-            *(str(self.folder / f"{n}.json") for n in ("in", "out")),
-        ]
+    def started(self, *lines: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", DRIVER, json.dumps([self.blocked, lines]), str(self.out)]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(words, env=self.environment, **pipes)
 
-    def run(self, commands: list[list[str]]) -> dict[str, list[Any]]:
-        """Return exit code, outputs and fault of each command, by its words."""
-        words = self.command(commands)
-        subprocess.run(
-            words, env=self.environment, check=True, capture_output=True, timeout=WITHIN_S
-        )
-        found: dict[str, list[Any]] = json.loads((self.folder / "out.json").read_text())
-        assert {words: done[3] for words, done in found.items() if done[3]} == {}
-        return found
+    def run(self, *lines: str) -> dict[str, list[Any]]:
+        """Return exit code and outputs of each command, by its line."""
+        process = self.started(*lines)
+        _, said = process.communicate(timeout=WITHIN_S)
+        assert process.returncode == 0, said
+        return dict(json.loads(self.out.read_text()))
 
     @contextlib.contextmanager
     def serving(self, bundle: Path) -> Iterator[str]:
         """Run `serve` and give its address."""
-        out, words = self.folder / "serve.json", ["serve", str(bundle), "--port", "0", "--json"]
-        with out.open("w") as stdout:
-            server = subprocess.Popen(self.command([words]), env=self.environment, stdout=stdout)
+        server, text = self.started(f"serve {bundle} --port 0 --json"), ""
+        assert server.stdout
         try:
-            until = time.monotonic() + 120
-            while not out.read_text().rstrip().endswith("}"):
-                assert time.monotonic() < until
-                assert server.poll() is None
-                time.sleep(0.1)
-            yield str(json.loads(out.read_text())["url"]).rstrip("/")
+            while not text.endswith("}\n"):
+                text += (line := server.stdout.readline())
+                assert line, "the server did not start"
+            yield str(json.loads(text)["url"]).rstrip("/")
         finally:
             server.send_signal(signal.SIGINT)
-            server.wait(30)
+            server.communicate(timeout=30)
 
     def refusals(self) -> set[str]:
         file = self.folder / "refusals"
         return set(map(json.loads, file.read_text().splitlines())) if file.exists() else set()
 
 
-def commands(folder: Path, images: Path) -> list[list[str]]:
+def every_command(folder: Path, images: Path) -> list[str]:
     """Return every command on ``van_digits`` but `serve`, small; `run` goes over the bundle."""
-    bundle, key, baseline = (str(folder / name) for name in ("b", "k.pem", "baseline.json"))
+    bundle, key = folder / "b", folder / "k.pem"
     secret = ed25519.Ed25519PrivateKey.generate()
     plain, spki = pem.NoEncryption(), pem.PublicFormat.SubjectPublicKeyInfo
-    Path(key).write_bytes(secret.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, plain))
-    Path(f"{key}.pub").write_bytes(secret.public_key().public_bytes(pem.Encoding.PEM, spki))
-    build = ["build", bundle, "--target", "sm_89", "--optimization-level", "0"]
-    skip = ["--allow-skip", "engines"]
+    key.write_bytes(secret.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, plain))
+    public = folder / "k.pem.pub"
+    public.write_bytes(secret.public_key().public_bytes(pem.Encoding.PEM, spki))
+    once = "--batches 1 --seconds 0.1 --calls 2 --limit 0.2 --rounds 1 --warmup 0 --no-save"
+    build = f"build {bundle} --target sm_89 --optimization-level 0"
     return [
-        ["list"],
-        ["doctor", "--json"],
-        ["info", "van_b1"],
-        ["export", "van_digits", "--output", bundle],
-        ["quantize", bundle, "--precision", "fp16"],
-        *([build] if RTX else []),
-        ["info", bundle],
-        ["run", "van_digits", "--output", bundle, "--precision", "fp16", *skip],
-        ["verify", bundle, "--no-modules", *skip],
-        ["drift", bundle, "--level", "stage", "--count", "1", "--artefact", "fp16"],
-        ["evaluate", bundle, "--images", str(images), "--artefact", "fp32"],
-        ["check", bundle, "--baseline", baseline, "--update", *skip],
-        ["inspect", bundle],
-        ["package", "triton", bundle, "--output", str(folder / "triton")],
-        [
-            *("bench", bundle, "--runners", "ort-cpu", "--batches", "1", "--seconds", "0.1"),
-            *("--calls", "2", "--limit", "0.2", "--rounds", "1", "--warmup", "0", "--no-save"),
-        ],
-        ["report", bundle],
-        ["sign", bundle, "--key", key],
-        ["verify-signature", bundle, "--public-key", f"{key}.pub"],
-        ["predict", bundle, f"{bundle}/golden/0.png", "--require-signature", f"{key}.pub"],
+        *("list", "doctor --json", "info van_b1", f"export van_digits --output {bundle}"),
+        *(f"quantize {bundle} --precision fp16", *([build] if RTX else []), f"info {bundle}"),
+        f"run van_digits --output {bundle} --precision fp16 --allow-skip engines",
+        f"verify {bundle} --no-modules --allow-skip engines",
+        f"drift {bundle} --level stage --count 1 --artefact fp16",
+        f"evaluate {bundle} --images {images} --artefact fp32",
+        f"check {bundle} --baseline {folder}/base.json --update --allow-skip engines",
+        *(f"inspect {bundle}", f"package triton {bundle} --output {folder}/triton"),
+        *(f"bench {bundle} --runners ort-cpu {once}", f"report {bundle}"),
+        *(f"sign {bundle} --key {key}", f"verify-signature {bundle} --public-key {public}"),
+        f"predict {bundle} {bundle}/golden/0.png --require-signature {public}",
     ]
 
 
 @pytest.mark.slow
 def test_no_command_asks_for_the_network(tmp_path: Path, judged: Subject) -> None:
-    host = Host(tmp_path, [])
-    done = host.run(commands(tmp_path, judged.labelled))
-    assert {words: found[2] for words, found in done.items() if found[0]} == {}
+    host = Host(tmp_path)
+    done = host.run(*every_command(tmp_path, judged.labelled))
+    assert {line: found[2] for line, found in done.items() if found[0]} == {}
     with host.serving(tmp_path / "b") as url, urlopen(f"{url}/v2/health/ready") as answer:
         assert answer.status == 200
     assert host.refusals() == set()
-    tried = {words.split()[0] for words in done} | {"serve"} | ({"build"} if not RTX else set())
-    assert tried == set(COMMANDS)
+    assert {line.split()[0] for line in done} | {"serve", "build"} == set(COMMANDS)
     # The hook sees what does ask, and the refusal is one message.
-    asks = ["export", "van_b0", "--output", str(tmp_path / "new")]
-    code, _, stderr, _ = host.run([asks, ["list"]])[" ".join(asks)]
+    asks = f"export van_b0 --output {tmp_path}/new"
+    code, _, stderr = host.run("list", asks)[asks]
     assert (code, stderr[:7]) == (5, "error: ")
     assert re.search(r"offline|network|reach|connect", stderr, re.IGNORECASE)
     assert host.refusals() == {"huggingface.co"}
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_it_starts_without_each_optional_package(tmp_path: Path) -> None:
+    """``tests/test_architecture.py`` imports every module without all of them."""
+    for package in OPTIONAL:
+        done = Host(tmp_path / package, [package]).run("--help", "list", "doctor")
+        assert [found[0] for found in done.values()] == [0, 0, 0], (package, done)
 
 
 # --- without PyTorch: only what requirements-runtime.txt names -----------------------------------
@@ -233,19 +216,15 @@ def test_a_host_without_pytorch_and_the_weights(judged: Subject, tmp_path: Path)
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["weights"]["path"] = "/nowhere/weights.safetensors"
     (path / MANIFEST).write_text(json.dumps(manifest))
-    host, place = Host(tmp_path, blocked), str(path)
-    skip = ("--allow-skip", "engines", "--allow-skip", "runtimes")
-    lines = [
-        ["verify", place, "--json"],
-        ["predict", place, f"{place}/golden/0.png", "--json"],
-        ["inspect", f"{place}/model.onnx"],
-        ["info", place],
-        ["drift", place, "--against", "golden", "--level", "stage"],
-        ["report", place],
-        ["check", place, "--baseline", str(tmp_path / "base.json"), "--update", *skip],
-        ["export", "van_digits", "--output", str(tmp_path / "out")],
-    ]
-    done = {words.split()[0]: found for words, found in host.run(lines).items()}
+    host, skips = Host(tmp_path / "host", blocked), "--allow-skip engines --allow-skip runtimes"
+    found = host.run(
+        *(f"verify {path} --json", f"predict {path} {path}/golden/0.png --json"),
+        *(f"inspect {path}/model.onnx", f"info {path}", f"report {path}"),
+        f"drift {path} --against golden --level stage",
+        f"check {path} --baseline {tmp_path}/base.json --update {skips}",
+        f"export van_digits --output {tmp_path}/out",
+    )
+    done = {line.split()[0]: outputs for line, outputs in found.items()}
     verdicts = json.loads(done["verify"][1])["artefacts"]
     assert [verdicts[name]["outcome"] for name in ("fp32", "fp16", "int8")] == ["pass"] * 3
     assert verdicts["fp16-sm89"]["reason"] == "engine not executed: no GPU"

@@ -189,8 +189,8 @@ def require_served(
     narrowed = images.dtype == np.float32 and dtype == np.float16
     if not fits or not (narrowed or images.dtype == dtype):
         raise InputError(
-            f"The compiled network takes (N, {', '.join(map(str, row))}) {np.dtype(dtype)}; the "
-            f"images are {images.shape} {images.dtype}.",
+            f"The compiled network takes (N, {', '.join(map(str, row))}) {np.dtype(dtype)}, "
+            f"not {images.shape} {images.dtype}.",
             "Prepare them with the model's own preprocessing.",
         )
     profile_for(profiles, len(images))

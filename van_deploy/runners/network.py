@@ -103,11 +103,10 @@ def require_classes(bundle: Bundle, command: str) -> None:
     """
     names = bundle.manifest.architecture.output_names
     if bundle.manifest.architecture.out_indices:
+        maps = f"gives feature maps ({', '.join(names)}), and `{command}` is of classes"
         raise UsageError(
-            f"The bundle '{bundle.path}' gives feature maps ({', '.join(names)}), and "
-            f"`{command}` is of classes.",
-            "Run the ONNX file in a pipeline of your own (docs/backbones.md), or export the "
-            "classifier without --features.",
+            f"The bundle '{bundle.path}' {maps}.",
+            "Run the ONNX file yourself (docs/backbones.md), or export without --features.",
         )
 
 
@@ -308,9 +307,7 @@ class Network:
 
     def serves(self, batch: int) -> bool:
         """Return whether a batch of that many images is run as it is."""
-        if self._profiles:
-            return any(p.min <= batch <= p.max for p in self._profiles)
-        return batch >= 1
+        return not self._profiles or any(p.min <= batch <= p.max for p in self._profiles)
 
     def serves_size(self, sides: Sequence[int]) -> bool:
         """Return whether images of that height and width are run as they are."""
@@ -354,12 +351,10 @@ class Network:
                     f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
                     f"Ask for {classes.shape[1]}, or take another artifact.",
                 )
-        names = self.bundle.manifest.class_names
+        manifest = self.bundle.manifest
+        names = manifest.class_names or [*map(str, range(manifest.architecture.num_classes))]
         return [
-            tuple(
-                NamedClass(c, names[c] if names else str(c), share)
-                for c, share in zip(found, shares, strict=True)
-            )
+            tuple(NamedClass(c, names[c], p) for c, p in zip(found, shares, strict=True))
             for found, shares in zip(classes.tolist(), ranked.tolist(), strict=True)
         ]
 
@@ -386,8 +381,7 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",
-            "Install them with `pip install van-deploy`, or compare with the golden samples "
-            "(--against golden), which needs neither.",
+            "Install them with `pip install van-deploy`, or compare --against golden.",
         ) from error
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture
@@ -408,8 +402,8 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
                 model = network_from_state(file.tensors, config)
     except (InputError, UsageError) as error:
         raise BundleError(
-            f"The weights that the bundle '{bundle.path}' was made from cannot be read "
-            f"from '{place}': {error.message}",
+            f"The weights of the bundle '{bundle.path}' cannot be read from '{place}': "
+            f"{error.message}",
             "Say where they are with --weights PATH.",
         ) from error
     if digest != recorded.sha256:
@@ -417,17 +411,11 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         raise BundleError(
             f"{what} is not what the bundle '{bundle.path}' was made from: its SHA-256 is "
             f"{digest[:12]}..., the manifest says {recorded.sha256[:12]}....",
-            "Export again with this PyTorch, or give the weights it was made from with --weights "
-            "PATH.",
+            "Export again with this PyTorch, or give the weights themselves with --weights PATH.",
         )
-    return LoadedVan(
-        bundle.name,
-        model,
-        config,
-        replace(recorded, path="" if drawn else str(place)),
-        manifest.preprocessing,
-        manifest.class_names,
-    )
+    source = replace(recorded, path="" if drawn else str(place))
+    described = manifest.preprocessing, manifest.class_names
+    return LoadedVan(bundle.name, model, config, source, *described)
 
 
 def network_input(
@@ -446,11 +434,8 @@ def network_input(
     if pixels.dtype == np.float32 and embedding == "none":
         return pixels
     if pixels.dtype == np.float32:
-        raise UsageError(
-            f"The images are normalised network input, and the graph (embedded: {embedding}) "
-            "normalises by itself.",
-            "Give uint8 images.",
-        )
+        text = f"The images are normalised already, and the graph (embedded: {embedding}) does so."
+        raise UsageError(text, "Give uint8 images.")
     if embedding == "uint8":
         return np.ascontiguousarray(pixels)
     if embedding == "normalize":

@@ -62,14 +62,12 @@ def require_onnxruntime(provider: str = "") -> Any:
     except ImportError as error:
         raise MissingDependency(
             f"ONNX Runtime is not installed, and nothing leaves this program unchecked: {error}.",
-            "Install it with `pip install 'van-deploy[cpu]'` "
-            "(or 'van-deploy[gpu]' on a machine with an NVIDIA GPU).",
+            "Install it with `pip install 'van-deploy[cpu]'`, or [gpu] with an NVIDIA GPU.",
         ) from error
     available, pip = ort.get_available_providers(), pip_command()
     if provider and provider not in available:
         raise MissingDependency(
-            f"This ONNX Runtime ({ort.__version__}) has no {provider}; it has "
-            f"{', '.join(available)}.",
+            f"ONNX Runtime {ort.__version__} here has no {provider}, only {', '.join(available)}.",
             f"Install the one for GPUs: `{pip} uninstall --yes onnxruntime && "
             f"{pip} install 'onnxruntime-gpu[cuda,cudnn]'`.",
         )
@@ -184,11 +182,9 @@ class OnnxRuntimeRunner(Runner):
         except Exception as error:
             if self.on_gpu and not provider_starts(ort, CUDA):
                 raise MissingDependency(
-                    f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it, and would "
-                    "have run on the CPU without a word.",
-                    f"It needs CUDA {getattr(ort, 'cuda_version', '') or 'and cuDNN'} and cuDNN 9: "
-                    f"`{pip_command()} install 'onnxruntime-gpu[cuda,cudnn]'`; see `van-deploy "
-                    "doctor`.",
+                    f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it.",
+                    f"It needs CUDA {getattr(ort, 'cuda_version', '')} and cuDNN 9: "
+                    f"`{pip_command()} install 'onnxruntime-gpu[cuda,cudnn]'`.",
                 ) from error
             what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
             raise _failed(f"cannot load {what}", error) from error
@@ -288,16 +284,11 @@ def _failed(
         return out_of_memory(f"ONNX Runtime {what}")
     if "fallback to CPU EP has been explicitly disabled" in str(error):
         return ConversionError(
-            f"ONNX Runtime {what}: it would run part of it on the CPU, because {CUDA} does not "
-            "have all of its operators.",
-            "Take an artifact made for GPUs (--target gpu when quantising), or run it with "
-            "--runner ort-cpu.",
+            f"ONNX Runtime {what}: it would run part of it on the CPU: {CUDA} lacks operators.",
+            "Quantise it with --target gpu, or run it with --runner ort-cpu.",
         )
-    return kind(
-        f"ONNX Runtime {what}: {error}",
-        "Compare the file and the images with what `van-deploy inspect` shows, or export at a "
-        "lower --opset.",
-    )
+    remedy = "Compare file and images with `van-deploy inspect`, or export at a lower --opset."
+    return kind(f"ONNX Runtime {what}: {error}", remedy)
 
 
 def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:

@@ -27,6 +27,7 @@ from pydantic import Field
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import PackageSettings
+from van_deploy.documents import Verdict
 from van_deploy.errors import ConversionError, InputError, UsageError, needs_extra
 from van_deploy.files import file_sha256
 from van_deploy.metrics import Task
@@ -62,7 +63,7 @@ class PackageRecord(Versioned):
 
 
 @dataclass(frozen=True)
-class PackageReport:
+class PackageReport(Verdict):
     """A package that was written, or only checked.
 
     Attributes:
@@ -79,10 +80,6 @@ class PackageReport:
     def passed(self) -> bool:
         """Whether nothing is wrong."""
         return all(finding.outcome is not False for finding in self.findings)
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
 
 def package(

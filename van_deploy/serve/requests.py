@@ -38,7 +38,7 @@ from van_deploy.serve.triton import DATATYPES
 MIB = 2**20
 HELD_FULL = "The requests that are being received hold all the memory they may."
 SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
-SEND_BYTES = "Send tensors as bytes, or start the server with a higher --max-json-mib."
+SEND_BYTES = "Send binary tensors, or start the server with a higher --max-json-mib."
 
 MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of a request; both with its request line
 MAX_PIPELINED = 16  # requests of one connection that wait for each other

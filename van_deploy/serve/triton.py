@@ -191,6 +191,7 @@ def model_config(
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
     gpu = how.gpu or model.backend == "tensorrt"
+    kind, every_profile = "KIND_GPU" if gpu else "KIND_CPU", list(map(str, range(len(profiles))))
     given, *outputs = (
         {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": list(spec.shape)}
         for spec in (network.input, *network.outputs)
@@ -209,13 +210,7 @@ def model_config(
             for output in outputs
         ],
         "version_policy": {"specific": {"versions": [how.model_version]}},
-        "instance_group": [
-            {
-                "count": how.instances,
-                "kind": "KIND_GPU" if gpu else "KIND_CPU",
-                "profile": [str(index) for index in range(len(profiles))],
-            }
-        ],
+        "instance_group": [{"count": how.instances, "kind": kind, "profile": every_profile}],
         "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
