@@ -27,7 +27,8 @@ def mine(tmp_path: Path) -> Path:
 def test_the_recipes_that_ship_name_their_model_and_nothing_that_is_the_default() -> None:
     assert set(builtin_files()) == {*VARIANTS, "van_digits"}
     for name, file in builtin_files().items():
-        assert recipe_for(name) == Recipe.model_validate({"model": {"name": name}})
+        for given in (name, Path(name), file):
+            assert recipe_for(given) == Recipe.model_validate({"model": {"name": name}})
         assert re.findall(r"^\w+ *=", file.read_text(), re.MULTILINE) == ["name ="]
 
 
