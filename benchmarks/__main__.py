@@ -45,6 +45,7 @@ absolute times belong to the machine they name. GPUs have a page of their own:
 """
 
 
+# Each module's heading. What it compares is the first line of the module.
 SECTIONS = {
     "startup": "Starting",
     "export": "Exporting",
@@ -57,13 +58,12 @@ SECTIONS = {
     "serve": "Serving",
     "engines": "Building engines",
 }
-"""Each module's heading. What it compares is the first line of the module."""
 
+# Arguments where trained weights and images lie beside the checkout.
 REAL = {
     "evaluate": ("--images", f"{DATA}/data/imagenet"),
     **dict.fromkeys(("gates", "precision", "ablation"), (*TRAINED, *SETS)),
 }
-"""Arguments where trained weights and images lie beside the checkout."""
 
 
 def main() -> int:

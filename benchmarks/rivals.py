@@ -31,12 +31,12 @@ from van_deploy.config import BenchSettings, Budget
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
+# Runtime, our artifact, and the others' files.
 GROUPS = {
     "ONNX Runtime": ("onnxruntime", "fp32", ("export", "export+sim", "torchscript+sim")),
     "ONNX Runtime INT8": ("onnxruntime", "int8-cpu", ("quantize_static",)),
     "OpenVINO": ("openvino", "fp32", ("export+sim", "openvino direct")),
 }
-"""Runtime, our artifact, and the others' files."""
 
 
 def main() -> int:
