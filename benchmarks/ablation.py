@@ -107,7 +107,7 @@ class Network:
         )
         half = fp16_from_fp32(self.model, kept)
         for name, graph in {"FP16": half, "INT8 plain": plain, "INT8": usual}.items():
-            counts, blocks = plan_kernels(graph), self.loaded.config.blocks
+            counts, blocks = plan_kernels(graph), sum(self.loaded.config.depths)
             yield (
                 f"Kernels in a plan, {self.loaded.name}: {name}: {counts['block2.0']} kernels for "
                 f"block2.0, {counts['total']} for all {blocks} blocks and what stands between them."
