@@ -135,10 +135,12 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
 def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: Copy) -> None:
     verified = copy.deepcopy(full.manifest.checks["verify"])
     verified["findings"][0].update(outcome="fail", message="another decoder")
+    del verified["artefacts"]["fp32"]
     document = document_of_bundle(edited(copy_of(full), verify=verified))
     assert document.state == "FAIL"
-    shown = "| ❌ FAIL | preprocessing | another decoder |"
-    assert shown in markdown_from_document(document)
+    text = markdown_from_document(document)
+    assert "| ❌ FAIL | preprocessing | another decoder |" in text
+    assert "| fp32 | left out by `van-deploy verify` |" in text
 
 
 def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: Copy) -> None:
