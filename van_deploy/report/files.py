@@ -219,7 +219,7 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
             for path, text in texts.items():
                 draft.file(path.name).write_text(text, encoding="utf-8")
     for path, text in texts.items() if output is not None else ():
-        _write(path, text)
+        write_text(path, text)
     return list(texts)
 
 
@@ -264,10 +264,15 @@ def write_junit(report: CheckReport, path: Path) -> None:
         element.set("errors", "0")
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
-    _write(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
+    write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that somebody asked for, and its folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
