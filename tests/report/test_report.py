@@ -139,7 +139,7 @@ def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: 
     document = document_of_bundle(edited(copy_of(full), verify=verified))
     assert document.state == "FAIL"
     text = markdown_from_document(document)
-    assert "| ❌ FAIL | preprocessing | another decoder |" in text
+    assert "| ❌ FAIL | preprocessing/0.png | another decoder |" in text
     assert "| fp32 | left out by `van-deploy verify` |" in text
 
 
