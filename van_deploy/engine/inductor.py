@@ -131,14 +131,10 @@ def build_package(
         "batch": str(batch),
         "fused_kernels": settings.fused_kernels,
     }
-    present = None if force else existing(bundle, made_with, verified_package)
-    if present is not None:
+    if not force and (present := existing(bundle, made_with, verified_package)):
         return present, True
-    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
-    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
-    name = f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
+    name, start = _name(bundle, settings, target), time.perf_counter()
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
         file = Path(folder) / f"{name}.pt2"
         _compile(_network(onnx, bundle, settings), settings, row, file)
@@ -161,6 +157,13 @@ def build_package(
         sidecar = write_sidecar(file, validated(PackageSidecar, facts))
         enter(path, source, file, sidecar, made_with)
     return sidecar, False
+
+
+def _name(bundle: Bundle, settings: BuildSettings, target: str) -> str:
+    """Return what a package is called: network, precision, target, PyTorch, and how."""
+    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
+    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
+    return f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
 
 
 def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
