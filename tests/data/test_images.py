@@ -223,7 +223,7 @@ def twelve_bits() -> bytes:
     return b"II*\0" + struct.pack("<I", 12) + bytes([0xFF, 0xF8, 0x00]) + b"\0" + directory
 
 
-SIXTEEN = np.array([[0, 257, 1000], [32896, 65278, 65535]], np.uint16)
+SIXTEEN = np.array([[0, 257, 1000], [32896, 65407, 65535]], np.uint16)
 BIG = Image.frombytes("I;16B", (3, 2), SIXTEEN.astype(">u2").tobytes())
 BIG_TAGS = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"MM")
 
@@ -231,9 +231,9 @@ BIG_TAGS = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"MM")
 @each(
     ("data", "values"),
     [
-        (encoded(Image.fromarray(SIXTEEN)), [[0, 1, 4], [128, 254, 255]]),
-        (encoded(Image.fromarray(SIXTEEN), "TIFF"), [[0, 1, 4], [128, 254, 255]]),
-        (encoded(BIG, "TIFF", tiffinfo=BIG_TAGS), [[0, 1, 4], [128, 254, 255]]),
+        (encoded(Image.fromarray(SIXTEEN)), [[0, 1, 4], [128, 255, 255]]),
+        (encoded(Image.fromarray(SIXTEEN), "TIFF"), [[0, 1, 4], [128, 255, 255]]),
+        (encoded(BIG, "TIFF", tiffinfo=BIG_TAGS), [[0, 1, 4], [128, 255, 255]]),
         (twelve_bits(), [[255, 128]]),
     ],
 )

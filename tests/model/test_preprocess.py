@@ -168,6 +168,14 @@ def test_channels_and_modes(channels: int, mode: str) -> None:
         assert np.array_equal(ours(converted, changed), timms(changed)(image).numpy())
 
 
+def test_the_middle_between_two_pixels_is_each_sources_own() -> None:
+    image = pictures()[3].resize((75, 75))
+    for rounding, first in (("floor", 5), ("even", 6)):
+        chosen = OFFICIAL.override(image_size=64, resize_size=75, crop_rounding=rounding)
+        cut = slice(first, first + 64)
+        assert np.array_equal(pixels_from_image(image, chosen), np.asarray(image)[cut, cut])
+
+
 def test_what_is_no_picture_for_the_network() -> None:
     ribbon = Image.new("RGB", (60_000, 1))
     with pytest.raises(ImageError, match=r"60000 x 1 pixels would be 14880000 pixels"):
