@@ -91,7 +91,7 @@ def overflowing(model: ModelProto, tensor: str) -> ModelProto:
     """
     factor, half = np.float16(2**15), {"to": TensorProto.FLOAT16}
     there: tuple[Step, ...] = (("Cast", [], half), ("Mul", [factor]), ("Neg", []))
-    back = (("Mul", [-1 / factor]), ("Cast", [], {"to": TensorProto.FLOAT}))
+    back: tuple[Step, ...] = (("Mul", [-1 / factor]), ("Cast", [], {"to": TensorProto.FLOAT}))
     return behind(model, tensor, *there, *back)
 
 
