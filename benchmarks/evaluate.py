@@ -8,52 +8,44 @@ that are ready to the same networks in the same batches; the ratio is paired by 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import van_deploy as vd
-from benchmarks.table import Table
+from benchmarks.table import Table, options
 from van_deploy.data.images import decoded_batches, image_set, opened
 from van_deploy.data.labels import labelled_images
 from van_deploy.data.samples import sample_set
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
-ASKED, BATCH = 0.85, 32
+BATCH = 32
 SHORT_SIDE = 288  # pixels: ImageNet's usual copies are of this size
 
 
 def main() -> int:
     """Run both in turns and compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--variant", default="van_b0")
-    parser.add_argument("--images", type=Path, help="taken instead of sample photographs")
-    parser.add_argument("--count", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, variant="van_b0", images="", count=128, rounds=3)
     table = Table(("round", "evaluate images/s", "ready tensors images/s", "ratio"))
     shares = []
     with tempfile.TemporaryDirectory() as name:
         bundle = vd.export(arguments.variant, weights="random", output=Path(name) / "bundle")
         images = Path(name) / "images"
-        _write_images(arguments.images, arguments.count, images)
+        found = image_set(Path(arguments.images)) if arguments.images else sample_set()
+        _write_images(found.items, arguments.count, images)
         for number in range(1, arguments.rounds + 1):
             files = bundle.evaluate(images, batch=BATCH).seconds
             ready = _fed(bundle, images)
             shares.append(ready / files)
             rates = (f"{arguments.count / seconds:.1f}" for seconds in (files, ready))
             table.row(number, *rates, f"{shares[-1]:.3f}")
-    share = statistics.median(shares)
-    table.claim(
-        f"evaluate at {100 * ASKED:.0f} % of a loop with ready tensors, or more",
-        f"{100 * share:.1f} %",
-        share >= ASKED,
-    )
+    table.row("median", "", "", f"{statistics.median(shares):.3f}")
     table.notes.append(
         f"{arguments.variant} in PyTorch and ONNX Runtime, {arguments.count} JPEG files, batches "
         f"of {BATCH}, {torch.get_num_threads()} threads. Opening the networks counts in both."
@@ -61,9 +53,8 @@ def main() -> int:
     return table.printed()
 
 
-def _write_images(source: Path | None, count: int, target: Path) -> None:
+def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
     """Fill a folder with JPEG files in class folders."""
-    items = (image_set(source) if source else sample_set()).items
     for index in range(count):
         place = target / str(index % 10) / f"{index:04d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from onnx import ModelProto
 
-from benchmarks.builder import build_plan, input_shape
 from van_deploy.config.sizes import SizeRange, sides_of
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
@@ -25,6 +26,42 @@ from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, usually_ke
 ROUNDS = 3
 SIZES = SizeRange(64, (64, 96), (128, 160))
 SHAPES = tuple(zip((1, 2, 4), (SIZES.min, SIZES.opt, SIZES.max), strict=True))
+Shape = tuple[int, ...]
+
+
+def build_plan(logger: Any, model: ModelProto, shapes: Sequence[Shape]) -> None:
+    """Build a plan and throw it away; ``logger`` is told its kernels.
+
+    Args:
+        logger: a ``tensorrt_rtx.ILogger``.
+        model: the graph.
+        shapes: of its input: smallest, usual and largest.
+
+    Raises:
+        RuntimeError: the graph is refused, or nothing is built.
+    """
+    import tensorrt_rtx as trt
+
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model.SerializeToString()):
+        raise RuntimeError(f"TensorRT refuses a graph: {parser.get_error(0).desc()}")
+    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    profile.set_shape(model.graph.input[0].name, *shapes)
+    config.add_optimization_profile(profile)
+    if builder.build_serialized_network(network, config) is None:
+        raise RuntimeError("TensorRT for RTX built nothing")
+
+
+def input_shape(model: ModelProto, batch: int, sides: tuple[int, int] = (0, 0)) -> Shape:
+    """Return the shape of the input ``(N, C, H, W)`` with its dynamic dimensions filled in."""
+    wanted = (batch, 0, *sides)
+    dimensions = model.graph.input[0].type.tensor_type.shape.dim
+    return tuple(d.dim_value or w for d, w in zip(dimensions, wanted, strict=True))
 
 
 def graphs_of(spec: str) -> dict[tuple[str, ...], ModelProto]:
@@ -37,9 +74,11 @@ def graphs_of(spec: str) -> dict[tuple[str, ...], ModelProto]:
             fp32 = onnx_from_van(folded, (64, 96), batch=batch, sizes=sizes)
             kept = usually_kept(fp32)
             kind = (what, f"batch {batch}" if batch else "dynamic batch", str(sizes or "64x96"))
-            found[(*kind, "fp32")] = fp32
-            found[(*kind, "fp16")] = fp16_from_fp32(fp32, kept)
-            found[(*kind, "bf16")] = bf16_from_fp32(fp32, kept)
+            found |= {
+                (*kind, "fp32"): fp32,
+                (*kind, "fp16"): fp16_from_fp32(fp32, kept),
+                (*kind, "bf16"): bf16_from_fp32(fp32, kept),
+            }
     return found
 
 

@@ -22,18 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.running import made, options
-from benchmarks.table import Table
+from benchmarks.running import ASKED, made
+from benchmarks.table import Table, options
 from van_deploy.bench.document import Contender, Row
-from van_deploy.bench.race import Race
+from van_deploy.bench.race import Lane, Race
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
-NOISE = 0.98
-"""Two sessions of one file may differ by as much: below it, slower is slower."""
-
 GROUPS = {
     "ONNX Runtime": ("onnxruntime", "fp32", ("export", "export+sim", "torchscript+sim")),
     "ONNX Runtime INT8": ("onnxruntime", "int8-cpu", ("quantize_static",)),
@@ -44,7 +41,7 @@ GROUPS = {
 
 def main() -> int:
     """Make the files, race them, and compare."""
-    arguments, table = options(__doc__), Table(COLUMNS)
+    arguments, table = options(__doc__, **ASKED), Table(COLUMNS)
     batches = [int(batch) for batch in arguments.batches.split(",")]
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
@@ -54,32 +51,36 @@ def main() -> int:
             bundle, files = Bundle.open(made(variant, folder)), _rivals(variant, folder)
             for title, (runtime, artifact, names) in GROUPS.items():
                 paths = {"ours": bundle.verified(artifact), **{n: files[n] for n in names}}
-                contenders = [
-                    Contender(name, runtime, "fp32", str(path), mode="ort-cpu")
-                    for name, path in paths.items()
-                ]
                 budget = Budget(seconds=float(arguments.seconds))
                 settings = BenchSettings(
                     device="cpu", threads=THREADS, reference="ours", budget=budget
                 )
-                with Race(contenders, settings, folder, SIZE) as race:
+                lanes = [
+                    Lane(
+                        Contender(name, runtime, "fp32", str(path), mode="ort-cpu"),
+                        folder / "none.npy",
+                        SIZE,
+                        settings,
+                    )
+                    for name, path in paths.items()
+                ]
+                with Race(lanes, settings) as race:
                     for batch in batches:
-                        ours, *theirs = race.run(batch)
+                        ours, *theirs = race.run(batch, lanes)
                         for row in theirs:
-                            _compare(table, f"{variant}, {title}", ours, row)
+                            table.row(variant, title, *_compared(ours, row))
     table.notes.append(f"{THREADS} threads, {SIZE} x {SIZE}, random weights.")
     return table.printed()
 
 
-def _compare(table: Table, where: str, ours: Row, theirs: Row) -> None:
+def _compared(ours: Row, theirs: Row) -> list[object]:
+    """Return the name, the batch, both medians in ms, and the ratio with its interval."""
     if not (ours.latency and theirs.latency and theirs.ratio):
-        raise SystemExit(f"{where}, {theirs.contender}: {ours.error or theirs.error}")
+        raise SystemExit(f"{theirs.contender}: {ours.error or theirs.error}")
     ratio = theirs.ratio
     times = f"{1 / ratio.median:.2f} ({1 / ratio.high:.2f} to {1 / ratio.low:.2f})"
-    medians = (f"{row.latency.p50_ms:.1f}" for row in (ours, theirs) if row.latency)
-    table.row(*where.split(", "), theirs.contender, ours.batch, *medians, times)
-    text = f"{where}, batch {ours.batch}: ours not slower than {theirs.contender}"
-    table.claim(text, f"{times} x", 1 / ratio.median >= NOISE)
+    medians = (f"{latency.p50_ms:.1f}" for latency in (ours.latency, theirs.latency))
+    return [theirs.contender, ours.batch, *medians, times]
 
 
 def _rivals(variant: str, folder: Path) -> dict[str, Path]:

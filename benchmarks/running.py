@@ -8,39 +8,37 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from benchmarks.table import Table, van_deploy
+from benchmarks.table import Table, options, van_deploy
 from van_deploy.data.images import opened
 from van_deploy.data.samples import sample_set
 
 COLUMNS = ("variant", "runner", "batch", "p50 ms", "p99 ms", "images/s", "x eager (95 %)")
 PHOTOGRAPHS = 16
-OURS_OVER_PYTORCH = 2.0
-"""What the best of the bundle's artifacts is to reach against the best of PyTorch's modes."""
-
-
-def options(text: str | None) -> argparse.Namespace:
-    """Return the options that this section and :mod:`benchmarks.rivals` have in common."""
-    parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
-    parser.add_argument("--variants", nargs="*", default=["van_b0", "van_b1"])
-    parser.add_argument("--batches", default="1,8")
-    parser.add_argument("--seconds", default="3")
-    return parser.parse_args()
+ASKED = {"variants": ("van_b0", "van_b1"), "batches": "1,8", "seconds": "3"}
 
 
 def main() -> int:
     """Export, quantize for the CPU, and run the benchmark."""
-    arguments, table = options(__doc__), Table(COLUMNS)
+    arguments, table = options(__doc__, **ASKED), Table(COLUMNS)
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
             bundle = made(variant, Path(folder))
             words = ("--batches", arguments.batches, "--seconds", arguments.seconds)
             report = van_deploy("bench", bundle, *words, "--no-roofline", "--no-save")
-        _put(table, variant, report)
+        timed = [row for row in report["rows"] if row["latency"]]
+        for row in sorted(timed, key=lambda row: (row["batch"], -row["images_per_s"])):
+            ratio, latency = row["ratio"], row["latency"]
+            times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else ""
+            shown = (f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}")
+            rate = f"{row['images_per_s']:.1f}"
+            table.row(variant, row["contender"], row["batch"], *shown, rate, times)
+        table.notes += [f"{variant}: {text}" for text in report["warnings"]]
+        table.notes += [
+            f"{variant}: {who} skipped, {why}" for who, why in report["skipped"].items()
+        ]
     table.notes.append("Random weights: accuracy plays no part here.")
     return table.printed()
 
@@ -62,31 +60,6 @@ def made(variant: str, folder: Path) -> Path:
     words = ("--precision", "int8", "--target", "cpu", "--images", images)
     van_deploy("quantize", bundle, *words, *quick, codes=(0, 1))
     return bundle
-
-
-def _put(table: Table, variant: str, report: dict[str, Any]) -> None:
-    timed = [row for row in report["rows"] if row["latency"]]
-    for row in sorted(timed, key=lambda row: (row["batch"], -row["images_per_s"])):
-        ratio, latency = row["ratio"], row["latency"]
-        times = "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio) if ratio else ""
-        shown = (f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}")
-        rate = f"{row['images_per_s']:.1f}"
-        table.row(variant, row["contender"], row["batch"], *shown, rate, times)
-    for batch in sorted({row["batch"] for row in timed}):
-        best = {
-            "/" in row["contender"]: row  # an artifact's, or PyTorch's own; the fastest comes last
-            for row in sorted(timed, key=lambda row: row["images_per_s"])
-            if row["batch"] == batch
-        }
-        factor = best[True]["images_per_s"] / best[False]["images_per_s"]
-        table.claim(
-            f"{variant}, batch {batch}: {best[True]['contender']} >= {OURS_OVER_PYTORCH:g} x the "
-            f"best of PyTorch's own ({best[False]['contender']})",
-            f"{factor:.2f} x",
-            factor >= OURS_OVER_PYTORCH,
-        )
-    table.notes += [f"{variant}: {text}" for text in report["warnings"]]
-    table.notes += [f"{variant}: {name} skipped, {why}" for name, why in report["skipped"].items()]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python -m benchmarks.startup --rounds 9
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -14,26 +13,23 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.table import Table, process_cost
+from benchmarks.table import Table, options, process_cost
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS
 
-WORDS = {"--help": 0.25, "list": 0.5, "export --help": 0.5}
-VARIANT, LOADING = "van_b2", 1.2
+COMMANDS = ("--help", "list", "export --help")
+VARIANT = "van_b2"
 
 
 def main() -> int:
     """Time the commands, and both ways of loading in turns."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    rounds = options(__doc__, rounds=9).rounds
     table = Table(("what", "median s", "fastest s"))
-    for words, limit in WORDS.items():
+    times: dict[str, list[float]] = {}
+    for words in COMMANDS:
         command = [sys.executable, "-m", "van_deploy", *words.split()]
-        times = [process_cost(command)[0] for _ in range(rounds + 1)]
-        median = _row(table, f"van-deploy {words}", times)
-        table.claim(f"`van-deploy {words}` within {limit} s", f"{median:.2f} s", median <= limit)
+        times[f"van-deploy {words}"] = [process_cost(command)[0] for _ in range(rounds + 1)]
     model = VAN(VARIANTS[VARIANT].config)
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save({"state_dict": model.state_dict()}, file.name)
@@ -42,26 +38,13 @@ def main() -> int:
             network = VAN(model.config)
             network.load_state_dict(torch.load(file.name, weights_only=True)["state_dict"])
 
-        ours, theirs = [], []
-        for _ in range(rounds + 1):
-            ours.append(_seconds(lambda: load_van(file.name)))
-            theirs.append(_seconds(bare))
-    factor = _row(table, f"load_van, {VARIANT}", ours)
-    factor /= _row(table, f"VAN() + torch.load + load_state_dict, {VARIANT}", theirs)
-    table.claim(
-        f"loading {VARIANT} <= {LOADING} x making it and loading with PyTorch alone",
-        f"{factor:.2f} x",
-        factor <= LOADING,
-    )
+        turns = [(_seconds(lambda: load_van(file.name)), _seconds(bare)) for _ in range(rounds + 1)]
+    times[f"load_van, {VARIANT}"] = [ours for ours, _ in turns]
+    times[f"VAN() + torch.load + load_state_dict, {VARIANT}"] = [theirs for _, theirs in turns]
+    for what, (_, *counted) in times.items():
+        table.row(what, f"{statistics.median(counted):.3f}", f"{min(counted):.3f}")
     table.notes.append(f"Medians of {rounds} rounds; the first, which fills caches, left out.")
     return table.printed()
-
-
-def _row(table: Table, what: str, times: list[float]) -> float:
-    """Add a row, and return its median; the first time does not count."""
-    median = statistics.median(times[1:])
-    table.row(what, f"{median:.3f}", f"{min(times[1:]):.3f}")
-    return median
 
 
 def _seconds(way: Callable[[], object]) -> float:

@@ -43,12 +43,11 @@ from van_deploy.data.images import decoded_batches
 from van_deploy.data.labels import labelled_images
 from van_deploy.files import file_sha256
 from van_deploy.model.checkpoint import load_van
-from van_deploy.model.embedded import EMBEDDED_FOLDER, digits_images, write_digits_folder
+from van_deploy.model.embedded import EMBEDDED_FOLDER, EMBEDDED_NAME, write_digits_folder
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 
-NAME = "van_digits"
 CONFIG = VanConfig(
     embed_dims=(16, 32, 40, 64), depths=(2, 2, 3, 2), mlp_ratios=(4, 4, 2, 2), num_classes=10
 )
@@ -148,14 +147,12 @@ def train(inputs: Tensor, labels: Tensor, black: Tensor, plan: Schedule) -> VAN:
 def evaluate(folder: Path) -> dict[str, float]:
     """Return the held-out accuracy of the network in ``folder``, as inference would see it.
 
-    The images go through PNG files, the image reader and the preprocessing
-    that the weights carry.
+    The packaged digits go through PNG files, the image reader and the preprocessing that the
+    weights carry.
     """
-    loaded = load_van(str(folder / f"{NAME}.safetensors"))
-    right = count = 0
+    loaded, right, count = load_van(str(folder / f"{EMBEDDED_NAME}.safetensors")), 0, 0
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        dest = write_digits_folder(Path(scratch) / "d", "heldout", folder=folder)
-        items = labelled_images(dest, CONFIG.num_classes).items
+        items = labelled_images(write_digits_folder(scratch, "heldout"), CONFIG.num_classes).items
         for batch in decoded_batches(items, loaded.preprocessing, 64):
             predicted = loaded.model(torch.from_numpy(batch.inputs)).argmax(1).tolist()
             right += sum(p == items[i].label for p, i in zip(predicted, batch.indices, strict=True))
@@ -171,23 +168,29 @@ def make(folder: Path, plan: Schedule) -> None:
     says it, too, with the accuracy that was measured.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights, images_file = folder / f"{NAME}.safetensors", folder / "digits.npz"
-    np.savez_compressed(images_file, **split_digits())
-    images, labels = digits_images("train", folder)
+    weights, images_file = folder / f"{EMBEDDED_NAME}.safetensors", folder / "digits.npz"
+    parts = split_digits()
+    np.savez_compressed(images_file, **parts)
+    images, labels = parts["images_train"], parts["labels_train"].astype(np.int64)
     mean, std = ((round(float(x) / 255, 3),) * 3 for x in (images.mean(), images.std()))
-    source = f"the training of {NAME}"
+    source = f"the training of {EMBEDDED_NAME}"
     preprocessing = Preprocessing(plan.image_size, mean, std, "bicubic", 1.0, source)
     transform = preprocessing.transform()
     inputs = torch.stack([transform(Image.fromarray(image)) for image in images])
     black = transform(Image.new("L", (8, 8)))[None]
     model = train(inputs, torch.from_numpy(labels), black, plan)
     said = {"preprocessing": preprocessing.as_dict(), "classes": CLASSES, "training": asdict(plan)}
-    metadata = {"format": "pt", "name": NAME, "licence": LICENCE, "attribution": ATTRIBUTION}
+    metadata = {
+        "format": "pt",
+        "name": EMBEDDED_NAME,
+        "licence": LICENCE,
+        "attribution": ATTRIBUTION,
+    }
     metadata |= {name: json.dumps(value) for name, value in said.items()}
     tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
     weights.write_bytes(save(tensors, metadata))
     card = {
-        "name": NAME,
+        "name": EMBEDDED_NAME,
         "config": asdict(CONFIG),
         "parameters": CONFIG.parameter_count(),
         **said,

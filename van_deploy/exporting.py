@@ -26,8 +26,9 @@ from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
 from van_deploy.graph.fold import Rewrites, fold_van
 from van_deploy.manifest import Description, Golden
-from van_deploy.model.checkpoint import ALL_STAGES, EMBEDDED, LoadedVan, load_van
-from van_deploy.model.variants import VARIANTS
+from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
+from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.model.variants import NAMES
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
@@ -70,7 +71,7 @@ def load_for(recipe: Recipe, *, offline: bool = False, progress: Progress = sile
         UsageError: it is a backbone, and no feature maps are asked for.
     """
     settings, export = recipe.model, recipe.export
-    known = {EMBEDDED, *VARIANTS, *(alias for v in VARIANTS.values() for alias in v.aliases)}
+    known = {EMBEDDED_NAME, *NAMES}
     spec, weights = settings.name, settings.weights or None
     if weights is not None and spec not in known:
         spec, weights = weights, None

@@ -35,7 +35,7 @@ from van_deploy.files import write_atomic
 from van_deploy.kernels import launch, network, plain, steps
 from van_deploy.kernels.launch import TILES, Launch, Tile, recorded
 from van_deploy.kernels.network import FusedVan, fused
-from van_deploy.model.van import VAN, random_van, smooth_images
+from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -54,35 +54,20 @@ class Call:
     arguments: tuple[Any, ...]
     launch: Launch
 
-    @property
-    def key(self) -> str:
-        """Return its shape class."""
-        return self.launch.key
-
-    def launch_with(self, tile: Tile) -> Launch:
-        """Return the launch with another tile, without running it."""
-        with mock.patch.dict(TILES, {self.key: tile}), recorded(run=False) as launches:
-            getattr(steps, self.step)(*self.arguments)
-        return launches[-1]
-
 
 class Log:
-    """Rows, notes and facts in a file that is replaced whenever one is added."""
+    """Rows, notes and facts in a file that is replaced whenever a row or a note is added."""
 
-    def __init__(self, path: Path) -> None:
-        """Begin with nothing."""
-        self._path = path
-        self._content: dict[str, Any] = {"rows": [], "notes": [], "facts": {}}
+    def __init__(self, path: Path, **facts: Any) -> None:
+        """Begin with some facts."""
+        self._path, self.facts = path, facts
+        self._added: dict[str, list[Any]] = {"rows": [], "notes": []}
 
     def add(self, kind: str, value: Any) -> None:
         """Add to the ``rows`` or the ``notes``, and print it."""
-        self._content[kind].append(value)
+        self._added[kind].append(value)
         print(value if kind == "notes" else json.dumps(value)[1:-1].replace('"', ""), flush=True)
-        write_atomic(self._path, json.dumps(self._content, indent=1))
-
-    def fact(self, name: str, value: Any) -> None:
-        """Add or replace a named value; written with the next row or note."""
-        self._content["facts"][name] = value
+        write_atomic(self._path, json.dumps({**self._added, "facts": self.facts}, indent=1))
 
     @contextlib.contextmanager
     def guarded(self, what: str) -> Iterator[None]:
@@ -99,12 +84,6 @@ def configuration(name: str) -> VanConfig:
 
 
 @functools.cache
-def original(name: str) -> VAN:
-    """Return the seeded random network of natural statistics."""
-    return random_van(configuration(name))
-
-
-@functools.cache
 def images(name: str, batch: int, size: int) -> torch.Tensor:
     """Return seeded images ``(batch, C, size, size)`` float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
@@ -115,7 +94,7 @@ def images(name: str, batch: int, size: int) -> torch.Tensor:
 
 def built(name: str, dtype: torch.dtype) -> FusedVan:
     """Return the fused network, on no device's terms yet."""
-    model = fused(original(name), dtype, fallback=True)
+    model = fused(random_van(configuration(name)), dtype, fallback=True)
     model.fallbacks = ()
     return model
 
@@ -156,13 +135,6 @@ def calls_of(model: FusedVan, x: torch.Tensor) -> tuple[dict[str, Call], Counter
     finally:
         network.steps = steps
     return calls, counts
-
-
-def unmade(model: FusedVan, batch: int, size: int) -> tuple[dict[str, Call], Counter[str]]:
-    """Return the calls of the network on no device."""
-    channels = model.patch_embed1.weight.shape[2]
-    x = torch.empty(batch, channels, size, size, device="meta", dtype=model.dtype)
-    return calls_of(copy.deepcopy(model).to("meta"), x)
 
 
 def timed(run: Callable[[int], Any], copies: int, span: float = 0.01) -> float:
@@ -248,7 +220,7 @@ def tune(args: Any, log: Log, model: FusedVan, batch: int, bandwidth: float) -> 
         place = {"network": args.variant, "batch": batch, "kernel": key, "calls": counts[key]}
         with log.guarded(f"{args.variant}, batch {batch}, {key}"), torch.no_grad():
             found = tuned(args, call, bandwidth)
-            log.fact("tuned", {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())})
+            log.facts["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
             log.add("rows", {**place, **found})
 
 
@@ -266,34 +238,30 @@ def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
     ]
 
     def attempt(tile: Tile) -> tuple[float, float, Tile]:
-        """Return microseconds, relative error, and the tile."""
-        with mock.patch.dict(TILES, {call.key: tile}):
+        """Return microseconds, relative error, and the tile; what errs too much is an error."""
+        with mock.patch.dict(TILES, {call.launch.key: tile}):
             with poisoned():
                 found = run(*guarded).to(expected.dtype)
             error = float((found - expected).norm() / expected.norm())  # NaN where it left a hole
+            if not error <= LIMITS[args.dtype]:
+                raise RuntimeError(f"relative error {error:.2g}")
             return timed(lambda i: run(*sets[i]), copies, args.span) * 1e6, error, tile
 
-    tiles, tried, bad = candidates(call.launch)[: args.tries], [], []
+    tiles, good, bad = candidates(call.launch)[: args.tries], [], list[str]()
     for tile in tiles:
         try:
-            tried.append(attempt(tile))
+            good.append(attempt(tile))
         except Exception as failure:  # noqa: PERF203 - each on its own
             bad.append(f"{tile}: {type(failure).__name__}: {failure}"[:200])
-    good = [one for one in tried if one[1] <= LIMITS[args.dtype]]
-    bad += [
-        f"{tile}: relative error {error:.2g}"
-        for _, error, tile in tried
-        if not error <= LIMITS[args.dtype]
-    ]
     if not good:
         raise RuntimeError(f"no tile works: {'; '.join(bad)}")
     us, error, tile = min(good, key=lambda one: one[0])
     if len(tiles) > 1:
-        TILES[call.key] = tile
+        TILES[call.launch.key] = tile
     moved, done = call.launch.bytes, operations(call.launch)
     return {
         "us": round(us, 2),
-        "default us": round(tried[0][0], 2),
+        "default us": round(good[0][0], 2),
         "MB": round(moved / 1e6, 2),
         "of copy": round(moved / us * 1e6 / bandwidth, 3),
         "TFLOP/s": round(done / us / 1e6, 2),
@@ -315,7 +283,9 @@ def whole(args: Any, log: Log, model: FusedVan, batch: int, tiles: str) -> None:
 
 def count(args: Any, model: FusedVan, batch: int) -> None:
     """Print launches, bytes and operations; needs no GPU."""
-    calls, counts = unmade(model, batch, args.size)
+    channels = model.patch_embed1.weight.shape[2]
+    x = torch.empty(batch, channels, args.size, args.size, device="meta", dtype=model.dtype)
+    calls, counts = calls_of(copy.deepcopy(model).to("meta"), x)
     made = [(calls[key].launch, times) for key, times in counts.items()]
     moved = sum(one.bytes * n for one, n in made) / batch / 1e6
     done = sum(operations(one) * n for one, n in made) / batch / 1e9
@@ -364,10 +334,9 @@ def main() -> int:
         for args.variant, batch in itertools.product(variants, batches):
             count(args, models[args.variant], batch)
         return 0
-    log, bandwidth = Log(args.out), copy_bandwidth()
-    args.tries = args.tries if args.step == "all" else 1
     where = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
-    log.fact("capability", ".".join(map(str, where)))
+    log, bandwidth = Log(args.out, capability=".".join(map(str, where))), copy_bandwidth()
+    args.tries = args.tries if args.step == "all" else 1
     log.add("notes", f"Copying on this device: {bandwidth / 1e9:.1f} GB/s.")
     for args.variant, batch in itertools.product(variants, batches):
         model = models[args.variant].to(DEVICE)

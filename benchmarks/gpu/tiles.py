@@ -15,7 +15,7 @@ def candidates(made: Launch) -> list[Tile]:
     shapes = [a.shape for a in made.arguments if isinstance(a, torch.Tensor)]
     few = math.prod(shapes[-1][:3]) < FEW
     names: tuple[str, ...]
-    tries: list[tuple[int, ...]] = []
+    tries: list[tuple[int, ...]]
     if kind == "depthwise":
         names = ("ROWS", "BLOCK_P", "BLOCK_C", "num_warps")
         height, channels, side = shapes[0][1], shapes[0][3], shapes[1][0]
@@ -51,9 +51,5 @@ def candidates(made: Launch) -> list[Tile]:
         tries = [(128, n, 4, 3), (64, n, 4, 4), (64, n, 4, 2), (64, min(64, n), 2, 3)]
         if few:
             tries = [(16, 16, 2, 4), (16, 32, 4, 5), (32, 32, 4, 3)]
-    found = [own]
-    for values in tries:
-        tile = {**own, **dict(zip(names, values, strict=True))}
-        if tile not in found:
-            found.append(tile)
-    return found
+    tiles = [own, *({**own, **dict(zip(names, values, strict=True))} for values in tries)]
+    return [tile for place, tile in enumerate(tiles) if tile not in tiles[:place]]

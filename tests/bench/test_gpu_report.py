@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import pytest
-
+from benchmarks.gpu import report
 from tests.each import each
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "report.py"
-
-
-@pytest.fixture(scope="module")
-def report() -> Any:
-    spec = importlib.util.spec_from_file_location("gpu_report", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_report"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @each(
@@ -44,7 +28,7 @@ def report() -> Any:
     ],
 )
 def test_what_becomes_of_a_step(
-    report: Any, tmp_path: Path, code: str, limit_s: float, left_s: float, state: str, reason: str
+    tmp_path: Path, code: str, limit_s: float, left_s: float, state: str, reason: str
 ) -> None:
     (tmp_path / "step.py").write_text(code)
     start = time.monotonic()
@@ -56,7 +40,7 @@ def test_what_becomes_of_a_step(
 
 
 @each("part", ["a", "b"])
-def test_every_step_has_a_command_and_a_reason_where_it_needs_a_gpu(report: Any, part: str) -> None:
+def test_every_step_has_a_command_and_a_reason_where_it_needs_a_gpu(part: str) -> None:
     here, there = (list(report.steps_of(part, device)) for device in ("cpu", "cuda:0"))
     names = [step.name for step in there]
     assert len(names) == len(set(names))
@@ -67,7 +51,7 @@ def test_every_step_has_a_command_and_a_reason_where_it_needs_a_gpu(report: Any,
 
 def test_a_run_keeps_results_and_a_page(tmp_path: Path) -> None:
     words = ["--part", "a", "--device", "cpu", "--output", str(tmp_path), "--only", "doctor"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *words], check=False)
+    done = subprocess.run([sys.executable, report.__file__, *words], check=False)
     assert done.returncode == 0
     (step,) = json.loads((tmp_path / "results.json").read_text())["steps"]
     assert (step["name"], step["state"]) == ("doctor", "done")

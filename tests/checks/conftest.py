@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,20 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from onnx import ModelProto
 
 from tests.artifacts import Copy, Subject, put
 from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.config import (
+    BatchRange,
+    ExportSettings,
+    ModelSettings,
+    PreprocessingSettings,
+    Recipe,
+)
 from van_deploy.files import file_sha256
+from van_deploy.model.variants import VanConfig
 
 Broken = Callable[..., Bundle]
 
@@ -26,6 +36,28 @@ def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
     new = file_sha256(bundle.path / right.file)
     manifest.write_text(manifest.read_text().replace(right.sha256, new))
     return Bundle.open(bundle.path)
+
+
+def tiny_bundle(
+    folder: Path, classes: int, problem: str = "", images: Path | None = None, **export: Any
+) -> Path:
+    """Return the bundle of a tiny network of random weights, 32 x 32."""
+    from van_deploy.exporting import export_bundle, load_for
+    from van_deploy.model.van import random_van
+
+    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
+    torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
+    if problem:
+        described = {"model_type": "van", "problem_type": problem}
+        (folder / "config.json").write_text(json.dumps(described))
+    recipe = Recipe(
+        model=ModelSettings(weights=str(folder / "tiny.pth")),
+        preprocessing=PreprocessingSettings(image_size=32),
+        batch=BatchRange(1, 2, 3),
+        export=ExportSettings(**export),
+    )
+    export_bundle(load_for(recipe), recipe, folder / "bundle", images=images)
+    return folder / "bundle"
 
 
 @pytest.fixture

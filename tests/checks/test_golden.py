@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,29 +12,15 @@ import torch
 from PIL import Image
 
 from tests.artifacts import Copy, Subject
+from tests.checks.conftest import tiny_bundle
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import golden_samples, images_for_golden, judge_originals
-from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.preprocess import OFFICIAL, normalised
-
-
-def rewritten(path: Path, **arrays: Any) -> Bundle:
-    """Return the bundle with other arrays in its golden samples, and the digest rewritten."""
-    file, manifest = path / "golden.npz", path / "manifest.json"
-    before = file_sha256(file)
-    with np.load(file) as found:
-        kept = {name: found[name] for name in found.files}
-    kept = {name: value for name, value in {**kept, **arrays}.items() if value is not None}
-    np.savez_compressed(file, **kept)
-    if not arrays:
-        file.write_bytes(b"PK nothing")
-    manifest.write_text(manifest.read_text().replace(before, file_sha256(file)))
-    return Bundle.open(path)
 
 
 def test_they_are_pytorchs_own_answers(judged: Subject) -> None:
@@ -92,23 +77,11 @@ def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", ["samples", "images", "none"])
-def test_the_users_images_stay_at_home_where_they_should(
-    tmp_path: Path, judged: Subject, choice: Any
-) -> None:
-    from van_deploy.exporting import export_bundle, load_for
-    from van_deploy.model.van import random_van
-    from van_deploy.model.variants import VanConfig
-
-    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=7)
-    torch.save(random_van(config, seed=3).state_dict(), tmp_path / "tiny.pth")
-    recipe = Recipe(
-        model=ModelSettings(weights=str(tmp_path / "tiny.pth")),
-        batch=BatchRange(1, 1, 2),
-        export=ExportSettings(golden=choice, simplify=False),
-    )
-    bundle = export_bundle(load_for(recipe), recipe, tmp_path / "b", images=judged.labelled).bundle
+def test_the_users_images_stay_at_home(tmp_path: Path, judged: Subject, choice: str) -> None:
+    path = tiny_bundle(tmp_path, 7, images=judged.labelled, golden=choice, simplify=False)
+    bundle = Bundle.open(path)
     golden = bundle.manifest.golden
-    written = (tmp_path / "b" / "manifest.json").read_text()
+    written = (path / "manifest.json").read_text()
     if choice != "none":
         assert golden is not None
         assert ("photographs" in golden.images) is (choice == "samples")
@@ -117,23 +90,27 @@ def test_the_users_images_stay_at_home_where_they_should(
         assert given is (choice == "images")
     else:
         assert golden is None
-        assert not list((tmp_path / "b").glob("golden*"))
+        assert not list(path.glob("golden*"))
         with pytest.raises(BundleError, match="has no golden samples"):
             golden_samples(bundle)
 
 
 @each(
-    ("arrays", "said"),
-    [
-        ({}, "are damaged"),  # no zip at all
-        ({"logits": None}, "logits is not a file in the archive"),
-    ],
+    ("kept", "said"),
+    [((), "are damaged"), (("pixels", "noise_db"), "logits is not a file in the archive")],
 )
 def test_golden_samples_that_are_damaged(
-    judged: Subject, copy_of: Copy, tmp_path: Path, arrays: dict[str, Any], said: str
+    judged: Subject, copy_of: Copy, kept: tuple[str, ...], said: str
 ) -> None:
+    path = copy_of(judged, said)
+    file, manifest = path / "golden.npz", path / "manifest.json"
+    before, arrays = file_sha256(file), dict(np.load(file))
+    np.savez(file, **{name: arrays[name] for name in kept})
+    if not kept:
+        file.write_bytes(b"PK nothing")
+    manifest.write_text(manifest.read_text().replace(before, file_sha256(file)))
     with pytest.raises(BundleError) as error:
-        golden_samples(rewritten(copy_of(judged, f"{tmp_path.name}-{hash(said)}"), **arrays))
+        golden_samples(Bundle.open(path))
     assert said in error.value.message
     assert error.value.remedy == "Export the model again; nothing made it from here."
 

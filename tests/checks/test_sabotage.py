@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,32 +53,26 @@ def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault:
         assert fault in mild, effect
 
 
-def activations(change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> Fault:
-    return partial(faults.scales_changed, change=change)
+Change = Callable[[Any], Any]
+# What becomes of all activation scales, or which scales weights (O, I) are rounded with.
+SABOTAGE: list[tuple[Callable[..., ModelProto], Change]] = [
+    *((faults.scales_changed, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
+    (faults.scales_changed, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
+    (faults.scales_changed, lambda scales: scales[-5:] + scales[:-5]),  # of another block
+    *(
+        (faults.weights_rounded_anew, lambda w, by=by: by * abs(w).max(axis=1) / 127)
+        for by in (0.3, 2, 6)
+    ),
+    (faults.weights_rounded_anew, lambda w: abs(w).max(axis=0) / 127),  # of the wrong axis
+]
 
 
-def weights(scales: Callable[[np.ndarray], np.ndarray]) -> Fault:
-    return partial(faults.weights_rounded_anew, scales=scales)
-
-
-SABOTAGE: dict[str, Fault] = {
-    "activation scales x 0.3": activations(lambda scales: [0.3 * scale for scale in scales]),
-    "activation scales x 0.5": activations(lambda scales: [0.5 * scale for scale in scales]),
-    "activation scales x 2": activations(lambda scales: [2 * scale for scale in scales]),
-    "activation scales x 6": activations(lambda scales: [6 * scale for scale in scales]),
-    "ranges of the next layer": activations(lambda scales: scales[-1:] + scales[:-1]),
-    "ranges of another block": activations(lambda scales: scales[-5:] + scales[:-5]),
-    "weight scales x 0.3": weights(lambda w: 0.3 * abs(w).max(axis=1) / 127),
-    "weight scales x 2": weights(lambda w: 2 * abs(w).max(axis=1) / 127),
-    "weight scales x 6": weights(lambda w: 6 * abs(w).max(axis=1) / 127),
-    "weight scales of the wrong axis": weights(lambda w: abs(w).max(axis=0) / 127),
-}
-
-
-@each("sabotage", SABOTAGE)
-def test_no_sabotaged_quantiser_passes(whole: Subject, broken: Broken, sabotage: str) -> None:
+@each(("sabotage", "change"), SABOTAGE)
+def test_no_sabotaged_quantiser_passes(
+    whole: Subject, broken: Broken, sabotage: Callable[..., ModelProto], change: Change
+) -> None:
     """Its own records are consistent: what it makes is all that is known of it."""
-    model = SABOTAGE[sabotage](whole.graph("int8"))
+    model = sabotage(whole.graph("int8"), change)
     judged, record = judge_new(model, "int8", whole.samples)  # as quantize asks
     assert judged.outcome is Outcome.FAIL, judged.reason
     bundle = broken(whole, "int8", "int8", model, golden_sqnr_db=record)

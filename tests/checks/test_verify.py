@@ -127,8 +127,8 @@ def test_a_fault_fails_and_drift_names_its_block(
     verdict = verdict_of(judged, bundle, "broken")
     assert verdict.outcome is FAIL, verdict.findings
     assert drift(judged, bundle, "broken").artefacts["broken"].worst_names[0] == block
-    overflows = any(OVERFLOW in finding.message for finding in verdict.findings)
-    assert overflows == block.startswith("norm")
+    overflows = sum(finding.message.count(OVERFLOW) for finding in verdict.findings)
+    assert overflows == block.startswith("norm"), "it is named where it begins, and there only"
 
 
 def test_a_manifest_of_other_preprocessing(judged: Subject, copy_of: Copy) -> None:
@@ -158,6 +158,15 @@ def test_a_graph_that_does_not_load_fails_alone(judged: Subject, broken: Broken)
     assert [v.outcome for v in report.artefacts.values()] == [FAIL, PASS]
     assert report.artefacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
     assert not report
+
+
+def test_a_graph_that_gives_nothing_known_is_no_pass(judged: Subject, broken: Broken) -> None:
+    """Its answers were compared with nothing, which was a PASS."""
+    model = judged.graph("fp16")
+    next(node for node in model.graph.node if node.output[0] == "logits").output[0] = "scores"
+    model.graph.output[0].name = "scores"
+    verdict = verdict_of(judged, broken(judged, "fp16", "fp16", model), "fp16")
+    assert verdict.outcome is FAIL
 
 
 def test_an_overflow_that_cannot_be_looked_for_is_no_pass(judged: Subject, broken: Broken) -> None:

@@ -227,6 +227,7 @@ def test_a_baseline_is_met_and_missed(
     summary.write_text("what another step wrote\n")
     worse = cli("check", path, *words, "--junit", junit, "--summary", summary)
     assert worse.exit_code == 1
+    assert len(worse.stdout.splitlines()) < 60
     assert worse.stderr.splitlines()[-2] == (
         "error: Failed: 'baseline/fp16/SQNR', 'baseline/int8/top-1'."
     )

@@ -17,14 +17,12 @@ from PIL import Image
 
 from tests.artifacts import Copy, Subject
 from tests.checks import faults
-from tests.checks.conftest import overwritten
+from tests.checks.conftest import overwritten, tiny_bundle
 from tests.cli.test_gates import words_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
 from van_deploy.data.samples import check_images
-from van_deploy.model.van import random_van
-from van_deploy.model.variants import VanConfig
 
 SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")
 CLASSES = (0, 1, 281, 805)
@@ -62,6 +60,11 @@ def test_corrupt_images_are_left_out(cli: Cli, judged: Subject, path: Path, tmp_
     table = cli("evaluate", path, "--images", images)
     assert "2 image(s) could not be read and were left out." in table.stdout
     assert "torn.png" in "".join(table.stdout.split())
+    (tmp_path / "torn" / "5").mkdir(parents=True)
+    shutil.copy(images / "5" / "torn.png", tmp_path / "torn" / "5")
+    refused = cli("evaluate", path, "--images", tmp_path / "torn")
+    assert refused.exit_code == 5
+    assert "Not one of the 1 images could be read" in refused.stderr
 
 
 @pytest.mark.parametrize("images", [5, 50])
@@ -140,25 +143,6 @@ def ray() -> Iterator[Any]:
     )
     yield ray
     ray.shutdown()
-
-
-def tiny_bundle(folder: Path, classes: int, problem: str = "") -> Path:
-    """Return the bundle of a tiny network of random weights, 32 x 32."""
-    from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
-    from van_deploy.exporting import export_bundle, load_for
-
-    config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
-    torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
-    if problem:
-        described = {"model_type": "van", "problem_type": problem}
-        (folder / "config.json").write_text(json.dumps(described))
-    recipe = Recipe(
-        model=ModelSettings(weights=str(folder / "tiny.pth")),
-        preprocessing=PreprocessingSettings(image_size=32),
-        batch=BatchRange(1, 2, 3),
-    )
-    export_bundle(load_for(recipe), recipe, folder / "bundle")
-    return folder / "bundle"
 
 
 @pytest.fixture(scope="module")

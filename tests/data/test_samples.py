@@ -53,9 +53,7 @@ def test_photographs_of_installed_packages_are_used_and_have_their_spectrum() ->
     assert all(spectral_slope(image) < -1.5 for image in images)
 
 
-def test_without_those_packages_the_images_are_synthetic_and_say_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_those_packages_they_are_synthetic(monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     samples = sample_set()
     assert samples.description.startswith("8 synthetic dead-leaves images (no photographs")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -16,10 +15,10 @@ import pytest
 
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.environment import doctor
-from van_deploy.environment.doctor import Environment, Need, clashes_among, missing, tried
+from van_deploy.environment import packages
+from van_deploy.environment.doctor import CUDA, NEEDS, TRIALS, Environment, missing, tried
 from van_deploy.environment.hardware import Driver, Gpu
-from van_deploy.environment.packages import cuda_version_of, imported_quietly, pip_command
+from van_deploy.environment.packages import components_here, imported_quietly, pip_command
 
 L4 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),))
 H100 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA H100", (9, 0), 80 * 2**30),))
@@ -30,18 +29,16 @@ PIP = pip_command()
 
 @pytest.fixture(scope="module")
 def here() -> Environment:
-    return doctor.environment_here()
+    return Environment()
 
 
 def varied(here: Environment, driver: Driver | None, **changes: Any) -> Environment:
     """Return the environment with another driver, CUDA's provider, and TensorRT for RTX."""
     faults = changes.pop("faults", {})
     parts = {"tensorrt-rtx": {"version": "1.7", "fault": None}, "ray": {"version": None}, **faults}
-    given: dict[str, Any] = {"providers": (doctor.CUDA,), "trials": {}, **changes}
-    given["components"] = tuple(
-        dataclasses.replace(item, **parts.get(item.name, {})) for item in here.components
-    )
-    return dataclasses.replace(here, driver=driver, **given)
+    items = tuple(replace(item, **parts.get(item.name, {})) for item in here.components)
+    given = {"providers": (CUDA,), "trials": {}, **changes}
+    return replace(here, driver=driver, components=items, **given)
 
 
 def test_versions_are_those_of_the_modules_themselves(here: Environment) -> None:
@@ -52,11 +49,11 @@ def test_versions_are_those_of_the_modules_themselves(here: Environment) -> None
     assert versions["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert versions["onnxruntime"] == onnxruntime.__version__
     assert here.providers == tuple(onnxruntime.get_available_providers())
-    assert cuda_version_of("torch") == here.torch_cuda == torch.version.cuda
+    assert here.torch_cuda == torch.version.cuda
     assert here.onnxruntime_cuda == (getattr(onnxruntime, "cuda_version", "") or None)
     assert [item for item in here.components if item.fault] == []
-    assert ("tensorrt-rtx" in here.trials) == (versions["tensorrt-rtx"] is not None)
-    assert here.trials.get("tensorrt-rtx", "") == "", "what can run here was tried"
+    tried_here = here.trials["tensorrt-rtx"] == ""
+    assert tried_here == (versions["tensorrt-rtx"] is not None), "what can run here was tried"
     assert here.clashes == ()
 
 
@@ -66,14 +63,14 @@ RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ON
 @each(
     ("wanted", "driver", "changes", "problem"),
     [
-        (Need.ONNXRUNTIME, None, {}, None),
-        (Need.GPU, L4, {}, None),
-        (Need.GPU, NO_GPUS, {}, "the NVIDIA driver sees no GPU"),
-        (Need.GPU, HIDDEN, {}, "CUDA_VISIBLE_DEVICES ('7') hides every GPU (2)"),
-        (Need.GPU, L4, {"trials": {"gpu": "in use"}}, "memory on the GPU, tried here, failed: in"),
-        (Need.CUDA_PROVIDER, L4, {}, None),
-        (Need.CUDA_PROVIDER, None, {}, NO_DRIVER),
-        (Need.CUDA_PROVIDER, L4, {"providers": ()}, "ONNX Runtime has no CUDAExecutionProvider"),
+        ("onnxruntime", None, {}, None),
+        ("gpu", L4, {}, None),
+        ("gpu", NO_GPUS, {}, "the NVIDIA driver sees no GPU"),
+        ("gpu", HIDDEN, {}, "CUDA_VISIBLE_DEVICES ('7') hides every GPU (2)"),
+        ("gpu", L4, {"trials": {"gpu": "in use"}}, "gpu, tried here, failed: in use"),
+        ("cuda-ep", L4, {}, None),
+        ("cuda-ep", None, {}, NO_DRIVER),
+        ("cuda-ep", L4, {"providers": ()}, "ONNX Runtime has no CUDAExecutionProvider"),
         ("build engines with TensorRT for RTX", None, {}, None),
         (RUN_RTX, None, {}, NO_DRIVER),
         (RUN_RTX, L4, {}, None),
@@ -87,7 +84,7 @@ RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ON
 def test_what_can_be_required_and_done(
     here: Environment,
     monkeypatch: pytest.MonkeyPatch,
-    wanted: Need | str,
+    wanted: str,
     driver: Driver | None,
     changes: dict[str, Any],
     problem: str | None,
@@ -96,108 +93,90 @@ def test_what_can_be_required_and_done(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = varied(here, driver, **changes)
-    if isinstance(wanted, Need):
-        error = missing(found, [wanted])
-        told, remedy = (error.message, error.remedy) if error else (None, "")
-    else:
-        lack = found.abilities[wanted]
-        told, remedy = (lack.problem, lack.remedy) if lack else (None, "")
-    assert (problem is None) == (told is None)
-    assert problem is None or (problem in str(told) and remedy)
+    lack = found.lacks(wanted) if wanted in NEEDS else found.abilities[wanted]
+    assert (problem is None) == (lack is None)
+    assert lack is None or (str(problem) in lack.problem and lack.remedy)
 
 
-def test_everything_missing_is_told_at_once(here: Environment) -> None:
+def test_doctor_tells_everything_and_what_is_missing_at_once(cli: Cli, here: Environment) -> None:
     broken = {"onnxruntime": {"fault": "libcudart.so.13: not found"}}
-    environment = varied(here, None, faults=broken)
-    error = missing(environment, [Need.RAY, Need.GPU, Need.ONNXRUNTIME, Need.RAY])
+    error = missing(varied(here, None, faults=broken), ["ray", "gpu", "onnxruntime", "ray"])
     assert error is not None
     assert error.message == (
         f"Required but not here: ray is not installed; {NO_DRIVER}; onnxruntime is installed but "
         "does not load (libcudart.so.13: not found)."
     )
-    assert error.remedy.splitlines()[0] == f"Install it with `{PIP} install ray`."
-
-
-def test_doctor_fits_100_columns_names_every_component_and_requires(
-    cli: Cli, here: Environment
-) -> None:
+    assert error.remedy.splitlines()[0] == f"Run `{PIP} install ray`."
     lines = cli("doctor").stdout.splitlines()
     assert max(map(len, lines)) <= 100
     for item in here.components:
         assert any(item.name in line.split() for line in lines)
     result = json.loads(cli("doctor", "--require", "onnxruntime", "--json").stdout)
-    found = {item["name"]: item for item in result["components"]}
-    assert found["onnxruntime"]["fault"] is None
     assert result["abilities"]["export ONNX files"] is None
     unknown = cli("doctor", "--require", "tensorflow")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
-    assert all(f"'{need.value}'" in unknown.stderr for need in Need)
-    for name in ("tensorrt", "openvino", "ray"):
-        if found[name]["version"] is None:
-            lacking = cli("doctor", "--require", name)
-            assert lacking.exit_code == 3
-            assert f"Install it with `{PIP} install {name}`." in lacking.stderr
-            assert re.search("here +task", lacking.stdout)
+    assert all(need in unknown.stderr for need in NEEDS)
+    if here.lacks("tensorrt"):
+        lacking = cli("doctor", "--require", "tensorrt")
+        assert (lacking.exit_code, "export ONNX files" in lacking.stdout) == (3, True)
+        assert f"`{PIP} install tensorrt`." in lacking.stderr
 
 
-def test_trials_say_why_they_failed() -> None:
-    programs = {
-        "fine": "pass",
-        "raises": "raise TypeError('factory function returned nullptr')",
-        "logs": "import sys; sys.exit('E: Failed to load x with error: libcuda.so.1: missing.')",
-        "dies": "import os; os._exit(7)",
+def test_trials_say_why_they_failed(here: Environment) -> None:
+    log = "E: Failed to load x with error: libcuda.so.1: missing."
+    trials = {
+        "fine": ("sys", "m.path"),
+        "raises": ("sys", "raise TypeError('factory function returned nullptr')"),
+        "logs": ("sys", f"m.exit('{log}')"),
+        "dies": ("os", "m._exit(7)"),
     }
-    assert tried(programs) == {
+    assert tried(trials) == {
         "fine": "",
         "raises": "TypeError: factory function returned nullptr",
         "logs": "libcuda.so.1: missing",
         "dies": "exit code 7",
     }
-
-
-def test_trials_fail_for_want_of_a_gpu_and_not_of_what_they_import(here: Environment) -> None:
-    if here.driver is not None:
-        pytest.skip("a GPU answers here")
-    programs = {name: doctor.TRIALS[name][2] for name in ("gpu", "torch-gpu", "cuda-ep")}
-    reasons = tried(programs)
-    assert reasons["gpu"].startswith("CUDA finds no GPU here")
-    assert not any("import" in reason.lower() or "module" in reason for reason in reasons.values())
+    if here.driver is None:  # they fail for want of a GPU, and not of what they import
+        reasons = tried({name: TRIALS[name] for name in ("gpu", "torch-gpu", "cuda-ep")})
+        assert reasons["gpu"].startswith("CUDA finds no GPU here")
+        assert not any("import" in why.lower() or "module" in why for why in reasons.values())
 
 
 BOTH = "onnxruntime onnxruntime-gpu"
 
 
 @each(
-    ("installed", "torch_cuda", "driver", "ort_cuda", "problem", "remedy"),
+    ("installed", "torch_cuda", "ort_cuda", "problem", "remedy"),
     [
-        ("onnxruntime tensorrt-rtx-cu13", "13.0", None, None, "", ""),
-        (BOTH, "13.0", None, None, "are both", "-y onnxruntime onnxruntime-gpu && {pip} install"),
-        (BOTH, None, L4, None, "are both", "install 'onnxruntime-gpu[cuda,cudnn]'"),
-        ("tensorrt-cu12", "13.0", None, None, "built for CUDA 12", "install 'tensorrt-cu13'"),
-        ("tensorrt-rtx-cu12", "13.0", None, None, "CUDA 12", "install 'tensorrt-rtx-cu13'"),
-        ("tensorrt-cu12", "12.8", None, None, "", ""),
-        ("tensorrt-cu12", None, None, None, "", ""),
-        ("onnxruntime-gpu", "13.0", None, "12.8", "built for CUDA 12.8", "CUDA-ExecutionProvider"),
-        ("onnxruntime-gpu", "13.2", None, "13.0", "", ""),
-        ("tensorrt-cu12 tensorrt-cu13", "13.0", None, None, "are both", "'tensorrt-cu13'"),
+        ("onnxruntime tensorrt-rtx-cu13", "13.0", None, "", ""),
+        (BOTH, "13.0", None, "are both", "--yes onnxruntime onnxruntime-gpu && {pip} install"),
+        (BOTH, None, None, "are both", "install 'onnxruntime-gpu[cuda,cudnn]'"),
+        ("tensorrt-cu12", "13.0", None, "is for CUDA 12", "install 'tensorrt-cu13'"),
+        ("tensorrt-rtx-cu12", "13.0", None, "CUDA 12", "install 'tensorrt-rtx-cu13'"),
+        ("tensorrt tensorrt-cu12", "12.8", None, "", ""),
+        ("tensorrt-cu12", None, None, "", ""),
+        ("onnxruntime-gpu", "13.0", "12.8", "is for CUDA 12.8", "Keep one"),
+        ("onnxruntime-gpu", "13.2", "13.0", "", ""),
+        ("tensorrt-cu12 tensorrt-cu13", "13.0", None, "are both", "'tensorrt-cu13'"),
     ],
 )
 def test_what_does_not_go_together(
+    here: Environment,
     monkeypatch: pytest.MonkeyPatch,
     installed: str,
     torch_cuda: str | None,
-    driver: Driver | None,
     ort_cuda: str | None,
     problem: str,
     remedy: str,
 ) -> None:
-    present = dict.fromkeys(installed.split(), "1.0")
-    monkeypatch.setattr(doctor, "version_of", present.get)
-    found = clashes_among(driver, torch_cuda, ort_cuda)
-    assert len(found) == bool(problem)
-    for clash in found:
+    monkeypatch.setattr(packages, "version_of", dict.fromkeys(installed.split(), "1.0").get)
+    monkeypatch.setattr(packages, "import_fault", lambda module: None)
+    found = replace(here, components=components_here(), driver=L4)
+    clashes = replace(found, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
+    assert len(clashes) == bool(problem)
+    for clash in clashes:
         assert problem in clash.problem
-        assert remedy.format(pip=PIP).replace("-y ", "--yes ") in clash.remedy
+        assert remedy.format(pip=PIP) in clash.remedy
 
 
 def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
@@ -213,11 +192,8 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
         "time.sleep(0.5)\n"  # reports are sent from a thread
         "print(asked, 'openvino_telemetry' in sys.modules)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "CI"}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert ran.stdout == "True\n[] False\n"
+    words, here = [sys.executable, "-c", code], {k: v for k, v in os.environ.items() if k != "CI"}
+    assert subprocess.check_output(words, text=True, env=here) == "True\n[] False\n"
 
 
 def test_a_reporter_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,11 +210,9 @@ def test_a_reporter_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_ray_is_asked_not_to_report(monkeypatch: pytest.MonkeyPatch) -> None:
     from van_deploy.ray_tasks import require_ray
 
-    if find_spec("ray") is None:
-        pytest.skip("ray is not installed (pip install 'van-deploy[ray]')")
-    for before, after in ((None, "0"), ("1", "1")):
-        monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
-        if before:
-            monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", before)
+    pytest.importorskip("ray", reason="ray is not installed")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    for asked in ("0", "1"):
         require_ray()
-        assert os.environ["RAY_USAGE_STATS_ENABLED"] == after
+        assert os.environ["RAY_USAGE_STATS_ENABLED"] == asked
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")  # who wants it has it

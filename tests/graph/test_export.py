@@ -52,7 +52,7 @@ def test_golden_operator_counts(depths: tuple[int, int, int, int]) -> None:
     # The counts follow from the depths alone, so narrow networks show them.
     config = VanConfig((8, 8, 8, 8), depths, (1, 1, 1, 1), num_classes=3)
     rewritten = fold_van(VAN(config).eval(), torch.rand(1, 3, 32, 32)).model
-    counts, blocks = operator_counts(onnx_from_van(rewritten, 32)), config.blocks
+    counts, blocks = operator_counts(onnx_from_van(rewritten, 32)), sum(config.depths)
     blockwise = {"Conv": 8 * blocks + 4, "Gelu": 2 * blocks, "Add": 2 * blocks, "Mul": blocks}
     assert counts == {
         **blockwise,
@@ -100,7 +100,7 @@ def test_every_value_is_named_after_the_module_that_made_it(digits: Exported) ->
 
 def test_the_unfolded_network_loses_nodes_to_simplification(digits: Exported) -> None:
     before = digits.unfolded
-    assert operator_counts(before)["BatchNormalization"] == 2 * digits.loaded.config.blocks
+    assert operator_counts(before)["BatchNormalization"] == 2 * sum(digits.loaded.config.depths)
     model, facts = simplify_onnx(before, digits.images.numpy(), onnxruntime_outputs)
     assert (facts["changed"], facts["reason"]) == (True, "simplified")
     nodes = facts["nodes_before"], facts["nodes_after"]

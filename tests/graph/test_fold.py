@@ -56,7 +56,7 @@ def test_every_choice_of_rewrites_is_exact(digits: Exported, chosen: set[str]) -
 def test_everything_folded_leaves_nothing_and_the_original_as_it_was(digits: Exported) -> None:
     before = copy.deepcopy(digits.loaded.model.state_dict())
     report = fold_van(digits.loaded.model, digits.images)
-    blocks = digits.loaded.config.blocks
+    blocks = sum(digits.loaded.config.depths)
     assert (report.batchnorms_folded, report.batchnorms_left) == (2 * blocks + 4, 0)
     assert (report.layer_scales_folded, report.multiplies_kept) == (2 * blocks, 0)
     assert [m for m in report.model.modules() if isinstance(m, nn.BatchNorm2d)] == []

@@ -32,14 +32,10 @@ if TYPE_CHECKING:
     from tests.model.conftest import FakeHub
 
 # What Transformers' conversion script pushed beside the official weights: ConvNeXt's processor.
-CONVNEXT = {
-    "feature_extractor_type": "ConvNextFeatureExtractor",
-    "crop_pct": 0.875,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-    "resample": 3,
-    "size": 224,
-}
+COLOUR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CONVNEXT: dict[str, Any] = {f"image_{key}": value for key, value in COLOUR.items()}
+CONVNEXT |= {"feature_extractor_type": "ConvNextFeatureExtractor", "crop_pct": 0.875}
+CONVNEXT |= {"resample": 3, "size": 224}
 IMAGENET = "crop 0.875, mean 0.485/0.456/0.406, std 0.229/0.224/0.225"
 
 
@@ -106,19 +102,14 @@ def test_a_folder_and_the_file_in_it_are_the_same(tmp_path: Path, tiny: VAN) -> 
     assert (loaded.class_names, loaded.source.notes) == (tuple(labels.values()), file.source.notes)
     assert loaded.config.layer_norm_eps == loaded.model.get_submodule("norm4").eps == 1e-5
     assert loaded.preprocessing.source == "the preprocessor_config.json beside the weights"
-    assert loaded.source.notes == (
-        "from the config.json beside the weights: layer_norm_eps 1e-05",
-        f"preprocessing from the preprocessor_config.json beside the weights: 224x224 bicubic, "
-        f"{IMAGENET}",
-        "class names from id2label in config.json",
-    )
+    said = ("layer_norm_eps 1e-05", f"224x224 bicubic, {IMAGENET}", "id2label in config.json")
+    assert all(n.endswith(end) for n, end in zip(loaded.source.notes, said, strict=True))
 
 
 def test_four_forms_of_one_network(tmp_path: Path, tiny: VAN) -> None:
     """Official, Transformers, timm and mmpretrain: equal logits and equal pixels."""
     names = [f"class {index}" for index in range(5)]
-    colour = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-    resize = {**colour, "crop_pct": 0.875, "interpolation": "bicubic"}
+    resize = {**COLOUR, "crop_pct": 0.875, "interpolation": "bicubic"}
     text = """
 model = dict(backbone=dict(type='VAN', norm_cfg=dict(type='LN', eps=1e-06)))
 data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
@@ -171,7 +162,7 @@ def test_random_weights_are_labelled() -> None:
     assert loaded.preprocessing.mean == OFFICIAL.mean
     assert load_van("van_b0", weights="random", layer_norm_eps=1e-3).config.layer_norm_eps == 1e-3
     for eps in (0.0, 5.0):
-        with pytest.raises(UsageError, match=rf"{eps}}} is not between 0 and 1"):
+        with pytest.raises(UsageError, match=rf"eps {eps} is not between 0 and 1"):
             load_van("van_b0", weights="random", layer_norm_eps=eps)
 
 
@@ -200,16 +191,14 @@ def test_the_embedded_network() -> None:
         ("van_digits", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),
         ("van_b0", {"weights": "rnadom"}, UsageError, "neither a file that is here, nor a repos"),
         ("van_b0", {"weights": "random", "container": "m"}, UsageError, "have no digest, contain"),
-        ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is not the file that was ask"),
+        ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is another file: its SHA"),
         ("./absent.pth", {}, CheckpointError, r"absent\.pth cannot be read: No such file"),
         ("weights/absent.pth", {}, CheckpointError, r"weights/absent\.pth cannot be read: No"),
     ],
 )
-def test_senseless_requests(
-    spec: str, asked: dict[str, str], kind: type[Exception], told: str
-) -> None:
+def test_senseless_requests(spec: str, asked: Any, kind: Any, told: str) -> None:
     with pytest.raises(kind, match=f"(?s){told}"):
-        load_van(spec, **asked)  # type: ignore[arg-type]
+        load_van(spec, **asked)
 
 
 # --- the hub ---------------------------------------------------------------------------------
@@ -248,29 +237,21 @@ def test_official_transformers_repository(hub: FakeHub, tiny_config: VanConfig) 
     publish(hub, repo_id, {"pytorch_model.bin": state, "preprocessor_config.json": CONVNEXT})
     loaded = load_van(repo_id)
     assert (loaded.name, loaded.preprocessing) == ("van-tiny", OFFICIAL)
-    assert loaded.source.notes[-2:] == (
-        "in the file, but no part of the network; left out: van.layernorm.weight, "
-        "van.layernorm.bias",
-        f"the repository's JSON says 224x224 bicubic, {IMAGENET}; the weights were trained with "
-        f"{OFFICIAL}, which is used",
-    )
+    assert loaded.source.notes[-2].endswith("out: van.layernorm.weight, van.layernorm.bias")
+    assert f"says 224x224 bicubic, {IMAGENET}; the weights were t" in loaded.source.notes[-1]
+    assert f"with {OFFICIAL}, which is used" in loaded.source.notes[-1]
 
 
 # --- what the caller decides -------------------------------------------------------------------
 
 
 @each(("form", "eps"), [("official", 1e-6), ("transformers", 1e-6), ("mmpretrain", 1e-5)])
-def test_eps_is_the_frameworks_own_or_the_callers(
-    saved: Path, tiny: VAN, form: str, eps: float
-) -> None:
+def test_eps_is_the_frameworks_own_or_asked(saved: Path, tiny: VAN, form: str, eps: float) -> None:
     torch.save(rename(tiny.state_dict(), form), saved)
     loaded = load_van(str(saved))
     assert loaded.config.layer_norm_eps == loaded.model.get_submodule("norm1").eps == eps
-    note = (
-        "LayerNorm's eps is mmpretrain's own 1e-05; the published weights were trained with 1e-06 "
-        "(--layer-norm-eps)"
-    )
-    assert loaded.source.notes == ((note,) if form == "mmpretrain" else ())
+    assert len(loaded.source.notes) == (form == "mmpretrain")
+    assert all("mmpretrain's own 1e-05; the publ" in note for note in loaded.source.notes)
     chosen = load_van(str(saved), layer_norm_eps=1e-6)
     assert same(chosen, tiny)
     assert chosen.source.notes == ()
@@ -278,26 +259,21 @@ def test_eps_is_the_frameworks_own_or_the_callers(
 
 def test_what_the_caller_decides_is_not_looked_at(saved: Path, tiny: VAN) -> None:
     arguments = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
-    torch.save(
-        {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}, saved
-    )
+    whole = {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}
+    torch.save(whole, saved)
     with pytest.raises(CheckpointError, match=r"image_size \[64, 96, 9\]"):
         load_van(str(saved), own_labels=True)
     given = {"image_size": 64, "interpolation": "bilinear", "mean": None}
     loaded = load_van(str(saved), preprocessing=given, own_labels=True)
     assert str(loaded.preprocessing).startswith("64x64 bilinear, crop 0.9, mean 0.5/0.5/0.5, std")
-    assert loaded.preprocessing.source == (
-        "the checkpoint's own training arguments (mean, std: assumed, the official weights'), "
-        "except image_size, interpolation as asked for"
-    )
+    assert "arguments (mean, std: assumed, the off" in loaded.preprocessing.source
+    assert loaded.preprocessing.source.endswith("except image_size, interpolation as asked for")
     with pytest.raises(CheckpointError, match="class_to_idx in the file has 1 entries"):
         load_van(str(saved), preprocessing=given)
 
 
 @each("channels", [1, 2, 4, 13])
-def test_any_number_of_channels_loads(
-    tmp_path: Path, tiny_config: VanConfig, channels: int
-) -> None:
+def test_any_channels_load(tmp_path: Path, tiny_config: VanConfig, channels: int) -> None:
     model = random_van(replace(tiny_config, in_chans=channels), seed=4)
     torch.save(model.state_dict(), tmp_path / "w.pth")
     loaded = load_van(str(tmp_path / "w.pth"))
@@ -310,14 +286,10 @@ def test_any_number_of_channels_loads(
 
 
 def bundle_of(loaded: LoadedVan, path: Path) -> Bundle:
+    facts: dict[str, Any] = {"weights": loaded.source, "architecture": loaded.config}
+    facts |= {"preprocessing": loaded.preprocessing, "class_names": loaded.class_names}
     with writing(path, name="mine") as draft:
-        draft.description = described(
-            "mine",
-            weights=loaded.source,
-            architecture=loaded.config,
-            preprocessing=loaded.preprocessing,
-            class_names=loaded.class_names,
-        )
+        draft.description = described("mine", **facts)
     return Bundle.open(path)
 
 

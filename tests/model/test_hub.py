@@ -1,21 +1,26 @@
-"""Downloads, against a small local server that answers as the hub does."""
+"""Downloads, and ``make public-weights``, against a local server that answers as the hub does."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from tests.each import each
+from training import public_weights
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.files import find_weights
-from van_deploy.model.variants import VARIANTS, locate_weights
+from van_deploy.model.van import random_van
+from van_deploy.model.variants import NAMES, VARIANTS, locate_weights
 
 if TYPE_CHECKING:
     from tests.model.conftest import FakeHub
@@ -27,7 +32,7 @@ DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 def refusal(word: str, *, offline: bool = False, sha256: str | None = None) -> str:
     with pytest.raises(DownloadError) as error:
-        find_weights(word, offline, sha256)
+        find_weights(word, sha256, offline)
     assert error.value.remedy
     return error.value.message
 
@@ -40,9 +45,7 @@ def test_a_download_is_cached(hub: FakeHub) -> None:
     assert len(hub.downloads("w.pth")) == 1
 
 
-def test_a_dropped_connection_is_taken_up_where_it_broke(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dropped_connection_is_taken_up(hub: FakeHub, monkeypatch: Any) -> None:
     # huggingface_hub writes in pieces of 10 MB; smaller ones let a small file break in the middle.
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 16384)
     hub.repos[REPO] = {"w.pth": CONTENT}
@@ -57,9 +60,7 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(
 @pytest.mark.parametrize(
     "fault", [{"length": {"w.pth": len(CONTENT) + 5000}}, {"length": {"w.pth": 9}}, {"stall": 0}]
 )
-def test_a_hub_that_lies_about_the_length_or_stands_still(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, fault: dict[str, object]
-) -> None:
+def test_a_hub_lies_or_stands_still(hub: FakeHub, monkeypatch: Any, fault: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
     hub.repos[REPO] = {"w.pth": CONTENT}
     begun = time.monotonic()
@@ -71,9 +72,7 @@ def test_a_hub_that_lies_about_the_length_or_stands_still(
     assert find_weights(f"{REPO}:w.pth").path.read_bytes() == CONTENT
 
 
-def test_offline_uses_the_cache_and_nothing_else(
-    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_uses_the_cache_only(hub: FakeHub, monkeypatch: Any) -> None:
     hub.repos[REPO] = {"model.safetensors": CONTENT, "config.json": b'{"a": 1}'}
     for word in (f"{REPO}:w.pth", REPO):
         assert "the cache (" in refusal(word, offline=True)
@@ -94,7 +93,7 @@ def test_a_revision_is_its_own_file(hub: FakeHub) -> None:
     assert find_weights(REPO).path.read_bytes() == CONTENT
     for revision in ("v1", commit):
         for offline, file in ((False, ":w.pth"), (True, "")):
-            found = find_weights(f"{REPO}@{revision}{file}", offline)
+            found = find_weights(f"{REPO}@{revision}{file}", offline=offline)
             assert found.path.read_bytes() == CONTENT + b"old"
     hub.log.clear()
     assert find_weights(f"{REPO}@{commit}:w.pth").name == "van"
@@ -130,8 +129,7 @@ def test_what_the_hub_does_not_give_is_named(hub: FakeHub) -> None:
 def test_digests_must_be_the_expected_and_the_announced(hub: FakeHub) -> None:
     hub.repos[REPO] = {"w.pth": CONTENT}
     assert refusal(REPO, sha256="0" * 64) == (
-        f"{REPO}/w.pth is not the file that was asked for: its SHA-256 is {DIGEST}, "
-        f"the expected one {'0' * 64}."
+        f"{REPO}/w.pth is another file: its SHA-256 is {DIGEST}, the expected one {'0' * 64}."
     )
     assert find_weights(REPO, expect_sha256=DIGEST.upper()).sha256 == DIGEST
     hub.repos[REPO] = {"v.pth": CONTENT}
@@ -139,9 +137,7 @@ def test_digests_must_be_the_expected_and_the_announced(hub: FakeHub) -> None:
     assert f"is damaged: the hub announced the SHA-256 {'a' * 64}" in refusal(REPO)
 
 
-def test_the_one_file_that_can_be_meant_and_the_json_beside_it(
-    hub: FakeHub, tmp_path: Path
-) -> None:
+def test_the_one_file_and_the_json_beside_it(hub: FakeHub, tmp_path: Path) -> None:
     hub.repos[REPO] = {
         "pytorch_model.bin": b"x",
         "model.safetensors": CONTENT,
@@ -190,3 +186,49 @@ def test_locating_weights(hub: FakeHub) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- the public weights ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(hub: FakeHub) -> bytes:
+    """Return the file that the local hub publishes as van_b0's."""
+    repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
+    buffer = io.BytesIO()
+    torch.save({"state_dict": random_van(VARIANTS["van_b0"].config, 1).state_dict()}, buffer)
+    hub.repos[repo] = {file: buffer.getvalue()}
+    return buffer.getvalue()
+
+
+def test_what_is_not_as_published(published: bytes, monkeypatch: Any, capsys: Any) -> None:
+    answers = {"export": (0, ""), "verify": (0, ""), "evaluate": (0, "")}
+    monkeypatch.setattr(public_weights, "command", lambda word, *_: answers[word])
+
+    def told(code: int, *words: str) -> str:
+        assert public_weights.main(words) == code
+        return capsys.readouterr().out
+
+    digest = hashlib.sha256(published).hexdigest()
+    first = told(0, "van_b0")
+    assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in first
+    assert "top-1     not measured (no --imagenet)\nvan_b0: as published" in first
+    for top1, code in ((0.754, 0), (0.74, 1)):
+        answers["evaluate"] = (0, f'{{"accuracy": {{"fp32": {{"top1": {top1}}}}}}}')
+        measured = told(code, "van_b0", "--imagenet", "val")
+    assert "van_b0: top-1 is 74.00 %, published 75.4 %" in measured
+    answers["verify"] = (1, "")
+    assert "van_b0: verify ended with exit code 1" in told(1, "van_b0", "--imagenet", "val")
+    assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in told(1, "van_b1")
+    pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
+    monkeypatch.setitem(NAMES, "van_b0", pinned)
+    assert f"its SHA-256 is {digest}, the expected one {'0' * 64}." in told(1, "van_b0")
+
+
+@pytest.mark.slow
+def test_the_whole_of_it(published: bytes, tmp_path: Path, capfd: Any) -> None:
+    assert public_weights.main(["van_b0", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "van_b0" / "model.onnx").exists()
+    told = capfd.readouterr().out
+    assert "export    passed" in told
+    assert "verify    passed" in told

@@ -133,6 +133,15 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
     assert f"{state}</text>" in html, "and is written beside the interval"
 
 
+def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: Copy) -> None:
+    verified = copy.deepcopy(full.manifest.checks["verify"])
+    verified["findings"][0].update(outcome="fail", message="another decoder")
+    document = document_of_bundle(edited(copy_of(full), verify=verified))
+    assert document.state == "FAIL"
+    shown = "| ❌ FAIL | preprocessing | another decoder |"
+    assert shown in markdown_from_document(document)
+
+
 def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: Copy) -> None:
     evaluated = copy.deepcopy(full.manifest.checks["evaluate"])
     evaluated["artefacts_sha256"]["fp32"] = "0" * 64

@@ -7,21 +7,24 @@ import functools
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.artifacts import Copy
 from tests.described import entry
 from van_deploy.bundle import Bundle, Origin, writing
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
+from van_deploy.data.images import open_image
 from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
 from van_deploy.manifest import EngineFacts
 from van_deploy.metrics import softmax
+from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import NamedClass
 from van_deploy.serve.app import App, listen, run_server
 from van_deploy.serve.models import Service
@@ -167,3 +170,17 @@ def top5_of(bundle: Bundle) -> list[NamedClass]:
     shares = softmax(golden_samples(bundle).logits[:1])[0]
     order = np.argsort(-shares, kind="stable")[:5]
     return [NamedClass(int(i), str(i), float(shares[i])) for i in order]
+
+
+def tensor_of(client: Any, values: Any, name: str = "pixels", **how: Any) -> Any:
+    """Return an input for a module of ``tritonclient``: ``http`` or ``grpc``."""
+    kind = {"uint8": "UINT8", "float32": "FP32"}[str(values.dtype)]
+    given = client.InferInput(name, list(values.shape), kind)
+    given.set_data_from_numpy(values, **how)
+    return given
+
+
+def pixels_of(bundle: Bundle, images: Iterable[Path | Image.Image]) -> Any:
+    """Return images as the bundle's network sees them, ``(N, S, S, C)`` uint8."""
+    opened = (i if isinstance(i, Image.Image) else open_image(i) for i in images)
+    return np.stack([pixels_from_image(i, bundle.manifest.preprocessing) for i in opened])

@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from reliability.tritonserver import PYTHON, Triton, triton_running, tritonserver_folder
 from tests.each import each
-from tests.serve.conftest import PlanMaker
+from tests.serve.conftest import PlanMaker, pixels_of, tensor_of
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
-from van_deploy.data.images import find_images, open_image
-from van_deploy.model.preprocess import pixels_from_image
+from van_deploy.data.images import find_images
 from van_deploy.runners.network import Network
 from van_deploy.serve import package as triton_files
 
@@ -91,26 +89,13 @@ def client_of(module: Any, triton: Triton) -> Any:
     return module.InferenceServerClient(triton.http if module is http else triton.grpc)
 
 
-def given(module: Any, values: npt.NDArray[Any], name: str = "pixels") -> Any:
-    kind = "UINT8" if values.dtype == np.uint8 else "FP32"
-    tensor = module.InferInput(name, list(values.shape), kind)
-    tensor.set_data_from_numpy(values)
-    return tensor
-
-
-def labelled_pixels(bundle: Bundle, folder: Path) -> npt.NDArray[np.uint8]:
-    preprocessing = bundle.manifest.preprocessing
-    images = (open_image(path) for path in find_images(folder))
-    return np.stack([pixels_from_image(image, preprocessing) for image in images])
-
-
 @each("module", CLIENTS)
 def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton) -> None:
     with client_of(module, triton) as client:
         assert client.is_server_ready()
         assert client.is_model_ready(NAME, "1")
         with pytest.raises(Exception, match="must be <= 8"):
-            client.infer(NAME, [given(module, np.zeros((9, 64, 64, 3), np.uint8))])
+            client.infer(NAME, [tensor_of(module, np.zeros((9, 64, 64, 3), np.uint8))])
     with client_of(http, triton) as client:
         metadata, config = client.get_model_metadata(NAME), client.get_model_config(NAME)
     assert metadata["platform"] == "python"
@@ -131,15 +116,15 @@ def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton
 def test_every_digit_gets_the_artefacts_own_answer(
     module: Any, triton: Triton, byte_bundle: Bundle, heldout_200: Path
 ) -> None:
-    pixels = labelled_pixels(byte_bundle, heldout_200)
+    pixels = pixels_of(byte_bundle, find_images(heldout_200))
     with Network(byte_bundle, "fp32-uint8", threads=1) as network:
         expected = np.concatenate([network.run(p[None])["logits"] for p in pixels])
     classified = [module.InferRequestedOutput("logits", class_count=1)]
     with client_of(module, triton) as client:
         rows = [pixels[start : start + 8] for start in range(0, len(pixels), 8)]
-        answers = [client.infer(NAME, [given(module, some)]) for some in rows]
+        answers = [client.infer(NAME, [tensor_of(module, some)]) for some in rows]
         found = np.concatenate([answer.as_numpy("logits") for answer in answers])
-        first = client.infer(NAME, [given(module, pixels[:1])], outputs=classified)
+        first = client.infer(NAME, [tensor_of(module, pixels[:1])], outputs=classified)
         (text,) = first.as_numpy("logits")
     assert len(pixels) == 200
     assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
@@ -151,10 +136,10 @@ def test_every_digit_gets_the_artefacts_own_answer(
 def test_requests_that_arrive_together_run_together(
     triton: Triton, byte_bundle: Bundle, heldout_200: Path
 ) -> None:
-    pixels = labelled_pixels(byte_bundle, heldout_200)[:64]
+    pixels = pixels_of(byte_bundle, find_images(heldout_200))[:64]
     with grpc.InferenceServerClient(triton.grpc) as client:
         before = batches_of(client)
-        assert errors_of(client, NAME, [given(grpc, p[None]) for p in pixels]) == [None] * 64
+        assert errors_of(client, NAME, [tensor_of(grpc, p[None]) for p in pixels]) == [None] * 64
         for _ in range(50):  # an answer may come before it is counted
             ran = {n: count - before.get(n, 0) for n, count in batches_of(client).items()}
             if sum(size * count for size, count in ran.items()) == 64:
@@ -184,7 +169,7 @@ def test_the_shared_network_answers_as_it_does_here_and_a_full_queue_is_refused(
     how = {"artefacts": ("fp32",), "queue_limit": 2, **environment}
     models = packaged(cifar_bundle, tmp_path / "package", **how)
     name, largest = f"{cifar_bundle.name}-fp32", cifar_bundle.manifest.batch.max
-    pixels = labelled_pixels(cifar_bundle, shared / "data/cifar10/eval")
+    pixels = pixels_of(cifar_bundle, find_images(shared / "data/cifar10/eval"))
     found, expected = [], []
     with (
         triton_running(models, tmp_path / "server") as running,
@@ -194,10 +179,10 @@ def test_the_shared_network_answers_as_it_does_here_and_a_full_queue_is_refused(
     ):
         for start in range(0, len(pixels), largest):
             rows = network.prepare(pixels[start : start + largest])
-            found.append(client.infer(name, [given(http, rows, "images")]).as_numpy("logits"))
+            found.append(client.infer(name, [tensor_of(http, rows, "images")]).as_numpy("logits"))
             expected.append(network.run(rows)["logits"])
         full = network.prepare(pixels[:largest])
-        errors = errors_of(many, name, [given(grpc, full, "images") for _ in range(16)])
+        errors = errors_of(many, name, [tensor_of(grpc, full, "images") for _ in range(16)])
     tops = [np.concatenate(logits).argmax(axis=1) for logits in (found, expected)]
     assert len(tops[0]) == len(pixels) >= 1000
     assert (tops[0] == tops[1]).all()

@@ -26,12 +26,12 @@ import pytest
 from PIL import Image
 
 from tests.each import each
-from tests.serve.conftest import Running, serving, top5_of
+from tests.serve.conftest import Running, pixels_of, serving, tensor_of, top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
-from van_deploy.model.preprocess import normalised, pixels_from_image
+from van_deploy.model.preprocess import normalised
 from van_deploy.runners.network import Network, TensorSpec
 from van_deploy.serve.app import return_large_blocks
 from van_deploy.serve.models import Service
@@ -49,8 +49,8 @@ CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
 @pytest.fixture(scope="module")
 def pixels(digits: Bundle) -> Any:
     """Return held-out digits as the network sees them, ``(64, 64, 64, 3)`` uint8."""
-    images = (Image.fromarray(i).convert("RGB") for i in digits_images("heldout")[0][:64])
-    return np.stack([pixels_from_image(i, digits.manifest.preprocessing) for i in images])
+    images = digits_images("heldout")[0][:64]
+    return pixels_of(digits, (Image.fromarray(image).convert("RGB") for image in images))
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +62,6 @@ def expected(digits: Bundle, pixels: Any) -> Any:
 
 def client_of(server: Running) -> Any:
     return triton.InferenceServerClient(server.address, concurrency=4)
-
-
-def an_input(
-    values: Any, name: str = "pixels", datatype: str = "UINT8", binary: bool = True
-) -> Any:
-    given = triton.InferInput(name, list(values.shape), datatype)
-    given.set_data_from_numpy(values, binary_data=binary)
-    return given
 
 
 def tensor(outputs: object = (), **changes: Any) -> bytes:
@@ -143,7 +135,7 @@ def test_answers_are_the_artifacts(
     close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     with client_of(server) as client:
         for rows, binary in ((1, True), (3, False), (8, True)):
-            given = an_input(pixels[:rows], binary=binary)
+            given = tensor_of(triton, pixels[:rows], binary_data=binary)
             result = client.infer(BYTES, [given], request_id="7")
             assert result.get_response()["id"] == "7"
             for output, values in expected.items():
@@ -151,7 +143,7 @@ def test_answers_are_the_artifacts(
                 assert found.dtype == values.dtype
                 np.testing.assert_allclose(found, values[:rows], **close)
         images = normalised(pixels[:8], digits.manifest.preprocessing)
-        plain = client.infer(PLAIN, [an_input(images, "images", "FP32")]).as_numpy("logits")
+        plain = client.infer(PLAIN, [tensor_of(triton, images, "images")]).as_numpy("logits")
     np.testing.assert_allclose(plain, expected["logits"][:8], **close)
     status, answer, _ = ask(server, INFER, tensor(data=pixels[:1].tolist()))  # nested numbers
     assert (status, answer["outputs"][0]["name"]) == (200, "logits")
@@ -287,7 +279,7 @@ def test_large_json_is_parsed_and_written_elsewhere_and_others_are_answered(
         both = ["logits", "probabilities"]
         for names, binary in ((both[:1], False), (both[:1], True), (both, False)):
             outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
-            client.infer(BYTES, [an_input(pixels[:8])], outputs=outputs)
+            client.infer(BYTES, [tensor_of(triton, pixels[:8])], outputs=outputs)
         assert elsewhere == ["parse_request", "encode_response"]  # of 160 numbers, not of 80
         (worker,) = server.service.intake._pool._processes.values()
         assert worker.pid
@@ -428,7 +420,11 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
 def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> None:
     with pytest.raises(UsageError, match="A queue of 15 images cannot hold the 16"):
         Service(digits, ServiceSettings(queue_limit=15, instances=2))
-    both, given, sizes = threading.Barrier(2, timeout=30), an_input(pixels[:2]), list[int]()
+    both, given, sizes = (
+        threading.Barrier(2, timeout=30),
+        tensor_of(triton, pixels[:2]),
+        list[int](),
+    )
     settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
     with serving(digits, artefacts=("fp32-uint8",), **settings) as server:
         network = server.service.models[BYTES].network
@@ -543,7 +539,7 @@ def test_many_clients_none_lost_none_wrong_and_batches_are_filled(
         def difference(index: int) -> float:
             with client_of(server) as client:
                 rows = [(index + k) % 64 for k in range(1 + index % 3)]
-                found = client.infer(BYTES, [an_input(pixels[rows])]).as_numpy("logits")
+                found = client.infer(BYTES, [tensor_of(triton, pixels[rows])]).as_numpy("logits")
                 return float(np.abs(found - expected["logits"][rows]).max())
 
         with ThreadPoolExecutor(16) as pool:

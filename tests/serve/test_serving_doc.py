@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.conftest import Cli
+from tests.serve.conftest import pixels_of
 from van_deploy.bundle import Bundle
-from van_deploy.data.images import open_image
-from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -34,8 +33,8 @@ def ran(words: list[str], folder: Path) -> str:
 def logits_of(bundle: Bundle, image: Path) -> tuple[Any, Any]:
     """Return an image as the network sees it, and the network's own answer to it."""
     with Network(bundle, "fp32-uint8") as network:
-        pixels = pixels_from_image(open_image(image), network.preprocessing)
-        return pixels, network.run(pixels[None])["logits"][0]
+        pixels = pixels_of(bundle, [image])
+        return pixels[0], network.run(pixels)["logits"][0]
 
 
 def test_python_with_onnx_runtime_alone(digits: Bundle, tmp_path: Path) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, gpu_answers, resized
-from van_deploy.bench.document import SCHEMA, BenchReport, Ceilings, Contender, Machine, Row
+from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, resized
+from van_deploy.bench.document import BenchReport, Ceilings, Contender, Machine, Row
 from van_deploy.bench.gpu import int8_not_worth_it, with_ratios
-from van_deploy.bench.race import Race
+from van_deploy.bench.race import Lane, Race
 from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
@@ -27,24 +26,23 @@ from van_deploy.data.samples import check_images
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
-from van_deploy.runners.base import CudaOptions, gpu_index
-from van_deploy.runners.cuda import no_device
+from van_deploy.runners.base import gpu_index
 from van_deploy.runners.network import network_input
 from van_deploy.stopwatch import Progress, silent
 
+# Batch sizes tried under a latency limit, as far as the bundle's range goes.
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
-"""Batch sizes tried under a latency limit, as far as the bundle's range goes."""
 
 RUNTIMES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
 VARIABLES = (
     *("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "OMP_", "MKL_", "KMP_", "OPENBLAS_"),
     *("CUDA_", "TORCH", "ORT_", "OPENVINO_", "OV_"),
 )
+# Share of the cores this process may use that others may keep busy before it is said.
 OTHER_LOAD_LIMIT = 0.1
-"""Share of the cores this process may use that others may keep busy before it is said."""
 
+# Coefficient of variation above which trtexec, too, calls its timings unstable.
 CV_LIMIT_PERCENT = 2.5
-"""Coefficient of variation above which trtexec, too, calls its timings unstable."""
 
 
 def benchmark_bundle(
@@ -59,26 +57,21 @@ def benchmark_bundle(
         ConversionError: not one contender could be timed.
     """
     start, watch = time.perf_counter(), Watch()
-    device = settings.device or ("cuda:0" if gpu_answers() else "cpu")
-    _require_gpu(device, settings.streams)
-    cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
-    contenders, skipped = chosen(contenders_of(bundle, device, cuda), settings.runners)
-    settings = _completed(settings.changed(device=device), bundle, list(contenders))
+    settings, contenders, skipped = _prepared(bundle, settings)
     ceilings: Ceilings | None = None  # the figures stand without it
     if settings.roofline:
         progress("Measuring what the device can do")
-        given = {"device": device, "threads": settings.threads}
+        given = {"device": settings.device, "threads": settings.threads}
         with contextlib.suppress(WorkerError), WorkerProcess(settings.threads or 1) as process:
             ceilings = process.ask("ceilings", **given)
-    measured = _measured(bundle, list(contenders.values()), settings, progress)
-    rows, manifest = measured["rows"], bundle.manifest
-    of = (manifest.architecture, list(contenders.values()), rows)
-    machine = watch.machine()
+    measured = _measured(bundle, contenders, settings, progress)
+    rows, manifest, machine = measured["rows"], bundle.manifest, watch.machine()
+    of = (manifest.architecture, contenders, rows)
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
     timed_ms = sum(row.latency.calls * row.latency.mean_ms for row in rows if row.latency)
     said = (*warnings_of(rows, settings, machine), *measured.pop("warnings"))
     return BenchReport(
-        schema=SCHEMA,
+        schema="van-deploy/bench/5",
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=bundle.name,
         weights=manifest.weights,
@@ -90,7 +83,7 @@ def benchmark_bundle(
         skipped=skipped,
         ceilings=ceilings,
         roofline=measured_limits(*of, ceilings) if ceilings else (),
-        best_under_p99=_best_under(rows, settings),
+        best_under_p99=_best_under(rows, settings.p99_ms) if settings.p99_ms else None,
         seconds={"wall": time.perf_counter() - start, "timed": timed_ms / 1e3},
         warnings=said,
         **measured,
@@ -117,45 +110,41 @@ class Watch:
         return Machine(here, gpus, version, other, under_load)
 
 
-def _require_gpu(device: str, streams: int) -> None:
-    """Refuse a GPU that is not there, or several streams on one, before anything is started."""
-    index, driver = gpu_index(device), nvidia_driver()
-    if index is None:
-        return
-    if streams > 1:
+def _prepared(
+    bundle: Bundle, settings: BenchSettings
+) -> tuple[BenchSettings, dict[str, Contender], dict[str, str]]:
+    """Return the settings with all that was left open, who is timed, and who is skipped and why."""
+    driver = nvidia_driver()
+    gpus = driver.gpus if driver else ()
+    device = settings.device or ("cuda:0" if gpus else "cpu")
+    index = gpu_index(device)
+    if index is not None and settings.streams > 1:
         raise UsageError(
-            f"--streams is {streams}, and on a GPU one stream is timed, with batches queued on it.",
+            f"--streams is {settings.streams}; on a GPU one is timed, with batches queued on it.",
             "Leave --streams out, or time with --device cpu.",
         )
-    if driver is None or not driver.gpus:
+    if index is not None and index >= len(gpus):
         raise MissingDependency(
-            f"No NVIDIA GPU answers here, so nothing can be timed on '{device}'.",
+            f"No NVIDIA GPU '{device}' answers here, so nothing can be timed on it.",
             "Time with --device cpu, or see `van-deploy doctor`.",
         )
-    if index >= len(driver.gpus):
-        raise no_device(index, len(driver.gpus))
-
-
-def _completed(settings: BenchSettings, bundle: Bundle, names: Sequence[str]) -> BenchSettings:
-    """Return settings with the threads, the batches to sweep, and a reference that runs."""
-    settings = settings.changed(
-        threads=settings.threads or (cpu().cores_allowed if settings.device == "cpu" else 1)
-    )
-    if settings.p99_ms is not None:
-        largest = max(1, bundle.manifest.batch.max)
-        settings = settings.changed(batches=tuple(b for b in SWEEP if b <= largest))
-    if settings.reference in names or not names:
-        return settings
-    if settings.reference != REFERENCE:
-        raise UsageError(
-            f"The reference '{settings.reference}' is not among the runners.",
-            f"Choose one of: {', '.join(names)}.",
-        )
-    return settings.changed(reference=names[0])
+    threads = settings.threads or (cpu().cores_allowed if index is None else 1)
+    largest = max(1, bundle.manifest.batch.max)
+    batches = tuple(n for n in SWEEP if n <= largest) if settings.p99_ms else settings.batches
+    settings = settings.changed(device=device, threads=threads, batches=batches)
+    contenders, skipped = chosen(contenders_of(bundle, settings), settings.runners)
+    if contenders and settings.reference not in contenders:
+        if settings.reference != REFERENCE:
+            raise UsageError(
+                f"The reference '{settings.reference}' is not among the runners.",
+                f"Choose one of: {', '.join(contenders)}.",
+            )
+        settings = settings.changed(reference=next(iter(contenders)))
+    return settings, contenders, skipped
 
 
 def _measured(
-    bundle: Bundle, contenders: Sequence[Contender], settings: BenchSettings, say: Progress
+    bundle: Bundle, contenders: Mapping[str, Contender], settings: BenchSettings, say: Progress
 ) -> dict[str, Any]:
     """Time the contenders; return the report's images, rows, reference, profiles and warnings.
 
@@ -168,22 +157,21 @@ def _measured(
     for size in settings.image_sizes or (own.image_size,):
         preprocessing = own.override(image_size=size)
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
-            folder, sized = Path(name), contenders
+            folder, lanes = Path(name), list[Lane]()
             images = check_images(bundle.name, preprocessing, max(settings.batches))
-            for kind in {contender.embedded for contender in contenders}:
-                np.save(folder / f"{kind}.npy", network_input(images.values, kind, preprocessing))
-            if size != own.image_size:
-                sized = [resized(contender, size, folder) for contender in contenders]
-            for group in [sized] if settings.device == "cpu" else [[one] for one in sized]:
-                with Race(group, settings, folder, size, say) as race:
-                    rows += _swept(race, settings)
+            for one in contenders.values():
+                inputs = folder / f"{one.embedded}.npy"
+                np.save(inputs, network_input(images.values, one.embedded, preprocessing))
+                sized = one if size == own.image_size else resized(one, size, folder)
+                lanes.append(Lane(sized, inputs, size, settings))
+            for group in [lanes] if settings.device == "cpu" else [[lane] for lane in lanes]:
+                with Race(group, settings, say) as race:
+                    rows += race.sweep()
                     for lane in race.lanes if settings.profile else ():
                         if lines := lane.profile():
-                            profiles[lane.contender.name] = lines
+                            profiles[lane.name] = lines
                         elif lane.load_s:
-                            warnings.append(
-                                f"{lane.contender.name} was not profiled: {lane.failure}"
-                            )
+                            warnings.append(f"{lane.name} was not profiled: {lane.failure}")
     if not any(row.latency for row in rows):
         reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
         raise ConversionError(
@@ -192,33 +180,19 @@ def _measured(
         )
     reference = settings.reference if any(row.ratio for row in rows) else None
     if settings.device != "cpu":
-        reference, rows = with_ratios(rows, contenders, settings.reference)
-        warnings += int8_not_worth_it(rows, contenders)
+        reference, rows = with_ratios(rows, contenders.values(), settings.reference)
+        warnings += int8_not_worth_it(rows, contenders.values())
     given = {"images": images.description, "rows": tuple(rows), "profiles": profiles}
     return {**given, "reference": reference, "warnings": warnings}
 
 
-def _swept(race: Race, settings: BenchSettings) -> list[Row]:
-    """Return the rows of every batch size; who is too slow for the limit drops out."""
-    rows, running = list[Row](), {lane.contender.name for lane in race.lanes}
-    for batch in sorted(set(settings.batches)):
-        rows += race.run(batch, running) if running else []
-        running -= {row.contender for row in rows if row.latency and not _keeps(row, settings)}
-    return rows
-
-
-def _keeps(row: Row, settings: BenchSettings) -> bool:
-    """Return whether a row has a latency, and that keeps the limit where there is one."""
-    return row.latency is not None and row.latency.p99_ms <= (settings.p99_ms or math.inf)
-
-
-def _best_under(rows: Sequence[Row], settings: BenchSettings) -> dict[str, Row | None] | None:
-    """Return each contender's row of most images a second under the limit, None for none."""
+def _best_under(rows: Sequence[Row], p99_ms: float) -> dict[str, Row | None]:
+    """Return each contender's row of most images a second under a limit, None for none."""
     best: dict[str, Row | None] = dict.fromkeys(row.contender for row in rows)
     for row in sorted(rows, key=lambda row: row.images_per_s or 0.0):
-        if _keeps(row, settings):
+        if row.latency and row.latency.p99_ms <= p99_ms:
             best[row.contender] = row
-    return None if settings.p99_ms is None else best
+    return best
 
 
 def warnings_of(rows: Sequence[Row], settings: BenchSettings, machine: Machine) -> Iterator[str]:
@@ -233,12 +207,8 @@ def warnings_of(rows: Sequence[Row], settings: BenchSettings, machine: Machine) 
             f"other work kept {machine.other_load_cores:.1f} of {machine.cpu.cores_allowed} cores "
             "busy while this ran; latencies are too long, ratios less so"
         )
-    spread = {
-        f"{row.contender} at batch {row.batch}": row.latency.cv_percent
-        for row in rows
-        if row.latency and row.latency.cv_percent > CV_LIMIT_PERCENT
-    }
-    if spread:
+    cvs = {f"{r.contender} at batch {r.batch}": r.latency.cv_percent for r in rows if r.latency}
+    if spread := {name: cv for name, cv in cvs.items() if cv > CV_LIMIT_PERCENT}:
         worst = max(spread, key=spread.__getitem__)
         yield (
             f"{len(spread)} of {len(rows)} rows vary by more than {CV_LIMIT_PERCENT} % from call "

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -20,15 +20,13 @@ from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError, UsageError
-from van_deploy.files import write_atomic
 from van_deploy.intervals import median_interval
 from van_deploy.model.variants import WeightsSource
 from van_deploy.schema import Versioned, read_versioned
 
-SCHEMA: Final = "van-deploy/bench/5"
 BENCH_FILE = "bench.json"
+# Two runs of the same files agree on a ratio that changed by no more.
 AGREE_WITHIN_PERCENT = 5.0
-"""Two runs of the same files agree on a ratio that changed by no more."""
 
 
 @dataclass(frozen=True)
@@ -387,32 +385,16 @@ def read_report(path: Path) -> BenchReport:
     return read_versioned(BenchReport, path, "benchmark", InputError, remedy)
 
 
-def save_report(report: BenchReport, bundle: Bundle | None, output: Path | None) -> None:
-    """Write a report into ``bundle`` and to ``output``, where given.
-
-    In the bundle it becomes ``bench.json``, and the manifest's ``checks`` get a
-    summary, so that whoever reads the manifest alone knows the figures.
+def record(report: BenchReport, bundle: Bundle) -> None:
+    """Keep a report in a bundle as ``bench.json``, and its figures in the manifest's ``checks``.
 
     Raises:
-        InputError: ``output`` cannot be written.
         BundleError: the bundle cannot be written.
     """
-    if output is not None:
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(output, report.text())
-        except OSError as error:
-            raise InputError(
-                f"'{output}' cannot be written: {error.strerror or error}.",
-                "Choose another --output FILE.",
-            ) from error
-    if bundle is None:
-        return
     rows = [
         {
-            **{key: getattr(row, key) for key in ("contender", "batch", "image_size")},
+            **{k: getattr(row, k) for k in ("contender", "batch", "image_size", "images_per_s")},
             "p50_ms": row.latency.p50_ms,
-            "images_per_s": row.images_per_s,
             "ratio": row.ratio.median if row.ratio else None,
         }
         for row in report.rows
@@ -443,17 +425,17 @@ def compared(old: BenchReport, new: BenchReport) -> BenchReport:
                 f"The two benchmarks cannot be compared: {what} was {before}, now it is {after}.",
                 "Measure both on the same machine, with the same settings.",
             )
-    rows = {(row.contender, row.batch, row.image_size): row for row in old.rows if row.latency}
+    rows = {(row.contender, row.batch, row.image_size): row for row in old.rows}
     changes = []
     for row in new.rows:
-        before = rows.get((row.contender, row.batch, row.image_size))
+        place = (row.contender, row.batch, row.image_size)
+        before = rows.get(place)
         if before and before.latency and row.latency:
             percent, left_open = _ratio_change(before.ratio, row.ratio)
             moved = abs(percent or 0.0) > max(AGREE_WITHIN_PERCENT, left_open or 0.0)
-            files = {report.contenders[row.contender].sha256 for report in (old, new)}
-            place = (row.contender, row.batch, row.image_size)
+            same = old.contenders[row.contender].sha256 == new.contenders[row.contender].sha256
             times = (before.latency.p50_ms, row.latency.p50_ms)
-            changes.append(Change(*place, *times, percent, left_open, moved, len(files) == 1))
+            changes.append(Change(*place, *times, percent, left_open, moved, same))
     if not changes:
         raise UsageError(
             "The two benchmarks have no row in common.",

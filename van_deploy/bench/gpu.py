@@ -9,33 +9,34 @@ CPU: CUDA events see nothing of what disturbs the host.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 from van_deploy.bench.document import Contender, GpuState, Latency, Ratio, Row
 from van_deploy.config.sizes import ImageSize
-from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.environment.hardware import nvidia_driver, nvml_answer
 from van_deploy.runners.base import Resident, gpu_index
 
+# The clock is steady when this many looks in a row lie within this many percent.
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
-"""The clock is steady when this many looks in a row lie within this many percent."""
 
-UNSTEADY = "clock not steady"
+# Seconds of unmeasured launches: at least, at most, and between two looks at the clock.
 WARM_LEAST_S, WARM_MOST_S, WARM_LOOK_S = 0.3, 3.0, 0.05
-"""Seconds of unmeasured launches: at least, at most, and between two looks at the clock."""
 
+# One group of queued launches lasts about this long, and holds no more than this many.
 QUEUE_S, QUEUE_MOST = 0.05, 512
-"""One group of queued launches lasts about this long, and holds no more than this many."""
 
+# Copies each way of which the median counts.
 TRANSFERS = 20
-"""Copies each way of which the median counts."""
 
+# Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
+# down. The others say that it is idle, or that somebody has set its clocks.
 THROTTLING = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -43,8 +44,10 @@ THROTTLING = {
     0x40: "temperature (hardware)",
     0x80: "power brake",
 }
-"""Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
-down. The others say that it is idle, or that somebody has set its clocks."""
+
+
+Call = Callable[[], object]
+Watch = Callable[[], GpuState]  # reads the state of a GPU
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,13 @@ class Clock:
     wait: Callable[[Any], object] = lambda _: None
     ms: Callable[[Any, Any], float] = lambda start, end: 1e3 * (end - start)
 
-    def span_ms(
-        self, launch: Callable[[], object], meanwhile: Callable[[], object] | None = None
-    ) -> float:
-        """Launch something, wait for it, and return the milliseconds it took on the stream."""
+    def span_ms(self, launch: Call, times: int = 1, meanwhile: Call = lambda: None) -> float:
+        """Launch something some times, and return the milliseconds until it was done."""
         start = self.mark()
-        launch()
+        for _ in range(times):
+            launch()
         end = self.mark()
-        if meanwhile is not None:
-            meanwhile()
+        meanwhile()
         self.wait(end)
         return self.ms(start, end)
 
@@ -122,53 +123,43 @@ def clock_of(resident: Resident, device: str) -> Clock:
     return clock(resident.stream, gpu_index(device) or 0)
 
 
-class GpuWatch:
-    """Reads the state of one GPU. Without NVML every state is empty.
+def gpu_watch(device: str) -> Watch:
+    """Return what reads the state of one GPU; without NVML every state is empty.
 
     NVML numbers the GPUs by itself: the one that CUDA uses is found by its identifier.
 
     Args:
-        device: CUDA's name of the GPU, such as ``cuda:0``; ``cpu`` watches nothing.
+        device: CUDA's name of the GPU, such as ``cuda:0``; of ``cpu`` nothing is read.
     """
+    index, driver = gpu_index(device), nvidia_driver()
+    if index is None or driver is None or index >= len(driver.gpus):
+        return GpuState
+    import pynvml as nvml
 
-    def __init__(self, device: str) -> None:
-        self._nvml: Any = None
-        index, driver = gpu_index(device), nvidia_driver()
-        if index is None or driver is None or index >= len(driver.gpus):
-            return
-        import pynvml
+    try:
+        nvml.nvmlInit()
+        gpu = nvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
+    except nvml.NVMLError:
+        return GpuState
+    ask = functools.partial(nvml_answer, gpu)
 
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlInit()
-            self._gpu = pynvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
-            self._nvml = pynvml
-
-    def state(self) -> GpuState:
-        """Return the state now."""
-        nvml = self._nvml
-        if nvml is None:
-            return GpuState()
-        power = self._ask("nvmlDeviceGetPowerUsage")
-        memory = self._ask("nvmlDeviceGetMemoryInfo")
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+    def state() -> GpuState:
+        power, memory = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetMemoryInfo")
+        reasons = ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
         return GpuState(
-            sm_mhz=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            memory_mhz=self._ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            sm_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            memory_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
             power_w=None if power is None else power / 1e3,
-            temperature_c=self._ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
             throttled=tuple(words for bit, words in THROTTLING.items() if reasons & bit),
             memory_used_bytes=None if memory is None else int(memory.used),
         )
 
-    def _ask(self, function: str, *arguments: Any) -> Any:
-        """Return NVML's answer, or None where this GPU or this version has none."""
-        with contextlib.suppress(self._nvml.NVMLError, AttributeError):
-            return getattr(self._nvml, function)(self._gpu, *arguments)
-        return None
+    return state
 
 
 def timed(
-    resident: Resident, batch: int, clock: Clock, watch: GpuWatch, seconds: float, calls: int = 20
+    resident: Resident, batch: int, clock: Clock, watch: Watch, seconds: float, calls: int = 20
 ) -> dict[str, Any]:
     """Return what ``resident`` takes, once it is warm and the clocks are steady.
 
@@ -189,16 +180,12 @@ def timed(
     clock.wait(clock.mark())
     first_call_ms = 1e3 * (time.perf_counter() - start)
     looks = _warm(resident, clock, watch)
-    unsteady = [UNSTEADY] * (_is_steady(looks) is False)
+    unsteady = ["clock not steady"] * _wanders(looks)
     alone = repeated(seconds / 2, calls, lambda: clock.span_ms(resident.launch))
     count = max(2, min(QUEUE_MOST, round(QUEUE_S / max(median(alone) / 1e3, 1e-6))))
 
-    def burst() -> None:
-        for _ in range(count):
-            resident.launch()
-
     def group() -> float:
-        return clock.span_ms(burst, lambda: looks.append(watch.state())) / count
+        return clock.span_ms(resident.launch, count, lambda: looks.append(watch())) / count
 
     queued_ms = median(repeated(seconds / 2, STEADY_LOOKS, group))
     return {
@@ -213,38 +200,30 @@ def timed(
     }
 
 
-def _warm(resident: Resident, clock: Clock, watch: GpuWatch) -> list[GpuState]:
+def _warm(resident: Resident, clock: Clock, watch: Watch) -> list[GpuState]:
     """Launch until the SM clock is steady, or for long enough; return the looks at it."""
-    start = look = time.perf_counter()
-    states: list[GpuState] = []
+    start, states = time.perf_counter(), list[GpuState]()
     while True:
-        resident.launch()
-        clock.wait(clock.mark())
-        now = time.perf_counter()
-        if now - look < WARM_LOOK_S:
-            continue
-        look = now
-        states.append(watch.state())
-        steady = _is_steady(states) is not False
-        if (now - start >= WARM_LEAST_S and steady) or now - start >= WARM_MOST_S:
+        look = time.perf_counter()
+        while time.perf_counter() - look < WARM_LOOK_S:
+            resident.launch()
+            clock.wait(clock.mark())
+        states.append(watch())
+        if time.perf_counter() - start >= (WARM_MOST_S if _wanders(states) else WARM_LEAST_S):
             return states
 
 
-def _is_steady(states: Sequence[GpuState]) -> bool | None:
-    """Return whether the last looks at a clock agree; None where one saw nothing.
+def _wanders(states: Sequence[GpuState]) -> bool:
+    """Return whether the last looks at a clock differ, or are too few; not where one saw nothing.
 
-    >>> _is_steady([GpuState(1980), GpuState(1965), GpuState(1980)]), _is_steady([GpuState()])
-    (True, None)
-    >>> _is_steady([GpuState(1980), GpuState(1980)])  # too few
-    False
+    >>> _wanders([GpuState(1980), GpuState(1965), GpuState(1980)]), _wanders([GpuState()])
+    (False, False)
+    >>> _wanders([GpuState(1980), GpuState(1980)])  # too few
+    True
     """
-    clocks = [state.sm_mhz for state in states[-STEADY_LOOKS:]]
-    known = [clock for clock in clocks if clock is not None]
-    if len(known) < len(clocks):
-        return None
-    if len(known) < STEADY_LOOKS:
-        return False
-    return max(known) - min(known) <= STEADY_PERCENT / 100 * max(known)
+    clocks = [state.sm_mhz or 0 for state in states[-STEADY_LOOKS:]]
+    steady = max(clocks) - min(clocks) <= STEADY_PERCENT / 100 * max(clocks)
+    return all(clocks) and not (steady and len(clocks) == STEADY_LOOKS)
 
 
 def repeated(seconds: float, least: int, measure: Callable[[], float]) -> list[float]:
@@ -256,47 +235,46 @@ def repeated(seconds: float, least: int, measure: Callable[[], float]) -> list[f
     return samples
 
 
-Place = tuple[int, ImageSize, str]
-"""A batch, an image size, and what kind of contender."""
-
-
 def with_ratios(
-    rows: Sequence[Row], contenders: Sequence[Contender], reference: str
+    rows: Sequence[Row], contenders: Iterable[Contender], reference: str
 ) -> tuple[str | None, list[Row]]:
     """Return what ratios are against, in words, and the rows with their ratios.
 
     Args:
         rows: of one or several batches and image sizes.
         contenders: of the rows.
-        reference: a contender, or ``pytorch`` for the fastest of PyTorch's modes.
+        reference: a contender; one of PyTorch's modes stands for the fastest of them.
     """
-    rivals = {c.name for c in contenders if c.runtime == "pytorch"} or {rows[0].contender}
-    named = {reference} if reference in {c.name for c in contenders} - rivals else rivals
-    best = _fastest(rows, dict.fromkeys(named, ""))
+    modes = {c.name for c in contenders if c.runtime == "pytorch"}
+    best = _fastest(rows, modes if reference in modes else {reference})
     result = []
     for row in rows:
-        times = best.get((row.batch, row.image_size, ""), 0.0) / (row.queued_ms or math.inf)
+        times = best.get((row.batch, row.image_size), 0.0) / (row.queued_ms or math.inf)
         result.append(replace(row, ratio=Ratio(times, times, times, 1) if times else None))
-    words = "the fastest of PyTorch's modes" if named == rivals else reference
+    words = "the fastest of PyTorch's modes" if reference in modes else reference
     return words if best else None, result
 
 
-def int8_not_worth_it(rows: Sequence[Row], contenders: Sequence[Contender]) -> list[str]:
+def int8_not_worth_it(rows: Sequence[Row], contenders: Iterable[Contender]) -> list[str]:
     """Return a warning for each batch at which no INT8 file is faster than FP16 on this GPU."""
-    best = _fastest(rows, {c.name: c.precision for c in contenders if c.runtime != "pytorch"})
+    files = [contender for contender in contenders if contender.runtime != "pytorch"]
+    fp16, int8 = (
+        _fastest(rows, {file.name for file in files if file.precision == precision})
+        for precision in ("fp16", "int8")
+    )
     return [
-        f"INT8 is not faster than FP16 here at batch {batch} ({int8:.3f} ms against {fp16:.3f} "
-        "ms): deploy FP16 on this GPU"
-        for (batch, size, kind), int8 in best.items()
-        if kind == "int8" and (fp16 := best.get((batch, size, "fp16"), math.inf)) <= int8
+        f"INT8 is not faster than FP16 here at batch {place[0]} ({ms:.3f} ms against "
+        f"{fp16[place]:.3f} ms): deploy FP16 on this GPU"
+        for place, ms in int8.items()
+        if fp16.get(place, math.inf) <= ms
     ]
 
 
-def _fastest(rows: Sequence[Row], kinds: Mapping[str, str]) -> dict[Place, float]:
-    """Return the least queued ms by batch, image size and the kind of the row's contender."""
-    best: dict[Place, float] = {}
+def _fastest(rows: Sequence[Row], names: Container[str]) -> dict[tuple[int, ImageSize], float]:
+    """Return the least queued ms of some contenders by batch and image size."""
+    best: dict[tuple[int, ImageSize], float] = {}
     for row in rows:
-        if row.queued_ms and row.contender in kinds:
-            place = row.batch, row.image_size, kinds[row.contender]
+        if row.queued_ms and row.contender in names:
+            place = row.batch, row.image_size
             best[place] = min(best.get(place, math.inf), row.queued_ms)
     return best

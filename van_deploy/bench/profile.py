@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -10,15 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from van_deploy.bench.contenders import runner_of
 from van_deploy.bench.document import Contender, ProfileLine
-from van_deploy.bench.worker import runner_of
 from van_deploy.errors import UsageError
 
 LABEL = "van:"
 OTHER = "elementwise (gate, residual, scale)"
+# How many are averaged.
 RUNS = 5
-"""How many are averaged."""
 
+# What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5.
 KERNEL_KINDS = (
     (r"^triton_poi.*(gelu|erf)", "elementwise with GELU"),
     (r"^triton_poi", "elementwise"),
@@ -32,8 +34,9 @@ KERNEL_KINDS = (
     (r"elementwise|vectorized", "elementwise"),
     (r"", "other"),
 )
-"""What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5."""
 
+# What the name of a PyTorch module tells, which the graph's nodes bear, too; the first counts.
+# The kernel sizes are the published variants'.
 LAYER_KINDS = (
     (r"Quantize|\.int8|\.dequantized", "quantise"),
     (r"Reorder|Reformat|Cast|\.cast|Transpose", "reformat"),
@@ -48,8 +51,6 @@ LAYER_KINDS = (
     (r"head", "head"),
     (r"", OTHER),
 )
-"""What the name of a PyTorch module tells, which the graph's nodes bear, too; the first counts.
-The kernel sizes are the published variants'."""
 
 
 def kind_of(name: str, kinds: Sequence[tuple[str, str]] = LAYER_KINDS) -> str:
@@ -76,20 +77,19 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
         UsageError: its runtime tells nothing, or nothing true: on a GPU ONNX Runtime reports how
             long the host took to launch each node (4.6 of 16.7 ms on an H200).
     """
-    on_gpu = contender.device != "cpu"
-    if contender.runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
+    runtime, on_gpu = contender.runtime, contender.device != "cpu"
+    if runtime == "tensorrt":
+        return _by_layer(runner, batch)
+    if runtime == "onnxruntime" and not on_gpu:
+        return _by_node(contender, batch)
+    if runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
         import torch
 
-        images = torch.from_numpy(batch).to(runner.device, runner.dtype)
-        return by_module(runner.model, images)
-    if contender.runtime == "onnxruntime" and not on_gpu:
-        return _by_node(contender, batch)
-    if contender.runtime in ("pytorch", "inductor") and on_gpu:
+        return by_module(runner.model, torch.from_numpy(batch).to(runner.device, runner.dtype))
+    if runtime in ("pytorch", "inductor") and on_gpu:
         resident = runner.resident(batch)
         resident.launch()
         return by_kernel(resident.launch)
-    if contender.runtime == "tensorrt":
-        return _by_layer(runner, batch)
     raise UsageError(
         f"'{contender.name}' does not say where its time goes.",
         "Profile PyTorch, TensorRT, or ONNX Runtime on a CPU.",
@@ -113,16 +113,13 @@ def by_module(model: Any, images: Any) -> list[ProfileLine]:
 
         return run
 
-    layers = {name: layer for name, layer in model.named_modules() if not [*layer.children()]}
-    try:
-        for name, layer in layers.items():
+    model = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if not [*layer.children()]:
             layer.forward = labelled(name, layer.forward)
-        with torch.no_grad():
-            model(images)
-            events = _profiled(lambda: model(images))
-    finally:
-        for layer in layers.values():
-            vars(layer).pop("forward", None)
+    with torch.no_grad():
+        model(images)
+        events = _profiled(lambda: model(images))
     times: list[tuple[str, float]] = []
     for event in events:
         own = [kernel.duration for kernel in event.kernels]
@@ -154,7 +151,7 @@ def _profiled(launch: Callable[[], object]) -> Iterable[Any]:
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     with profile(activities=activities) as profiler:
         for _ in range(RUNS):
             launch()

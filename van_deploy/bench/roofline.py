@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from van_deploy.bench.document import Ceilings, Contender, PaperLimits, Reached, Row
@@ -21,6 +22,9 @@ from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
 from van_deploy.model.variants import VanConfig
 
+# Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
+# 0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
+# convolutions included, at FP32's.
 DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "t4": ("NVIDIA T4 data sheet (2019)", 8.1, 0, 65, 130, 320),
     "a10": ("NVIDIA A10 data sheet (2022)", 31.2, 62.5, 125, 250, 600),
@@ -31,14 +35,13 @@ DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "h200": ("NVIDIA H200 SXM data sheet (2024)", 67, 494, 989, 1979, 4800),
     "rtx4090": ("NVIDIA Ada architecture white paper (2022)", 82.6, 82.6, 165.2, 660.6, 1008),
 }
-"""Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
-0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
-convolutions included, at FP32's."""
+
+Place = tuple[str, str, int, ImageSize]
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
+# On paper, the floating-point arithmetic an engine made from an artifact may use; FP16 where
+# nothing else is listed. The 1x1 convolutions of an INT8 graph run at the INT8 rate.
 ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
-"""On paper, the floating-point arithmetic an engine made from an artifact may use; FP16 where
-nothing else is listed. The 1x1 convolutions of an INT8 graph run at the INT8 rate."""
 
 
 def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:
@@ -80,70 +83,54 @@ def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ce
     return Ceilings(rates, copied, "measured")
 
 
-def paper_ceilings(name: str) -> Ceilings:
-    """Return the limits on paper of the GPU ``name``.
-
-    Raises:
-        UsageError: it is not in the table.
-    """
-    known = DEVICES.get(name.lower().replace(" ", "").replace("-", ""))
-    if known is None:
-        raise UsageError(
-            f"There are no figures for the device '{name}'.", f"Known: {', '.join(DEVICES)}."
-        )
-    source, fp32, tf32, fp16, int8, gigabytes = known
-    ops = {"fp32": fp32, "fp16": fp16, "int8": int8, "vector": fp32}
-    if tf32:
-        ops |= {"bf16": fp16, "tf32": tf32}
-    return Ceilings({kind: 1e12 * rate for kind, rate in ops.items()}, 1e9 * gigabytes, source)
-
-
 def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLimits:
     """Return the least time of each ONNX artifact on ``device``, on paper.
 
     Raises:
         UsageError: there are no figures for the device.
     """
-    ceilings, limits = paper_ceilings(device), []
+    known = DEVICES.get(device.lower().replace(" ", "").replace("-", ""))
+    if known is None:
+        names = ", ".join(DEVICES)
+        raise UsageError(f"There are no figures for the device '{device}'.", f"Known: {names}.")
+    source, fp32, tf32, fp16, int8, gigabytes = known
+    ops = {"fp32": fp32, "fp16": fp16, "int8": int8, "vector": fp32}
+    if tf32:
+        ops |= {"bf16": fp16, "tf32": tf32}
+    rates = {kind: 1e12 * rate for kind, rate in ops.items()}
+    ceilings, limits = Ceilings(rates, 1e9 * gigabytes, source), list[Reached | None]()
     config, size = bundle.manifest.architecture, bundle.manifest.preprocessing.image_size
-    for artefact in bundle.artefacts.values():
-        int8 = artefact.precision == "int8"
-        kinds = ASSUMED.get(artefact.precision, ("fp16",)) if artefact.kind == "onnx" else ()
-        for batch, kind in itertools.product(sorted(set(batches)), kinds):
-            precision = f"int8 + {kind}" if int8 else kind
+    files = [artefact for artefact in bundle.artefacts.values() if artefact.kind == "onnx"]
+    for artefact, batch in itertools.product(files, sorted(set(batches))):
+        for kind in ASSUMED.get(artefact.precision, ("fp16",)):
+            precision = f"int8 + {kind}" if artefact.precision == "int8" else kind
             place = (artefact.name, precision, batch, size)
-            limits += least_time(config, ceilings, kind, place)
-    return PaperLimits(device, ceilings, tuple(limits))
+            limits.append(least_time(config, ceilings, place))
+    return PaperLimits(device, ceilings, tuple(filter(None, limits)))
 
 
 def measured_limits(
-    config: VanConfig, contenders: Sequence[Contender], rows: Sequence[Row], ceilings: Ceilings
+    config: VanConfig, contenders: Mapping[str, Contender], rows: Sequence[Row], ceilings: Ceilings
 ) -> tuple[Reached, ...]:
     """Return each row's time over the least possible time for the same network.
 
     Args:
         config: the network.
-        contenders: of the rows.
+        contenders: of the rows, by name.
         rows: those that failed are passed over.
         ceilings: of the device, measured.
     """
-    result, precisions = list[Reached](), {c.name: c.precision for c in contenders}
+    result = list[Reached]()
     for row in rows:
-        if row.images_per_s:
-            kind, ms = precisions[row.contender], 1e3 * row.batch / row.images_per_s
-            place = (row.contender, kind, row.batch, row.image_size)
-            result += least_time(config, ceilings, kind, place, ms)
+        place = (row.contender, contenders[row.contender].precision, row.batch, row.image_size)
+        if row.images_per_s and (least := least_time(config, ceilings, place)):
+            ms = 1e3 * row.batch / row.images_per_s
+            result.append(replace(least, percent_of_limit=100 * least.least_ms / ms))
     return tuple(result)
 
 
-def least_time(
-    config: VanConfig,
-    ceilings: Ceilings,
-    precision: str,
-    place: tuple[str, str, int, ImageSize],
-    ms: float | None = None,
-) -> list[Reached]:
-    """Return the least time for one batch, from the shapes alone; nothing without its rate.
+def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached | None:
+    """Return the least time for one batch, from the shapes alone; None without its rate.
 
     A step is a convolution with what follows it element by element: bias, GELU, gate or
     residual. In a block the C wide maps cross memory 15 times (``proj_1`` 2, ``conv0`` 2,
@@ -151,30 +138,28 @@ def least_time(
     ``fc2`` with the residual 2), the hidden ones 4 times (``fc1`` 1, ``dwconv`` with the GELU
     2, ``fc2`` 1). The weights are read once a batch.
 
-    The 1x1 convolutions of ``int8`` run at the INT8 rate, and the rest at that of ``precision``:
-    of ``int8`` that is FP16's on a GPU and FP32's on a CPU. A GPU's FP32 is TF32.
-
     Args:
         config: the network.
         ceilings: of the device.
-        precision: of the arithmetic.
-        place: contender, its precision in words, batch and image size.
-        ms: what was measured, if it was.
+        place: contender, precision of the arithmetic, images and their size in pixels. The 1x1
+            convolutions of ``int8 + fp16`` run at the INT8 rate, the rest at that of FP16; of
+            ``int8`` the rest is FP16 on a GPU and FP32 on a CPU. A GPU's FP32 is TF32.
 
     >>> from van_deploy.model.variants import VARIANTS
-    >>> ceilings, place = Ceilings({"fp16": 1e15}, 1e12, ""), ("", "", 1000, 224)
-    >>> (van_b0,) = least_time(VARIANTS["van_b0"].config, ceilings, "fp16", place)
-    >>> int(van_b0.unfused_ms)  # MB an image, at 1 TB/s
+    >>> config, ceilings = VARIANTS["van_b0"].config, Ceilings({"fp16": 1e15}, 1e12, "")
+    >>> least = least_time(config, ceilings, ("", "fp16", 1000, 224))
+    >>> int(least.unfused_ms)  # MB an image, at 1 TB/s
     55
     """
-    (k0, k1), (_, words, batch, size) = config.lka_kernels, place
-    rates, kind, int8 = ceilings.ops_per_s, precision, "int8" in words
-    if precision == "int8":
+    (k0, k1), (_, precision, batch, size) = config.lka_kernels, place
+    rates, int8 = ceilings.ops_per_s, "int8" in precision
+    kind = precision.removeprefix("int8 + ")
+    if kind == "int8":
         kind = "fp16" if "fp16" in rates else "fp32"
-    elif precision == "fp32" and "fp32" not in rates:
+    elif kind == "fp32" and "fp32" not in rates:
         kind = "tf32"
     if kind not in rates or (int8 and "int8" not in rates):
-        return []
+        return None
     sides, channels = sides_of(size), config.in_chans
     ends = channels * math.prod(sides) + config.num_classes
     pointwise = depthwise = values = 0
@@ -194,5 +179,4 @@ def least_time(
     unfused_ms = 1e3 * width * (batch * values + weights) / ceilings.bytes_per_s
     bound: Literal["compute", "memory"] = "compute" if compute_s >= memory_s else "memory"
     least_ms = 1e3 * max(compute_s, memory_s)
-    percent = None if ms is None else 100 * least_ms / ms
-    return [Reached(*place, 2 * batch * macs, least_ms, bound, unfused_ms, percent)]
+    return Reached(*place, 2 * batch * macs, least_ms, bound, unfused_ms)

@@ -22,40 +22,42 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from van_deploy.bench.contenders import runner_of
 from van_deploy.bench.document import Contender
+from van_deploy.bench.gpu import clock_of, gpu_watch, timed
+from van_deploy.bench.profile import profile_of
+from van_deploy.bench.roofline import measured_ceilings
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import VanDeployError
 
+# Longer than any compilation of a VAN; past it a worker hangs.
 ANSWER_WITHIN_S = 900.0
-"""Longer than any compilation of a VAN; past it a worker hangs."""
 
+# Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
+# and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
+# See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-"""Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
-and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
-See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled."""
 
+SERVE = "from van_deploy.bench.worker import serve; serve({})"
 ONE_THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 PR_SET_PDEATHSIG = 1
+# Unmeasured seconds after a process was woken: its threads start, its weights come back into
+# the caches. The first measured call is then as long as those after it.
 REWARM_S = 0.02
-"""Unmeasured seconds after a process was woken: its threads start, its weights come back into
-the caches. The first measured call is then as long as those after it."""
 
 WARM_CALLS = 3  # the fastest of them tells how long a call takes
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
 
-CUDA_GRAPH = "cuda-graph"
-"""The mode of an engine that is recorded once and launched as one piece."""
-
 
 class WorkerError(VanDeployError):
-    """A worker answered with an error, or died.
+    """A worker answered with an error."""
 
-    Attributes:
-        killed: whether the process is gone.
-    """
 
-    killed = False
+class WorkerGoneError(WorkerError):
+    """A worker's process is gone."""
 
 
 class WorkerProcess:
@@ -71,14 +73,13 @@ class WorkerProcess:
     def __enter__(self) -> WorkerProcess:
         """Start the process."""
         pools = dict.fromkeys(ONE_THREAD_POOLS, str(self.threads))
+        quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         self._pipe, theirs = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "van_deploy.bench.worker", str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", SERVE.format(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             env={**KEEP_MEMORY, **os.environ, **pools},
+            **quiet,
         )
         theirs.close()
         return self
@@ -100,15 +101,13 @@ class WorkerProcess:
             self._pipe.send((do, arguments))
             if not self._pipe.poll(ANSWER_WITHIN_S):
                 self.process.kill()
-                raise WorkerError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
+                raise WorkerGoneError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
             answer = self._pipe.recv()
         except (OSError, EOFError):
             code = self.process.wait()
             what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             memory = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-            error = WorkerError(f"{what} during '{do}'{memory}")
-            error.killed = True
-            raise error from None
+            raise WorkerGoneError(f"{what} during '{do}'{memory}") from None
         self.process.send_signal(signal.SIGSTOP)
         if isinstance(answer, WorkerError):
             raise answer
@@ -144,8 +143,6 @@ class Worker:
 
     def take(self, images: Path, batch: int) -> None:
         """Take a batch of a file of images. The peak of resident memory starts afresh here."""
-        import numpy as np
-
         with contextlib.suppress(OSError):  # the peak is then that of the process's whole life
             Path("/proc/self/clear_refs").write_text("5")
         self._batch = np.ascontiguousarray(np.load(images, mmap_mode="r")[:batch])
@@ -175,24 +172,18 @@ class Worker:
 
     def resident(self, images: Path, batch: int, seconds: float, calls: int) -> Any:
         """Take a batch; return what it takes on the GPU; see :func:`~.gpu.timed`."""
-        from van_deploy.bench.gpu import GpuWatch, clock_of, timed
-
         self.take(images, batch)
         device = self._contender.device
-        watch = GpuWatch(device)
+        watch = gpu_watch(device)
         with contextlib.closing(self._runners[0].resident(self._batch)) as held:
             return timed(held, batch, clock_of(held, device), watch, seconds, calls)
 
     def profile(self) -> Any:
         """Return the time of the batch by kind of layer."""
-        from van_deploy.bench.profile import profile_of
-
         return profile_of(self._contender, self._runners[0], self._batch)
 
     def ceilings(self, **given: Any) -> Any:
         """Return what the device itself can do; it needs no contender."""
-        from van_deploy.bench.roofline import measured_ceilings
-
         return measured_ceilings(**given)
 
     def _timed(self, seconds: float, calls: int) -> list[float]:
@@ -219,52 +210,12 @@ class Worker:
             return [ms for stream in pool.map(run, self._runners) for ms in stream]
 
 
-def runner_of(contender: Contender, threads: int) -> Any:
-    """Return the runner of a contender, to be opened by the process that times it."""
-    file, device, mode = Path(contender.file), contender.device, contender.mode
-    if contender.runtime == "pytorch":
-        import torch
-
-        from van_deploy.bundle import Bundle
-        from van_deploy.runners.network import original_network
-        from van_deploy.runners.pytorch import TorchRunner
-
-        torch.set_num_threads(threads)
-        network = original_network(Bundle.open(contender.file)).model
-        precision = "fp32" if mode == "autocast" else contender.precision
-        return TorchRunner(network, mode, device, precision)
-    if contender.runtime == "onnxruntime":
-        from van_deploy.runners.base import CudaOptions
-        from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-        cuda = CudaOptions(**contender.options)
-        return OnnxRuntimeRunner(file, threads=threads, name=mode, device=device, cuda=cuda)
-    if contender.runtime == "openvino":
-        from van_deploy.runners.onnxruntime import OpenVinoRunner
-
-        precision = "bf16" if contender.precision == "bf16" else "f32"
-        return OpenVinoRunner(file, threads=threads, precision=precision)
-    if contender.runtime == "inductor":
-        from van_deploy.runners.pytorch import InductorRunner
-
-        return InductorRunner(file, device=device, threads=threads)
-    from van_deploy.runners.tensorrt import TensorRtRunner
-
-    return TensorRtRunner(file, device=device, cuda_graph=mode == CUDA_GRAPH)
-
-
-def serve(pipe: Connection) -> None:
-    """Answer requests until there are no more, or the parent is gone."""
+def serve(handle: int) -> None:
+    """Answer the requests of a pipe until there are no more, or the parent is gone."""
     if sys.platform == "linux":  # the kernel kills it with its parent, even while it is stopped
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    worker = Worker()
+    worker, pipe = Worker(), Connection(handle)
     with worker.opened, contextlib.suppress(EOFError):
         while True:
             pipe.send(worker.answer(*pipe.recv()))
-
-
-if __name__ == "__main__":
-    from van_deploy.bench import worker as imported  # so that what it pickles has a name
-
-    imported.serve(Connection(int(sys.argv[1])))

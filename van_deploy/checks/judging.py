@@ -338,12 +338,13 @@ def _judge_shares(run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
     expected, findings = probabilities(samples.logits, samples.task), []
     for size in sizes:
         found = _answers(run, samples, size)
-        pairs = [(expected, found.get("probabilities", expected))]
+        pairs = [(expected, found["probabilities"])] if "probabilities" in found else []
         if TOP_CLASSES in found:
             chosen = np.take_along_axis(expected, found[TOP_CLASSES], axis=1)
             best = -np.sort(-expected, axis=1)[:, : chosen.shape[1]]
             pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
-        change = float(np.max([np.abs(one - other).max() for one, other in pairs]))  # or NaN
+        changes = [np.abs(one - other).max() for one, other in pairs] or [math.inf]
+        change = float(np.max(changes))  # or NaN
         change = change if math.isfinite(change) else math.inf
         fault = (
             f"batch {size}: a probability is off by {change:.1e}, more than {limit.value:.1e} "

@@ -9,7 +9,7 @@ import typer
 
 from van_deploy.cli.console import Shown
 from van_deploy.cli.options import RequireSignature, opened
-from van_deploy.environment.doctor import Need
+from van_deploy.environment.doctor import NEEDS
 from van_deploy.stopwatch import silent
 
 
@@ -66,11 +66,11 @@ def inspect(
 
 def doctor(
     require: Annotated[
-        list[Need] | None,
+        list[str] | None,
         typer.Option(
             metavar="NAME",
             help="Exit with code 3 unless NAME is here and usable; may be repeated. "
-            f"One of {', '.join(need.value for need in Need)}.",
+            f"One of {', '.join(NEEDS)}.",
         ),
     ] = None,
 ) -> Shown:
@@ -78,8 +78,8 @@ def doctor(
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
-    from van_deploy.environment.doctor import environment_here, missing
+    from van_deploy.environment.doctor import Environment, missing
     from van_deploy.report.sections_model import environment_blocks
 
-    environment = environment_here()
+    environment = Environment()
     return Shown(environment, environment_blocks, failure=missing(environment, require or ()))

@@ -69,7 +69,8 @@ def bench(
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench.document import compared, read_report, save_report
+    from van_deploy.bench.document import compared, read_report
+    from van_deploy.report.files import write_text
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
     if paper:
@@ -79,7 +80,7 @@ def bench(
     old = read_report(compare) if compare else None
     report = bundle.benchmark(save=save, **options)
     if output is not None:
-        save_report(report, None, output)
+        write_text(output, report.text())
     if old is not None:
         report = compared(old, report)
     return Shown(report, bench_blocks, [f"warning: {warning}" for warning in report.warnings])

@@ -169,18 +169,14 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
         named = [Path(parent, name) for name in files if name[0] != "." and not known]
         found += [p for p in named if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not found:
-        raise ImageError(
-            f"There is no image in '{folder}' or the folders below it.",
-            f"Pass a folder with files ending in {', '.join(SUFFIXES)}.",
-        )
+        wrong = f"There is no image in '{folder}' or the folders below it."
+        raise ImageError(wrong, f"Pass a folder with files ending in {', '.join(SUFFIXES)}.")
     return tuple(sorted(found))
 
 
 def _refuse(problem: OSError) -> NoReturn:
-    raise ImageError(
-        f"'{problem.filename}' cannot be read: {problem.strerror}.",
-        "Check the path and its permissions.",
-    ) from problem
+    wrong = f"'{problem.filename}' cannot be read: {problem.strerror}."
+    raise ImageError(wrong, "Check the path and its permissions.") from problem
 
 
 def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
@@ -255,10 +251,8 @@ def open_image(
             reason = "it is in no known image format"
         elif isinstance(problem, Image.DecompressionBombError | Image.DecompressionBombWarning):
             reason = f"it is too large to open safely, {reason}"
-        raise ImageError(
-            f"{name} cannot be read as an image: {reason or type(problem).__name__}.",
-            "Replace the file, make it smaller, or leave it out.",
-        ) from problem
+        wrong = f"{name} cannot be read as an image: {reason or type(problem).__name__}."
+        raise ImageError(wrong, "Replace the file, make it smaller, or leave it out.") from problem
 
 
 def _converted(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:

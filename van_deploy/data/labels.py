@@ -146,10 +146,8 @@ def labelled_images(
                 unfit = f" ('{file}' is not used: {error.message.rstrip('.')})"
     if "" in groups:
         lost = next(item.name for item in images.items if not item.group)
-        raise ImageError(
-            f"Nothing says which class '{lost}' belongs to{unfit}.",
-            "Sort the images into one folder a class, or give --labels FILE.",
-        )
+        wrong = f"Nothing says which class '{lost}' belongs to{unfit}."
+        raise ImageError(wrong, "Sort the images into one folder a class, or give --labels FILE.")
     return _by_order(images, groups, words, class_order, unfit)
 
 
@@ -166,10 +164,8 @@ def _by_name(images: ImageSet, words: ClassWords) -> ImageSet | None:
     by_class: dict[int, str] = {}
     for word, (number,) in meant.items():
         if by_class.setdefault(number, word) != word:
-            raise ImageError(
-                f"The folders '{by_class[number]}' and '{word}' are both class {number}.",
-                "Put their images into one, or rename one of them.",
-            )
+            wrong = f"The folders '{by_class[number]}' and '{word}' are both class {number}."
+            raise ImageError(wrong, "Put their images into one, or rename one of them.")
     kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, meant)) else "class name"
     what = "class folders" if any(item.group for item in images.items) else "files"
     return images.labelled([meant[word][0] for word in called], f"{what} by {kind}")
@@ -264,10 +260,8 @@ def class_names_from_file(path: Path, classes: int) -> tuple[str, ...]:
     """
     names = tuple(line for _, line in text_lines(path))
     if len(names) != classes:
-        raise InputError(
-            f"'{path}' has {len(names)} class names; the network has {classes} classes.",
-            "Write one name a line, in the order of the logits.",
-        )
+        wrong = f"'{path}' has {len(names)} class names; the network has {classes} classes."
+        raise InputError(wrong, "Write one name a line, in the order of the logits.")
     return names
 
 
@@ -279,15 +273,11 @@ def _of_file(images: ImageSet, file: Path, words: ClassWords, order: str | None)
         UsageError: the order is one of folders.
     """
     if order in {"strings", "natural"}:
-        raise UsageError(
-            f"--class-order {order} orders class folders, and the labels are in '{file}'.",
-            "Leave it out, or give names or index.",
-        )
+        wrong = f"--class-order {order} orders class folders, and the labels are in '{file}'."
+        raise UsageError(wrong, "Leave it out, or give names or index.")
     if file.name == KIT_FILE:
-        raise InputError(
-            f"The numbers in '{file}' are the development kit's own, not the network's classes.",
-            "Give --labels with ImageNet's val.txt or LOC_val_solution.csv.",
-        )
+        wrong = f"The numbers in '{file}' are the development kit's own, not the network's classes."
+        raise InputError(wrong, "Give --labels with ImageNet's val.txt or LOC_val_solution.csv.")
     lines = text_lines(file)
     if lines and lines[0][1].replace(" ", "") == KAGGLE_HEADER:
         lines = [(number, line.split()[0]) for number, line in lines]

@@ -133,15 +133,15 @@ def build_package(
     }
     if not force and (present := existing(bundle, made_with, verified_package)):
         return present, True
+    name, start = _name(bundle, settings, target), time.perf_counter()
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
-        file = Path(folder) / f"{_name(bundle, settings, target)}.pt2"
+        file = Path(folder) / f"{name}.pt2"
         _compile(_network(onnx, bundle, settings), settings, row, file)
         facts = {
             **decided,
             "schema": PACKAGE_SCHEMA,
-            "name": file.stem,
+            "name": name,
             "file_sha256": file_sha256(file),
             "file_bytes": file.stat().st_size,
             "onnx_file": source.file,
@@ -160,8 +160,9 @@ def build_package(
 
 
 def _name(bundle: Bundle, settings: BuildSettings, target: str) -> str:
-    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
+    """Return what a package is called: network, precision, target, PyTorch, and how."""
     marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
+    served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
     return f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
 
 

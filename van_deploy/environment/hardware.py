@@ -19,14 +19,13 @@ from typing import Any
 import psutil
 
 # What decides how fast FP32, BF16 and INT8 run on a CPU; /proc/cpuinfo's names.
-BF16_FEATURES = ("avx512_bf16", "amx_bf16", "bf16")
 CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16"),
 )
+# What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
+# (sm_90) it built a plan without a target and did not load it (docs/gpu-results.md).
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
-"""What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
-(sm_90) it built a plan without a target and did not load it (docs/gpu-results.md)."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Cpu:
     @property
     def has_bfloat16(self) -> bool:
         """Whether it has instructions for bfloat16; without them it is many times slower."""
-        return any(feature in self.features for feature in BF16_FEATURES)
+        return any(feature.endswith("bf16") for feature in self.features)
 
 
 @dataclass(frozen=True)
@@ -108,19 +107,15 @@ class Driver:
 def cpu() -> Cpu:
     """Return the processor, its instruction sets and the cores this process may use."""
     info = _text("/proc/cpuinfo")  # psutil tells neither name nor features
-    name, flags = (
-        re.search(rf"(?m)^(?:{k})\s*:\s*(.*)", info) for k in ("model name", "flags|Features")
-    )
+    name = re.search(r"(?m)^model name\s*:\s*(.*)", info)
+    flags = re.search(r"(?m)^(?:flags|Features)\s*:\s*(.*)", info)
     cores = psutil.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
     quota = _text("/sys/fs/cgroup/cpu.max").split()
     granted = int(quota[0]) // int(quota[1]) if quota and quota[0].isdigit() else affinity
-    return Cpu(
-        name[1].strip() if name else platform.processor() or platform.machine(),
-        cores,
-        max(1, min(affinity, granted)),
-        tuple(f for f in CPU_FEATURES if flags and f in flags[1].split()),
-    )
+    features = tuple(f for f in CPU_FEATURES if flags and f in flags[1].split())
+    model = name[1].strip() if name else platform.processor() or platform.machine()
+    return Cpu(model, cores, max(1, min(affinity, granted)), features)
 
 
 def memory() -> Memory:
@@ -156,20 +151,25 @@ def nvidia_driver() -> Driver | None:
     return None
 
 
-def _gpu(nvml: Any, handle: Any) -> Gpu:
-    def told(ask: Any) -> Any:
-        with contextlib.suppress(nvml.NVMLError):  # MIG and virtual machines withhold some of it
-            return ask(handle)
-        return None
+def nvml_answer(gpu: Any, function: str, *arguments: Any) -> Any:
+    """Return NVML's answer about a GPU; None where it has none: MIG and virtual machines do not."""
+    import pynvml
 
-    capability = told(nvml.nvmlDeviceGetCudaComputeCapability)
-    installed, place = told(nvml.nvmlDeviceGetMemoryInfo), told(nvml.nvmlDeviceGetPciInfo)
+    with contextlib.suppress(pynvml.NVMLError, AttributeError):
+        return getattr(pynvml, function)(gpu, *arguments)
+    return None
+
+
+def _gpu(nvml: Any, handle: Any) -> Gpu:
+    capability = nvml_answer(handle, "nvmlDeviceGetCudaComputeCapability")
+    installed = nvml_answer(handle, "nvmlDeviceGetMemoryInfo")
+    place = nvml_answer(handle, "nvmlDeviceGetPciInfo")
     return Gpu(
         str(nvml.nvmlDeviceGetName(handle)),
         tuple(capability) if capability else None,
         int(installed.total) if installed else None,
         _bus(place.busId) if place else "",
-        str(told(nvml.nvmlDeviceGetUUID) or ""),
+        str(nvml_answer(handle, "nvmlDeviceGetUUID") or ""),
     )
 
 

@@ -7,15 +7,14 @@ OpenVINO) are imported, to see whether they load; PyTorch is not.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.metadata
-import importlib.util
 import re
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from van_deploy.documents import toml_from
 
@@ -31,6 +30,7 @@ class Component:
         distribution: the package that brings it, or None if it is missing.
         version: that package's version, or None.
         fault: why it does not load although it is installed, or None.
+        installed: every package here that brings it: more than one overwrite each other.
     """
 
     name: str
@@ -39,17 +39,19 @@ class Component:
     distribution: str | None
     version: str | None
     fault: str | None
+    installed: tuple[str, ...] = ()
 
 
 def components_here() -> tuple[Component, ...]:
     """Return every component of ``components.toml`` as it is here; small ones are imported."""
     found = []
     for row in toml_from(Path(__file__).with_name("components.toml"))["component"]:
-        here = next((name for name in row["distributions"] if version_of(name)), None)
-        module, install = row.get("module"), row.get("install", row["distributions"][0])
-        version = version_of(here) if here else None
-        fault = import_fault(module) if here and module else None
-        found.append(Component(row["name"], row["enables"], install, here, version, fault))
+        installed = tuple(filter(version_of, row["distributions"]))
+        here = next(iter(installed), None)
+        fault = import_fault(row["module"]) if here and "module" in row else None
+        version, install = here and version_of(here), row.get("install", row["distributions"][0])
+        given = (row["name"], row["enables"], install, here, version, fault)
+        found.append(Component(*given, installed))
     return tuple(found)
 
 
@@ -60,40 +62,44 @@ def version_of(distribution: str) -> str | None:
     return None
 
 
+def of_onnxruntime(name: str) -> Any:
+    """Return an attribute of ONNX Runtime; None where it does not load, or has none such.
+
+    Two ONNX Runtimes over each other can leave a module without its functions.
+    """
+    return None if import_fault("onnxruntime") else getattr(sys.modules["onnxruntime"], name, None)
+
+
 def execution_providers() -> tuple[str, ...]:
     """Return the providers ONNX Runtime was built with; empty if it does not load.
 
     A provider listed here still needs its hardware and libraries.
     """
-    if import_fault("onnxruntime") is not None:
-        return ()
-    # Two ONNX Runtimes over each other can leave a module without its functions.
-    return tuple(getattr(sys.modules["onnxruntime"], "get_available_providers", tuple)())
+    return tuple((of_onnxruntime("get_available_providers") or tuple)())
 
 
-def cuda_version_of(module: str) -> str | None:
-    """Return the CUDA that PyTorch or ONNX Runtime was built for (``13.0``), without importing it.
+def onnxruntime_cuda() -> str | None:
+    """Return the CUDA that ONNX Runtime was built for (``13.0``); None for CPUs, or without it."""
+    return of_onnxruntime("cuda_version") or None
+
+
+def torch_cuda() -> str | None:
+    """Return the CUDA that PyTorch was built for (``13.0``), without importing it.
 
     None where it is not installed, or built for CPUs.
     """
-    place = {"torch": "version.py", "onnxruntime": "capi/build_and_package_info.py"}[module]
-    spec = None
-    with contextlib.suppress(ImportError):  # a finder may raise where it finds nothing
-        spec = importlib.util.find_spec(module)
-    path = Path(spec.origin).parent / place if spec and spec.origin else Path()
-    text = path.read_text() if path.is_file() else ""
-    match = re.search(r"^cuda(?:_version)?\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    text = ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
+        place = importlib.metadata.distribution("torch").locate_file("torch/version.py")
+        text = Path(str(place)).read_text(encoding="utf-8")
+    match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match[1] if match else None
 
 
 def pip_command() -> str:
     """Return how to call the pip of the Python that runs this program."""
-    pip, executable = shutil.which("pip"), Path(sys.executable)
-    if pip and Path(pip).parent == executable.parent:
-        return "pip"
-    folder = Path.cwd()
-    short = executable.relative_to(folder) if executable.is_relative_to(folder) else executable
-    return f"{short} -m pip"
+    first = Path(shutil.which("pip") or "")
+    return "pip" if first.parent == Path(sys.executable).parent else f"{sys.executable} -m pip"
 
 
 def imported_quietly(module: str) -> ModuleType:

@@ -45,7 +45,8 @@ import torch
 from torch import Tensor, nn
 
 from van_deploy.errors import UsageError
-from van_deploy.model.van import STAGES, VAN, Block, PatchEmbed
+from van_deploy.model.van import VAN, Block, PatchEmbed
+from van_deploy.model.variants import STAGES
 
 # Largest relative error accepted between original and rewritten in float64.
 FOLD_TOLERANCE = 1e-10

@@ -11,7 +11,8 @@ from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import RewrittenBlock, RewrittenVan, fold_van
 from van_deploy.kernels import plain, steps
 from van_deploy.kernels.launch import DTYPES, INTERPRETED
-from van_deploy.model.van import STAGES, VAN, smooth_images
+from van_deploy.model.van import VAN, smooth_images
+from van_deploy.model.variants import STAGES
 
 
 class _Weights(nn.Module):

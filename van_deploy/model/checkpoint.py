@@ -12,7 +12,6 @@ know is in :attr:`~van_deploy.model.variants.WeightsSource.notes`.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,16 +25,14 @@ from torch import Tensor
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME, EMBEDDED_WEIGHTS
-from van_deploy.model.files import SUFFIXES, find_weights, load_file
+from van_deploy.model.files import WEIGHTS, Found, find_weights, load_file
 from van_deploy.model.keys import TOP_LEVEL, Weights, find_network, official_names
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.van import HEAD_LAYERS, STAGES, VAN, random_van, sha256_of_state
-from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, variant_named
+from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
+from van_deploy.model.variants import NAMES, VanConfig, Variant, WeightsSource, variant_named
 
 ALL_STAGES = (0, 1, 2, 3)
-EMBEDDED = EMBEDDED_NAME
-"""Name of the small trained network inside the package."""
 
 
 @dataclass(frozen=True)
@@ -76,89 +73,90 @@ def load_van(
     """Return the network a user asked for, its weights loaded strictly.
 
     Args:
-        spec: a variant's name, ``van_digits``, a path to a checkpoint or to the folder
-            it is in, or ``owner/name[@revision][:file]`` on the hub.
-        weights: for a variant, where its weights come from instead: a path, a
-            repository, or ``random``.
+        spec: a variant's name, ``van_digits``, a path to a checkpoint or its folder, or
+            ``owner/name[@revision][:file]`` on the hub.
+        weights: for a variant, where they come from instead: a path, a repository, ``random``.
         expect_sha256: what the digest of the weights file must be.
         offline: never use the network.
         seed: of random weights.
-        container: which tensors to take where a file holds several networks: its keys
-            joined by dots, and behind them the beginning of the names.
-        layer_norm_eps: of every LayerNorm; by default what the checkpoint says, or else
-            what the framework uses that its names are of.
+        container: which tensors, see :func:`~van_deploy.model.keys.find_network`.
+        layer_norm_eps: by default what the checkpoint says, or else its framework's own.
         head: the layers of a sequential head, such as ``("linear", "relu", "linear")``.
-        preprocessing: values that the caller decides, by the names that
-            :meth:`~van_deploy.model.preprocess.Preprocessing.override` takes.
+        preprocessing: what the caller decides, by the names of ``Preprocessing``'s values.
         own_labels: the caller has class names; the checkpoint's are not looked at.
-        out_indices: stages (0 to 3) whose feature maps the network is to give, without a head;
-            None for logits. A checkpoint without a head gives all four.
+        out_indices: stages (0 to 3) whose feature maps the network gives, instead of logits;
+            by default all four of a checkpoint without a head.
 
     Raises:
         UsageError: the request makes no sense, or a variant has no public weights.
         CheckpointError: the weights cannot be used, or something beside them cannot be followed.
         DownloadError: the weights could not be fetched, or have another digest.
 
-    >>> loaded = load_van("van_b0", weights="random", seed=1)
-    >>> loaded.source.format, loaded.config.depths
-    ('random', (3, 3, 5, 2))
+    >>> load_van("van_b0", weights="random", seed=1).config.depths
+    (3, 3, 5, 2)
     """
-    given = {name: value for name, value in (preprocessing or {}).items() if value is not None}
-    eps: dict[str, Any] = {} if layer_norm_eps is None else {"layer_norm_eps": layer_norm_eps}
-    variant = None if _is_place(spec) else variant_named(spec)
-    random = weights == "random"
-    if (weights and not variant) or (random and (expect_sha256 or container or head)):
-        raise UsageError(
-            f"'{spec}' does not go with the weights '{weights}', or with what else is asked for: a "
-            "checkpoint already says which, and random ones have no digest, container or head.",
-            f"Give a checkpoint alone, or a variant's name ({', '.join(VARIANTS)}) with --weights.",
-        )
-    if eps and not 0 < eps["layer_norm_eps"] < 1:
-        raise UsageError(f"LayerNorm's {eps} is not between 0 and 1.", "Give a number: 1e-6.")
-    if variant and random:
-        config = replace(variant.config, **eps)
-        config = config if out_indices is None else config.backbone(tuple(out_indices))
-        model, told = random_van(config, seed), ("random weights: the outputs mean nothing",)
-        digest = sha256_of_state(model.state_dict())
-        source = WeightsSource(spec, "", "random", digest, seed, TOP_LEVEL, told)
-        whose = replace(OFFICIAL, source="the official VAN weights' (these ones are random)")
-        return LoadedVan(variant.name, model, config, source, whose.override(**given), None)
-    place = str(EMBEDDED_WEIGHTS) if spec == EMBEDDED else weights or spec
-    if variant and not weights:
-        if not variant.weights:
-            refusal = f"{variant.name} has no public ImageNet-1K weights on the hub."
-            raise UsageError(refusal, variant.weights_note)
-        place, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
-    found = find_weights(place, offline, expect_sha256)
-    file = read_weights(found.path, container)
-    config, assumed = config_from_state_dict(file.tensors, head)
+    asked = {**(preprocessing or {}), "layer_norm_eps": layer_norm_eps, "head": head}
+    asked |= {"out_indices": out_indices, "class_names": () if own_labels else None}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not 0 < asked.get("layer_norm_eps", 1e-6) < 1:
+        raise UsageError(f"layer_norm_eps {layer_norm_eps} is not between 0 and 1.", "Give 1e-6.")
+    is_place = re.search(r"[/\\]", spec) or WEIGHTS.search(spec) or Path(spec).exists()
+    is_name = spec.lower().replace("-", "_") in NAMES or not (is_place or spec == EMBEDDED_NAME)
+    variant = variant_named(spec) if is_name else None
+    if variant and weights == "random" and not (expect_sha256 or container or head):
+        loaded = _random(spec, variant, seed, asked)
+    else:
+        found = find_weights(*_place(spec, variant, weights, expect_sha256), offline)
+        loaded = _from_file(spec, variant, found, read_weights(found.path, container), asked)
+    return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
+
+
+def _place(
+    spec: str, variant: Variant | None, weights: str | None, expected: str | None
+) -> tuple[str, str | None]:
+    """Return where the weights are, and what their SHA-256 must be."""
+    if weights == "random" or (weights and not variant):
+        wrong = f"'{spec}' does not go with the weights '{weights}', or with what else is asked for"
+        why = "a checkpoint says which, and random weights have no digest, container or head"
+        raise UsageError(f"{wrong}: {why}.", "Give a checkpoint alone, or a variant and --weights.")
+    if weights or not variant:
+        return weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec), expected
+    if not variant.weights:
+        raise UsageError(f"{variant.name} has no public ImageNet-1K weights.", variant.weights_note)
+    return variant.weights, expected or variant.sha256
+
+
+def _random(spec: str, variant: Variant, seed: int, asked: Mapping[str, Any]) -> LoadedVan:
+    """Return a variant with random weights."""
+    config = replace(variant.config, layer_norm_eps=asked.get("layer_norm_eps", 1e-6))
+    config = config.backbone(tuple(asked["out_indices"])) if "out_indices" in asked else config
+    model, told = random_van(config, seed), ("random weights: the outputs mean nothing",)
+    digest = sha256_of_state(model.state_dict())
+    source = WeightsSource(spec, "", "random", digest, seed, TOP_LEVEL, told)
+    whose = replace(OFFICIAL, source="the official VAN weights' (these ones are random)")
+    return LoadedVan(variant.name, model, config, source, whose, None)
+
+
+def _from_file(
+    spec: str, variant: Variant | None, found: Found, file: Weights, asked: Mapping[str, Any]
+) -> LoadedVan:
+    """Return the network of a weights file, with all that it and the JSON beside it say."""
+    config, assumed = config_from_state_dict(file.tensors, asked.get("head"))
     if variant and config.variant != variant.name:
-        raise CheckpointError(
-            f"The weights are not {variant.name}'s but those of "
-            f"{config.variant or 'another'}: {config.body} instead of {variant.config.body}.",
-            f"Say {config.variant or 'where the file is, without a name'} instead.",
-        )
-    indices = out_indices if config.num_classes or out_indices is not None else ALL_STAGES
-    decided = given | eps | ({"class_names": ()} if own_labels or indices is not None else {})
-    config, stated, names, notes = described(config, file, found, decided)
-    config = config if indices is None else config.backbone(tuple(indices))
+        whose = config.variant or "another"
+        wrong = f"The weights are not {variant.name}'s but those of {whose}: {config.body}."
+        raise CheckpointError(wrong, "Give the name that fits, or the file without a name.")
+    stages = asked.get("out_indices", () if config.num_classes else ALL_STAGES)
+    config, stated, names, notes = described(config, file, found, asked)
+    config = config.backbone(tuple(stages)) if stages or "out_indices" in asked else config
     if names is None and found.is_official and config.num_classes == 1000:
         names = tuple(map(ImageNetInfo().index_to_description, range(1000)))
     notes = (*found.notes, *file.notes, *assumed, *notes)
-    form, path = "embedded" if spec == EMBEDDED else file.format, str(found.path)
+    form, path = "embedded" if spec == EMBEDDED_NAME else file.format, str(found.path)
     source = WeightsSource(spec, path, form, found.sha256, None, file.container, notes)
     model = network_from_state(file.tensors, config)
     name = variant.name if variant else found.name
-    return LoadedVan(name, model, config, source, stated.override(**given), names)
-
-
-def _is_place(word: str) -> bool:
-    """Return whether a word is a path or a repository rather than a variant's name."""
-    lowered = word.lower()
-    if "/" in word or "\\" in word or lowered.endswith(SUFFIXES) or word == EMBEDDED:
-        return True
-    known = {name for v in VARIANTS.values() for name in (v.name, *v.aliases)}
-    return lowered.replace("-", "_") not in known and Path(word).exists()
+    return LoadedVan(name, model, config, source, stated, names)
 
 
 # --- the tensors -----------------------------------------------------------------------------
@@ -178,13 +176,13 @@ def read_weights(path: Path, container: str | None = None) -> Weights:
         UsageError: the file has no such ``container``, or several networks.
     """
     loaded = load_file(path)
-    network, tensors, notes = find_network(loaded, container)
-    names, more = official_names(network, tensors)
-    names = {old: new for old, new in names.items() if not old.endswith("num_batches_tracked")}
-    state = {new: _plain(old, tensors[old]) for old, new in names.items()}
-    if kinds := {str(tensors[old].dtype)[6:] for old in names} - {"float32"}:
-        more.append(f"weights converted to float32 from {', '.join(sorted(kinds))}")
-    return Weights(state, network.source, network.place or TOP_LEVEL, loaded, (*notes, *more))
+    network, choice = find_network(loaded, container)
+    names, notes = official_names(network)
+    state = {new: _plain(old, network.tensors[old]) for old, new in names.items()}
+    if kinds := {str(network.tensors[old].dtype)[6:] for old in names} - {"float32"}:
+        notes += (f"weights converted to float32 from {', '.join(sorted(kinds))}",)
+    notes = (choice, *notes) if choice else notes
+    return Weights(state, network.source, network.place or TOP_LEVEL, loaded, notes)
 
 
 def _plain(name: str, tensor: Tensor) -> Tensor:
@@ -196,17 +194,14 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
         fault = "is not floating point: pass the weights from before quantisation"
     else:
         copied = tensor.to(torch.float32, copy=True).contiguous()
-        low, high = map(float, torch.aminmax(copied) if copied.numel() else (0, 0))
-        if not (math.isfinite(low) and math.isfinite(high)):
+        ends = torch.stack(torch.aminmax(copied)) if copied.numel() else torch.zeros(2)
+        if not ends.isfinite().all():
             fault = "holds NaN or infinite values"
-        elif name.endswith("running_var") and low < 0:
+        elif name.endswith("running_var") and ends[0] < 0:
             fault = "is negative"
         else:
             return copied
-    raise CheckpointError(
-        f"The tensor {name[:200]} {fault}.",
-        "The training diverged or the file is damaged: pass an earlier or another checkpoint.",
-    )
+    raise CheckpointError(f"The tensor {name[:200]} {fault}.", "Pass an earlier checkpoint.")
 
 
 def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
@@ -227,10 +222,8 @@ def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
         model.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
         _, _, differences = " ".join(str(error).split()).partition("for VAN: ")
-        raise CheckpointError(
-            f"The checkpoint does not fit the VAN its shapes describe: {differences[:1000]}",
-            "Nothing is dropped or filled in: save the state dict of one whole VAN.",
-        ) from None
+        wrong = f"The checkpoint does not fit the VAN its shapes describe: {differences[:1000]}"
+        raise CheckpointError(wrong, "Save the state dict of one whole VAN.") from None
     return model.eval().requires_grad_(False)
 
 
@@ -252,47 +245,41 @@ def config_from_state_dict(
             has, or the head's layers are not known.
         UsageError: ``head`` is not this head.
     """
-    stages = range(1, STAGES + 1)
+    stages = [stage + 1 for stage in ALL_STAGES]
     embeds = [_shape(state, f"patch_embed{stage}.proj.weight", 4) for stage in stages]
     hidden = [_shape(state, f"block{stage}.0.mlp.fc1.weight", 4)[0] for stage in stages]
+    dims = tuple(shape[0] for shape in embeds)
+    ratios = (h / d if h % d else h // d for h, d in zip(hidden, dims, strict=True))
     blocks = {match[1] for name in state if (match := re.match(r"(block\d\.\d+)\.", name))}
     gate = "block1.0.attn.spatial_gating_unit"
-    kernels = tuple(_shape(state, f"{gate}.{n}.weight", 4)[3] for n in ("conv0", "conv_spatial"))
-    if any(kernel % 2 == 0 for kernel in kernels):
-        raise CheckpointError(
-            f"The kernels of {gate} are {kernels}; LKA's are odd (5 and 7).",
-            "The gate needs maps of the same size as its input: other kernels are not supported.",
-        )
+    k0, k1 = (_shape(state, f"{gate}.{n}.weight", 4)[3] for n in ("conv0", "conv_spatial"))
+    if k0 % 2 == 0 or k1 % 2 == 0:
+        wrong = f"The kernels of {gate} are {(k0, k1)}; LKA's are odd (5 and 7)."
+        raise CheckpointError(wrong, "Kernels that change the maps' size are not supported.")
     layers, notes = _head(state, head)
     classes = [layer for layer in layers if isinstance(layer, int)]
     if not layers and any(name.startswith("head.") for name in state):
         classes = [_shape(state, "head.weight", 2)[0]]
     config = VanConfig(
-        embed_dims=tuple(shape[0] for shape in embeds),
+        embed_dims=dims,
         depths=tuple(sum(b.startswith(f"block{stage}.") for b in blocks) for stage in stages),
-        mlp_ratios=tuple(
-            h // e if h % e == 0 else h / e for h, (e, *_) in zip(hidden, embeds, strict=True)
-        ),
+        mlp_ratios=tuple(ratios),
         num_classes=classes[-1] if classes else 0,
         in_chans=embeds[0][1],
-        lka_kernels=(kernels[0], kernels[1]),
+        lka_kernels=(k0, k1),
         patch_sizes=tuple(shape[2] for shape in embeds),
         head=layers,
     )
-    if kernels != (5, 7):
-        told = f"the dilation {config.lka_dilation} is the paper's, the weights do not say"
-        notes += (f"kernels {kernels}: {told}",)
+    if (k0, k1) != (5, 7):
+        notes += (f"kernels {(k0, k1)}: the dilation {config.lka_dilation} is the paper's",)
     return config, notes
 
 
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     shape = tuple(state[name].shape) if name in state else ()
     if len(shape) != dimensions or 0 in shape:
-        raise CheckpointError(
-            f"The checkpoint's {name}, which tells the architecture, is missing or has another "
-            f"shape than in a VAN: {shape}.",
-            "It is incomplete or damaged: save the state dict of the whole network.",
-        )
+        wrong = f"The checkpoint's {name} is missing or has a shape that no VAN has: {shape}."
+        raise CheckpointError(wrong, "Save the state dict of one whole VAN.")
     return shape
 
 
@@ -306,23 +293,16 @@ def _head(
         if given is not None:
             raise UsageError("The head is no sequence of layers.", "Leave out --head.")
         return (), ()
-    kinds, widths = [], []
-    for index in range(max(numbers) + 1):
-        weight = state.get(f"head.{index}.weight", torch.empty(0))
-        kinds.append("?" if index not in numbers else "linear" if weight.ndim == 2 else "batchnorm")
-        widths.append(len(weight))
-    first = min(numbers)
+    first, last = min(numbers), max(numbers)
+    weights = [state.get(f"head.{index}.weight", torch.empty(())) for index in range(last + 1)]
+    kinds = ["?" if not w.ndim else "linear" if w.ndim == 2 else "batchnorm" for w in weights]
     told = given or ["dropout"] * first + kinds[first:]
-    pairs = list(zip_longest(kinds, told, fillvalue="?"))
+    pairs = zip_longest(kinds, told, fillvalue="?")
     if any(said not in HEAD_LAYERS if kind == "?" else said != kind for kind, said in pairs):
-        wrong = (
-            f"--head {','.join(given)} is not the checkpoint's" if given else "The head is not told"
-        )
-        raise (UsageError if given else CheckpointError)(
-            f"{wrong}: it is {', '.join(kinds)}, and the weights do not say what each '?' is.",
-            f"Say all its layers, such as --head {','.join(kinds).replace('?', 'relu')}; without "
-            f"weights there are {', '.join(HEAD_LAYERS)}.",
-        )
-    layers = tuple(w if said == "linear" else said for w, said in zip_longest(widths, told))
+        what = f"--head {','.join(given)} does not fit" if given else "The head is not told"
+        wrong = f"{what}: it is {', '.join(kinds)}, and the weights do not say what each '?' is."
+        such = f"--head {','.join(kinds).replace('?', 'relu')} (or {', '.join(HEAD_LAYERS)})"
+        raise (UsageError if given else CheckpointError)(wrong, f"Say all its layers: {such}.")
+    layers = (len(w) if said == "linear" else said for w, said in zip_longest(weights, told))
     note = "the head begins with layers without weights: taken for dropout (--head)"
-    return layers, (note,) if first and not given else ()
+    return tuple(layers), (note,) if first and not given else ()

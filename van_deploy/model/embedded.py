@@ -16,32 +16,24 @@ from PIL import Image
 
 EMBEDDED_NAME = "van_digits"
 EMBEDDED_FOLDER = Path(__file__).parent / "digits"
+# Official key names, BatchNorm statistics included. Beside it ``van_digits.json`` (architecture,
+# preprocessing, classes, accuracy, how it was made, licence) and ``digits.npz`` (``images_train``,
+# ``labels_train``, ``images_heldout``, ``labels_heldout``).
 EMBEDDED_WEIGHTS = EMBEDDED_FOLDER / f"{EMBEDDED_NAME}.safetensors"
-"""Official key names, BatchNorm statistics included. Beside it ``van_digits.json``
-(architecture, preprocessing, classes, accuracy, how it was made, licence) and ``digits.npz``
-(``images_train``, ``labels_train``, ``images_heldout``, ``labels_heldout``)."""
 
 DigitsSplit = Literal["train", "heldout"]
 
 
-def digits_images(
-    split: DigitsSplit, folder: Path = EMBEDDED_FOLDER
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def digits_images(split: DigitsSplit) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Return one part of the digits: images ``(N, 8, 8)`` uint8 and labels ``(N,)`` int64.
 
     Ink is bright (255) on black (0).
     """
-    with np.load(folder / "digits.npz") as parts:
+    with np.load(EMBEDDED_FOLDER / "digits.npz") as parts:
         return parts[f"images_{split}"], parts[f"labels_{split}"].astype(np.int64)
 
 
-def write_digits_folder(
-    dest: Path | str,
-    split: DigitsSplit,
-    limit: int | None = None,
-    *,
-    folder: Path = EMBEDDED_FOLDER,
-) -> Path:
+def write_digits_folder(dest: Path | str, split: DigitsSplit, limit: int | None = None) -> Path:
     """Return ``dest``, with one part of the digits in it as grey 8 x 8 PNGs.
 
     They are named ``<class>/<part>_<index>.png``.
@@ -50,9 +42,8 @@ def write_digits_folder(
         dest: folder to make; its parents are made too.
         split: which part.
         limit: at most so many images, spread evenly over the classes; by default all.
-        folder: where ``digits.npz`` lies.
     """
-    images, labels = digits_images(split, folder)
+    images, labels = digits_images(split)
     rank = np.array([(labels[:index] == label).sum() for index, label in enumerate(labels)])
     for index in np.lexsort((labels, rank))[:limit]:
         path = Path(dest) / str(labels[index]) / f"{split}_{index:04d}.png"

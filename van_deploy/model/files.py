@@ -21,34 +21,34 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import huggingface_hub
 import numpy as np
 import safetensors
 import torch
+from huggingface_hub import constants, errors
 
 from van_deploy.documents import json_from, require_regular_file, text_from
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.model.variants import cached_snapshot
 
+# What stands beside weights, by Transformers' and timm's names.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-"""What stands beside weights, by Transformers' and timm's names."""
 
-LICENCE = (
-    "licence of the public weights: Apache-2.0; their README adds "
-    '"for commercial use, please contact the authors"'
-)
+LICENCE = 'public weights: Apache-2.0; README: "for commercial use, please contact the authors"'
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?")
+_UNKNOWN = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
 _PREFERRED = ("model.safetensors", "pytorch_model.bin")
-_WEIGHTS = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
+# Endings that make a word on the command line a path.
+WEIGHTS = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
 _PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A weights file on this machine and what stood beside it.
 
     Attributes:
@@ -68,13 +68,13 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find_weights(word: str, offline: bool = False, expect_sha256: str | None = None) -> Found:
+def find_weights(word: str, expect_sha256: str | None = None, offline: bool = False) -> Found:
     """Return the weights a word names: a path, a folder, or ``owner/name[@revision][:file]``.
 
     Args:
         word: which; without a file, the one in the folder or repository that can be meant.
-        offline: use only what is in the cache (also ``HF_HUB_OFFLINE=1``).
         expect_sha256: what the digest must be.
+        offline: use only what is in the cache (also ``HF_HUB_OFFLINE=1``).
 
     Raises:
         UsageError: the word is none of these, or several files could be meant.
@@ -83,67 +83,49 @@ def find_weights(word: str, offline: bool = False, expect_sha256: str | None = N
             another digest than the hub announced or than asked for.
     """
     path, repo, what = Path(word).expanduser(), _REPO.fullmatch(word), word
-    notes: tuple[str, ...] = ()
-    stem, official = _WEIGHTS.sub("", path.name), False
-    is_file = path.exists() or (_WEIGHTS.search(word) and not (repo and repo["file"]))
+    stem, official, told = WEIGHTS.sub("", path.name), False, ""
+    is_file = path.exists() or (WEIGHTS.search(word) and not (repo and repo["file"]))
     if path.is_dir():
         stem = path.resolve().name
         path /= _chosen_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
     elif is_file or word.startswith((".", "/", "~")):
         stem = path.resolve().parent.name if stem.lower() in _PLAIN_STEMS else stem
     elif repo is None:
-        raise UsageError(
-            f"'{word}' is neither a file that is here, nor a repository, nor 'random'.",
-            "Give a path, a Hugging Face repository (owner/name), or random.",
-        )
+        wrong = f"'{word}' is neither a file that is here, nor a repository, nor 'random'."
+        raise UsageError(wrong, "Give a path, a Hugging Face repository (owner/name), or random.")
     else:
         owner, _, stem = repo["repo"].partition("/")
+        path, told = _downloaded(repo["repo"], repo["revision"] or "main", repo["file"], offline)
         official = owner.lower() == "visual-attention-network"
-        path, notes = _downloaded(
-            repo["repo"], repo["revision"] or "main", repo["file"] or "", offline
-        )
-        what, notes = f"{repo['repo']}/{path.name}", notes + (LICENCE,) * official
-    name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
-    try:
+        what = f"{repo['repo']}/{path.name}"
+    digest, blob, beside = "", path.resolve(), list[Path]()
+    with contextlib.suppress(OSError):  # reading it says what is wrong
         digest = file_sha256(path)
-    except OSError:
-        return Found(name, path, "", {})  # reading it says what is wrong
-    _check_digest(path, what, digest, expect_sha256)
-    files = [file for file in (path.parent / CONFIG, path.parent / PROCESSOR) if file.exists()]
-    return Found(name, path, digest, {f.name: _json_object(f) for f in files}, official, notes)
-
-
-def _check_digest(path: Path, what: str, digest: str, expected: str | None) -> None:
-    """Refuse a file of another digest than was asked for, or than the hub announced."""
-    blob = path.resolve()
+        beside = [file for file in (path.parent / CONFIG, path.parent / PROCESSOR) if file.exists()]
     # The hub names large files' blobs by their SHA-256.
-    if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+    if digest and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         with contextlib.suppress(OSError):  # a cache that may only be read
             blob.unlink()
-        raise DownloadError(
-            f"{what} is damaged: the hub announced the SHA-256 {blob.name}, the file has {digest}.",
-            f"Try again once {blob} is gone, and check HF_ENDPOINT if it is set.",
+        wrong = f"{what} is damaged: the hub announced the SHA-256 {blob.name}, it has {digest}."
+        raise DownloadError(wrong, f"Remove {blob} if it is still there, and try again.")
+    if digest and expect_sha256 and digest != expect_sha256.lower():
+        wrong = (
+            f"{what} is another file: its SHA-256 is {digest}, the expected one {expect_sha256}."
         )
-    if expected and digest != expected.lower():
-        raise DownloadError(
-            f"{what} is not the file that was asked for: its SHA-256 is {digest}, "
-            f"the expected one {expected}.",
-            "Check the expected digest, or the mirror in HF_ENDPOINT if one is set; or get the "
-            "file again.",
-        )
+        raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or get the file again.")
+    name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
+    notes = tuple(filter(None, (told, LICENCE if official else "")))
+    return Found(name, path, digest, {f.name: _json_object(f) for f in beside}, official, notes)
 
 
 def _chosen_file(names: Iterable[str], where: str) -> str:
     """Return ``model.safetensors``, else ``pytorch_model.bin``, else the only weights file."""
     names = sorted(names)
-    found = [name for name in _PREFERRED if name in names][:1]
-    found = found or [name for name in names if _WEIGHTS.search(name)]
+    found = [n for n in _PREFERRED if n in names][:1] or [n for n in names if WEIGHTS.search(n)]
     if len(found) != 1:
-        raise UsageError(
-            f"{where[:-1]} has {len(found)} weights files that PyTorch can read, among "
-            f"{', '.join((found or names)[:10])}.",
-            f"Say which, such as {where}{(found or ['weights.pth'])[0]}.",
-        )
+        few = ", ".join((found or names)[:10])
+        wrong = f"{where[:-1]} has {len(found)} weights files that PyTorch can read, among {few}."
+        raise UsageError(wrong, f"Say which, such as {where}{(found or ['weights.pth'])[0]}.")
     return found[0]
 
 
@@ -151,74 +133,55 @@ def _json_object(file: Path) -> dict[str, Any]:
     try:
         return dict(json_from(text_from(file)))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"The file {file} cannot be read: {error}.",
-            "Correct it, or move the weights out of its folder to do without it.",
-        ) from None
+        wrong = f"The file {file} cannot be read: {error}."
+        raise CheckpointError(wrong, "Correct it, or take it out of the folder.") from None
 
 
 # --- the hub ---------------------------------------------------------------------------------
 
 
-def _downloaded(
-    repo_id: str, revision: str, wanted: str, offline: bool
-) -> tuple[Path, tuple[str, ...]]:
+def _downloaded(repo_id: str, revision: str, wanted: str | None, offline: bool) -> tuple[Path, str]:
     """Return a repository's weights, and the JSON beside them, in the cache; and what to tell."""
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    notes: tuple[str, ...] = ()
-    snapshot = cached_snapshot(repo_id, revision)
+    snapshot, told = cached_snapshot(repo_id, revision), ""
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
     is_here = snapshot.name == revision and wanted in names  # a commit never changes
     offline = offline or constants.HF_HUB_OFFLINE or is_here
     try:
         try:
-            if not offline:
-                siblings = api.model_info(repo_id, revision=revision).siblings or ()
-                names = [sibling.rfilename for sibling in siblings]
+            siblings = () if offline else api.model_info(repo_id, revision=revision).siblings
+            names = [sibling.rfilename for sibling in siblings or ()] or names
         except Exception as error:  # of whatever the network is made of
-            unknown = errors.RepositoryNotFoundError | errors.RevisionNotFoundError
-            if not names or isinstance(error, unknown):
+            if not names or isinstance(error, _UNKNOWN):
                 raise
-            offline, told = True, str(error).strip().partition("\n")[0]
-            notes = (f"the copy in the cache, since the hub cannot be asked: {told}",)
+            offline, why = True, str(error).strip().partition("\n")[0]
+            told = f"the copy in the cache, since the hub cannot be asked: {why}"
         chosen = wanted or (_chosen_file(names, f"{repo_id}:") if names else _PREFERRED[0])
         folder = chosen[: chosen.rfind("/") + 1]
         beside = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
-        path, *_ = [
-            api.hf_hub_download(repo_id, name, revision=revision, local_files_only=offline)
-            for name in (chosen, *beside)
-        ]
-        return Path(path), notes
+        get = partial(api.hf_hub_download, repo_id, revision=revision, local_files_only=offline)
+        path, *_ = map(get, (chosen, *beside))
+        return Path(path), told
     except UsageError:
         raise
     except Exception as error:
         # The next download begins with a new connection: this one's may be half dead.
         getattr(huggingface_hub, "close_session", lambda: None)()  # from huggingface_hub 1 on
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        what, cache = f"{repo_id}/{wanted}" if wanted else repo_id, constants.HF_HUB_CACHE
         raise DownloadError(
-            f"{repo_id}{f'/{wanted}' if wanted else ''} could not be had from {api.endpoint} or "
-            f"the cache ({constants.HF_HUB_CACHE}): {reason}",
-            f"See https://huggingface.co/{repo_id}: is it spelt so, has it this file, is it "
-            "private or gated (`hf auth login`)? Check the network, --offline, HF_ENDPOINT and "
-            "the room on the disk; or pass a file with --weights FILE.",
+            f"{what} could not be had from {api.endpoint} or the cache ({cache}): {reason}",
+            "Check its name, --offline, HF_ENDPOINT, the network and room on the disk; if it is "
+            "private or gated: `hf auth login`. Or pass a file with --weights FILE.",
         ) from None
 
 
 # --- reading ---------------------------------------------------------------------------------
 
-SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors")
-"""Endings that make a word on the command line a path (``.pth.tar`` is a ``.tar``)."""
-
 _SAVE = "Save the weights: torch.save(model.state_dict(), 'weights.pth')."
-_AGAIN = (
-    "If it is damaged or truncated, get it again; if another program wrote it, save its weights: "
-    "torch.save(model.state_dict(), 'weights.pth')."
-)
-_MOST_ENTRIES = 30_000  # a VAN-B6 has 3,000 tensors, and its optimizer twice as many
-_MAX_UNPACKED = 8  # times the file's size; PyTorch itself writes 1
+_AGAIN = f"If it is damaged or truncated, get it again; if another program wrote it: {_SAVE}"
+# A VAN-B6 has 3,000 tensors and its optimizer twice as many; PyTorch unpacks to the file's size.
+_MOST_ENTRIES, _MOST_UNPACKED = 30_000, 8
 
 
 def load_file(path: Path) -> Mapping[Any, Any]:
@@ -235,25 +198,23 @@ def load_file(path: Path) -> Mapping[Any, Any]:
         with path.open("rb") as file:
             head = file.read(40)
     except (OSError, ValueError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise _unreadable(path, what, "Check its path and permissions.") from None
+        raise _unreadable(path, error, "Check its path and permissions.") from None
     if head[8:9] == b"{":
         return _from_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
-        raise CheckpointError(
-            f"The file {path} is not a checkpoint: it begins with {head!r}.",
-            "Pass a file written by torch.save or safetensors. What begins with b'<' is a web page "
-            "and with b'version https://git-lfs' a Git LFS pointer: get the file itself.",
-        )
+        wrong = f"The file {path} is not a checkpoint: it begins with {head!r}."
+        what = "b'<' begins a web page, b'version https://git-lfs' a Git LFS pointer"
+        raise CheckpointError(wrong, f"Pass a file of torch.save or safetensors ({what}).")
     loaded = _from_pickle(path, mapped=head.startswith(b"PK") and _is_stored(path))
-    if not isinstance(loaded, Mapping):
-        what = type(loaded).__name__
-        raise CheckpointError(f"The file {path} holds a {what}, not a state dict.", _SAVE)
-    return loaded
+    if isinstance(loaded, Mapping):
+        return loaded
+    what = type(loaded).__name__
+    raise CheckpointError(f"The file {path} holds a {what}, not a state dict.", _SAVE)
 
 
-def _unreadable(path: Path, what: str, remedy: str = _AGAIN) -> CheckpointError:
-    return CheckpointError(f"The checkpoint {path} cannot be read: {what}.", remedy)
+def _unreadable(path: Path, why: object, remedy: str = _AGAIN) -> CheckpointError:
+    why = getattr(why, "strerror", None) or why
+    return CheckpointError(f"The checkpoint {path} cannot be read: {why}.", remedy)
 
 
 def _from_safetensors(path: Path) -> dict[str, Any]:
@@ -262,7 +223,7 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
             found: dict[str, Any] = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise _unreadable(path, str(error)) from None
+        raise _unreadable(path, error) from None
     for name, text in found.items():
         with contextlib.suppress(ValueError):
             found[name] = json_from(text)
@@ -282,43 +243,30 @@ def _is_stored(path: Path) -> bool:
         what = f"it begins as a zip archive and is not a whole one ({error})"
         raise _unreadable(path, what) from None
     unpacked = sum(entry.file_size for entry in entries)
-    if len(entries) > _MOST_ENTRIES or unpacked > _MAX_UNPACKED * path.stat().st_size:
+    if len(entries) > _MOST_ENTRIES or unpacked > _MOST_UNPACKED * path.stat().st_size:
         claim = f"it claims to unpack to {unpacked:,} bytes in {len(entries):,} entries"
         raise _unreadable(path, claim)
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
-class _Opaque:
-    """Stands in for a training log that the file holds and nobody needs."""
-
-    def __setstate__(self, state: object) -> None:
-        """Forget it."""
-
-
-def _safe_globals() -> list[Any]:
-    """Return what a pickle may build besides tensors: plain values, no behaviour.
-
-    ``Namespace`` is in the official files, numpy's scalars are timm's metrics,
-    and ``HistoryBuffer`` is mmengine's training log (replaced by a stand-in).
-    """
-    reconstruct, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
-    return [*allowed, (_Opaque, "mmengine.logging.history_buffer.HistoryBuffer")]
-
-
 def _from_pickle(path: Path, *, mapped: bool) -> Any:
     """Return what ``torch.save`` wrote, tensors and plain values only.
 
+    The plain values are what the official files hold (``Namespace``), timm's metrics (NumPy's
+    scalars) and mmengine's training log (``HistoryBuffer``, for which a ``Namespace`` stands in).
     With ``mapped`` the tensors stay on the disk until they are used; only for zip archives
     whose entries are stored uncompressed.
 
     Raises:
         CheckpointError: the pickle wants to run something, or cannot be read.
     """
-    with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
+    reconstruct, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
+    log = (argparse.Namespace, "mmengine.logging.history_buffer.HistoryBuffer")
+    allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, log]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about protocols; an error follows where it matters
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -333,8 +281,6 @@ def _from_pickle(path: Path, *, mapped: bool) -> Any:
         wanted += sorted(set(more) - set(wanted))
     if not wanted:
         raise _unreadable(path, "its pickle is not one that torch.save writes")
-    raise CheckpointError(
-        f"The file {path} is refused: its pickle wants {', '.join(wanted[:3])}, and loading it "
-        "would run code from the file.",
-        f"If you trust it (a whole network?), open it in the program that made it. {_SAVE}",
-    )
+    wants = ", ".join(wanted[:3])
+    wrong = f"{path} is refused: its pickle wants {wants}, and loading it would run code."
+    raise CheckpointError(wrong, f"If you trust it, open it in the program that made it. {_SAVE}")

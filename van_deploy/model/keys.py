@@ -15,8 +15,9 @@ is dropped unnamed: a tensor is the network's, is listed in a note, or stops the
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,21 +51,13 @@ _OF_A_STAGE = (
     ("patch_embed{s}.norm", "{t}.embeddings.normalization", "patch_embed{s}.norm"),
     ("norm{s}", "{t}.normalization", "norm{s}"),
 )
-_ANCHORS = {
-    source: re.compile(
-        r"(?P<prefix>(?:.*\.)?)"
-        + f"{block}{lka}.weight".replace(".", r"\.").format(
-            s="(?P<s>[1-4])", z="(?P<z>[0-3])", b="(?P<b>0|[1-9][0-9]{0,5})"
-        )
-    )
+_NUMBERS = {"s": "([1-4])", "z": "([0-3])", "b": "(0|[1-9][0-9]{0,5})"}
+_ANCHORS = {  # what stands before a block's dilated convolution, its stage and its number
+    source: re.compile("(.*\\.|)" + f"{block}{lka}.weight".replace(".", r"\.").format(**_NUMBERS))
     for source, block, lka in zip(FORMATS, _BLOCK, _LKA, strict=True)
 }
 # What a backbone's prefix ends in, and where the head is once that is taken off.
-_HEADS = {
-    "official": ("", "head"),
-    "transformers": ("van.", "classifier"),
-    "mmpretrain": ("backbone.", "head.fc"),
-}
+_HEADS = (("", "head"), ("van.", "classifier"), ("backbone.", "head.fc"))
 
 # Left by training beside a network, and no part of it.
 _IDLE = re.compile(
@@ -82,12 +75,14 @@ class Network(NamedTuple):
 
     Attributes:
         place: keys of the mapping it is in, joined by dots; "" for the top level.
+        tensors: all that are in this mapping.
         source: one of :data:`FORMATS`.
         prefix: what stands before its names.
         blocks: stage, from 1, and number of each of its blocks.
     """
 
     place: str
+    tensors: Mapping[str, Tensor]
     source: str
     prefix: str
     blocks: set[tuple[int, str]]
@@ -95,7 +90,7 @@ class Network(NamedTuple):
     @property
     def container(self) -> str:
         """What ``--container`` takes for this one, its head included."""
-        prefix = self.prefix.removesuffix(_HEADS[self.source][0])
+        prefix = self.prefix.removesuffix(_HEADS[FORMATS.index(self.source)][0])
         return ".".join(filter(None, (self.place, prefix.rstrip(".")))) or TOP_LEVEL
 
 
@@ -118,10 +113,8 @@ class Weights(NamedTuple):
     notes: tuple[str, ...]
 
 
-def find_network(
-    loaded: Mapping[Any, Any], container: str | None
-) -> tuple[Network, Mapping[str, Tensor], list[str]]:
-    """Return a file's one network, the tensors that are in its mapping, and notes.
+def find_network(loaded: Mapping[Any, Any], container: str | None) -> tuple[Network, str]:
+    """Return a file's one network, and what should be told, if anything.
 
     Args:
         loaded: the file's content.
@@ -135,121 +128,99 @@ def find_network(
     """
     places = dict(_places(loaded))
     if container not in (None, TOP_LEVEL):
-        inside = places.get(container) or {
-            name: tensor
-            for place, tensors in places.items()
-            for name, tensor in tensors.items()
-            if (f"{place}.{name}" if place else name).startswith(f"{container}.")
-        }
+        every = [(f"{p}.{n}" if p else n, n, t) for p, ts in places.items() for n, t in ts.items()]
+        below = {name: t for whole, name, t in every if whole.startswith(f"{container}.")}
+        inside = places.get(container) or below
         if not inside:
             held = (f"{place or TOP_LEVEL} ({len(held)})" for place, held in places.items())
-            raise UsageError(
-                f"The checkpoint has no tensors under '{container}'.",
-                f"It has tensors in: {', '.join(held)}.",
-            )
+            wrong = f"The checkpoint has no tensors under '{container}'."
+            raise UsageError(wrong, f"It has tensors in: {', '.join(held)}.")
         places = {container: inside}
-    found = [network for place, tensors in places.items() for network in _networks(place, tensors)]
+    parts: dict[tuple[str, str, str], Network] = {}
+    for place, (source, anchor) in itertools.product(places, _ANCHORS.items()):
+        for match in filter(None, map(anchor.fullmatch, places[place])):
+            prefix, stage, block = match.groups()
+            part = Network(place, places[place], source, prefix, set())
+            part = parts.setdefault((place, source, prefix), part)
+            part.blocks.add((int(stage) + (source == "transformers"), block))
+    found = list(parts.values())
     if not found:
-        names = [name for tensors in sorted(places.values(), key=len)[-1:] for name in tensors]
-        raise CheckpointError(
-            "The checkpoint is not a VAN: no tensor is called as its Large Kernel Attention is. "
-            f"Its {len(names)} tensors begin with {_listed(names, 5)}.",
-            "Pass the weights of a VAN (official, Transformers or mmpretrain names).",
-        )
+        names = max(map(list, places.values()), key=len, default=[])
+        wrong = f"The checkpoint is no VAN: {len(names)} tensors begin with {_listed(names, 5)}."
+        raise CheckpointError(wrong, "Pass a VAN's (official, Transformers or mmpretrain names).")
     whole = [network for network in found if len({stage for stage, _ in network.blocks}) == STAGES]
     several = whole or found
     averaged = [network for network in several if _AVERAGED.search(network.place)]
     chosen = averaged if len(averaged) == 1 else several
     if len(chosen) > 1:
         told = ", ".join(f"{one.source} names under '{one.container}'" for one in chosen)
-        raise (UsageError if whole else CheckpointError)(
-            f"The checkpoint holds several networks, or one in mixed formats: {told}.",
-            f"Say which: --container {' or --container '.join(one.container for one in chosen)}; "
-            "or save the state dict of one network.",
-        )
+        choices = " or --container ".join(one.container for one in chosen)
+        wrong = f"The checkpoint holds several networks, or one in mixed formats: {told}."
+        remedy = f"Say which: --container {choices}; or save one network's state dict."
+        raise (UsageError if whole else CheckpointError)(wrong, remedy)
     others = ", ".join(one.container for one in several if one is not chosen[0])
     note = f"the file also holds {others}: the averaged weights were taken (--container)"
-    return chosen[0], places[chosen[0].place], [note] if others else []
+    return chosen[0], note if others else ""
 
 
 def _places(
     value: Mapping[Any, Any], where: str = "", depth: int = 2
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the tensors of every mapping that has some, and the keys that lead to it."""
-    if tensors := {str(key): inner for key, inner in value.items() if isinstance(inner, Tensor)}:
-        yield where, tensors
+    """Yield the tensors of every mapping that has some, and the keys that lead to it.
+
+    BatchNorm's counters, of no meaning at inference, are left out.
+    """
+    tensors = {str(key): inner for key, inner in value.items() if isinstance(inner, Tensor)}
+    if tensors:
+        yield where, {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
     for key, inner in value.items():
         if depth and isinstance(inner, Mapping) and isinstance(key, str):
             yield from _places(inner, f"{where}.{key}" if where else key, depth - 1)
 
 
-def _networks(place: str, names: Iterable[str]) -> list[Network]:
-    """Return the VANs, or parts of some, among the names of a mapping."""
-    found: dict[tuple[str, str], Network] = {}
-    for name in names:
-        for source, pattern in _ANCHORS.items():
-            if match := pattern.fullmatch(name):
-                at = match.groupdict()
-                stage = int(at["s"]) if "s" in at else int(at["z"]) + 1
-                network = Network(place, source, at["prefix"], set())
-                found.setdefault((source, at["prefix"]), network).blocks.add((stage, at["b"]))
-    return list(found.values())
-
-
-def official_names(network: Network, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def official_names(network: Network) -> tuple[dict[str, str], tuple[str, ...]]:
     """Return the official name of each tensor of a network by its own, and notes.
 
     Raises:
         CheckpointError: there are tensors beside the network whose part is unknown.
     """
-    source, prefix = network.source, network.prefix
-    modules = _modules(network)
-    ending, head = _HEADS[source]
+    source, prefix, column = network.source, network.prefix, FORMATS.index(network.source)
+    modules: dict[str, str] = {}  # and bare parameters: their official names by their own
+    for stage, block in network.blocks:
+        at = {"s": stage, "z": stage - 1, "b": block, "t": f"encoder.stages.{stage - 1}"}
+        ours, theirs = _BLOCK[0].format(**at), _BLOCK[column].format(**at)
+        modules |= {theirs + row[column]: ours + row[0] for row in _OF_A_BLOCK}
+        modules |= {row[column].format(**at): row[0].format(**at) for row in _OF_A_STAGE}
+    ending, head = _HEADS[column]
     root = f"{prefix.removesuffix(ending)}{head}." if prefix.endswith(ending) else None
     official: dict[str, str] = {}
     idle: list[str] = []  # also Transformers' last LayerNorm, which it does not compute with
     strays: list[str] = []
-    for name in names:
-        inner = name.removeprefix(prefix)
+    for name in network.tensors:
+        inner, is_ours = name.removeprefix(prefix), name.startswith(prefix)
         module, _, parameter = inner.rpartition(".")
-        ours = name.startswith(prefix)
-        if ours and (inner in modules or module in modules):
+        if is_ours and (inner in modules or module in modules):
             official[name] = modules.get(inner) or f"{modules[module]}.{parameter}"
         elif root and name.startswith(root):
             official[name] = f"head.{name.removeprefix(root)}"
         else:
-            unused = ours and source == "transformers" and module == "layernorm"
+            unused = is_ours and source == "transformers" and module == "layernorm"
             (idle if unused or _IDLE.fullmatch(inner) else strays).append(name)
     notes = []
     if not any(name.startswith("head.") for name in official.values()):
         notes.append(f"a backbone ({source} names), without a classification head")
-        idle += [name for name in strays if _BESIDE_A_BACKBONE.match(name)]
+        idle += filter(_BESIDE_A_BACKBONE.match, strays)
         strays = [name for name in strays if name not in idle]
     if strays:
-        alone = f", or name the network's own alone: --container {network.container}"
-        raise CheckpointError(
-            f"The checkpoint holds tensors beside the VAN's: {_listed(strays)}.",
-            "Nothing is dropped unasked: save the state dict of one whole VAN"
-            f"{alone if prefix else ''}.",
-        )
+        alone = f", or name its own alone: --container {network.container}" if prefix else ""
+        wrong = f"The checkpoint holds tensors beside the VAN's: {_listed(strays)}."
+        raise CheckpointError(wrong, f"Save the state dict of one whole VAN{alone}.")
     if idle:
         notes.append(f"in the file, but no part of the network; left out: {_listed(idle)}")
-    return official, notes
+    return official, tuple(notes)
 
 
 def _listed(names: Sequence[str], most: int = 10) -> str:
     """Return the first names, each cut to 200 characters, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(name[:200] for name in names[:most]) + more
-
-
-def _modules(network: Network) -> dict[str, str]:
-    """Return the official name of every module and bare parameter, by its own name."""
-    column = FORMATS.index(network.source)
-    names: dict[str, str] = {}
-    for stage, block in network.blocks:
-        at = {"s": stage, "z": stage - 1, "b": block, "t": f"encoder.stages.{stage - 1}"}
-        ours, theirs = _BLOCK[0].format(**at), _BLOCK[column].format(**at)
-        names |= {theirs + row[column]: ours + row[0] for row in _OF_A_BLOCK}
-        names |= {row[column].format(**at): row[0].format(**at) for row in _OF_A_STAGE}
-    return names

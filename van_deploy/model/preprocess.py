@@ -8,7 +8,8 @@ and meanings are timm's.
 :func:`pixels_from_image` and :func:`normalised` are the two halves of the evaluation
 transforms of timm, torchvision and Transformers, to the last bit, with nothing but Pillow
 and NumPy. A graph with embedded preprocessing takes what is between the two; a server or a
-client computes it without importing PyTorch.
+client computes it without importing PyTorch. NumPy and Pillow are imported when they are needed:
+opening a bundle, which has a :class:`Preprocessing`, is quick.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from van_deploy.config.sizes import ImageSize, possible_size, sides_of, size_text
@@ -29,10 +27,13 @@ from van_deploy.documents import plain
 from van_deploy.errors import ImageError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
+    from PIL import Image
 
+# timm's names of Pillow's filters.
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
-"""timm's names of Pillow's filters."""
 
 
 _Side = Annotated[int, Field(strict=True, ge=0)]
@@ -86,9 +87,8 @@ class Preprocessing:
             raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
         resized, cut = sides_of(self.resize_size), sides_of(self.image_size)
         if resized[0] < cut[0] or resized[1] < cut[1]:
-            raise ValueError(
-                f"cuts {self.image_size} pixels out of an image resized to {self.resize_size}"
-            )
+            whole = f"an image resized to {self.resize_size}"
+            raise ValueError(f"cuts {self.image_size} pixels out of {whole}")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -117,11 +117,8 @@ class Preprocessing:
         for name in {"mean", "std"} & given.keys():
             values = given[name] if isinstance(given[name], list | tuple) else (given[name],)
             if len(values) not in (1, self.channels):
-                raise UsageError(
-                    f"The {name} has {len(values)} values, but the network takes "
-                    f"{self.channels} channels.",
-                    f"Give one value, or {self.channels}.",
-                )
+                wrong = f"The {name} has {len(values)} values for {self.channels} channels."
+                raise UsageError(wrong, f"Give one value, or {self.channels}.")
             given[name] = tuple(values) * (self.channels // len(values))
         return self.from_dict({**self.as_dict(), **resize, "source": source, **given})
 
@@ -142,11 +139,8 @@ class Preprocessing:
             fault = error.errors(include_url=False)[0]
         text = fault["msg"].removeprefix("Value error, ")
         name = f"{fault['loc'][0]} {reprlib.repr(fault['input'])}" if fault["loc"] else "whole"
-        raise UsageError(
-            f"The preprocessing is not possible: {name}: {text}.",
-            "Correct it (mean and std are of values in 0..1, not 0..255), or leave it out to take "
-            "the weights' own.",
-        )
+        wrong = f"The preprocessing is not possible: {name}: {text}."
+        raise UsageError(wrong, "Correct it: mean and std are of values in 0..1, not 0..255.")
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """Return the evaluation transform: an image to ``(C, H, W)`` float32, normalised.
@@ -161,14 +155,12 @@ class Preprocessing:
 
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
-        is_ratio = _covered(self.image_size, float(f"{self.crop_pct:g}")) == self.resize_size
-        side = self.resize_size
-        resize = side if isinstance(side, int) else size_text(side)
-        crop = f"crop {self.crop_pct:g}" if is_ratio else f"resize {resize}"
+        side, pct = self.resize_size, f"{self.crop_pct:g}"
+        resize = f"resize {side if isinstance(side, int) else size_text(side)}"
+        crop = f"crop {pct}" if _covered(self.image_size, float(pct)) == side else resize
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        size = size_text(self.image_size)
-        return f"{size} {self.interpolation}, {crop}, mean {mean}, std {std}"
+        return f"{size_text(self.image_size)} {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
 def _covered(size: ImageSize, crop_pct: float) -> ImageSize:
@@ -179,20 +171,19 @@ def _covered(size: ImageSize, crop_pct: float) -> ImageSize:
 
 _ADAPTER = TypeAdapter(Preprocessing)
 
-OFFICIAL = Preprocessing(
-    224, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, "the training of the official VAN weights"
-)
-"""timm 0.4.12's ``_cfg()``, which the official ``models/van.py`` uses; mmpretrain's
-configurations agree and reproduce the published accuracies."""
+# timm 0.4.12's ``_cfg()``, which the official ``models/van.py`` uses; mmpretrain's configurations
+# agree and reproduce the published accuracies.
+_TRAINED = "the training of the official VAN weights"
+OFFICIAL = Preprocessing(224, (0.5,) * 3, (0.5,) * 3, "bicubic", 0.9, _TRAINED)
 
 
 # --- images ---------------------------------------------------------------------------------
 
-Pixels = npt.NDArray[np.uint8]
-"""``(H, W, C)`` or ``(N, H, W, C)`` uint8."""
+# ``(H, W, C)`` or ``(N, H, W, C)`` uint8.
+Pixels: TypeAlias = "npt.NDArray[np.uint8]"
 
+# A quarter of a GiB as RGB; Pillow's own warning limit.
 MAX_PIXELS = 89_478_485
-"""A quarter of a GiB as RGB; Pillow's own warning limit."""
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -204,11 +195,9 @@ def image_mode(channels: int) -> str:
         UsageError: no image has so many.
     """
     if channels not in _MODES:
-        raise UsageError(
-            f"The network takes {channels} channels, and image files have 1, 3 or 4.",
-            f"Only arrays have so many: for --images an .npz with 'images', uint8 (N, H, W, "
-            f"{channels}) or normalised float32 (N, {channels}, H, W); for the server a tensor.",
-        )
+        wrong = f"The network takes {channels} channels, and image files have 1, 3 or 4."
+        arrays = f"uint8 (N, H, W, {channels}) or normalised float32 (N, {channels}, H, W)"
+        raise UsageError(wrong, f"Give an .npz with 'images', {arrays}; a server takes tensors.")
     return _MODES[channels]
 
 
@@ -219,13 +208,14 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixel
         UsageError: the network's channels are not an image's (not 1, 3 or 4).
         ImageError: the image is so narrow that its resized form would not fit in memory.
     """
+    import numpy as np
+    from PIL import Image
+
     mode = image_mode(preprocessing.channels)
-    if image.mode != mode:
-        image = image.convert(mode)
-    size = _resized(image.size, preprocessing)
+    image = image if image.mode == mode else image.convert(mode)
+    size, (height, width) = _resized(image.size, preprocessing), preprocessing.sides
     if size != image.size:
         image = image.resize(size, Image.Resampling[preprocessing.interpolation.upper()])
-    height, width = preprocessing.sides
     rounding = preprocessing.crop_rounding
     left, top = _offset(size[0] - width, rounding), _offset(size[1] - height, rounding)
     if size[0] < width or size[1] < height:  # a border
@@ -245,6 +235,8 @@ def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.f
     The same three float32 operations in the same order as torchvision's
     ``ToTensor`` and ``Normalize``, so the result is the same to the last bit.
     """
+    import numpy as np
+
     values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
     values /= np.float32(255)
     shape = (1, preprocessing.channels, 1, 1)
@@ -268,11 +260,10 @@ def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, 
     else:
         resized = _scaled(size, min(ratios))
     if resized[0] * resized[1] > MAX_PIXELS:
-        raise ImageError(
-            f"An image of {width} x {height} pixels is too narrow: resized to a short side "
-            f"of {min(resized)} it would be {max(resized)} pixels long.",
-            "Cut out the part that matters first.",
+        wrong = (
+            f"An image of {width} x {height} pixels would be {max(resized)} pixels long, resized."
         )
+        raise ImageError(wrong, "Cut out the part that matters first.")
     return resized
 
 
@@ -282,6 +273,4 @@ def _scaled(size: tuple[int, int], ratio: float) -> tuple[int, int]:
 
 def _offset(spare: int, rounding: str) -> int:
     """Return how many of ``spare`` pixels lie before the crop; negative: before the image."""
-    if spare < 0:
-        return -(-spare // 2)
-    return spare // 2 if rounding == "floor" else round(spare / 2)
+    return int(spare / 2) if spare < 0 or rounding == "floor" else round(spare / 2)

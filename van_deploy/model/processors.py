@@ -43,11 +43,9 @@ _KNOWN = re.compile(  # read below, or of no meaning for the pixels
     "|_?processor_class|return_tensors|(input_)?data_format|device|disable_grouping"
     "|default_to_square|_?valid_processor_keys"
 )
-ARGUMENTS = (
-    *("mean", "std", "interpolation", "crop_pct", "crop_mode", "img_size", "input_size"),
-    *("val_resize_size", "val_crop_size"),
-)
-"""What :func:`from_arguments` reads."""
+# What :func:`from_arguments` reads.
+_TIMM = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+ARGUMENTS = (*_TIMM, "img_size", "input_size", "val_resize_size", "val_crop_size")
 
 
 def _require(fits: object, key: str, value: object, wanted: str = "which is not supported") -> None:
@@ -66,10 +64,9 @@ def from_arguments(args: Given) -> Values:
         _require(backend.lower() == "pil", "backend", backend, "and images are resized by Pillow")
         cut = _cut(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
         return {**_IMAGENET, "interpolation": args.get("interpolation"), **cut}
-    names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
     size = list(args.get("input_size") or ())[1:] or args.get("img_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
-    return {name: args.get(name) for name in names} | {"image_size": parse_image_size(size)}
+    return {name: args.get(name) for name in _TIMM} | {"image_size": parse_image_size(size)}
 
 
 def from_config(config: Given) -> Values:
@@ -109,30 +106,26 @@ def from_processor(processor: Given) -> Values:
     if not given.get("do_normalize", True):
         values = {"mean": 0.0, "std": 1.0}
     values |= {"interpolation": _RESAMPLE[resample], "crop_rounding": "floor"}
-    return values | _geometry(given, how, size, crop)
-
-
-def _geometry(given: Given, how: str, size: int, crop: int) -> Values:
-    """Return the sides that a processor resizes to and cuts out."""
     edges = {"height", "width"} if how == "squash" else {"shortest_edge"}
     size = _square("size", given.get("size", size), edges)
     if how == "crop_pct":
         pct = given.get("crop_pct", 224 / 256)
         if size >= _CONVNEXT_SQUASHES_FROM:
-            return {**_cut(size, size), "crop_mode": "squash"}
+            return {**values, **_cut(size, size), "crop_mode": "squash"}
         _require(isinstance(pct, int | float) and 0 < pct <= 1, "crop_pct", pct, "not in (0, 1]")
-        return {"image_size": size, "resize_size": int(size / pct), "crop_pct": float(pct)}
+        whole = {"resize_size": int(size / pct), "crop_pct": float(pct)}
+        return {**values, **whole, "image_size": size}
     crops = given.get("do_center_crop", bool(crop))
     _require(crops == bool(crop) or (crop and how == "squash"), "do_center_crop", crops)
     side = _square("crop_size", given.get("crop_size", crop)) if crops else size
-    return {**_cut(size, side), "crop_mode": how}
+    return {**values, **_cut(size, side), "crop_mode": how}
 
 
-def from_openmmlab(config: Given, *, classifier: bool) -> Values:
+def from_openmmlab(config: Given) -> Values:
     """Return what an OpenMMLab configuration's preprocessor and test pipeline do.
 
-    Of a segmenter or detector only the mean and std are read: its images keep their own
-    sizes, so nothing is said of resizing.
+    Of a segmenter or detector (not ``is_classifier``) only the mean and std are read: its images
+    keep their own sizes, so nothing is said of resizing.
     """
     model, loader = config.get("model") or {}, config.get("test_dataloader") or {}
     pipeline = config.get("test_pipeline") or (loader.get("dataset") or {}).get("pipeline") or []
@@ -140,12 +133,11 @@ def from_openmmlab(config: Given, *, classifier: bool) -> Values:
     steps += [s for step in steps if isinstance(step, dict) for s in step.get("transforms") or []]
     steps += [config.get("data_preprocessor"), model.get("data_preprocessor")]
     steps += [config.get("img_norm_cfg")]
-    found = (step for step in steps if isinstance(step, dict) and step.get("mean"))
-    colour: Given = next(found, {})
+    colour: Given = next((s for s in steps if isinstance(s, dict) and s.get("mean")), {})
     rgb = not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb")
     _require(rgb, "to_rgb", False, "so the network takes BGR: not supported")
     values: Values = {k: [float(x) / 255 for x in colour.get(k) or ()] for k in ("mean", "std")}
-    if not (classifier and pipeline):
+    if not (config["is_classifier"] and pipeline):
         return values
     size = crop = None
     for step in pipeline:
@@ -199,8 +191,7 @@ def _square(key: str, size: Any, edges: Set[str] = frozenset({"height", "width"}
     fits = not isinstance(size, Mapping) or size.keys() == edges
     _require(fits, key, size, f"not {' and '.join(sorted(edges))}")
     sides = list(size.values()) if isinstance(size, Mapping) else size
-    if not isinstance(sides, list | tuple):
-        return size
+    sides = sides if isinstance(sides, list | tuple) else [sides]
     fits = len(sides) in (1, 2) and sides[0] == sides[-1]
     _require(fits, key, size, "and only squares are supported")
     return sides[0]

@@ -36,9 +36,7 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k": _default_cfg(variant) for name, variant in VARIANTS.items()}
-)
+default_cfgs = generate_default_cfgs({f"{v.name}.in1k": _default_cfg(v) for v in VARIANTS.values()})
 
 
 def _van(cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, **options: Any) -> VAN:
@@ -46,27 +44,22 @@ def _van(cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, **options: 
     return VAN(replace(cfg, num_classes=num_classes, in_chans=in_chans), **options)
 
 
-def _register(name: str) -> None:
+def _register(variant: Variant) -> None:
     """Make a variant known to timm under its name."""
+    features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    fixed = {"model_cfg": variant.config, "feature_cfg": features}
 
     def create(pretrained: bool = False, **options: Any) -> nn.Module:
         overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
         if pretrained and not {"file", "url", "state_dict"} & overlay.keys():
-            overlay["state_dict"] = load_van(name).model.state_dict()
-        model: nn.Module = build_model_with_cfg(
-            _van,
-            name,
-            pretrained,
-            pretrained_cfg_overlay=overlay,
-            model_cfg=VARIANTS[name].config,
-            feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-            **options,
-        )
+            overlay["state_dict"] = load_van(variant.name).model.state_dict()
+        options |= {**fixed, "pretrained_cfg_overlay": overlay}
+        model: nn.Module = build_model_with_cfg(_van, variant.name, pretrained, **options)
         return model
 
-    create.__name__, create.__doc__ = name, f"Return {name}."
-    globals()[name] = register_model(create)  # timm adds the name to __all__
+    create.__name__, create.__doc__ = variant.name, f"Return {variant.name}."
+    globals()[variant.name] = register_model(create)  # timm adds the name to __all__
 
 
-for _name in VARIANTS:
-    _register(_name)
+for _variant in VARIANTS.values():
+    _register(_variant)

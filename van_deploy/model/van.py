@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,17 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
-from van_deploy.model.variants import STAGES as STAGES
-from van_deploy.model.variants import VanConfig
+from van_deploy.model.variants import STAGES, VanConfig
 
-HEAD_LAYERS: dict[str, type[nn.Module]] = {
-    kind.__name__.lower(): kind
-    for kind in (
-        *(nn.Dropout, nn.Identity, nn.Flatten, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6),
-        *(nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish),
-    )
-}
-"""Layers without weights that a sequential head may have, with PyTorch's default arguments."""
+# Layers without weights that a sequential head may have, with PyTorch's default arguments.
+_ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS)
+HEAD_LAYERS = {kind.__name__.lower(): kind for kind in (*_LAYERS, nn.Mish, nn.Hardswish)}
 
 
 class DWConv(nn.Module):
@@ -74,9 +68,7 @@ class LKA(nn.Module):
         super().__init__()
         k0, k1 = kernels
         self.conv0 = nn.Conv2d(dim, dim, k0, padding=k0 // 2, groups=dim)
-        self.conv_spatial = nn.Conv2d(
-            dim, dim, k1, padding=dilation * (k1 // 2), groups=dim, dilation=dilation
-        )
+        self.conv_spatial = nn.Conv2d(dim, dim, k1, 1, dilation * (k1 // 2), dilation, groups=dim)
         self.conv1 = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,8 +107,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, dim, H, W)`` to the same shape."""
-        scale_1 = self.layer_scale_1[:, None, None]
-        scale_2 = self.layer_scale_2[:, None, None]
+        scale_1, scale_2 = self.layer_scale_1[:, None, None], self.layer_scale_2[:, None, None]
         x = x + self.drop_path(scale_1 * self.attn(self.norm1(x)))
         return x + self.drop_path(scale_2 * self.mlp(self.norm2(x)))
 
@@ -154,19 +145,18 @@ class VAN(nn.Module):
         self.num_features = self.head_hidden_size = config.embed_dims[-1]
         self.grad_checkpointing = False
         self.feature_info: list[dict[str, Any]] = []  # as timm's features_only reads it
-        blocks = config.blocks
+        blocks, previous = sum(config.depths), config.in_chans
         drop_paths = (drop_path_rate / max(blocks - 1, 1) * index for index in range(blocks))
-        widths = (config.in_chans, *config.embed_dims)
-        for index, (previous, dim) in enumerate(pairwise(widths)):
-            stage, stride, hidden = index + 1, config.strides[index], config.hidden_dims[index]
-            embed = PatchEmbed(previous, dim, config.patch_sizes[index], stride)
-            depth = range(config.depths[index])
-            made = nn.ModuleList(Block(dim, hidden, config, next(drop_paths)) for _ in depth)
+        for index, dim in enumerate(config.embed_dims):
+            stage, hidden, depth = index + 1, config.hidden_dims[index], config.depths[index]
+            embed = PatchEmbed(previous, dim, config.patch_sizes[index], config.strides[index])
+            made = (Block(dim, hidden, config, next(drop_paths)) for _ in range(depth))
             self.add_module(f"patch_embed{stage}", embed)
-            self.add_module(f"block{stage}", made)
+            self.add_module(f"block{stage}", nn.ModuleList(made))
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
             facts = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
             self.feature_info.append({**facts, "module": f"norm{stage}"})
+            previous = dim
         self.global_pool, self.num_classes = global_pool, config.num_classes
         self.head = _head(config, global_pool)
         if not next(self.parameters()).is_meta:
@@ -177,10 +167,9 @@ class VAN(nn.Module):
         x = self.get_submodule(f"patch_embed{stage}")(x)
         blocks = list(self.get_submodule(f"block{stage}").children())
         if self.grad_checkpointing:
-            x = checkpoint_seq(blocks, x)
-        else:
-            for block in blocks:
-                x = block(x)
+            x, blocks = checkpoint_seq(blocks, x), []
+        for block in blocks:
+            x = block(x)
         norm = self.get_submodule(f"norm{stage}")
         return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
@@ -257,10 +246,8 @@ def _head(config: VanConfig, pool: str) -> nn.Module:
     """Return a fresh head: one linear layer, a sequence of layers, or nothing."""
     classes, width = config.num_classes, config.embed_dims[-1]
     if pool not in ("avg", "") or (classes and not pool):
-        raise ValueError(
-            f"VAN pools by 'avg', or without a head (num_classes 0) by '': not by {pool!r} for "
-            f"{classes} classes."
-        )
+        how = f"by {pool!r} for {classes} classes"
+        raise ValueError(f"VAN pools by 'avg', or without a head (num_classes 0) by '': not {how}.")
     layers: list[nn.Module] = []
     for layer in config.head or ((classes,) if classes else ()):
         if isinstance(layer, int):
@@ -288,21 +275,33 @@ def _initialise_(module: nn.Module) -> None:
 # With the official initialisation and BatchNorm's default statistics a VAN's activations grow
 # without bound, and any drift measured on it means nothing. So the statistics are those of a few
 # smooth random images, and the scales and shifts that training would have moved are moved too.
-_IMAGES, _SIDE = 4, 96
-_LONG_STAGE = 3  # blocks
 
 
 def random_van(config: VanConfig, seed: int = 0) -> VAN:
     """Return a VAN with the official initialisation and fitting BatchNorm statistics.
 
     In evaluation mode, float32, without gradients. The same seed gives the same
-    network; the global random state is left as it was.
+    network; the global random state is left as it was. A gate multiplies its input by
+    itself, so what a block lets through feeds back squared: the layer scales of a stage
+    with more than 3 blocks are smaller.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = VAN(config).requires_grad_(False)
-        _move_affines_(model)
-        update_bn([smooth_images(_IMAGES, config.in_chans, _SIDE)], model)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0.0, 0.1)
+            elif isinstance(module, Block):
+                module.layer_scale_1.uniform_(0.05, 0.3)
+                module.layer_scale_2.uniform_(0.05, 0.3)
+            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                module.bias.normal_(0.0, 0.02)
+        for stage, depth in enumerate(config.depths, start=1):
+            for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
+                if "layer_scale" in name:
+                    parameter.mul_(min(1.0, 3 / depth))
+        update_bn([smooth_images(4, config.in_chans, 96)], model)
     return model.eval()
 
 
@@ -325,24 +324,3 @@ def sha256_of_state(state: dict[str, Tensor]) -> str:
     """Return the SHA-256 of a state dict: names, types, shapes and bytes."""
     tensors = {name: state[name].contiguous() for name in sorted(state)}
     return hashlib.sha256(save(tensors)).hexdigest()
-
-
-def _move_affines_(model: VAN) -> None:
-    """Move scales and shifts away from 1 and 0, as training would.
-
-    A gate multiplies its input by itself, so what a block lets through feeds
-    back squared: the layer scales of a long stage are smaller.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
-            module.weight.uniform_(0.5, 1.5)
-            module.bias.normal_(0.0, 0.1)
-        elif isinstance(module, Block):
-            module.layer_scale_1.uniform_(0.05, 0.3)
-            module.layer_scale_2.uniform_(0.05, 0.3)
-        elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            module.bias.normal_(0.0, 0.02)
-    for stage, depth in enumerate(model.config.depths, start=1):
-        for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
-            if "layer_scale" in name:
-                parameter.mul_(min(1.0, _LONG_STAGE / depth))

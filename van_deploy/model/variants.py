@@ -21,8 +21,9 @@ from typing import Any
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.errors import UsageError
 
+# Of every VAN.
 STAGES = 4
-"""Of every VAN."""
+Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,9 @@ class VanConfig:
         """
         wanted = tuple(index for index in range(len(self.depths)) if index in out_indices)
         if not wanted or len(wanted) != len(out_indices):
-            raise UsageError(
-                f"The stages {', '.join(map(str, out_indices)) or '(none)'} are not some of 0 to "
-                f"{len(self.depths) - 1}, each once.",
-                "Give the stages of --out-indices as OpenMMLab and timm number them: 0,1,2,3.",
-            )
+            given = ", ".join(map(str, out_indices)) or "(none)"
+            wrong = f"The stages {given} are not some of 0 to {len(self.depths) - 1}, each once."
+            raise UsageError(wrong, "Give --out-indices as timm numbers the stages: 0,1,2,3.")
         return replace(self, num_classes=0, head=(), out_indices=wanted)
 
     @property
@@ -112,11 +111,6 @@ class VanConfig:
     def variant(self) -> str | None:
         """The published variant with this architecture (classes and channels aside), or None."""
         return next((n for n, known in VARIANTS.items() if known.config.body == self.body), None)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks in the whole network."""
-        return sum(self.depths)
 
     def _kernel_weights(self, stage: int) -> tuple[int, int]:
         """Return the weights, without biases, of a stage's patch embedding and of one block."""
@@ -198,9 +192,7 @@ class Variant:
     aliases: tuple[str, ...] = ()
 
 
-def _public(
-    name: str, dims: tuple[int, ...], depths: tuple[int, ...], top1: float, size: str
-) -> Variant:
+def _public(name: str, dims: Numbers, depths: Numbers, top1: float, size: str) -> Variant:
     """Return a variant with public weights, whose size and accuracy are in their file's name."""
     repo = f"Visual-Attention-Network/VAN-{size.title()}-original"
     weights = f"{repo}:van_{size}_{top1 * 10:.0f}.pth.tar"
@@ -208,10 +200,7 @@ def _public(
 
 
 _USUAL = (64, 128, 320, 512)
-_NOTE = (
-    "Only mmpretrain published weights of it (van-b4_3rdparty_in1k_*.pth; of van_b5 and van_b6 "
-    "ImageNet-21K's): pass a file with --weights FILE, or try the export with --weights random."
-)
+_NOTE = "Only mmpretrain has weights (b5, b6: ImageNet-21K's): give --weights FILE, or random."
 
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
@@ -226,10 +215,8 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
-NAMES = {
-    name: variant for variant in VARIANTS.values() for name in (variant.name, *variant.aliases)
-}
-"""Every name of a variant."""
+# Every name of a variant.
+NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.aliases)}
 
 
 def variant_named(name: str) -> Variant:
@@ -243,11 +230,8 @@ def variant_named(name: str) -> Variant:
         return found
     near = difflib.get_close_matches(wanted, list(VARIANTS), n=3, cutoff=0.5)
     guess = f"Did you mean {' or '.join(near)}? " if near else ""
-    raise UsageError(
-        f"There is no VAN variant called '{name}'.",
-        f"{guess}Known variants: {', '.join(VARIANTS)} (see `van-deploy list`); "
-        "a checkpoint is given by its path, such as ./mine.pth.",
-    )
+    known = f"{guess}Known: {', '.join(VARIANTS)}; a checkpoint is given by its path, ./mine.pth."
+    raise UsageError(f"There is no VAN variant called '{name}'.", known)
 
 
 @dataclass(frozen=True)
@@ -329,14 +313,13 @@ def listed_variants() -> list[Listed]:
     def row(name: str, config: VanConfig, size: int, *told: Any) -> Listed:
         return Listed(name, config.parameter_count(), config.mac_count(size), size, *told)
 
-    found = []
-    for known in VARIANTS.values():
-        here = str(locate_weights(known) or "") or None
-        told = (known.top1, "ImageNet-1K validation", known.weights, known.weights_note, here)
-        found.append(row(known.name, known.config, 224, *told))
+    rows, on = [], "ImageNet-1K validation"
+    for v in VARIANTS.values():
+        here = str(locate_weights(v) or "") or None
+        rows.append(row(v.name, v.config, 224, v.top1, on, v.weights, v.weights_note, here))
     file = Path(__file__).parent / "digits" / "van_digits.json"
     card = json.loads(file.read_text(encoding="utf-8"))
-    top1, weights = card["heldout"]["top1_percent"], str(file.with_suffix(".safetensors"))
-    told = (top1, "held-out handwritten digits", "embedded", "", weights)
-    size = card["preprocessing"]["image_size"]
-    return [*found, row(card["name"], VanConfig(**card["config"]), size, *told)]
+    top1, here = card["heldout"]["top1_percent"], str(file.with_suffix(".safetensors"))
+    told = (top1, "held-out handwritten digits", "embedded", "", here)
+    size, config = card["preprocessing"]["image_size"], VanConfig(**card["config"])
+    return [*rows, row(card["name"], config, size, *told)]

@@ -105,8 +105,7 @@ def _sections(
     manifest: Entry, sizes: Mapping[str, int], verdicts: Sequence[Verdict], bench: Entry | None
 ) -> Iterator[tuple[str, Sequence[Block]]]:
     checks, artefacts = manifest["checks"], manifest["artefacts"]
-    worst = {state: place for place, state in enumerate(STATES)}
-    ordered = sorted(verdicts, key=lambda verdict: worst.get(verdict[0], len(worst)))
+    ordered = sorted(verdicts, key=lambda verdict: [*STATES, verdict[0]].index(verdict[0]))
     yield "Verdicts", doc.checks_table(ordered)
     notes = doc.notices("NOTE", manifest["weights"]["notes"])
     yield "Model", [*model.model_facts(manifest), *notes]
@@ -125,8 +124,7 @@ def _sections(
     files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
-    every_file = table(files, columns, "Every file")
-    yield "Provenance", [*doc.named(made_with), *every_file]
+    yield "Provenance", [*doc.named(made_with), *table(files, columns, "Every file")]
     done = {*checks, *(e[key] for e in artefacts.values() for key in ("precision", "kind"))}
     left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
     left += [(name, what) for name, what in COMMANDS.items() if name not in done]
@@ -137,6 +135,8 @@ def _verdicts(checks: Entry) -> Iterator[Verdict]:
     """Yield the verdict of every check."""
     for outcome, name, said in model.proof_rows(checks):
         yield state_of(outcome), name, said
+    for found in checks.get("verify", {}).get("findings", ()):
+        yield state_of(found["outcome"]), found["rule"], found["message"] or "as when exported"
     for name, verdict in checks.get("verify", {}).get("artefacts", {}).items():
         figures, limit, said = verdict["comparison"], verdict["limit"], verdict["reason"]
         if verdict["outcome"] == "pass" and figures and limit:
@@ -218,7 +218,7 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
             for path, text in texts.items():
                 draft.file(path.name).write_text(text, encoding="utf-8")
     for path, text in texts.items() if output is not None else ():
-        _write(path, text)
+        write_text(path, text)
     return list(texts)
 
 
@@ -263,10 +263,15 @@ def write_junit(report: CheckReport, path: Path) -> None:
         element.set("errors", "0")
     ElementTree.indent(root)
     text = ElementTree.tostring(root, encoding="unicode")
-    _write(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
+    write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file that somebody asked for, and its folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)

@@ -351,12 +351,12 @@ class Network:
                     f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
                     f"Ask for {classes.shape[1]}, or take another artifact.",
                 )
-        manifest = self.bundle.manifest
-        names = manifest.class_names or [*map(str, range(manifest.architecture.num_classes))]
-        return [
-            tuple(NamedClass(c, names[c], p) for c, p in zip(found, shares, strict=True))
-            for found, shares in zip(classes.tolist(), ranked.tolist(), strict=True)
-        ]
+        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
+        return [tuple(map(self._named, *row)) for row in rows]
+
+    def _named(self, index: int, probability: float) -> NamedClass:
+        names = self.bundle.manifest.class_names
+        return NamedClass(index, names[index] if names else str(index), probability)
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:

@@ -1,0 +1,201 @@
+"""The network as timm sees it, with random weights, and the trained one inside the package."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from timm.data.config import resolve_data_config
+from torch import Tensor, nn
+
+from tests.each import each
+from van_deploy.errors import UsageError
+from van_deploy.model import registry  # noqa: F401
+from van_deploy.model.checkpoint import load_van, read_weights
+from van_deploy.model.embedded import EMBEDDED_WEIGHTS, digits_images, write_digits_folder
+from van_deploy.model.van import VAN, random_van, sha256_of_state, smooth_images
+from van_deploy.model.variants import VARIANTS, VanConfig, listed_variants
+
+if TYPE_CHECKING:
+    from tests.model.conftest import FakeHub
+
+
+# --- in timm -----------------------------------------------------------------------------------
+
+
+def create(name: str, **options: Any) -> Any:
+    return timm.create_model(name, **options).eval()
+
+
+def test_timm_lists_every_variant_with_the_weights_data_configuration() -> None:
+    assert timm.list_models("van_b*") == sorted(VARIANTS)
+    assert [name.removesuffix(".in1k") for name in timm.list_models("van_b*", pretrained=True)] == [
+        name for name, variant in VARIANTS.items() if variant.weights
+    ]
+    data = resolve_data_config({}, model=create("van_b0"))
+    assert data["input_size"] == (3, 224, 224)
+    assert data["mean"] == data["std"] == (0.5, 0.5, 0.5)
+    assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 0.9)
+
+
+def test_features_are_maps_until_the_head_pools_them() -> None:
+    model, images = create("van_b0"), torch.randn(2, 3, 64, 96)
+    maps = model.forward_features(images)
+    assert maps.shape == (2, 256, 2, 3)
+    pooled = model.forward_head(maps, pre_logits=True)
+    assert torch.equal(pooled, maps.mean((2, 3)))
+    assert torch.equal(model(images), model.head(pooled))
+    assert pooled.shape[1] == model.num_features == model.head_hidden_size
+    final, chosen = model.forward_intermediates(images, indices=[1, 3])
+    assert torch.equal(final, maps)
+    assert torch.equal(final, chosen[-1])
+    (early,) = model.forward_intermediates(
+        images, indices=[1], stop_early=True, intermediates_only=True
+    )
+    assert torch.equal(early, chosen[0])
+    features = create("van_b0", features_only=True)
+    assert features.feature_info.channels() == [32, 64, 160, 256]
+    assert features.feature_info.reduction() == [4, 8, 16, 32]
+    assert [tuple(m.shape[2:]) for m in features(images)] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+
+
+def test_head_and_pooling_can_be_replaced() -> None:
+    images = torch.randn(1, 1, 64, 64)
+    model = create("van_b0", in_chans=1, num_classes=0, global_pool="", drop_path_rate=0.2)
+    assert model.block4[1].drop_path.drop_prob == pytest.approx(0.2)
+    assert torch.equal(model(images), model.forward_features(images))
+    model.reset_classifier(4, "avg")
+    assert model(images).shape == (1, 4) == (1, model.get_classifier().out_features)
+    model.reset_classifier(0, "")
+    assert model(images).shape == (1, 256, 2, 2)
+    with pytest.raises(ValueError, match="for 4 classes"):
+        model.reset_classifier(4)
+    with pytest.raises(ValueError, match="not by 'max'"):
+        create("van_b0", global_pool="max")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    config = VanConfig((8, 8, 8, 8), (2, 1, 1, 1), (2, 2, 2, 2), num_classes=2)
+    torch.manual_seed(0)
+    model, images = VAN(config), torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([torch.clone(p.grad) for p in model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+
+
+def test_pretrained_comes_through_the_checked_loader(hub: FakeHub, shared_checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="van_b5 has no public ImageNet-1K weights"):
+        create("van_b5", pretrained=True)
+    repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
+    tensors = dict(read_weights(shared_checkpoint).tensors)
+    tensors |= {"head.weight": torch.randn(1000, 256) / 16, "head.bias": torch.zeros(1000)}
+    buffer = io.BytesIO()
+    torch.save({"state_dict": tensors}, buffer)
+    hub.repos[repo] = {file: buffer.getvalue()}
+    model = create("van_b0", pretrained=True, num_classes=4)
+    name = "block1.0.attn.proj_1.weight"
+    assert torch.equal(model.get_parameter(name), tensors[name])
+    assert model.head.out_features == 4
+
+
+# --- random weights ----------------------------------------------------------------------------
+
+
+def largest_activation(model: nn.Module, images: Tensor) -> float:
+    largest = [0.0]
+    for module in model.modules():
+        module.register_forward_hook(lambda _m, _i, out: largest.append(out.abs().max().item()))
+    model(images)
+    return max(largest)
+
+
+def test_one_seed_one_network_with_statistics_of_its_own(tiny_config: VanConfig) -> None:
+    before = torch.random.get_rng_state()
+    models = [random_van(tiny_config, seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    digests = [sha256_of_state(model.state_dict()) for model in models]
+    assert digests[0] == digests[1] != digests[2]
+    assert not models[0].training
+    for module in models[0].modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            assert module.running_mean.abs().max() > 1e-3
+            assert (module.running_var - 1).abs().max() > 1e-3
+            assert module.weight.std() > 0.05
+            assert module.momentum == 0.1
+
+
+@each("config", [VARIANTS["van_b0"].config, VanConfig((8, 12, 16, 24), (1, 1, 60, 1))])
+def test_activations_stay_of_natural_size(config: VanConfig) -> None:
+    model = random_van(config, 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        images = smooth_images(2, 3, 128)
+    power = torch.fft.rfft2(images).abs().square().mean(dim=(0, 1))
+    assert power[1:4, 1:4].mean() > 100 * power[16:32, 16:32].mean()
+    assert 1 < largest_activation(model, images) < 1000
+    logits = model(images)
+    assert logits.isfinite().all()
+    assert (logits[0] - logits[1]).std() > 0.01, "two pictures must not look the same"
+
+
+def test_digest_sees_names_types_shapes_and_values() -> None:
+    zeros = torch.zeros(2, 3)
+    states = ({"a": zeros}, {"b": zeros}, {"a": zeros.T}, {"a": zeros.int()}, {"a": zeros + 1})
+    assert len({sha256_of_state(state) for state in states}) == len(states)
+
+
+# --- the embedded network ----------------------------------------------------------------------
+
+
+def test_the_files_are_the_ones_the_card_describes() -> None:
+    card = json.loads(EMBEDDED_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
+    assert EMBEDDED_WEIGHTS.stat().st_size <= 1_000_000
+    for name, digest in card["sha256"].items():
+        content = (EMBEDDED_WEIGHTS.parent / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == digest
+    with safe_open(EMBEDDED_WEIGHTS, framework="pt") as opened:
+        metadata = opened.metadata()
+    for name in ("preprocessing", "classes", "training"):
+        assert json.loads(metadata[name]) == card[name]
+    assert metadata["licence"] == card["data"]["licence"] == "CC BY 4.0"
+    assert "Alpaydin" in metadata["attribution"]
+    loaded = load_van("van_digits")
+    assert loaded.class_names == tuple(card["classes"])
+    assert loaded.config.parameter_count() == card["parameters"]
+    stated: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()
+    }
+    assert loaded.config == VanConfig(**stated)
+    listed = listed_variants()[-1]
+    assert (listed.parameters, listed.image_size) == (card["parameters"], 64)
+    assert listed.here == str(EMBEDDED_WEIGHTS)
+
+
+def test_the_folder_holds_the_images_by_class(tmp_path: Path) -> None:
+    images, labels = digits_images("heldout")
+    paths = list(write_digits_folder(tmp_path / "heldout", "heldout").rglob("*.png"))
+    assert len(paths) == 360
+    for path in paths:
+        index = int(path.stem.removeprefix("heldout_"))
+        assert path.parent.name == str(labels[index])
+        with Image.open(path) as image:
+            assert image.mode == "L"
+            assert np.array_equal(np.asarray(image), images[index])
+    folder = write_digits_folder(tmp_path / "deep" / "few", "train", limit=25)
+    counts = [len(list((folder / str(digit)).iterdir())) for digit in range(10)]
+    assert counts == [3] * 5 + [2] * 5
