@@ -11,7 +11,6 @@ the machine and the versions of that run.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.table import options
 from van_deploy.environment.hardware import cpu
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
@@ -45,6 +45,7 @@ absolute times belong to the machine they name. GPUs have a page of their own:
 """
 
 
+# Each module's heading. What it compares is the first line of the module.
 SECTIONS = {
     "startup": "Starting",
     "export": "Exporting",
@@ -57,29 +58,24 @@ SECTIONS = {
     "serve": "Serving",
     "engines": "Building engines",
 }
-"""Each module's heading. What it compares is the first line of the module."""
 
+# Arguments where trained weights and images lie beside the checkout.
 REAL = {
     "evaluate": ("--images", f"{DATA}/data/imagenet"),
     **dict.fromkeys(("gates", "precision", "ablation"), (*TRAINED, *SETS)),
 }
-"""Arguments where trained weights and images lie beside the checkout."""
 
 
 def main() -> int:
     """Run the sections asked for; return 1 if one failed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, commas between")
-    parser.add_argument("--list", action="store_true", help="print the sections and end")
-    parser.add_argument("--output", type=Path, default=PAGE)
-    arguments = parser.parse_args()
-    if arguments.list:
+    given = options(__doc__, only=",".join(SECTIONS), list=False, output=str(PAGE))
+    names = given.only.split(",")
+    if given.list:
         print("\n".join(f"{name:<12}{_about(name)}" for name in SECTIONS))
         return 0
-    names = arguments.only.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"there is no section '{unknown[0]}'; known: {', '.join(SECTIONS)}")
-    return max(_run(name, arguments.output) for name in names)
+    if unknown := set(names) - set(SECTIONS):
+        raise SystemExit(f"there is no section '{min(unknown)}'; known: {', '.join(SECTIONS)}")
+    return max(_run(name, Path(given.output)) for name in names)
 
 
 def _about(name: str) -> str:

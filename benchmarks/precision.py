@@ -139,7 +139,7 @@ def _quantize_static(source: Path, target: Path, inputs: Images, method: str) ->
     quantize_static(
         source,
         target,
-        _reader(inputs),
+        reader(inputs),
         quant_format=QuantFormat.QDQ,
         nodes_to_quantize=pointwise,
         per_channel=True,
@@ -180,13 +180,13 @@ def _record(folder: str, who: str, number: str) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as place:
             augmented, method = f"{place}/augmented.onnx", CalibrationMethod.Percentile
             calibrator = create_calibrator(path, ["Conv"], augmented, method)
-            calibrator.collect_data(_reader(images))
+            calibrator.collect_data(reader(images))
             calibrator.compute_data()
     seconds = time.perf_counter() - start
     return peak_memory_bytes() / 2**30, seconds / count
 
 
-def _reader(inputs: Iterable[Images]) -> Any:
+def reader(inputs: Iterable[Images]) -> Any:
     """Return ``inputs`` one at a time, in the form ONNX Runtime's calibrators read."""
     from onnxruntime.quantization import CalibrationDataReader
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.precision import reader
 from benchmarks.running import ASKED, made
 from benchmarks.table import Table, options
 from van_deploy.bench.document import Contender, Row
@@ -31,12 +32,12 @@ from van_deploy.config import BenchSettings, Budget
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
+# Runtime, our artifact, and the others' files.
 GROUPS = {
     "ONNX Runtime": ("onnxruntime", "fp32", ("export", "export+sim", "torchscript+sim")),
     "ONNX Runtime INT8": ("onnxruntime", "int8-cpu", ("quantize_static",)),
     "OpenVINO": ("openvino", "fp32", ("export+sim", "openvino direct")),
 }
-"""Runtime, our artifact, and the others' files."""
 
 
 def main() -> int:
@@ -116,22 +117,14 @@ def _rivals(variant: str, folder: Path) -> dict[str, Path]:
 
 
 def _quantised(source: Path, folder: Path) -> Path:
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    images = np.random.default_rng(1).standard_normal((8, 1, 3, SIZE, SIZE), np.float32)
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        rest = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.rest, None)
-            return None if batch is None else {"images": batch}
-
+    images = np.random.default_rng(1).standard_normal((8, 3, SIZE, SIZE), np.float32)
     prepared, target = folder / "prepared.onnx", folder / "quantize_static.onnx"
     quant_pre_process(source, prepared, skip_symbolic_shape=True)
     kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8}
-    quantize_static(prepared, target, Reader(), per_channel=True, **kinds)
+    quantize_static(prepared, target, reader(images), per_channel=True, **kinds)
     return target
 
 

@@ -41,6 +41,7 @@ from van_deploy.model.variants import VARIANTS, VanConfig
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 LIMITS = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 TINY = VanConfig((16, 32, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
+CONFIGURATIONS = {"tiny": TINY, **{name: variant.config for name, variant in VARIANTS.items()}}
 L2_BYTES = 128 * 2**20  # buffers that are rotated hold at least this together
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -78,23 +79,18 @@ class Log:
             self.add("notes", f"{what}: {type(error).__name__}: {error}"[:600])
 
 
-def configuration(name: str) -> VanConfig:
-    """Return a variant's architecture, or the tiny one for rehearsals."""
-    return TINY if name == "tiny" else VARIANTS[name].config
-
-
 @functools.cache
 def images(name: str, batch: int, size: int) -> torch.Tensor:
     """Return seeded images ``(batch, C, size, size)`` float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        few = smooth_images(min(batch, 16), configuration(name).in_chans, size)
+        few = smooth_images(min(batch, 16), CONFIGURATIONS[name].in_chans, size)
     return few.repeat(math.ceil(batch / len(few)), 1, 1, 1)[:batch]
 
 
 def built(name: str, dtype: torch.dtype) -> FusedVan:
     """Return the fused network, on no device's terms yet."""
-    model = fused(random_van(configuration(name)), dtype, fallback=True)
+    model = fused(random_van(CONFIGURATIONS[name]), dtype, fallback=True)
     model.fallbacks = ()
     return model
 
@@ -308,8 +304,8 @@ def store(path: Path) -> int:
     return 0
 
 
-def arguments() -> Any:
-    """Read the command line."""
+def main() -> int:
+    """Run the steps that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=["count", "check", "network", "all", "store"])
     parser.add_argument("--variant", default="van_b0", help="one or several, comma-separated")
@@ -319,12 +315,7 @@ def arguments() -> Any:
     parser.add_argument("--out", type=Path, default=Path("kernels.json"))
     parser.add_argument("--span", type=float, default=0.008, help="seconds to time each tile")
     parser.add_argument("--tries", type=int, default=99, help="tiles to try for each launch")
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Run the steps that were asked for."""
-    args = arguments()
+    args = parser.parse_args()
     if args.step == "store":
         return store(args.out)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -39,8 +39,8 @@ LEAST_S = 10.0  # a step is not started with less of the budget left
 OUTPUT_LIMIT = 20_000  # characters of a step on the page; results.json has all
 IMPORTS = "--import-mode=importlib"
 NO_GPU = "no NVIDIA driver answers here"
+# By van-deploy's exit codes: 3 is what is missing here, such as TensorRT.
 STATES = {0: "done", 1: "a gate failed", 3: "skipped"}
-"""By van-deploy's exit codes: 3 is what is missing here, such as TensorRT."""
 
 VARIABLES = {
     "COLUMNS": "180",

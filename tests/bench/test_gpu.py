@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.each import each
+from van_deploy.bench import gpu
 from van_deploy.bench.document import Ceilings, Contender, GpuState, Row
 from van_deploy.bench.gpu import Clock, gpu_watch, int8_not_worth_it, timed, with_ratios
 from van_deploy.bench.profile import by_module, profile_of
@@ -18,6 +20,7 @@ from van_deploy.bench.race import Lane, Race
 from van_deploy.bench.roofline import least_time
 from van_deploy.bench.worker import WorkerError
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.environment.hardware import Driver, Gpu
 from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -104,6 +107,24 @@ def test_samples_wait_for_a_steady_clock_and_throttling_is_told(
     seen = timed(device, 1, device.clock, clocks(*mhz), 0.01)
     assert seen["throttled"] == reasons
     assert seen["gpu"].sm_mhz in mhz[-2:]
+
+
+def test_the_gpu_that_is_watched_is_cudas_and_not_nvmls(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = tuple(Gpu(name, (9, 0), None, uuid=name) for name in ("first", "second"))
+    monkeypatch.setattr(gpu, "nvidia_driver", lambda: Driver("580.65.06", (13, 0), gpus))
+    answers = {
+        "nvmlInit": None,
+        "nvmlDeviceGetHandleByUUID": "handle",
+        "nvmlDeviceGetPowerUsage": 350_000,
+        "nvmlDeviceGetCurrentClocksEventReasons": 0x24,
+    }
+    nvml = {name: Mock(return_value=answer) for name, answer in answers.items()}
+    for name, function in nvml.items():
+        monkeypatch.setattr(f"pynvml.{name}", function)
+    state = gpu_watch("cuda:1")()
+    nvml["nvmlDeviceGetHandleByUUID"].assert_called_once_with("second")
+    nvml["nvmlDeviceGetPowerUsage"].assert_called_once_with("handle")
+    assert state == GpuState(power_w=350.0, throttled=("power cap", "temperature (software)"))
 
 
 CONTENDERS = [

@@ -69,6 +69,7 @@ def doctor(
         list[str] | None,
         typer.Option(
             metavar="NAME",
+            autocompletion=lambda: list(NEEDS),
             help="Exit with code 3 unless NAME is here and usable; may be repeated. "
             f"One of {', '.join(NEEDS)}.",
         ),
