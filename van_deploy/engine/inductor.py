@@ -141,7 +141,7 @@ def build_package(
         facts = {
             **decided,
             "schema": PACKAGE_SCHEMA,
-            "name": file.stem,
+            "name": name,
             "file_sha256": file_sha256(file),
             "file_bytes": file.stat().st_size,
             "onnx_file": source.file,
