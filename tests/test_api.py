@@ -130,7 +130,6 @@ def test_a_bundle_sees_what_another_one_wrote(copy_of: Copy, digits_bundle: Bund
 @each(
     ("options", "message"),
     [
-        ({"max_drop": "1"}, "'max_drop=' is '1': it should be a number."),
         ({"precison": "fp16"}, "The key 'precison=' is unknown."),
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is fp16."),
         (

@@ -193,7 +193,11 @@ TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
     (f'{{"schema": "{SCHEMA}", "artefacts": 2}}', "is damaged: "),
     ('{"name": "a", "name": "b"}', "damaged: it gives the key 'name' twice"),
-    ("[" * 200_000, "damaged: it is nested more than 40 deep"),
+    *((text, "is nested more than 40 deep") for text in ("[" * 200_000, "[" * 42 + "]" * 42)),
+    ('{"a": [' * 30 + "1" + "]}" * 30, "is nested more than 40 deep"),
+    ("[" * 41 + "]" * 41, "it should be a table"),
+    ("\udcff", "it is not UTF-8"),
+    (" " * (64 * 2**20 + 1), "it has more than 67,108,864 bytes"),
     (
         '{"schema": "van-deploy/bundle/1", "name": "m"}',
         f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"
@@ -211,7 +215,7 @@ def test_what_no_manifest_of_ours_says_is_refused(
         manifest = json.loads(text)
         change(manifest)
         text = json.dumps(manifest)
-    (bundle / MANIFEST).write_text(text)
+    (bundle / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(BundleError) as caught:
         Bundle.open(bundle)
     assert message in str(caught.value)
@@ -310,6 +314,7 @@ def pipe(name: str) -> Callable[[Path, Path], None]:
         (gone("a\nb"), "is no name of a file"),
         (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
         (pipe(MANIFEST), "damaged: .*no regular file"),
+        (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
         (pipe(".pending/.gone"), "damaged: .*no regular file"),
     ],
     fresh="bundle",

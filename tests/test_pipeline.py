@@ -47,6 +47,7 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
     assert manifest.batch == BATCHES
     assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest.versions)
     assert (digits_bundle.path / "labels.txt").read_text().split() == list("0123456789")
+    assert {"labels.txt", "golden.npz"} <= set(digits_bundle.artefact("fp32").files)
     [description] = json.loads(cli("inspect", digits_bundle.path, "--json").stdout)
     metadata = description["metadata"]  # what a server needs that has the file alone
     assert metadata["van_deploy.preprocessing"] == plain(manifest.preprocessing)

@@ -27,7 +27,8 @@ def mine(tmp_path: Path) -> Path:
 def test_the_recipes_that_ship_name_their_model_and_nothing_that_is_the_default() -> None:
     assert set(builtin_files()) == {*VARIANTS, "van_digits"}
     for name, file in builtin_files().items():
-        assert recipe_for(name) == Recipe.model_validate({"model": {"name": name}})
+        for given in (name, Path(name), file):
+            assert recipe_for(given) == Recipe.model_validate({"model": {"name": name}})
         assert re.findall(r"^\w+ *=", file.read_text(), re.MULTILINE) == ["name ="]
 
 
@@ -35,6 +36,9 @@ MISTAKES = {  # what a file says, and what the message about it holds
     "[modle]\nname='x'": "the key 'modle' is unknown. Did you mean 'model'?",
     "[model]\nnam='x'": "the key 'model.nam' is unknown. Did you mean 'model.name'?",
     "[model\n": "is not TOML",
+    **dict.fromkeys((f"a={'[' * n}{']' * n}" for n in (60, 20_000)), "nested more than 40 deep"),
+    ".".join("a" * 60) + " = 1": "nested more than 40 deep",
+    f"a = '{'x' * 70_000}'": "it has a line of 70,006 characters",
     "[export]\nopset = 18\nopset = 20\n": "is not TOML: Cannot overwrite a value (at line 3",
     "[model]\nname=3": "'model.name' is 3: it should be a text. Correct it.",
     "model=3": "'model' is 3: it should be a table.",

@@ -48,9 +48,7 @@ from van_deploy.model.preprocess import Preprocessing
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 
-CONFIG = VanConfig(
-    embed_dims=(16, 32, 40, 64), depths=(2, 2, 3, 2), mlp_ratios=(4, 4, 2, 2), num_classes=10
-)
+CONFIG = VanConfig((16, 32, 40, 64), (2, 2, 3, 2), mlp_ratios=(4, 4, 2, 2), num_classes=10)
 HELD_OUT = 360  # of 1797 images, 20 %
 CLASSES = list("0123456789")
 LICENCE = "CC BY 4.0"
@@ -209,14 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the three files")
     parser.add_argument("--evaluate", action="store_true", help="measure only, train nothing")
-    arguments = parser.parse_args()
-    if not (arguments.evaluate or arguments.output):
+    given = parser.parse_args()
+    if not (given.evaluate or given.output):
         parser.error("give --output DIR to train, or --evaluate to measure the packaged network")
     torch.set_num_threads(2)  # the order of sums, and so the last digits, depend on it
-    folder = arguments.output or EMBEDDED_FOLDER
-    if not arguments.evaluate:
-        make(folder, Schedule())
-    print(f"held-out: {evaluate(folder)}")
+    if not given.evaluate:
+        make(given.output, Schedule())
+    print(f"held-out: {evaluate(given.output or EMBEDDED_FOLDER)}")
 
 
 if __name__ == "__main__":

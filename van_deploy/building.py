@@ -300,16 +300,9 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
         seconds = _seconds(network.opened, images)
-    return Tuned(
-        candidate.described,
-        name,
-        batch.opt,
-        1e3 * seconds,
-        batch.opt / seconds,
-        verdict.comparison.sqnr_db if verdict.comparison else None,
-        passed,
-        verdict.reason,
-    )
+    timed = batch.opt, 1e3 * seconds, batch.opt / seconds
+    sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
+    return Tuned(candidate.described, name, *timed, sqnr_db, passed, verdict.reason)
 
 
 def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:

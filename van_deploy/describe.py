@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, locate_weights
 
 ENGINES = (".plan", ".engine", ".trt")
+Described = OnnxDescription | EngineDescription | PackageDescription
 
 
 @dataclass(frozen=True)
@@ -131,9 +133,7 @@ def _counted(config: VanConfig, preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def artefacts_described(
-    artefact: Path, *, trust_engine: bool = False
-) -> list[OnnxDescription | EngineDescription | PackageDescription]:
+def artefacts_described(artefact: Path, *, trust_engine: bool = False) -> list[Described]:
     """Return the description of one file, or of everything in a bundle that can be run.
 
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.
@@ -145,20 +145,18 @@ def artefacts_described(
     if artefact.is_dir():
         bundle = Bundle.open(artefact)
         files = [bundle.path / one.file for one in bundle.artefacts.values()]
-    found: list[OnnxDescription | EngineDescription | PackageDescription] = []
+    readers: dict[str, Callable[[Path], Described]] = {
+        **dict.fromkeys(ENGINES, partial(describe_engine, trust_engine=trust_engine)),
+        ".pt2": describe_package,
+        ".onnx": describe_onnx,
+    }
     for file in files:
         if not file.exists():
             raise InputError(f"There is no file '{file}'.", "Check the path.")
-        if file.suffix in ENGINES:
-            found.append(describe_engine(file, trust_engine=trust_engine))
-        elif file.suffix == ".pt2":
-            found.append(describe_package(file))
-        elif file.suffix == ".onnx":
-            found.append(describe_onnx(file))
-        else:
+        if file.suffix not in readers:
             raise InputError(
                 f"'{file}' is neither an ONNX file nor an engine.",
-                f"Give a .onnx, .pt2 or {', '.join(ENGINES)} file or a bundle; "
+                f"Give a {', '.join(readers)} file or a bundle; "
                 f"a checkpoint is shown by `van-deploy info {file}`.",
             )
-    return found
+    return [readers[file.suffix](file) for file in files]

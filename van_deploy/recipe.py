@@ -113,9 +113,10 @@ def recipe_for(model: str | Path | Recipe, changes: Changes = UNCHANGED) -> Reci
     """
     if isinstance(model, Recipe):
         return recipe_from(written(model), changes)
-    if str(model).endswith(".toml") or model in builtin_files():
-        return recipe_named(str(model), changes)
-    return recipe_from({"model": {"weights": str(model)}}, changes)
+    name = str(model)
+    if name.endswith(".toml") or name in builtin_files():
+        return recipe_named(name, changes)
+    return recipe_from({"model": {"weights": name}}, changes)
 
 
 def read_recipe(path: Path, changes: Changes = UNCHANGED) -> Recipe:

@@ -176,11 +176,10 @@ def validated(
     except UsageError as failure:  # what a schema's own validator found to contradict itself
         message = f"{where}: {failure.message}" if where else failure.message
         raise error(message, failure.remedy) from None
-    if where and not told.is_spelled:
-        raise error(f"{where}: {told.message}", told.remedy or remedy)
-    kind = UsageError if told.is_spelled else error
+    if told.is_spelled:
+        error, where, remedy = UsageError, "", "Correct it."
     sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), told.message)
-    raise kind(sentence, told.remedy or "Correct it.")
+    raise error(f"{where}: {told.message}" if where else sentence, told.remedy or remedy)
 
 
 def read_versioned(

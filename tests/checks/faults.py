@@ -90,8 +90,9 @@ def overflowing(model: ModelProto, tensor: str) -> ModelProto:
     Runtime computes it in FP32 on a CPU.
     """
     factor, half = np.float16(2**15), {"to": TensorProto.FLOAT16}
-    there: tuple[Step, ...] = (("Cast", [], half), ("Mul", [factor]), ("Mul", [1 / factor]))
-    return behind(model, tensor, *there, ("Cast", [], {"to": TensorProto.FLOAT}))
+    there: tuple[Step, ...] = (("Cast", [], half), ("Mul", [factor]), ("Neg", []))
+    back: tuple[Step, ...] = (("Mul", [-1 / factor]), ("Cast", [], {"to": TensorProto.FLOAT}))
+    return behind(model, tensor, *there, *back)
 
 
 def perturbed(model: ModelProto, block: str, share: float = 0.01) -> ModelProto:

@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 from typer.testing import CliRunner, Result
 
-from tests.conftest import Cli
 from tests.each import each
 from van_deploy.cli.app import CommandGroup
 from van_deploy.cli.options import Given, with_options
@@ -146,19 +145,3 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
     ):
         assert words in text
     assert f"─ {HOW} ─" in text
-
-
-@each(
-    ("source", "words"),
-    [
-        ("'--opset' is 40: it should be less than or equal to 23.", ["--opset", "40"]),
-        ("'--set export.opset' is 40: it should be", ["--set", "export.opset=40"]),
-    ],
-)
-def test_export_checks_before_it_loads_anything(
-    cli: Cli, tmp_path: Path, source: str, words: list[str]
-) -> None:
-    result = cli("export", "van_digits", "-o", tmp_path / "b", *words)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"error: {source}")
-    assert not (tmp_path / "b").exists()

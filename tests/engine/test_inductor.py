@@ -124,7 +124,7 @@ def test_commands_take_packages(
     assert "it runs on this machine" in shown.stdout
     refused = cli("package", "triton", folder, *one, "--output", tmp_path / "t")
     assert refused.exit_code == 5
-    assert "Triton does not load Inductor packages here" in refused.stderr
+    assert "Triton cannot load" in refused.stderr
 
 
 @pytest.mark.slow

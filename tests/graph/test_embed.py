@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from onnx import numpy_helper
 
 from benchmarks.ablation import plan_kernels
 from tests.each import each
@@ -62,10 +63,15 @@ def test_the_network_is_given_the_very_bits_of_the_file_pipeline(plain: onnx.Mod
 @each("outputs", [ALL, ("top5",), ("probabilities",), ("top5", "logits")])
 @each("task", [Task.SINGLE_LABEL, Task.MULTI_LABEL])
 def test_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> None:
-    before, values = plain.SerializeToString(), pixels(3)
-    logits = run(plain, normalised(values, PREPROCESSING))["logits"]
-    model = embed_preprocessing(plain, PREPROCESSING, "uint8", outputs, task)
-    assert plain.SerializeToString() == before
+    loud, values = onnx.ModelProto.FromString(plain.SerializeToString()), pixels(3)
+    for tensor in loud.graph.initializer:  # so loud that the best five are ties after a softmax
+        if tensor.name.startswith("head"):
+            much = 1000 * numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(much, tensor.name))
+    before = loud.SerializeToString()
+    logits = run(loud, normalised(values, PREPROCESSING))["logits"]
+    model = embed_preprocessing(loud, PREPROCESSING, "uint8", outputs, task)
+    assert loud.SerializeToString() == before
     found, odds = run(model, values), probabilities(logits, task)
     assert list(found) == [name for o in outputs for name in NAMES.get(o, (o,))]
     order = np.argsort(-logits, axis=1)[:, :5]

@@ -144,11 +144,11 @@ def test_what_is_kept_is_a_module_or_an_expression(digits: Digits) -> None:
 
 
 def test_a_quiet_network_has_no_problem_and_weights_that_vanish_are_kept(digits: Digits) -> None:
-    audit = audit_ranges(digits.graph, digits.ranges, (), 64, strict=True)
+    audit = audit_ranges(digits.graph, digits.ranges, (), strict=True)
     assert (audit["problems"], audit["kept"], audit["advice"]) == ([], {}, "")
     assert audit["largest_activation"][1] == max(r.largest for r in digits.ranges.values())
     tiny = scaled(digits.graph, {"block1.0.mlp.fc2.weight": 1e-9})
-    vanishing = audit_ranges(tiny, digits.ranges, (), 64)["kept"]
+    vanishing = audit_ranges(tiny, digits.ranges, ())["kept"]
     assert set(vanishing) == {"block1.0.mlp.fc2"}
     assert "which FP16 rounds to zero" in vanishing["block1.0.mlp.fc2"]
 
@@ -157,14 +157,14 @@ def test_what_overflows_is_kept_with_what_touches_it_and_bf16_is_advised(digits:
     factors = {f"{GATE}.conv0.weight": 2.0**15, f"{GATE}.conv0.bias": 2.0**15}
     loud = scaled(digits.graph, {**factors, f"{GATE}.conv_spatial.weight": 2.0**-15})
     ranges = observe(van_from_onnx(loud, digits.loaded.config), batches(digits.train), ())
-    audit = audit_ranges(loud, ranges, (), 64)
+    audit = audit_ranges(loud, ranges, ())
     kept = audit["kept"]
     assert set(kept) == {f"{GATE}.conv0", f"{GATE}.conv_spatial"}
     assert "beyond half of FP16's 65504" in kept[f"{GATE}.conv0"]
     assert "--precision bf16" in audit["advice"]
     with pytest.raises(GateFailed, match=r"FP16 cannot hold everything: 'block2\.0\.attn"):
-        audit_ranges(loud, ranges, (), 64, strict=True)
-    assert audit_ranges(loud, ranges, kept, 64)["problems"] == []
+        audit_ranges(loud, ranges, (), strict=True)
+    assert audit_ranges(loud, ranges, kept)["problems"] == []
     images = digits.train[:8]
     half = bf16_from_fp32(loud, kept_nodes(loud, DEFAULT_KEEP))
     for graph in (fp16_from_fp32(loud, kept), half):

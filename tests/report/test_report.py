@@ -88,14 +88,12 @@ def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None
         assert f"| {row['contender']} |" in text
         assert f"{row['images_per_s']:,.1f}" in text
     assert all(reason in text for reason in bench["skipped"].values())
-    (plot,) = (b.svg for b in document.sections["Accuracy"] if isinstance(b, doc.Plot))
-    assert plot.count('stroke="var(--bad)"') == 1, "one artifact, one allowed loss"
-    (losses,) = (
-        dict(zip(block.columns, block.rows[0], strict=True))
-        for block in document.sections["Accuracy"]
-        if isinstance(block, doc.Table) and "allowed pp" in block.columns
-    )
-    assert losses["allowed pp"] == f"{allowed_loss('fp32').value:g}", "and no other rule's limit"
+    _, _, losses, plot = document.sections["Accuracy"]
+    assert isinstance(losses, doc.Table)
+    assert isinstance(plot, doc.Plot)
+    assert plot.svg.count('stroke="var(--bad)"') == 1, "one artifact, one allowed loss"
+    allowed = dict(zip(losses.columns, losses.rows[0], strict=True))["allowed pp"]
+    assert allowed == f"{allowed_loss('fp32').value:g}", "and no other rule's limit"
 
 
 def test_all_three_say_the_same_and_name_no_folder(full: Bundle, document: Document) -> None:
@@ -107,7 +105,8 @@ def test_all_three_say_the_same_and_name_no_folder(full: Bundle, document: Docum
         assert f"## {title}" in text
         shown = " ".join(" ".join(in_terminal(blocks, 400)).split())
         for block in blocks:
-            cells = [cell for row in getattr(block, "rows", ()) for cell in row]
+            rows = (*getattr(block, "rows", ()), *getattr(block, "pairs", ()))
+            cells = [cell for row in rows for cell in row]
             assert all(cell in text for cell in cells if not set("|<>\n") & set(cell))
             assert all(" ".join(cell.split()) in shown for cell in cells)
         assert html.count("<tr>") >= sum(len(getattr(b, "rows", ())) for b in blocks)
@@ -136,10 +135,12 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
 def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: Copy) -> None:
     verified = copy.deepcopy(full.manifest.checks["verify"])
     verified["findings"][0].update(outcome="fail", message="another decoder")
+    del verified["artefacts"]["fp32"]
     document = document_of_bundle(edited(copy_of(full), verify=verified))
     assert document.state == "FAIL"
-    shown = "| ❌ FAIL | preprocessing | another decoder |"
-    assert shown in markdown_from_document(document)
+    text = markdown_from_document(document)
+    assert "| ❌ FAIL | preprocessing/0.png | another decoder |" in text
+    assert "| fp32 | left out by `van-deploy verify` |" in text
 
 
 def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: Copy) -> None:

@@ -47,6 +47,7 @@ def bundle(byte_bundle: Bundle, copy_of: Copy) -> Bundle:
 
 def test_an_embedded_graph_and_an_engine_take_bytes(bundle: Bundle) -> None:
     with Network(bundle, "fp32") as plain, Network(bundle, "fp32-uint8") as bytes_in:
+        assert plain.serves(3)
         np.testing.assert_allclose(
             bytes_in.logits(PIXELS), plain.logits(PIXELS), rtol=1e-5, atol=1e-5
         )

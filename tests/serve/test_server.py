@@ -370,6 +370,8 @@ def test_bodies_held_at_once_are_limited_and_given_back(digits: Bundle, original
             assert (status, told["Retry-After"]) == (503, "1")
             assert "hold all the memory they may" in answer["error"]
             assert ask(server, LIVE)[0] == 200
+            with connected(server, a_head(2 * MIB) + bytes(2 * MIB)) as large:
+                assert large.recv(99).startswith(b"HTTP/1.1 413")  # read to its end, not held
             assert ask(server, "/predict", original.read_bytes())[0] == 200
         until(lambda: held.used == 0)
         assert ask(server, "/predict", bytes(200_000))[0] == 422

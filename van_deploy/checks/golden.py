@@ -383,7 +383,7 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
             f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
             f"golden sample {row}: another decoder, or other preprocessing"
         ) * (change > RESIZED.value)
-        findings.append(held("preprocessing", fault, change, RESIZED))
+        findings.append(held(f"preprocessing/{path.name}", fault, change, RESIZED))
     return findings
 
 

@@ -125,27 +125,32 @@ def engine_from_onnx(
         facts = _run(job, folder, backend, tell)
         draft = (folder / PLAN).rename(folder / plan.name)
         log = (folder / LOG).rename(log_path(draft))
-        known = {
-            "schema": SCHEMA,
-            "name": name,
-            "plan_sha256": file_sha256(draft),
-            "plan_bytes": draft.stat().st_size,
-            "onnx_file": source.name,
-            "onnx_sha256": file_sha256(source),
-            "backend": backend.name,
-            "backend_version": backend.version,
-            "cuda": backend.cuda,
-            "precision": precision,
-            "targets": targets_of(options, host),
-            "built_on": None if backend.builds_for_absent_gpus else host.gpu,
-            "options": options,
-            "preprocessing": preprocessing,
-            "warnings": dict(warnings_summary(facts.pop("warnings"))),
-        }
-        sidecar = write_sidecar(draft, validated(Sidecar, {**facts, **known}))
+        facts |= _known(name, source, draft, backend, options, host)
+        facts |= {"precision": precision, "preprocessing": preprocessing}
+        sidecar = write_sidecar(draft, validated(Sidecar, facts))
         for path in (log, draft, sidecar_path(draft)):  # the sidecar last
             path.replace(plan.parent / path.name)
     return sidecar
+
+
+def _known(
+    name: str, source: Path, plan: Path, backend: Backend, options: BuildOptions, host: Host
+) -> dict[str, Any]:
+    """Return what a sidecar says besides what the worker reports and the caller knows."""
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "plan_sha256": file_sha256(plan),
+        "plan_bytes": plan.stat().st_size,
+        "onnx_file": source.name,
+        "onnx_sha256": file_sha256(source),
+        "backend": backend.name,
+        "backend_version": backend.version,
+        "cuda": backend.cuda,
+        "targets": targets_of(options, host),
+        "built_on": None if backend.builds_for_absent_gpus else host.gpu,
+        "options": options,
+    }
 
 
 def has_weights_beside(path: Path, options: BuildOptions) -> bool:
@@ -258,7 +263,8 @@ def _run(
         kind: type[VanDeployError] = getattr(errors, outcome["kind"])
         source = (folder / ONNX).readlink().name
         raise kind(outcome["message"].replace(f"'{ONNX}'", f"'{source}'"), outcome["remedy"])
-    return {**outcome, "fixed_addresses": fixed}
+    warnings = dict(warnings_summary(outcome["warnings"]))
+    return {**outcome, "warnings": warnings, "fixed_addresses": fixed}
 
 
 def _died(status: int, backend: Backend, chatter: str) -> VanDeployError:

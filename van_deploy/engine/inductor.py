@@ -141,7 +141,7 @@ def build_package(
         facts = {
             **decided,
             "schema": PACKAGE_SCHEMA,
-            "name": name,
+            "name": file.stem,
             "file_sha256": file_sha256(file),
             "file_bytes": file.stat().st_size,
             "onnx_file": source.file,

@@ -113,8 +113,7 @@ def build(job: Mapping[str, Any], log: BuildLog, send: Send) -> dict[str, Any]:
     # TensorRT tries a profile's optimum only (RTX 1.7.1): a graph that was frozen at
     # just that size would build, and fail later at every other.
     for output in outputs if inputs[0]["shape"][0] == -1 else ():
-        size = next(iter(output["shape"]), 0)
-        if size != -1:
+        if (size := next(iter(output["shape"]), 0)) != -1:
             said = f"'{output['name']}' has a fixed batch of {size}: violate shape constraints"
             raise failure(failed, [said])
     config = builder.create_builder_config()
@@ -132,10 +131,7 @@ def build(job: Mapping[str, Any], log: BuildLog, send: Send) -> dict[str, Any]:
     built = time.perf_counter()
     if cache:
         save_timings(config, timings, cache)
-    with Path(PLAN).open("wb") as file:
-        file.write(memoryview(plan))
-        file.flush()
-        os.fsync(file.fileno())
+    write_atomic(Path(PLAN), plan)
     return {
         "inputs": inputs,
         "outputs": outputs,

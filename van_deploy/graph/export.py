@@ -98,7 +98,11 @@ def onnx_from_van(
     _name_after_modules_(program.model)
     _drop_provenance_(program.model)
     program.model.metadata_props.update(metadata or {})
-    proto: ModelProto = program.model_proto
+    return _finished(program.model_proto, opset)
+
+
+def _finished(proto: ModelProto, opset: int) -> ModelProto:
+    """Return what the exporter wrote, at the opset asked for and with names for dynamic sides."""
     if opset == 17:
         _lower_to_opset_17_(proto)
     written = proto.opset_import[0].version

@@ -38,6 +38,18 @@ def gelu(x, FINE: tl.constexpr):
 
 
 @triton.jit
+def row_added(totals, value, taps, row: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
+    """Return the totals of ROWS outputs with an input ``row`` times the taps that meet it."""
+    added = ()
+    for here in tl.static_range(ROWS):
+        if here <= row and row - here < K:
+            added = added + (totals[here] + value * taps[row - here],)
+        else:
+            added = added + (totals[here],)
+    return added
+
+
+@triton.jit
 def depthwise_kernel(
     x_ptr,
     w_ptr,
@@ -90,13 +102,7 @@ def depthwise_kernel(
                 mask = mask & known[None, :]
             at = x + ((row - K // 2) * W + column - K // 2) * D * C
             value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            added = ()
-            for here in tl.static_range(ROWS):
-                if here <= row and row - here < K:
-                    added = added + (totals[here] + value * taps[row - here],)
-                else:
-                    added = added + (totals[here],)
-            totals = added
+            totals = row_added(totals, value, taps, row, ROWS, K)
     for row in tl.static_range(ROWS):
         total = totals[row]
         if GELU:

@@ -41,7 +41,6 @@ _OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
 _BESIDE, _OWN = " beside the weights", "the checkpoint's own"
 _SAY = "Say yourself what the weights want: --image-size --mean --std --interpolation --crop-pct."
 _LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
-_APART = "move the weights out of its folder"
 _MMCV_EPS = 1e-5  # build_norm_layer's default; the official code's and Transformers' is 1e-6
 
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
@@ -135,7 +134,8 @@ def _require(where: str, told: Values, allowed: Mapping[str, tuple[Any, ...]]) -
         if told.get(key) not in (None, *values):
             fits, said = " or ".join(map(str, values)), reprlib.repr(told[key])
             wrong = f"T{where[1:]} says {key} {said}; what fits this network is {fits}."
-            raise CheckpointError(wrong, f"Correct or take out '{key}', or {_APART}.")
+            apart = ", or move the weights out of its folder" if _BESIDE in where else ""
+            raise CheckpointError(wrong, f"Correct or take out '{key}'{apart}.")
 
 
 def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str,
 
     if refused := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
         wrong = f"In {where}, model_args or pretrained_cfg have what is not supported: {refused}."
-        raise CheckpointError(wrong, f"Correct it, or {_APART} to do without it.")
+        raise CheckpointError(wrong, "Correct it, or move the weights out of its folder.")
     found = {key: told[key] for key in ("strides", "layer_norm_eps", "problem_type") if key in told}
     taken = ", ".join(f"{key} {value}" for key, value in found.items())
     for told_of, what in (("from", taken), ("not known here, in", unknown(beside))):

@@ -30,7 +30,7 @@ from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, with_dynamic_batch_
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import Task, find_flips, sqnr_db
+from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
 from van_deploy.precision.images import JobImages
 from van_deploy.precision.scales import Images
 from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
@@ -117,33 +117,44 @@ def compare_precisions(
             findings = _findings(precision, expected, actual, labels, settings.max_drop)
         elif precision != "fp32":
             findings = [at_least("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
-        failures, doubts = (
-            tuple(finding.message for finding in findings if finding.outcome is outcome)
-            for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
-        )
-        same, count = figures.top1_agreement, figures.images
-        agreed = None if same is None else round(same * count)
         correct = None if labels is None else int((actual.argmax(axis=1) == labels).sum())
-        row: Row = {
-            "name": candidate.name,
-            "precision": precision,
-            "size_bytes": candidate.model.ByteSize(),
-            "sqnr_db": figures.sqnr_db,
-            "cosine": figures.cosine,
-            "kl": figures.kl,
-            "agreement": same,
-            "images": count,
-            "correct": correct,
-            "ms_per_image": ms,
-            "passed": None if precision == "fp32" else not failures,
-            "failures": failures,
-            "doubts": doubts,
-            "agreement_interval": None if agreed is None else wilson_interval(agreed, count),
-            "top1_interval": None if correct is None else wilson_interval(correct, count),
-        }
-        endless = [k for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)]
-        rows.append(row | dict.fromkeys(endless))
+        rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
+
+
+def _row(
+    candidate: Candidate,
+    figures: Comparison,
+    findings: Sequence[Finding],
+    correct: int | None,
+    ms: float | None,
+) -> Row:
+    """Return a candidate's line of :func:`compare_precisions`."""
+    failures, doubts = (
+        tuple(finding.message for finding in findings if finding.outcome is outcome)
+        for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
+    )
+    same, count = figures.top1_agreement, figures.images
+    agreed = None if same is None else round(same * count)
+    row: Row = {
+        "name": candidate.name,
+        "precision": candidate.precision,
+        "size_bytes": candidate.model.ByteSize(),
+        "sqnr_db": figures.sqnr_db,
+        "cosine": figures.cosine,
+        "kl": figures.kl,
+        "agreement": same,
+        "images": count,
+        "correct": correct,
+        "ms_per_image": ms,
+        "passed": None if candidate.precision == "fp32" else not failures,
+        "failures": failures,
+        "doubts": doubts,
+        "agreement_interval": None if agreed is None else wilson_interval(agreed, count),
+        "top1_interval": None if correct is None else wilson_interval(correct, count),
+    }
+    endless = [k for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)]
+    return row | dict.fromkeys(endless)
 
 
 def labels_lost(expected: Images, found: Images, labels: Labels | None) -> int:

@@ -78,13 +78,12 @@ def audit_ranges(
     model: ModelProto,
     ranges: Mapping[str, ChannelRange],
     kept: Collection[str],
-    images: int,
     *,
     strict: bool = False,
 ) -> dict[str, Any]:
     """Return what FP16 cannot hold of ``model``, for the manifest.
 
-    The number of ``images``; the ``headroom`` that an activation must have; the
+    The ``headroom`` that an activation must have; the
     ``largest_activation`` and the ``smallest_activation``, name and magnitude; the ``problems``,
     each with the ``name`` of a tensor or weight, its ``largest`` magnitude and, after its name,
     the ``problem``; the nodes to be ``kept`` in FP32, and why; and ``advice``, "" without any.
@@ -94,7 +93,6 @@ def audit_ranges(
         ranges: of its tensors, on real images.
         kept: nodes that stay FP32 anyway; their own weights, and tensors between two of
             them, are no problem.
-        images: how many images the ranges are of.
         strict: refuse to keep anything that nobody asked to keep.
 
     Raises:
@@ -104,8 +102,7 @@ def audit_ranges(
     largest = {name: record.largest for name, record in ranges.items()}
     made = [value for node in graph for value in node.outputs]
     stored = [v for v in graph.initializers.values() if v.dtype is FLOAT]
-    problems: list[dict[str, Any]] = []
-    reasons: dict[str, str] = {}
+    problems, reasons = list[dict[str, Any]](), dict[str, str]()
     for value in (*graph.inputs, *made, *stored):
         nodes = [node for node, _ in value.uses()] + [value.producer()]
         concerned = {str(node.name) for node in nodes if node is not None} - set(kept)
@@ -130,7 +127,6 @@ def audit_ranges(
         )
     filled = [(name, size) for name, size in largest.items() if size > 0]
     return {
-        "images": images,
         "headroom": HEADROOM,
         "largest_activation": max(filled, key=lambda item: item[1]),
         "smallest_activation": min(filled, key=lambda item: item[1]),

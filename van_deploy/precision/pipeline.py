@@ -204,10 +204,9 @@ class _Job:
             return by_user
         found = {**(usually_kept(model) if settings.keep_defaults else {}), **by_user}
         if settings.precision != "bf16":  # which has FP32's range
-            count = len(self.images.calibration)
-            audit = audit_ranges(model, ranges, found, count, strict=settings.strict)
+            audit = audit_ranges(model, ranges, found, strict=settings.strict)
             found |= audit["kept"]
-            self.facts["audit"] = audit
+            self.facts["audit"] = {"images": len(self.images.calibration), **audit}
         self.facts["kept"] = found
         return found
 

@@ -87,7 +87,6 @@ def _document(bundle: Bundle) -> Document:
     size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
     again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)
-    written = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
     return Document(
         title=bundle.name,
         subtitle=f"Visual Attention Network, {doc.count_text(manifest['parameters'])} parameters, "
@@ -96,8 +95,8 @@ def _document(bundle: Bundle) -> Document:
         note="; ".join(words),
         sections={t: blocks for t, blocks in _sections(manifest, sizes, verdicts, bench) if blocks},
         notices=doc.notices("STALE", again),
-        footer=f"Written by van-deploy {__version__} on {written}; the bundle was last changed "
-        f"{manifest['written']}.",
+        footer=f"Written by van-deploy {__version__}, {datetime.now(timezone.utc):%Y-%m-%d %H:%M} "
+        f"UTC; the bundle was last changed {manifest['written']}.",
     )
 
 
@@ -128,6 +127,8 @@ def _sections(
     done = {*checks, *(e[key] for e in artefacts.values() for key in ("precision", "kind"))}
     left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
     left += [(name, what) for name, what in COMMANDS.items() if name not in done]
+    verified = checks.get("verify", {}).get("artefacts", artefacts)
+    left += [(n, "left out by `van-deploy verify`") for n in artefacts if n not in verified]
     yield "Not measured", table(left, "what = 0 name; why = 1")
 
 

@@ -24,7 +24,7 @@ def bench_blocks(report: Entry) -> list[Block]:
             "took s = seconds.wall .0f; timed s = seconds.timed .0f; ratios against = reference",
         ),
         *notices("WARNING", report["warnings"]),
-        *_plots(rows),
+        *(_plots(rows) if rows else ()),
         *table(
             sorted(rows, key=lambda r: (size_text(r["image_size"]), r["batch"], -r["rate"])),
             "runner = contender name; batch d; size name; p50 ms = latency.p50_ms ms; "
@@ -119,8 +119,6 @@ def _reached(rows: Sequence[Entry], title: str) -> list[Block]:
 def _plots(rows: Sequence[Entry]) -> list[Block]:
     """Return latency at the smallest batch, and latency against batch where there are several."""
     rows = [row for row in rows if row["image_size"] == rows[0]["image_size"]]
-    if not rows:
-        return []
     batches = sorted({row["batch"] for row in rows})
     colour = colours(row["artefact"] for row in rows)
     marks = []

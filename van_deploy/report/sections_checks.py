@@ -176,6 +176,7 @@ def check_blocks(entry: Entry) -> list[Block]:
     found = [{"about": row["name"], **row, **row["finding"]} for row in entry["rows"]]
     ran = [row for row in found if row["outcome"] != "skipped"]
     shown = [row for row in ran if row["outcome"] != "pass" or row["about"].startswith("gate/")]
+    left_out = f"; {len(ran) - len(shown)} within the baseline are not shown" * (ran != shown)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in entry["counts"].items())
     new = f" Not in the baseline: {', '.join(entry['new'])}." if entry["new"] else ""
     return [
@@ -185,7 +186,7 @@ def check_blocks(entry: Entry) -> list[Block]:
             "limit = limit.value .4g; message = message",
         ),
         *_messages([row for row in found if row["outcome"] == "skipped"]),
-        Paragraph(f"{len(found)} rows: {counts}.{new}"),
+        Paragraph(f"{len(found)} rows: {counts}{left_out}.{new}"),
     ]
 
 
