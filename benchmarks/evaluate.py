@@ -40,7 +40,7 @@ def main() -> int:
         found = image_set(Path(arguments.images)) if arguments.images else sample_set()
         _write_images(found.items, arguments.count, images)
         for number in range(1, arguments.rounds + 1):
-            files = bundle.evaluate(images, batch=BATCH).seconds
+            files = bundle.evaluate(images, batch=BATCH, class_order="index").seconds
             ready = _fed(bundle, images)
             shares.append(ready / files)
             rates = (f"{arguments.count / seconds:.1f}" for seconds in (files, ready))
@@ -67,7 +67,7 @@ def _fed(bundle: vd.Bundle, images: Path) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
     artifact = bundle.opened()
     loaded = vd.load_van(bundle.manifest.model, weights="random")
-    labelled = labelled_images(images, loaded.config.num_classes)
+    labelled = labelled_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]
     start = time.perf_counter()
     with OnnxRuntimeRunner(artifact.verified("fp32")) as graph:
