@@ -22,6 +22,7 @@ from benchmarks.table import Table, options
 from van_deploy.data.images import decoded_batches, image_set, opened
 from van_deploy.data.labels import labelled_images
 from van_deploy.data.samples import sample_set
+from van_deploy.runners.network import original_network
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
@@ -66,7 +67,7 @@ def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
 def _fed(bundle: vd.Bundle, images: Path) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
     artifact = bundle.opened()
-    loaded = vd.load_van(bundle.manifest.model, weights="random")
+    loaded = original_network(artifact)
     labelled = labelled_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]
     start = time.perf_counter()
