@@ -22,6 +22,7 @@ from benchmarks.table import Table, options
 from van_deploy.data.images import decoded_batches, image_set, opened
 from van_deploy.data.labels import labelled_images
 from van_deploy.data.samples import sample_set
+from van_deploy.runners.network import original_network
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import TorchRunner
 
@@ -40,7 +41,7 @@ def main() -> int:
         found = image_set(Path(arguments.images)) if arguments.images else sample_set()
         _write_images(found.items, arguments.count, images)
         for number in range(1, arguments.rounds + 1):
-            files = bundle.evaluate(images, batch=BATCH).seconds
+            files = bundle.evaluate(images, batch=BATCH, class_order="index").seconds
             ready = _fed(bundle, images)
             shares.append(ready / files)
             rates = (f"{arguments.count / seconds:.1f}" for seconds in (files, ready))
@@ -66,8 +67,8 @@ def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
 def _fed(bundle: vd.Bundle, images: Path) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
     artifact = bundle.opened()
-    loaded = vd.load_van(bundle.manifest.model, weights="random")
-    labelled = labelled_images(images, loaded.config.num_classes)
+    loaded = original_network(artifact)
+    labelled = labelled_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]
     start = time.perf_counter()
     with OnnxRuntimeRunner(artifact.verified("fp32")) as graph:

@@ -17,7 +17,7 @@ from van_deploy.bench.document import Ceilings, Contender, GpuState, Row
 from van_deploy.bench.gpu import Clock, gpu_watch, int8_not_worth_it, timed, with_ratios
 from van_deploy.bench.profile import by_module, profile_of
 from van_deploy.bench.race import Lane, Race
-from van_deploy.bench.roofline import least_time
+from van_deploy.bench.roofline import least_time, measured_limits
 from van_deploy.bench.worker import WorkerError
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import Driver, Gpu
@@ -200,9 +200,13 @@ def test_onnx_runtimes_profile_of_a_gpu_is_not_shown() -> None:
 def test_the_least_time_is_the_slower_of_arithmetic_and_memory(
     rates: dict[str, float], bytes_per_s: float, precision: str, ms: float | None, bound: str
 ) -> None:
-    config, place = VARIANTS["van_b0"].config, ("x", precision, 10, 224)
-    least = least_time(config, Ceilings(rates, bytes_per_s, ""), place)
+    config, ceilings = VARIANTS["van_b0"].config, Ceilings(rates, bytes_per_s, "")
+    least = least_time(config, ceilings, ("x", precision, 10, 224))
     assert (least.bound if least else "") == bound
     if least:
         assert least.least_ms == pytest.approx(ms, rel=0.002)
         assert least.operations == 20 * config.mac_count(224)
+        rows = [Row("x", 10, 224, images_per_s=1e4 / (2 * least.least_ms))]
+        contenders = {"x": Contender("x", "onnxruntime", precision)}
+        (reached,) = measured_limits(config, contenders, rows, ceilings)
+        assert reached.percent_of_limit == pytest.approx(50)
