@@ -28,6 +28,7 @@ def test_each_is_a_schema_and_describes_what_it_is(name: str) -> None:
     tables = [found for found in schema.get("$defs", {}).values() if "properties" in found]
     assert all(table["description"] for table in tables)
     assert all(table["required"] == list(table["properties"]) for table in tables)
+    assert all("additionalProperties" in table for table in tables)  # closed, or said to be open
 
 
 def test_real_documents_are_valid_and_spoiled_ones_are_not(digits_bundle: Bundle) -> None:

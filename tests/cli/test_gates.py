@@ -245,6 +245,9 @@ def test_a_broken_artefact_fails_twice(cli: Cli, path: Path, baseline: Path) -> 
     rows = {row["name"]: row["finding"] for row in json.loads(result.stdout)["rows"]}
     failed = {name for name, finding in rows.items() if finding["outcome"] == "fail"}
     assert failed == {"gate/verify/fp16", "baseline/fp16/SQNR"}
+    before = baseline.read_text()
+    assert cli("check", path, "--baseline", baseline, "--update").exit_code == 1
+    assert baseline.read_text() == before  # only what holds its gates becomes a baseline
 
 
 def test_a_deleted_artefact_fails_whatever_may_be_skipped(
