@@ -128,7 +128,7 @@ def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_p
     ("words", "code", "message"),
     [
         ("van_b9", 2, "There is no VAN variant called 'van_b9'"),
-        ("van_b5", 2, "van_b5 has no public ImageNet-1K weights on the hub"),
+        ("van_b5", 2, "van_b5 has no public ImageNet-1K weights"),
         ("./none.pth", 5, "none.pth"),
         ("van_digits --image-size 8", 2, "8"),
         ("van_digits --image-size big", 2, "--image-size"),
