@@ -81,7 +81,7 @@ def main() -> int:
 def _about(name: str) -> str:
     """Return what a section compares."""
     text = (ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8")
-    return text.splitlines()[0].lstrip("r").strip('"')
+    return text.splitlines()[0].lstrip("r").strip('"').replace("``", "`")
 
 
 def _run(name: str, page: Path) -> int:

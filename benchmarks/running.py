@@ -2,8 +2,8 @@
 
 ``van-deploy bench`` itself measures: every runner in a process of its own, rounds in turns.
 
-    python -m benchmarks.running                       # van_b0 and van_b1 at 224, batch 1 and 8
-    python -m benchmarks.running --variants van_b0 --seconds 1
+    python -m benchmarks.running                       # van_b0 at 224, batch 1 and 8
+    python -m benchmarks.running --variants van_b1 van_b2 --seconds 1
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from van_deploy.data.samples import sample_set
 
 COLUMNS = ("variant", "runner", "batch", "p50 ms", "p99 ms", "images/s", "x eager (95 %)")
 PHOTOGRAPHS = 16
-ASKED = {"variants": ("van_b0", "van_b1"), "batches": "1,8", "seconds": "3"}
+ASKED = {"variants": ("van_b0",), "batches": "1,8", "seconds": "3"}
 
 
 def main() -> int:
