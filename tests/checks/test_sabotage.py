@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import Broken
 from tests.each import each
-from van_deploy.checks.gates import BELOW_RECORD_DB, Limit, Outcome
+from van_deploy.checks.gates import BELOW_RECORD_DB, Limit, Outcome, outcome_of
 from van_deploy.checks.judging import judge_graph, judge_new
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import VerifySettings
@@ -99,3 +100,20 @@ def test_each_wrong_scale_is_named(judged: Subject) -> None:
         for of, factor in (("weight", 2), ("activation", 8)):
             model = faults.scale_times(judged.graph("int8"), layer, of, factor)
             assert layer in dict(judge_graph(model, "int8", few, INT8)[1])
+
+
+def test_on_sample_images_one_scale_decides_nothing_and_all_do(judged: Subject) -> None:
+    general = replace(judged.samples, description="16 images and shifts of 7 natural photographs")
+    nodes = judged.graph("int8").graph.node
+    rounded = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    layer = next(n.name for n in nodes if n.op_type == "Conv" and n.input[0] in rounded)
+    one = faults.scale_times(judged.graph("int8"), layer, "activation", 8)
+    every = faults.scales_changed(judged.graph("int8"), lambda scales: [6 * s for s in scales])
+    for model, samples, outcome, word in (
+        (one, general, Outcome.INCONCLUSIVE, "--images"),
+        (one, judged.samples, Outcome.FAIL, "is allowed"),
+        (every, general, Outcome.FAIL, "times the best"),
+    ):
+        findings, _ = judge_graph(model, "int8", samples, INT8)
+        assert outcome_of(findings) is outcome
+        assert any(word in finding.message for finding in findings)

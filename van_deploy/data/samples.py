@@ -22,6 +22,9 @@ from van_deploy.errors import ImageError
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
 from van_deploy.model.preprocess import Preprocessing
 
+# What sample images are called that no network was trained on in particular.
+GENERAL = ("natural photographs", "synthetic dead-leaves images")
+
 # Photographs of ordinary scenes only: the packages also carry charts, text and micrographs.
 PHOTOGRAPHS = (
     *("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png"),
@@ -54,10 +57,10 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
     if items:
         named = ", ".join(item.name for item in items)
-        return ImageSet(tuple(items), f"{len(items)} natural photographs: {named}")
+        return ImageSet(tuple(items), f"{len(items)} {GENERAL[0]}: {named}")
     leaves = [dead_leaves_image(seed, size, channels) for seed in range(SYNTHETIC_IMAGES)]
     items = [ImageItem(f"synthetic {seed}", image) for seed, image in enumerate(leaves)]
-    what = f"{len(items)} synthetic dead-leaves images (no photographs of {channels} channels here)"
+    what = f"{len(items)} {GENERAL[1]} (no photographs of {channels} channels here)"
     return ImageSet(tuple(items), what)
 
 

@@ -71,7 +71,8 @@ class QuantizeResult:
     def passed(self) -> bool:
         """Whether the precision asked for holds its gates, and the budget if there is one."""
         searched = self.facts.get("search", {}).get("passed", True)
-        judged = self.facts.get("judged", {}).get("outcome", "pass") == "pass"
+        good = {"pass", "inconclusive"} if self.allow_inconclusive else {"pass"}
+        judged = self.facts.get("judged", {}).get("outcome", "pass") in good
         rows = [row for row in self.facts["comparison"] if row["requested"]]
         shown = self.allow_inconclusive or not any(row["doubts"] for row in rows)
         return searched and judged and shown and all(row["passed"] for row in rows)
