@@ -49,7 +49,7 @@ FURTHER = {
     "engine": ("cli/test_build.py", "runners/*.py"),
     "graph": ("test_pipeline.py",),
     "bundle": ("test_signing.py", "test_pipeline.py"),
-    "": ("test_*.py", "bundle/*.py", "checks/*.py"),
+    "": ("test_*.py", "bundle/*.py", "checks/*.py", "cli/test_gates.py"),
 }
 """Tests beside ``tests/<package>/`` that are to notice a fault in a package."""
 
