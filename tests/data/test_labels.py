@@ -105,6 +105,10 @@ def test_wordnet_ids_name_imagenets_classes_in_folders_and_files(make: Make) -> 
     names = [text.split(",")[0].upper() for text in ImageNetInfo().label_descriptions()]
     images = labelled_images(make("n01440764", "tabby"), 1000, names)
     assert by_folder(images) == {"n01440764": 0, "tabby": 281}
+    longer = [f"{name}, a word of theirs" for name in names]  # any part tells ImageNet's classes
+    assert by_folder(labelled_images(make("n02123045", folder="more"), 1000, longer)) == {
+        "n02123045": 281
+    }
 
 
 @each("first", ["plankton", "tench, Tinca tinca"])
