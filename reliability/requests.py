@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from reliability.load import exported, started
 from reliability.spoiled import Draw, first_fault, one_of, spoiled_bytes, spoiled_json
 
-TOTAL, AT_ONCE, MEAN = 10_000, 64, 56  # requests, connections of a case at most and about
+TOTAL, AT_ONCE, MEAN = 10_000, 64, 48  # requests, connections of a case at most and about
 SILENCE_S = 1.0  # then nothing more comes: the request was not complete
 NAME, ROW = "van_digits-fp32-uint8", 64 * 64 * 3
 HEADERS = (
