@@ -180,6 +180,39 @@ def judge_scales(
     if not rounded:
         return [], []
     for_cpus = any(stored[quantize.input[2]].dtype == np.uint8 for quantize in rounded.values())
+    seen, rows = _unrounded(model, rounded, samples)
+    scales = {name: _over_the_best(q, stored, seen[q.input[0]]) for name, q in rounded.items()}
+    findings, wrong = _activations(scales, rounded, method, for_cpus)
+    weights = {name: _code_fault(node, stored, for_cpus) for name, node in held_as.items()}
+    faults = [
+        (node.name, fault)
+        for name, fault in (*wrong.items(), *weights.items())
+        for node in nodes
+        if fault and name in node.input
+    ]
+    sqnr = samples.outputs.sqnr_db(samples.logits, rows)
+    apart = _together("activation scales", wrong)
+    if apart.outcome is gates.Outcome.FAIL and any(kind in samples.description for kind in GENERAL):
+        said = f"{apart.message}. The golden samples are sample images: {_OWN}"
+        apart = replace(apart, outcome=gates.Outcome.INCONCLUSIVE, message=said)
+    return [
+        at_least("SQNR without activation rounding", sqnr, floor),
+        *findings,
+        apart,
+        _together("weight scales", weights),
+    ], faults
+
+
+def _unrounded(
+    model: ModelProto, rounded: Mapping[str, NodeProto], samples: Samples
+) -> tuple[dict[str, Array], Array]:
+    """Return a graph's values and its outputs' rows ``(N, K)`` without rounding of activations.
+
+    Args:
+        model: the graph.
+        rounded: what makes an activation's integers, by their float.
+        samples: the golden images.
+    """
     bare, tensors = ModelProto(), dict.fromkeys(q.input[0] for q in rounded.values())
     bare.CopyFrom(model)
     for node in bare.graph.node:  # every reader of a rounded activation reads it unrounded
@@ -198,26 +231,7 @@ def judge_scales(
             stride = max(1, flat.size // (VALUES_AN_IMAGE * len(batch))) | 1
             pieces.append(np.append(flat[::stride], [flat.min(), flat.max()]))
     seen = {tensor: np.concatenate(pieces) for tensor, pieces in met.items()}
-    scales = {name: _over_the_best(q, stored, seen[q.input[0]]) for name, q in rounded.items()}
-    findings, wrong = _activations(scales, rounded, method, for_cpus)
-    weights = {name: _code_fault(node, stored, for_cpus) for name, node in held_as.items()}
-    faults = [
-        (node.name, fault)
-        for name, fault in (*wrong.items(), *weights.items())
-        for node in nodes
-        if fault and name in node.input
-    ]
-    sqnr = samples.outputs.sqnr_db(samples.logits, np.concatenate(rows))
-    apart = _together("activation scales", wrong)
-    if apart.outcome is gates.Outcome.FAIL and any(kind in samples.description for kind in GENERAL):
-        said = f"{apart.message}. The golden samples are sample images: {_OWN}"
-        apart = replace(apart, outcome=gates.Outcome.INCONCLUSIVE, message=said)
-    return [
-        at_least("SQNR without activation rounding", sqnr, floor),
-        *findings,
-        apart,
-        _together("weight scales", weights),
-    ], faults
+    return seen, np.concatenate(rows)
 
 
 def _over_the_best(quantize: NodeProto, stored: Mapping[str, Array], values: Array) -> float:
