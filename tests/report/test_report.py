@@ -242,8 +242,10 @@ def test_the_table_of_precisions_is_whole_in_a_pipe(passed: bool, gate: str) -> 
         "calibration": {"images": 5, "description": "images", "noise": False, "unreadable": []},
         "recommended": None,
         "why": "speed not measured",
+        "judged": {"findings": [{"outcome": "inconclusive", "rule": "scales", "message": "odd"}]},
     }
     made = {"facts": facts, "artefact": "int8", "bundle": "b", "seconds": {}, "reused": False}
     shown = "\n".join(in_terminal(quantized_blocks(made), 100))
     for text in ("precision", "top-1 %", "gate", "123.0 MiB", "76.90", "75.00 to 78.70", gate):
         assert text in shown
+    assert "INCONCLUSIVE  scales: odd" in shown  # of the golden samples: what ends it with 1

@@ -249,7 +249,8 @@ def quantized_blocks(result: Entry) -> list[Block]:
     search = made.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
     lost = "At most {max_drop:g} points of {of} lost, searched on {images} images".format(**search)
     findings = (made.get("judged") or {}).get("findings", ())
-    failed = (f"{f['rule']}: {f['message']}" for f in findings if f["outcome"] == "fail")
+    said = [(f["outcome"].upper(), f"{f['rule']}: {f['message']}") for f in findings]
+    wrong = [pair for pair in said if pair[0] in {"FAIL", "INCONCLUSIVE"}]
     best = f"{made['recommended'].upper()}: " if made["recommended"] else ""
     took = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
     word = "Reused" if result["reused"] else "Wrote"
@@ -274,7 +275,7 @@ def quantized_blocks(result: Entry) -> list[Block]:
             "layers in INT8 = quantized; % of the multiply-adds = int8_share percent; "
             "scales = method; recommended = best",
         ),
-        *notices("FAIL", failed),
+        *([doc.Facts(wrong, states=True)] if wrong else []),
         *notices("WARNING", _doubts(made)),
         Paragraph(f"{word} {result['artefact']} in {result['bundle']}{took}."),
     ]
@@ -288,8 +289,7 @@ def _doubts(facts: Entry) -> Iterator[str]:
     if unreadable := calibration["unreadable"]:
         yield f"{len(unreadable)} image(s) could not be read: {'; '.join(unreadable[:3])}"
     if search and not search["passed"]:
-        tried = len(search["trials"])
-        yield f"no plan held {search['max_drop']:g} points in {tried} evaluations"
+        yield f"no plan held {search['max_drop']:g} points in {len(search['trials'])} evaluations"
     for row in facts["comparison"]:
         for doubt in row["doubts"] if row["passed"] else ():
             yield f"{row['name'].upper()} is undecided: {doubt}"
