@@ -207,9 +207,11 @@ def read_versioned(
     try:
         text = documents.text_from(path) if text is None else text
         raw = documents.json_from(text)
-    except (OSError, ValueError) as failure:
-        reason = getattr(failure, "strerror", None) or failure
-        raise error(f"{where}: {reason}.", remedy) from failure
+    except OSError as failure:
+        reason = failure.strerror or failure
+        raise error(f"The {what} '{path}' cannot be read: {reason}.", remedy) from failure
+    except ValueError as failure:
+        raise error(f"{where}: {failure}.", remedy) from failure
     found = raw.get("schema") if isinstance(raw, Mapping) else None
     if isinstance(found, str) and found != model.schema_name():
         raise error(

@@ -127,7 +127,7 @@ def test_the_command_prints_tables_and_json_and_keeps_the_result(
         ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
         ("--runners tvm", 2, "There is no runner 'tvm' here."),
         ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
-        ("--compare no.json", 5, "The benchmark 'no.json' is damaged"),
+        ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
         ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
         ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
         ("--device cuda:0", 3, "No NVIDIA GPU 'cuda:0' answers here"),

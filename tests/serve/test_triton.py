@@ -273,7 +273,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
     with pytest.raises(InputError, match="was made from 'van_digits', not 'other'"):
         check_package(package, other)
-    with pytest.raises(InputError, match=r"The package record '.*' is damaged: No such file"):
+    with pytest.raises(InputError, match=r"The package record '.*' cannot be read: No such file"):
         check_package(tmp_path / "nowhere", digits)
 
 

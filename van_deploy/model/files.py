@@ -178,8 +178,8 @@ def _downloaded(repo_id: str, revision: str, wanted: str | None, offline: bool) 
 
 # --- reading ---------------------------------------------------------------------------------
 
-_SAVE = "Save the weights: torch.save(model.state_dict(), 'weights.pth')."
-_AGAIN = f"If it is damaged or truncated, get it again; if another program wrote it: {_SAVE}"
+_SAVE = "Save the weights, with torch.save(model.state_dict(), 'weights.pth')."
+_AGAIN = f"If it is damaged or truncated, get it again. If it holds something else: {_SAVE}"
 # A VAN-B6 has 3,000 tensors and its optimizer twice as many; PyTorch unpacks to the file's size.
 _MOST_ENTRIES, _MOST_UNPACKED = 30_000, 8
 
