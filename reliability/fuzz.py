@@ -73,8 +73,23 @@ def run_cases(kind: str, seed: int, count: int, sound: Path) -> Found:
     return codes, peak_memory_bytes(), f"{kind}: {fault}" if fault else ""
 
 
-def outcome(draw: Draw, kind: str, sound: Path, folder: Path, executed: list[str]) -> int:
+def outcome(
+    draw: Draw,
+    kind: str,
+    sound: Path,
+    folder: Path,
+    executed: list[str],
+    most_bytes: int = MOST_BYTES,
+) -> int:
     """Return the exit code of one case.
+
+    Args:
+        draw: what Hypothesis decides.
+        kind: one of :data:`~reliability.kinds.KINDS`.
+        sound: folder of the sound files.
+        folder: where the case may write.
+        executed: what this process has executed; it is emptied before the case.
+        most_bytes: of main memory that this process may ever have held after the case.
 
     Raises:
         AssertionError: it ended as none may.
@@ -105,7 +120,7 @@ def outcome(draw: Draw, kind: str, sound: Path, folder: Path, executed: list[str
         faulthandler.cancel_dump_traceback_later()
     if (sound / MARKER).exists() or executed:
         raise AssertionError(f"it ran something: {executed or 'the payload'}")
-    if not 0 <= code <= 5 or peak_memory_bytes() > MOST_BYTES:
+    if not 0 <= code <= 5 or peak_memory_bytes() > most_bytes:
         raise AssertionError(f"exit code {code}, {peak_memory_bytes() / 1e9:.1f} GB")
     return int(code)
 

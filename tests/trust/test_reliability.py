@@ -23,6 +23,7 @@ from reliability.faults import (
 from reliability.fuzz import fuzz, outcome
 from reliability.kinds import KINDS
 from reliability.spoiled import Draw, first_fault, spoiled_document
+from van_deploy.environment.hardware import peak_memory_bytes
 
 CASES = 11  # of each kind
 
@@ -41,22 +42,25 @@ def test_spoiled_files(tmp_path: Path) -> None:
 
 
 def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fuzzer sees a traceback, another exit code, and code that runs."""
+    """The fuzzer sees a traceback, another exit code, much memory, and code that runs."""
     executed: list[str] = []
+    more = peak_memory_bytes() + 2**30  # this process has run other tests before
 
     def fails() -> object:
         raise KeyError("x")
 
     where: Any = {"sound": tmp_path, "folder": tmp_path, "executed": executed}
-    for read, expected in (
-        (lambda: 0, ""),
-        (fails, "KeyError: 'x'"),
-        (lambda: 9, "exit code 9"),
-        (lambda: executed.append("os.system"), "it ran something: ['os.system']"),
-        ((tmp_path / "executed").touch, "it ran something: the payload"),
-    ):
+    every: tuple[tuple[Callable[[], object], int, str], ...] = (
+        (lambda: 0, more, ""),
+        (lambda: 0, 1, "exit code 0, "),
+        (fails, more, "KeyError: 'x'"),
+        (lambda: 9, more, "exit code 9"),
+        (lambda: executed.append("os.system"), more, "it ran something: ['os.system']"),
+        ((tmp_path / "executed").touch, more, "it ran something: the payload"),
+    )
+    for read, most, expected in every:
         monkeypatch.setitem(KINDS, "image", (1, "", lambda *_, read=read: read))
-        seen = first_fault(partial(outcome, kind="image", **where), 0, 1)
+        seen = first_fault(partial(outcome, kind="image", most_bytes=most, **where), 0, 1)
         assert seen.startswith(expected)
         assert bool(seen) == bool(expected)
 
