@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from benchmarks.table import Table, options
 from van_deploy import api
-from van_deploy.checks.evaluate import Answers, ArtefactLoss, Truth, judge_artefact
+from van_deploy.checks.evaluate import Answers, ArtifactLoss, Truth, judge_artifact
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.judging import Networks
@@ -82,14 +82,14 @@ def measured(found: Mapping[str, Array], labels: Array, noise_db: float) -> Tabl
     """
     table, rng = Table(COLUMNS), np.random.default_rng(0)
 
-    def judged(name: str, logits: Array, rows: Array) -> ArtefactLoss:
+    def judged(name: str, logits: Array, rows: Array) -> ArtifactLoss:
         """Return the gate's verdict on some of the images."""
         expected = found[PYTORCH][rows]
         before, after = Answers.of(expected), Answers.of(logits[rows], reference=expected)
         truth = Truth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
-        return judge_artefact(before, after, truth, name)
+        return judge_artifact(before, after, truth, name)
 
-    def row(name: str, size: int, what: str, losses: Sequence[ArtefactLoss]) -> None:
+    def row(name: str, size: int, what: str, losses: Sequence[ArtifactLoss]) -> None:
         counts = Counter(loss.outcome.value for loss in losses)
         lost = [loss for loss in losses if loss.loss.loss > allowed_loss(name).value]
         through = sum(loss.outcome.value == "pass" for loss in lost)

@@ -6,7 +6,7 @@
     python -m benchmarks.serve              # all of it, on bundles of its own
 
 ``load`` sends requests of one image over so many connections, in the binary protocol, and
-compares each answer with the artefact's own. With one thread an instance all of inference is in
+compares each answer with the artifact's own. With one thread an instance all of inference is in
 the threads that run batches, whose processor time the server counts: the rest of its processor
 time is its own.
 
@@ -63,7 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("measure", nargs="?", choices=list(MEASURES))
     parser.add_argument("bundle", type=Path, nargs="?")
-    parser.add_argument("--artefact", default="fp32-uint8")
+    parser.add_argument("--artifact", default="fp32-uint8")
     parser.add_argument("--requests", type=int, help="10,000, or 1,200 for triton")
     parser.add_argument("--clients", type=int, default=64, help="of load and triton")
     parser.add_argument("--seconds", type=float, default=30.0, help="of worst")
@@ -89,7 +89,7 @@ def main() -> int:
 def load(given: argparse.Namespace, table: Table) -> None:
     """Measure whether every answer comes and is right, and what the server itself costs."""
     count, found = given.requests or 10_000, Load()
-    requests = infer_requests(given.bundle, given.artefact, DISTINCT)
+    requests = infer_requests(given.bundle, given.artifact, DISTINCT)
     with ours(given) as (url, _):
         drive(url, requests, Load(), DISTINCT, given.clients)  # warm
         before, start = server_metrics(url), time.perf_counter()
@@ -113,7 +113,7 @@ def load(given: argparse.Namespace, table: Table) -> None:
 
 def triton(given: argparse.Namespace, table: Table) -> None:
     """Measure this server's throughput over a real Triton's, round by round."""
-    requests, found = infer_requests(given.bundle, given.artefact, DISTINCT), Load()
+    requests, found = infer_requests(given.bundle, given.artifact, DISTINCT), Load()
     share, rates = (given.requests or 1200) // (2 * ROUNDS), {"ours": [], "triton": []}
     with (
         tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name,
@@ -121,7 +121,7 @@ def triton(given: argparse.Namespace, table: Table) -> None:
     ):
         package, how = Path(name) / "package", {"instances": INSTANCES, "threads": 1}
         how |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
-        open_bundle(given.bundle).package(package, artefacts=(given.artefact,), **how)
+        open_bundle(given.bundle).package(package, artifacts=(given.artifact,), **how)
         running = stack.enter_context(triton_running(package / "models", Path(name) / "server"))
         urls = {"ours": stack.enter_context(ours(given))[0], "triton": f"http://{running.http}"}
         for url in urls.values():
@@ -144,8 +144,8 @@ def triton(given: argparse.Namespace, table: Table) -> None:
 
 def worst(given: argparse.Namespace, table: Table) -> None:
     """Measure ``/v2/health/live`` and the server's memory while the worst bodies come."""
-    bodies, latencies, peak = worst_requests(given.bundle, given.artefact), [], 0.0
-    usual = infer_requests(given.bundle, given.artefact, DISTINCT)
+    bodies, latencies, peak = worst_requests(given.bundle, given.artifact), [], 0.0
+    usual = infer_requests(given.bundle, given.artifact, DISTINCT)
     with ours(given) as (url, pid):
         drive(url, usual, Load(), 2 * DISTINCT, DISTINCT)  # full batches in every instance
         idle = memory_mib(pid)
@@ -185,10 +185,10 @@ def attack(url: str, bodies: list[bytes]) -> None:
         list(pool.map(client, range(ATTACKERS)))
 
 
-def worst_requests(folder: Path, artefact: str) -> list[bytes]:
+def worst_requests(folder: Path, artifact: str) -> list[bytes]:
     """Return requests that cost the most to refuse or to answer, by what was found."""
-    network, mib = Network(Bundle.open(folder), artefact), 2**20
-    given, infer = network.input, f"/v2/models/{served_name(network.bundle, artefact)}/infer"
+    network, mib = Network(Bundle.open(folder), artifact), 2**20
+    given, infer = network.input, f"/v2/models/{served_name(network.bundle, artifact)}/infer"
     described = {"name": given.name, "datatype": DATATYPES[given.dtype]}
     shape = [network.max_batch, *given.shape]
     size = int(np.prod(shape)) * np.dtype(given.dtype).itemsize
@@ -230,7 +230,7 @@ MEASURES = {"load": load, "triton": triton, "worst": worst}
 @contextlib.contextmanager
 def ours(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
     """Serve the bundle with one thread an instance; give its address and process."""
-    words = ("--artefact", given.artefact, "--threads", "1", "--no-compare")
+    words = ("--artifact", given.artifact, "--threads", "1", "--no-compare")
     server, url = started(given.bundle, *words, "--instances", str(INSTANCES))
     try:
         yield url, server.pid

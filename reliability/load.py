@@ -95,10 +95,10 @@ def started(
     return server, str(json.loads(text)["url"])
 
 
-def infer_requests(folder: Path, artefact: str, count: int) -> Requests:
+def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
     """Return ``count`` distinct images as requests for an artifact."""
     bundle = Bundle.open(folder)
-    with Network(bundle, artefact, threads=1) as network:
+    with Network(bundle, artifact, threads=1) as network:
         images = check_images(bundle.name, network.preprocessing, count, None)
         inputs, given = network.prepare(images.values), network.input
         expected = [network.run(inputs[i : i + 1])["logits"] for i in range(count)]
@@ -107,7 +107,7 @@ def infer_requests(folder: Path, artefact: str, count: int) -> Requests:
     wanted = [{"name": "logits", "parameters": {"binary_data": True}}]
     size = {"parameters": {"binary_data_size": len(rows[0])}}
     head = json.dumps({"inputs": [{**tensor, **size}], "outputs": wanted}).encode()
-    path = f"/v2/models/{served_name(bundle, artefact)}/infer"
+    path = f"/v2/models/{served_name(bundle, artifact)}/infer"
     return Requests(path, head, rows, np.concatenate(expected))
 
 
@@ -194,7 +194,7 @@ def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[s
 
     rows = []
     for command, more in (
-        ("evaluate", ("--artefact", "fp32")),
+        ("evaluate", ("--artifact", "fp32")),
         ("quantize", ("--precision", "int8", "--calibration", str(selection), *plainest)),
     ):
         small, start = peak(command, more, "few", few), time.monotonic()
@@ -211,7 +211,7 @@ def serve_killed(bundle: Path, count: int) -> list[str]:
 
     Every client asks again until it is answered; every answer is compared.
     """
-    words = ("--artefact", "fp32-uint8", "--threads", "1", "--no-compare")
+    words = ("--artifact", "fp32-uint8", "--threads", "1", "--no-compare")
     requests, rng = infer_requests(bundle, "fp32-uint8", 16), random.Random(0)
     server, url = started(bundle, *words)
     port, kills, found = int(url.rsplit(":", 1)[1]), 0, Load()

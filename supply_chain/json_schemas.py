@@ -41,7 +41,7 @@ DOCUMENTS: Mapping[str, str] = {
     "export": "van_deploy.pipeline:ExportReport",
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",
-    "inspect": "van_deploy.describe:artefacts_described",
+    "inspect": "van_deploy.describe:artifacts_described",
     "list": "van_deploy.model.variants:listed_variants",
     "manifest": "van_deploy.manifest:Manifest",
     "package": "van_deploy.serve.package:PackageReport",

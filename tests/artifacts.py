@@ -102,7 +102,7 @@ class Subject:
     labelled: Path
 
     def graph(self, name: str) -> ModelProto:
-        """Return an artefact's graph, free to be changed."""
+        """Return an artifact's graph, free to be changed."""
         return onnx.load(self.bundle.verified(name))
 
 
@@ -200,12 +200,12 @@ def int8_graph(
 
 
 def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:
-    """Return the bundle with a graph entered as an artefact, vouched for like any other."""
+    """Return the bundle with a graph entered as an artifact, vouched for like any other."""
     from tests.described import entry
     from van_deploy.graph.files import graph_facts, save_onnx
 
     kind = "serving" if "embedded" in more else "onnx"
-    origin = Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
+    origin = Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
     with writing(bundle.path) as draft:
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
         draft.record(
@@ -224,7 +224,7 @@ def enter_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
     from tests.described import entry
     from van_deploy.manifest import EngineFacts
 
-    source = Bundle.open(folder).artefact(made_from)
+    source = Bundle.open(folder).artifact(made_from)
     plan = f"engines/{name}.plan"
     with writing(folder) as draft:
         draft.file(plan).write_bytes(b"no plan")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from van_deploy.bundle import Artefact, Origin
+from van_deploy.bundle import Artifact, Origin
 from van_deploy.config import BatchRange
 from van_deploy.manifest import Description
 from van_deploy.model.preprocess import OFFICIAL
@@ -31,8 +31,8 @@ def described(name: str = "m", **changes: Any) -> Description:
 
 def entry(
     name: str, kind: Any, precision: Any, file: str, files: Iterable[str] = (), **more: Any
-) -> Artefact:
-    """Return an artefact whose ``files``, by default its one, are digested when it is recorded."""
+) -> Artifact:
+    """Return an artifact whose ``files``, by default its one, are digested when it is recorded."""
     more = {"made_from": WEIGHTS, "made_with": {}, **more}
     digests = dict.fromkeys(files or [file], "")
-    return Artefact(name=name, kind=kind, precision=precision, file=file, files=digests, **more)
+    return Artifact(name=name, kind=kind, precision=precision, file=file, files=digests, **more)

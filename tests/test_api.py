@@ -121,8 +121,8 @@ def test_a_bundle_sees_what_another_one_wrote(copy_of: Copy, digits_bundle: Bund
     path = copy_of(digits_bundle)
     first, second = vd.open_bundle(path), vd.open_bundle(path)
     made = first.quantize(precision="fp16", equalize=False, threads=1)
-    assert (made.passed, bool(made), made.artefact) == (True, True, "fp16")
-    assert second.artefacts == ["fp32", "fp16"]
+    assert (made.passed, bool(made), made.artifact) == (True, True, "fp16")
+    assert second.artifacts == ["fp32", "fp16"]
     assert second.manifest.name == second.name == "van_digits"
     assert repr(second) == f"Bundle('{path}')"
 

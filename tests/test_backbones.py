@@ -159,11 +159,11 @@ class TestBundle:
     def test_it_says_what_it_gives(self, exported: Bundle) -> None:
         manifest = exported.manifest
         assert manifest.architecture.output_names == STAGES
-        graph = exported.artefact("fp32").graph
+        graph = exported.artifact("fp32").graph
         assert graph is not None
         assert graph.inputs["images"].shape == ("batch", 3, "height", "width")
         assert graph.outputs["stage3"].shape == ("batch", 16, "stage3_height", "stage3_width")
-        assert exported.artefact("fp32").golden_sqnr_db.popitem()[1] >= 120
+        assert exported.artifact("fp32").golden_sqnr_db.popitem()[1] >= 120
 
     def test_golden_samples_are_sketches_of_the_networks_own_maps(
         self, exported: Bundle, checkpoint: Path
@@ -185,8 +185,8 @@ class TestBundle:
         result = cli("verify", copy_of(exported), "--json")
         assert result.exit_code == 0, result.stdout
         report = json.loads(result.stdout)
-        rules = [f["rule"] for f in report["artefacts"]["fp32"]["findings"]]
-        batches = len(report["artefacts"]["fp32"]["batches"])
+        rules = [f["rule"] for f in report["artifacts"]["fp32"]["findings"]]
+        batches = len(report["artifacts"]["fp32"]["batches"])
         assert rules.count("SQNR") == len(STAGES) * (batches + 3)  # and three other sizes
 
     @pytest.mark.parametrize("stage", ["stage1", "stage4"])
@@ -203,7 +203,7 @@ class TestBundle:
         scale.CopyFrom(onnx.numpy_helper.from_array(values, scale.name))
         onnx.save(model, file)
         _digest_again(path)
-        result = cli("verify", path, "--artefact", "fp32")
+        result = cli("verify", path, "--artifact", "fp32")
         assert result.exit_code == 1
         assert f"{stage}: SQNR" in " ".join(result.stdout.split())
 
@@ -229,7 +229,7 @@ class TestBundle:
         path: Path = copy_of(exported)
         drift = cli("drift", path, "--level", "stage", "--against", "golden", "--json")
         assert drift.exit_code == 0, drift.stdout
-        rows = json.loads(drift.stdout)["artefacts"]["fp16"]["rows"]
+        rows = json.loads(drift.stdout)["artifacts"]["fp16"]["rows"]
         assert [row["name"] for row in rows] == list(STAGES)
         assert min(row["isolated_db"] for row in rows) > 50
         inspected = cli("inspect", exported.path / "model.onnx", "--json")
@@ -266,7 +266,7 @@ class TestBundle:
         words = "--precision fp32 --precision bf16 --target sm_89"
         result = cli("build", path, *words.split())
         assert result.exit_code == 0, result.stderr
-        engine = next(a for a in Bundle.open(path).artefacts.values() if a.kind == "engine")
+        engine = next(a for a in Bundle.open(path).artifacts.values() if a.kind == "engine")
         sidecar = json.loads((path / engine.file).with_suffix(".json").read_text())
         assert [output["name"] for output in sidecar["outputs"]] == list(STAGES)
         assert sidecar["options"]["dynamic_size"] == {"min": 32, "opt": [32, 64], "max": [64, 96]}
@@ -275,10 +275,10 @@ class TestBundle:
 def _digest_again(path: Path) -> None:
     """Make the manifest vouch for the files as they are now."""
     with writing(path) as draft:
-        artefact = draft.artefacts["fp32"]
-        for file in artefact.files:
+        artifact = draft.artifacts["fp32"]
+        for file in artifact.files:
             draft.file(file).write_bytes((path / file).read_bytes())
-        draft.record(artefact)
+        draft.record(artifact)
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from van_deploy.manifest import SCHEMA
 
 
 def put(folder: Path, name: str, text: str, made_from: Origin = WEIGHTS) -> None:
-    """Write one artefact into the bundle ``m`` at ``folder``."""
+    """Write one artifact into the bundle ``m`` at ``folder``."""
     with writing(folder, name="m") as draft:
         draft.description = described()
         draft.file(f"{name}.onnx").write_text(text)
@@ -47,11 +47,11 @@ def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     assert opened.verified("fp32").read_text() == "weights"
     assert opened.problems() == []
     assert opened.sizes() == {"fp32": 7}
-    assert opened.manifest.files == {}, "an artefact's own file is not named twice"
+    assert opened.manifest.files == {}, "an artifact's own file is not named twice"
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
     assert Bundle.open(bundle / MANIFEST).path == bundle
-    with pytest.raises(BundleError, match="has no artefact 'int8'; it has: fp32") as caught:
-        opened.artefact("int8")
+    with pytest.raises(BundleError, match="has no artifact 'int8'; it has: fp32") as caught:
+        opened.artifact("int8")
     assert caught.value.remedy == f"Make it with `van-deploy quantize {bundle} --precision int8`."
     (bundle / "fp32.onnx").write_text("changed")
     with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
@@ -86,7 +86,7 @@ class Killed(BaseException):
 def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
-    # Three files are moved (two artefacts and the manifest) and then the folder goes.
+    # Three files are moved (two artifacts and the manifest) and then the folder goes.
     real, done, before = Path.replace, 0, (bundle / MANIFEST).read_text()
 
     def dies(self: Path, target: Path) -> Path:
@@ -113,14 +113,14 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx", "fp16.onnx"}
 
 
-def test_what_was_made_from_an_older_artefact_goes_with_it(bundle: Path) -> None:
-    origin = Origin(name="fp32", sha256=Bundle.open(bundle).artefact("fp32").sha256)
+def test_what_was_made_from_an_older_artifact_goes_with_it(bundle: Path) -> None:
+    origin = Origin(name="fp32", sha256=Bundle.open(bundle).artifact("fp32").sha256)
     put(bundle, "fp16", "half", origin)
     put(bundle, "engine", "plan", Origin(name="fp16", sha256="0" * 64))
     put(bundle, "fp32", "weights")  # the same again: nothing goes
-    assert set(Bundle.open(bundle).artefacts) == {"fp32", "fp16", "engine"}
+    assert set(Bundle.open(bundle).artifacts) == {"fp32", "fp16", "engine"}
     put(bundle, "fp32", "other weights")
-    assert set(Bundle.open(bundle).artefacts) == {"fp32"}
+    assert set(Bundle.open(bundle).artifacts) == {"fp32"}
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
 
 
@@ -132,7 +132,7 @@ def nested(levels: int) -> list[Any]:
 
 
 def fp32_file(file: str) -> Callable[[dict[str, Any]], object]:
-    return lambda m: m["artefacts"]["fp32"].update(file=file, files={file: "0" * 64})
+    return lambda m: m["artifacts"]["fp32"].update(file=file, files={file: "0" * 64})
 
 
 def entry_of(section: str, **values: Any) -> Callable[[dict[str, Any]], object]:
@@ -149,12 +149,12 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         for k in ("written", "weights", "checks")
     ),
     (
-        lambda m: m.update(artifacts={}),
-        "the key 'artifacts' is unknown.\nDid you mean 'artefacts'?",
+        lambda m: m.update(artefacts={}),
+        "the key 'artefacts' is unknown.\nDid you mean 'artifacts'?",
     ),
     (
-        lambda m: m["artefacts"]["fp32"].update(precison="fp32"),
-        "'artefacts.fp32.precison' is unknown.\nDid you mean 'artefacts.fp32.precision'?",
+        lambda m: m["artifacts"]["fp32"].update(precison="fp32"),
+        "'artifacts.fp32.precison' is unknown.\nDid you mean 'artifacts.fp32.precision'?",
     ),
     (
         entry_of("preprocessing", crop=0.9),
@@ -165,8 +165,8 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
     (lambda m: m.update(name='x" } backend: "python'), "it is no name"),
     (
-        lambda m: m["artefacts"].update({"x/../../y": m["artefacts"].pop("fp32")}),
-        "'artefacts.x/../../y' is 'x/../../y': it is no name",
+        lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
+        "'artifacts.x/../../y' is 'x/../../y': it is no name",
     ),
     (lambda m: m.update(written="a" * 5000), "it has 5,000 characters"),
     (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
@@ -183,15 +183,15 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m.update(class_names=["a"]), "damaged: it has 1 class names for 1000 classes"),
     (entry_of("architecture", in_chans=4), "it prepares 3 channels for a network"),
     (entry_of("weights", spec="a\x1b[2J"), "control characters"),
-    (lambda m: m["artefacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
+    (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
     (lambda m: m.update(checks={"x": "\ud800"}), "half a character"),
-    (lambda m: m["artefacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
+    (lambda m: m["artifacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
 ]
 
 
 TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
-    (f'{{"schema": "{SCHEMA}", "artefacts": 2}}', "is damaged: "),
+    (f'{{"schema": "{SCHEMA}", "artifacts": 2}}', "is damaged: "),
     ('{"name": "a", "name": "b"}', "damaged: it gives the key 'name' twice"),
     *((text, "is nested more than 40 deep") for text in ("[" * 200_000, "[" * 42 + "]" * 42)),
     ('{"a": [' * 30 + "1" + "]}" * 30, "is nested more than 40 deep"),
@@ -269,7 +269,7 @@ def test_two_processes_on_one_bundle_lose_nothing(bundle: Path) -> None:
         worker.join(60)
         assert worker.exitcode == 0
     opened = Bundle.open(bundle)
-    assert set(opened.artefacts) == {"fp32", *names}
+    assert set(opened.artifacts) == {"fp32", *names}
     assert opened.problems() == []
 
 

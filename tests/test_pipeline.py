@@ -47,7 +47,7 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
     assert manifest.batch == BATCHES
     assert {"torch", "onnx", "onnxruntime", "van-deploy"} <= set(manifest.versions)
     assert (digits_bundle.path / "labels.txt").read_text().split() == list("0123456789")
-    assert {"labels.txt", "golden.npz"} <= set(digits_bundle.artefact("fp32").files)
+    assert {"labels.txt", "golden.npz"} <= set(digits_bundle.artifact("fp32").files)
     [description] = json.loads(cli("inspect", digits_bundle.path, "--json").stdout)
     metadata = description["metadata"]  # what a server needs that has the file alone
     assert metadata["van_deploy.preprocessing"] == plain(manifest.preprocessing)
@@ -69,7 +69,7 @@ def test_a_second_export_reuses_the_first_and_another_says_what_changed(
     plainer = recipe.export.changed(opset=21, fold=False, simplify=False)
     result = export_bundle(loaded, recipe.changed(export=plainer), folder)
     assert (result.reused, result.reason) == (False, "changed since: rewrites, export")
-    fp32, checks = result.bundle.artefact("fp32"), result.bundle.manifest.checks
+    fp32, checks = result.bundle.artifact("fp32"), result.bundle.manifest.checks
     assert fp32.graph is not None
     assert (fp32.graph.opset, checks["fold"]["batchnorms_left"]) == (21, 22)
     assert checks["agreement"]["outcome"] == "pass"
@@ -169,6 +169,6 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
     assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)
     assert result.bundle.manifest.checks["agreement"]["outcome"] == "pass"
-    graph = result.bundle.artefact("fp32").graph
+    graph = result.bundle.artifact("fp32").graph
     assert graph is not None
     assert graph.nodes == 13 * 13 + 17

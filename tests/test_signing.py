@@ -94,7 +94,7 @@ def edit_digest(signed: Path) -> None:
     (signed / "model.onnx").write_text("another network")
     manifest = json.loads((signed / MANIFEST).read_text())
     digest = hashlib.sha256(b"another network").hexdigest()
-    manifest["artefacts"]["fp32"]["files"]["model.onnx"] = digest
+    manifest["artifacts"]["fp32"]["files"]["model.onnx"] = digest
     (signed / MANIFEST).write_text(json.dumps(manifest, indent=2))
     Bundle.open(signed).verified("fp32")
 

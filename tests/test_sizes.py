@@ -154,7 +154,7 @@ def test_the_other_precisions_and_engines_follow(
     assert built.exit_code == 0, built.stderr
     verified = cli("verify", made.path, "--allow-skip", "engines")
     assert verified.exit_code == 0, verified.stdout
-    engine = next(a for a in made.open(made.path).artefacts.values() if a.kind == "engine")
+    engine = next(a for a in made.open(made.path).artifacts.values() if a.kind == "engine")
     sidecar = json.loads((made.path / engine.file).with_suffix(".json").read_text())
     assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
     for bundle, option, asked, message in (

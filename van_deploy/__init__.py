@@ -7,7 +7,7 @@
     bundle = vd.export("van_b1", output="dist/b1")
     bundle.quantize(precision="fp16")
     if not bundle.verify():
-        raise SystemExit("an artefact is not the network")
+        raise SystemExit("an artifact is not the network")
 
 Importing this package imports nothing heavy: each name is imported on first use.
 """

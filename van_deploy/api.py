@@ -52,13 +52,13 @@ class Predictions(Verdict):
 
     Attributes:
         bundle: whose network answered.
-        artefact: which of its artefacts.
+        artifact: which of its artifacts.
         images_per_s: answered, over the whole call.
         predictions: one an image, in order.
     """
 
     bundle: Path
-    artefact: str
+    artifact: str
     images_per_s: float
     predictions: tuple[Prediction, ...]
 
@@ -159,9 +159,9 @@ class Bundle:
         return self.opened().manifest
 
     @property
-    def artefacts(self) -> list[str]:
+    def artifacts(self) -> list[str]:
         """The names of everything in it that can be run, in the order they were made."""
-        return list(self.opened().artefacts)
+        return list(self.opened().artifacts)
 
     def __repr__(self) -> str:
         """Return the class and the folder."""
@@ -202,7 +202,7 @@ class Bundle:
         return report
 
     def verify(self, **options: Unpack[kw.VerifyOptions]) -> VerifyReport:
-        """Compare every artefact with PyTorch: logits, batch sizes, flips, modules.
+        """Compare every artifact with PyTorch: logits, batch sizes, flips, modules.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
@@ -216,7 +216,7 @@ class Bundle:
     def evaluate(
         self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluationOptions]
     ) -> EvaluateReport:
-        """Measure top-1 and top-5 of PyTorch and every artefact on a folder of labelled images.
+        """Measure top-1 and top-5 of PyTorch and every artifact on a folder of labelled images.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
@@ -228,7 +228,7 @@ class Bundle:
         return self._recorded(opened, "evaluate", report)
 
     def drift(self, **options: Unpack[kw.DriftOptions]) -> DriftReport:
-        """Measure what each stage, block or module of each ONNX artefact adds to the error.
+        """Measure what each stage, block or module of each ONNX artifact adds to the error.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
@@ -273,7 +273,7 @@ class Bundle:
         return report
 
     def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:
-        """Time every artefact in every runtime that is here, each in a process of its own.
+        """Time every artifact in every runtime that is here, each in a process of its own.
 
         Args:
             save: keep the result in the bundle (``bench.json``).
@@ -297,12 +297,12 @@ class Bundle:
 
         Raises:
             ImageError: there is no such file, or a folder holds no image.
-            BundleError: there is no such artefact, or its files are not the manifest's.
+            BundleError: there is no such artifact, or its files are not the manifest's.
         """
         asked, start = settings_from(config.PredictSettings, options), time.perf_counter()
         answers = tuple(self.stream(images, **options))
         rate = len(answers) / (time.perf_counter() - start)
-        return Predictions(self.path, asked.artefact, rate, answers)
+        return Predictions(self.path, asked.artifact, rate, answers)
 
     def stream(
         self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
@@ -316,7 +316,7 @@ class Bundle:
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
         batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
-        with Network(opened, asked.artefact, asked, threads=asked.threads) as network:
+        with Network(opened, asked.artifact, asked, threads=asked.threads) as network:
             answers = predict(network, sources, top=asked.top_k, batch=batch)
             for done, answer in enumerate(answers, 1):
                 self.progress("Looking at images", done, len(sources))
@@ -337,7 +337,7 @@ class Bundle:
             options: those of the command.
 
         Raises:
-            InputError: there is no package to check, or Triton cannot load an artefact.
+            InputError: there is no package to check, or Triton cannot load an artifact.
             MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
             UsageError: ``output`` holds something else.
         """

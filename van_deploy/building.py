@@ -120,7 +120,7 @@ def build_bundle(
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = bundled.planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
-    missing = [name for name in settings.precisions if name not in bundle.artefacts]
+    missing = [name for name in settings.precisions if name not in bundle.artifacts]
     made = [_made_missing(Bundle.open(bundle.path), name, settings, progress) for name in missing]
     outcomes = bundled.build_cells(
         cells, host=host, timing_cache=settings.timing_cache, force=force, progress=progress
@@ -176,7 +176,7 @@ def _made_missing(
     without = precision == "int8" and settings.images is None and bundle.name != EMBEDDED_NAME
     if without or not made_here:
         try:
-            bundle.artefact(precision)
+            bundle.artifact(precision)
         except BundleError as error:
             more = "\nOr give --images DIR to make it on the way." * made_here
             raise BundleError(error.message, error.remedy + more) from None
@@ -210,7 +210,7 @@ def candidates_of(bundle: Bundle, settings: config.BuildSettings) -> list[Candid
     """
     inductor, precisions = settings.backend == INDUCTOR, settings.precisions
     if "precisions" not in settings.model_fields_set:
-        graphs = tuple(name for name, item in bundle.artefacts.items() if item.kind == "onnx")
+        graphs = tuple(name for name, item in bundle.artifacts.items() if item.kind == "onnx")
         precisions = PRECISIONS if inductor else graphs
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     level = settings.optimization_level
@@ -293,8 +293,8 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
     verdict = verify_bundle(
         bundle,
         samples_for(bundle, None, None),
-        config.VerifySettings(artefacts=(name,), device=device, modules=False),
-    ).artefacts[name]
+        config.VerifySettings(artifacts=(name,), device=device, modules=False),
+    ).artifacts[name]
     passed = verdict.outcome is Found.PASS
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)

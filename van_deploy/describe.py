@@ -1,4 +1,4 @@
-"""Models, bundles and artefacts described without being run."""
+"""Models, bundles and artifacts described without being run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BundleDescription:
     Attributes:
         path: its folder.
         problems: a sentence for each file that is missing or changed.
-        sizes: bytes of each artefact that a runtime loads.
+        sizes: bytes of each artifact that a runtime loads.
         manifest: what it says.
         kind: says what this describes.
     """
@@ -133,7 +133,7 @@ def _counted(config: VanConfig, preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def artefacts_described(artefact: Path, *, trust_engine: bool = False) -> list[Described]:
+def artifacts_described(artifact: Path, *, trust_engine: bool = False) -> list[Described]:
     """Return the description of one file, or of everything in a bundle that can be run.
 
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.
@@ -141,10 +141,10 @@ def artefacts_described(artefact: Path, *, trust_engine: bool = False) -> list[D
     Raises:
         InputError: there is nothing to describe, or it cannot be read.
     """
-    files = [artefact]
-    if artefact.is_dir():
-        bundle = Bundle.open(artefact)
-        files = [bundle.path / one.file for one in bundle.artefacts.values()]
+    files = [artifact]
+    if artifact.is_dir():
+        bundle = Bundle.open(artifact)
+        files = [bundle.path / one.file for one in bundle.artifacts.values()]
     readers: dict[str, Callable[[Path], Described]] = {
         **dict.fromkeys(ENGINES, partial(describe_engine, trust_engine=trust_engine)),
         ".pt2": describe_package,

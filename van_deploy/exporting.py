@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from onnx import ModelProto
 
-from van_deploy.bundle import Artefact, Bundle, Draft, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Draft, Origin, writing
 from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.judging import batch_sizes, judge_new
@@ -148,8 +148,8 @@ def export_bundle(
             reason = f"not there yet ({error.message})" if output.exists() else "not there yet"
     if reason:
         with writing(output, name=loaded.name) as draft:
-            artefact, samples = _checked_graph(draft, loaded, recipe, rewrites, checked, clock)
-            files, entry = dict(artefact.files), None
+            artifact, samples = _checked_graph(draft, loaded, recipe, rewrites, checked, clock)
+            files, entry = dict(artifact.files), None
             if recipe.export.golden != "none":
                 entry = golden.write_golden(draft, samples, originals, users=source is not None)
                 files |= dict.fromkeys((golden.GOLDEN_FILE, *entry.originals), "")
@@ -158,7 +158,7 @@ def export_bundle(
                 draft.file(LABELS_FILE).write_text(text, encoding="utf-8")
                 files[LABELS_FILE] = ""
             draft.description = _description(loaded, recipe, entry)
-            draft.record(artefact.model_copy(update={"files": files, "made_with": made_with}))
+            draft.record(artifact.model_copy(update={"files": files, "made_with": made_with}))
     clock.begin("")
     why, notes = reason or "nothing changed", loaded.source.notes
     return ExportResult(Bundle.open(output), not reason, why, notes, clock.seconds)
@@ -171,7 +171,7 @@ def _checked_graph(
     rewrites: Rewrites,
     checked: Batch,
     clock: Stopwatch,
-) -> tuple[Artefact, golden.Samples]:
+) -> tuple[Artifact, golden.Samples]:
     """Write the FP32 graph into a draft, and judge it; return its entry, and what it was judged on.
 
     Raises:
@@ -197,7 +197,7 @@ def _checked_graph(
     checks["agreement"] = {"images": samples.description, **plain(judged)}
     draft.checks.pop("simplify", None)  # of the graph that was there before
     draft.checks.update(checks)
-    artefact = Artefact(
+    artifact = Artifact(
         name="fp32",
         kind="onnx",
         precision="fp32",
@@ -208,7 +208,7 @@ def _checked_graph(
         graph=facts,
         golden_sqnr_db=record,
     )
-    return artefact, samples
+    return artifact, samples
 
 
 def _graph_of(
@@ -264,7 +264,7 @@ def _ingredients(
         "preprocessing": loaded.preprocessing.as_dict(),
         "class names": content_key({"names": loaded.class_names}),
         "rewrites": asdict(rewrites),
-        # Embedded graphs are artefacts of their own.
+        # Embedded graphs are artifacts of their own.
         "export": recipe.export.model_dump(mode="json", exclude={"embed_preprocess", "outputs"}),
         "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),

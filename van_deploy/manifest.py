@@ -30,7 +30,7 @@ from van_deploy.schema import (
     read_versioned,
 )
 
-SCHEMA: Final = "van-deploy/bundle/2"
+SCHEMA: Final = "van-deploy/bundle/3"
 MANIFEST = "manifest.json"
 ANEW = "Make the bundle anew: `van-deploy export MODEL --output DIR`, in another folder."
 LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
@@ -61,10 +61,10 @@ Place = Annotated[str, AfterValidator(inside)]
 
 
 class Origin(Schema):
-    """What an artefact was made from.
+    """What an artifact was made from.
 
     Attributes:
-        name: another artefact's name, or ``weights``.
+        name: another artifact's name, or ``weights``.
         sha256: of its file, in hexadecimal.
     """
 
@@ -130,7 +130,7 @@ class EngineFacts(Schema):
     parser_layers: Count
 
 
-class Artefact(Schema):
+class Artifact(Schema):
     """One thing in a bundle that can be run or read.
 
     Attributes:
@@ -140,7 +140,7 @@ class Artefact(Schema):
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         file: the file to open, relative to the bundle.
         files: every file that belongs to it (external weights, a sidecar), and its SHA-256.
-        made_from: another artefact, or the weights.
+        made_from: another artifact, or the weights.
         made_with: everything that decided what is in it.
         graph: what is in it, if it is ONNX.
         embedded: preprocessing inside it (see :mod:`van_deploy.graph.embed`).
@@ -175,7 +175,7 @@ class Artefact(Schema):
 
 
 class Golden(Schema):
-    """Images in the bundle with PyTorch's own answers to them, to judge every artefact on.
+    """Images in the bundle with PyTorch's own answers to them, to judge every artifact on.
 
     Attributes:
         file: the arrays (see :mod:`van_deploy.checks.golden`).
@@ -250,12 +250,12 @@ class Description(Schema):
         return self
 
 
-def _named(artefacts: dict[str, Artefact]) -> dict[str, Artefact]:
-    """Return the artefacts, each with its key as its name and the digest of its file."""
-    for entry in artefacts.values():
+def _named(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
+    """Return the artifacts, each with its key as its name and the digest of its file."""
+    for entry in artifacts.values():
         if entry.file not in entry.files:
             raise ValueError(f"has no digest of '{entry.file}'")
-    return {key: entry.model_copy(update={"name": key}) for key, entry in artefacts.items()}
+    return {key: entry.model_copy(update={"name": key}) for key, entry in artifacts.items()}
 
 
 class Manifest(Description, Versioned):
@@ -263,14 +263,14 @@ class Manifest(Description, Versioned):
 
     Attributes:
         written: when, by the clock of the machine (ISO 8601, UTC).
-        artefacts: by name, in the order they were made.
+        artifacts: by name, in the order they were made.
         checks: the newest result of each check, by its name.
-        files: SHA-256 of the files that belong to no artefact, such as a report.
+        files: SHA-256 of the files that belong to no artifact, such as a report.
     """
 
-    schema_: Literal["van-deploy/bundle/2"] = Field(alias="schema")
+    schema_: Literal["van-deploy/bundle/3"] = Field(alias="schema")
     written: Text
-    artefacts: Annotated[dict[FileName, Artefact], AfterValidator(_named)]
+    artifacts: Annotated[dict[FileName, Artifact], AfterValidator(_named)]
     checks: dict[Text, Table]
     files: dict[Place, Text]
 

@@ -61,7 +61,7 @@ class CheckOptions(TypedDict, total=False):
     speed: bool
 
 class DriftOptions(TypedDict, total=False):
-    artefacts: Sequence[str]
+    artifacts: Sequence[str]
     weights: str | Path | None
     against: Literal["weights", "golden"]
     level: Literal["stage", "block", "module"]
@@ -71,7 +71,7 @@ class DriftOptions(TypedDict, total=False):
 class EvaluationOptions(TypedDict, total=False):
     allow_skip: Sequence[Literal["engines", "runtimes", "accuracy", "speed"]]
     allow_inconclusive: bool
-    artefacts: Sequence[str]
+    artifacts: Sequence[str]
     runner: Literal["ort-cpu", "ort-cuda"]
     device: str
     trust_engine: bool
@@ -126,14 +126,14 @@ class PackageOptions(TypedDict, total=False):
     queue_delay_us: int
     queue_limit: int
     queue_timeout_ms: int
-    artefacts: Sequence[str]
+    artifacts: Sequence[str]
 
 class PredictOptions(TypedDict, total=False):
     runner: Literal["ort-cpu", "ort-cuda"]
     device: str
     trust_engine: bool
     threads: int | None
-    artefact: str
+    artifact: str
     top_k: int
     batch: int | None
 
@@ -174,7 +174,7 @@ class VerifyOptions(TypedDict, total=False):
     against: Literal["golden", "weights"]
     images: str | Path | None
     count: int | None
-    artefacts: Sequence[str]
+    artifacts: Sequence[str]
     runner: Literal["ort-cpu", "ort-cuda"]
     device: str
     trust_engine: bool

@@ -20,7 +20,7 @@ from van_deploy.errors import UsageError
 from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
-from van_deploy.serve.embedded import embed_artefacts
+from van_deploy.serve.embedded import embed_artifacts
 from van_deploy.stopwatch import Progress, Stopwatch, silent
 
 EMBED_PROOF_IMAGES = 8  # the graph again, with known nodes before it: few images will do
@@ -48,15 +48,15 @@ class ExportReport(Verdict):
 
 @dataclass(frozen=True)
 class Made:
-    """One artefact that was made after exporting.
+    """One artifact that was made after exporting.
 
     Attributes:
-        artefact: its name.
+        artifact: its name.
         reason: why it was made anew or reused.
         passed: whether it holds the gate of its own stage.
     """
 
-    artefact: str
+    artifact: str
     reason: str
     passed: bool
 
@@ -68,8 +68,8 @@ class RunResult(Verdict):
     Attributes:
         bundle: as written.
         export: what exporting did.
-        made: the artefacts made after it: precisions, then engines.
-        verify: the verdict on each artefact.
+        made: the artifacts made after it: precisions, then engines.
+        verify: the verdict on each artifact.
         evaluate: accuracy, if there were labelled images.
     """
 
@@ -123,7 +123,7 @@ def export_recipe(
                 "Give uint8 images, or leave --images out.",
             )
         images_of_sizes = [pixels[:size] for size in batches]
-        embedded = embed_artefacts(Bundle.open(output), recipe.export, images_of_sizes)
+        embedded = embed_artifacts(Bundle.open(output), recipe.export, images_of_sizes)
         clock.begin("")
         seconds = {**exported.seconds, **clock.seconds}
         exported = replace(exported, embedded=tuple(embedded), seconds=seconds)
@@ -155,7 +155,7 @@ def run_recipe(
     if engines.precisions:  # a mistake is said before any work
         cells = planned_engines(output, engines, recipe.batch, recipe.export.dynamic_size)
     exported = export_recipe(loaded, recipe, output, how, progress)
-    made = [Made(one.artefact, one.reason, one.passed) for one in exported.precisions]
+    made = [Made(one.artifact, one.reason, one.passed) for one in exported.precisions]
     cache = engines.timing_cache
     built = build_cells(cells, timing_cache=cache, force=how.force, progress=progress)
     for outcome in built if cells else ():

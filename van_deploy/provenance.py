@@ -1,4 +1,4 @@
-"""Which versions of what made an artefact: part of every manifest, and of every content key."""
+"""Which versions of what made an artifact: part of every manifest, and of every content key."""
 
 from __future__ import annotations
 

@@ -50,10 +50,10 @@ def test_runners_are_chosen_by_name_runtime_or_pattern(
     assert told == names
 
 
-def changed(copy: Path, artefacts: Callable[[dict[str, Any]], dict[str, Any]]) -> Bundle:
-    """Return a bundle's copy with other artefacts in its manifest, all the same file."""
+def changed(copy: Path, artifacts: Callable[[dict[str, Any]], dict[str, Any]]) -> Bundle:
+    """Return a bundle's copy with other artifacts in its manifest, all the same file."""
     manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["artefacts"] = artefacts(manifest["artefacts"]["fp32"])
+    manifest["artifacts"] = artifacts(manifest["artifacts"]["fp32"])
     (copy / MANIFEST).write_text(json.dumps(manifest))
     return Bundle.open(copy)
 
@@ -64,7 +64,7 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
     return {"kind": kind, "engine": {**engine, "parser_layers": 1}}
 
 
-def test_every_artefact_has_an_entry_and_what_cannot_run_has_a_reason(
+def test_every_artifact_has_an_entry_and_what_cannot_run_has_a_reason(
     digits_bundle: Bundle, copy_of: Copy
 ) -> None:
     targets = [{"settings": {"target": target}} for target in ("tensorrt", "cpu")]
@@ -114,7 +114,7 @@ def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_reco
 def test_a_file_that_is_not_the_manifest_s_and_no_file_at_all_are_refused(
     digits_bundle: Bundle, copy_of: Copy
 ) -> None:
-    with pytest.raises(BundleError, match="has no artefact to time"):
+    with pytest.raises(BundleError, match="has no artifact to time"):
         contenders_of(changed(copy_of(digits_bundle, "empty"), lambda _: {}), BenchSettings())
     folder = copy_of(digits_bundle)
     with (folder / "model.onnx").open("ab") as file:

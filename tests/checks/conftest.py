@@ -29,8 +29,8 @@ Broken = Callable[..., Bundle]
 
 
 def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
-    """Return the bundle with another graph in an artefact's file, and only digests rewritten."""
-    right = bundle.artefact(name)
+    """Return the bundle with another graph in an artifact's file, and only digests rewritten."""
+    right = bundle.artifact(name)
     onnx.save(model, bundle.path / right.file)
     manifest = bundle.path / MANIFEST
     new = file_sha256(bundle.path / right.file)
@@ -62,7 +62,7 @@ def tiny_bundle(
 
 @pytest.fixture
 def broken(copy_of: Copy, tmp_path: Path) -> Broken:
-    """Return a function that puts a broken graph in the place of an artefact, in a new copy.
+    """Return a function that puts a broken graph in the place of an artifact, in a new copy.
 
     What was recorded when the right one was made stays recorded: only digests are rewritten.
     """
@@ -72,7 +72,7 @@ def broken(copy_of: Copy, tmp_path: Path) -> Broken:
     ) -> Bundle:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         copy = Bundle.open(copy_of(whole, "broken"))
-        if name in copy.artefacts and not more:
+        if name in copy.artifacts and not more:
             return overwritten(copy, name, model)
         return put(copy, name, precision, model, **more)
 

@@ -18,7 +18,7 @@ from van_deploy.checks.evaluate import (
     Truth,
     accuracy_of,
     expected_calibration_error,
-    judge_artefact,
+    judge_artifact,
 )
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.regression import ROUNDS, WARM_UPS, paired_ratio
@@ -40,7 +40,7 @@ def test_counted_by_hand() -> None:
     accuracy = accuracy_of(before, Truth(labels, 10, SINGLE))
     assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.875)
     assert accuracy.ece == pytest.approx(0.025, abs=1e-6)
-    found = judge_artefact(before, after, Truth(labels, 10, SINGLE), "int8")
+    found = judge_artifact(before, after, Truth(labels, 10, SINGLE), "int8")
     assert (found.loss.lost, found.loss.won, found.loss.loss) == (3, 1, 25.0)
     assert found.loss.p_value == binomtest(3, 4, 0.5).pvalue
     changed = [tuple(change.values()) for change in found.classes]
@@ -64,7 +64,7 @@ def test_a_nan_is_no_answer() -> None:
     assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
     assert found.confidence[1] == 0
     assert accuracy_of(found, truth).top1 == 0.5
-    judged = judge_artefact(Answers.of(reference), found, truth, "fp16")
+    judged = judge_artifact(Answers.of(reference), found, truth, "fp16")
     assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
     assert judged.confusions == ((0, -1, 1),)
 
@@ -74,7 +74,7 @@ def test_noise_and_flips_over_the_whole_set() -> None:
     expected = rng.normal(size=(10, 4)).astype(np.float32)
     found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
     before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
-    judged = judge_artefact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
+    judged = judge_artifact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
     noise = np.square(found.astype(np.float64) - expected).sum()
     signal = np.square(expected.astype(np.float64)).sum()
     assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
@@ -96,7 +96,7 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert after.confidence[[0, 3]].tolist() == pytest.approx(sure)
     accuracy = accuracy_of(after, Truth(labels, 1, BINARY))
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
-    judged = judge_artefact(before, after, Truth(labels, 1, BINARY), "fp16")
+    judged = judge_artifact(before, after, Truth(labels, 1, BINARY), "fp16")
     assert (judged.loss.lost, judged.loss.won, judged.loss.loss) == (2, 0, 50.0)
     assert judged.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
@@ -114,7 +114,7 @@ def test_f1_and_its_loss_counted_by_hand() -> None:
     accuracy = accuracy_of(before, Truth(LABELS, 3, MULTI))
     assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
     assert accuracy.top1 == pytest.approx(2 * 3 / (3 + 4))
-    loss = judge_artefact(before, after, Truth(LABELS, 3, MULTI), "int8").loss
+    loss = judge_artifact(before, after, Truth(LABELS, 3, MULTI), "int8").loss
     assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
     assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
     assert loss.interval[0] <= loss.loss <= loss.interval[1]

@@ -39,16 +39,16 @@ def whole(request: pytest.FixtureRequest) -> Subject:
 
 @each(("name", "fault"), [(name, fault) for name in ("fp32", "fp16", "int8") for fault in FAULTS])
 def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault: Fault) -> None:
-    (recorded,) = whole.bundle.artefact(name).golden_sqnr_db.values()
+    (recorded,) = whole.bundle.artifact(name).golden_sqnr_db.values()
     model, inputs = fault(whole.graph(name)), whole.samples.inputs
     with OnnxRuntimeRunner(model) as runner:
         apart = [runner.run(image[None]) for image in inputs]
         answers = (np.concatenate(apart), runner.run(inputs))
     effect = recorded - min(sqnr_db(whole.samples.logits, found) for found in answers)
-    asked = VerifySettings(artefacts=(name,), modules=False)
+    asked = VerifySettings(artifacts=(name,), modules=False)
     report = verify_bundle(broken(whole, name, name, model), whole.samples, asked)
     if effect >= BELOW_RECORD_DB:
-        assert report.artefacts[name].outcome is Outcome.FAIL, effect
+        assert report.artifacts[name].outcome is Outcome.FAIL, effect
     else:
         mild = {faults.layer_norm_epsilon, faults.swapped_channels, faults.bias_lost}
         assert fault in mild, effect
@@ -77,8 +77,8 @@ def test_no_sabotaged_quantiser_passes(
     judged, record = judge_new(model, "int8", whole.samples)  # as quantize asks
     assert judged.outcome is Outcome.FAIL, judged.reason
     bundle = broken(whole, "int8", "int8", model, golden_sqnr_db=record)
-    asked = VerifySettings(artefacts=("int8",), modules=False)
-    assert verify_bundle(bundle, whole.samples, asked).artefacts["int8"].outcome is Outcome.FAIL
+    asked = VerifySettings(artifacts=("int8",), modules=False)
+    assert verify_bundle(bundle, whole.samples, asked).artifacts["int8"].outcome is Outcome.FAIL
 
 
 def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:

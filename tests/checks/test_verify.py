@@ -19,7 +19,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.golden import golden_samples, samples_for
-from van_deploy.checks.verify import ArtefactVerdict, verify_bundle
+from van_deploy.checks.verify import ArtifactVerdict, verify_bundle
 from van_deploy.config import DriftSettings, VerifySettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
@@ -29,13 +29,13 @@ DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for 
 PASS, FAIL = Outcome.PASS, Outcome.FAIL
 
 
-def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtefactVerdict:
-    asked = VerifySettings(artefacts=(name,))
-    return verify_bundle(bundle, whole.samples, asked).artefacts[name]
+def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtifactVerdict:
+    asked = VerifySettings(artifacts=(name,))
+    return verify_bundle(bundle, whole.samples, asked).artifacts[name]
 
 
 def drift(whole: Subject, bundle: Bundle, *names: str, known: bool = True) -> DriftReport:
-    asked, few = DriftSettings(artefacts=names), whole.samples.first(2)
+    asked, few = DriftSettings(artifacts=names), whole.samples.first(2)
     return drift_of_bundle(bundle, few, asked, whole.loaded if known else None, silent)
 
 
@@ -44,7 +44,7 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(judged: 
     assert report.passed
     assert report.against == "the golden samples"
     assert report.modules == "model.onnx in ONNX Runtime, which holds on the golden samples"
-    for verdict in report.artefacts.values():
+    for verdict in report.artifacts.values():
         assert verdict.outcome is PASS, verdict.reason
         assert [row.batch for row in verdict.batches] == [1, 2, 3, 4, 5, 6]
         assert verdict.comparison is not None
@@ -52,12 +52,12 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(judged: 
         assert verdict.margin_db == pytest.approx(3.0, abs=0.01)
         assert verdict.limit is not None
         assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
-        assert len(verdict.worst_modules) == (0 if verdict.artefact == "fp32" else 10)
+        assert len(verdict.worst_modules) == (0 if verdict.artifact == "fp32" else 10)
 
 
 @pytest.mark.slow
 def test_the_shared_network(cifar: Subject) -> None:
-    found = verify_bundle(cifar.bundle, cifar.samples).artefacts
+    found = verify_bundle(cifar.bundle, cifar.samples).artifacts
     outcomes = {name: verdict.outcome for name, verdict in found.items()}
     assert outcomes == {"fp32": PASS, "fp16": PASS, "int8": PASS}
 
@@ -67,7 +67,7 @@ def test_they_pass_against_the_original_network(judged: Subject) -> None:
     report = verify_bundle(judged.bundle, samples, loaded=judged.loaded)
     assert report.passed
     assert report.modules == "PyTorch, the rewritten network in float64"
-    assert all(verdict.worst_modules for verdict in report.artefacts.values())
+    assert all(verdict.worst_modules for verdict in report.artifacts.values())
     assert np.array_equal(samples.logits, judged.samples.logits)
 
 
@@ -126,7 +126,7 @@ def test_a_fault_fails_and_drift_names_its_block(
     bundle = broken(judged, "broken", precision, spoil(judged.graph(precision)))
     verdict = verdict_of(judged, bundle, "broken")
     assert verdict.outcome is FAIL, verdict.findings
-    assert drift(judged, bundle, "broken").artefacts["broken"].worst_names[0] == block
+    assert drift(judged, bundle, "broken").artifacts["broken"].worst_names[0] == block
     overflows = sum(finding.message.count(OVERFLOW) for finding in verdict.findings)
     assert overflows == block.startswith("norm"), "it is named where it begins, and there only"
 
@@ -135,8 +135,8 @@ def test_a_manifest_of_other_preprocessing(judged: Subject, copy_of: Copy) -> No
     bundle = Bundle.open(copy_of(judged))
     wrong = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
     edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": wrong}))
-    report = verify_bundle(edited, golden_samples(edited), VerifySettings(artefacts=("fp32",)))
-    assert report.artefacts["fp32"].outcome is FAIL
+    report = verify_bundle(edited, golden_samples(edited), VerifySettings(artifacts=("fp32",)))
+    assert report.artifacts["fp32"].outcome is FAIL
 
 
 def test_a_frozen_batch(judged: Subject, broken: Broken) -> None:
@@ -153,10 +153,10 @@ def test_a_graph_that_does_not_load_fails_alone(judged: Subject, broken: Broken)
     model = judged.graph("fp16")
     next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Gelo"
     bundle = broken(judged, "fp16", "fp16", model)
-    asked = VerifySettings(modules=False, artefacts=("fp16", "fp32"))
+    asked = VerifySettings(modules=False, artifacts=("fp16", "fp32"))
     report = verify_bundle(bundle, judged.samples, asked)
-    assert [v.outcome for v in report.artefacts.values()] == [FAIL, PASS]
-    assert report.artefacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
+    assert [v.outcome for v in report.artifacts.values()] == [FAIL, PASS]
+    assert report.artifacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
     assert not report
 
 
@@ -180,19 +180,19 @@ def test_an_overflow_that_cannot_be_looked_for_is_no_pass(judged: Subject, broke
 def test_an_engine_that_was_not_run_is_no_pass(judged: Subject, copy_of: Copy) -> None:
     """Verify passed with every engine skipped."""
     bundle = enter_engine(copy_of(judged), "x", made_from="fp16")
-    asked = VerifySettings(artefacts=("x",), allow_skip=("engines",))
+    asked = VerifySettings(artifacts=("x",), allow_skip=("engines",))
     report = verify_bundle(bundle, judged.samples, asked)
-    if report.artefacts["x"].outcome is not Outcome.SKIPPED:
+    if report.artifacts["x"].outcome is not Outcome.SKIPPED:
         pytest.skip("this machine has a GPU")
-    assert report.artefacts["x"].reason == "engine not executed: no GPU"
+    assert report.artifacts["x"].reason == "engine not executed: no GPU"
     assert not report, "nothing was verified"
 
 
 def test_model_onnx_stands_in_for_the_network(judged: Subject, broken: Broken) -> None:
     bundle = broken(judged, "fp16", "fp16", faults.perturbed(judged.graph("fp16"), "block3.1"))
     report = drift(judged, bundle, known=False)
-    assert list(report.artefacts) == ["fp16", "int8"]
-    assert report.artefacts["fp16"].worst_names[0] == "block3.1"
+    assert list(report.artifacts) == ["fp16", "int8"]
+    assert report.artifacts["fp16"].worst_names[0] == "block3.1"
     assert [link.name for link in report.chain] == ["PyTorch float32", "fp32", "fp16", "int8"]
 
 
@@ -201,17 +201,17 @@ def test_a_model_onnx_that_does_not_hold_is_no_reference(judged: Subject, broken
     bundle = broken(judged, "fp32", "fp32", model)
     with pytest.raises(GateFailed, match=r"model\.onnx does not hold on the golden samples"):
         drift(judged, bundle, known=False)
-    report = verify_bundle(bundle, judged.samples, VerifySettings(artefacts=("fp16",)))
-    assert report.artefacts["fp16"].outcome is PASS, "its logits are right"
+    report = verify_bundle(bundle, judged.samples, VerifySettings(artifacts=("fp16",)))
+    assert report.artifacts["fp16"].outcome is PASS, "its logits are right"
     assert not report, "its modules were compared with nothing"
 
 
 def test_a_wrong_scale_is_named_though_its_error_is_small(judged: Subject, broken: Broken) -> None:
     layer = "block2.1.mlp.fc2"
     model = faults.scale_times(judged.graph("int8"), layer, "activation", 8)
-    asked = DriftSettings(level="module", artefacts=("int8",))
+    asked = DriftSettings(level="module", artifacts=("int8",))
     bundle = broken(judged, "int8", "int8", model)
-    found = drift_of_bundle(bundle, judged.samples, asked, judged.loaded, silent).artefacts["int8"]
+    found = drift_of_bundle(bundle, judged.samples, asked, judged.loaded, silent).artifacts["int8"]
     assert found.worst_names[0] == layer
     faults_of = {row.name: row.fault for row in found.rows}
     assert "times the one of least error on the golden images" in faults_of[layer]

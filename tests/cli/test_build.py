@@ -38,8 +38,8 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     assert [one["cell"]["targets"] for one in (first, second)] == [["sm_86"], ["sm_89"]]
     assert first["outcome"] == "built"
     assert first["sidecar"]["options"]["profiles"] == ["1:2:4"]
-    artefacts = Bundle.open(bundle).artefacts
-    engines = [name for name, artefact in artefacts.items() if artefact.kind == "engine"]
+    artifacts = Bundle.open(bundle).artifacts
+    engines = [name for name, artifact in artifacts.items() if artifact.kind == "engine"]
     assert engines == [first["engine"], second["engine"]]
     again = cli("build", bundle, "--target", "sm_86")
     assert again.exit_code == 0
@@ -93,7 +93,7 @@ def test_a_missing_precision_is_made_on_the_way(
     words = ("build", bundle, "--target", "sm_89", "--precision")
     refused = cli(*words, "int8")
     assert refused.exit_code == 5
-    assert "has no artefact 'int8'; it has: fp32." in refused.stderr
+    assert "has no artifact 'int8'; it has: fp32." in refused.stderr
     assert f"Make it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
     assert "Or give --images DIR to make it on the way." in refused.stderr
     made = cli(*words, "fp16")

@@ -45,20 +45,20 @@ def path(judged: Subject, copy_of: Copy) -> Path:
     return copy_of(judged)
 
 
-def test_right_artefacts_pass_and_it_is_kept(cli: Cli, path: Path) -> None:
+def test_right_artifacts_pass_and_it_is_kept(cli: Cli, path: Path) -> None:
     result = cli("verify", path, "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["passed"] is True
-    assert list(found["artefacts"]) == ["fp32", "fp16", "int8"]
+    assert list(found["artifacts"]) == ["fp32", "fp16", "int8"]
     assert len(found["names"]) == 16
     assert found["names"][:2] == ["golden/0.png", "golden/1.png"]
     kept = json.loads((path / "manifest.json").read_text())["checks"]["verify"]
     assert kept["passed"] is True
-    assert set(kept["artefacts_sha256"]) == {"fp32", "fp16", "int8"}
+    assert set(kept["artifacts_sha256"]) == {"fp32", "fp16", "int8"}
 
 
-def test_a_broken_artefact_ends_with_1_and_is_named(cli: Cli, path: Path) -> None:
+def test_a_broken_artifact_ends_with_1_and_is_named(cli: Cli, path: Path) -> None:
     perturbed_in(path)
     result = cli("verify", path)
     assert result.exit_code == 1
@@ -72,9 +72,9 @@ def test_a_broken_artefact_ends_with_1_and_is_named(cli: Cli, path: Path) -> Non
     limits = [line.split() for line in lines if line.startswith("LIMIT")]
     assert [words[1] for words in limits] == ["fp32", "fp16", "int8"]
     assert all(words[5] == "dB," and "recorded" in words for words in limits)
-    chosen = cli("verify", path, "--artefact", "fp32", "--no-modules", "--json")
+    chosen = cli("verify", path, "--artifact", "fp32", "--no-modules", "--json")
     assert chosen.exit_code == 0
-    found = json.loads(chosen.stdout)["artefacts"]
+    found = json.loads(chosen.stdout)["artifacts"]
     assert (list(found), found["fp32"]["worst_modules"]) == (["fp32"], [])
 
 
@@ -88,14 +88,14 @@ def test_a_broken_artefact_ends_with_1_and_is_named(cli: Cli, path: Path) -> Non
 def test_a_recipes_limits_are_named(cli: Cli, path: Path, key: str, code: int, said: str) -> None:
     recipe = path.parent / "mine.toml"
     recipe.write_text(f"[gates.fp16]\n{key}\n")
-    words = ("--artefact", "fp16", "--no-modules", "--recipe", recipe)
+    words = ("--artifact", "fp16", "--no-modules", "--recipe", recipe)
     result = cli("verify", path, *words)
     assert result.exit_code == code
     assert said in words_of(result.output)
 
 
 def test_the_users_images_and_the_network(cli: Cli, judged: Subject, path: Path) -> None:
-    words = ("--artefact", "fp32", "--images", judged.labelled, "--json")
+    words = ("--artifact", "fp32", "--images", judged.labelled, "--json")
     result = cli("verify", path, *FEW, *words)
     assert result.exit_code == 0
     found = json.loads(result.stdout)
@@ -110,7 +110,7 @@ def test_the_users_images_and_the_network(cli: Cli, judged: Subject, path: Path)
     [
         (("--images", "x"), 2, "--images is given, and other images than the golden samples"),
         (("--runner", "onnx"), 2, "'--runner' is 'onnx': it should be 'ort-cpu' or"),
-        (("--artefact", "fp8"), 5, "has no artefact 'fp8'; it has: fp32, fp16, int8."),
+        (("--artifact", "fp8"), 5, "has no artifact 'fp8'; it has: fp32, fp16, int8."),
     ],
 )
 def test_mistakes(cli: Cli, judged: Subject, words: tuple[str, str], code: int, said: str) -> None:
@@ -121,7 +121,7 @@ def test_mistakes(cli: Cli, judged: Subject, words: tuple[str, str], code: int, 
 
 def test_what_is_not_run_here_needs_leave(cli: Cli, path: Path) -> None:
     enter_engine(path, "x", made_from="fp16")
-    words = ("--artefact", "fp32", "--artefact", "x", "--no-modules")
+    words = ("--artifact", "fp32", "--artifact", "x", "--no-modules")
     refused = cli("verify", path, *words)
     if "x: engine not executed: no GPU" not in refused.stdout:
         pytest.skip("this machine has a GPU")
@@ -132,10 +132,10 @@ def test_what_is_not_run_here_needs_leave(cli: Cli, path: Path) -> None:
     )
     assert cli("verify", path, *words, "--allow-skip", "runtimes").exit_code == 1
     assert cli("verify", path, *words, "--allow-skip", "engines").exit_code == 0
-    cuda = ("--artefact", "fp32", "--runner", "ort-cuda", "--allow-skip", "runtimes")
+    cuda = ("--artifact", "fp32", "--runner", "ort-cuda", "--allow-skip", "runtimes")
     nothing = cli("verify", path, *cuda)
     assert nothing.exit_code == 1
-    assert "No artefact could be run on this machine, so nothing was" in nothing.stderr
+    assert "No artifact could be run on this machine, so nothing was" in nothing.stderr
     assert "CUDAExecutionProvider" in nothing.stdout
 
 
@@ -151,7 +151,7 @@ def test_golden_samples_that_are_edited_or_gone(cli: Cli, path: Path) -> None:
     assert result.exit_code == 5
     assert result.stderr.splitlines()[-2].endswith("has no golden samples.")
     assert "--against weights" in result.stderr
-    assert cli("verify", path, *FEW, "--artefact", "fp32", "--no-modules").exit_code == 0
+    assert cli("verify", path, *FEW, "--artifact", "fp32", "--no-modules").exit_code == 0
 
 
 def test_the_perturbed_block_comes_first(cli: Cli, path: Path) -> None:
@@ -159,8 +159,8 @@ def test_the_perturbed_block_comes_first(cli: Cli, path: Path) -> None:
     result = cli("drift", path, "--count", "2", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
-    assert found["artefacts"]["fp16"]["worst_names"][0] == "block3.1"
-    names = [row["name"] for row in found["artefacts"]["fp32"]["rows"]]
+    assert found["artifacts"]["fp16"]["worst_names"][0] == "block3.1"
+    names = [row["name"] for row in found["artifacts"]["fp32"]["rows"]]
     assert names[:3] == ["patch_embed1", "block1.0", "block1.1"]
     assert [link["name"] for link in found["chain"]] == [
         *("PyTorch float32", "rewritten, float64", "fp32", "fp16", "int8")
@@ -168,7 +168,7 @@ def test_the_perturbed_block_comes_first(cli: Cli, path: Path) -> None:
 
 
 def test_stages_against_model_onnx(cli: Cli, path: Path) -> None:
-    words = ("--count", "1", "--level", "stage", "--artefact", "fp16", "--top", "2")
+    words = ("--count", "1", "--level", "stage", "--artifact", "fp16", "--top", "2")
     result = cli("drift", path, *words, "--against", "golden")
     assert result.exit_code == 0
     rows = [line.split()[0] for line in result.stdout.splitlines() if line.startswith("stage")]
@@ -207,9 +207,9 @@ def test_a_baseline_is_met_and_missed(
     junit, summary = tmp_path / "out" / "junit.xml", tmp_path / "summary.md"
     words = ("--baseline", baseline, "--evaluate", judged.labelled)
     # One near-tie more or less of 200 images failed.
-    top1 = json.loads(baseline.read_text())["artefacts"]["fp32"]["top-1"]["value"]
+    top1 = json.loads(baseline.read_text())["artifacts"]["fp32"]["top-1"]["value"]
     one_more = {"value": round(top1 + 100 / 60, 9)}
-    rewritten(baseline, lambda v: v["artefacts"]["fp32"].update({"top-1": one_more}))
+    rewritten(baseline, lambda v: v["artifacts"]["fp32"].update({"top-1": one_more}))
     result = cli("check", path, *words, "--json", "--junit", junit, UNDECIDED)
     assert result.exit_code == 0
     found = json.loads(result.stdout)
@@ -220,8 +220,8 @@ def test_a_baseline_is_met_and_missed(
     assert suites.tests == len(found["rows"])
 
     def better(values: Any) -> None:
-        values["artefacts"]["fp16"]["SQNR"]["value"] += 10.0
-        values["artefacts"]["int8"]["top-1"]["value"] += 200 / 60
+        values["artifacts"]["fp16"]["SQNR"]["value"] += 10.0
+        values["artifacts"]["int8"]["top-1"]["value"] += 200 / 60
 
     rewritten(baseline, better)
     summary.write_text("what another step wrote\n")
@@ -237,7 +237,7 @@ def test_a_baseline_is_met_and_missed(
     assert JUnitXml.fromfile(str(junit)).failures == 3, "and what is undecided"
 
 
-def test_a_broken_artefact_fails_twice(cli: Cli, path: Path, baseline: Path) -> None:
+def test_a_broken_artifact_fails_twice(cli: Cli, path: Path, baseline: Path) -> None:
     perturbed_in(path)
     words = ("--baseline", baseline, "--json", "--allow-skip", "accuracy")
     result = cli("check", path, *words)
@@ -250,11 +250,11 @@ def test_a_broken_artefact_fails_twice(cli: Cli, path: Path, baseline: Path) -> 
     assert baseline.read_text() == before  # only what holds its gates becomes a baseline
 
 
-def test_a_deleted_artefact_fails_whatever_may_be_skipped(
+def test_a_deleted_artifact_fails_whatever_may_be_skipped(
     cli: Cli, path: Path, baseline: Path
 ) -> None:
     """`--allow-skip` passed it."""
-    rewritten(path / "manifest.json", lambda values: values["artefacts"].pop("fp16"))
+    rewritten(path / "manifest.json", lambda values: values["artifacts"].pop("fp16"))
     kinds = ("engines", "runtimes", "accuracy", "speed")
     leave = [word for kind in kinds for word in ("--allow-skip", kind)]
     result = cli("check", path, "--baseline", baseline, *leave)
@@ -299,7 +299,7 @@ def test_the_wrong_baseline_is_refused(
         for pair in (
             ('"van_digits"', '"van_b1"'),
             (judged.bundle.manifest.weights.sha256, "0" * 64),
-            ("van-deploy/baseline/3", "van-deploy/baseline/2"),
+            ("van-deploy/baseline/4", "van-deploy/baseline/2"),
         )
     )
     other = "The baseline was measured with other images to verify on: "
@@ -309,7 +309,7 @@ def test_the_wrong_baseline_is_refused(
         (text, ("--evaluate", images), "was measured with another evaluation set: "),
         (name, (), "another model: van_b1, and now van_digits."),
         (weights, (), "other weights: 000000000000, and now "),
-        (schema, (), "this version reads 'van-deploy/baseline/3'."),
+        (schema, (), "this version reads 'van-deploy/baseline/4'."),
         ('{"stranger": 1, ' + text[1:], (), "the key 'stranger' is unknown."),
         (text[:-10], (), "is damaged: "),
     ):
@@ -330,7 +330,7 @@ def test_speed_is_compared_by_its_interval(cli: Cli, path: Path, tmp_path: Path)
     def other(values: Any) -> None:
         for name, low, high in (("fp32", 1e3, 1e4), ("fp16", 1e-6, 1e-5), ("int8", 0.01, 100)):
             speed = {"value": (low * high) ** 0.5, "interval": [low, high]}
-            values["artefacts"][name]["speed"] = speed
+            values["artifacts"][name]["speed"] = speed
 
     rewritten(baseline, other)
     result = cli("check", path, *words)

@@ -85,7 +85,7 @@ def test_too_few_images_are_inconclusive(
     cli: Cli, judged: Subject, path: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "mine.toml"
-    words = ("--images", judged.labelled, "--artefact", "int8")
+    words = ("--images", judged.labelled, "--artifact", "int8")
     result = cli("evaluate", path, *words)
     assert result.exit_code == 1
     assert (
@@ -121,7 +121,7 @@ def test_mistakes(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_gives_one_machines_figures(cli: Cli, judged: Subject, path: Path, ray: Any) -> None:
-    words = ("--images", judged.labelled, "--batch", "8", "--artefact", "int8")
+    words = ("--images", judged.labelled, "--batch", "8", "--artifact", "int8")
     here, there = evaluated(cli, path, *words), evaluated(cli, path, *words, "--on", "ray")
     for key in ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed"):
         assert there[key] == here[key]

@@ -62,18 +62,18 @@ def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["passed"] is True
-    names = [made["artefact"] for made in document["made"]]
+    names = [made["artifact"] for made in document["made"]]
     assert names[:2] == ["fp16", "int8"]
     assert names[2].startswith("van_digits-fp16-sm89-rtx")
     bundle = Bundle.open(output)
-    assert list(bundle.artefacts) == ["fp32", *names]
+    assert list(bundle.artifacts) == ["fp32", *names]
     assert bundle.problems() == []
-    engine = bundle.artefact(names[2]).engine
+    engine = bundle.artifact(names[2]).engine
     assert engine is not None
     assert [str(batch) for batch in engine.profiles] == ["1:2:4"]
-    outcomes = {n: entry["outcome"] for n, entry in document["verify"]["artefacts"].items()}
+    outcomes = {n: entry["outcome"] for n, entry in document["verify"]["artifacts"].items()}
     assert outcomes == {"fp32": "pass", "fp16": "pass", "int8": "pass", names[2]: "skipped"}
-    reason = document["verify"]["artefacts"][names[2]]["reason"]
+    reason = document["verify"]["artifacts"][names[2]]["reason"]
     assert reason == "engine not executed: no GPU"
     assert document["evaluate"]["count"] == 40
     assert list(document["evaluate"]["skipped"]) == [names[2]]
@@ -94,10 +94,10 @@ def test_the_command_line_replaces_what_the_recipe_says(
     result = cli("run", recipe, "--output", tmp_path / "bundle", *words, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert [made["artefact"] for made in document["made"]] == ["fp16"]
+    assert [made["artifact"] for made in document["made"]] == ["fp16"]
     assert document["evaluate"]["count"] == 60
-    artefacts = list(Bundle.open(tmp_path / "bundle").artefacts)
-    assert artefacts == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]
+    artifacts = list(Bundle.open(tmp_path / "bundle").artifacts)
+    assert artifacts == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]
 
 
 def test_a_mistake_is_found_before_any_work(cli: Cli, recipe: Path, tmp_path: Path) -> None:

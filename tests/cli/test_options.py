@@ -141,7 +141,7 @@ def test_help_says_the_choices_the_default_and_the_limits() -> None:
         "--sides INTEGER,... In pixels. [default: 1,2]",
         "--file PATH A file.",
         "--seconds NUMBER At least. [default: 3.0; above 0]",
-        "--engine TEXT,... fp32, fp16, bf16, int8 or another ONNX artefact",
+        "--engine TEXT,... fp32, fp16, bf16, int8 or another ONNX artifact",
     ):
         assert words in text
     assert f"─ {HOW} ─" in text

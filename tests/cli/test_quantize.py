@@ -37,7 +37,7 @@ def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: 
     again = cli("quantize", bundle, *FAST, "--json")
     assert "int8: reused: " in again.stderr
     found = json.loads(again.stdout)
-    assert (found["artefact"], found["passed"]) == ("int8", True)
+    assert (found["artifact"], found["passed"]) == ("int8", True)
     row = found["facts"]["comparison"][1]
     assert row["top1_interval"][0] < row["correct"] / row["images"] <= row["top1_interval"][1]
 

@@ -51,11 +51,11 @@ def folder(copy_of: Copy, digits_bundle: Bundle) -> Path:
 def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
     first = made(folder)
     bundle = Bundle.open(folder)
-    artefact = bundle.artefact(first.engine)
+    artifact = bundle.artifact(first.engine)
     assert (first.outcome, first.engine) == ("built", f"van_digits-fp32-sm89-rtx{rtx.release}")
-    assert (artefact.kind, artefact.precision) == ("engine", "fp32")
-    assert artefact.made_from == Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
-    assert sorted(Path(file).suffix for file in artefact.files) == [".json", ".log", ".plan"]
+    assert (artifact.kind, artifact.precision) == ("engine", "fp32")
+    assert artifact.made_from == Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
+    assert sorted(Path(file).suffix for file in artifact.files) == [".json", ".log", ".plan"]
     assert bundle.problems() == []
     assert first.sidecar is not None
     assert first.sidecar.preprocessing == bundle.manifest.preprocessing
@@ -69,7 +69,7 @@ def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
     assert made(folder).outcome == "built", "a damaged engine is built again"
     assert made(folder, SM89.changed(tf32=False)).outcome == "built"
     assert Bundle.open(folder).problems() == Bundle.open(folder).unnamed() == []
-    assert len([a for a in Bundle.open(folder).artefacts.values() if a.kind == "engine"]) == 1
+    assert len([a for a in Bundle.open(folder).artifacts.values() if a.kind == "engine"]) == 1
 
 
 def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_fleet_on_ray(rtx: Backend, fleet_file: Path) -> None:
     assert outcomes["van_none", "sm_86"].outcome == "failed"
     bundle = Bundle.open(cells[0].bundle)
     assert bundle.problems() == []
-    assert made.engine in bundle.artefacts
+    assert made.engine in bundle.artifacts
     assert again == ["failed", "failed", "reused", "reused"]
     here = list(build_cells(cells[:2], host=Host()))
     assert [o.outcome for o in here] == ["reused", "reused"]

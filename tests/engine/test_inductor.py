@@ -83,7 +83,7 @@ def packaged(made_once: MadeOnce, digits_bundle: Bundle) -> Path:
 
 
 def names_of(folder: Path) -> dict[str, str]:
-    kinds = Bundle.open(folder).artefacts.values()
+    kinds = Bundle.open(folder).artifacts.values()
     return {item.precision: item.name for item in kinds if item.kind == "package"}
 
 
@@ -113,10 +113,10 @@ def test_commands_take_packages(
 ) -> None:
     folder, names = copy_of(packaged), names_of(packaged)
     found = json.loads(cli("verify", folder, "--json").stdout)
-    verdicts = {name: found["artefacts"][names[name]] for name in ("fp32", "bf16")}
+    verdicts = {name: found["artifacts"][names[name]] for name in ("fp32", "bf16")}
     assert {name: one["numeric"] for name, one in verdicts.items()} == {n: n for n in verdicts}
     assert {(one["runner"], one["outcome"]) for one in verdicts.values()} == {("inductor", "pass")}
-    one = ("--artefact", names["fp32"])
+    one = ("--artifact", names["fp32"])
     assert cli("evaluate", folder, "--images", heldout_200, *one).exit_code == 0
     shown = cli("inspect", folder / "engines" / f"{names['bf16']}.pt2")
     assert shown.exit_code == 0

@@ -79,14 +79,14 @@ def need_cuda_provider() -> None:
         pytest.skip(f"ONNX Runtime {ort.__version__} has no {CUDA}")
 
 
-def _ort(artefact: str, options: CudaOptions | None = None) -> Callable[[Bundle], Any]:
+def _ort(artifact: str, options: CudaOptions | None = None) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
         from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
         if options is None:
-            return OnnxRuntimeRunner(bundle.verified(artefact))
+            return OnnxRuntimeRunner(bundle.verified(artifact))
         need_cuda_provider()
-        return OnnxRuntimeRunner(bundle.verified(artefact), name="ort-cuda", cuda=options)
+        return OnnxRuntimeRunner(bundle.verified(artifact), name="ort-cuda", cuda=options)
 
     return opened
 
@@ -109,7 +109,7 @@ def _inductor(
 @lru_cache(None)
 def plan_of(
     folder: Path,
-    artefact: str,
+    artifact: str,
     onnx: Path,
     tf32: bool = False,
     profiles: tuple[BatchRange, ...] = (BatchRange(1, 1, 1), BatchRange(2, 4, 8)),
@@ -122,19 +122,19 @@ def plan_of(
         pytest.skip(error.message)
     named = backend.builds_for_absent_gpus and host.target in RTX_TARGETS
     targets = (str(host.target),) if named else ()
-    plan = folder / f"{artefact}{'-tf32' * tf32}.plan"
+    plan = folder / f"{artifact}{'-tf32' * tf32}.plan"
     options = BuildOptions(profiles=profiles, targets=targets, tf32=tf32)
-    engine_from_onnx(onnx, plan, backend=backend, options=options, precision=artefact, host=host)
+    engine_from_onnx(onnx, plan, backend=backend, options=options, precision=artifact, host=host)
     return plan, backend
 
 
-def _tensorrt(artefact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bundle], Any]:
+def _tensorrt(artifact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bundle], Any]:
     def opened(bundle: Bundle) -> Any:
         from van_deploy.runners.tensorrt import TensorRtRunner
 
         folder = bundle.path.with_name("plans")
         folder.mkdir(exist_ok=True)
-        plan, _ = plan_of(folder, artefact, bundle.verified(artefact), tf32)
+        plan, _ = plan_of(folder, artifact, bundle.verified(artifact), tf32)
         return TensorRtRunner(plan, cuda_graph=graph)
 
     return opened

@@ -23,7 +23,7 @@ def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
     assert first.outcomes[0].package is not None
     assert first.outcomes[0].package.targets == (host_here().target,)
     assert second.outcomes[0].outcome == "reused"
-    report = bundle.verify(artefacts=[first.outcomes[0].engine])
+    report = bundle.verify(artifacts=[first.outcomes[0].engine])
     assert report.passed
 
 
@@ -31,7 +31,7 @@ def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
 def test_the_bundle_is_verified_by_onnxruntime_on_the_gpu(digits: Digits) -> None:
     need_cuda_provider()
     bundle = van_deploy.open_bundle(digits.bundle.path)
-    assert bundle.verify(runner="ort-cuda", artefacts=["fp32", "fp16", "int8"]).passed
+    assert bundle.verify(runner="ort-cuda", artifacts=["fp32", "fp16", "int8"]).passed
 
 
 @pytest.fixture(scope="module")

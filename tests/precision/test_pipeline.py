@@ -58,7 +58,7 @@ def made(
         {"target": "cpu"},
     )
     every = [PLAIN.changed(calibration=few, **one) for one in asked]
-    return {one.artefact: quantize_bundle(path, one) for one in every}
+    return {one.artifact: quantize_bundle(path, one) for one in every}
 
 
 def lines(result: QuantizeResult) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def lines(result: QuantizeResult) -> dict[str, Any]:
 def test_everything_lands_in_the_bundle_and_passes(made: dict[str, QuantizeResult]) -> None:
     bundle = made["int8-cpu"].bundle
     assert bundle.problems() == []
-    assert list(bundle.artefacts) == ["fp32", "fp16", "bf16", "int8", "int8-cpu"]
+    assert list(bundle.artifacts) == ["fp32", "fp16", "bf16", "int8", "int8-cpu"]
     rows = {"fp16": "fp16", "bf16": "BF16 emulated", "int8": "int8", "int8-cpu": "int8"}
     for (name, result), least in zip(made.items(), (60, 50, 36, 25), strict=True):
         assert result, name
@@ -113,21 +113,21 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
     made: dict[str, QuantizeResult], copy_of: Copy, cli: Cli
 ) -> None:
     bundle = made["int8-cpu"].bundle
-    assert bundle.artefact("bf16").golden_sqnr_db["ort-cpu/bf16"] > 50
+    assert bundle.artifact("bf16").golden_sqnr_db["ort-cpu/bf16"] > 50
     samples = golden_samples(bundle)
     with Network(bundle, "bf16") as network:
         assert network.described == "ort-cpu, BF16 emulated"
         assert sqnr_db(samples.logits, network.run(samples.inputs)["logits"]) > 50
-    verified = cli("verify", bundle.path, "--artefact", "bf16")
+    verified = cli("verify", bundle.path, "--artifact", "bf16")
     assert verified.exit_code == 0, verified.stdout
     assert "BF16 emulated" in " ".join(verified.stdout.split())
-    drift = cli("drift", bundle.path, "--artefact", "bf16", "--against", "golden")
+    drift = cli("drift", bundle.path, "--artifact", "bf16", "--against", "golden")
     assert drift.exit_code == 0, drift.stdout
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     path = copy_of(bundle)
     built = cli("build", path, "--precision", "bf16", "--target", "sm_89")
     assert built.exit_code == 0, built.stderr
-    [engine] = [a for a in Bundle.open(path).artefacts.values() if a.kind == "engine"]
+    [engine] = [a for a in Bundle.open(path).artifacts.values() if a.kind == "engine"]
     assert engine.precision == "bf16"
 
 
@@ -218,7 +218,7 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
     monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
     with pytest.raises(GateFailed, match="FP16 cannot hold everything"):
         quantize_bundle(bundle, PLAIN.changed(calibration=few, precision="fp16", strict=True))
-    assert list(Bundle.open(bundle).artefacts) == ["fp32"]
+    assert list(Bundle.open(bundle).artifacts) == ["fp32"]
 
 
 @each(

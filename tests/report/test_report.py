@@ -135,7 +135,7 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
 def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: Copy) -> None:
     verified = copy.deepcopy(full.manifest.checks["verify"])
     verified["findings"][0].update(outcome="fail", message="another decoder")
-    del verified["artefacts"]["fp32"]
+    del verified["artifacts"]["fp32"]
     document = document_of_bundle(edited(copy_of(full), verify=verified))
     assert document.state == "FAIL"
     text = markdown_from_document(document)
@@ -145,7 +145,7 @@ def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: 
 
 def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: Copy) -> None:
     evaluated = copy.deepcopy(full.manifest.checks["evaluate"])
-    evaluated["artefacts_sha256"]["fp32"] = "0" * 64
+    evaluated["artifacts_sha256"]["fp32"] = "0" * 64
     bundle = edited(copy_of(full), evaluate=evaluated)
     document = document_of_bundle(bundle)
     said = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
@@ -244,7 +244,7 @@ def test_the_table_of_precisions_is_whole_in_a_pipe(passed: bool, gate: str) -> 
         "why": "speed not measured",
         "judged": {"findings": [{"outcome": "inconclusive", "rule": "scales", "message": "odd"}]},
     }
-    made = {"facts": facts, "artefact": "int8", "bundle": "b", "seconds": {}, "reused": False}
+    made = {"facts": facts, "artifact": "int8", "bundle": "b", "seconds": {}, "reused": False}
     shown = "\n".join(in_terminal(quantized_blocks(made), 100))
     for text in ("precision", "top-1 %", "gate", "123.0 MiB", "76.90", "75.00 to 78.70", gate):
         assert text in shown

@@ -36,7 +36,7 @@ def bundle(byte_bundle: Bundle, copy_of: Copy) -> Bundle:
     with writing(folder) as draft:
         for name in ("e.plan", "e.json"):
             draft.file(f"engines/{name}").write_bytes(b"bytes")
-        made_from = Origin(name="fp32-uint8", sha256=draft.artefacts["fp32-uint8"].sha256)
+        made_from = Origin(name="fp32-uint8", sha256=draft.artifacts["fp32-uint8"].sha256)
         facts = EngineFacts(backend=backend, targets=("sm_89",), profiles=profiles, parser_layers=1)
         files = ("engines/e.plan", "engines/e.json")
         draft.record(
@@ -102,7 +102,7 @@ def test_what_keeps_it_from_running_here(bundle: Bundle, cli: Cli) -> None:
 
 
 def test_what_there_is_not(bundle: Bundle) -> None:
-    with pytest.raises(BundleError, match="has no artefact 'fp8'"):
+    with pytest.raises(BundleError, match="has no artifact 'fp8'"):
         Network(bundle, "fp8")
     (bundle.path / "engines/e.json").unlink()
     with pytest.raises(BundleError, match=r"e\.json' is named in the manifest and missing"):

@@ -65,7 +65,7 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
                     profiles=sidecar.profiles,
                     parser_layers=1,
                 )
-                origin = Origin(name="fp32", sha256=bundle.artefact("fp32").sha256)
+                origin = Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
                 what = (sidecar.name, "engine", "fp32", next(iter(files)), files)
                 draft.record(entry(*what, made_from=origin, engine=facts))
         return Bundle.open(bundle.path)
@@ -77,7 +77,7 @@ def _sidecar(
     bundle: Bundle, plan: Path, target: str, profiles: str, changes: dict[str, Any]
 ) -> Sidecar:
     ranges = tuple(BatchRange.model_validate(text) for text in profiles.split(","))
-    graph = bundle.artefact("fp32")
+    graph = bundle.artifact("fp32")
     fields: dict[str, Any] = {
         **dict.fromkeys(("parse_seconds", "build_seconds", "peak_memory_bytes"), 0),
         "device_memory": {},
@@ -155,7 +155,7 @@ def _after(gate: Any, run: Callable[[Any], Any], batch: Any) -> Any:
 def server(digits: Bundle) -> Iterator[Running]:
     """Serve the bytes graph and the plain one for the whole session."""
     pytest.importorskip("uvicorn")
-    with serving(digits, artefacts=("fp32-uint8", "fp32"), max_body_mib=4) as running:
+    with serving(digits, artifacts=("fp32-uint8", "fp32"), max_body_mib=4) as running:
         yield running
 
 

@@ -23,18 +23,18 @@ from van_deploy.errors import GateFailed, ImageError
 from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.serve import embedded
-from van_deploy.serve.embedded import embed_artefacts
+from van_deploy.serve.embedded import embed_artifacts
 from van_deploy.serve.predict import sources_from
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
 
-@each("artefact", ["fp32", "fp32-uint8", "pytorch"])
+@each("artifact", ["fp32", "fp32-uint8", "pytorch"])
 def test_a_folder_and_what_cannot_be_read(
-    digits: Bundle, tmp_path: Path, cli: Cli, artefact: str
+    digits: Bundle, tmp_path: Path, cli: Cli, artifact: str
 ) -> None:
     folder = write_digits_folder(tmp_path / "digits", "heldout", limit=11)
-    words = ("--artefact", artefact, "--batch", "4", "--top-k", "2")
+    words = ("--artifact", artifact, "--batch", "4", "--top-k", "2")
     result = cli("predict", digits.path, folder, *words, "--json")
     assert result.exit_code == 0
     predictions = json.loads(result.stdout)["predictions"]
@@ -42,7 +42,7 @@ def test_a_folder_and_what_cannot_be_read(
     right = sum(p["top"][0]["name"] == Path(p["source"]).parent.name for p in predictions)
     assert right >= 10  # the network is right on 97 of 100
     assert all(len(p["top"]) == 2 for p in predictions)
-    assert f"{artefact}: 11 images, " in result.stderr
+    assert f"{artifact}: 11 images, " in result.stderr
     (folder / "0/bad.png").write_bytes(b"no image")
     result = cli("predict", digits.path, folder, *words, "--jsonl")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -71,7 +71,7 @@ def test_what_is_not_possible(digits: Bundle, original: Path, cli: Cli) -> None:
         (2, original, "--top-k", "0"),
         (2, original, "--json", "--jsonl"),
         (2, "-", "-"),
-        (5, original, "--artefact", "fp8"),
+        (5, original, "--artifact", "fp8"),
     ):
         assert cli("predict", digits.path, *map(str, words)).exit_code == code
     table = cli("predict", digits.path, original, "--top-k", "99")
@@ -86,12 +86,12 @@ def test_an_embedded_graph_is_the_same_network_or_nothing_is_written(
     asked = ExportSettings(
         embed_preprocess="normalize", outputs=("logits", "probabilities", "top5")
     )
-    (made,) = embed_artefacts(Bundle.open(copy), asked, batches)
+    (made,) = embed_artifacts(Bundle.open(copy), asked, batches)
     assert (made.name, made.base, made.reused) == ("fp32-normalize", "fp32", False)
     assert made.agreement is not None
     assert [row["batch"] for row in made.agreement["batches"]] == [1, 2, 3]
     assert max(row["difference"] for row in made.agreement["batches"]) < 1e-6
-    (again,) = embed_artefacts(Bundle.open(copy), asked, batches)
+    (again,) = embed_artifacts(Bundle.open(copy), asked, batches)
     assert again.reused
 
     def other_mean(model: Any, preprocessing: Any, *more: Any) -> Any:
@@ -112,5 +112,5 @@ def test_an_embedded_graph_is_the_same_network_or_nothing_is_written(
     for wrong in (other_mean, not_a_number):
         monkeypatch.setattr(embedded, "embed_preprocessing", wrong)
         with pytest.raises(GateFailed, match=r"At batch 1 'model\.normalize"):
-            embed_artefacts(Bundle.open(copy), asked.changed(outputs=("logits", "top5")), batches)
+            embed_artifacts(Bundle.open(copy), asked.changed(outputs=("logits", "top5")), batches)
         assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before

@@ -113,7 +113,7 @@ def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton
 
 
 @each("module", CLIENTS)
-def test_every_digit_gets_the_artefacts_own_answer(
+def test_every_digit_gets_the_artifacts_own_answer(
     module: Any, triton: Triton, byte_bundle: Bundle, heldout_200: Path
 ) -> None:
     pixels = pixels_of(byte_bundle, find_images(heldout_200))
@@ -166,7 +166,7 @@ def batches_of(client: Any) -> dict[int, int]:
 def test_the_shared_network_answers_as_it_does_here_and_a_full_queue_is_refused(
     tmp_path: Path, cifar_bundle: Bundle, shared: Path, environment: dict[str, Any]
 ) -> None:
-    how = {"artefacts": ("fp32",), "queue_limit": 2, **environment}
+    how = {"artifacts": ("fp32",), "queue_limit": 2, **environment}
     models = packaged(cifar_bundle, tmp_path / "package", **how)
     name, largest = f"{cifar_bundle.name}-fp32", cifar_bundle.manifest.batch.max
     pixels = pixels_of(cifar_bundle, find_images(shared / "data/cifar10/eval"))
@@ -198,7 +198,7 @@ def test_of_other_backends_it_misses_nothing_but_the_backend(
     bundle, names = byte_bundle, tuple[str, ...](["fp32-uint8"])
     if backend == "tensorrt":
         bundle, names = with_plans("1:1:1,2:8:8", "sm_89", "sm_90"), ("plan-sm_89", "plan-sm_90")
-    models = packaged(bundle, tmp_path / "package", artefacts=names)
+    models = packaged(bundle, tmp_path / "package", artifacts=names)
     with triton_running(models, tmp_path / "server") as ended:
         assert ended.process.poll() is not None
         said = ended.said()

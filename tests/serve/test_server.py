@@ -256,7 +256,7 @@ def test_large_json_is_parsed_and_written_elsewhere_and_others_are_answered(
     gate, asked, elsewhere = threading.Event(), threading.Event(), list[str]()
     monkeypatch.setattr("van_deploy.serve.app.MANY_NUMBERS", 100)
     with (
-        serving(digits, artefacts=("fp32-uint8",)) as server,
+        serving(digits, artifacts=("fp32-uint8",)) as server,
         ThreadPoolExecutor(1) as pool,
         client_of(server) as client,
     ):
@@ -402,7 +402,7 @@ def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
     head = tensor(shape=[8, 64, 64, 3], parameters={"binary_data_size": 8 * ROW}, data=None)
     body, size = head + pixels[:8].tobytes(), {JSON_LENGTH: str(len(head))}
     with (
-        serving(digits, slow=gate, queue_limit=16, artefacts=("fp32-uint8",)) as server,
+        serving(digits, slow=gate, queue_limit=16, artifacts=("fp32-uint8",)) as server,
         ThreadPoolExecutor(20) as pool,
     ):
         server.service._ask_pytorch = lambda *_: {"held": gate.wait(30)}  # type: ignore
@@ -430,7 +430,7 @@ def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> Non
         list[int](),
     )
     settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
-    with serving(digits, artefacts=("fp32-uint8",), **settings) as server:
+    with serving(digits, artifacts=("fp32-uint8",), **settings) as server:
         network = server.service.models[BYTES].network
         run = network.run
 
@@ -451,7 +451,7 @@ def test_stopping_answers_what_was_begun(digits: Bundle, original: Path) -> None
     gate, image = threading.Event(), original.read_bytes()
     with (
         ThreadPoolExecutor(1) as pool,
-        serving(digits, slow=gate, artefacts=("fp32-uint8",)) as server,
+        serving(digits, slow=gate, artifacts=("fp32-uint8",)) as server,
         connected(server, a_head(len(image)) + image[:10]) as client,
     ):
         begun = pool.submit(ask, server, INFER, tensor())
@@ -481,7 +481,7 @@ def test_a_model_that_fails_is_500_and_only_the_log_says_why(
     digits: Bundle, original: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     image = original.read_bytes()
-    with serving(digits, artefacts=("fp32-uint8",), log_requests=True) as server:
+    with serving(digits, artifacts=("fp32-uint8",), log_requests=True) as server:
         network = server.service.models[BYTES].network
         run, network.run = network.run, lambda _: [][0]  # type: ignore
         status, answer, _ = ask(server, "/predict", image)
@@ -538,7 +538,7 @@ def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_many_clients_none_lost_none_wrong_and_batches_are_filled(
     digits: Bundle, pixels: Any, expected: Any
 ) -> None:
-    with serving(digits, artefacts=("fp32-uint8",)) as server:
+    with serving(digits, artifacts=("fp32-uint8",)) as server:
 
         def difference(index: int) -> float:
             with client_of(server) as client:
@@ -597,7 +597,7 @@ def test_spoiled_requests_get_a_status_and_leave_no_traceback(
     """A seeded share of what ``python -m reliability --only requests`` sends: ten thousand."""
     from reliability.requests import fuzz_requests
 
-    with serving(digits, artefacts=("fp32-uint8",), read_timeout_s=0.5) as server:
+    with serving(digits, artifacts=("fp32-uint8",), read_timeout_s=0.5) as server:
         statuses, faults = fuzz_requests(f"http://{server.address}", 0, 600, original.read_bytes())
         assert server.service.intake.held.used == 0
     assert faults == []

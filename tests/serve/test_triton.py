@@ -47,10 +47,10 @@ Written = Callable[..., Path]
 def written(tmp_path: Path) -> Written:
     """Return a function that packages a bundle in a folder of its own."""
 
-    def write(bundle: Bundle, *artefacts: str, **options: Any) -> Path:
+    def write(bundle: Bundle, *artifacts: str, **options: Any) -> Path:
         folder = tmp_path / "out"
         shutil.rmtree(folder, ignore_errors=True)
-        report = open_bundle(bundle.path).package(folder, artefacts=artefacts, **options)
+        report = open_bundle(bundle.path).package(folder, artifacts=artifacts, **options)
         assert report.passed, report.findings
         return folder
 
@@ -135,10 +135,10 @@ def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
 def test_plans_that_triton_could_not_serve_are_refused(
     with_plans: PlanMaker, tmp_path: Path
 ) -> None:
-    def refused(message: str, bundle: Bundle, *artefacts: str, **options: Any) -> None:
-        names = artefacts or ("plan-sm_89",)
+    def refused(message: str, bundle: Bundle, *artifacts: str, **options: Any) -> None:
+        names = artifacts or ("plan-sm_89",)
         with pytest.raises((InputError, UsageError), match=re.escape(message)):
-            open_bundle(bundle.path).package(tmp_path / "out", artefacts=names, **options)
+            open_bundle(bundle.path).package(tmp_path / "out", artifacts=names, **options)
         assert not (tmp_path / "out").exists()
 
     refused("8:8:8, the profiles of 'plan-sm_89', leave out a batch of 1", with_plans("8:8:8"))
@@ -244,7 +244,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
 
     package = tmp_path / "out"
     words = ("package", "triton", digits.path, "-o", package)
-    made = cli(*words, "--json", "--artefact", "fp32")
+    made = cli(*words, "--json", "--artifact", "fp32")
     assert (made.exit_code, json.loads(made.stdout)["passed"]) == (0, True)
     assert cli(*words).exit_code == 0  # replaces it
     assert [p.name for p in (package / "models").iterdir()] == [NAME]
@@ -269,7 +269,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     model.doc_string = "another one"
     put(copy, "fp32-uint8", "fp32", model, embedded="uint8")
     detail = "made anew in the bundle since"
-    assert failed(Bundle.open(copy.path)) == {"artefact fp32-uint8": detail}
+    assert failed(Bundle.open(copy.path)) == {"artifact fp32-uint8": detail}
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
     with pytest.raises(InputError, match="was made from 'van_digits', not 'other'"):
         check_package(package, other)
@@ -322,11 +322,11 @@ def test_the_manifests(written: Written, digits: Bundle, with_plans: PlanMaker) 
     validate = pytest.importorskip("kubernetes_validate")
     options = BuildOptions(profiles=(BatchRange(1, 8, 32),), version_compatible=True)
     compatible, two = with_plans("1:8:32", options=options), ("fp32-uint8", "fp32")
-    for bundle, artefacts, how, wanted in (
+    for bundle, artifacts, how, wanted in (
         (digits, two, {"instances": 2, "threads": 3}, ON_A_PROCESSOR),
         (compatible, ["plan-sm_89"], {}, ON_A_GPU),
     ):
-        package = written(bundle, *artefacts, **how)
+        package = written(bundle, *artifacts, **how)
         for path in (*package.rglob("*.yaml"), *package.rglob("*.py")):
             assert not re.findall(r"\$|#if", path.read_text()), "a mark of the templates is left"
         found = {path.stem: yaml_of(path) for path in package.glob("*.yaml")}
@@ -340,11 +340,11 @@ def test_the_manifests(written: Written, digits: Bundle, with_plans: PlanMaker) 
             assert str(at) == value, line
 
 
-@each("artefact", ["fp32-uint8", "fp32"])
+@each("artifact", ["fp32-uint8", "fp32"])
 def test_the_client_gets_the_answer_of_the_bundles_image(
-    written: Written, digits: Bundle, server: Running, original: Path, artefact: str
+    written: Written, digits: Bundle, server: Running, original: Path, artifact: str
 ) -> None:
-    client = written(digits, artefact) / "client.py"
+    client = written(digits, artifact) / "client.py"
     words = [sys.executable, str(client), "--url", server.address, str(original)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]

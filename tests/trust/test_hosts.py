@@ -152,8 +152,8 @@ def every_command(folder: Path, images: Path) -> list[str]:
         *(f"quantize {bundle} --precision fp16", *([build] if RTX else []), f"info {bundle}"),
         f"run van_digits --output {bundle} --precision fp16 --allow-skip engines",
         f"verify {bundle} --no-modules --allow-skip engines",
-        f"drift {bundle} --level stage --count 1 --artefact fp16",
-        f"evaluate {bundle} --images {images} --artefact fp32",
+        f"drift {bundle} --level stage --count 1 --artifact fp16",
+        f"evaluate {bundle} --images {images} --artifact fp32",
         f"check {bundle} --baseline {folder}/base.json --update --allow-skip engines",
         *(f"inspect {bundle}", f"package triton {bundle} --output {folder}/triton"),
         *(f"bench {bundle} --runners ort-cpu {once}", f"report {bundle}"),
@@ -225,7 +225,7 @@ def test_a_host_without_pytorch_and_the_weights(judged: Subject, tmp_path: Path)
         f"export van_digits --output {tmp_path}/out",
     )
     done = {line.split()[0]: outputs for line, outputs in found.items()}
-    verdicts = json.loads(done["verify"][1])["artefacts"]
+    verdicts = json.loads(done["verify"][1])["artifacts"]
     assert [verdicts[name]["outcome"] for name in ("fp32", "fp16", "int8")] == ["pass"] * 3
     assert verdicts["fp16-sm89"]["reason"] == "engine not executed: no GPU"
     codes = {name: found[0] for name, found in done.items() if found[0]}

@@ -1,1 +1,1 @@
-"""How fast each artefact is, measured so that the numbers can be believed."""
+"""How fast each artifact is, measured so that the numbers can be believed."""

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from van_deploy.bench.document import Contender
-from van_deploy.bundle import Artefact, Bundle
+from van_deploy.bundle import Artifact, Bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize, sides_of
 from van_deploy.environment.hardware import cpu, nvidia_driver
@@ -89,9 +89,9 @@ def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
     Raises:
         BundleError: there is no artifact, or a file is not the manifest's.
     """
-    if not bundle.artefacts:
+    if not bundle.artifacts:
         raise BundleError(
-            f"The bundle '{bundle.path}' has no artefact to time.",
+            f"The bundle '{bundle.path}' has no artifact to time.",
             "Make one with `van-deploy export`.",
         )
     found, skipped, device = dict[str, Contender](), dict[str, str](), settings.device or "cpu"
@@ -106,32 +106,32 @@ def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
     if device != "cpu":
         options = {way: asdict(replace(cuda, **own)) for way, own in ON_CUDA.items()}
         ways = {w: {"mode": "ort-cuda", "options": given} for w, given in options.items()}
-    for artefact in bundle.artefacts.values():
-        profiles = artefact.engine.profiles if artefact.engine else ()
+    for artifact in bundle.artifacts.values():
+        profiles = artifact.engine.profiles if artifact.engine else ()
         plain = Contender(
-            name=artefact.name,
+            name=artifact.name,
             runtime="onnxruntime",
-            precision=artefact.precision,
-            file=str(bundle.verified(artefact.name)),
-            embedded=artefact.embedded,
-            sha256=artefact.sha256,
+            precision=artifact.precision,
+            file=str(bundle.verified(artifact.name)),
+            embedded=artifact.embedded,
+            sha256=artifact.sha256,
             min_batch=min((p.min for p in profiles), default=1),
             max_batch=max((p.max for p in profiles), default=None),
             device=device,
         )
-        for way, changes in COMPILED.get(artefact.kind, ways).items():
-            name = f"{way}/{artefact.name}"
+        for way, changes in COMPILED.get(artifact.kind, ways).items():
+            name = f"{way}/{artifact.name}"
             found[name] = replace(plain, name=name, **changes)
-            if obstacle := _obstacle(way, artefact, device):
+            if obstacle := _obstacle(way, artifact, device):
                 skipped[name] = obstacle
     return {name: one for name, one in found.items() if name not in skipped}, skipped
 
 
-def _obstacle(way: str, artefact: Artefact, device: str) -> str:
+def _obstacle(way: str, artifact: Artifact, device: str) -> str:
     """Return why an artifact does not run in some way on a device; "" if it does."""
-    targets = artefact.engine.targets if artefact.engine else ()
+    targets = artifact.engine.targets if artifact.engine else ()
     for_gpu = way.startswith(("ort-cuda", "tensorrt")) or any(t.startswith("sm_") for t in targets)
-    target = artefact.made_with.get("settings", {}).get("target", "cpu")
+    target = artifact.made_with.get("settings", {}).get("target", "cpu")
     if device != "cpu" and not for_gpu:
         return "compiled for a CPU: time it with --device cpu"
     if device != "cpu":
@@ -140,14 +140,14 @@ def _obstacle(way: str, artefact: Artefact, device: str) -> str:
     if for_gpu:
         driver, there = nvidia_driver(), "it runs on a GPU: time it with --device cuda:0"
         return there if driver and driver.gpus else "no NVIDIA GPU answers here"
-    if artefact.kind in COMPILED:
+    if artifact.kind in COMPILED:
         return ""
-    if artefact.precision == "int8" and target != "cpu":
+    if artifact.precision == "int8" and target != "cpu":
         return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"
     if way.startswith("openvino") and importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed: `pip install 'van-deploy[openvino]'`"
     no_bf16 = way == "openvino-bf16" and not cpu().has_bfloat16
-    return FOR_GPUS.get(artefact.precision, NO_BF16 if no_bf16 else "")
+    return FOR_GPUS.get(artifact.precision, NO_BF16 if no_bf16 else "")
 
 
 def chosen(entries: Entries, patterns: Sequence[str]) -> Entries:

@@ -100,11 +100,11 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
     rates = {kind: 1e12 * rate for kind, rate in ops.items()}
     ceilings, limits = Ceilings(rates, 1e9 * gigabytes, source), list[Reached | None]()
     config, size = bundle.manifest.architecture, bundle.manifest.preprocessing.image_size
-    files = [artefact for artefact in bundle.artefacts.values() if artefact.kind == "onnx"]
-    for artefact, batch in itertools.product(files, sorted(set(batches))):
-        for kind in ASSUMED.get(artefact.precision, ("fp16",)):
-            precision = f"int8 + {kind}" if artefact.precision == "int8" else kind
-            place = (artefact.name, precision, batch, size)
+    files = [artifact for artifact in bundle.artifacts.values() if artifact.kind == "onnx"]
+    for artifact, batch in itertools.product(files, sorted(set(batches))):
+        for kind in ASSUMED.get(artifact.precision, ("fp16",)):
+            precision = f"int8 + {kind}" if artifact.precision == "int8" else kind
+            place = (artifact.name, precision, batch, size)
             limits.append(least_time(config, ceilings, place))
     return PaperLimits(device, ceilings, tuple(filter(None, limits)))
 

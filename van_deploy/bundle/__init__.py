@@ -1,4 +1,4 @@
-"""A bundle on disk: a folder of artefacts and the manifest that vouches for them.
+"""A bundle on disk: a folder of artifacts and the manifest that vouches for them.
 
 Writing is all or nothing. A command collects its files in a staging folder
 inside the bundle; one ``rename`` of that folder to ``.pending`` is the moment
@@ -12,6 +12,6 @@ Reading believes nothing whose SHA-256 is not the manifest's.
 from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.bundle.reading import Bundle
 from van_deploy.bundle.writing import Draft, writing
-from van_deploy.manifest import MANIFEST, Artefact, Manifest, Origin
+from van_deploy.manifest import MANIFEST, Artifact, Manifest, Origin
 
-__all__ = ["MANIFEST", "SIGNATURE", "Artefact", "Bundle", "Draft", "Manifest", "Origin", "writing"]
+__all__ = ["MANIFEST", "SIGNATURE", "Artifact", "Bundle", "Draft", "Manifest", "Origin", "writing"]

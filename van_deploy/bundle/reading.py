@@ -12,7 +12,7 @@ from typing import Any
 from van_deploy.bundle.commit import LOCK, PENDING, SIGNATURE, finish_commit, locked
 from van_deploy.errors import BundleError
 from van_deploy.files import external_files, file_sha256, require_beside
-from van_deploy.manifest import MANIFEST, Artefact, Manifest, read_manifest
+from van_deploy.manifest import MANIFEST, Artifact, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -57,87 +57,87 @@ class Bundle:
         return self.manifest.name
 
     @property
-    def artefacts(self) -> dict[str, Artefact]:
-        """Every artefact by name, in the order they were made."""
-        return self.manifest.artefacts
+    def artifacts(self) -> dict[str, Artifact]:
+        """Every artifact by name, in the order they were made."""
+        return self.manifest.artifacts
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every file the manifest names, artefacts' and others, by relative path."""
+        """SHA-256 of every file the manifest names, artifacts' and others, by relative path."""
         found = dict(self.manifest.files)
-        for artefact in self.artefacts.values():
-            found.update(artefact.files)
+        for artifact in self.artifacts.values():
+            found.update(artifact.files)
         return found
 
-    def artefact(self, name: str) -> Artefact:
-        """Return the artefact called ``name``.
+    def artifact(self, name: str) -> Artifact:
+        """Return the artifact called ``name``.
 
         Raises:
             BundleError: the bundle has none of that name.
         """
-        artefacts = self.artefacts
-        if name not in artefacts:
+        artifacts = self.artifacts
+        if name not in artifacts:
             command = "export" if name == "fp32" else f"quantize {self.path} --precision {name}"
             raise BundleError(
-                f"The bundle '{self.path}' has no artefact '{name}'; "
-                f"it has: {', '.join(artefacts) or 'none'}.",
+                f"The bundle '{self.path}' has no artifact '{name}'; "
+                f"it has: {', '.join(artifacts) or 'none'}.",
                 f"Make it with `van-deploy {command}`."
                 if name in {"fp32", "fp16", "bf16", "int8"}
                 else "Choose one of those, or make it first.",
             )
-        return artefacts[name]
+        return artifacts[name]
 
     def verified(self, name: str, *, only_file: bool = False) -> Path:
-        """Return the path of an artefact's file after checking every digest.
+        """Return the path of an artifact's file after checking every digest.
 
         Args:
-            name: of the artefact.
+            name: of the artifact.
             only_file: check the file itself and not what lies beside it.
 
         Raises:
             BundleError: a file is missing or is not the one the manifest names.
-            InputError: the artefact's weights are in a file that the manifest does not name.
+            InputError: the artifact's weights are in a file that the manifest does not name.
         """
-        artefact = self.artefact(name)
-        for relative, expected in artefact.files.items():
-            if relative == artefact.file or not only_file:
+        artifact = self.artifact(name)
+        for relative, expected in artifact.files.items():
+            if relative == artifact.file or not only_file:
                 verify(self.path / relative, expected)
-        path = self.path / artefact.file
-        if artefact.kind == "onnx":
-            folder = PurePosixPath(artefact.file).parent
-            named = [file for file in map(PurePosixPath, artefact.files) if folder in file.parents]
+        path = self.path / artifact.file
+        if artifact.kind == "onnx":
+            folder = PurePosixPath(artifact.file).parent
+            named = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
             beside = [file.relative_to(folder).as_posix() for file in named]
             require_beside(path, external_files(path), beside)
         return path
 
     def why_anew(self, name: str, made_with: Mapping[str, Any]) -> str:
-        """Return why an artefact has to be made, or "" if it is there from the same ingredients.
+        """Return why an artifact has to be made, or "" if it is there from the same ingredients.
 
         Args:
-            name: of the artefact.
+            name: of the artifact.
             made_with: everything that decides what will be in it.
         """
         try:
-            artefact = self.artefact(name)
+            artifact = self.artifact(name)
             self.verified(name)
         except BundleError as error:
-            return error.message if name in self.artefacts else "not there yet"
-        wanted, had = json.loads(json.dumps(made_with)), artefact.made_with
+            return error.message if name in self.artifacts else "not there yet"
+        wanted, had = json.loads(json.dumps(made_with)), artifact.made_with
         changed = [key for key in {**wanted, **had} if wanted.get(key) != had.get(key)]
         return f"changed since: {', '.join(changed)}" if changed else ""
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each artefact that a runtime loads: its file and its weights.
+        """Return the bytes of each artifact that a runtime loads: its file and its weights.
 
         What is missing has none; :meth:`problems` names it.
         """
         return {
             name: sum(
                 (self.path / file).stat().st_size
-                for file in artefact.files
-                if (file == artefact.file or ".onnx" in file) and (self.path / file).is_file()
+                for file in artifact.files
+                if (file == artifact.file or ".onnx" in file) and (self.path / file).is_file()
             )
-            for name, artefact in self.artefacts.items()
+            for name, artifact in self.artifacts.items()
         }
 
     def problems(self) -> list[str]:

@@ -25,7 +25,7 @@ from van_deploy.files import file_sha256
 from van_deploy.manifest import (
     MANIFEST,
     SCHEMA,
-    Artefact,
+    Artifact,
     Description,
     Manifest,
     inside,
@@ -45,15 +45,15 @@ class Draft:
         path: the bundle's folder.
         staging: where new files are written until the end.
         description: of the network; a new bundle has none, and needs one before the end.
-        artefacts: by name; see :meth:`record` and :meth:`drop`.
+        artifacts: by name; see :meth:`record` and :meth:`drop`.
         checks: the newest result of each check, by its name.
-        files: SHA-256 of the files that belong to no artefact; new ones are found by themselves.
+        files: SHA-256 of the files that belong to no artifact; new ones are found by themselves.
     """
 
     path: Path
     staging: Path
     description: Description | None = None
-    artefacts: dict[str, Artefact] = field(default_factory=dict)
+    artifacts: dict[str, Artifact] = field(default_factory=dict)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -63,24 +63,24 @@ class Draft:
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
-    def record(self, artefact: Artefact) -> None:
-        """Enter ``artefact`` in the manifest, and drop what was made from an older one of its name.
+    def record(self, artifact: Artifact) -> None:
+        """Enter ``artifact`` in the manifest, and drop what was made from an older one of its name.
 
         Its ``files`` are digested here; only their names need to be right.
         """
-        files = {relative: file_sha256(self.file(relative)) for relative in artefact.files}
-        artefact = artefact.model_copy(update={"files": files})
-        self.artefacts[artefact.name] = artefact
-        self._drop_made_from(artefact.name, keep=artefact.sha256)
+        files = {relative: file_sha256(self.file(relative)) for relative in artifact.files}
+        artifact = artifact.model_copy(update={"files": files})
+        self.artifacts[artifact.name] = artifact
+        self._drop_made_from(artifact.name, keep=artifact.sha256)
 
     def drop(self, name: str) -> None:
-        """Remove the artefact called ``name``, if there, and all that was made from it."""
-        if self.artefacts.pop(name, None) is not None:
+        """Remove the artifact called ``name``, if there, and all that was made from it."""
+        if self.artifacts.pop(name, None) is not None:
             self._drop_made_from(name, keep=None)
 
     def _drop_made_from(self, name: str, keep: str | None) -> None:
-        for other, artefact in list(self.artefacts.items()):
-            origin = artefact.made_from
+        for other, artifact in list(self.artifacts.items()):
+            origin = artifact.made_from
             if origin.name == name and origin.sha256 != keep:
                 self.drop(other)
 
@@ -96,7 +96,7 @@ class Draft:
         return Manifest(
             schema=SCHEMA,
             written=time_of_writing(),
-            artefacts=self.artefacts,
+            artifacts=self.artifacts,
             checks=self.checks,
             files=self.files,
             **described,
@@ -137,14 +137,14 @@ def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
                 draft = Draft(folder, staging)
                 if present:
                     draft.description = present
-                    draft.artefacts |= present.artefacts
+                    draft.artifacts |= present.artifacts
                     draft.checks |= present.checks
                     draft.files |= present.files
                 yield draft
                 _name_others(draft)
                 # Read back before it counts: what is written can be read, and written again.
                 manifest = manifest_from(draft.manifest().text(), folder / MANIFEST)
-                gone = _owned(present.artefacts if present else {}) - _owned(manifest.artefacts)
+                gone = _owned(present.artifacts if present else {}) - _owned(manifest.artifacts)
                 commit(folder, staging, manifest.text(), sorted(gone))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -214,14 +214,14 @@ def _hold(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
     )
 
 
-def _owned(artefacts: Mapping[str, Artefact]) -> set[str]:
-    """Return the files that belong to an artefact, by relative path."""
-    return {file for artefact in artefacts.values() for file in artefact.files}
+def _owned(artifacts: Mapping[str, Artifact]) -> set[str]:
+    """Return the files that belong to an artifact, by relative path."""
+    return {file for artifact in artifacts.values() for file in artifact.files}
 
 
 def _name_others(draft: Draft) -> None:
-    """Enter files that belong to no artefact, such as a report, in the manifest's ``files``."""
-    owned = _owned(draft.artefacts)
+    """Enter files that belong to no artifact, such as a report, in the manifest's ``files``."""
+    owned = _owned(draft.artifacts)
     files = {file: sha256 for file, sha256 in draft.files.items() if (draft.path / file).is_file()}
     for path in draft.staging.rglob("*"):
         if path.is_file():

@@ -1,1 +1,1 @@
-"""Whether an artefact still is the network it was made from."""
+"""Whether an artifact still is the network it was made from."""

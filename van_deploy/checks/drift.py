@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from van_deploy.bundle import Artefact, Bundle
+from van_deploy.bundle import Artifact, Bundle
 from van_deploy.checks.gates import DEFAULT, Outcome, sqnr_floor
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
@@ -170,19 +170,19 @@ class DriftRow:
         return math.inf if self.isolated_db is None else self.isolated_db
 
 
-def drift_of_artefact(
-    bundle: Bundle, artefact: Artefact, reference: Reference, images: Images, level: Level
+def drift_of_artifact(
+    bundle: Bundle, artifact: Artifact, reference: Reference, images: Images, level: Level
 ) -> tuple[DriftRow, ...]:
     """Return the drift of each part of one plain ONNX artifact, in the order of the network.
 
     Args:
         bundle: of the artifact.
-        artefact: with the module names of the FP32 graph.
+        artifact: with the module names of the FP32 graph.
         reference: gives the tensors to compare with and to feed.
         images: ``(N, C, S, S)`` normalised.
         level: how fine the parts are.
     """
-    model, last = onnx.load(bundle.verified(artefact.name)), dict[str, str]()
+    model, last = onnx.load(bundle.verified(artifact.name)), dict[str, str]()
     for node in onnx.load(bundle.verified("fp32")).graph.node:
         module = module_of(node.output[0])
         name = module if level == "module" else part_name(node.name or module, level)
@@ -202,7 +202,7 @@ def drift_of_artefact(
 
     try:
         channels: dict[str, Array] = {}  # as the quantiser recorded it
-        if place := artefact.quantization.get("channels"):
+        if place := artifact.quantization.get("channels"):
             with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
                 channels = {name: arrays[name].astype(np.float64) for name in arrays.files}
         sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
@@ -248,17 +248,17 @@ def part_name(node: str, level: Level, modules: Iterable[str] = ()) -> str:
 
 
 @dataclass(frozen=True)
-class ArtefactDrift:
+class ArtifactDrift:
     """Every part of one artifact.
 
     Attributes:
-        artefact: its name.
+        artifact: its name.
         rows: the parts, in the order of the network.
     """
 
     JSON_PROPERTIES: ClassVar = ("worst_names",)
 
-    artefact: str
+    artifact: str
     rows: tuple[DriftRow, ...]
 
     @property
@@ -279,7 +279,7 @@ class DriftReport:
         reference: what the parts were compared with.
         chain: the logits against the original network in float64, from float32 itself to the last
             artifact.
-        artefacts: the parts of each plain ONNX artifact, by name.
+        artifacts: the parts of each plain ONNX artifact, by name.
         schema: of the document.
     """
 
@@ -287,8 +287,8 @@ class DriftReport:
     images: str
     reference: str
     chain: tuple[DriftRow, ...]
-    artefacts: Mapping[str, ArtefactDrift]
-    schema: Literal["van-deploy/drift/2"] = "van-deploy/drift/2"
+    artifacts: Mapping[str, ArtifactDrift]
+    schema: Literal["van-deploy/drift/3"] = "van-deploy/drift/3"
 
 
 def drift_of_bundle(
@@ -321,19 +321,19 @@ def drift_of_bundle(
         level = outputs.sqnr_db(samples.logits, rows)
         chain.append(DriftRow("rewritten, float64", level, note=note))
     plain, entries = plain_onnx(bundle), {}
-    for name in asked.artefacts or [n for n in plain if loaded is not None or n != "fp32"]:
+    for name in asked.artifacts or [n for n in plain if loaded is not None or n != "fp32"]:
         say(f"Every {asked.level} of '{name}', alone and in the whole")
-        artefact = bundle.artefact(name)
-        parts = drift_of_artefact(bundle, artefact, reference, samples.inputs, asked.level)
-        method = str(artefact.quantization.get("method", "mse"))
+        artifact = bundle.artifact(name)
+        parts = drift_of_artifact(bundle, artifact, reference, samples.inputs, asked.level)
+        method = str(artifact.quantization.get("method", "mse"))
         model, inside = onnx.load(bundle.verified(name)), dict[str, list[str]]()
-        floor = sqnr_floor(artefact.precision, noise_db)
-        for module, fault in judge_graph(model, artefact.precision, samples, floor, method)[1]:
+        floor = sqnr_floor(artifact.precision, noise_db)
+        for module, fault in judge_graph(model, artifact.precision, samples, floor, method)[1]:
             part = part_name(module, asked.level, (part.name for part in parts))
             inside.setdefault(part, []).append(fault)
         told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)
-        entries[name] = ArtefactDrift(name, tuple(told))
-    for name in bundle.artefacts:
+        entries[name] = ArtifactDrift(name, tuple(told))
+    for name in bundle.artifacts:
         link = DriftRow(name, note=NOT_OPENED)
         if name in plain:
             try:

@@ -132,7 +132,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ArtefactLoss(gates.Findings):
+class ArtifactLoss(gates.Findings):
     """What an artifact lost against PyTorch on the same images, and what the gate says.
 
     Attributes:
@@ -171,7 +171,7 @@ def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
     return replace(found, top5=among / total, top5_interval=wilson_interval(among, total))
 
 
-def judge_artefact(before: Answers, after: Answers, truth: Truth, numeric: str) -> ArtefactLoss:
+def judge_artifact(before: Answers, after: Answers, truth: Truth, numeric: str) -> ArtifactLoss:
     """Return what one artifact lost against PyTorch, and what the gate of its class says.
 
     Args:
@@ -208,7 +208,7 @@ def judge_artefact(before: Answers, after: Answers, truth: Truth, numeric: str) 
     pairs = Counter((flip.expected, flip.found) for flip in flips)
     commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
     confusions = tuple((*pair, count) for pair, count in commonest)
-    return ArtefactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)
+    return ArtifactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)
 
 
 def _label_counts(answers: Answers, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -288,13 +288,13 @@ class EvaluateReport(gates.Report):
     task: Task
     unreadable: tuple[tuple[str, str], ...]
     accuracy: Mapping[str, Accuracy]
-    losses: Mapping[str, ArtefactLoss]
+    losses: Mapping[str, ArtifactLoss]
     skipped: Mapping[str, gates.Finding]
     runners: Mapping[str, str]
     class_names: tuple[str, ...] | None
     seconds: float
     allowed: gates.Allowed
-    schema: Literal["van-deploy/evaluate/2"] = "van-deploy/evaluate/2"
+    schema: Literal["van-deploy/evaluate/3"] = "van-deploy/evaluate/3"
 
     @property
     def count(self) -> int:
@@ -358,7 +358,7 @@ def evaluate_bundle(
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
         accuracy={name: accuracy_of(found, truth) for name, found in answers.items()},
         losses={
-            name: judge_artefact(answers[PYTORCH], answers[name], truth, numeric)
+            name: judge_artifact(answers[PYTORCH], answers[name], truth, numeric)
             for name, numeric in networks.numeric.items()
         },
         skipped=networks.skipped,

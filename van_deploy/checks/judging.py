@@ -51,20 +51,20 @@ def common(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
 
 def plain_onnx(bundle: Bundle) -> list[str]:
     """Return the ONNX artifacts that take normalised images and give logits."""
-    entries = bundle.artefacts.items()
+    entries = bundle.artifacts.items()
     return [name for name, one in entries if one.kind == "onnx" and one.embedded == "none"]
 
 
-def chosen_artefacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
+def chosen_artifacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
     """Return the artifacts called ``names``, or all of them.
 
     Raises:
         BundleError: one of the names is not in the bundle.
     """
-    return [bundle.artefact(name).name for name in names] or list(bundle.artefacts)
+    return [bundle.artifact(name).name for name in names] or list(bundle.artifacts)
 
 
-def open_artefact(
+def open_artifact(
     bundle: Bundle, name: str, asked: config.RunnerSettings, threads: int = 0, spin: bool = True
 ) -> Network | Finding:
     """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
@@ -127,24 +127,24 @@ class Networks(ExitStack):
         super().__init__()
         self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
         self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
-        self._artefacts: dict[str, Network] = {}
-        for name in chosen_artefacts(bundle, asked.artefacts):
+        self._artifacts: dict[str, Network] = {}
+        for name in chosen_artifacts(bundle, asked.artifacts):
             # Idle threads must not spin: the next image is being decoded on that core.
-            opened = open_artefact(bundle, name, asked, threads, spin=False)
+            opened = open_artifact(bundle, name, asked, threads, spin=False)
             if isinstance(opened, Finding):
                 self.skipped[name] = opened
             elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
                 self.skipped[name] = gates.skipped("runs", "it gives no logits")
             else:
-                self._artefacts[name] = self.enter_context(opened)
-                kind = bundle.artefact(name).precision
+                self._artifacts[name] = self.enter_context(opened)
+                kind = bundle.artifact(name).precision
                 self.numeric[name] = gates.numeric_class(kind, tf32=opened.tf32)
-        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artefacts.items()}}
+        self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artifacts.items()}}
 
     def logits(self, batch: Batch) -> dict[str, Logits]:
         """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
         found = {PYTORCH: self._torch.run(batch.inputs)}
-        for name, opened in self._artefacts.items():
+        for name, opened in self._artifacts.items():
             # Normalised once for all that take it so.
             given = batch.inputs if opened.embedding == "none" else batch.values
             found[name] = opened.logits(given)

@@ -22,7 +22,7 @@ from van_deploy.checks import gates
 from van_deploy.checks.evaluate import EvaluateReport
 from van_deploy.checks.gates import Finding, Limit, Outcome, skipped
 from van_deploy.checks.golden import Samples
-from van_deploy.checks.judging import given_to, open_artefact
+from van_deploy.checks.judging import given_to, open_artifact
 from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
@@ -63,7 +63,7 @@ class Figure(Schema):
 class Baseline(Versioned):
     """Figures that were good once."""
 
-    schema_: Literal["van-deploy/baseline/3"] = Field("van-deploy/baseline/3", alias="schema")
+    schema_: Literal["van-deploy/baseline/4"] = Field("van-deploy/baseline/4", alias="schema")
     model: Text
     weights_sha256: Text
     samples_sha256: Text
@@ -74,7 +74,7 @@ class Baseline(Versioned):
     """Of the labelled images' names, contents and labels; "" where there were none."""
     evaluation_images: Count = 0
     """How many of them could be read."""
-    artefacts: dict[Text, dict[Text, Figure]]
+    artifacts: dict[Text, dict[Text, Figure]]
 
 
 def baseline_from(
@@ -86,7 +86,7 @@ def baseline_from(
 ) -> Baseline:
     """Return the baseline that says what was measured is good."""
     figures: dict[str, dict[str, Figure]] = {}
-    for name, verdict in verify.artefacts.items():
+    for name, verdict in verify.artifacts.items():
         found = figures.setdefault(name, {})
         if verdict.comparison is not None:
             level = max(-MOST_DB, min(MOST_DB, round(verdict.comparison.sqnr_db, 3)))
@@ -100,14 +100,14 @@ def baseline_from(
         if name in speed:
             found["speed"] = speed[name]
     return Baseline(
-        schema="van-deploy/baseline/3",
+        schema="van-deploy/baseline/4",
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
         samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
         against=verify.against,
         evaluation_sha256="" if evaluate is None else evaluate.dataset_sha256,
         evaluation_images=0 if evaluate is None else evaluate.count,
-        artefacts=figures,
+        artifacts=figures,
     )
 
 
@@ -135,8 +135,8 @@ def speed_ratios(
 
     few, ratios = samples.first(bundle.manifest.batch.opt), {}
     with one_torch_thread():
-        for name in bundle.artefacts:
-            opened = open_artefact(bundle, name, asked, 1, spin=False)
+        for name in bundle.artifacts:
+            opened = open_artifact(bundle, name, asked, 1, spin=False)
             if isinstance(opened, Finding):
                 continue
             with opened as network, TorchRunner(loaded.model) as original:
@@ -238,7 +238,7 @@ def compare_with_baseline(
         InputError: the baseline is of another model, other weights, or other images.
     """
     rows, new = [CheckRow(f"gate/{f.rule}", f) for f in verify.findings], tuple[str, ...]()
-    for name, verdict in verify.artefacts.items():
+    for name, verdict in verify.artifacts.items():
         value = None if verdict.comparison is None else verdict.comparison.sqnr_db
         said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
         whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
@@ -262,16 +262,16 @@ def compare_with_baseline(
                     "Give the same ones, or write the baseline anew with --update.",
                 )
         kinds = {name: finding.skip for name, finding in verify.named() if finding.skip}
-        for name, figures in then.artefacts.items():
-            if name not in now.artefacts:
+        for name, figures in then.artifacts.items():
+            if name not in now.artifacts:
                 lacks = "the baseline has this artifact and the bundle lacks it"
                 rows.append(CheckRow(f"baseline/{name}", gates.held("artifact", lacks)))
                 continue
             for rule, old in figures.items():
-                new_one, images = now.artefacts[name].get(rule), then.evaluation_images
+                new_one, images = now.artifacts[name].get(rule), then.evaluation_images
                 found = _against(rule, old, new_one, images, kinds.get(name, ""))
                 rows.append(CheckRow(f"baseline/{name}/{rule}", found, old.value))
-        new = tuple(name for name in now.artefacts if name not in then.artefacts)
+        new = tuple(name for name in now.artifacts if name not in then.artifacts)
     return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx
 
-from van_deploy.bundle import Artefact, Bundle, writing
+from van_deploy.bundle import Artifact, Bundle, writing
 from van_deploy.checks import gates, judging
-from van_deploy.checks.drift import DriftRow, Reference, drift_of_artefact, module_reference
+from van_deploy.checks.drift import DriftRow, Reference, drift_of_artifact, module_reference
 from van_deploy.checks.gates import Finding, Limit, Outcome, held, numeric_class, skipped
 from van_deploy.checks.golden import Samples, judge_originals
 from van_deploy.checks.graphs import one_line
@@ -39,11 +39,11 @@ ALL, NO_RECIPE = VerifySettings(), GateSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArtefactVerdict(Judged):
+class ArtifactVerdict(Judged):
     """What was found of one artifact.
 
     Attributes:
-        artefact: its name.
+        artifact: its name.
         precision: of the artifact.
         numeric: the numeric class it was judged in.
         runner: what ran it, or "".
@@ -52,7 +52,7 @@ class ArtefactVerdict(Judged):
 
     JSON_PROPERTIES: ClassVar = ("outcome", "reason", "limit", "margin_db")
 
-    artefact: str
+    artifact: str
     precision: str
     numeric: str
     runner: str
@@ -82,7 +82,7 @@ class VerifyReport(gates.Report):
         noise_db: SQNR of PyTorch in float32 against its float64, on these images.
         modules: what modules were compared with, or "".
         findings: on what belongs to no artifact: how images are read here.
-        artefacts: one verdict each, by name.
+        artifacts: one verdict each, by name.
         allowed: what the user lets pass.
         schema: of the document.
     """
@@ -93,19 +93,19 @@ class VerifyReport(gates.Report):
     noise_db: float
     modules: str
     findings: tuple[Finding, ...]
-    artefacts: Mapping[str, ArtefactVerdict]
+    artifacts: Mapping[str, ArtifactVerdict]
     allowed: gates.Allowed
-    schema: Literal["van-deploy/verify/2"] = "van-deploy/verify/2"
+    schema: Literal["van-deploy/verify/3"] = "van-deploy/verify/3"
 
     def named(self) -> list[tuple[str, Finding]]:
         """Return every finding and what it is about: the images, or an artifact."""
         about = [("images", finding) for finding in self.findings]
-        return about + [(v.artefact, f) for v in self.artefacts.values() for f in v.findings]
+        return about + [(v.artifact, f) for v in self.artifacts.values() for f in v.findings]
 
     @property
     def passed(self) -> bool:
         """Whether an artifact passed, and nothing else stands in the way."""
-        shown = any(verdict.outcome is Outcome.PASS for verdict in self.artefacts.values())
+        shown = any(verdict.outcome is Outcome.PASS for verdict in self.artifacts.values())
         return shown and super().passed
 
 
@@ -130,20 +130,20 @@ def verify_bundle(
     Raises:
         BundleError: an artifact is not there, or is not the manifest's.
     """
-    verdicts = dict[str, ArtefactVerdict]()
+    verdicts = dict[str, ArtifactVerdict]()
     reference: Reference | str = ""
-    for name in judging.chosen_artefacts(bundle, asked.artefacts):
-        artefact, opened = bundle.artefact(name), judging.open_artefact(bundle, name, asked)
+    for name in judging.chosen_artifacts(bundle, asked.artifacts):
+        artifact, opened = bundle.artifact(name), judging.open_artifact(bundle, name, asked)
         if isinstance(opened, Finding):
-            numeric, runner, said = numeric_class(artefact.precision), "", Judged((opened,))
+            numeric, runner, said = numeric_class(artifact.precision), "", Judged((opened,))
         else:
             progress(f"'{name}' at every batch size")
-            numeric, said = _judged(opened, artefact, samples, rules)
+            numeric, said = _judged(opened, artifact, samples, rules)
             runner = opened.described
         findings, modules = [*said.findings], tuple[DriftRow, ...]()
         if said.comparison is not None and name in judging.plain_onnx(bundle):
             progress(f"'{name}', its tensors")
-            method = str(artefact.quantization.get("method", "mse"))
+            method = str(artifact.quantization.get("method", "mse"))
             model, profile = onnx.load(bundle.verified(name)), rules.of(numeric)
             floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
             findings += judging.judge_graph(model, numeric, samples, floor, method)[0]
@@ -151,11 +151,11 @@ def verify_bundle(
                 progress(f"'{name}', module by module")
                 reference = reference or module_reference(bundle, samples, loaded, rules.fp32)
                 limit = gates.module_floor(numeric, profile)
-                modules, found = _modules(bundle, artefact, reference, samples.inputs, limit)
+                modules, found = _modules(bundle, artifact, reference, samples.inputs, limit)
                 findings.append(found)
-        what = {**vars(said), "findings": tuple(findings), "precision": artefact.precision}
-        verdicts[name] = ArtefactVerdict(
-            **what, artefact=name, numeric=numeric, runner=runner, worst_modules=modules
+        what = {**vars(said), "findings": tuple(findings), "precision": artifact.precision}
+        verdicts[name] = ArtifactVerdict(
+            **what, artifact=name, numeric=numeric, runner=runner, worst_modules=modules
         )
     return VerifyReport(
         against="the golden samples" if loaded is None else "the original network",
@@ -164,22 +164,22 @@ def verify_bundle(
         noise_db=samples.noise_db,
         modules=reference.described if isinstance(reference, Reference) else "",
         findings=tuple(judge_originals(bundle, samples)) if samples.golden else (),
-        artefacts=verdicts,
+        artifacts=verdicts,
         allowed=gates.Allowed(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
 def _judged(
-    opened: Network, artefact: Artefact, samples: Samples, rules: GateSettings
+    opened: Network, artifact: Artifact, samples: Samples, rules: GateSettings
 ) -> tuple[str, Judged]:
     """Return the numeric class of an artifact that is run here, and what its answers say."""
-    numeric, bundle = numeric_class(artefact.precision), opened.bundle
-    records = artefact.golden_sqnr_db if samples.golden else {}
+    numeric, bundle = numeric_class(artifact.precision), opened.bundle
+    records = artifact.golden_sqnr_db if samples.golden else {}
     first, *more = judging.batch_sizes(bundle.manifest.batch)
     served = [one for one in samples.others if opened.serves_size(one.inputs.shape[2:])]
     try:
         with opened:
-            numeric = numeric_class(artefact.precision, tf32=opened.tf32)
+            numeric = numeric_class(artifact.precision, tf32=opened.tf32)
             return numeric, judging.judge_answers(
                 lambda of, rows: opened.run(judging.given_to(opened, of, rows)),
                 replace(samples, others=tuple(served)),
@@ -195,12 +195,12 @@ def _judged(
 
 
 def _modules(
-    bundle: Bundle, artefact: Artefact, reference: Reference | str, images: Images, limit: Limit
+    bundle: Bundle, artifact: Artifact, reference: Reference | str, images: Images, limit: Limit
 ) -> tuple[tuple[DriftRow, ...], Finding]:
     """Return the modules that add most error, and whether any adds too much."""
     if isinstance(reference, str):
         return (), skipped("modules", reference)
-    rows = drift_of_artefact(bundle, artefact, reference, images[:MODULE_IMAGES], "module")
+    rows = drift_of_artifact(bundle, artifact, reference, images[:MODULE_IMAGES], "module")
     placed = sorted((r for r in rows if r.isolated_db is not None), key=lambda row: row.level)
     if not placed:
         return (), held("modules", f"they cannot be compared: {rows[0].note}")
@@ -228,10 +228,10 @@ def record_check(bundle: Bundle, name: str, result: object) -> str:
     Raises:
         BundleError: the bundle was changed while it was checked.
     """
-    digests = {key: artefact.sha256 for key, artefact in bundle.artefacts.items()}
+    digests = {key: artifact.sha256 for key, artifact in bundle.artifacts.items()}
     try:
         with writing(bundle.path) as draft:
-            draft.checks[name] = {**plain(result), "artefacts_sha256": digests}
+            draft.checks[name] = {**plain(result), "artifacts_sha256": digests}
     except OSError as error:
         if error.errno not in MAY_NOT_WRITE:
             raise

@@ -32,7 +32,7 @@ def _failure(
 
 
 def verify(bundle: Opened, options: Annotated[Given, VerifySettings]) -> Shown:
-    """Compare every artefact with PyTorch: logits, batch sizes, flips, and module by module.
+    """Compare every artifact with PyTorch: logits, batch sizes, flips, and module by module.
 
     Example: van-deploy verify dist/van_b1 --images photos/
     """
@@ -44,7 +44,7 @@ def verify(bundle: Opened, options: Annotated[Given, VerifySettings]) -> Shown:
 
 
 def evaluate(bundle: Opened, options: Annotated[Given, EvaluationSettings]) -> Shown:
-    """Measure top-1 and top-5 of PyTorch and every artefact, and what was lost between them.
+    """Measure top-1 and top-5 of PyTorch and every artifact, and what was lost between them.
 
     Example: van-deploy evaluate dist/van_b1 --images imagenet/val
     """
@@ -60,11 +60,11 @@ def drift(
     top: Annotated[
         int,
         typer.Option(
-            min=0, help="How many parts of each artefact to show; 0 for all, in their order."
+            min=0, help="How many parts of each artifact to show; 0 for all, in their order."
         ),
     ] = 10,
 ) -> Shown:
-    """Show what each stage, block or module of each ONNX artefact adds to the error.
+    """Show what each stage, block or module of each ONNX artifact adds to the error.
 
     Example: van-deploy drift dist/van_b1 --level module --top 10
     """

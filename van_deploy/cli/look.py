@@ -40,7 +40,7 @@ def info(
 
 
 def inspect(
-    artefact: Annotated[
+    artifact: Annotated[
         Path, typer.Argument(help="An ONNX file, an engine (.plan), or a bundle with them.")
     ],
     trust_engine: Annotated[
@@ -52,16 +52,16 @@ def inspect(
     ] = False,
     require_signature: RequireSignature = None,
 ) -> Shown:
-    """Show what is in an artefact: operators, sizes, inputs and outputs, metadata.
+    """Show what is in an artifact: operators, sizes, inputs and outputs, metadata.
 
     Example: van-deploy inspect dist/van_b1/model.onnx
     """
     if require_signature is not None:
-        opened(artefact, require_signature, silent)
-    from van_deploy.describe import artefacts_described
-    from van_deploy.report.sections_model import artefacts_blocks
+        opened(artifact, require_signature, silent)
+    from van_deploy.describe import artifacts_described
+    from van_deploy.report.sections_model import artifacts_blocks
 
-    return Shown(artefacts_described(artefact, trust_engine=trust_engine), artefacts_blocks)
+    return Shown(artifacts_described(artifact, trust_engine=trust_engine), artifacts_blocks)
 
 
 def doctor(

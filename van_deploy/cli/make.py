@@ -63,7 +63,7 @@ def quantize(
     result = bundle.quantize(force=force, **options)
     from van_deploy.report.sections_checks import quantized_blocks
 
-    said = f"{result.artefact}: {'reused' if result.reused else 'made anew'}: {result.reason}"
+    said = f"{result.artifact}: {'reused' if result.reused else 'made anew'}: {result.reason}"
     return Shown(result, quantized_blocks, [said], None if result else typer.Exit(1))
 
 

@@ -65,7 +65,7 @@ def bench(
         bool, typer.Option("--save/--no-save", help="Keep the result in the bundle (bench.json).")
     ] = True,
 ) -> Shown:
-    """Time every artefact in every runtime of a device, each in a process of its own.
+    """Time every artifact in every runtime of a device, each in a process of its own.
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
@@ -112,9 +112,9 @@ def predict(
     from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.serve.predict import Prediction
 
-    kept, artefact = list[Prediction](), options.table.artefact
+    kept, artifact = list[Prediction](), options.table.artifact
     total, bad, start = 0, 0, time.perf_counter()
-    with telling(f"Loading {artefact}") as progress:
+    with telling(f"Loading {artifact}") as progress:
         asked = opened(bundle, require_signature, progress)
         for answer in asked.stream(wanted, **options):
             total, bad = total + 1, bad + (answer.error is not None)
@@ -125,9 +125,9 @@ def predict(
                 kept.append(answer)
     rate = total / (time.perf_counter() - start)
     if not json_lines:
-        answers = Predictions(asked.path, artefact, rate, tuple(kept))
+        answers = Predictions(asked.path, artifact, rate, tuple(kept))
         emit(answers, as_json, predictions_blocks)
-    remark(f"{artefact}: {total} images, {rate:.1f} images/s")
+    remark(f"{artifact}: {total} images, {rate:.1f} images/s")
     if bad:
         raise ImageError(
             f"{bad} of {total} images could not be read.",

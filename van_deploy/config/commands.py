@@ -23,10 +23,10 @@ LEAST_ROUNDS = 6
 
 
 class RunnerSettings(Table):
-    """What runs the artefacts of a bundle.
+    """What runs the artifacts of a bundle.
 
     Attributes:
-        runner: What runs ONNX artefacts; engines are run by TensorRT, packages by PyTorch.
+        runner: What runs ONNX artifacts; engines are run by TensorRT, packages by PyTorch.
         device: Which GPU (cuda:N), where something runs on one.
         trust_engine: Run an engine whose sidecar is gone. An engine is code: only one you built
             yourself.
@@ -52,7 +52,7 @@ class _Original(Table):
 
 
 class _Judged(_Original, RunnerSettings):
-    """What a judgement needs besides the artefacts.
+    """What a judgement needs besides the artifacts.
 
     Attributes:
         recipe: Recipe whose [gates] apply; the defaults without one.
@@ -74,18 +74,18 @@ class _Allowed(Table):
     allow_inconclusive: bool = option(False)
 
 
-class _Artefacts(Table):
-    """Which artefacts.
+class _Artifacts(Table):
+    """Which artifacts.
 
     Attributes:
-        artefacts: Which to judge; all by default.
+        artifacts: Which to judge; all by default.
     """
 
-    artefacts: tuple[str, ...] = option((), flags=["--artefact"])
+    artifacts: tuple[str, ...] = option((), flags=["--artifact"])
 
 
 class _Samples(Table):
-    """What the artefacts are compared on and with.
+    """What the artifacts are compared on and with.
 
     Attributes:
         against: What to compare with: the golden samples in the bundle, or the original network
@@ -111,7 +111,7 @@ class _Samples(Table):
             yield message, "Add {against} weights."
 
 
-class VerifySettings(_Judged, _Artefacts, _Samples, _Allowed):
+class VerifySettings(_Judged, _Artifacts, _Samples, _Allowed):
     """The options of ``van-deploy verify``.
 
     Attributes:
@@ -123,7 +123,7 @@ class VerifySettings(_Judged, _Artefacts, _Samples, _Allowed):
     modules: bool = option(True)
 
 
-class EvaluationSettings(EvaluateSettings, _Judged, _Artefacts, _Allowed):
+class EvaluationSettings(EvaluateSettings, _Judged, _Artifacts, _Allowed):
     """The options of ``van-deploy evaluate``.
 
     Attributes:
@@ -143,7 +143,7 @@ class EvaluationSettings(EvaluateSettings, _Judged, _Artefacts, _Allowed):
     ray_address: str = option("")
 
 
-class DriftSettings(_Original, _Artefacts):
+class DriftSettings(_Original, _Artifacts):
     """The options of ``van-deploy drift``.
 
     Attributes:
@@ -328,12 +328,12 @@ class PredictSettings(_Threads):
     """The options of ``van-deploy predict``.
 
     Attributes:
-        artefact: Which one: fp32, int8, fp32-uint8, pytorch, ...
+        artifact: Which one: fp32, int8, fp32-uint8, pytorch, ...
         top_k: Classes an image.
         batch: Images a batch; by default the bundle's optimum.
     """
 
-    artefact: str = option("fp32")
+    artifact: str = option("fp32")
     top_k: int = option(5, ge=1)
     batch: int | None = option(None, ge=1)
 
@@ -367,7 +367,7 @@ class ServiceSettings(_RequestLimits, _Threads):
     """How a bundle is served.
 
     Attributes:
-        artefacts: Which to serve; the first answers the page. By default fp32-uint8 where the
+        artifacts: Which to serve; the first answers the page. By default fp32-uint8 where the
             bundle has it, else fp32.
         instances: Batches at the same time, a model.
         max_delay_ms: How long a lone request waits for others.
@@ -379,7 +379,7 @@ class ServiceSettings(_RequestLimits, _Threads):
 
     PANEL = ""
 
-    artefacts: tuple[str, ...] = option((), flags=["--artefact"])
+    artifacts: tuple[str, ...] = option((), flags=["--artifact"])
     instances: int = option(1, ge=1)
     max_delay_ms: float = option(1.0, ge=0)
     compare: bool = option(True)
@@ -421,7 +421,7 @@ class TritonSettings(Table):
     """How Triton is to run the models: options of ``van-deploy package triton``.
 
     Attributes:
-        backend: What runs ONNX artefacts; python brings an ONNX Runtime of its own.
+        backend: What runs ONNX artifacts; python brings an ONNX Runtime of its own.
         instances: Batches at the same time, a model.
         threads: Inside one operator on a processor; 0 leaves it to the runtime.
         gpu: Run ONNX models on a GPU; plans always are.
@@ -456,7 +456,7 @@ class PackageSettings(TritonSettings):
     """The options of ``van-deploy package``.
 
     Attributes:
-        artefacts: Which to package; by default fp32-uint8 where the bundle has it, else fp32.
+        artifacts: Which to package; by default fp32-uint8 where the bundle has it, else fp32.
     """
 
-    artefacts: tuple[str, ...] = option((), flags=["--artefact"])
+    artifacts: tuple[str, ...] = option((), flags=["--artifact"])

@@ -165,7 +165,7 @@ class EvaluateSettings(Table):
 
 
 class GateProfile(Table):
-    """What an artefact of one numeric class must reach. Table ``[gates.fp32]`` and its like.
+    """What an artifact of one numeric class must reach. Table ``[gates.fp32]`` and its like.
 
     A limit that is left out is that of :mod:`van_deploy.checks.gates` (see ``docs/gates.md``).
 
@@ -184,11 +184,11 @@ class GateSettings(Table):
     """What differs from the built-in limits, by numeric class. Table ``[gates]``.
 
     Attributes:
-        fp32: Limits of FP32 artefacts.
-        tf32: Limits of FP32 artefacts that compute in TF32.
-        fp16: Limits of FP16 artefacts.
-        bf16: Limits of BF16 artefacts.
-        int8: Limits of INT8 artefacts.
+        fp32: Limits of FP32 artifacts.
+        tf32: Limits of FP32 artifacts that compute in TF32.
+        fp16: Limits of FP16 artifacts.
+        bf16: Limits of BF16 artifacts.
+        int8: Limits of INT8 artifacts.
     """
 
     fp32: GateProfile = option(GateProfile)
@@ -329,7 +329,7 @@ class QuantizeSettings(_Quantization, _One):
             yield message, f"Leave {half} out: BF16 has FP32's own range."
 
     @property
-    def artefact(self) -> str:
+    def artifact(self) -> str:
         """What the result is called in the bundle."""
         return "int8-cpu" if self.target == "cpu" else self.precision
 
@@ -439,7 +439,7 @@ class EngineSettings(PlanSettings):
     """Which TensorRT engines to build. Table ``[engines]``; without it, none.
 
     Attributes:
-        precisions: fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as
+        precisions: fp32, fp16, bf16, int8 or another ONNX artifact of the bundle, such as
             fp32-uint8: an engine each, for each of the targets. Inductor computes in fp32, fp16 or
             bf16.
         targets: Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both; by
@@ -466,7 +466,7 @@ class BuildSettings(EngineSettings):
     """The options of ``van-deploy build``.
 
     Attributes:
-        precisions: fp32, fp16, bf16, int8 or another ONNX artefact of the bundle, such as
+        precisions: fp32, fp16, bf16, int8 or another ONNX artifact of the bundle, such as
             fp32-uint8: an engine each, for each of the targets. Inductor computes in fp32, fp16 or
             bf16.
         device: What it is built on: cuda:N, or cpu (inductor); by default cuda:0, without a GPU cpu

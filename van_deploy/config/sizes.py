@@ -1,4 +1,4 @@
-"""Sizes of the network's input, and ranges of them and of the batch, which an artefact serves."""
+"""Sizes of the network's input, and ranges of them and of the batch, which an artifact serves."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class _Range(Table):
 
 
 class BatchRange(_Range):
-    """The batch sizes an artefact must serve. Table ``[batch]``; written ``min:opt:max``, too.
+    """The batch sizes an artifact must serve. Table ``[batch]``; written ``min:opt:max``, too.
 
     One size alone, ``8``, makes a static graph, which takes batches of 8 only.
 

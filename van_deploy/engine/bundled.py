@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, writing
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.fields import Table, Target, option
 from van_deploy.config.making import PlanSettings
@@ -87,7 +87,7 @@ class _Cells(Table):
 
     Attributes:
         bundles: Folders, relative to this file.
-        precisions: ONNX artefacts of each.
+        precisions: ONNX artifacts of each.
         targets: What each plan serves.
     """
 
@@ -253,9 +253,9 @@ def to_be_built(
         MissingDependency: the backend is not installed.
     """
     bundle = Bundle.open(cell.bundle)
-    source = bundle.artefact(cell.precision)
+    source = bundle.artifact(cell.precision)
     if not source.file.endswith(".onnx"):
-        graphs = [name for name, item in bundle.artefacts.items() if item.file.endswith(".onnx")]
+        graphs = [name for name, item in bundle.artifacts.items() if item.file.endswith(".onnx")]
         raise InputError(
             f"'{source.name}' of '{bundle.path}' is of kind '{source.kind}'; engines are built "
             "from ONNX files.",
@@ -274,7 +274,7 @@ def to_be_built(
     return bundle if present is None else Outcome(cell, REUSED, present.name, present)
 
 
-def _ingredients(source: Artefact, targets: Sequence[str], options: BuildOptions) -> dict[str, Any]:
+def _ingredients(source: Artifact, targets: Sequence[str], options: BuildOptions) -> dict[str, Any]:
     """Return what decides what is in a plan, besides the backend."""
     onnx = {file: sha for file, sha in source.files.items() if ".onnx" in file}
     return {"onnx": onnx, "targets": targets, "options": options.as_dict()}
@@ -284,11 +284,11 @@ def existing(
     bundle: Bundle, made_with: Mapping[str, Any], verified: Callable[[Path], Vouching]
 ) -> Vouching | None:
     """Return the sidecar of what a bundle holds that was made with this, if it is unchanged."""
-    for artefact in bundle.artefacts.values():
-        had = {name: artefact.made_with.get(name) for name in made_with}
+    for artifact in bundle.artifacts.values():
+        had = {name: artifact.made_with.get(name) for name in made_with}
         if content_key(had) == content_key(made_with):
             with contextlib.suppress(BundleError, InputError):
-                return verified(bundle.verified(artefact.name))
+                return verified(bundle.verified(artifact.name))
     return None
 
 
@@ -324,7 +324,7 @@ def build_cells(
             todo = to_be_built(cell, host, force=force)
             if isinstance(todo, Bundle):
                 with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
-                    onnx = todo.path / todo.artefact(cell.precision).file
+                    onnx = todo.path / todo.artifact(cell.precision).file
                     where = onnx, Path(folder), host
                     todo = _entered(cell, todo, _built(cell, todo, *where, timing_cache, progress))
         except VanDeployError as error:
@@ -358,7 +358,7 @@ def build_on_ray(
         if isinstance(todo, Outcome):
             yield todo
             continue
-        paths = [todo.path / file for file in todo.artefact(cell.precision).files]
+        paths = [todo.path / file for file in todo.artifact(cell.precision).files]
         files = {path.name: path.read_bytes() for path in paths}
         tasks.append(RayTask((cell, todo), (cell, todo, files), cell.resources))
     for done in run_on_ray(_delivered, tasks, address=address):
@@ -382,7 +382,7 @@ def _delivered(
     """Return plan, sidecar and log by name, built on the machine this task runs on."""
     with tempfile.TemporaryDirectory(prefix=TEMPORARY) as folder:
         _write(files, Path(folder))
-        onnx = Path(folder) / Path(bundle.artefact(cell.precision).file).name
+        onnx = Path(folder) / Path(bundle.artifact(cell.precision).file).name
         try:
             plan = _built(cell, bundle, onnx, Path(folder) / "made", host_here())
         except VanDeployError as error:
@@ -405,7 +405,7 @@ def _built(
     progress: Progress = silent,
 ) -> Path:
     """Return the plan of a cell, built on this machine, which is ``host``."""
-    source, options = bundle.artefact(cell.precision), cell.options
+    source, options = bundle.artifact(cell.precision), cell.options
     backend = choose_backend(cell.host.backend, cell.targets, host.target)
     plan = folder / f"{engine_name(bundle.name, source.name, backend, options, host)}.plan"
     engine_from_onnx(
@@ -424,7 +424,7 @@ def _built(
 
 def _entered(cell: Cell, bundle: Bundle, plan: Path) -> Outcome:
     """Put a finished plan into the cell's bundle."""
-    source, found = bundle.artefact(cell.precision), verified_sidecar(plan)
+    source, found = bundle.artifact(cell.precision), verified_sidecar(plan)
     made_with = _ingredients(source, found.targets, found.options)
     made_with |= {"backend": found.backend, "backend_version": found.backend_version}
     enter(cell.bundle, source, plan, found, made_with)
@@ -433,7 +433,7 @@ def _entered(cell: Cell, bundle: Bundle, plan: Path) -> Outcome:
 
 def enter(
     bundle: Path,
-    source: Artefact,
+    source: Artifact,
     file: Path,
     sidecar: Sidecar | PackageSidecar,
     made_with: Mapping[str, Any],
@@ -453,7 +453,7 @@ def enter(
     beside = (path for path in (file, sidecar_path(file), log_path(file)) if path.exists())
     inside = {f"{ENGINES}/{path.name}": path for path in beside}
     with writing(bundle) as draft:
-        now = draft.artefacts.get(source.name)
+        now = draft.artifacts.get(source.name)
         if now is None or now.sha256 != source.sha256:
             raise BundleError(
                 f"'{source.name}' of '{bundle}' was replaced while '{sidecar.name}' was being "
@@ -463,7 +463,7 @@ def enter(
         for place, path in inside.items():
             shutil.copyfile(path, draft.file(place))
         draft.record(
-            Artefact(
+            Artifact(
                 name=sidecar.name,
                 kind="package" if isinstance(sidecar, PackageSidecar) else "engine",
                 precision=sidecar.precision,

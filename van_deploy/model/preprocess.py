@@ -2,7 +2,7 @@
 
 Mean, standard deviation, interpolation, sizes and crop belong to the *weights*:
 with the wrong ones a network still answers, only worse. So they travel with
-every artefact, and everything that shows them says where they came from. Names
+every artifact, and everything that shows them says where they came from. Names
 and meanings are timm's.
 
 :func:`pixels_from_image` and :func:`normalised` are the two halves of the evaluation

@@ -3,7 +3,7 @@
 Parameter names are those of the official repository
 (``Visual-Attention-Network/VAN-Classification``, ``models/van.py``,
 Apache-2.0), so an official ``state_dict`` loads as it is. This is the network
-every artefact is compared with: nothing in here is rewritten for speed.
+every artifact is compared with: nothing in here is rewritten for speed.
 Methods and their arguments are those of timm's models.
 
 Layout: images and features are ``(N, C, H, W)``.

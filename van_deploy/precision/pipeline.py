@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from onnx import ModelProto, checker, load_model
 
-from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, writing
 from van_deploy.checks.golden import Outputs, golden_samples
 from van_deploy.checks.judging import judge_new
 from van_deploy.config import QuantizeSettings
@@ -44,7 +44,7 @@ class QuantizeResult:
 
     Attributes:
         bundle: as written.
-        artefact: name of the new graph in it.
+        artifact: name of the new graph in it.
         reused: whether it was there already, from the same ingredients.
         reason: why it was reused, or made anew.
         facts: everything measured, as the manifest has it (`docs/precision.md` lists it).
@@ -55,7 +55,7 @@ class QuantizeResult:
     JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("graph",)
 
     bundle: Bundle
-    artefact: str
+    artifact: str
     reused: bool
     reason: str
     facts: Mapping[str, Any]
@@ -65,7 +65,7 @@ class QuantizeResult:
     @property
     def graph(self) -> GraphFacts | None:
         """What is in the new graph."""
-        return self.bundle.artefact(self.artefact).graph
+        return self.bundle.artifact(self.artifact).graph
 
     @property
     def passed(self) -> bool:
@@ -117,7 +117,7 @@ def quantize_bundle(
         )
     watch = Stopwatch(progress)
     job = _Job(opened, asked, images_for(opened, asked, watch))
-    name = asked.artefact
+    name = asked.artifact
     reason = "asked to (--force)" if force else opened.why_anew(name, job.ingredients())
     reused = not reason
     if reused:
@@ -125,13 +125,13 @@ def quantize_bundle(
     else:
         job.make_()
         opened = Bundle.open(path)
-    facts, inconclusive = opened.artefact(name).quantization, asked.allow_inconclusive
+    facts, inconclusive = opened.artifact(name).quantization, asked.allow_inconclusive
     return QuantizeResult(opened, name, reused, reason, facts, dict(watch.seconds), inconclusive)
 
 
 @dataclass
 class _Job:
-    """One quantisation, from an open bundle to a new artefact in it."""
+    """One quantisation, from an open bundle to a new artifact in it."""
 
     bundle: Bundle
     settings: QuantizeSettings
@@ -145,7 +145,7 @@ class _Job:
             del asked[name]
         return {
             "weights": self.bundle.manifest.weights.sha256,
-            "graph": self.bundle.artefact("fp32").sha256,
+            "graph": self.bundle.artifact("fp32").sha256,
             "preprocessing": self.images.preprocessing.as_dict(),
             "calibration images": self.images.calibration.digest,
             "held-out images": self.images.held_out.digest,
@@ -249,7 +249,7 @@ class _Job:
 
     def write_(self, chosen: Candidate, ranges: Mapping[str, ChannelRange]) -> None:
         """Judge the chosen graph, and put it, its ranges and the facts into the bundle."""
-        name, graph, int8 = self.settings.artefact, chosen.model, chosen.int8
+        name, graph, int8 = self.settings.artifact, chosen.model, chosen.int8
         if int8 is not None:
             self.facts |= {"method": self.settings.method, **int8.as_dict()}
         record, about = self.judged(graph), graph_facts(graph)
@@ -278,13 +278,13 @@ class _Job:
                     np.savez_compressed(archive, **channels)
             files = [*save_onnx(graph, draft.file(file)), *others]
             draft.record(
-                Artefact(
+                Artifact(
                     name=name,
                     kind="onnx",
                     precision=cast("Precision", self.settings.precision),
                     file=file,
                     files=dict.fromkeys(files, ""),
-                    made_from=Origin(name="fp32", sha256=self.bundle.artefact("fp32").sha256),
+                    made_from=Origin(name="fp32", sha256=self.bundle.artifact("fp32").sha256),
                     made_with=self.ingredients(),
                     graph=about,
                     quantization=self.facts,

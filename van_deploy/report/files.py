@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Verdict = tuple[str, str, str]
 
 # Keys of a check's result under which there is one entry an artifact.
-BY_ARTEFACT = ("artefacts", "accuracy", "losses", "runners")
+BY_ARTIFACT = ("artifacts", "accuracy", "losses", "runners")
 
 # What is not measured without its command: checks, precisions and kinds of artifacts by name.
 COMMANDS = {
@@ -83,7 +83,7 @@ def _document(bundle: Bundle) -> Document:
     words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
     words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
     words += [f"{len(stale)} stale"] * bool(stale)
-    precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artefacts"].values())
+    precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artifacts"].values())
     size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
     again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)
@@ -103,32 +103,32 @@ def _document(bundle: Bundle) -> Document:
 def _sections(
     manifest: Entry, sizes: Mapping[str, int], verdicts: Sequence[Verdict], bench: Entry | None
 ) -> Iterator[tuple[str, Sequence[Block]]]:
-    checks, artefacts = manifest["checks"], manifest["artefacts"]
+    checks, artifacts = manifest["checks"], manifest["artifacts"]
     ordered = sorted(verdicts, key=lambda verdict: [*STATES, verdict[0]].index(verdict[0]))
     yield "Verdicts", doc.checks_table(ordered)
     notes = doc.notices("NOTE", manifest["weights"]["notes"])
     yield "Model", [*model.model_facts(manifest), *notes]
-    yield "Artifacts", model.artefacts_table(manifest, sizes)
-    if checks.get("verify", {}).get("artefacts"):
+    yield "Artifacts", model.artifacts_table(manifest, sizes)
+    if checks.get("verify", {}).get("artifacts"):
         yield "Verification", judged.verify_blocks(checks["verify"], manifest["class_names"])
     if checks.get("evaluate", {}).get("losses"):
         yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
-    if checks.get("drift", {}).get("artefacts"):
+    if checks.get("drift", {}).get("artifacts"):
         yield "Drift", judged.drift_blocks(checks["drift"])
     if bench is not None and bench["rows"]:
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
         yield "Speed", [*timed.bench_blocks(bench), *timed.tradeoff_plots(accuracies, bench)]
     yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
-    yield "Graph", model.graph_blocks(artefacts)
-    files = [(n, file, digest) for n, e in artefacts.items() for file, digest in e["files"].items()]
+    yield "Graph", model.graph_blocks(artifacts)
+    files = [(n, file, digest) for n, e in artifacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
     yield "Provenance", [*doc.named(made_with), *table(files, columns, "Every file")]
-    done = {*checks, *(e[key] for e in artefacts.values() for key in ("precision", "kind"))}
+    done = {*checks, *(e[key] for e in artifacts.values() for key in ("precision", "kind"))}
     left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
     left += [(name, what) for name, what in COMMANDS.items() if name not in done]
-    verified = checks.get("verify", {}).get("artefacts", artefacts)
-    left += [(n, "left out by `van-deploy verify`") for n in artefacts if n not in verified]
+    verified = checks.get("verify", {}).get("artifacts", artifacts)
+    left += [(n, "left out by `van-deploy verify`") for n in artifacts if n not in verified]
     yield "Not measured", table(left, "what = 0 name; why = 1")
 
 
@@ -138,7 +138,7 @@ def _verdicts(checks: Entry) -> Iterator[Verdict]:
         yield state_of(outcome), name, said
     for found in checks.get("verify", {}).get("findings", ()):
         yield state_of(found["outcome"]), found["rule"], found["message"] or "as when exported"
-    for name, verdict in checks.get("verify", {}).get("artefacts", {}).items():
+    for name, verdict in checks.get("verify", {}).get("artifacts", {}).items():
         figures, limit, said = verdict["comparison"], verdict["limit"], verdict["reason"]
         if verdict["outcome"] == "pass" and figures and limit:
             said = (
@@ -159,14 +159,14 @@ def _verdicts(checks: Entry) -> Iterator[Verdict]:
 
 def _fresh(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
     """Return checks and benchmark without what was measured on other files, and what that was."""
-    digests = {name: artefact.sha256 for name, artefact in bundle.artefacts.items()}
+    digests = {name: artifact.sha256 for name, artifact in bundle.artifacts.items()}
     fresh, stale, path = {}, [], bundle.path / BENCH_FILE
     for name, entry in checks.items():
-        measured = entry.get("artefacts_sha256", {}).items()
+        measured = entry.get("artifacts_sha256", {}).items()
         gone = {one for one, digest in measured if digests.get(one) != digest}
         stale += [(name, f"{name} of {one}: measured on another file") for one in sorted(gone)]
         fresh[name] = dict(entry)
-        for key in {*BY_ARTEFACT} & {*entry} if gone else ():
+        for key in {*BY_ARTIFACT} & {*entry} if gone else ():
             fresh[name][key] = {n: one for n, one in entry[key].items() if n not in gone}
     try:
         bench = portable(plain(read_report(path)))

@@ -76,7 +76,7 @@ def measured(report: Entry) -> list[dict[str, Any]]:
     return [
         {
             **row,
-            "artefact": row["contender"].partition("/")[2] or "pytorch",
+            "artifact": row["contender"].partition("/")[2] or "pytorch",
             "p50": float(row["latency"]["p50_ms"]),
             "rate": float(row["images_per_s"] or 0.0),
             "rounds": f"{row['quiet_rounds']} of {row['rounds']}{'*' * (row['settled'] is False)}",
@@ -120,18 +120,18 @@ def _plots(rows: Sequence[Entry]) -> list[Block]:
     """Return latency at the smallest batch, and latency against batch where there are several."""
     rows = [row for row in rows if row["image_size"] == rows[0]["image_size"]]
     batches = sorted({row["batch"] for row in rows})
-    colour = colours(row["artefact"] for row in rows)
+    colour = colours(row["artifact"] for row in rows)
     marks = []
     for row in sorted(rows, key=lambda row: row["p50"]):
         if row["batch"] == batches[0]:
-            own, p50, p99 = colour[row["artefact"]], row["p50"], row["latency"]["p99_ms"]
+            own, p50, p99 = colour[row["artifact"]], row["p50"], row["latency"]["p99_ms"]
             marks.append(Mark(row["contender"], p50, 0.0, f"{ms_text(p50)} ms", own, (p50, p99)))
     caption = f"Latency at batch {batches[0]}: median, whisker to the 99th percentile."
     blocks: list[Block] = [Plot(rows_chart(marks, "latency (ms)"), caption)]
     lines = {}
-    for artefact, fast in fastest_runners(rows).items():
+    for artifact, fast in fastest_runners(rows).items():
         same = [row for row in rows if row["contender"] == fast["contender"]]
-        points = [Mark("", row["batch"], row["p50"], colour=colour[artefact]) for row in same]
+        points = [Mark("", row["batch"], row["p50"], colour=colour[artifact]) for row in same]
         lines[fast["contender"]] = sorted(points, key=lambda point: point.x)
     svg = xy_chart(lines, "batch", "latency, median (ms)")
     against = Plot(svg, "Latency of one call against batch: each artifact by its fastest runner.")
@@ -142,7 +142,7 @@ def fastest_runners(rows: Sequence[Entry]) -> dict[str, Entry]:
     """Return each artifact's row of most images a second at the largest batch, fastest first."""
     batch, found = max((row["batch"] for row in rows), default=0), dict[str, Entry]()
     for row in sorted((row for row in rows if row["batch"] == batch), key=lambda r: -r["rate"]):
-        found.setdefault(row["artefact"], row)
+        found.setdefault(row["artifact"], row)
     return found
 
 
@@ -151,7 +151,7 @@ def tradeoff_plots(accuracies: Mapping[str, Entry], report: Entry) -> list[Block
     best, colour, series = fastest_runners(measured(report)), colours(accuracies), {}
     both = [{**accuracies[name], **best[name]} for name in accuracies if name in best]
     for row in both:
-        ends, own = [100 * end for end in row["top1_interval"]], colour[row["artefact"]]
+        ends, own = [100 * end for end in row["top1_interval"]], colour[row["artifact"]]
         point = Mark("", row["rate"], 100 * row["top1"], colour=own, interval=ends)
         series[row["contender"]] = [point]
     batch = max((row["batch"] for row in both), default=0)

@@ -36,7 +36,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
         entry: the ``verify`` document.
         names: class names for the flips, or None.
     """
-    verdicts = [{**verdict, "about": name} for name, verdict in entry["artefacts"].items()]
+    verdicts = [{**verdict, "about": name} for name, verdict in entry["artifacts"].items()]
     found = [{"about": "images", **finding} for finding in entry["findings"]]
     found += inner(verdicts, "findings")
     ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
@@ -141,8 +141,8 @@ def drift_blocks(entry: Entry, top: int = 5) -> list[Block]:
         top: parts shown of each artifact; 0 for all, in the network's order.
     """
     level, series, tables = entry["level"], dict[str, list[Mark]](), list[Block]()
-    for name, colour in colours(entry["artefacts"]).items():
-        drift = entry["artefacts"][name]
+    for name, colour in colours(entry["artifacts"]).items():
+        drift = entry["artifacts"][name]
         parts = {row["name"]: row for row in drift["rows"]}
         points = []
         for place, row in enumerate(drift["rows"], 1):
@@ -225,7 +225,7 @@ def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: s
         others = f", and {len(rest) - 1} more," if len(rest) > 1 else ""
         remedy = f"; --allow-skip {finding.skip} would let that pass" if finding.skip else ""
         return f"'{name}'{others} was not checked ({finding.message}){remedy}."
-    return f"No artefact could be run on this machine, so nothing was {done}."
+    return f"No artifact could be run on this machine, so nothing was {done}."
 
 
 def _class(index: int, names: Sequence[str] | None) -> str:
@@ -277,7 +277,7 @@ def quantized_blocks(result: Entry) -> list[Block]:
         ),
         *([doc.Facts(wrong, states=True)] if wrong else []),
         *notices("WARNING", _doubts(made)),
-        Paragraph(f"{word} {result['artefact']} in {result['bundle']}{took}."),
+        Paragraph(f"{word} {result['artifact']} in {result['bundle']}{took}."),
     ]
 
 

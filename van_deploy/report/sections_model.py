@@ -71,11 +71,11 @@ def _batches(agreement: Entry) -> str:
     return f"batch {doc.listed((row['batch'] for row in agreement['batches']), ', ')}"
 
 
-def artefacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
+def artifacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
     """Return one line an artifact, with its bytes from ``sizes``."""
     rows = [
         {**e, "name": name, "size": sizes.get(name), "sha256": e["files"][e["file"]][:12]}
-        for name, e in manifest["artefacts"].items()
+        for name, e in manifest["artifacts"].items()
     ]
     return table(
         rows,
@@ -84,9 +84,9 @@ def artefacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
     )
 
 
-def graph_blocks(artefacts: Entry) -> list[Block]:
+def graph_blocks(artifacts: Entry) -> list[Block]:
     """Return how many operators of each kind every ONNX file has."""
-    counts = {n: e["graph"]["operators"] for n, e in artefacts.items() if e["graph"]}
+    counts = {n: e["graph"]["operators"] for n, e in artifacts.items() if e["graph"]}
     kinds = dict.fromkeys(kind for own in counts.values() for kind in own)
     rows = [(kind, *(own.get(kind) for own in counts.values())) for kind in kinds]
     columns = "".join(f"; {name} = {index} d" for index, name in enumerate(counts, 1))
@@ -103,7 +103,7 @@ def export_blocks(done: Entry) -> list[Block]:
         *preprocessing_facts(manifest["preprocessing"]),
         *checks_table(proof_rows(checks)),
         *table(checks["agreement"]["batches"], f"verdict = outcome state; {BATCHES}"),
-        *artefacts_table(manifest, {}),
+        *artifacts_table(manifest, {}),
         doc.Paragraph(f"{made} the bundle {result['bundle']}{took} ({result['reason']})."),
         *(block for other in done["precisions"] for block in judged.quantized_blocks(other)),
     ]
@@ -114,7 +114,7 @@ def run_blocks(done: Entry) -> list[Block]:
     failed = " It does not hold its gate; `van-deploy quantize` tells why."
     lines = [f"Exported: {done['export']['reason']}."]
     lines += [
-        f"{made['artefact']}: {made['reason']}.{failed * (not made['passed'])}"
+        f"{made['artifact']}: {made['reason']}.{failed * (not made['passed'])}"
         for made in done["made"]
     ]
     return [
@@ -147,7 +147,7 @@ def described_blocks(described: Entry) -> list[Block]:
         *model_facts(manifest),
         *preprocessing_facts(manifest["preprocessing"]),
         *checks_table(proof_rows(manifest["checks"])),
-        *artefacts_table(manifest, described["sizes"]),
+        *artifacts_table(manifest, described["sizes"]),
         *notices("FAIL" if problems else "PASS", said),
         *notices("NOTE", manifest["weights"]["notes"]),
         *doc.named(manifest["versions"], "Made with"),
@@ -191,7 +191,7 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
 # --- artifacts and machines --------------------------------------------------------------------
 
 
-def artefacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
+def artifacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return what is in each artifact."""
     blocks = (_onnx(one) if one["kind"] == "onnx" else _built(one) for one in descriptions)
     return [block for each in blocks for block in each]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.bundle import Artefact, Bundle
+from van_deploy.bundle import Artifact, Bundle
 from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, host_here
@@ -110,9 +110,9 @@ def require_classes(bundle: Bundle, command: str) -> None:
         )
 
 
-def runnable_artefacts(bundle: Bundle) -> list[str]:
+def runnable_artifacts(bundle: Bundle) -> list[str]:
     """Return the names of the artifacts that ONNX Runtime can run, in the bundle's order."""
-    return [n for n, item in bundle.artefacts.items() if item.kind not in ("engine", "package")]
+    return [n for n, item in bundle.artifacts.items() if item.kind not in ("engine", "package")]
 
 
 class Network:
@@ -120,7 +120,7 @@ class Network:
 
     Args:
         bundle: where it is; every digest is checked on opening.
-        artefact: its name in the bundle, or :data:`PYTORCH`.
+        artifact: its name in the bundle, or :data:`PYTORCH`.
         asked: what runs an ONNX artifact (the others have one runner only), on which GPU, and
             whether an engine is run whose sidecar is gone (its digest is checked all the same).
         threads: threads inside one operator; None lets the runtime choose.
@@ -143,16 +143,16 @@ class Network:
     def __init__(
         self,
         bundle: Bundle,
-        artefact: str = "fp32",
+        artifact: str = "fp32",
         asked: RunnerSettings | None = None,
         *,
         threads: int | None = None,
         spin: bool = True,
     ) -> None:
-        self.bundle, self.name, self._asked = bundle, artefact, asked or RunnerSettings()
+        self.bundle, self.name, self._asked = bundle, artifact, asked or RunnerSettings()
         self.preprocessing, self.task = bundle.manifest.preprocessing, task_of(bundle)
         self._threads, self._spin = threads, spin
-        entry = None if artefact == PYTORCH else bundle.artefact(artefact)
+        entry = None if artifact == PYTORCH else bundle.artifact(artifact)
         self._made: Mapping[str, Any] = entry.made_with if entry else {}
         self.is_engine = entry is not None and entry.kind == "engine"
         self.is_package = entry is not None and entry.kind == "package"
@@ -164,11 +164,11 @@ class Network:
             self._profiles = (bundle.manifest.batch,)
         self.max_batch = max((p.max for p in self._profiles), default=bundle.manifest.batch.max)
         if entry and self.is_engine:
-            entry = bundle.artefacts.get(entry.made_from.name, entry)
+            entry = bundle.artifacts.get(entry.made_from.name, entry)
         self.embedding = entry.embedded if entry else "none"
         self.input, self.outputs = self._specs(entry)
 
-    def _specs(self, entry: Artefact | None) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
+    def _specs(self, entry: Artifact | None) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
         """Return the input and the outputs of a graph, or of the plain network without one."""
         if entry and entry.graph:
             inputs, outputs = (
@@ -245,7 +245,7 @@ class Network:
         return Obstacle("runtimes", reason) if reason else None
 
     def _native_obstacle(self, host: Host) -> Obstacle | None:
-        path = self.bundle.path / self.bundle.artefact(self.name).file
+        path = self.bundle.path / self.bundle.artifact(self.name).file
         if self.is_engine and host.gpu is None:
             return Obstacle("engines", "engine not executed: no GPU")
         if self.is_engine and self._asked.trust_engine and not sidecar_path(path).exists():

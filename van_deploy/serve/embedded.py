@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from van_deploy.bundle import Artefact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, writing
 from van_deploy.config import ExportSettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preprocessing
@@ -52,7 +52,7 @@ class Embedded:
     agreement: Mapping[str, Any] | None
 
 
-def embed_artefacts(
+def embed_artifacts(
     bundle: Bundle, how: ExportSettings, images: Sequence[Pixels]
 ) -> list[Embedded]:
     """Return the embedded form of every plain graph of ``bundle``, made and proved where missing.
@@ -70,7 +70,7 @@ def embed_artefacts(
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
     made_with: dict[str, Any] = {**inside, "code": code_digest("graph")}
     with writing(bundle.path) as draft:
-        for base, source in bundle.artefacts.items():
+        for base, source in bundle.artifacts.items():
             if source.kind != "onnx":
                 continue
             kind, path = "outputs" if embedding == "none" else embedding, bundle.verified(base)
@@ -85,7 +85,7 @@ def embed_artefacts(
             report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": proof}
             draft.checks[f"embedded {name}"] = report
             draft.record(
-                Artefact(
+                Artifact(
                     name=name,
                     kind="serving",
                     precision=source.precision,

@@ -28,7 +28,7 @@ from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classes
 from van_deploy.serve.requests import MIB, Allowance, Intake, Values
-from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artefacts
+from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artifacts
 
 LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
 QUEUE_IMAGES = 256
@@ -208,7 +208,7 @@ class Service:
 
     Raises:
         UsageError: the settings contradict the models.
-        VanDeployError: an artefact is missing, was changed or does not run here.
+        VanDeployError: an artifact is missing, was changed or does not run here.
     """
 
     def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
@@ -218,8 +218,8 @@ class Service:
         self._stack, self._large = contextlib.ExitStack(), threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
         require_classes(bundle, "serve")
-        for artefact in settings.artefacts or usual_artefacts(bundle):
-            network = Network(bundle, artefact, settings, threads=settings.threads, spin=False)
+        for artifact in settings.artifacts or usual_artifacts(bundle):
+            network = Network(bundle, artifact, settings, threads=settings.threads, spin=False)
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
             for rows in {1, network.max_batch}:
@@ -235,7 +235,7 @@ class Service:
             "compare": settings.compare,
             "classes": manifest.architecture.num_classes,
             "max_body_bytes": round(MIB * settings.max_body_mib),
-            "models": [{"name": n, "artefact": v.name, "runner": v.runner} for n, v in networks],
+            "models": [{"name": n, "artifact": v.name, "runner": v.runner} for n, v in networks],
         }
 
     async def answer(self, ended: Awaitable[object]) -> None:
@@ -257,14 +257,14 @@ class Service:
 
         Raises:
             ImageError: it is no image, or too large.
-            UsageError: more classes are asked for than the artefact gives.
+            UsageError: more classes are asked for than the artifact gives.
         """
         start, network = time.perf_counter(), served.network
         pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
         decoded = time.perf_counter()
         outputs, times, batch = await served.infer(network.prepare(pixels))
         (top,) = network.top(outputs, count)
-        document: dict[str, Any] = {"model": served.name, "artefact": network.name, "batch": batch}
+        document: dict[str, Any] = {"model": served.name, "artifact": network.name, "batch": batch}
         document |= {"image": {"width": width, "height": height}, "top": [vars(c) for c in top]}
         if compare and self.settings.compare:
             ask = asyncio.get_running_loop().run_in_executor

@@ -1,7 +1,7 @@
 """A bundle packaged for Triton, and whether a package is still what was written.
 
 A package is a model repository, with a client and manifests beside it. Everything a configuration
-repeats (names, types, shapes, batch limits) is read from the artefact or its sidecar, never typed
+repeats (names, types, shapes, batch limits) is read from the artifact or its sidecar, never typed
 again. The manifests, the client and ``model.py`` are files of ``templates/``, filled in.
 """
 
@@ -52,13 +52,13 @@ class PackageRecord(Versioned):
 
     Attributes:
         bundle: the model's name.
-        artefacts: of the bundle, and their digests in it.
+        artifacts: of the bundle, and their digests in it.
         files: SHA-256 of every file, by its path in the package.
     """
 
-    schema_: Literal["van-deploy/triton/3"] = Field(alias="schema")
+    schema_: Literal["van-deploy/triton/4"] = Field(alias="schema")
     bundle: str
-    artefacts: dict[str, str]
+    artifacts: dict[str, str]
     files: dict[str, str]
 
 
@@ -90,9 +90,9 @@ def package(
     The folder appears whole; an older package there is replaced, anything else is refused.
 
     Raises:
-        BundleError: an artefact is missing or was changed.
+        BundleError: an artifact is missing or was changed.
         ConversionError: the packages of an execution environment cannot be had.
-        InputError: Triton cannot load an artefact, or there is no package to check.
+        InputError: Triton cannot load an artifact, or there is no package to check.
         MissingDependency: Triton's schema is not installed.
         UsageError: ``output`` holds something else, or the release cannot load a model, or is
             none.
@@ -100,8 +100,8 @@ def package(
     folder = output or bundle.path.with_name(f"{bundle.path.resolve().name}-triton")
     if only_check:
         return check_package(folder, bundle)
-    artefacts = settings.artefacts or triton.usual_artefacts(bundle)
-    models = triton.models_of(bundle, artefacts, settings.backend)
+    artifacts = settings.artifacts or triton.usual_artifacts(bundle)
+    models = triton.models_of(bundle, artifacts, settings.backend)
     release, loading = _chosen_release(models, settings.triton_release)
     used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if used and not (folder / PACKAGE_FILE).is_file():
@@ -114,9 +114,9 @@ def package(
         made = Path(workshop) / "package"
         _write_repository(made, models, settings, release)
         record = PackageRecord(
-            schema="van-deploy/triton/3",
+            schema="van-deploy/triton/4",
             bundle=bundle.name,
-            artefacts={n: bundle.artefact(n).sha256 for m in models for _, n in m.files.values()},
+            artifacts={n: bundle.artifact(n).sha256 for m in models for _, n in m.files.values()},
             files=_digests(made),
         )
         (made / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
@@ -158,11 +158,11 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     wrong = sorted({file for file, _ in record.files.items() ^ found.items()})
     text = f"{', '.join(wrong)}: missing, changed or added" if wrong else "as they were written"
     findings = [Finding("files", not wrong, text)]
-    now = {name: entry.sha256 for name, entry in bundle.artefacts.items()}
-    for name, digest in record.artefacts.items():
+    now = {name: entry.sha256 for name, entry in bundle.artifacts.items()}
+    for name, digest in record.artifacts.items():
         old = now.get(name) != digest
         text = "made anew in the bundle since" if old else "the bundle's"
-        findings.append(Finding(f"artefact {name}", not old, text))
+        findings.append(Finding(f"artifact {name}", not old, text))
     return PackageReport(path, 0, tuple(findings))
 
 

@@ -31,7 +31,7 @@ async function start() {
     `${p.image_size} × ${p.image_size} pixels, ${p.interpolation}, crop ${p.crop_pct}`;
   $("model").replaceChildren();
   for (const model of info.models) {
-    const option = make("option", "", `${model.artefact} · ${model.runner}`);
+    const option = make("option", "", `${model.artifact} · ${model.runner}`);
     option.value = model.name;
     $("model").append(option);
   }
@@ -94,12 +94,12 @@ function draw(answer) {
   $("file-size").textContent = `${answer.image.width} × ${answer.image.height}`;
   $("bars").replaceChildren(...answer.top.map((item, i) => row(item, torch && torch.beside[i])));
   $("key").hidden = !torch;
-  $("key-artefact").textContent = answer.artefact;
+  $("key-artifact").textContent = answer.artifact;
   const note = answer.pytorch && answer.pytorch.skipped;
   $("note").hidden = !note;
   $("note").textContent = note ? "PyTorch was not asked: " + note : "";
   const cells = [
-    [milliseconds(answer.milliseconds.infer), answer.artefact],
+    [milliseconds(answer.milliseconds.infer), answer.artifact],
     ...(torch ? [[milliseconds(torch.milliseconds.infer), "PyTorch"]] : []),
     [milliseconds(answer.milliseconds.decode), "reading the file"],
     ...(torch ? [[torch.largest_difference.toExponential(1), "difference"]] : []),

@@ -63,7 +63,7 @@ def predict(
         batch: images a batch, at most the network's ``max_batch``.
 
     Raises:
-        UsageError: ``batch`` is too large, or the artefact does not give so many classes.
+        UsageError: ``batch`` is too large, or the artifact does not give so many classes.
     """
     if batch > network.max_batch:
         text = f"'{network.name}' does not take batches of {batch}."

@@ -23,7 +23,7 @@ from van_deploy.config import TritonSettings
 from van_deploy.documents import toml_from
 from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import InputError, UsageError
-from van_deploy.runners.network import Network, runnable_artefacts
+from van_deploy.runners.network import Network, runnable_artifacts
 
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
 """NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
@@ -58,7 +58,7 @@ class TritonModel:
         name: of the model.
         backend: what runs it: ``onnxruntime``, ``tensorrt`` or ``python``.
         network: what is run; of several plans, the first.
-        files: path and artefact of each file, by the name it gets in the version's folder.
+        files: path and artifact of each file, by the name it gets in the version's folder.
         sidecar: of the first plan; None for graphs.
         plans: compute capability to the file of its plan, such as ``{"8.9": "model.plan"}``.
     """
@@ -71,48 +71,48 @@ class TritonModel:
     plans: Mapping[str, str] = field(default_factory=dict)
 
 
-def served_name(bundle: Bundle, artefact: str) -> str:
-    """Return what a served artefact is called, here and in Triton: ``van_b1-fp32``."""
-    return f"{bundle.name}-{artefact}"
+def served_name(bundle: Bundle, artifact: str) -> str:
+    """Return what a served artifact is called, here and in Triton: ``van_b1-fp32``."""
+    return f"{bundle.name}-{artifact}"
 
 
-def usual_artefacts(bundle: Bundle) -> tuple[str, ...]:
+def usual_artifacts(bundle: Bundle) -> tuple[str, ...]:
     """Return what is served where nobody chooses: ``fp32-uint8`` if there is one, or ``fp32``."""
-    return ("fp32-uint8" if "fp32-uint8" in runnable_artefacts(bundle) else "fp32",)
+    return ("fp32-uint8" if "fp32-uint8" in runnable_artifacts(bundle) else "fp32",)
 
 
 def models_of(
-    bundle: Bundle, artefacts: Sequence[str], backend: str = "onnxruntime"
+    bundle: Bundle, artifacts: Sequence[str], backend: str = "onnxruntime"
 ) -> list[TritonModel]:
-    """Return artefacts of a bundle as Triton models, every digest checked.
+    """Return artifacts of a bundle as Triton models, every digest checked.
 
     Plans of one graph are one model, whose name says nothing of a GPU; each GPU gets the
     plan of its own compute capability.
 
     Args:
         bundle: where they are.
-        artefacts: which.
-        backend: what runs the ONNX artefacts.
+        artifacts: which.
+        backend: what runs the ONNX artifacts.
 
     Raises:
-        BundleError: an artefact is missing or was changed.
+        BundleError: an artifact is missing or was changed.
         InputError: Triton cannot load it, or its sidecar is missing.
-        UsageError: two artefacts cannot be in one repository.
+        UsageError: two artifacts cannot be in one repository.
     """
     groups: dict[str, list[str]] = {}
-    for name in dict.fromkeys(artefacts):
-        artefact = bundle.artefact(name)
-        if artefact.engine and not artefact.engine.backend.startswith("tensorrt "):
+    for name in dict.fromkeys(artifacts):
+        artifact = bundle.artifact(name)
+        if artifact.engine and not artifact.engine.backend.startswith("tensorrt "):
             raise InputError(
-                f"Triton cannot load '{name}': it was built by {artefact.engine.backend}.",
-                "Package the ONNX artefact, or a plan of `tensorrt` for the target GPU.",
+                f"Triton cannot load '{name}': it was built by {artifact.engine.backend}.",
+                "Package the ONNX artifact, or a plan of `tensorrt` for the target GPU.",
             )
-        source = artefact.made_from.name if artefact.kind == "engine" else name
+        source = artifact.made_from.name if artifact.kind == "engine" else name
         groups.setdefault(source, []).append(name)
     models = []
     for source, names in groups.items():
         network = Network(bundle, names[0])
-        if len({bundle.artefact(name).kind for name in names}) > 1:
+        if len({bundle.artifact(name).kind for name in names}) > 1:
             raise UsageError(
                 f"'{names[0]}' and '{names[1]}' are one network and would be models of one name.",
                 "Package them apart, with two --output folders.",
@@ -120,7 +120,7 @@ def models_of(
         if network.is_engine:
             models.append(_of_plans(network, served_name(bundle, source), names))
             continue
-        beside = (f for f in bundle.artefact(source).files if f.endswith(".data"))
+        beside = (f for f in bundle.artifact(source).files if f.endswith(".data"))
         files = {Path(file).name: (bundle.path / file, source) for file in beside}
         files["model.onnx"] = (bundle.verified(source), source)
         models.append(TritonModel(served_name(bundle, source), backend, network, files))
@@ -255,7 +255,7 @@ def loads(release: str, model: TritonModel) -> Finding:
     if model.sidecar:
         built = model.sidecar.backend_version
         return found(f"{built}.".startswith(f"{has}."), f"{told}; the plan was built by {built}")
-    graph = model.network.bundle.artefact(model.network.name).graph
+    graph = model.network.bundle.artifact(model.network.name).graph
     opset, version = (graph.opset, graph.ir_version) if graph else (0, 0)
     newest = releases()["onnx"].get(has.rpartition(".")[0], (0, 0))
     return found(
