@@ -22,8 +22,8 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from van_deploy.config import Recipe
-from van_deploy.config.fields import described
-from van_deploy.documents import field_is_json, json_properties
+from van_deploy.config.fields import parse_docstring
+from van_deploy.documents import is_json_field, json_properties
 from van_deploy.engine.bundled import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.recipe import CalibrationSet
@@ -40,8 +40,8 @@ DOCUMENTS: Mapping[str, str] = {
     "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
     "export": "van_deploy.pipeline:ExportReport",
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
-    "info": "van_deploy.describe:model_described",
-    "inspect": "van_deploy.describe:artifacts_described",
+    "info": "van_deploy.describe:describe_model",
+    "inspect": "van_deploy.describe:describe_artifacts",
     "list": "van_deploy.model.variants:listed_variants",
     "manifest": "van_deploy.manifest:Manifest",
     "package": "van_deploy.serve.package:PackageReport",
@@ -53,10 +53,10 @@ DOCUMENTS: Mapping[str, str] = {
     "run": "van_deploy.pipeline:RunResult",
     "serve": "van_deploy.cli.use:Listening",
     "sidecar": "van_deploy.engine.sidecar:Sidecar",
-    "sign": "van_deploy.signing:Signed",
+    "sign": "van_deploy.signing:SignedBundle",
     "signature": "van_deploy.signing:Signature",
     "verify": "van_deploy.checks.verify:VerifyReport",
-    "verify-signature": "van_deploy.signing:Signed",
+    "verify-signature": "van_deploy.signing:SignedBundle",
 }
 """Each document by name: the class of it, or the function that returns it."""
 
@@ -104,7 +104,7 @@ class _Writer(GenerateJsonSchema):
         kind = schema["cls"]
         if issubclass(kind, os.PathLike):  # a bundle
             return {"type": "string", "description": "The path of its folder."}
-        kept = {field.name for field in dataclasses.fields(kind) if field_is_json(field)}
+        kept = {field.name for field in dataclasses.fields(kind) if is_json_field(field)}
         inner: Any = schema["schema"]
         fields = [field for field in inner["fields"] if field["name"] in kept]
         for name in json_properties(kind):
@@ -145,9 +145,11 @@ def _told(kind: type, schema: JsonSchemaValue) -> JsonSchemaValue:
     """Return the schema of a table, closed unless it is open, and described by its docstring."""
     schema.pop("title", None)
     schema.setdefault("additionalProperties", False)
-    schema["description"] = " ".join(described(kind.__doc__ or "")[0].partition("\n\n")[0].split())
+    schema["description"] = " ".join(
+        parse_docstring(kind.__doc__ or "")[0].partition("\n\n")[0].split()
+    )
     for base in reversed(kind.__mro__):
-        for name, words in described(base.__doc__ or "")[1].items():
+        for name, words in parse_docstring(base.__doc__ or "")[1].items():
             if name in schema["properties"]:
                 schema["properties"][name]["description"] = words
     return schema

@@ -15,8 +15,8 @@ from typing import Any
 
 from supply_chain import json_schemas
 from van_deploy import config
-from van_deploy.config.fields import range_text
-from van_deploy.config.named import EXPORT, named_options
+from van_deploy.config.fields import format_range
+from van_deploy.config.named_options import EXPORT, named_options
 
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
 LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -129,7 +129,7 @@ def _leaf_words(schema: Schema, leaf: Schema) -> str:
         return f"list of {_words(schema, leaf['items'])}"
     limits = {word: leaf[key] for word, key in LIMITS.items() if key in leaf}
     kind = "path" if leaf.get("format") == "path" else WORDS.get(leaf["type"], "text")
-    return f"{kind} {range_text(limits)}".strip()
+    return f"{kind} {format_range(limits)}".strip()
 
 
 if __name__ == "__main__":

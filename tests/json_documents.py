@@ -15,7 +15,7 @@ def _validator(name: str) -> Any:
     return jsonschema.Draft202012Validator(schema_of(name))
 
 
-def require_valid(document: Any, command: str) -> None:
+def validate_json_output(document: Any, command: str) -> None:
     """Return if a document is what a command prints with ``--json``.
 
     Args:

@@ -13,11 +13,11 @@ import pydantic
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from van_deploy.schema import Contradiction, Settings, key_of
+from van_deploy.schema import ConflictError, Settings, field_key
 
 
 @dataclass(frozen=True)
-class Shown:
+class CliOption:
     """How the command line shows and reads an option.
 
     Attributes:
@@ -49,30 +49,30 @@ def option(
         default: its value where nothing is given, or what makes it; ``...`` where something
             must be given.
         key: what files and keyword arguments call it; "" for the attribute's name.
-        flags: see :class:`Shown`.
-        panel: see :class:`Shown`.
-        commas: see :class:`Shown`.
+        flags: see :class:`CliOption`.
+        panel: see :class:`CliOption`.
+        commas: see :class:`CliOption`.
         limits: such as ``ge=1``; pydantic's names.
     """
     made = {"default_factory": default} if callable(default) else {"default": default}
     return pydantic.Field(
         **made,
         validation_alias=key or None,
-        json_schema_extra=Shown(tuple(flags), panel, commas),
+        json_schema_extra=CliOption(tuple(flags), panel, commas),
         **limits,
     )
 
 
-def shown(field: FieldInfo) -> Shown:
+def cli_option(field: FieldInfo) -> CliOption:
     """Return how the command line shows a field."""
     extra: object = field.json_schema_extra
-    return extra if isinstance(extra, Shown) else Shown()
+    return extra if isinstance(extra, CliOption) else CliOption()
 
 
-def range_text(limits: Mapping[str, float]) -> str:
+def format_range(limits: Mapping[str, float]) -> str:
     """Return limits in words.
 
-    >>> range_text({"ge": 17, "le": 23}), range_text({"gt": 0}), range_text({})
+    >>> format_range({"ge": 17, "le": 23}), format_range({"gt": 0}), format_range({})
     ('from 17 up to 23', 'above 0', '')
     """
     words = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
@@ -80,7 +80,7 @@ def range_text(limits: Mapping[str, float]) -> str:
 
 
 @functools.cache
-def described(docstring: str) -> tuple[str, dict[str, str]]:
+def parse_docstring(docstring: str) -> tuple[str, dict[str, str]]:
     """Return what a class says of itself, and of each of its attributes."""
     text, _, section = inspect.cleandoc(docstring).partition("\n\nAttributes:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
@@ -88,7 +88,7 @@ def described(docstring: str) -> tuple[str, dict[str, str]]:
 
 
 def _own_text(schema: dict[str, Any]) -> None:
-    schema["description"], _ = described(schema.get("description", ""))  # none under -OO
+    schema["description"], _ = parse_docstring(schema.get("description", ""))  # none under -OO
 
 
 class Table(Settings):
@@ -104,37 +104,37 @@ class Table(Settings):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         """Give every option the description that the table's docstring, or its base's, has."""
         for base in cls.__mro__:
-            for name, words in described(base.__doc__ or "")[1].items():
+            for name, words in parse_docstring(base.__doc__ or "")[1].items():
                 field = cls.model_fields.get(name)
                 if field is not None and not field.description:
                     field.description = words
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield what does not go together, and what to do, as a :class:`Contradiction` has it."""
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield what does not go together, and what to do, as a :class:`ConflictError` has it."""
         yield from ()
 
     @pydantic.model_validator(mode="after")
     def _goes_together(self) -> Self:
-        for message, remedy in self.contradictions():
-            raise Contradiction(message, remedy)
+        for message, remedy in self.conflicts():
+            raise ConflictError(message, remedy)
         return self
 
-    def given_of(self, *names: str) -> str:
+    def first_set(self, *names: str) -> str:
         """Return the first of these that is not its default, as a contradiction's placeholder."""
         fields = type(self).model_fields
         given = (name for name in names if getattr(self, name) != fields[name].get_default())
-        return next((f"{{{key_of(name, fields[name])}}}" for name in given), "")
+        return next((f"{{{field_key(name, fields[name])}}}" for name in given), "")
 
 
-class InFile:
+class PathOrNameMarker:
     """Marks a text that names a file beside the recipe if there is one of that name."""
 
 
-FileOrName = Annotated[str, InFile()]
+FileOrName = Annotated[str, PathOrNameMarker()]
 """A path, or the name of something else (a repository, a calibration set)."""
 
 
-def parse_size(text: object) -> object:
+def parse_bytes(text: object) -> object:
     """Return a size in bytes as people write it; units are binary, ``4GiB`` and ``4G`` alike.
 
     What is no text is returned as it is.
@@ -142,7 +142,7 @@ def parse_size(text: object) -> object:
     Raises:
         ValueError: it is not a size; the end of a sentence.
 
-    >>> parse_size("4GiB"), parse_size("512 MB"), parse_size("1024"), parse_size(3)
+    >>> parse_bytes("4GiB"), parse_bytes("512 MB"), parse_bytes("1024"), parse_bytes(3)
     (4294967296, 536870912, 1024, 3)
     """
     if not isinstance(text, str):
@@ -178,9 +178,9 @@ def parse_target(text: object) -> object:
     return tuple(f"sm_{number}" for number in sorted(numbers))
 
 
-Size = Annotated[
+ByteSize = Annotated[
     int,
-    pydantic.BeforeValidator(parse_size, json_schema_input_type=int | str),
+    pydantic.BeforeValidator(parse_bytes, json_schema_input_type=int | str),
     pydantic.Field(gt=0),
 ]
 """Bytes; ``4GiB`` and its like, too."""

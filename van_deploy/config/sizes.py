@@ -20,22 +20,22 @@ MAX_IMAGE_SIZE = 4096
 """Pixels. A limit that catches slips of the keyboard before they fill the memory."""
 
 
-def sides_of(size: ImageSize) -> tuple[int, int]:
+def height_width(size: ImageSize) -> tuple[int, int]:
     """Return height and width.
 
-    >>> sides_of(224), sides_of((224, 320))
+    >>> height_width(224), height_width((224, 320))
     ((224, 224), (224, 320))
     """
     return (size, size) if isinstance(size, int) else size
 
 
-def size_text(size: Any) -> str:
+def format_size(size: Any) -> str:
     """Return a size as people write it; one from JSON, too.
 
-    >>> size_text(224), size_text((224, 320)), size_text([224, 320])
+    >>> format_size(224), format_size((224, 320)), format_size([224, 320])
     ('224x224', '224x320', '224x320')
     """
-    height, width = sides_of(size)
+    height, width = height_width(size)
     return f"{height}x{width}"
 
 
@@ -60,14 +60,14 @@ def parse_image_size(size: object) -> object:
     return size
 
 
-def possible_size(size: ImageSize) -> ImageSize:
+def validate_image_size(size: ImageSize) -> ImageSize:
     """Return a size that the network takes, the side of a square as one number.
 
     Raises:
         ValueError: it is smaller than :data:`MIN_IMAGE_SIZE` or larger than
             :data:`MAX_IMAGE_SIZE`; the end of a sentence.
     """
-    height, width = sides_of(size)
+    height, width = height_width(size)
     if min(height, width) < MIN_IMAGE_SIZE:
         raise ValueError(
             f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network takes any size "
@@ -80,7 +80,7 @@ def possible_size(size: ImageSize) -> ImageSize:
 
 def _possible(value: Any, checked: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
     """Return a size from what was written, which is what an error then shows."""
-    return possible_size(checked(parse_image_size(value)))
+    return validate_image_size(checked(parse_image_size(value)))
 
 
 ImageSizeOption = Annotated[
@@ -112,16 +112,16 @@ class _Range(Table):
     def _ends(self) -> list[ImageSize]:
         return [getattr(self, name) for name in ("min", "opt", "max")]
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield that it does not rise."""
-        sides = zip(*map(sides_of, self._ends()), strict=True)
+        sides = zip(*map(height_width, self._ends()), strict=True)
         if not all(low <= middle <= high for low, middle, high in sides):
             said = f"The {self.WHAT} range {self} is not min <= opt <= max."
             yield said, f"Give three rising values, such as {self.SUCH_AS}."
 
     def __str__(self) -> str:
         """Return ``min:opt:max``."""
-        return ":".join(str(e) if isinstance(e, int) else size_text(e) for e in self._ends())
+        return ":".join(str(e) if isinstance(e, int) else format_size(e) for e in self._ends())
 
 
 class BatchRange(_Range):
@@ -174,19 +174,21 @@ class SizeRange(_Range):
 
         def __init__(self, min: ImageSize, opt: ImageSize, max: ImageSize) -> None: ...
 
-    def holds(self, size: ImageSize) -> bool:
+    def contains(self, size: ImageSize) -> bool:
         """Return whether a size is in the range."""
-        ends = zip(*map(sides_of, (self.min, size, self.max)), strict=True)
+        ends = zip(*map(height_width, (self.min, size, self.max)), strict=True)
         return all(low <= side <= high for low, side, high in ends)
 
-    def tried(self) -> tuple[ImageSize, ...]:
+    def sample_sizes(self) -> tuple[ImageSize, ...]:
         """Return the sizes to try: both ends, the optimum, and an odd one inside if there is one.
 
-        >>> SizeRange(64, 96, 128).tried(), SizeRange((32, 64), (32, 64), (33, 96)).tried()
-        ((64, 96, 97, 128), ((32, 64), (33, 81), (33, 96)))
+        >>> SizeRange(64, 96, 128).sample_sizes()
+        (64, 96, 97, 128)
+        >>> SizeRange((32, 64), (32, 64), (33, 96)).sample_sizes()
+        ((32, 64), (33, 81), (33, 96))
         """
-        low, high = sides_of(self.min), sides_of(self.max)
+        low, high = height_width(self.min), height_width(self.max)
         middle = [(a + b) // 2 | 1 for a, b in zip(low, high, strict=True)]
         height, width = (m if m <= b else a for a, m, b in zip(low, middle, high, strict=True))
-        sizes = {*map(sides_of, self._ends()), (height, width)}
+        sizes = {*map(height_width, self._ends()), (height, width)}
         return tuple(h if h == w else (h, w) for h, w in sorted(sizes))

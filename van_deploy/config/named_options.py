@@ -9,17 +9,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from van_deploy.config.fields import shown
-from van_deploy.config.making import Recipe
+from van_deploy.config.fields import cli_option
+from van_deploy.config.recipe_tables import Recipe
 from van_deploy.config.sizes import BatchRange
 from van_deploy.errors import RecipeError, UsageError
-from van_deploy.schema import Settings, key_of, validated
+from van_deploy.schema import Settings, field_key, validate
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedOption:
     """One option of a schema.
 
     Attributes:
@@ -46,27 +46,27 @@ class Change(NamedTuple):
     """
 
     value: Any
-    written: str
+    explicit_values: str
 
 
 Changes = dict[tuple[str, ...], Change]
 """Other values for some options, by their keys; the outermost table first."""
 
 
-def named_options(schema: type[Settings]) -> dict[str, Named]:
+def named_options(schema: type[Settings]) -> dict[str, NamedOption]:
     """Return every option of a schema by its name; those of tables inside it, too."""
     return {option.name: option for option in _options(schema)}
 
 
-def _options(schema: type[Settings], place: tuple[str, ...] = ()) -> Iterator[Named]:
+def _options(schema: type[Settings], place: tuple[str, ...] = ()) -> Iterator[NamedOption]:
     for name, info in schema.model_fields.items():
-        key, inner, told = key_of(name, info), info.annotation, shown(info)
+        key, inner, told = field_key(name, info), info.annotation, cli_option(info)
         if isinstance(inner, type) and issubclass(inner, Settings) and inner is not BatchRange:
             yield from _options(inner, (*place, key))
         else:
             table = next(c for c in schema.__mro__ if name in c.__annotations__)
             panel = getattr(table, "PANEL", "") if told.panel is None else told.panel
-            yield Named(key, (*place, key), info, told.flags or _flags(key), panel)
+            yield NamedOption(key, (*place, key), info, told.flags or _flags(key), panel)
 
 
 def _flags(name: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ RECIPE = {".".join(option.place): option for option in _options(Recipe)}
 """Every key of a recipe."""
 
 
-def _renamed(**keys: str) -> dict[str, Named]:
+def _renamed(**keys: str) -> dict[str, NamedOption]:
     """Return keys of a recipe as options under other names."""
     return {n: replace(RECIPE[key], name=n, flags=_flags(n)) for n, key in keys.items()}
 
@@ -100,7 +100,7 @@ RUN = _renamed(
 """Options of ``van-deploy run`` that replace keys of a recipe."""
 
 
-def changes_from(options: Mapping[str, Named], values: Mapping[str, Any]) -> Changes:
+def changes_from_kwargs(options: Mapping[str, NamedOption], values: Mapping[str, Any]) -> Changes:
     """Return keyword arguments as changes of a recipe.
 
     Raises:
@@ -116,7 +116,7 @@ def changes_from(options: Mapping[str, Named], values: Mapping[str, Any]) -> Cha
     return {options[name].place: Change(value, f"{name}=") for name, value in values.items()}
 
 
-def recipe_from(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
+def recipe_from_tables(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
     """Return the recipe in ``tables`` with ``changes`` made to it.
 
     Raises:
@@ -124,32 +124,32 @@ def recipe_from(tables: dict[str, Any], changes: Changes, where: str = "") -> Re
         UsageError: a change is wrong; names the option as it was written.
     """
     spelling = {place: change.written for place, change in changes.items()}
-    tables = put_all(tables, changes)
-    return validated(Recipe, tables, where=where, error=RecipeError, spelling=spelling)
+    tables = apply_changes(tables, changes)
+    return validate(Recipe, tables, where=where, error=RecipeError, spelling=spelling)
 
 
-def settings_from(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+def settings_from_kwargs(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
     """Return the settings that a call's keyword arguments are.
 
     Raises:
         UsageError: an option is unknown, is not of its kind, or contradicts another.
     """
     options = named_options(schema)
-    tree = put_all({}, changes_from(options, values))
-    return validated(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
+    tree = apply_changes({}, changes_from_kwargs(options, values))
+    return validate(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
 
 
-def written(settings: Settings) -> dict[str, Any]:
+def explicit_values(settings: Settings) -> dict[str, Any]:
     """Return the values that were given, as a file would have them."""
     fields, tree = type(settings).model_fields, {}
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
         inner = getattr(settings, name)
         is_table = isinstance(inner, Settings)
-        tree[key_of(name, fields[name])] = written(inner) if is_table else value
+        tree[field_key(name, fields[name])] = explicit_values(inner) if is_table else value
     return tree
 
 
-def put_all(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
+def apply_changes(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
     """Return nested tables with values set in them, in place.
 
     A recipe's network of another name keeps the weights it had.
