@@ -51,7 +51,7 @@ def test_the_fastest_that_holds_its_gate_is_kept(
     times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
     folder, kept = copy_bundle(precisions_bundle), []
 
-    def tried(copy: Path, candidate: Candidate) -> CandidateResult:
+    def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
         assert copy != folder, "candidates are built in a copy"
         if candidate.scope == "pointwise":
             raise ConversionError("TensorRT built no plan")
@@ -66,7 +66,7 @@ def test_the_fastest_that_holds_its_gate_is_kept(
     monkeypatch.setattr(building, "host_here", lambda **_: Host("a GPU", "sm_90"))
     monkeypatch.setattr("van_deploy.engine.bundled.planned_engines", planned)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
-    monkeypatch.setattr(building, "tried", tried)
+    monkeypatch.setattr(building, "measure_candidate", measure_candidate)
     asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
     rows = van_deploy.open_bundle(folder).build(**asked, images=folder).tuned
     assert [row.candidate for row in rows if row.kept] == ["int8 deep, level 3, tiling none"]
