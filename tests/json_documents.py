@@ -7,12 +7,12 @@ from typing import Any
 
 import jsonschema
 
-from supply_chain.json_schemas import DOCUMENTS, schema_of
+from supply_chain.reference import DOCUMENTS, document_schema
 
 
 @cache
 def _validator(name: str) -> Any:
-    return jsonschema.Draft202012Validator(schema_of(name))
+    return jsonschema.Draft202012Validator(document_schema(name))
 
 
 def validate_json_output(document: Any, command: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from supply_chain.json_schemas import DOCUMENTS, INPUTS, schema_of
+from supply_chain.reference import DOCUMENTS, INPUTS, document_schema
 from tests.each import each
 from tests.json_documents import validate_json_output
 from van_deploy.bundle import MANIFEST, Bundle
@@ -23,7 +23,7 @@ def test_there_is_no_other_file(repository: Path) -> None:
 
 @each("name", DOCUMENTS)
 def test_each_is_a_schema_and_describes_what_it_is(name: str) -> None:
-    schema = schema_of(name)
+    schema = document_schema(name)
     jsonschema.Draft202012Validator.check_schema(schema)
     tables = [found for found in schema.get("$defs", {}).values() if "properties" in found]
     assert all(table["description"] for table in tables)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from supply_chain.reference import files
+from supply_chain.reference import generated_files
 from tests.each import each
 from van_deploy import config
 from van_deploy.config import BatchRange, BenchSettings, Recipe, VerifySettings
@@ -220,7 +220,7 @@ def test_every_option_says_what_it_does(name: str) -> None:
 def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:
     stale = [
         path.relative_to(repository).as_posix()
-        for path, text in files(repository).items()
+        for path, text in generated_files(repository).items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     assert stale == [], "run `python -m supply_chain.reference`"
