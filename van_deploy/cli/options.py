@@ -162,7 +162,7 @@ def _filled(schema: Any, options: Mapping[str, NamedOption], written: Mapping[st
         OptionValues(values),
         {option.place: option.flags[0] for option in options.values()},
     )
-    spelling |= {place: change.written for place, change in changes.items()}
+    spelling |= {place: change.source for place, change in changes.items()}
     given.table = validate(schema, apply_changes({}, changes), spelling=spelling)
     return given
 

@@ -1,4 +1,4 @@
-"""Sizes of the network's input, and ranges of them and of the batch, which an artifact serves."""
+"""Input sizes, and the ranges of input and batch sizes that an artifact supports."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ImageSize = int | tuple[int, int]
 """Pixels: the side of a square, or ``(height, width)``."""
 
 MIN_IMAGE_SIZE = 32
-"""Pixels. The four stages divide a side by 32 (rounding up): below, the last has one place left."""
+"""Pixels. The four stages divide a side by 32, rounding up: below, the last has one pixel."""
 
 MAX_IMAGE_SIZE = 4096
-"""Pixels. A limit that catches slips of the keyboard before they fill the memory."""
+"""Pixels. A limit that catches typing errors before they fill the memory."""
 
 
 def height_width(size: ImageSize) -> tuple[int, int]:
@@ -30,7 +30,7 @@ def height_width(size: ImageSize) -> tuple[int, int]:
 
 
 def format_size(size: Any) -> str:
-    """Return a size as people write it; one from JSON, too.
+    """Return ``HEIGHTxWIDTH``; also of a list from JSON.
 
     >>> format_size(224), format_size((224, 320)), format_size([224, 320])
     ('224x224', '224x320', '224x320')
@@ -40,12 +40,12 @@ def format_size(size: Any) -> str:
 
 
 def parse_image_size(size: object) -> object:
-    """Return a size from how it is written; a square is its side.
+    """Return the size in a text or a list; a square is one number.
 
-    What is neither a text nor a pair is returned as it is.
+    Other types are returned unchanged.
 
     Raises:
-        ValueError: it is not a size; the end of a sentence.
+        ValueError: the text is not a size.
 
     >>> parse_image_size("224"), parse_image_size("224x320"), parse_image_size([64, 64])
     (224, (224, 320), 64)
@@ -61,16 +61,16 @@ def parse_image_size(size: object) -> object:
 
 
 def validate_image_size(size: ImageSize) -> ImageSize:
-    """Return a size that the network takes, the side of a square as one number.
+    """Return a size that the network supports; a square as one number.
 
     Raises:
         ValueError: it is smaller than :data:`MIN_IMAGE_SIZE` or larger than
-            :data:`MAX_IMAGE_SIZE`; the end of a sentence.
+            :data:`MAX_IMAGE_SIZE`.
     """
     height, width = height_width(size)
     if min(height, width) < MIN_IMAGE_SIZE:
         raise ValueError(
-            f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network takes any size "
+            f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network supports any size "
             "from there on"
         )
     if max(height, width) > MAX_IMAGE_SIZE:
@@ -78,24 +78,24 @@ def validate_image_size(size: ImageSize) -> ImageSize:
     return height if height == width else size
 
 
-def _possible(value: Any, checked: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
-    """Return a size from what was written, which is what an error then shows."""
-    return validate_image_size(checked(parse_image_size(value)))
+def _read_size(value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
+    """Return a size; an error shows the value as the user wrote it."""
+    return validate_image_size(handler(parse_image_size(value)))
 
 
 ImageSizeOption = Annotated[
     int | tuple[int, int],
-    pydantic.WrapValidator(_possible, json_schema_input_type=int | str),
+    pydantic.WrapValidator(_read_size, json_schema_input_type=int | str),
 ]
-"""A size as an option takes it: ``224``, or ``224x320`` (height x width)."""
+"""A size in an option: ``224``, or ``224x320`` (height x width)."""
 
 
 class _Range(Table):
-    """``min``, ``opt`` and ``max``, written ``min:opt:max``, too."""
+    """``min``, ``opt`` and ``max``; can be written ``min:opt:max``."""
 
-    WHAT: ClassVar[str]
+    KIND: ClassVar[str]
     PATTERN: ClassVar[str]
-    SUCH_AS: ClassVar[str]
+    EXAMPLE: ClassVar[str]
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -104,20 +104,20 @@ class _Range(Table):
             return value
         match = re.fullmatch(cls.PATTERN, value.strip(), re.ASCII)
         if match is None:
-            raise ValueError(f"should be min:opt:max, such as {cls.SUCH_AS}")
-        ends = [end or match[1] for end in match.groups()]
-        read = [int(end) if end.isdigit() else end for end in ends]
-        return dict(zip(("min", "opt", "max"), read, strict=True))
+            raise ValueError(f"should be min:opt:max, such as {cls.EXAMPLE}")
+        texts = [text or match[1] for text in match.groups()]
+        sizes = [int(text) if text.isdigit() else text for text in texts]
+        return dict(zip(("min", "opt", "max"), sizes, strict=True))
 
     def _ends(self) -> list[ImageSize]:
         return [getattr(self, name) for name in ("min", "opt", "max")]
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield that it does not rise."""
+        """Yield a range that does not rise."""
         sides = zip(*map(height_width, self._ends()), strict=True)
         if not all(low <= middle <= high for low, middle, high in sides):
-            said = f"The {self.WHAT} range {self} is not min <= opt <= max."
-            yield said, f"Give three rising values, such as {self.SUCH_AS}."
+            message = f"The {self.KIND} range {self} is not min <= opt <= max."
+            yield message, f"Give three rising values, such as {self.EXAMPLE}."
 
     def __str__(self) -> str:
         """Return ``min:opt:max``."""
@@ -125,9 +125,9 @@ class _Range(Table):
 
 
 class BatchRange(_Range):
-    """The batch sizes an artifact must serve. Table ``[batch]``; written ``min:opt:max``, too.
+    """The batch sizes an artifact must support: table ``[batch]``, or ``min:opt:max``.
 
-    One size alone, ``8``, makes a static graph, which takes batches of 8 only.
+    One number, ``8``, makes a static graph, which supports batches of 8 only.
 
     Attributes:
         min: Smallest batch.
@@ -135,9 +135,9 @@ class BatchRange(_Range):
         max: Largest batch.
     """
 
-    WHAT = "batch"
+    KIND = "batch"
     PATTERN = r"(\d+)(?::(\d+):(\d+))?"
-    SUCH_AS = "1:8:32, or one size"
+    EXAMPLE = "1:8:32, or one size"
 
     min: int = option(1, ge=1)
     opt: int = option(8, ge=1)
@@ -149,12 +149,12 @@ class BatchRange(_Range):
 
     @property
     def fixed(self) -> int | None:
-        """The one batch size of a static graph; None where the batch is dynamic."""
+        """The batch size of a static graph; None if the batch is dynamic."""
         return self.max if self.min == self.max else None
 
 
 class SizeRange(_Range):
-    """The input sizes a graph with dynamic height and width must serve; ``min:opt:max``, too.
+    """The input sizes that a graph with dynamic height and width must support.
 
     Attributes:
         min: Smallest size.
@@ -162,9 +162,9 @@ class SizeRange(_Range):
         max: Largest size.
     """
 
-    WHAT = "size"
+    KIND = "size"
     PATTERN = r"([^:]+):([^:]+):([^:]+)"
-    SUCH_AS = "192:224:512 or 192x256:224x320:512x640"
+    EXAMPLE = "192:224:512 or 192x256:224x320:512x640"
 
     min: ImageSizeOption = option(...)
     opt: ImageSizeOption = option(...)
@@ -180,7 +180,7 @@ class SizeRange(_Range):
         return all(low <= side <= high for low, side, high in ends)
 
     def sample_sizes(self) -> tuple[ImageSize, ...]:
-        """Return the sizes to try: both ends, the optimum, and an odd one inside if there is one.
+        """Return sizes to check: both ends, the optimum, and an odd size between if there is one.
 
         >>> SizeRange(64, 96, 128).sample_sizes()
         (64, 96, 97, 128)
