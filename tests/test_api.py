@@ -134,7 +134,7 @@ def test_a_bundle_sees_what_another_one_wrote(copy_bundle: Copy, digits_bundle: 
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is fp16."),
         (
             {"calibrate_on_noise": True, "images": "train"},
-            "calibrate_on_noise= and images= are both given.",
+            "calibrate_on_noise= and images= conflict.",
         ),
     ],
 )

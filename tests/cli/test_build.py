@@ -64,7 +64,7 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
         ("--version-compatible", 2, "has no --version-compatible"),
         ("--timing-cache x", 2, "has no --timing-cache"),
         ("--hardware-compatibility ampere-plus", 2, "has no --hardware-compatibility"),
-        ("--on ray", 2, "--on is for --matrix"),
+        ("--on ray", 2, "--on needs --matrix"),
     ],
 )
 def test_requests_that_make_no_sense(

@@ -165,9 +165,10 @@ def apply_changes(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
         for depth, part in enumerate(place[:-1], 1):
             tree = tree.setdefault(part, {})
             if not isinstance(tree, dict):
+                parent = ".".join(place[:depth])
                 raise UsageError(
-                    f"'{'.'.join(place)}' cannot be set: '{'.'.join(place[:depth])}' is not a table.",
-                    f"Set '{'.'.join(place[:depth])}' as a whole.",
+                    f"'{'.'.join(place)}' cannot be set: '{parent}' is not a table.",
+                    f"Set '{parent}' as a whole.",
                 )
         tree[place[-1]] = change.value
     return tables
