@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.described import WEIGHTS, described, entry
 from tests.each import each
+from tests.manifest_parts import WEIGHTS, artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
 from van_deploy.errors import BundleError, UsageError
 from van_deploy.manifest import SCHEMA
@@ -25,9 +25,9 @@ from van_deploy.manifest import SCHEMA
 def put(folder: Path, name: str, text: str, made_from: Origin = WEIGHTS) -> None:
     """Write one artifact into the bundle ``m`` at ``folder``."""
     with edit_bundle(folder, name="m") as draft:
-        draft.description = described()
+        draft.description = network_info()
         draft.file(f"{name}.onnx").write_text(text)
-        draft.record(entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
+        draft.record(artifact_entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -66,7 +66,7 @@ def test_an_error_half_way_leaves_the_old_bundle_or_none(bundle: Path, tmp_path:
     def fails(folder: Path, name: str | None) -> None:
         with edit_bundle(folder, name=name) as draft:
             draft.file("fp32.onnx").write_text("new")
-            draft.description = described("other")
+            draft.description = network_info("other")
             raise ZeroDivisionError
 
     for folder, name in ((bundle, None), (tmp_path / "new", "m")):
@@ -105,7 +105,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
         with edit_bundle(bundle) as draft:
             for name, text in (("fp32", "new weights"), ("fp16", "half")):
                 draft.file(f"{name}.onnx").write_text(text)
-                draft.record(entry(name, "onnx", name, f"{name}.onnx"))
+                draft.record(artifact_entry(name, "onnx", name, f"{name}.onnx"))
     except Killed:
         assert moves < 3
         assert (bundle / MANIFEST).read_text() == before, "it is the last to be moved"

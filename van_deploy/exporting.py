@@ -25,16 +25,16 @@ from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
 from van_deploy.graph.fold import Rewrites, fold_van
-from van_deploy.manifest import Description, Golden
+from van_deploy.manifest import GoldenInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import NAMES
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 from van_deploy.serve.embedded import Embedded
-from van_deploy.stopwatch import Progress, Stopwatch, silent
+from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 MODEL_FILE, LABELS_FILE = "model.onnx", "labels.txt"
 PROOF_IMAGES = 2
@@ -63,7 +63,9 @@ class ExportResult:
     embedded: tuple[Embedded, ...] = ()
 
 
-def load_for(recipe: Recipe, *, offline: bool = False, progress: Progress = silent) -> LoadedVan:
+def load_model(
+    recipe: Recipe, *, offline: bool = False, progress: Progress = no_progress
+) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names.
 
     Raises:
@@ -113,12 +115,12 @@ def export_bundle(
     images: Path | None = None,
     rewrites: Rewrites | None = None,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> ExportResult:
     """Return a bundle holding ``loaded`` as a checked FP32 ONNX graph.
 
     Args:
-        loaded: the network, from :func:`load_for`.
+        loaded: the network, from :func:`load_model`.
         recipe: how to deploy it.
         output: the bundle's folder, made if need be.
         images: images to check on, and the golden samples unless the recipe takes others;
@@ -273,7 +275,7 @@ def _ingredients(
     }
 
 
-def _description(loaded: LoadedVan, recipe: Recipe, entry: Golden | None) -> Description:
+def _description(loaded: LoadedVan, recipe: Recipe, entry: GoldenInfo | None) -> NetworkInfo:
     """Return what the manifest says of the network."""
     values = {
         "name": loaded.name,
@@ -287,8 +289,8 @@ def _description(loaded: LoadedVan, recipe: Recipe, entry: Golden | None) -> Des
         "versions": tool_versions(*TOOLS),
         "golden": entry,
     }
-    return validated(
-        Description,
+    return validate(
+        NetworkInfo,
         values,
         where="A manifest cannot hold what is known of the network",
         error=InputError,

@@ -30,7 +30,7 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 
-@pytest.fixture(params=["judged", pytest.param("cifar", marks=pytest.mark.slow)])
+@pytest.fixture(params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> Subject:
     """Return the embedded network and, where it is, the shared one."""
     found: Subject = request.getfixturevalue(request.param)

@@ -22,7 +22,7 @@ from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError, UsageError
 from van_deploy.intervals import median_interval
 from van_deploy.model.variants import WeightsSource
-from van_deploy.schema import Versioned, read_versioned
+from van_deploy.schema import VersionedSchema, read_document
 
 BENCH_FILE = "bench.json"
 # Two runs of the same files agree on a ratio that changed by no more.
@@ -318,7 +318,7 @@ class Change:
     same_file: bool
 
 
-class BenchReport(Versioned):
+class BenchReport(VersionedSchema):
     """What was measured, and everything needed to measure it again.
 
     Attributes:
@@ -382,7 +382,7 @@ def read_report(path: Path) -> BenchReport:
         InputError: it cannot be read, is something else, or is of another version.
     """
     remedy = "Measure one with `van-deploy bench BUNDLE --output FILE` of this version."
-    return read_versioned(BenchReport, path, "benchmark", InputError, remedy)
+    return read_document(BenchReport, path, "benchmark", InputError, remedy)
 
 
 def record(report: BenchReport, bundle: Bundle) -> None:

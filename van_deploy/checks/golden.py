@@ -42,12 +42,12 @@ import numpy.typing as npt
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import RESIZED, Finding, held
-from van_deploy.config.sizes import ImageSize, SizeRange, sides_of, size_text
+from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
 from van_deploy.data.images import Batch, image_set, open_image, opened
 from van_deploy.data.samples import check_images, sample_set
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.manifest import Golden
+from van_deploy.manifest import GoldenInfo
 from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
 from van_deploy.model.preprocess import Pixels, Preprocessing, normalised, pixels_from_image
 from van_deploy.model.variants import STAGES, VanConfig
@@ -93,7 +93,7 @@ class Outputs:
     @classmethod
     def of(cls, config: VanConfig, size: ImageSize) -> Outputs:
         """Return those of a network and images of a size."""
-        shapes = config.map_shapes(sides_of(size))
+        shapes = config.map_shapes(height_width(size))
         return cls({name: min(SKETCH, math.prod(shape)) for name, shape in shapes.items()})
 
     @property
@@ -208,7 +208,7 @@ def _hashed(count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
 def other_sizes(sizes: SizeRange | None, native: ImageSize) -> tuple[ImageSize, ...]:
     """Return the sizes to compare at besides the network's own."""
-    return tuple(size for size in sizes.tried() if size != native) if sizes else ()
+    return tuple(size for size in sizes.sample_sizes() if size != native) if sizes else ()
 
 
 def samples_from(
@@ -230,7 +230,7 @@ def samples_from(
 
     def at(size: ImageSize | None) -> Samples:
         count = len(images) if size is None else min(OTHER_IMAGES, len(images))
-        inputs, label = _tiled(images.inputs[:count], size, 2), size_text(size) if size else ""
+        inputs, label = _tiled(images.inputs[:count], size, 2), format_size(size) if size else ""
         pixels = None if images.pixels is None else _tiled(images.pixels[:count], size, 1)
         described = f"{count} images repeated to {label}" if label else images.description
         outputs = Outputs.of(config, inputs.shape[2:])
@@ -244,7 +244,7 @@ def samples_from(
 
 def _tiled(values: npt.NDArray[Any], size: ImageSize | None, axis: int) -> npt.NDArray[Any]:
     """Return images whose height is that axis, and the width behind it, repeated and cut."""
-    for place, side in enumerate(sides_of(size) if size else (), axis):
+    for place, side in enumerate(height_width(size) if size else (), axis):
         values = values.take(np.arange(side) % values.shape[place], axis=place)
     return values
 
@@ -305,7 +305,9 @@ def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
     return pixels_from_image(open_image(source, channels=preprocessing.channels), preprocessing)
 
 
-def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool) -> Golden:
+def write_golden(
+    draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool
+) -> GoldenInfo:
     """Write the golden samples into a bundle's draft, and return what the manifest says of them.
 
     Args:
@@ -321,7 +323,7 @@ def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], use
     places = [f"golden/{row}.png" for row in range(len(originals))]
     for place, data in zip(places, originals, strict=True):
         draft.file(place).write_bytes(data)
-    return Golden(
+    return GoldenInfo(
         file=GOLDEN_FILE,
         count=len(samples),
         images=samples.description,

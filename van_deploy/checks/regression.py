@@ -27,7 +27,7 @@ from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
 from van_deploy.intervals import median_interval
-from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
+from van_deploy.schema import Count, Schema, Text, VersionedSchema, read_document
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -60,7 +60,7 @@ class Figure(Schema):
     """Runner and numeric class, which an SQNR depends on."""
 
 
-class Baseline(Versioned):
+class Baseline(VersionedSchema):
     """Figures that were good once."""
 
     schema_: Literal["van-deploy/baseline/4"] = Field("van-deploy/baseline/4", alias="schema")
@@ -117,7 +117,7 @@ def read_baseline(path: Path) -> Baseline:
     Raises:
         InputError: it cannot be read, is of another version, or is none.
     """
-    return read_versioned(Baseline, path, "baseline", InputError, ANEW)
+    return read_document(Baseline, path, "baseline", InputError, ANEW)
 
 
 # --- speed -----------------------------------------------------------------------------------

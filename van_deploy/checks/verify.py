@@ -27,7 +27,7 @@ from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress, no_progress
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -115,7 +115,7 @@ def verify_bundle(
     asked: VerifySettings = ALL,
     loaded: LoadedVan | None = None,
     rules: GateSettings = NO_RECIPE,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Return what is found of each artifact of ``bundle``.
 

@@ -22,7 +22,7 @@ from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.scales import Images
-from van_deploy.recipe import ImageSelection, calibration_set_named
+from van_deploy.recipe import ImageSelection, load_calibration_set
 from van_deploy.stopwatch import Stopwatch
 
 MOST_UNREADABLE = 0.01  # largest share of the images
@@ -99,7 +99,7 @@ def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> 
     images, name = settings.sources
     if images is None and name is None and bundle.name == EMBEDDED_NAME:
         name = "digits"
-    selection = calibration_set_named(name).images if name else ImageSelection()
+    selection = load_calibration_set(name).images if name else ImageSelection()
     preprocessing = bundle.manifest.preprocessing
     if settings.noise:
         chosen = noise_set(NOISE_IMAGES, preprocessing, selection.seed)

@@ -20,7 +20,7 @@ from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.manifest import GraphFacts, Precision
+from van_deploy.manifest import GraphInfo, Precision
 from van_deploy.precision.comparison import Candidate, compare_precisions, recommended
 from van_deploy.precision.fp16 import (
     audit_ranges,
@@ -63,7 +63,7 @@ class QuantizeResult:
     allow_inconclusive: bool = False
 
     @property
-    def graph(self) -> GraphFacts | None:
+    def graph(self) -> GraphInfo | None:
         """What is in the new graph."""
         return self.bundle.artifact(self.artifact).graph
 

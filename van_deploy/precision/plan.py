@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from van_deploy.checks.golden import Outputs
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.precision.equalize import Equalization
@@ -156,7 +156,7 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
-    model(torch.zeros(1, channels, *sides_of(size)))
+    model(torch.zeros(1, channels, *height_width(size)))
     for handle in handles:
         handle.remove()
     return found

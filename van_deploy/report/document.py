@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from van_deploy.config.sizes import size_text
+from van_deploy.config.sizes import format_size
 
 # A result in its JSON form (:func:`van_deploy.documents.plain`).
 Entry: TypeAlias = Mapping[str, Any]
@@ -296,5 +296,5 @@ NAMED: Mapping[str, Callable[[Any], str]] = {
     "percents": lambda ends: f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}",
     "points": lambda ends: f"{ends[0]:+.2f} to {ends[1]:+.2f}",
     "ratio": lambda ratio: "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio),
-    "size": size_text,
+    "size": format_size,
 }

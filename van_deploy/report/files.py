@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, edit_bundle
-from van_deploy.config.sizes import size_text
+from van_deploy.config.sizes import format_size
 from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import write_atomic
@@ -84,7 +84,7 @@ def _document(bundle: Bundle) -> Document:
     words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
     words += [f"{len(stale)} stale"] * bool(stale)
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artifacts"].values())
-    size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
+    size, network = format_size(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
     again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)
     return Document(

@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.table import Table as Grid
 from rich.text import Text
 
-from van_deploy.documents import CONTROL
+from van_deploy.documents import CONTROL_CHARACTERS
 from van_deploy.report.document import TEXTS, TONES, Block, Facts, Paragraph, Plot, Table
 
 STYLES = {
@@ -44,8 +44,10 @@ class HarmlessConsole(Console):
     ) -> Iterable[Segment]:
         """Yield the segments of what is printed, each without control characters."""
         for segment in super().render(renderable, options):
-            if not segment.control and CONTROL.search(segment.text):
-                text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", COLOUR.sub("", segment.text))
+            if not segment.control and CONTROL_CHARACTERS.search(segment.text):
+                text = CONTROL_CHARACTERS.sub(
+                    "\N{REPLACEMENT CHARACTER}", COLOUR.sub("", segment.text)
+                )
                 segment = Segment(text, segment.style)
             yield segment
 

@@ -25,7 +25,7 @@ from van_deploy.errors import (
     MissingDependency,
     UsageError,
     VanDeployError,
-    needs_extra,
+    require_extra,
 )
 from van_deploy.graph.bfloat16 import emulate_bf16, has_bf16
 from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, gpu_index
@@ -399,7 +399,7 @@ class OpenVinoRunner(Runner):
             MissingDependency: OpenVINO is not installed.
             ConversionError: it refuses the graph.
         """
-        with needs_extra("OpenVINO", "openvino"):
+        with require_extra("OpenVINO", "openvino"):
             ov: Any = imported_quietly("openvino")
         try:
             compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)

@@ -20,7 +20,7 @@ from typing import Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
-from van_deploy.documents import toml_from
+from van_deploy.documents import read_toml_file
 from van_deploy.engine.sidecar import Sidecar, verified_sidecar
 from van_deploy.errors import InputError, UsageError
 from van_deploy.runners.network import Network, runnable_artifacts
@@ -234,7 +234,7 @@ def model_config(
 @functools.cache
 def releases() -> dict[str, Any]:
     """Return the table: ``releases`` by name, newest first, and what each ``onnx`` loads."""
-    return toml_from(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
+    return read_toml_file(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
 
 
 def loads(release: str, model: TritonModel) -> Finding:
