@@ -33,13 +33,13 @@ from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row
 
 # ``fp32`` may be so much noisier than PyTorch's own float32 against its float64: another order of
 # summation, on another processor, costs 3 to 17 dB on trained VANs (docs/gates.md).
-BELOW_NOISE_DB = 20.0
+NOISE_MARGIN_DB = 20.0
 
 # 20 log10(2^24). Noise below float32's own roundoff is luck, and no reason to ask for more.
 ROUNDOFF_DB = 144.5
 
 # Below this an artifact is broken, whatever the network and the class.
-BROKEN_DB = 20.0
+MIN_SQNR_DB = 20.0
 
 
 @dataclass(frozen=True)
@@ -64,24 +64,24 @@ class ClassLimits:
 
 
 CLASSES: Mapping[str, ClassLimits] = {
-    "fp32": ClassLimits(BROKEN_DB, 100.0, 0.0),
+    "fp32": ClassLimits(MIN_SQNR_DB, 100.0, 0.0),
     # A 10-bit mantissa, as fp16's. Right ones on an H200: 58 to 63 dB (docs/gpu-results.md).
     "tf32": ClassLimits(50.0, 45.0, 0.2),
     "fp16": ClassLimits(45.0, 52.0, 0.2),
     "bf16": ClassLimits(30.0, 34.0, 0.5, lossy=True),
-    "int8": ClassLimits(BROKEN_DB, 8.0, 1.0, lossy=True),
+    "int8": ClassLimits(MIN_SQNR_DB, 8.0, 1.0, lossy=True),
 }
 LOSSY = tuple(name for name, limits in CLASSES.items() if limits.lossy)
 
 # How far below the SQNR recorded when it was made an artifact may be, on the same samples, in the
 # same runtime, provider and numeric class. It catches a file that changed after it was made.
-BELOW_RECORD_DB = 3.0
+RECORD_MARGIN_DB = 3.0
 
 # Whatever the class, an image in a batch is the same image: at most 5 % of the logits' RMS.
 BATCH_INVARIANCE_DB = 26.0
 
 # One image may have ten times the mean noise power that is allowed.
-WORST_ROW_DB = 10.0
+WORST_IMAGE_MARGIN_DB = 10.0
 
 # A label flip is explained where PyTorch's margin is within so many standard deviations of the
 # noise that the class allows: one in 30,000 is beyond by chance.
@@ -103,18 +103,18 @@ SCALE_BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 
 # The smallest such ratio of any tensor.
-SCALE_LEAST = 1 / 3
+MIN_SCALE_RATIO = 1 / 3
 
 # The least ratio of unsigned activations (graphs for CPUs). The best scale is sought with the
 # zero-point as it is, the quantiser moves both ends: its right scales reach down to 0.22 on the
 # shared van_b0 with photographs and to 0.29 on van_digits with its own kind of images.
-UNSIGNED_LEAST = 0.15
+MIN_UNSIGNED_SCALE_RATIO = 0.15
 
 # Share of a speed ratio that may be lost between a baseline and now.
-SPEED_SLACK = 0.1
+SPEED_TOLERANCE = 0.1
 
 # Share of a median ratio that its interval should be within; rounds go on until it is.
-SPEED_WITHIN = 0.02
+SPEED_INTERVAL_WIDTH = 0.02
 
 # The median may be off its centre by this factor either way: half way to a doubled scale.
 SCALE_MEDIAN_FACTOR = 1.4
@@ -128,10 +128,10 @@ UNSIGNED_SPREAD = (2.0, 0.22)
 
 # A channel whose largest weight is an integer below this wastes an eighth of them or more; right
 # scales make it 125 to 127.
-LEAST_CODE = 112
+MIN_LARGEST_CODE = 112
 
 # So many integers of a channel, or that share of them, may be at the end of the range.
-MOST_SATURATED = (4, 0.03)
+MAX_SATURATED = (4, 0.03)
 
 
 class Outcome(str, enum.Enum):
@@ -184,7 +184,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Allowed:
+class AllowOptions:
     """What the user lets pass that no PASS was shown of.
 
     Attributes:
@@ -195,31 +195,31 @@ class Allowed:
     skip: tuple[str, ...] = ()
     inconclusive: bool = False
 
-    def holds(self, finding: Finding) -> bool:
+    def accepts(self, finding: Finding) -> bool:
         """Return whether a finding stands in nobody's way."""
         let = {Outcome.SKIPPED: finding.skip in self.skip, Outcome.INCONCLUSIVE: self.inconclusive}
         return let.get(finding.outcome, finding.outcome is Outcome.PASS)
 
 
-class Report:
+class GateReport:
     """Findings that a command ends by.
 
     Attributes:
         allowed: what the user lets pass.
     """
 
-    allowed: Allowed
+    allowed: AllowOptions
 
-    def named(self) -> list[tuple[str, Finding]]:
+    def named_findings(self) -> list[tuple[str, Finding]]:
         """Return every finding and what it is about."""
         raise NotImplementedError
 
     @property
     def passed(self) -> bool:
         """Whether a command ends with 0: something ran, and nothing stands in the way."""
-        found = [finding for _, finding in self.named()]
+        found = [finding for _, finding in self.named_findings()]
         ran = any(finding.outcome is not Outcome.SKIPPED for finding in found)
-        return ran and all(self.allowed.holds(finding) for finding in found)
+        return ran and all(self.allowed.accepts(finding) for finding in found)
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
@@ -230,10 +230,10 @@ class Report:
 DEFAULT = GateProfile()
 
 # Levels of 255 by which an image that is read and resized here may differ.
-RESIZED = Limit(1, "what another build of Pillow may resize otherwise")
+RESIZE_LIMIT = Limit(1, "what another build of Pillow may resize otherwise")
 
 # Beyond this a number of images is no advice.
-MOST_IMAGES = 10**8
+MAX_IMAGES_TO_DECIDE = 10**8
 
 # Messages that are shown of several findings together.
 SHOWN = 4
@@ -246,7 +246,7 @@ def outcome_of(findings: Iterable[Finding]) -> Outcome:
     return next((outcome for outcome in order if outcome in found), Outcome.SKIPPED)
 
 
-class Findings:
+class CheckResult:
     """What was found of one artifact.
 
     Attributes:
@@ -270,7 +270,7 @@ class Findings:
         return "" if self.outcome is Outcome.PASS else "; ".join([*said[:SHOWN], *more])
 
 
-def held(
+def pass_or_fail(
     rule: str, fault: str, value: float | None = None, limit: Limit | None = None, shown: str = ""
 ) -> Finding:
     """Return a rule that was applied: PASS, and what was ``shown``, or FAIL where there is a fault.
@@ -281,12 +281,14 @@ def held(
     return Finding(rule, outcome, fault or shown, value, limit)
 
 
-def skipped(rule: str, message: str, kind: str = "") -> Finding:
+def skipped_finding(rule: str, message: str, kind: str = "") -> Finding:
     """Return a rule that was not applied; ``kind`` as :attr:`Finding.skip`."""
     return Finding(rule, Outcome.SKIPPED, message, skip=kind)
 
 
-def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str = "") -> Finding:
+def check_minimum(
+    rule: str, value: float, limit: Limit, unit: str = "dB", where: str = ""
+) -> Finding:
     """Return whether ``value`` is at least the limit; NaN is not."""
     said = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
     outcome, fault = (Outcome.PASS, "") if value >= limit.value else (Outcome.FAIL, said)
@@ -318,8 +320,8 @@ def sqnr_floor(numeric: str, noise_db: float, profile: GateProfile = DEFAULT) ->
     value, origin = CLASSES[numeric].sqnr_db, f"floor for {numeric}"
     if numeric == "fp32":
         own = min(noise_db, ROUNDOFF_DB)
-        value = max(own - BELOW_NOISE_DB, value)
-        origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {BELOW_NOISE_DB:g}"
+        value = max(own - NOISE_MARGIN_DB, value)
+        origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {NOISE_MARGIN_DB:g}"
     return _unless_set(profile.sqnr_db, numeric, value, origin)
 
 
@@ -349,12 +351,12 @@ def flip_margin(floor_db: float, task: Task = Task.SINGLE_LABEL) -> float:
     return FLIP_SIGMAS * pair * 10 ** (-floor_db / 20)
 
 
-def chance_changes(images: int) -> int:
+def chance_label_changes(images: int) -> int:
     """Return how many of ``images`` labels may differ between two runs of the same artifact.
 
     Near-ties: their expected number and two standard deviations, and never less than one.
 
-    >>> chance_changes(200), chance_changes(2000), chance_changes(50_000)
+    >>> chance_label_changes(200), chance_label_changes(2000), chance_label_changes(50_000)
     (1, 3, 35)
     """
     expected = images * CHANCE_FLIPS
@@ -364,7 +366,7 @@ def chance_changes(images: int) -> int:
 # --- logits ----------------------------------------------------------------------------------
 
 
-def judge_logits(
+def check_logits(
     expected: Array,
     found: Array,
     floor: Limit,
@@ -385,18 +387,18 @@ def judge_logits(
     """
     if found.shape != expected.shape:
         message = f"the output has shape {found.shape} where PyTorch's has {expected.shape}"
-        return [held("shape", where + message)], []
+        return [pass_or_fail("shape", where + message)], []
     least = floor
     if recorded_db is not None:
-        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {BELOW_RECORD_DB:g}"
-        own = Limit(min(recorded_db, ROUNDOFF_DB) - BELOW_RECORD_DB, origin)
+        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {RECORD_MARGIN_DB:g}"
+        own = Limit(min(recorded_db, ROUNDOFF_DB) - RECORD_MARGIN_DB, origin)
         least = max(floor, own, key=lambda each: each.value)
-    of_worst = f"{WORST_ROW_DB:g} dB below the SQNR's limit"
-    worst, worst_limit = worst_row_sqnr_db(expected, found), floor.value - WORST_ROW_DB
+    of_worst = f"{WORST_IMAGE_MARGIN_DB:g} dB below the SQNR's limit"
+    worst, worst_limit = worst_row_sqnr_db(expected, found), floor.value - WORST_IMAGE_MARGIN_DB
     flips = find_flips(expected, found, task, flip_margin(floor.value, task))
     return [
-        at_least("SQNR", sqnr_db(expected, found), least, where=where),
-        at_least("worst image", worst, Limit(worst_limit, of_worst), where=where),
+        check_minimum("SQNR", sqnr_db(expected, found), least, where=where),
+        check_minimum("worst image", worst, Limit(worst_limit, of_worst), where=where),
         _explained(flips, floor, task, where),
     ], flips
 
@@ -413,7 +415,7 @@ def _explained(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "")
     return Finding("label flips", outcome, said * bool(told), widest, limit, "RMS logits")
 
 
-def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
+def check_batch_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
     """Return whether each image comes out of a batch as it does alone, both ``(N, K)``.
 
     The limit is the class's floor, or :data:`BATCH_INVARIANCE_DB` where that asks for more.
@@ -421,7 +423,7 @@ def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) ->
     of_any = Limit(BATCH_INVARIANCE_DB, "floor for any class")
     limit = max(floor, of_any, key=lambda each: each.value)
     value = worst_row_sqnr_db(alone, together)
-    return at_least("batch invariance", value, limit, where=f"batch {batch}: ")
+    return check_minimum("batch invariance", value, limit, where=f"batch {batch}: ")
 
 
 # --- accuracy --------------------------------------------------------------------------------
@@ -455,12 +457,12 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def what_of(task: Task) -> str:
+def accuracy_metric(task: Task) -> str:
     """Return the share that is lost."""
     return "F1" if task is Task.MULTI_LABEL else "top-1"
 
 
-def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = True) -> Finding:
+def check_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = True) -> Finding:
     """Return whether a lossy artifact is shown to lose no more than is allowed.
 
     Non-inferiority: PASS if the interval's upper end is within the allowed loss, FAIL if its
@@ -481,7 +483,7 @@ def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = Tr
     return Finding(f"Δ{what}", outcome, said, loss.loss, allowed, "pp")
 
 
-def judge_numbers(
+def check_near_lossless(
     loss: Loss, allowed: Limit, sqnr: float, floor: Limit, flips: Sequence[Flip], task: Task
 ) -> list[Finding]:
     """Return whether a near-lossless artifact's numbers hold on the evaluation set.
@@ -498,8 +500,8 @@ def judge_numbers(
         flips: of the evaluation set, from :func:`van_deploy.metrics.find_flips`.
         task: how logits become labels.
     """
-    lost = judge_loss(loss, allowed, what_of(task), lossy=False)
-    return [at_least("SQNR", sqnr, floor), _explained(flips, floor, task), lost]
+    lost = check_loss(loss, allowed, accuracy_metric(task), lossy=False)
+    return [check_minimum("SQNR", sqnr, floor), _explained(flips, floor, task), lost]
 
 
 def images_to_decide(loss: Loss, allowed: float) -> int | None:
@@ -516,6 +518,6 @@ def images_to_decide(loss: Loss, allowed: float) -> int | None:
         low, high = tango_interval(lost * share, won * share, images)
         return 100 * high <= allowed or 100 * low > allowed
 
-    tried = range(loss.images, MOST_IMAGES)
+    tried = range(loss.images, MAX_IMAGES_TO_DECIDE)
     place = bisect_left(tried, True, key=decides)
     return tried[place] if place < len(tried) else None

@@ -231,9 +231,9 @@ def sign(
 
 
 def _signature_facts(signed: Signed) -> list[Block]:
-    from van_deploy.report.document import named
+    from van_deploy.report.document import key_values
 
-    return named({name.replace("_", " "): value for name, value in plain(signed).items()})
+    return key_values({name.replace("_", " "): value for name, value in plain(signed).items()})
 
 
 def verify_signature(
@@ -270,9 +270,9 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import bytes_text, named, notices
+    from van_deploy.report.document import bytes_text, key_values, notices
 
     written = opened(bundle, None, silent).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
     said = notices(written.verdict, [written.checks])
-    return Shown(written, lambda _: [*said, *named(sizes)])
+    return Shown(written, lambda _: [*said, *key_values(sizes)])
