@@ -112,13 +112,13 @@ def test_what_was_not_shown_needs_leave_of_its_own_kind(
     [
         ("fp16", noisy(LOGITS, 44.0), None, ["SQNR"], "44.0 dB is below 45.0 dB (floor for "),
         # INT8 limits of 12.5 dB, where the artifact had 38.9, passed scales times 6.
-        ("int8", noisy(LOGITS, 35.0), 38.9, ["SQNR"], "(38.9 dB recorded when it was made, mi"),
+        ("int8", noisy(LOGITS, 35.0), 38.9, ["SQNR"], "(38.9 dB recorded at creation, minus 3)"),
         ("int8", noisy(LOGITS, 19.0), 21.0, ["SQNR"], "(floor for int8)"),
         ("int8", noisy(LOGITS, 38.0), 38.9, [], ""),
         ("fp16", spoiled(17, noisy(LOGITS, 32.0)[17]), None, ["worst image"], ""),
         ("int8", spoiled(3, np.nan), None, ["SQNR", "worst image", "label flips"], ""),
         ("int8", spoiled(3, np.inf), None, ["SQNR", "worst image", "label flips"], ""),
-        ("int8", LOGITS[:, :9], None, ["shape"], "(40, 9) where PyTorch's has (40, 10)"),
+        ("int8", LOGITS[:, :9], None, ["shape"], "(40, 9), PyTorch's output has (40, 10)"),
     ],
 )
 def test_what_does_not_hold_says_its_limit(

@@ -32,7 +32,7 @@ import numpy.typing as npt
 import onnx
 
 from van_deploy.bundle import Artifact, Bundle
-from van_deploy.checks.gates import DEFAULT, Outcome, sqnr_floor
+from van_deploy.checks.gates import DEFAULT_PROFILE, Outcome, sqnr_floor
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
 from van_deploy.checks.outputs import check_graph, check_new_graph, plain_onnx_artifacts
@@ -79,7 +79,10 @@ class Reference(NamedTuple):
 
 
 def module_reference(
-    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, profile: GateProfile = DEFAULT
+    bundle: Bundle,
+    samples: Samples,
+    loaded: LoadedVan | None,
+    profile: GateProfile = DEFAULT_PROFILE,
 ) -> Reference | str:
     """Return what modules are compared with: the original network, else ``model.onnx``.
 

@@ -228,7 +228,7 @@ def check_new_graph(
     sizes: Sequence[int] = (1,),
     *,
     method: str = "mse",
-    profile: config.GateProfile = gates.DEFAULT,
+    profile: config.GateProfile = gates.DEFAULT_PROFILE,
 ) -> tuple[NetworkVerdict, dict[str, float]]:
     """Return what a graph that was just made says, and the SQNR to record of it.
 
