@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from onnx import ModelProto
 
-from van_deploy.bundle import Artifact, Bundle, Draft, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Draft, Origin, edit_bundle
 from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.outputs import batch_sizes, check_new_graph
@@ -143,11 +143,11 @@ def export_bundle(
     made_with, reason = _ingredients(loaded, recipe, rewrites, checked.inputs), "asked to (--force)"
     if not force:
         try:
-            reason = Bundle.open(output).why_anew("fp32", made_with)
+            reason = Bundle.open(output).rebuild_reason("fp32", made_with)
         except BundleError as error:
             reason = f"not there yet ({error.message})" if output.exists() else "not there yet"
     if reason:
-        with writing(output, name=loaded.name) as draft:
+        with edit_bundle(output, name=loaded.name) as draft:
             artifact, samples = _checked_graph(draft, loaded, recipe, rewrites, checked, clock)
             files, entry = dict(artifact.files), None
             if recipe.export.golden != "none":

@@ -99,7 +99,7 @@ def module_reference(
     """
     if loaded is not None:
         return _rewritten(bundle, samples, loaded)
-    model = onnx.load(bundle.verified("fp32"))
+    model = onnx.load(bundle.verified_path("fp32"))
     judged, _ = check_new_graph(model, "fp32", samples, profile=profile)
     if judged.outcome is not Outcome.PASS:
         lacks = "model.onnx does not hold on the golden samples, so nothing can be compared with it"
@@ -185,8 +185,8 @@ def drift_of_artifact(
         images: ``(N, C, S, S)`` normalised.
         level: how fine the parts are.
     """
-    model, last = onnx.load(bundle.verified(artifact.name)), dict[str, str]()
-    for node in onnx.load(bundle.verified("fp32")).graph.node:
+    model, last = onnx.load(bundle.verified_path(artifact.name)), dict[str, str]()
+    for node in onnx.load(bundle.verified_path("fp32")).graph.node:
         module = module_of(node.output[0])
         name = module if level == "module" else part_name(node.name or module, level)
         if name and module in reference.modules:
@@ -329,7 +329,7 @@ def drift_of_bundle(
         artifact = bundle.artifact(name)
         parts = drift_of_artifact(bundle, artifact, reference, samples.inputs, asked.level)
         method = str(artifact.quantization.get("method", "mse"))
-        model, inside = onnx.load(bundle.verified(name)), dict[str, list[str]]()
+        model, inside = onnx.load(bundle.verified_path(name)), dict[str, list[str]]()
         floor = sqnr_floor(artifact.precision, noise_db)
         for module, fault in check_graph(model, artifact.precision, samples, floor, method)[1]:
             part = part_name(module, asked.level, (part.name for part in parts))

@@ -33,7 +33,7 @@ from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, check_minimum, pass_or_fail
 from van_deploy.checks.golden import Samples
 from van_deploy.data.samples import GENERAL
-from van_deploy.graph.names import INPUT_NAME, with_dynamic_batch_
+from van_deploy.graph.names import INPUT_NAME, make_batch_dynamic_
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import DTYPES, inference_session, require_onnxruntime
 
@@ -57,7 +57,7 @@ def with_taps(model: ModelProto, tensors: Sequence[str]) -> ModelProto:
     """
     types, tapped = tensor_types(model), ModelProto()
     tapped.CopyFrom(model)
-    with_dynamic_batch_(tapped)
+    make_batch_dynamic_(tapped)
     del tapped.graph.output[:]
     values = (helper.make_tensor_value_info(name, types[name], None) for name in tensors)
     tapped.graph.output.extend(values)

@@ -88,7 +88,7 @@ def open_artifact(
         MissingDependency: ONNX Runtime is not installed.
     """
     network = Network(bundle, name, asked, threads=threads or None, spin=spin)
-    bundle.verified(name, only_file=network.is_engine and asked.trust_engine)
+    bundle.verified_path(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:
         return gates.skipped_finding("runs", obstacle.reason, obstacle.kind)

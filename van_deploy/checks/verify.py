@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx
 
-from van_deploy.bundle import Artifact, Bundle, writing
+from van_deploy.bundle import Artifact, Bundle, edit_bundle
 from van_deploy.checks import gates, outputs
 from van_deploy.checks.drift import DriftRow, Reference, drift_of_artifact, module_reference
 from van_deploy.checks.gates import (
@@ -151,7 +151,7 @@ def verify_bundle(
         if said.comparison is not None and name in outputs.plain_onnx_artifacts(bundle):
             progress(f"'{name}', its tensors")
             method = str(artifact.quantization.get("method", "mse"))
-            model, profile = onnx.load(bundle.verified(name)), rules.of(numeric)
+            model, profile = onnx.load(bundle.verified_path(name)), rules.of(numeric)
             floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
             findings += outputs.check_graph(model, numeric, samples, floor, method)[0]
             if asked.modules and (loaded is not None or name != "fp32"):
@@ -239,7 +239,7 @@ def record_check(bundle: Bundle, name: str, result: object) -> str:
     """
     digests = {key: artifact.sha256 for key, artifact in bundle.artifacts.items()}
     try:
-        with writing(bundle.path) as draft:
+        with edit_bundle(bundle.path) as draft:
             draft.checks[name] = {**plain(result), "artifacts_sha256": digests}
     except OSError as error:
         if error.errno not in MAY_NOT_WRITE:

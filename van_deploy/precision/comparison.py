@@ -28,7 +28,7 @@ from van_deploy.checks.gates import (
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError
-from van_deploy.graph.names import fixed_batch, with_dynamic_batch_
+from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
 from van_deploy.precision.images import JobImages
@@ -157,12 +157,12 @@ def _row(
     return row | dict.fromkeys(endless)
 
 
-def labels_lost(expected: Images, found: Images, labels: Labels | None) -> int:
+def count_lost_labels(expected: Images, found: Images, labels: Labels | None) -> int:
     """Return how many images lose their right label; without labels, how many change it.
 
     Improvements do not offset regressions.
 
-    >>> labels_lost(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
+    >>> count_lost_labels(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
     1
     """
     before, after = expected.argmax(axis=1), found.argmax(axis=1)
@@ -176,8 +176,8 @@ def _findings(
     """Return what the rules of an evaluation set say: to the logits, and to the accuracy."""
     floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
     quality = sqnr_db(expected, found)
-    won = 0 if labels is None else labels_lost(found, expected, labels)
-    loss = paired_loss(labels_lost(expected, found, labels), won, len(expected))
+    won = 0 if labels is None else count_lost_labels(found, expected, labels)
+    loss = paired_loss(count_lost_labels(expected, found, labels), won, len(expected))
     if max_drop is not None and precision == "int8":
         allowed = Limit(max_drop, "--max-drop")
     if precision in LOSSY:
@@ -247,7 +247,7 @@ def logits_session(
     if fixed_batch(model) is not None:
         static, model = model, ModelProto()
         model.CopyFrom(static)
-        with_dynamic_batch_(model)
+        make_batch_dynamic_(model)
     try:
         session, _ = inference_session(model, options, providers)
     except Exception as error:

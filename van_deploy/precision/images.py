@@ -81,7 +81,7 @@ class JobImages:
 
     def few(self, chosen: ImageSet, count: int) -> Images:
         """Return network input of at most ``count`` images, spread evenly over ``chosen``."""
-        return np.concatenate([part for part, _ in self.read(spread_over(chosen, count), 16)])
+        return np.concatenate([part for part, _ in self.read(subsample(chosen, count), 16)])
 
 
 def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> JobImages:
@@ -206,7 +206,7 @@ def _chosen(images: ImageSet, count: int, seed: int, balanced: bool = True) -> l
     return sorted(order[:count])
 
 
-def spread_over(chosen: ImageSet, count: int) -> ImageSet:
+def subsample(chosen: ImageSet, count: int) -> ImageSet:
     """Return at most ``count`` images, spread evenly over ``chosen``."""
     step = max(1, len(chosen) // count)
     return chosen.take(range(len(chosen))[::step][:count])

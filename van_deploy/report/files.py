@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config.sizes import size_text
 from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
@@ -215,7 +215,7 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
         raise InputError(f"'{page}' is where the Markdown would go.", "Name the HTML file x.html.")
     texts = {page: html_from_document(document), other: markdown_from_document(document)}
     if output is None:
-        with writing(bundle.path) as draft:
+        with edit_bundle(bundle.path) as draft:
             for path, text in texts.items():
                 draft.file(path.name).write_text(text, encoding="utf-8")
     for path, text in texts.items() if output is not None else ():

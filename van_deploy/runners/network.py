@@ -206,7 +206,7 @@ class Network:
             from van_deploy.runners.pytorch import TorchRunner
 
             return TorchRunner(model)
-        path = self.bundle.verified(self.name, only_file=self.is_engine and trust)
+        path = self.bundle.verified_path(self.name, only_file=self.is_engine and trust)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
