@@ -159,7 +159,7 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     Its largest batch is 6, so that six images are enough to check it.
     """
     from van_deploy.checks.golden import golden_samples
-    from van_deploy.checks.judging import judge_new
+    from van_deploy.checks.outputs import check_new_graph
     from van_deploy.data.samples import check_images
     from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32
     from van_deploy.runners.network import original_network
@@ -177,7 +177,7 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     int8 = int8_graph(model, loaded.config, [images.inputs])
     graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
     for name, graph in graphs.items():
-        _, record = judge_new(graph, name, golden_samples(bundle))
+        _, record = check_new_graph(graph, name, golden_samples(bundle))
         add_artifact(bundle, name, name, graph, golden_sqnr_db=record)
 
 

@@ -15,7 +15,7 @@ import van_deploy as vd
 from tests.artifacts import int8_graph
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.checks.judging import batch_sizes
+from van_deploy.checks.outputs import batch_sizes
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import ImageSize, SizeRange, height_width
 from van_deploy.graph.export import onnx_from_van

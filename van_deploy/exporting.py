@@ -15,7 +15,7 @@ from onnx import ModelProto
 from van_deploy.bundle import Artifact, Bundle, Draft, Origin, edit_bundle
 from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.judging import batch_sizes, judge_new
+from van_deploy.checks.outputs import batch_sizes, check_new_graph
 from van_deploy.config import Recipe
 from van_deploy.data.images import Batch
 from van_deploy.data.labels import class_names_from_file
@@ -141,7 +141,7 @@ def export_bundle(
     clock.begin("Preparing images")
     source = None if recipe.export.golden == "samples" else images
     count = golden.golden_count(loaded.config, loaded.preprocessing)
-    checked, originals = golden.images_for_golden(loaded.name, loaded.preprocessing, source, count)
+    checked, originals = golden.golden_images(loaded.name, loaded.preprocessing, source, count)
     made_with, reason = _ingredients(loaded, recipe, rewrites, checked.inputs), "asked to (--force)"
     if not force:
         try:
@@ -188,7 +188,7 @@ def _checked_graph(
     sizes = golden.other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
     samples = golden.reference_samples(loaded, checked, sizes)
     clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
-    judged, record = judge_new(path, "fp32", samples, batches)
+    judged, record = check_new_graph(path, "fp32", samples, batches)
     if judged.outcome is not Outcome.PASS:
         wrong = [f.message for f in judged.findings if f.outcome is Outcome.FAIL]
         raise GateFailed(

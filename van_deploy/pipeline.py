@@ -10,7 +10,7 @@ from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import (
     samples_for,
 )
-from van_deploy.checks.judging import batch_sizes, common
+from van_deploy.checks.outputs import batch_sizes, shared_settings
 from van_deploy.checks.verify import VerifyReport, record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
 from van_deploy.data.samples import check_images
@@ -172,13 +172,13 @@ def run_recipe(
         made.append(ArtifactResult(outcome.engine, reason, passed=True))
     bundle = Bundle.open(output)
     progress("Verifying")
-    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**common(how))
+    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**shared_settings(how))
     verify = verify_bundle(bundle, samples, asked, loaded, recipe.gates, progress)
     record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
         progress("Evaluating")
-        settings = EvaluationSettings(**{**dict(recipe.evaluate), **common(how)})
+        settings = EvaluationSettings(**{**dict(recipe.evaluate), **shared_settings(how)})
         evaluate = evaluate_bundle(bundle, loaded, settings, recipe.gates, progress)
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported.export, tuple(made), verify, evaluate)

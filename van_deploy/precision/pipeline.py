@@ -12,8 +12,8 @@ import numpy as np
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
-from van_deploy.checks.golden import Outputs, golden_samples
-from van_deploy.checks.judging import judge_new
+from van_deploy.checks.golden import OutputLayout, golden_samples
+from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
@@ -224,7 +224,7 @@ class _Job:
                 "Please report it, with the command and the network's architecture.",
             ) from error
         size = images.preprocessing.image_size
-        outputs = Outputs.of(self.bundle.manifest.architecture, size)
+        outputs = OutputLayout.of(self.bundle.manifest.architecture, size)
         rows = compare_precisions(candidates, images, asked, outputs, _timed_in(asked))
         ours = [row for row in rows if row["precision"] == asked.precision]
         chosen = min(ours, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
@@ -243,7 +243,7 @@ class _Job:
             return {}
         self.images.watch.begin("Judging on the golden samples")
         samples, method = golden_samples(self.bundle), self.settings.method
-        judged, record = judge_new(graph, self.settings.precision, samples, method=method)
+        judged, record = check_new_graph(graph, self.settings.precision, samples, method=method)
         self.facts["judged"] = {"images": samples.description, **plain(judged)}
         return record
 

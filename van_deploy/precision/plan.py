@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from van_deploy.checks.golden import Outputs
+from van_deploy.checks.golden import OutputLayout
 from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
@@ -268,7 +268,7 @@ def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) 
     Of a backbone, the sketches of its maps.
     """
     config, (height, width) = plan.network.model.config, images.shape[2:]
-    outputs = Outputs.of(config, (height, width))
+    outputs = OutputLayout.of(config, (height, width))
     pieces = []
     with quantizing(plan, *only) as model, torch.inference_mode():
         for start in range(0, len(images), batch):
