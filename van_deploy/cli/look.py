@@ -18,10 +18,10 @@ def list_() -> Shown:
 
     Example: van-deploy list --json
     """
-    from van_deploy.model.variants import listed_variants
+    from van_deploy.model.variants import list_variants
     from van_deploy.report.sections_model import listed_blocks
 
-    return Shown(listed_variants(), listed_blocks)
+    return Shown(list_variants(), listed_blocks)
 
 
 def info(
