@@ -32,7 +32,7 @@ from van_deploy.checks.golden import golden_samples
 from van_deploy.checks.outputs import Networks
 from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import decoded_batches
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.labels import label_images
 from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH, original_network
 
@@ -62,7 +62,7 @@ def main() -> int:
             made.quantize(precision="int8", images=given.calib or None)
         bundle = api.open_bundle(place).opened()
         loaded = original_network(bundle, None)
-        images = labelled_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
+        images = label_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
         asked = EvaluationSettings(images=Path(given.eval))
         with Networks(bundle, loaded, asked) as networks:
             batches = decoded_batches(images.items, loaded.preprocessing, BATCH)

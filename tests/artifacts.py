@@ -160,7 +160,7 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     """
     from van_deploy.checks.golden import golden_samples
     from van_deploy.checks.outputs import check_new_graph
-    from van_deploy.data.samples import check_images
+    from van_deploy.data.samples import verification_images
     from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32
     from van_deploy.runners.network import original_network
 
@@ -173,7 +173,7 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified_path("fp32"))
     kept = default_fp32_nodes(model)
-    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
+    images = verification_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
     int8 = int8_graph(model, loaded.config, [images.inputs])
     graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
     for name, graph in graphs.items():

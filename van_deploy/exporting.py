@@ -28,7 +28,7 @@ from van_deploy.graph.fold import Rewrites, fold_van
 from van_deploy.manifest import GoldenInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.variants import NAMES
+from van_deploy.model.variants import VARIANT_NAMES
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
@@ -73,7 +73,7 @@ def load_model(
         UsageError: it is a backbone, and no feature maps are asked for.
     """
     settings, export = recipe.model, recipe.export
-    known = {EMBEDDED_NAME, *NAMES}
+    known = {EMBEDDED_NAME, *VARIANT_NAMES}
     spec, weights = settings.name, settings.weights or None
     if weights is not None and spec not in known:
         spec, weights = weights, None

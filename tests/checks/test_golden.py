@@ -20,14 +20,14 @@ from van_deploy.checks.golden import check_originals, golden_images, golden_samp
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import sqnr_db
-from van_deploy.model.preprocess import OFFICIAL, normalised
+from van_deploy.model.preprocess import OFFICIAL, normalise
 
 
 def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
     samples = golden_samples(digits.bundle)
     assert len(samples) == 16
     assert samples.pixels is not None
-    inputs = normalised(samples.pixels, digits.loaded.preprocessing)
+    inputs = normalise(samples.pixels, digits.loaded.preprocessing)
     assert np.array_equal(samples.inputs, inputs)
     with torch.inference_mode():
         parts = torch.from_numpy(inputs).split(8)  # how many at a time decides float32's noise

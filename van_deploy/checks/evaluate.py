@@ -26,7 +26,7 @@ from van_deploy.checks.golden import samples_for
 from van_deploy.checks.outputs import Networks
 from van_deploy.config import EvaluationSettings, GateSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
-from van_deploy.data.labels import label_sets, labelled_images
+from van_deploy.data.labels import label_images, multi_label_targets
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
@@ -378,13 +378,13 @@ def _labelled(
     classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
         every = image_set(asked.images)
-        chosen = every.first(asked.limit or len(every))
-        labels = label_sets(chosen, asked.labels, classes, names)
+        chosen = every.subsample(asked.limit or len(every))
+        labels = multi_label_targets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
     how: dict[str, Any] = {"labels_file": asked.labels, "find_labels": asked.label_files}
-    every = labelled_images(asked.images, classes, names, class_order=asked.class_order, **how)
-    chosen = every.first(asked.limit or len(every))
+    every = label_images(asked.images, classes, names, class_order=asked.class_order, **how)
+    chosen = every.subsample(asked.limit or len(every))
     return chosen, np.asarray(chosen.labels)
 
 

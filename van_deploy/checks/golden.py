@@ -43,13 +43,13 @@ from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import RESIZE_LIMIT, Finding, pass_or_fail
 from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
-from van_deploy.data.images import Batch, image_set, open_image, opened
-from van_deploy.data.samples import check_images, sample_set
+from van_deploy.data.images import Batch, decode_item, image_set, open_image
+from van_deploy.data.samples import sample_set, verification_images
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.manifest import GoldenInfo
 from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
-from van_deploy.model.preprocess import Pixels, Preprocessing, normalised, pixels_from_image
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalise, pixels_from_image
 from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
 
@@ -93,7 +93,7 @@ class OutputLayout:
     @classmethod
     def of(cls, config: VanConfig, size: ImageSize) -> OutputLayout:
         """Return those of a network and images of a size."""
-        shapes = config.map_shapes(height_width(size))
+        shapes = config.feature_map_shapes(height_width(size))
         return cls({name: min(SKETCH, math.prod(shape)) for name, shape in shapes.items()})
 
     @property
@@ -280,13 +280,13 @@ def golden_images(
         ImageError: not one image can be read, or they are too few and too small.
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
-    chosen = check_images(name, preprocessing, count, images if source else None)
+    chosen = verification_images(name, preprocessing, count, images if source else None)
     originals: list[bytes] = []
     if preprocessing.channels not in IMAGE_CHANNELS or chosen.pixels is None:
         return chosen, ()
     for item in images.items[:: max(1, len(images) // ORIGINALS)][:ORIGINALS]:
         with suppress(ImageError):
-            if image := opened(item, preprocessing.channels):
+            if image := decode_item(item, preprocessing.channels):
                 image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
                 file = io.BytesIO()
                 image.save(file, format="PNG", optimize=True)
@@ -297,7 +297,7 @@ def golden_images(
     pixels = np.stack([*first, *chosen.pixels[others]])[:count]
     names = [f"golden/{row}.png" for row in range(len(first))]
     names = [*names, *(chosen.names[row] for row in others)][:count]
-    inputs = normalised(pixels, preprocessing)
+    inputs = normalise(pixels, preprocessing)
     return replace(chosen, inputs=inputs, pixels=pixels, names=tuple(names)), tuple(originals)
 
 
@@ -350,7 +350,7 @@ def golden_samples(bundle: Bundle) -> Samples:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             pixels = arrays["pixels"] if "pixels" in arrays.files else None
-            inputs = arrays["inputs"] if pixels is None else normalised(pixels, preprocessing)
+            inputs = arrays["inputs"] if pixels is None else normalise(pixels, preprocessing)
             first = golden.originals[: len(inputs)]
             names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
             described = f"{len(inputs)} golden samples: {golden.images}"
@@ -442,7 +442,7 @@ def samples_for(
         return golden_samples(bundle)
     sizes = other_sizes(bundle.manifest.sizes, loaded.preprocessing.image_size)
     if images is not None or bundle.manifest.golden is None:
-        chosen = check_images(loaded.name, loaded.preprocessing, count, images)
+        chosen = verification_images(loaded.name, loaded.preprocessing, count, images)
         return reference_samples(loaded, chosen, sizes)
     golden = golden_samples(bundle).first(count)
     same = Batch((), golden.inputs, golden.pixels, (), golden.names, golden.description)

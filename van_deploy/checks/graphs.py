@@ -32,7 +32,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape
 from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, check_minimum, pass_or_fail
 from van_deploy.checks.golden import Samples
-from van_deploy.data.samples import GENERAL
+from van_deploy.data.samples import GENERIC
 from van_deploy.graph.names import INPUT_NAME, make_batch_dynamic_
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import DTYPES, inference_session, require_onnxruntime
@@ -192,7 +192,7 @@ def check_scales(
     ]
     sqnr = samples.outputs.sqnr_db(samples.logits, rows)
     apart = _together("activation scales", wrong)
-    if apart.outcome is gates.Outcome.FAIL and any(kind in samples.description for kind in GENERAL):
+    if apart.outcome is gates.Outcome.FAIL and any(kind in samples.description for kind in GENERIC):
         said = f"{apart.message}. The golden samples are sample images: {_OWN}"
         apart = replace(apart, outcome=gates.Outcome.INCONCLUSIVE, message=said)
     return [

@@ -18,10 +18,10 @@ def list_() -> CommandOutput:
 
     Example: van-deploy list --json
     """
-    from van_deploy.model.variants import listed_variants
+    from van_deploy.model.variants import list_variants
     from van_deploy.report.sections_model import list_blocks
 
-    return CommandOutput(listed_variants(), list_blocks)
+    return CommandOutput(list_variants(), list_blocks)
 
 
 def info(

@@ -16,7 +16,7 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.config import QuantizeSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.labels import label_images
 from van_deploy.data.samples import digits_set, noise_set, sample_set
 from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -131,7 +131,7 @@ def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> I
         return images
     classes, order = manifest.architecture.num_classes, settings.class_order
     try:
-        return labelled_images(images, classes, manifest.class_names, class_order=order)
+        return label_images(images, classes, manifest.class_names, class_order=order)
     except InputError as error:
         if not any(item.group for item in images.items):
             return images
