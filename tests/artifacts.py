@@ -20,7 +20,7 @@ import onnx
 from filelock import FileLock
 from onnx import ModelProto
 
-from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe, RunSettings
 from van_deploy.recipe import load_recipe
 
@@ -103,7 +103,7 @@ class Subject:
 
     def graph(self, name: str) -> ModelProto:
         """Return an artifact's graph, free to be changed."""
-        return onnx.load(self.bundle.verified(name))
+        return onnx.load(self.bundle.verified_path(name))
 
 
 def load_subject(folder: Path, labelled: Path) -> Subject:
@@ -159,25 +159,25 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     Its largest batch is 6, so that six images are enough to check it.
     """
     from van_deploy.checks.golden import golden_samples
-    from van_deploy.checks.judging import judge_new
-    from van_deploy.data.samples import check_images
-    from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
+    from van_deploy.checks.outputs import check_new_graph
+    from van_deploy.data.samples import verification_images
+    from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32
     from van_deploy.runners.network import original_network
 
     shutil.copytree(exported, folder)
     bundle = Bundle.open(folder)
-    with writing(folder) as draft:
+    with edit_bundle(folder) as draft:
         batch = BatchRange(1, 4, 6)
         draft.description = bundle.manifest.model_copy(update={"batch": batch})
     bundle = Bundle.open(folder)
     loaded = original_network(bundle)
-    model = onnx.load(bundle.verified("fp32"))
-    kept = usually_kept(model)
-    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
+    model = onnx.load(bundle.verified_path("fp32"))
+    kept = default_fp32_nodes(model)
+    images = verification_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
     int8 = int8_graph(model, loaded.config, [images.inputs])
     graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
     for name, graph in graphs.items():
-        _, record = judge_new(graph, name, golden_samples(bundle))
+        _, record = check_new_graph(graph, name, golden_samples(bundle))
         add_artifact(bundle, name, name, graph, golden_sqnr_db=record)
 
 
@@ -187,16 +187,16 @@ def int8_graph(
     """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
     from van_deploy.graph.export import van_from_onnx
     from van_deploy.precision.equalize import Equalization
-    from van_deploy.precision.fp16 import usually_kept
-    from van_deploy.precision.plan import counted_tensors, layers_in_scope, make_plan
+    from van_deploy.precision.fp16 import default_fp32_nodes
+    from van_deploy.precision.plan import histogram_tensors, layers_in_scope, make_plan
     from van_deploy.precision.qdq import qdq_for_tensorrt
-    from van_deploy.precision.scales import observe
+    from van_deploy.precision.scales import observe_ranges
 
     network = van_from_onnx(model, config)
     layers = layers_in_scope(network.model, ("pointwise",))
-    ranges = observe(network, batches, counted_tensors(network, layers, "tensorrt"))
+    ranges = observe_ranges(network, batches, histogram_tensors(network, layers, "tensorrt"))
     plan = make_plan(Equalization(network), ranges, layers)
-    return qdq_for_tensorrt(model, plan, kept=usually_kept(model))
+    return qdq_for_tensorrt(model, plan, kept=default_fp32_nodes(model))
 
 
 def add_artifact(
@@ -208,7 +208,7 @@ def add_artifact(
 
     kind = "serving" if "embedded" in more else "onnx"
     origin = Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
-    with writing(bundle.path) as draft:
+    with edit_bundle(bundle.path) as draft:
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
         draft.record(
             artifact_entry(
@@ -228,7 +228,7 @@ def add_placeholder_engine(folder: Path, name: str, made_from: str = "fp32") -> 
 
     source = Bundle.open(folder).artifact(made_from)
     plan = f"engines/{name}.plan"
-    with writing(folder) as draft:
+    with edit_bundle(folder) as draft:
         draft.file(plan).write_bytes(b"no plan")
         draft.record(
             artifact_entry(

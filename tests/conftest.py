@@ -64,9 +64,9 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def run(*arguments: str | Path) -> Result:
+    def run(*arguments: str | Path, stdin: bytes | None = None) -> Result:
         words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
         if "--json" in words and result.stdout:
             validate_json_output(json.loads(result.stdout), words[0])
         return result

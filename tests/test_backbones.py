@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.checks.golden import SKETCH, golden_count, golden_samples, sketch
 from van_deploy.config import (
     BatchRange,
@@ -276,7 +276,7 @@ class TestBundle:
 
 def _digest_again(path: Path) -> None:
     """Make the manifest vouch for the files as they are now."""
-    with writing(path) as draft:
+    with edit_bundle(path) as draft:
         artifact = draft.artifacts["fp32"]
         for file in artifact.files:
             draft.file(file).write_bytes((path / file).read_bytes())

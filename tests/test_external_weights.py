@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BuildOptions
 from van_deploy.engine.build import has_weights_beside
 from van_deploy.errors import InputError
@@ -83,12 +83,12 @@ def test_no_engine_is_built_from_files_elsewhere(
 def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:
     folder, model = tmp_path / "b", graph_with("w.bin", "constant")
     for files in (["m.onnx", "w.bin"], ["m.onnx"]):
-        with writing(folder, name="m") as draft:
+        with edit_bundle(folder, name="m") as draft:
             draft.file("m.onnx").write_bytes(model.SerializeToString())
             draft.file("w.bin").write_bytes(VALUES.tobytes())
             draft.description = network_info()
             draft.record(artifact_entry("fp32", "onnx", "fp32", "m.onnx", files))
         if "w.bin" in files:
-            assert onnx.load(Bundle.open(folder).verified("fp32")).graph.node
+            assert onnx.load(Bundle.open(folder).verified_path("fp32")).graph.node
     with pytest.raises(InputError, match=r"'w\.bin', which the manifest does not name"):
-        Bundle.open(folder).verified("fp32")
+        Bundle.open(folder).verified_path("fp32")

@@ -13,7 +13,7 @@ from tests.each import each
 from tests.json_documents import validate_json_output
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.documents import plain, read_toml_file
-from van_deploy.model.variants import listed_variants
+from van_deploy.model.variants import list_variants
 
 
 def test_there_is_no_other_file(repository: Path) -> None:
@@ -38,7 +38,7 @@ def test_real_documents_are_valid_and_spoiled_ones_are_not(digits_bundle: Bundle
     for change in changes:
         with pytest.raises(AssertionError, match=r"^manifest --json: \$"):
             validate_json_output({**manifest, **change}, "manifest")
-    listed = plain(listed_variants())
+    listed = plain(list_variants())
     for value in (listed[0]["top1_percent"], "inf"):  # JSON cannot spell infinity
         listed[0]["top1_percent"] = value
         validate_json_output(listed, "list")

@@ -38,7 +38,7 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
     digits_bundle: Bundle, cli: Cli
 ) -> None:
     manifest = digits_bundle.manifest
-    assert digits_bundle.verified("fp32").name == "model.onnx"
+    assert digits_bundle.verified_path("fp32").name == "model.onnx"
     fold, agreement = manifest.checks["fold"], manifest.checks["agreement"]
     assert (fold["batchnorms_left"], fold["passed"], agreement["outcome"]) == (0, True, "pass")
     assert [entry["batch"] for entry in agreement["batches"]] == [1, 2, 3, 5, 8]
@@ -61,10 +61,10 @@ def test_a_second_export_reuses_the_first_and_another_says_what_changed(
     loaded: LoadedVan, recipe: Recipe, digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     """Nothing is folded, nothing simplified, and it is still the network."""
-    before = digits_bundle.verified("fp32").stat().st_mtime_ns
+    before = digits_bundle.verified_path("fp32").stat().st_mtime_ns
     again = export_bundle(loaded, recipe, digits_bundle.path)
     assert (again.reused, again.reason) == (True, "nothing changed")
-    assert again.bundle.verified("fp32").stat().st_mtime_ns == before
+    assert again.bundle.verified_path("fp32").stat().st_mtime_ns == before
     folder = copy_bundle(digits_bundle)
     plainer = recipe.export.with_changes(opset=21, fold=False, simplify=False)
     result = export_bundle(loaded, recipe.with_changes(export=plainer), folder)
@@ -74,11 +74,11 @@ def test_a_second_export_reuses_the_first_and_another_says_what_changed(
     assert (fp32.graph.opset, checks["fold"]["batchnorms_left"]) == (21, 22)
     assert checks["agreement"]["outcome"] == "pass"
     assert "simplify" not in checks
-    assert result.bundle.why_anew("fp32", fp32.made_with) == ""
+    assert result.bundle.rebuild_reason("fp32", fp32.made_with) == ""
     (folder / "model.onnx").write_bytes(b"changed")
-    why = result.bundle.why_anew("fp32", fp32.made_with)
+    why = result.bundle.rebuild_reason("fp32", fp32.made_with)
     assert "was changed after the manifest was written" in why
-    assert result.bundle.why_anew("fp16", {}) == "not there yet"
+    assert result.bundle.rebuild_reason("fp16", {}) == "not there yet"
 
 
 def test_what_is_not_the_network_never_reaches_the_bundle(

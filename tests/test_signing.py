@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from tests.conftest import Cli
 from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
-from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, writing
+from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, edit_bundle
 from van_deploy.errors import BundleError, InputError, SignatureError
 from van_deploy.signing import PASSWORD_VARIABLE, open_signed_bundle, sign_bundle
 
@@ -39,7 +39,7 @@ def public(key: ed25519.Ed25519PrivateKey = OURS) -> bytes:
 def bundle(tmp_path: Path) -> Path:
     """Return a bundle with a graph, an engine and its sidecar, and a report."""
     folder = tmp_path / "b"
-    with writing(folder, name="m") as draft:
+    with edit_bundle(folder, name="m") as draft:
         for name in FILES:
             draft.file(name).write_text(f"the content of {name}")
         draft.description = network_info()
@@ -96,11 +96,11 @@ def edit_digest(signed: Path) -> None:
     digest = hashlib.sha256(b"another network").hexdigest()
     manifest["artifacts"]["fp32"]["files"]["model.onnx"] = digest
     (signed / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    Bundle.open(signed).verified("fp32")
+    Bundle.open(signed).verified_path("fp32")
 
 
 def rewrite(signed: Path) -> None:
-    with writing(signed) as draft:
+    with edit_bundle(signed) as draft:
         draft.checks["verify"] = {"passed": True}
 
 

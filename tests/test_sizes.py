@@ -15,17 +15,17 @@ import van_deploy as vd
 from tests.artifacts import int8_graph
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.checks.judging import batch_sizes
+from van_deploy.checks.outputs import batch_sizes
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import ImageSize, SizeRange, height_width
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
-from van_deploy.graph.names import with_dynamic_batch_
+from van_deploy.graph.names import make_batch_dynamic_
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import network_from_state
 from van_deploy.model.van import VAN, random_van, smooth_images
 from van_deploy.model.variants import VanConfig
-from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, usually_kept
+from van_deploy.precision.fp16 import bf16_from_fp32, default_fp32_nodes, fp16_from_fp32
 from van_deploy.runners.network import Network
 from van_deploy.runners.onnxruntime import onnxruntime_outputs
 from van_deploy.schema import validate
@@ -69,7 +69,7 @@ def test_every_combination_answers_as_pytorch_does(
     assert {node.op_type for node in fp32.graph.node} <= OPERATORS
     dims = [d.dim_param or d.dim_value for d in fp32.graph.input[0].type.tensor_type.shape.dim]
     assert dims == [batch or "batch", 3, *(("height", "width") if sizes else (height, width))]
-    kept = usually_kept(fp32)
+    kept = default_fp32_nodes(fp32)
     graphs = {
         "fp32": fp32,
         "fp16": fp16_from_fp32(fp32, kept),
@@ -97,7 +97,7 @@ def test_a_static_graph_refuses_other_batches(original: VAN) -> None:
     images = np.zeros((3, 3, 64, 64), np.float32)
     with pytest.raises(Exception, match="dimension"):
         onnxruntime_outputs(graph, images)
-    with_dynamic_batch_(graph)  # which is only a name
+    make_batch_dynamic_(graph)  # which is only a name
     assert onnxruntime_outputs(graph, images)["logits"].shape == (3, 5)
 
 

@@ -20,8 +20,8 @@ from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
-from van_deploy.checks.judging import common
-from van_deploy.checks.verify import NO_RECIPE, VerifyReport, record_check, verify_bundle
+from van_deploy.checks.outputs import shared_settings
+from van_deploy.checks.verify import DEFAULT_GATES, VerifyReport, record_check, verify_bundle
 from van_deploy.config.named_options import (
     EXPORT,
     Change,
@@ -258,13 +258,13 @@ class Bundle:
         gates, file, say = _gates(asked.recipe), Path(baseline), self.progress
         known = None if update else regression.read_baseline(file)
         loaded, samples = self._compared(opened, asked)
-        same = config.VerifySettings(**common(asked))
+        same = config.VerifySettings(**shared_settings(asked))
         verified = verify_bundle(opened, samples, same, loaded, gates, say)
         evaluated, ratios = None, {}
         if asked.evaluate is not None or asked.speed:
             loaded = loaded or self._original(opened, asked.weights)
         if asked.evaluate is not None and loaded is not None:
-            table = {"images": asked.evaluate, "labels": asked.labels, **common(asked)}
+            table = {"images": asked.evaluate, "labels": asked.labels, **shared_settings(asked)}
             settings = config.EvaluationSettings(**table, class_order=asked.class_order)
             evaluated = evaluate_bundle(opened, loaded, settings, gates, say)
         if asked.speed and loaded is not None:
@@ -481,4 +481,4 @@ open_bundle = Bundle
 
 def _gates(recipe: str) -> config.GateSettings:
     """Return the gates of the recipe called that, or the defaults."""
-    return load_recipe(recipe).gates if recipe else NO_RECIPE
+    return load_recipe(recipe).gates if recipe else DEFAULT_GATES

@@ -19,7 +19,7 @@ from van_deploy.engine.inspect import (
 from van_deploy.errors import InputError
 from van_deploy.graph.files import OnnxDescription, describe_onnx
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, locate_weights
+from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, find_cached_weights
 
 ENGINES = (".plan", ".engine", ".trt")
 Described = OnnxDescription | EngineDescription | PackageDescription
@@ -106,7 +106,7 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
                 top1_percent=variant.top1,
                 weights=variant.weights,
                 weights_note=variant.weights_note,
-                here=locate_weights(variant),
+                here=find_cached_weights(variant),
             )
     from van_deploy.model.checkpoint import load_van
 

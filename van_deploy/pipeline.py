@@ -10,10 +10,10 @@ from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import (
     samples_for,
 )
-from van_deploy.checks.judging import batch_sizes, common
+from van_deploy.checks.outputs import batch_sizes, shared_settings
 from van_deploy.checks.verify import VerifyReport, record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 from van_deploy.documents import Verdict
 from van_deploy.engine.bundled import REUSED, build_cells, planned_engines
 from van_deploy.errors import UsageError
@@ -119,7 +119,7 @@ def export_recipe(
         clock.begin("Embedding preprocessing, and proving it")
         fixed, most = recipe.batch.fixed, EMBED_PROOF_IMAGES
         batches = [size for size in batch_sizes(recipe.batch) if size <= most or fixed]
-        pixels = check_images(loaded.name, loaded.preprocessing, max(batches), images).pixels
+        pixels = verification_images(loaded.name, loaded.preprocessing, max(batches), images).pixels
         if pixels is None:
             raise UsageError(
                 f"A graph with preprocessing inside is proved on uint8 images; '{images}' holds "
@@ -172,13 +172,13 @@ def run_recipe(
         made.append(ArtifactResult(outcome.engine, reason, passed=True))
     bundle = Bundle.open(output)
     progress("Verifying")
-    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**common(how))
+    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**shared_settings(how))
     verify = verify_bundle(bundle, samples, asked, loaded, recipe.gates, progress)
     record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
         progress("Evaluating")
-        settings = EvaluationSettings(**{**dict(recipe.evaluate), **common(how)})
+        settings = EvaluationSettings(**{**dict(recipe.evaluate), **shared_settings(how)})
         evaluate = evaluate_bundle(bundle, loaded, settings, recipe.gates, progress)
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported.export, tuple(made), verify, evaluate)

@@ -148,7 +148,7 @@ def _signed_bytes(date: str, manifest: bytes) -> bytes:
 
 
 def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None:
-    problems, strangers = bundle.problems(), bundle.unnamed()
+    problems, strangers = bundle.problems(), bundle.unlisted_files()
     if problems:
         raise kind(" ".join(problems[:3]), remedy)
     if strangers:

@@ -36,7 +36,7 @@ def inputs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def graph(digits_bundle: Bundle) -> Contender:
-    file = str(digits_bundle.verified("fp32"))
+    file = str(digits_bundle.verified_path("fp32"))
     return Contender("fp32", "onnxruntime", "fp32", file, mode="ort-cpu")
 
 

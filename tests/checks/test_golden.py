@@ -16,18 +16,18 @@ from tests.checks.conftest import tiny_bundle
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.golden import golden_samples, images_for_golden, judge_originals
+from van_deploy.checks.golden import check_originals, golden_images, golden_samples
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import sqnr_db
-from van_deploy.model.preprocess import OFFICIAL, normalised
+from van_deploy.model.preprocess import OFFICIAL, normalise
 
 
 def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
     samples = golden_samples(digits.bundle)
     assert len(samples) == 16
     assert samples.pixels is not None
-    inputs = normalised(samples.pixels, digits.loaded.preprocessing)
+    inputs = normalise(samples.pixels, digits.loaded.preprocessing)
     assert np.array_equal(samples.inputs, inputs)
     with torch.inference_mode():
         parts = torch.from_numpy(inputs).split(8)  # how many at a time decides float32's noise
@@ -43,7 +43,7 @@ def test_the_originals_and_the_terms(digits: Subject) -> None:
     ours = digits.bundle.manifest.golden
     assert ours is not None
     assert ours.originals == ("golden/0.png", "golden/1.png")
-    found = judge_originals(digits.bundle, digits.samples)
+    found = check_originals(digits.bundle, digits.samples)
     assert [(f.outcome, f.value) for f in found] == [(Outcome.PASS, 0.0)] * 2
     assert "scikit-image's and scikit-learn's own photographs" in ours.licence
 
@@ -54,7 +54,7 @@ def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_bundle: Co
     manifest["preprocessing"]["interpolation"] = "nearest"
     (path / "manifest.json").write_text(json.dumps(manifest))
     bundle = Bundle.open(path)
-    found = judge_originals(bundle, golden_samples(bundle))
+    found = check_originals(bundle, golden_samples(bundle))
     assert {f.outcome for f in found} == {Outcome.FAIL}
     wrong = "from the golden sample 0: another decoder, or other preprocessing"
     assert found[0].message.endswith(wrong)
@@ -62,7 +62,7 @@ def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_bundle: Co
 
 def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
     five = replace(OFFICIAL, mean=(0.5,) * 5, std=(0.5,) * 5, image_size=32)
-    images, originals = images_for_golden("five", five, None)
+    images, originals = golden_images("five", five, None)
     assert originals == ()
     assert images.inputs.shape == (16, 5, 32, 32)
     assert len({row.tobytes() for row in images.inputs}) == 16
@@ -71,7 +71,7 @@ def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
 def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    images, originals = images_for_golden("one", OFFICIAL, tmp_path)
+    images, originals = golden_images("one", OFFICIAL, tmp_path)
     assert len(originals) == 1
     assert len({row.tobytes() for row in images.inputs}) == 16  # one is the original's
 
@@ -119,4 +119,4 @@ def test_a_changed_file(digits: Subject, copy_bundle: Copy) -> None:
     path = copy_bundle(digits)
     (path / "golden" / "1.png").write_bytes(b"")
     with pytest.raises(BundleError, match=r"1\.png' was changed after the manifest"):
-        judge_originals(Bundle.open(path), digits.samples)
+        check_originals(Bundle.open(path), digits.samples)

@@ -51,7 +51,7 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(digits: 
         assert verdict.findings[0].value == verdict.comparison.sqnr_db
         assert verdict.margin_db == pytest.approx(3.0, abs=0.01)
         assert verdict.limit is not None
-        assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
+        assert verdict.limit.origin.endswith(" dB recorded at creation, minus 3")
         assert len(verdict.worst_modules) == (0 if verdict.artifact == "fp32" else 10)
 
 

@@ -12,7 +12,7 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.environment.hardware import nvidia_driver
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
-    with writing(folder, name="van_digits") as draft:
+    with edit_bundle(folder, name="van_digits") as draft:
         draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
         draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
         draft.description = network_info("van_digits")

@@ -28,7 +28,7 @@ def words_of(text: str) -> str:
 def perturbed_in(path: Path) -> Bundle:
     """Return the bundle with one block of its FP16 graph off by 1 %."""
     bundle = Bundle.open(path)
-    model = faults.perturbed(onnx.load(bundle.verified("fp16")), "block3.1")
+    model = faults.perturbed(onnx.load(bundle.verified_path("fp16")), "block3.1")
     return overwritten(bundle, "fp16", model)
 
 

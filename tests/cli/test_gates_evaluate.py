@@ -22,7 +22,7 @@ from tests.cli.test_gates import words_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 
 SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")
 CLASSES = (0, 1, 281, 805)
@@ -203,7 +203,7 @@ def labels_of(bundle: Path, images: Path, line: Any) -> tuple[str | Path, ...]:
     from van_deploy.runners.network import original_network
 
     loaded = original_network(Bundle.open(bundle))
-    inputs = check_images("", loaded.preprocessing, 12, image_set(images)).inputs
+    inputs = verification_images("", loaded.preprocessing, 12, image_set(images)).inputs
     with torch.inference_mode():
         decided = (loaded.model(torch.from_numpy(inputs)).numpy() >= 0).astype(int)
     file = images.parent / "labels.txt"

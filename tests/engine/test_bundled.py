@@ -11,7 +11,7 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.engine.conftest import SM89
 from tests.manifest_parts import artifact_entry
-from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend, Host
 from van_deploy.engine.bundled import (
@@ -64,11 +64,11 @@ def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
     assert made(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
         made(folder, precision=first.engine)
-    plan = Bundle.open(folder).verified(first.engine)
+    plan = Bundle.open(folder).verified_path(first.engine)
     plan.write_bytes(plan.read_bytes()[:-1])
     assert made(folder).outcome == "built", "a damaged engine is built again"
     assert made(folder, SM89.with_changes(tf32=False)).outcome == "built"
-    assert Bundle.open(folder).problems() == Bundle.open(folder).unnamed() == []
+    assert Bundle.open(folder).problems() == Bundle.open(folder).unlisted_files() == []
     assert len([a for a in Bundle.open(folder).artifacts.values() if a.kind == "engine"]) == 1
 
 
@@ -78,7 +78,7 @@ def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Pa
     def replace_source(phase: str, done: int, total: int | None) -> None:
         if not replaced:
             replaced.append(phase)
-            with writing(folder) as draft:
+            with edit_bundle(folder) as draft:
                 draft.file("model.onnx").write_bytes(digits_onnx.read_bytes() + b"\n")
                 draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
 

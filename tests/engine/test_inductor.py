@@ -95,7 +95,7 @@ def test_logits_at_several_batches(packaged: Path) -> None:
     with Network(bundle, PYTORCH) as original:
         expected = next(iter(original.run(images).values()))
     for precision, floor in (("fp32", 100.0), ("bf16", 30.0)):
-        with InductorRunner(bundle.verified(names[precision])) as runner:
+        with InductorRunner(bundle.verified_path(names[precision])) as runner:
             for batch in (1, 3, 8):
                 found = compare(expected[:batch], runner.run(images[:batch]))
                 assert found.sqnr_db >= floor, (precision, batch)

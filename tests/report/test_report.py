@@ -23,7 +23,7 @@ from van_deploy.report.files import document_of_bundle
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
 from van_deploy.report.render_rich import HarmlessConsole, rich_from_blocks
-from van_deploy.report.sections_checks import quantized_blocks
+from van_deploy.report.sections_checks import quantize_blocks
 
 
 def edited(folder: Path, **checks: object) -> Bundle:
@@ -162,7 +162,11 @@ def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_bund
 def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
     nasty = '<script>alert("x")</script> & $title'
     blocks: list[Block] = [
-        *(doc.Paragraph(nasty), *doc.named({nasty: nasty}, nasty), *doc.notices(nasty, [nasty])),
+        *(
+            doc.Paragraph(nasty),
+            *doc.key_values({nasty: nasty}, nasty),
+            *doc.notices(nasty, [nasty]),
+        ),
         doc.Table({nasty: ""}, [[nasty]], nasty),
     ]
     document = Document(
@@ -245,7 +249,7 @@ def test_the_table_of_precisions_is_whole_in_a_pipe(passed: bool, gate: str) -> 
         "judged": {"findings": [{"outcome": "inconclusive", "rule": "scales", "message": "odd"}]},
     }
     made = {"facts": facts, "artifact": "int8", "bundle": "b", "seconds": {}, "reused": False}
-    shown = "\n".join(in_terminal(quantized_blocks(made), 100))
+    shown = "\n".join(in_terminal(quantize_blocks(made), 100))
     for text in ("precision", "top-1 %", "gate", "123.0 MiB", "76.90", "75.00 to 78.70", gate):
         assert text in shown
     assert "INCONCLUSIVE  scales: odd" in shown  # of the golden samples: what ends it with 1

@@ -11,7 +11,7 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from tests.manifest_parts import artifact_entry
-from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency
@@ -33,7 +33,7 @@ def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
     folder = copy_bundle(uint8_bundle)
     profiles = (BatchRange(1, 1, 1), BatchRange(4, 4, 6))
     backend = "tensorrt 10.16.1.11"
-    with writing(folder) as draft:
+    with edit_bundle(folder) as draft:
         for name in ("e.plan", "e.json"):
             draft.file(f"engines/{name}").write_bytes(b"bytes")
         made_from = Origin(name="fp32-uint8", sha256=draft.artifacts["fp32-uint8"].sha256)

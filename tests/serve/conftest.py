@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.artifacts import Copy
 from tests.manifest_parts import artifact_entry
-from van_deploy.bundle import Bundle, Origin, writing
+from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
 from van_deploy.data.images import open_image
@@ -51,7 +51,7 @@ def with_plans(uint8_bundle: Bundle, copy_bundle: Copy) -> PlanMaker:
         profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
     ) -> Bundle:
         bundle = Bundle.open(copy_bundle(uint8_bundle, f"with-plans-{next(numbers)}"))
-        with writing(bundle.path) as draft:
+        with edit_bundle(bundle.path) as draft:
             for index, target in enumerate(targets or ("sm_89",)):
                 changes = {**changes, **(other or {})} if index else changes
                 plan = draft.file(f"engines/plan-{target}.plan")

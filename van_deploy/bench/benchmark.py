@@ -22,7 +22,7 @@ from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
@@ -158,7 +158,7 @@ def _measured(
         preprocessing = own.override(image_size=size)
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
             folder, lanes = Path(name), list[Lane]()
-            images = check_images(bundle.name, preprocessing, max(settings.batches))
+            images = verification_images(bundle.name, preprocessing, max(settings.batches))
             for one in contenders.values():
                 inputs = folder / f"{one.embedded}.npy"
                 np.save(inputs, network_input(images.values, one.embedded, preprocessing))

@@ -112,7 +112,7 @@ def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
             name=artifact.name,
             runtime="onnxruntime",
             precision=artifact.precision,
-            file=str(bundle.verified(artifact.name)),
+            file=str(bundle.verified_path(artifact.name)),
             embedded=artifact.embedded,
             sha256=artifact.sha256,
             min_batch=min((p.min for p in profiles), default=1),

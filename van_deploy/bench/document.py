@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import Cpu, Gpu
@@ -400,7 +400,7 @@ def record(report: BenchReport, bundle: Bundle) -> None:
         for row in report.rows
         if row.latency
     ]
-    with writing(bundle.path) as draft:
+    with edit_bundle(bundle.path) as draft:
         draft.file(BENCH_FILE).write_text(report.text(), encoding="utf-8")
         draft.checks["bench"] = {
             "file": BENCH_FILE,

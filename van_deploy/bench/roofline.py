@@ -165,7 +165,7 @@ def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached |
     pointwise = depthwise = values = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
         values += channels * math.prod(sides)  # the patch embedding reads it
-        sides, channels, depth = config.sides_after(stage, sides), dim, config.depths[stage]
+        sides, channels, depth = config.stage_output_size(stage, sides), dim, config.depths[stage]
         pixels = math.prod(sides)
         pointwise += depth * pixels * dim * (3 * dim + 2 * hidden)
         depthwise += depth * pixels * (dim * (k0**2 + k1**2) + 9 * hidden)

@@ -21,7 +21,7 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        manifest: what it says (to change it, see :func:`writing`).
+        manifest: what it says (to change it, see :func:`edit_bundle`).
     """
 
     path: Path
@@ -87,7 +87,7 @@ class Bundle:
             )
         return artifacts[name]
 
-    def verified(self, name: str, *, only_file: bool = False) -> Path:
+    def verified_path(self, name: str, *, only_file: bool = False) -> Path:
         """Return the path of an artifact's file after checking every digest.
 
         Args:
@@ -110,7 +110,7 @@ class Bundle:
             check_external_files(path, external_files(path), beside)
         return path
 
-    def why_anew(self, name: str, made_with: Mapping[str, Any]) -> str:
+    def rebuild_reason(self, name: str, made_with: Mapping[str, Any]) -> str:
         """Return why an artifact has to be made, or "" if it is there from the same ingredients.
 
         Args:
@@ -119,7 +119,7 @@ class Bundle:
         """
         try:
             artifact = self.artifact(name)
-            self.verified(name)
+            self.verified_path(name)
         except BundleError as error:
             return error.message if name in self.artifacts else "not there yet"
         wanted, had = json.loads(json.dumps(made_with)), artifact.made_with
@@ -150,7 +150,7 @@ class Bundle:
                 found.append(error.message)
         return found
 
-    def unnamed(self) -> list[str]:
+    def unlisted_files(self) -> list[str]:
         """Return what lies in the folder and is not in the manifest, sorted.
 
         Links to folders count: what is behind them is not the bundle's.

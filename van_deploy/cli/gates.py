@@ -28,7 +28,7 @@ def _failure(
 
     if report:
         return None
-    return GateFailed(failure_text(report.named(), report.allowed, done), remedy)
+    return GateFailed(failure_text(report.named_findings(), report.allowed, done), remedy)
 
 
 def verify(bundle: Opened, options: Annotated[OptionValues, VerifySettings]) -> CommandOutput:

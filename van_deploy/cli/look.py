@@ -18,10 +18,10 @@ def list_() -> CommandOutput:
 
     Example: van-deploy list --json
     """
-    from van_deploy.model.variants import listed_variants
-    from van_deploy.report.sections_model import listed_blocks
+    from van_deploy.model.variants import list_variants
+    from van_deploy.report.sections_model import list_blocks
 
-    return CommandOutput(listed_variants(), listed_blocks)
+    return CommandOutput(list_variants(), list_blocks)
 
 
 def info(
@@ -34,9 +34,9 @@ def info(
     Example: van-deploy info ./mine.pth
     """
     from van_deploy.describe import describe_model
-    from van_deploy.report.sections_model import described_blocks
+    from van_deploy.report.sections_model import info_blocks
 
-    return CommandOutput(describe_model(model), described_blocks)
+    return CommandOutput(describe_model(model), info_blocks)
 
 
 def inspect(
@@ -59,9 +59,9 @@ def inspect(
     if require_signature is not None:
         opened(artifact, require_signature, no_progress)
     from van_deploy.describe import describe_artifacts
-    from van_deploy.report.sections_model import artifacts_blocks
+    from van_deploy.report.sections_model import inspect_blocks
 
-    return CommandOutput(describe_artifacts(artifact, trust_engine=trust_engine), artifacts_blocks)
+    return CommandOutput(describe_artifacts(artifact, trust_engine=trust_engine), inspect_blocks)
 
 
 def doctor(

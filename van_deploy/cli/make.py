@@ -69,10 +69,10 @@ def quantize(
     Example: van-deploy quantize dist/van_b1 --images train/ --eval val/
     """
     result = bundle.quantize(force=force, **options)
-    from van_deploy.report.sections_checks import quantized_blocks
+    from van_deploy.report.sections_checks import quantize_blocks
 
     said = f"{result.artifact}: {'reused' if result.reused else 'made anew'}: {result.reason}"
-    return CommandOutput(result, quantized_blocks, [said], None if result else typer.Exit(1))
+    return CommandOutput(result, quantize_blocks, [said], None if result else typer.Exit(1))
 
 
 def build(
@@ -105,14 +105,14 @@ def build(
         raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
     asked = opened(bundle, require_signature, progress)
     report = asked.build(force=force, **options)
-    from van_deploy.report.sections_model import builds_blocks
+    from van_deploy.report.sections_model import build_blocks
 
     warned = [
         f"{outcome.engine}: {sum(outcome.sidecar.warnings.values())} warnings, all in its .log"
         for outcome in report.outcomes
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings
     ]
-    return CommandOutput(report, builds_blocks, [*report.remarks, *warned, *asked.remarks])
+    return CommandOutput(report, build_blocks, [*report.remarks, *warned, *asked.remarks])
 
 
 def _build_matrix(
@@ -120,7 +120,7 @@ def _build_matrix(
 ) -> CommandOutput:
     """Build a fleet; it fails if a cell did."""
     from van_deploy.building import build_fleet
-    from van_deploy.report.sections_model import builds_blocks, cell_name
+    from van_deploy.report.sections_model import build_blocks, cell_name
 
     report = build_fleet(
         path,
@@ -137,7 +137,7 @@ def _build_matrix(
             f"{len(report.errors)} of {len(report.outcomes)} engines failed.",
             f"Run the same command again to resume. The first failure: {report.errors[0]}",
         )
-    return CommandOutput(report, builds_blocks, failure=failure)
+    return CommandOutput(report, build_blocks, failure=failure)
 
 
 def run(

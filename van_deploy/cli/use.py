@@ -242,9 +242,9 @@ def sign(
 
 
 def _signature_facts(signed: SignedBundle) -> list[Block]:
-    from van_deploy.report.document import named
+    from van_deploy.report.document import key_values
 
-    return named({name.replace("_", " "): value for name, value in plain(signed).items()})
+    return key_values({name.replace("_", " "): value for name, value in plain(signed).items()})
 
 
 def verify_signature(
@@ -281,9 +281,9 @@ def report(
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import bytes_text, named, notices
+    from van_deploy.report.document import bytes_text, key_values, notices
 
     written = opened(bundle, None, no_progress).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
     said = notices(written.verdict, [written.checks])
-    return CommandOutput(written, lambda _: [*said, *named(sizes)])
+    return CommandOutput(written, lambda _: [*said, *key_values(sizes)])

@@ -100,7 +100,7 @@ def _folded(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
-def labelled_images(
+def label_images(
     source: Path | ImageSet,
     classes: int,
     class_names: Sequence[str] | None = None,
@@ -286,7 +286,7 @@ def _of_file(images: ImageSet, file: Path, words: ClassWords, order: str | None)
     return images.labelled(labels, f"labels from '{file}'")
 
 
-def label_sets(
+def multi_label_targets(
     images: ImageSet, file: Path | None, classes: int, class_names: Sequence[str] | None
 ) -> npt.NDArray[np.int64]:
     """Return which of a multi-label network's labels each image has, ``(N, K)`` of 0 and 1.

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.bundle import Artifact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.fields import Table, Target, option
 from van_deploy.config.recipe_tables import PlanSettings
@@ -261,7 +261,7 @@ def to_be_built(
             "from ONNX files.",
             f"Choose one of: {', '.join(graphs)}.",
         )
-    bundle.verified(source.name)
+    bundle.verified_path(source.name)
     asked = _ingredients(source, cell.targets, cell.options)
     if not (elsewhere and cell.host.accelerator_type):
         try:
@@ -288,7 +288,7 @@ def existing(
         had = {name: artifact.made_with.get(name) for name in made_with}
         if content_key(had) == content_key(made_with):
             with contextlib.suppress(BundleError, InputError):
-                return verified(bundle.verified(artifact.name))
+                return verified(bundle.verified_path(artifact.name))
     return None
 
 
@@ -452,7 +452,7 @@ def enter(
     """
     beside = (path for path in (file, sidecar_path(file), log_path(file)) if path.exists())
     inside = {f"{ENGINES}/{path.name}": path for path in beside}
-    with writing(bundle) as draft:
+    with edit_bundle(bundle) as draft:
         now = draft.artifacts.get(source.name)
         if now is None or now.sha256 != source.sha256:
             raise BundleError(

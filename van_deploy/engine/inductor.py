@@ -115,7 +115,7 @@ def build_package(
     """
     host, processor = host or host_here(), cpu()
     bundle, on_gpu, (batch,) = Bundle.open(path), settings.device != "cpu", settings.profiles
-    source, onnx, manifest = bundle.artifact(SOURCE), bundle.verified(SOURCE), bundle.manifest
+    source, onnx, manifest = bundle.artifact(SOURCE), bundle.verified_path(SOURCE), bundle.manifest
     target = (host.target or "cuda") if on_gpu else platform.machine()
     decided = {
         "torch": torch_version(),

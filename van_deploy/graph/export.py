@@ -147,7 +147,7 @@ def _lower_to_opset_17_(proto: ModelProto) -> None:
 def _name_after_modules_(model: ir.Model) -> None:
     """Give every node and its first output the path of the module that made it.
 
-    The last node of a module carries the module's own name, since it makes the
+    The last node of a module skip_gains the module's own name, since it makes the
     module's result; the ones before add their operator (``norm1.transpose``).
     """
     graph = model.graph
@@ -270,7 +270,7 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
             multiply = nodes.get(f"block{stage}.{index}.mul")
             if multiply is not None:
                 factors = [stored(multiply, place) for place in (0, 1)]
-                block.carry = next(f for f in factors if f is not None).reshape(-1)
+                block.skip_gain = next(f for f in factors if f is not None).reshape(-1)
     reads = {n.name: n.input[0] for n in graph.graph.node if n.op_type in {"Conv", "Gemm"}}
     tensors = {tensor: (name, False) for name, tensor in reads.items()}
     modules = {name for name, _ in model.named_modules()}

@@ -5,7 +5,7 @@ with the wrong ones a network still answers, only worse. So they travel with
 every artifact, and everything that shows them says where they came from. Names
 and meanings are timm's.
 
-:func:`pixels_from_image` and :func:`normalised` are the two halves of the evaluation
+:func:`pixels_from_image` and :func:`normalise` are the two halves of the evaluation
 transforms of timm, torchvision and Transformers, to the last bit, with nothing but Pillow
 and NumPy. A graph with embedded preprocessing takes what is between the two; a server or a
 client computes it without importing PyTorch. NumPy and Pillow are imported when they are needed:
@@ -150,7 +150,7 @@ class Preprocessing:
         import torch
 
         return lambda image: torch.from_numpy(
-            normalised(pixels_from_image(image, self)[None], self)[0]
+            normalise(pixels_from_image(image, self)[None], self)[0]
         )
 
     def __str__(self) -> str:
@@ -231,7 +231,7 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixel
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+def normalise(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     """Return ``(N, H, W, C)`` bytes as the network's input ``(N, C, H, W)`` float32.
 
     The same three float32 operations in the same order as torchvision's

@@ -19,7 +19,15 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from van_deploy.documents import CONTROL_CHARACTERS
-from van_deploy.report.document import TEXTS, TONES, Block, Facts, Paragraph, Plot, Table
+from van_deploy.report.document import (
+    STATE_COLOURS,
+    TEXT_FORMATS,
+    Block,
+    Paragraph,
+    Plot,
+    Properties,
+    Table,
+)
 
 STYLES = {
     "good": "bold green",
@@ -65,7 +73,7 @@ def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
 
 
 def _rich(block: Block, width: int) -> RenderableType:
-    if isinstance(block, Facts):
+    if isinstance(block, Properties):
         form = "state" if block.states else "dim"
         body: RenderableType = _pairs((_cell(n, form), Text(value)) for n, value in block.pairs)
     elif isinstance(block, Table):
@@ -78,7 +86,7 @@ def _rich(block: Block, width: int) -> RenderableType:
 
 def _cell(text: str, form: str) -> Text:
     if form == "state":
-        return Text(text, STYLES.get(TONES.get(text, ""), ""), no_wrap=True)
+        return Text(text, STYLES.get(STATE_COLOURS.get(text, ""), ""), no_wrap=True)
     return Text(text, "dim" if text == "-" or form == "dim" else "")
 
 
@@ -110,7 +118,7 @@ def _grid(table: Table, widths: list[int]) -> Grid:
     padding = (0, GAP - 1, 0, 0)
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding)
     for (header, form), width in zip(table.columns.items(), widths, strict=True):
-        side: JustifyMethod = "left" if form in TEXTS else "right"
+        side: JustifyMethod = "left" if form in TEXT_FORMATS else "right"
         grid.add_column(Text(header, "bold"), justify=side, width=width, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_cell, row, table.columns.values()))

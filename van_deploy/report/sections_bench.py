@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from van_deploy.config.sizes import format_size
-from van_deploy.report.document import Block, Entry, Plot, facts, ms_text, notices, table
+from van_deploy.report.document import Block, Entry, Plot, ms_text, notices, properties, table
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 
@@ -16,7 +16,7 @@ def bench_blocks(report: Entry) -> list[Block]:
     failed = [row for row in report["rows"] if row["error"]]
     profiles = [(name, line) for name, lines in report["profiles"].items() for line in lines]
     return [
-        *facts(
+        *properties(
             report,
             "model; CPU = machine.cpu.name; cores = machine.cpu.cores_allowed; "
             "CPU features = machine.cpu.features; GPU = machine.gpus.0.name; settings.device; "

@@ -122,14 +122,14 @@ def models_of(
             continue
         beside = (f for f in bundle.artifact(source).files if f.endswith(".data"))
         files = {Path(file).name: (bundle.path / file, source) for file in beside}
-        files["model.onnx"] = (bundle.verified(source), source)
+        files["model.onnx"] = (bundle.verified_path(source), source)
         models.append(TritonModel(served_name(bundle, source), backend, network, files))
     return models
 
 
 def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonModel:
     """Return the model of plans of one graph; refuse what Triton cannot load or serve as one."""
-    paths = [network.bundle.verified(name) for name in names]
+    paths = [network.bundle.verified_path(name) for name in names]
     sidecars = [verified_sidecar(path) for path in paths]
     first, both = sidecars[0], " and ".join(f"'{name}'" for name in names)
     same = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")

@@ -39,7 +39,7 @@ LOCK_ATTEMPTS = 10
 
 @dataclass
 class Draft:
-    """Changes to a bundle that are not there yet. Made by :func:`writing`; free to change.
+    """Changes to a bundle that are not there yet. Made by :func:`edit_bundle`; free to change.
 
     Attributes:
         path: the bundle's folder.
@@ -104,7 +104,7 @@ class Draft:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
+def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
     """Give a draft of the bundle at ``path``; commit it on leaving without an error.
 
     Args:
