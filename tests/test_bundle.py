@@ -166,10 +166,10 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
     (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
     (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
-    (lambda m: m.update(name='x" } backend: "python'), "it is no name"),
+    (lambda m: m.update(name='x" } backend: "python'), "it is not a name"),
     (
         lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
-        "'artifacts.x/../../y' is 'x/../../y': it is no name",
+        "'artifacts.x/../../y' is 'x/../../y': it is not a name",
     ),
     (lambda m: m.update(written="a" * 5000), "it has 5,000 characters"),
     (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),

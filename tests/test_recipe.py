@@ -175,7 +175,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("opst", 20, "The key 'opst=' is unknown."),
     ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
     ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-    ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
+    ("outputs", object(), "A value cannot be written as TOML or JSON: Unable to serialize"),
 ]
 
 
