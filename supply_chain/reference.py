@@ -62,7 +62,7 @@ DOCUMENTS: Mapping[str, str] = {
 }
 """Each document by name: its class, or the function that returns it."""
 
-INPUTS: Mapping[str, type[BaseModel]] = {
+INPUTS: dict[str, type[BaseModel]] = {
     "calibration-set": CalibrationSet,
     "fleet": FleetFile,
     "recipe": config.Recipe,
