@@ -127,7 +127,7 @@ def _build_matrix(
         fleet,
         force=force,
         progress=progress,
-        each=lambda count, total, outcome: print_note(
+        on_outcome=lambda count, total, outcome: print_note(
             f"[{count}/{total}] {cell_name(plain(outcome.cell))}: {outcome.outcome}"
         ),
     )
