@@ -64,7 +64,7 @@ MISTAKES = {  # what a file says, and what the message about it holds
     ),
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
-    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and other",
+    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
     "[engines]\nprecisions=['bf16']": "Add it to precision.make, or use one of: fp32",
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
     "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",

@@ -33,7 +33,7 @@ def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: 
     assert "recommended             speed not measured: " in result.stdout
     judged = "102 held-out images of 512 of 1437 training images of handwritten digits"
     assert f"judged on               {judged}" in result.stdout
-    assert "int8: made anew: not there yet" in result.stderr
+    assert "int8: built: new" in result.stderr
     again = cli("quantize", bundle, *FAST, "--json")
     assert "int8: reused: " in again.stderr
     found = json.loads(again.stdout)

@@ -173,7 +173,7 @@ def test_nothing_changed_is_reused_and_what_changed_is_named(
 ) -> None:
     asked = PLAIN.with_changes(calibration=few)
     first = quantize_bundle(bundle, asked)
-    assert (first.reused, first.reason) == (False, "not there yet")
+    assert (first.reused, first.reason) == (False, "new")
     second = quantize_bundle(bundle, asked.with_changes(threads=2))
     assert (second.reused, second.facts) == (True, first.facts)
     (tmp_path / "other.toml").write_text(Path(few).read_text() + "seed = 5\n")
