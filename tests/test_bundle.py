@@ -163,8 +163,8 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
         entry_of("preprocessing", crop=0.9),
         "'preprocessing.crop' is unknown.\nDid you mean 'preprocessing.crop_pct'?",
     ),
-    (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
-    (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
+    (lambda m: m["files"].update({"a" * 300: ""}), "is not a file name"),
+    (lambda m: m["files"].update({"a\x1b": ""}), "is not a file name"),
     (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
     (lambda m: m.update(name='x" } backend: "python'), "it is not a name"),
     (
@@ -181,10 +181,10 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (entry_of("architecture", out_indices=[9]), "out_indices"),
     (entry_of("preprocessing", std=[0, 1, 1]), "greater than 0"),
     (entry_of("preprocessing", mean=[10**400] * 3), "'preprocessing.mean.0' is"),
-    (entry_of("architecture", depths=[-1, 2, 2, 2]), "depths that no network has"),
-    (entry_of("architecture", num_classes=0), "num_classes that no network has"),
+    (entry_of("architecture", depths=[-1, 2, 2, 2]), "invalid depths"),
+    (entry_of("architecture", num_classes=0), "invalid num_classes"),
     (lambda m: m.update(class_names=["a"]), "damaged: it has 1 class names for 1000 classes"),
-    (entry_of("architecture", in_chans=4), "it prepares 3 channels for a network"),
+    (entry_of("architecture", in_chans=4), "it has preprocessing to 3 channels for a network"),
     (entry_of("weights", spec="a\x1b[2J"), "control characters"),
     (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
     (lambda m: m.update(checks={"x": "\ud800"}), "unpaired surrogate"),
@@ -204,7 +204,7 @@ TEXTS = [
     (
         '{"schema": "van-deploy/bundle/1", "name": "m"}',
         f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"
-        "Make the bundle anew: `van-deploy export MODEL",
+        "Create the bundle again in another folder: `van-deploy export MODEL",
     ),
 ]
 
@@ -313,8 +313,8 @@ def pipe(name: str) -> Callable[[Path, Path], None]:
         *((pending(".gone", text), "interrupted comm.*damaged") for text in ("", "{", "3", "null")),
         (gone("sub"), "does not fit the bundle: .*Is a directory"),
         (gone("fp32.onnx/x"), "does not fit the bundle: .*Not a directory"),
-        (gone("a" * 300), "is no name of a file"),
-        (gone("a\nb"), "is no name of a file"),
+        (gone("a" * 300), "is not a file name"),
+        (gone("a\nb"), "is not a file name"),
         (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
         (pipe(MANIFEST), "damaged: .*not a regular file"),
         (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),

@@ -120,7 +120,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
     return written
 
 
-STALE, STRANGE = r"The signature of .* does not fit: key ", r"^1 files in .* are not in its manifes"
+STALE, STRANGE = r"The signature of .* is not valid: key ", r"^1 files in .* are not in its manifes"
 SPOILED: list[tuple[Callable[[Path], object], str]] = [
     *((lambda b, n=n: flip(b / n), f"/{n}' was changed after the manifest") for n in FILES),
     *((lambda b, n=n: (b / n).unlink(), f"/{n}' is named in the manifest and") for n in FILES),
@@ -165,7 +165,7 @@ def test_a_bundle_that_is_not_whole_is_not_signed(bundle: Path, key: Path) -> No
         *(("private", text, "PEM form") for text in (b"", b"\0" * 100_000, public())),
         ("private", private(form=pem.PrivateFormat.OpenSSH), "PEM form"),
         ("private", private(ec.generate_private_key(ec.SECP256R1())), "it is an EC"),
-        ("public", private(), "holds no public"),
+        ("public", private(), "is not a readable public"),
         ("public", None, "No such file or directory"),
     ],
 )
