@@ -204,7 +204,7 @@ TEXTS = [
     (
         '{"schema": "van-deploy/bundle/1", "name": "m"}',
         f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"
-        "Create the bundle again in another folder: `van-deploy export MODEL",
+        "Create the bundle again in another folder with `van-deploy export`",
     ),
 ]
 

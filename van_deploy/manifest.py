@@ -247,7 +247,8 @@ class NetworkInfo(Schema):
             )
         if self.preprocessing.channels != channels:
             raise ValueError(
-                f"has preprocessing to {self.preprocessing.channels} channels for a network of {channels}"
+                f"has preprocessing to {self.preprocessing.channels} channels for a network with "
+                f"{channels}"
             )
         return self
 

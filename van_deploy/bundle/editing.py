@@ -28,7 +28,7 @@ from van_deploy.manifest import (
     Artifact,
     Manifest,
     NetworkInfo,
-    manifest_from,
+    parse_manifest,
     read_manifest,
     require_relative_path,
 )
@@ -143,7 +143,7 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
                 yield draft
                 _name_others(draft)
                 # Read back before it counts: what is written can be read, and written again.
-                manifest = manifest_from(draft.manifest().text(), folder / MANIFEST)
+                manifest = parse_manifest(draft.manifest().text(), folder / MANIFEST)
                 gone = _owned(present.artifacts if present else {}) - _owned(manifest.artifacts)
                 commit(folder, staging, manifest.text(), sorted(gone))
             finally:
