@@ -26,7 +26,7 @@ from benchmarks.precision import reader
 from benchmarks.running import ASKED, made
 from benchmarks.table import Table, options
 from van_deploy.bench.document import Contender, Row
-from van_deploy.bench.race import Lane, Race
+from van_deploy.bench.interleaved import ContenderProcess, InterleavedBenchmark
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 
@@ -57,7 +57,7 @@ def main() -> int:
                     device="cpu", threads=THREADS, reference="ours", budget=budget
                 )
                 lanes = [
-                    Lane(
+                    ContenderProcess(
                         Contender(name, runtime, "fp32", str(path), mode="ort-cpu"),
                         folder / "none.npy",
                         SIZE,
@@ -65,7 +65,7 @@ def main() -> int:
                     )
                     for name, path in paths.items()
                 ]
-                with Race(lanes, settings) as race:
+                with InterleavedBenchmark(lanes, settings) as race:
                     for batch in batches:
                         ours, *theirs = race.run(batch, lanes)
                         for row in theirs:

@@ -24,7 +24,7 @@ from pydantic_core import core_schema
 from van_deploy.config import Recipe
 from van_deploy.config.fields import described
 from van_deploy.documents import field_is_json, json_properties
-from van_deploy.engine.bundled import FleetFile
+from van_deploy.engine.fleet import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.recipe import CalibrationSet
 from van_deploy.schema import Schema

@@ -19,7 +19,7 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bench.benchmark import Watch, benchmark_bundle
-from van_deploy.bench.document import BenchReport, compared, read_report
+from van_deploy.bench.document import BenchReport, compare_reports, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu, nvidia_driver
@@ -179,7 +179,7 @@ def test_a_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
             row["latency"]["p50_ms"] = 1.0 / factor
         return BenchReport.model_validate_json(json.dumps(changed), strict=True)
 
-    report = compared(shifted(2.0), shifted(factor))
+    report = compare_reports(shifted(2.0), shifted(factor))
     assert [change.batch for change in report.changes] == [1, 2]
     for change in report.changes:
         assert (change.same_file, change.moved) == (True, moved)
@@ -207,4 +207,4 @@ def test_what_cannot_be_compared_is_refused(
         BenchReport.model_validate_json(json.dumps(one), strict=True) for one in (old, plain)
     ]
     with pytest.raises(UsageError, match=words):
-        compared(*reports)
+        compare_reports(*reports)

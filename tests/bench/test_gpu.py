@@ -15,8 +15,8 @@ from tests.each import each
 from van_deploy.bench import gpu
 from van_deploy.bench.document import Ceilings, Contender, GpuState, Row
 from van_deploy.bench.gpu import Clock, gpu_watch, int8_not_worth_it, timed, with_ratios
+from van_deploy.bench.interleaved import ContenderProcess, InterleavedBenchmark
 from van_deploy.bench.profile import by_module, profile_of
-from van_deploy.bench.race import Lane, Race
 from van_deploy.bench.roofline import least_time, measured_limits
 from van_deploy.bench.worker import WorkerError
 from van_deploy.config import BenchSettings, Budget
@@ -73,7 +73,7 @@ def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
 def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    class Scripted(Lane):
+    class Scripted(ContenderProcess):
         def ask(self, do: str, **given: Any) -> Any:
             asked.append((do, given))
             if given["batch"] == 2:
@@ -84,7 +84,7 @@ def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -
     contender = Contender("x", "tensorrt", "fp16", max_batch=4)
     lane = Scripted(contender, tmp_path / "none.npy", 224, settings)
     lane.load_s = 1.0
-    race = Race([lane], settings)
+    race = InterleavedBenchmark([lane], settings)
     rows = [row for batch in (1, 2, 4, 8) for row in race.run(batch, [lane])]
     assert [row.queued_ms for row in rows] == [2.0, None, 2.0, None]
     assert [row.error[:13] for row in rows] == ["", "out of memory", "", "batch 8 is ou"]

@@ -16,9 +16,13 @@ import pytest
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.environment import packages
-from van_deploy.environment.doctor import CUDA, NEEDS, TRIALS, Environment, missing, tried
+from van_deploy.environment.doctor import CUDA, PROBES, REQUIREMENTS, Environment, missing, tried
 from van_deploy.environment.hardware import Driver, Gpu
-from van_deploy.environment.packages import components_here, imported_quietly, pip_command
+from van_deploy.environment.packages import (
+    import_without_telemetry,
+    installed_components,
+    pip_command,
+)
 
 L4 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),))
 H100 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA H100", (9, 0), 80 * 2**30),))
@@ -93,7 +97,7 @@ def test_what_can_be_required_and_done(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = varied(here, driver, **changes)
-    lack = found.lacks(wanted) if wanted in NEEDS else found.abilities[wanted]
+    lack = found.lacks(wanted) if wanted in REQUIREMENTS else found.abilities[wanted]
     assert (problem is None) == (lack is None)
     assert lack is None or (str(problem) in lack.problem and lack.remedy)
 
@@ -115,7 +119,7 @@ def test_doctor_tells_everything_and_what_is_missing_at_once(cli: Cli, here: Env
     assert result["abilities"]["export ONNX files"] is None
     unknown = cli("doctor", "--require", "tensorflow")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
-    assert all(need in unknown.stderr for need in NEEDS)
+    assert all(need in unknown.stderr for need in REQUIREMENTS)
     if here.lacks("tensorrt"):
         lacking = cli("doctor", "--require", "tensorrt")
         assert (lacking.exit_code, "export ONNX files" in lacking.stdout) == (3, True)
@@ -137,7 +141,7 @@ def test_trials_say_why_they_failed(here: Environment) -> None:
         "dies": "exit code 7",
     }
     if here.driver is None:  # they fail for want of a GPU, and not of what they import
-        reasons = tried({name: TRIALS[name] for name in ("gpu", "torch-gpu", "cuda-ep")})
+        reasons = tried({name: PROBES[name] for name in ("gpu", "torch-gpu", "cuda-ep")})
         assert reasons["gpu"].startswith("CUDA finds no GPU here")
         assert not any("import" in why.lower() or "module" in why for why in reasons.values())
 
@@ -169,9 +173,9 @@ def test_what_does_not_go_together(
     problem: str,
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(packages, "version_of", dict.fromkeys(installed.split(), "1.0").get)
-    monkeypatch.setattr(packages, "import_fault", lambda module: None)
-    found = replace(here, components=components_here(), driver=L4)
+    monkeypatch.setattr(packages, "installed_version", dict.fromkeys(installed.split(), "1.0").get)
+    monkeypatch.setattr(packages, "import_error", lambda module: None)
+    found = replace(here, components=installed_components(), driver=L4)
     clashes = replace(found, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
     assert len(clashes) == bool(problem)
     for clash in clashes:
@@ -187,8 +191,8 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
         "import sys, time\n"
         "asked = []\n"
         "sys.addaudithook(lambda e, d: asked.append(d[0]) if e == 'socket.getaddrinfo' else None)\n"
-        "from van_deploy.environment.packages import imported_quietly\n"
-        "print(bool(imported_quietly('openvino').__version__))\n"
+        "from van_deploy.environment.packages import import_without_telemetry\n"
+        "print(bool(import_without_telemetry('openvino').__version__))\n"
         "time.sleep(0.5)\n"  # reports are sent from a thread
         "print(asked, 'openvino_telemetry' in sys.modules)\n"
     )
@@ -199,11 +203,11 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
 def test_a_reporter_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     with pytest.raises(ImportError):
-        imported_quietly("there_is_no_such_module")
+        import_without_telemetry("there_is_no_such_module")
     assert "openvino_telemetry" not in sys.modules
     mine = ModuleType("openvino_telemetry")
     monkeypatch.setitem(sys.modules, "openvino_telemetry", mine)
-    assert imported_quietly("json").__name__ == "json"
+    assert import_without_telemetry("json").__name__ == "json"
     assert sys.modules["openvino_telemetry"] is mine
 
 

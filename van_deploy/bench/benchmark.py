@@ -17,7 +17,7 @@ import psutil
 from van_deploy.bench.contenders import REFERENCE, chosen, contenders_of, resized
 from van_deploy.bench.document import BenchReport, Ceilings, Contender, Machine, Row
 from van_deploy.bench.gpu import int8_not_worth_it, with_ratios
-from van_deploy.bench.race import Lane, Race
+from van_deploy.bench.interleaved import ContenderProcess, InterleavedBenchmark
 from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
@@ -157,15 +157,15 @@ def _measured(
     for size in settings.image_sizes or (own.image_size,):
         preprocessing = own.override(image_size=size)
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
-            folder, lanes = Path(name), list[Lane]()
+            folder, lanes = Path(name), list[ContenderProcess]()
             images = check_images(bundle.name, preprocessing, max(settings.batches))
             for one in contenders.values():
                 inputs = folder / f"{one.embedded}.npy"
                 np.save(inputs, network_input(images.values, one.embedded, preprocessing))
                 sized = one if size == own.image_size else resized(one, size, folder)
-                lanes.append(Lane(sized, inputs, size, settings))
+                lanes.append(ContenderProcess(sized, inputs, size, settings))
             for group in [lanes] if settings.device == "cpu" else [[lane] for lane in lanes]:
-                with Race(group, settings, say) as race:
+                with InterleavedBenchmark(group, settings, say) as race:
                     rows += race.sweep()
                     for lane in race.lanes if settings.profile else ():
                         if lines := lane.profile():

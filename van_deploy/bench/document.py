@@ -231,7 +231,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Reached:
+class RooflineEntry:
     """A network's least possible time, and how near a row of the benchmark came to it.
 
     Attributes:
@@ -270,7 +270,7 @@ class PaperLimits:
 
     device: str
     ceilings: Ceilings
-    limits: tuple[Reached, ...]
+    limits: tuple[RooflineEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ class ProfileLine:
 
 
 @dataclass(frozen=True)
-class Change:
+class RowChange:
     """One row in two benchmarks.
 
     Attributes:
@@ -358,12 +358,12 @@ class BenchReport(Versioned):
     rows: tuple[Row, ...]
     skipped: dict[str, str]
     ceilings: Ceilings | None
-    roofline: tuple[Reached, ...]
+    roofline: tuple[RooflineEntry, ...]
     profiles: dict[str, tuple[ProfileLine, ...]]
     best_under_p99: dict[str, Row | None] | None
     seconds: dict[str, float]
     warnings: tuple[str, ...]
-    changes: tuple[Change, ...] = ()
+    changes: tuple[RowChange, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -385,7 +385,7 @@ def read_report(path: Path) -> BenchReport:
     return read_versioned(BenchReport, path, "benchmark", InputError, remedy)
 
 
-def record(report: BenchReport, bundle: Bundle) -> None:
+def save_to_bundle(report: BenchReport, bundle: Bundle) -> None:
     """Keep a report in a bundle as ``bench.json``, and its figures in the manifest's ``checks``.
 
     Raises:
@@ -411,7 +411,7 @@ def record(report: BenchReport, bundle: Bundle) -> None:
         }
 
 
-def compared(old: BenchReport, new: BenchReport) -> BenchReport:
+def compare_reports(old: BenchReport, new: BenchReport) -> BenchReport:
     """Return ``new`` with what changed since ``old``, row by row.
 
     Raises:
@@ -435,7 +435,7 @@ def compared(old: BenchReport, new: BenchReport) -> BenchReport:
             moved = abs(percent or 0.0) > max(AGREE_WITHIN_PERCENT, left_open or 0.0)
             same = old.contenders[row.contender].sha256 == new.contenders[row.contender].sha256
             times = (before.latency.p50_ms, row.latency.p50_ms)
-            changes.append(Change(*place, *times, percent, left_open, moved, same))
+            changes.append(RowChange(*place, *times, percent, left_open, moved, same))
     if not changes:
         raise UsageError(
             "The two benchmarks have no row in common.",

@@ -20,7 +20,7 @@ from typing import Any
 
 from van_deploy.bench.document import Contender, GpuState, Latency, Ratio, Row
 from van_deploy.config.sizes import ImageSize
-from van_deploy.environment.hardware import nvidia_driver, nvml_answer
+from van_deploy.environment.hardware import nvidia_driver, query_nvml
 from van_deploy.runners.base import Resident, gpu_index
 
 # The clock is steady when this many looks in a row lie within this many percent.
@@ -141,7 +141,7 @@ def gpu_watch(device: str) -> Watch:
         gpu = nvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
     except nvml.NVMLError:
         return GpuState
-    ask = functools.partial(nvml_answer, gpu)
+    ask = functools.partial(query_nvml, gpu)
 
     def state() -> GpuState:
         power, memory = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetMemoryInfo")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from van_deploy.bench.document import Ceilings, Contender, PaperLimits, Reached, Row
+from van_deploy.bench.document import Ceilings, Contender, PaperLimits, RooflineEntry, Row
 from van_deploy.bench.gpu import Clock, repeated, torch_clock
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import ImageSize, sides_of
@@ -98,7 +98,7 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
     if tf32:
         ops |= {"bf16": fp16, "tf32": tf32}
     rates = {kind: 1e12 * rate for kind, rate in ops.items()}
-    ceilings, limits = Ceilings(rates, 1e9 * gigabytes, source), list[Reached | None]()
+    ceilings, limits = Ceilings(rates, 1e9 * gigabytes, source), list[RooflineEntry | None]()
     config, size = bundle.manifest.architecture, bundle.manifest.preprocessing.image_size
     files = [artifact for artifact in bundle.artifacts.values() if artifact.kind == "onnx"]
     for artifact, batch in itertools.product(files, sorted(set(batches))):
@@ -111,7 +111,7 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
 
 def measured_limits(
     config: VanConfig, contenders: Mapping[str, Contender], rows: Sequence[Row], ceilings: Ceilings
-) -> tuple[Reached, ...]:
+) -> tuple[RooflineEntry, ...]:
     """Return each row's time over the least possible time for the same network.
 
     Args:
@@ -120,7 +120,7 @@ def measured_limits(
         rows: those that failed are passed over.
         ceilings: of the device, measured.
     """
-    result = list[Reached]()
+    result = list[RooflineEntry]()
     for row in rows:
         place = (row.contender, contenders[row.contender].precision, row.batch, row.image_size)
         if row.images_per_s and (least := least_time(config, ceilings, place)):
@@ -129,7 +129,7 @@ def measured_limits(
     return tuple(result)
 
 
-def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached | None:
+def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> RooflineEntry | None:
     """Return the least time for one batch, from the shapes alone; None without its rate.
 
     A step is a convolution with what follows it element by element: bias, GELU, gate or
@@ -179,4 +179,4 @@ def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached |
     unfused_ms = 1e3 * width * (batch * values + weights) / ceilings.bytes_per_s
     bound: Literal["compute", "memory"] = "compute" if compute_s >= memory_s else "memory"
     least_ms = 1e3 * max(compute_s, memory_s)
-    return Reached(*place, 2 * batch * macs, least_ms, bound, unfused_ms)
+    return RooflineEntry(*place, 2 * batch * macs, least_ms, bound, unfused_ms)

@@ -31,7 +31,7 @@ WAIT_S = 120.0
 _MEMORY = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
 _SESSION = "assert m.provider_starts(m.require_onnxruntime(), m.CUDA, quiet=False)"
 # By what they are needed for: a module ``m``, and what is tried of it.
-TRIALS: Mapping[str, tuple[str, str]] = {
+PROBES: Mapping[str, tuple[str, str]] = {
     "gpu": ("van_deploy.runners.cuda", _MEMORY),
     "torch-gpu": ("torch", "m.ones(1, device='cuda').item()"),
     "cuda-ep": ("van_deploy.runners.onnxruntime", _SESSION),
@@ -60,11 +60,11 @@ TASKS: Mapping[str, str] = {
 METAPACKAGES = ("tensorrt", "tensorrt-rtx")
 
 # What a script can require of a machine before it starts.
-NEEDS = ("onnxruntime", "cuda-ep", "tensorrt", "tensorrt-rtx", "openvino", "ray", "gpu")
+REQUIREMENTS = ("onnxruntime", "cuda-ep", "tensorrt", "tensorrt-rtx", "openvino", "ray", "gpu")
 
 
 @dataclass(frozen=True)
-class Shortfall:
+class Issue:
     """What is missing here, or does not go together.
 
     Attributes:
@@ -91,25 +91,27 @@ class Environment:
         cpu: the processor.
         memory: main memory.
         driver: the NVIDIA driver and its GPUs, or None.
-        trials: what was tried (names of :data:`TRIALS`), and why it failed; "" where it did not.
+        trials: what was tried (names of :data:`PROBES`), and why it failed; "" where it did not.
     """
 
     van_deploy: str = __version__
     python: str = platform.python_version()
     system: str = f"{platform.system()} {platform.machine()}"
-    components: tuple[packages.Component, ...] = field(default_factory=packages.components_here)
+    components: tuple[packages.Component, ...] = field(
+        default_factory=packages.installed_components
+    )
     providers: tuple[str, ...] = field(default_factory=packages.execution_providers)
     torch_cuda: str | None = field(default_factory=packages.torch_cuda)
     onnxruntime_cuda: str | None = field(default_factory=packages.onnxruntime_cuda)
     cpu: hardware.Cpu = field(default_factory=hardware.cpu)
     memory: hardware.Memory = field(default_factory=hardware.memory)
     driver: hardware.Driver | None = field(default_factory=hardware.nvidia_driver)
-    trials: Mapping[str, str] = field(default_factory=lambda: trials_here())
+    trials: Mapping[str, str] = field(default_factory=lambda: default_probe_errors())
 
     JSON_PROPERTIES: ClassVar = ("abilities", "clashes")
 
     @property
-    def abilities(self) -> dict[str, Shortfall | None]:
+    def abilities(self) -> dict[str, Issue | None]:
         """What could be wanted of the machine, and why it is not up to that; None if it is."""
         return {
             task: next(filter(None, map(self.lacks, needs.split())), None)
@@ -117,9 +119,9 @@ class Environment:
         }
 
     @property
-    def clashes(self) -> tuple[Shortfall, ...]:
+    def clashes(self) -> tuple[Issue, ...]:
         """What does not go together."""
-        pip, found = pip_command(), list[Shortfall]()
+        pip, found = pip_command(), list[Issue]()
         major = (self.torch_cuda or "").partition(".")[0]
         for item in self.components:
             names = [name for name in item.installed if name not in METAPACKAGES]
@@ -135,28 +137,28 @@ class Environment:
                 continue
             change = f"{pip} uninstall --yes {' '.join(names)} && {pip} install '{wanted}'"
             remedy = f"Keep one, of the CUDA that PyTorch has: `{change}`."
-            found.append(Shortfall(f"{' and '.join(names)} {problem}", remedy))
+            found.append(Issue(f"{' and '.join(names)} {problem}", remedy))
         return tuple(found)
 
-    def lacks(self, need: str) -> Shortfall | None:
+    def lacks(self, need: str) -> Issue | None:
         """Return why something is not here, or failed when tried; :data:`TASKS` shows the needs."""
         pip, compiler = pip_command(), os.environ.get("CXX", "g++")
         item = next((one for one in self.components if one.name == need), None)
         if need == "c++" and not shutil.which(compiler):
-            return Shortfall(f"there is no C++ compiler '{compiler}'", "Install g++, or set CXX.")
+            return Issue(f"there is no C++ compiler '{compiler}'", "Install g++, or set CXX.")
         if need == "cuda-ep" and CUDA not in self.providers:
             change = f"{pip} uninstall --yes onnxruntime && {pip} install '{ONNXRUNTIME_GPU}'"
-            return Shortfall(f"ONNX Runtime has no {CUDA}", f"Install it: `{change}`.")
+            return Issue(f"ONNX Runtime has no {CUDA}", f"Install it: `{change}`.")
         if item and item.version is None:
-            return Shortfall(f"{need} is not installed", f"Run `{pip} install {item.install}`.")
+            return Issue(f"{need} is not installed", f"Run `{pip} install {item.install}`.")
         if item and item.fault:
             remedy = f"Try `{pip} install --force-reinstall {item.distribution}`."
-            return Shortfall(f"{need} is installed but does not load ({item.fault})", remedy)
+            return Issue(f"{need} is installed but does not load ({item.fault})", remedy)
         if need in ("gpu", "cuda-ep", "rtx-gpu") and (problem := self._gpu_problem(need)):
-            return Shortfall(problem, NO_GPU)
+            return Issue(problem, NO_GPU)
         if reason := self.trials.get(need):
             problem = f"{need}, tried here, failed: {reason}"
-            return Shortfall(problem, "Mend that, or see what clashes.")
+            return Issue(problem, "Mend that, or see what clashes.")
         return None
 
     def _gpu_problem(self, need: str) -> str:
@@ -177,21 +179,23 @@ def missing(environment: Environment, needs: Iterable[str]) -> MissingDependency
     """Return the error that lists what is needed and not here or not usable; None if all is.
 
     Raises:
-        UsageError: a need is none of :data:`NEEDS`.
+        UsageError: a need is none of :data:`REQUIREMENTS`.
     """
-    if unknown := set(needs) - set(NEEDS):
-        raise UsageError(f"There is no '{min(unknown)}' to require.", f"Known: {', '.join(NEEDS)}.")
+    if unknown := set(needs) - set(REQUIREMENTS):
+        raise UsageError(
+            f"There is no '{min(unknown)}' to require.", f"Known: {', '.join(REQUIREMENTS)}."
+        )
     lacking = dict.fromkeys(filter(None, map(environment.lacks, needs)))
     problems = "; ".join(lack.problem for lack in lacking)
     remedies = "\n".join(lack.remedy for lack in lacking)
     return MissingDependency(f"Required but not here: {problems}.", remedies) if lacking else None
 
 
-def trials_here() -> dict[str, str]:
-    """Return why each of :data:`TRIALS` failed: all where there is a GPU, else only a builder."""
+def default_probe_errors() -> dict[str, str]:
+    """Return why each of :data:`PROBES` failed: all where there is a GPU, else only a builder."""
     driver = hardware.nvidia_driver()
-    names = TRIALS if driver and driver.gpus else ("tensorrt-rtx",)
-    return tried({name: TRIALS[name] for name in names})
+    names = PROBES if driver and driver.gpus else ("tensorrt-rtx",)
+    return tried({name: PROBES[name] for name in names})
 
 
 def tried(programs: Mapping[str, tuple[str, str]]) -> dict[str, str]:

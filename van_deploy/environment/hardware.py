@@ -151,7 +151,7 @@ def nvidia_driver() -> Driver | None:
     return None
 
 
-def nvml_answer(gpu: Any, function: str, *arguments: Any) -> Any:
+def query_nvml(gpu: Any, function: str, *arguments: Any) -> Any:
     """Return NVML's answer about a GPU; None where it has none: MIG and virtual machines do not."""
     import pynvml
 
@@ -161,15 +161,15 @@ def nvml_answer(gpu: Any, function: str, *arguments: Any) -> Any:
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    capability = nvml_answer(handle, "nvmlDeviceGetCudaComputeCapability")
-    installed = nvml_answer(handle, "nvmlDeviceGetMemoryInfo")
-    place = nvml_answer(handle, "nvmlDeviceGetPciInfo")
+    capability = query_nvml(handle, "nvmlDeviceGetCudaComputeCapability")
+    installed = query_nvml(handle, "nvmlDeviceGetMemoryInfo")
+    place = query_nvml(handle, "nvmlDeviceGetPciInfo")
     return Gpu(
         str(nvml.nvmlDeviceGetName(handle)),
         tuple(capability) if capability else None,
         int(installed.total) if installed else None,
         _bus(place.busId) if place else "",
-        str(nvml_answer(handle, "nvmlDeviceGetUUID") or ""),
+        str(query_nvml(handle, "nvmlDeviceGetUUID") or ""),
     )
 
 

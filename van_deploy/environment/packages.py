@@ -42,32 +42,35 @@ class Component:
     installed: tuple[str, ...] = ()
 
 
-def components_here() -> tuple[Component, ...]:
+def installed_components() -> tuple[Component, ...]:
     """Return every component of ``components.toml`` as it is here; small ones are imported."""
     found = []
     for row in toml_from(Path(__file__).with_name("components.toml"))["component"]:
-        installed = tuple(filter(version_of, row["distributions"]))
+        installed = tuple(filter(installed_version, row["distributions"]))
         here = next(iter(installed), None)
-        fault = import_fault(row["module"]) if here and "module" in row else None
-        version, install = here and version_of(here), row.get("install", row["distributions"][0])
+        fault = import_error(row["module"]) if here and "module" in row else None
+        version, install = (
+            here and installed_version(here),
+            row.get("install", row["distributions"][0]),
+        )
         given = (row["name"], row["enables"], install, here, version, fault)
         found.append(Component(*given, installed))
     return tuple(found)
 
 
-def version_of(distribution: str) -> str | None:
+def installed_version(distribution: str) -> str | None:
     """Return the version of an installed package; None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
     return None
 
 
-def of_onnxruntime(name: str) -> Any:
+def onnxruntime_attribute(name: str) -> Any:
     """Return an attribute of ONNX Runtime; None where it does not load, or has none such.
 
     Two ONNX Runtimes over each other can leave a module without its functions.
     """
-    return None if import_fault("onnxruntime") else getattr(sys.modules["onnxruntime"], name, None)
+    return None if import_error("onnxruntime") else getattr(sys.modules["onnxruntime"], name, None)
 
 
 def execution_providers() -> tuple[str, ...]:
@@ -75,12 +78,12 @@ def execution_providers() -> tuple[str, ...]:
 
     A provider listed here still needs its hardware and libraries.
     """
-    return tuple((of_onnxruntime("get_available_providers") or tuple)())
+    return tuple((onnxruntime_attribute("get_available_providers") or tuple)())
 
 
 def onnxruntime_cuda() -> str | None:
     """Return the CUDA that ONNX Runtime was built for (``13.0``); None for CPUs, or without it."""
-    return of_onnxruntime("cuda_version") or None
+    return onnxruntime_attribute("cuda_version") or None
 
 
 def torch_cuda() -> str | None:
@@ -102,7 +105,7 @@ def pip_command() -> str:
     return "pip" if first.parent == Path(sys.executable).parent else f"{sys.executable} -m pip"
 
 
-def imported_quietly(module: str) -> ModuleType:
+def import_without_telemetry(module: str) -> ModuleType:
     """Return the module, imported without telling OpenVINO's makers.
 
     OpenVINO reports its import to a web service. It takes its own stand-in where the reporter is
@@ -122,10 +125,10 @@ def imported_quietly(module: str) -> ModuleType:
         del sys.modules[reporter]
 
 
-def import_fault(module: str) -> str | None:
+def import_error(module: str) -> str | None:
     """Return why the module cannot be imported, on one line, or None if it can."""
     try:
-        imported_quietly(module)
+        import_without_telemetry(module)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
     return None

@@ -39,7 +39,7 @@ SIDE, PRODUCTS = 384, 10  # about 10 ms on two cores
 QUIET_LIMIT, UNDISTURBED = 1.1, 0.1
 
 
-class Lane(WorkerProcess):
+class ContenderProcess(WorkerProcess):
     """A contender's process, and what was measured of it at the current batch.
 
     Args:
@@ -68,7 +68,7 @@ class Lane(WorkerProcess):
         self.load_s: float | None = None
         self.failure: WorkerError | None = None
 
-    def __enter__(self) -> Lane:
+    def __enter__(self) -> ContenderProcess:
         """Start the process and open the contender in it; a failure is kept."""
         super().__enter__()
         self.failure = None
@@ -135,7 +135,7 @@ class Lane(WorkerProcess):
         return Ratio.of(quiet) if len(quiet) >= LEAST_ROUNDS else None
 
 
-class Race(ExitStack):
+class InterleavedBenchmark(ExitStack):
     """The contenders' processes. Open it with ``with``; it ends them on leaving.
 
     Args:
@@ -147,12 +147,14 @@ class Race(ExitStack):
         looks: what the product took, in ms, whenever it was timed.
     """
 
-    def __init__(self, lanes: list[Lane], settings: BenchSettings, say: Progress = silent) -> None:
+    def __init__(
+        self, lanes: list[ContenderProcess], settings: BenchSettings, say: Progress = silent
+    ) -> None:
         super().__init__()
         self.lanes, self.settings, self._say = lanes, settings, say
         self.looks: list[float] = []
 
-    def __enter__(self) -> Race:
+    def __enter__(self) -> InterleavedBenchmark:
         """Start and load every contender, one after the other."""
         for lane in self.lanes:
             self._say(f"Loading {lane.name}")
@@ -168,7 +170,7 @@ class Race(ExitStack):
             lanes = [lane for lane in lanes if lane.name not in slow]
         return rows
 
-    def run(self, batch: int, lanes: Sequence[Lane]) -> list[Row]:
+    def run(self, batch: int, lanes: Sequence[ContenderProcess]) -> list[Row]:
         """Return one row a contender at one batch size."""
         budget, on_gpu = self.settings.budget, self.settings.device != "cpu"
         for lane in lanes:
@@ -196,7 +198,7 @@ class Race(ExitStack):
                 self._sum_up(lane, base)
         return [lane.row for lane in lanes]
 
-    def _sum_up(self, lane: Lane, base: Lane | None) -> None:
+    def _sum_up(self, lane: ContenderProcess, base: ContenderProcess | None) -> None:
         """Put what all rounds say into a contender's row."""
         limit_ms, every = self._limit_ms, [ratio for *_, ratio in lane.rounds if ratio]
         ratio = (lane.quiet_ratio(limit_ms) or Ratio.of(every)) if base else None
@@ -225,7 +227,7 @@ class Race(ExitStack):
         undisturbed = np.quantile(self.looks or [math.inf], UNDISTURBED, method="inverted_cdf")
         return QUIET_LIMIT * float(undisturbed)
 
-    def _is_done(self, lane: Lane, base: Lane | None) -> bool:
+    def _is_done(self, lane: ContenderProcess, base: ContenderProcess | None) -> bool:
         """Return whether a contender need not be timed again at this batch."""
         budget, rounds = self.settings.budget, len(lane.rounds)
         if lane.failure is not None or budget.is_over(lane.timed_s, rounds):
@@ -233,12 +235,14 @@ class Race(ExitStack):
         met = budget.is_met(lane.timed_s, len(lane.latencies), rounds)
         return met and (base in (None, lane) or self._is_settled(lane))
 
-    def _is_settled(self, lane: Lane) -> bool:
+    def _is_settled(self, lane: ContenderProcess) -> bool:
         """Return whether the ratio over the quiet rounds is known well enough."""
         ratio, tolerance = lane.quiet_ratio(self._limit_ms), self.settings.budget.tolerance_percent
         return ratio is not None and ratio.uncertainty_percent <= tolerance
 
-    def _round(self, waiting: Sequence[Lane], base: Lane | None, slice_s: float) -> None:
+    def _round(
+        self, waiting: Sequence[ContenderProcess], base: ContenderProcess | None, slice_s: float
+    ) -> None:
         """Time one slice of each, and of the reference between them."""
         others = [lane for lane in waiting if lane is not base]
         order = others if base is None else with_reference(others, base)
@@ -261,7 +265,9 @@ class Race(ExitStack):
             base.rounds.append((statistics.geometric_mean(own), max(looks), 1.0))
 
 
-def with_reference(others: Sequence[Lane], base: Lane) -> list[Lane]:
+def with_reference(
+    others: Sequence[ContenderProcess], base: ContenderProcess
+) -> list[ContenderProcess]:
     """Return the order of a round: the reference first, last, and after every few others.
 
     Of ``n`` others, after each group of about the square root of ``n``: the

@@ -16,7 +16,7 @@ import pytest
 from tests.each import each
 from van_deploy.bench.benchmark import warnings_of
 from van_deploy.bench.document import Contender, Latency, Machine, Ratio, Row
-from van_deploy.bench.race import Lane, Race, with_reference
+from van_deploy.bench.interleaved import ContenderProcess, InterleavedBenchmark, with_reference
 from van_deploy.bench.worker import KEEP_MEMORY, Worker, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
@@ -84,8 +84,8 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     narrow = replace(graph, name="narrow", min_batch=2, max_batch=2)
     broken = replace(graph, name="broken", file=str(tmp_path / "model.onnx"))
     settings = BenchSettings(device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK)
-    lanes = [Lane(one, inputs, 64, settings) for one in (graph, narrow, broken)]
-    with Race(lanes, settings) as race:
+    lanes = [ContenderProcess(one, inputs, 64, settings) for one in (graph, narrow, broken)]
+    with InterleavedBenchmark(lanes, settings) as race:
         os.kill(lanes[0].process.pid, signal.SIGKILL)
         first, second = ({row.contender: row for row in race.run(n, lanes)} for n in (1, 2))
     assert "SIGKILL" in first["fp32"].error
@@ -97,7 +97,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     assert second["fp32"].latency.calls >= 2 * QUICK.rounds
 
 
-class Scripted(Lane):
+class Scripted(ContenderProcess):
     """A contender whose slices take what it is told, on a machine that gets slower by ``drift``."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Scripted(Lane):
         return [took], given["seconds"], 0
 
 
-class Neighbourhood(Race):
+class Neighbourhood(InterleavedBenchmark):
     """A race of scripted contenders, with a neighbour from one look at the machine to another."""
 
     def __init__(
