@@ -26,7 +26,7 @@ from benchmarks.precision import reader
 from benchmarks.running import ASKED, made
 from benchmarks.table import Table, options
 from van_deploy.bench.document import Contender, Row
-from van_deploy.bench.interleaved import ContenderProcess, InterleavedBenchmark
+from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 
@@ -57,7 +57,7 @@ def main() -> int:
                     device="cpu", threads=THREADS, reference="ours", budget=budget
                 )
                 lanes = [
-                    ContenderProcess(
+                    TimedProcess(
                         Contender(name, runtime, "fp32", str(path), mode="ort-cpu"),
                         folder / "none.npy",
                         SIZE,
@@ -67,7 +67,7 @@ def main() -> int:
                 ]
                 with InterleavedBenchmark(lanes, settings) as race:
                     for batch in batches:
-                        ours, *theirs = race.run(batch, lanes)
+                        ours, *theirs = race.run_batch(batch, lanes)
                         for row in theirs:
                             table.row(variant, title, *_compared(ours, row))
     table.notes.append(f"{THREADS} threads, {SIZE} x {SIZE}, random weights.")

@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.environment import packages
-from van_deploy.environment.doctor import CUDA, PROBES, REQUIREMENTS, Environment, missing, tried
+from van_deploy.environment.doctor import CUDA, PROBES, REQUIREMENTS, Environment, tried
 from van_deploy.environment.hardware import Driver, Gpu
 from van_deploy.environment.packages import (
     import_without_telemetry,
@@ -104,7 +104,9 @@ def test_what_can_be_required_and_done(
 
 def test_doctor_tells_everything_and_what_is_missing_at_once(cli: Cli, here: Environment) -> None:
     broken = {"onnxruntime": {"fault": "libcudart.so.13: not found"}}
-    error = missing(varied(here, None, faults=broken), ["ray", "gpu", "onnxruntime", "ray"])
+    error = check_requirements(
+        varied(here, None, faults=broken), ["ray", "gpu", "onnxruntime", "ray"]
+    )
     assert error is not None
     assert error.message == (
         f"Required but not here: ray is not installed; {NO_DRIVER}; onnxruntime is installed but "

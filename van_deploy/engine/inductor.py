@@ -68,8 +68,8 @@ def package_settings(bundle: Bundle, settings: BuildSettings, host: Host) -> lis
         )
     if device != "cpu" and host.gpu is None:
         raise MissingDependency(
-            f"A package for {device} is compiled on the GPU that will run it, and no NVIDIA GPU was "
-            "found.",
+            f"A package for {device} is compiled on the GPU that will run it, and no NVIDIA GPU "
+            "was found.",
             "Build on that machine, or for this CPU with --device cpu.",
         )
     compiler, manifest = os.environ.get("CXX", "g++"), bundle.manifest

@@ -175,7 +175,7 @@ class Environment:
         return "" if gpus else "the NVIDIA driver sees no GPU"
 
 
-def missing(environment: Environment, needs: Iterable[str]) -> MissingDependency | None:
+def check_requirements(environment: Environment, needs: Iterable[str]) -> MissingDependency | None:
     """Return the error that lists what is needed and not here or not usable; None if all is.
 
     Raises:
