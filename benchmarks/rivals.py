@@ -29,6 +29,7 @@ from van_deploy.bench.document import Contender, Row
 from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.stopwatch import no_progress
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
@@ -51,7 +52,7 @@ def main() -> int:
             np.save(folder / "none.npy", images.astype(np.float32))
             bundle, files = Bundle.open(made(variant, folder)), _rivals(variant, folder)
             for title, (runtime, artifact, names) in GROUPS.items():
-                paths = {"ours": bundle.verified(artifact), **{n: files[n] for n in names}}
+                paths = {"ours": bundle.verified_path(artifact), **{n: files[n] for n in names}}
                 budget = Budget(seconds=float(arguments.seconds))
                 settings = BenchSettings(
                     device="cpu", threads=THREADS, reference="ours", budget=budget
@@ -65,7 +66,7 @@ def main() -> int:
                     )
                     for name, path in paths.items()
                 ]
-                with InterleavedBenchmark(lanes, settings) as race:
+                with InterleavedBenchmark(lanes, settings, no_progress) as race:
                     for batch in batches:
                         ours, *theirs = race.run_batch(batch, lanes)
                         for row in theirs:
@@ -92,10 +93,10 @@ def _rivals(variant: str, folder: Path) -> dict[str, Path]:
     import torch
 
     from van_deploy.model.van import random_van
-    from van_deploy.model.variants import variant_named
+    from van_deploy.model.variants import get_variant
 
     warnings.simplefilter("ignore")
-    model, example = random_van(variant_named(variant).config), torch.zeros(2, 3, SIZE, SIZE)
+    model, example = random_van(get_variant(variant).config), torch.zeros(2, 3, SIZE, SIZE)
     paths = {name: folder / f"{name}.onnx" for name in ("export", "export+sim", "torchscript+sim")}
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     dim = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}

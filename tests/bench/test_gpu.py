@@ -25,6 +25,7 @@ from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import VARIANTS
+from van_deploy.stopwatch import no_progress
 
 
 class Device:
@@ -84,7 +85,7 @@ def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -
     contender = Contender("x", "tensorrt", "fp16", max_batch=4)
     lane = Scripted(contender, tmp_path / "none.npy", 224, settings)
     lane.load_s = 1.0
-    race = InterleavedBenchmark([lane], settings)
+    race = InterleavedBenchmark([lane], settings, no_progress)
     rows = [row for batch in (1, 2, 4, 8) for row in race.run_batch(batch, [lane])]
     assert [row.queued_ms for row in rows] == [2.0, None, 2.0, None]
     assert [row.error[:13] for row in rows] == ["", "out of memory", "", "batch 8 is ou"]

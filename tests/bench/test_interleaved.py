@@ -21,6 +21,7 @@ from van_deploy.bench.worker import MALLOC_SETTINGS, Worker, WorkerError, Worker
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
+from van_deploy.stopwatch import no_progress
 
 QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
 SIX = Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0)
@@ -36,7 +37,7 @@ def inputs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def graph(digits_bundle: Bundle) -> Contender:
-    file = str(digits_bundle.verified("fp32"))
+    file = str(digits_bundle.verified_path("fp32"))
     return Contender("fp32", "onnxruntime", "fp32", file, mode="ort-cpu")
 
 
@@ -85,7 +86,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     broken = replace(graph, name="broken", file=str(tmp_path / "model.onnx"))
     settings = BenchSettings(device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK)
     lanes = [TimedProcess(one, inputs, 64, settings) for one in (graph, narrow, broken)]
-    with InterleavedBenchmark(lanes, settings) as race:
+    with InterleavedBenchmark(lanes, settings, no_progress) as race:
         os.kill(lanes[0].process.pid, signal.SIGKILL)
         first, second = ({row.contender: row for row in race.run_batch(n, lanes)} for n in (1, 2))
     assert "SIGKILL" in first["fp32"].error
@@ -127,7 +128,7 @@ class Neighbourhood(InterleavedBenchmark):
     ) -> None:
         reference = lanes[0].contender.name
         settings = BenchSettings(device="cpu", reference=reference, budget=budget)
-        super().__init__([*lanes], settings)
+        super().__init__([*lanes], settings, no_progress)
         self.clock, self.drift, self.hurt = 0, drift, hurt
         for lane in lanes:
             lane.race = self
@@ -175,7 +176,7 @@ def test_one_that_fails_is_a_row_and_a_reference_that_fails_leaves_no_ratios() -
 
 
 def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> None:
-    budget = SIX.changed(limit_s=2.0)
+    budget = SIX.with_changes(limit_s=2.0)
     steady, noisy = Scripted("steady", 2.0), Scripted("noisy", 2.0, noise=1.5)
     rows = Neighbourhood(Scripted("r", 4.0), steady, noisy, budget=budget).rows()
     assert (steady.slices, rows["steady"].settled) == (6, True)
@@ -190,7 +191,7 @@ def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
 
 
 def test_disturbed_rounds_do_not_count_for_a_ratio() -> None:
-    budget = SIX.changed(seconds=1.0, limit_s=4.0, rounds=10)
+    budget = SIX.with_changes(seconds=1.0, limit_s=4.0, rounds=10)
     lanes = (Scripted("r", 4.0, hurt=1.1), Scripted("a", 2.0, hurt=1.6))
     row = Neighbourhood(*lanes, hurt=range(10, 23), budget=budget).rows()["a"]
     assert row.ratio

@@ -16,7 +16,14 @@ import pytest
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.environment import packages
-from van_deploy.environment.doctor import CUDA, PROBES, REQUIREMENTS, Environment, tried
+from van_deploy.environment.doctor import (
+    CUDA,
+    PROBES,
+    REQUIREMENTS,
+    Environment,
+    check_requirements,
+    tried,
+)
 from van_deploy.environment.hardware import Driver, Gpu
 from van_deploy.environment.packages import (
     import_without_telemetry,

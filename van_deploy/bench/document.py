@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.documents import Verdict
@@ -23,7 +23,7 @@ from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError, UsageError
 from van_deploy.intervals import median_interval
 from van_deploy.model.variants import WeightsSource
-from van_deploy.schema import Versioned, read_versioned
+from van_deploy.schema import VersionedSchema, read_document
 
 BENCH_FILE = "bench.json"
 # Maximum change of a ratio between two runs of the same files.
@@ -318,7 +318,7 @@ class RowChange:
     same_file: bool
 
 
-class BenchReport(Versioned, Verdict):
+class BenchReport(VersionedSchema, Verdict):
     """Results of a benchmark, and everything needed to repeat it.
 
     Attributes:
@@ -378,7 +378,7 @@ def read_report(path: Path) -> BenchReport:
         InputError: the file cannot be read, is not a report, or has another version.
     """
     remedy = "Create one with `van-deploy bench BUNDLE --output FILE` of this version."
-    return read_versioned(BenchReport, path, "benchmark", InputError, remedy)
+    return read_document(BenchReport, path, "benchmark", InputError, remedy)
 
 
 def save_to_bundle(report: BenchReport, bundle: Bundle) -> None:
@@ -396,7 +396,7 @@ def save_to_bundle(report: BenchReport, bundle: Bundle) -> None:
         for row in report.rows
         if row.latency
     ]
-    with writing(bundle.path) as draft:
+    with edit_bundle(bundle.path) as draft:
         draft.file(BENCH_FILE).write_text(report.text(), encoding="utf-8")
         draft.checks["bench"] = {
             "file": BENCH_FILE,

@@ -28,9 +28,9 @@ import numpy as np
 from van_deploy.bench.document import Contender, Latency, ProfileLine, Ratio, Row
 from van_deploy.bench.worker import WorkerError, WorkerExitError, WorkerProcess
 from van_deploy.config import BenchSettings, Budget
-from van_deploy.config.commands import LEAST_ROUNDS
+from van_deploy.config.commands import MIN_ROUNDS
 from van_deploy.config.sizes import ImageSize
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress
 
 PROBE_SIDE, PROBE_PRODUCTS = 384, 10  # about 10 ms on two cores
 # A round is quiet up to this multiple of the undisturbed probe time, which is this quantile.
@@ -131,7 +131,7 @@ class TimedProcess(WorkerProcess):
     def quiet_ratio(self, limit_ms: float) -> Ratio | None:
         """Return the ratio over the quiet rounds, or None if there are too few."""
         quiet = [ratio for _, probe_ms, ratio in self.rounds if probe_ms <= limit_ms and ratio]
-        return Ratio.of(quiet) if len(quiet) >= LEAST_ROUNDS else None
+        return Ratio.of(quiet) if len(quiet) >= MIN_ROUNDS else None
 
 
 class InterleavedBenchmark(ExitStack):
@@ -147,7 +147,7 @@ class InterleavedBenchmark(ExitStack):
     """
 
     def __init__(
-        self, processes: list[TimedProcess], settings: BenchSettings, progress: Progress = silent
+        self, processes: list[TimedProcess], settings: BenchSettings, progress: Progress
     ) -> None:
         super().__init__()
         self.processes, self.settings, self._progress = processes, settings, progress
@@ -229,10 +229,10 @@ class InterleavedBenchmark(ExitStack):
     def _is_done(self, process: TimedProcess, reference: TimedProcess | None) -> bool:
         """Return whether a contender needs no more rounds at this batch size."""
         budget, rounds = self.settings.budget, len(process.rounds)
-        if process.failure is not None or budget.is_over(process.timed_s, rounds):
+        if process.failure is not None or budget.is_exhausted(process.timed_s, rounds):
             return True
-        is_met = budget.is_met(process.timed_s, len(process.latencies), rounds)
-        return is_met and (reference in (None, process) or self._is_settled(process))
+        is_complete = budget.is_complete(process.timed_s, len(process.latencies), rounds)
+        return is_complete and (reference in (None, process) or self._is_settled(process))
 
     def _is_settled(self, process: TimedProcess) -> bool:
         """Return whether the ratio over the quiet rounds is within the tolerance."""

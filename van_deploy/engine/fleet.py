@@ -34,10 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.bundle import Artifact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.fields import Table, Target, option
-from van_deploy.config.making import PlanSettings
+from van_deploy.config.recipe_tables import PlanSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, choose_backend, detect_host
 from van_deploy.engine.build import engine_from_onnx, engine_name
@@ -60,10 +60,10 @@ from van_deploy.errors import (
     VanDeployError,
 )
 from van_deploy.files import content_key
-from van_deploy.manifest import EngineFacts
+from van_deploy.manifest import EngineInfo
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
-from van_deploy.schema import read_toml, validated
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.schema import read_toml_document, validate
+from van_deploy.stopwatch import Progress, no_progress
 
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 ENGINES = "engines"
@@ -108,7 +108,7 @@ class FleetFile(Table):
     options: PlanSettings = option(PlanSettings)
     hosts: dict[str, FleetHost] = option(dict)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield hosts of targets that are not built."""
         known = {"+".join(plan) for plan in self.fleet.targets}
         for name in sorted(set(self.hosts) - known):
@@ -177,7 +177,7 @@ def read_fleet(path: Path) -> tuple[Cell, ...]:
     Raises:
         RecipeError: the file cannot be read, or has an invalid key or value.
     """
-    file = read_toml(FleetFile, path, "fleet file", RecipeError)
+    file = read_toml_document(FleetFile, path, "fleet file", RecipeError)
     cells = []
     for folder in (path.parent / bundle for bundle in file.fleet.bundles):
         defaults: tuple[Any, ...] = ()
@@ -226,7 +226,7 @@ def engine_cells(
         options = settings.of(served if backend.cross_compiles else targets, batch, sizes)
         require_supported(backend, options, host, settings.timing_cache)
         builds.append((served, options))
-    fleet_host = validated(FleetHost, {"backend": settings.backend})
+    fleet_host = validate(FleetHost, {"backend": settings.backend})
     return [
         Cell(bundle, precision, served, options, fleet_host)
         for precision in settings.precisions
@@ -260,7 +260,7 @@ def find_pending(
             "from ONNX files.",
             f"Choose one of: {', '.join(graphs)}.",
         )
-    bundle.verified(source.name)
+    bundle.verified_path(source.name)
     inputs = _build_inputs(source, cell.targets, cell.options)
     if not (remote and cell.host.accelerator_type):
         try:
@@ -289,7 +289,7 @@ def find_existing(
         recorded = {name: artifact.made_with.get(name) for name in inputs}
         if content_key(recorded) == content_key(inputs):
             with contextlib.suppress(BundleError, InputError):
-                return load(bundle.verified(artifact.name))
+                return load(bundle.verified_path(artifact.name))
     return None
 
 
@@ -300,7 +300,7 @@ def build_cells(
     timing_cache: Path | None = None,
     force: bool = False,
     keep_going: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Iterator[BuildOutcome]:
     """Build engines one after the other on this machine, and yield each outcome.
 
@@ -405,7 +405,7 @@ def _build_plan(
     folder: Path,
     host: Host,
     timing_cache: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Path:
     """Build the plan of a cell on this machine, ``host``, and return its path."""
     source, options = bundle.artifact(cell.precision), cell.options
@@ -455,7 +455,7 @@ def add_to_bundle(
     """
     paths = (path for path in (file, sidecar_path(file), log_path(file)) if path.exists())
     copies = {f"{ENGINES}/{path.name}": path for path in paths}
-    with writing(bundle) as draft:
+    with edit_bundle(bundle) as draft:
         current = draft.artifacts.get(source.name)
         if current is None or current.sha256 != source.sha256:
             raise BundleError(
@@ -474,7 +474,7 @@ def add_to_bundle(
                 files=dict.fromkeys(copies, ""),  # the draft computes the digests
                 made_from=Origin(name=source.name, sha256=source.sha256),
                 made_with=dict(inputs),
-                engine=EngineFacts(
+                engine=EngineInfo(
                     backend=sidecar.backend_label,
                     targets=sidecar.targets,
                     profiles=sidecar.profiles,

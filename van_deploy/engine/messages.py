@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy import errors
-from van_deploy.documents import toml_from
+from van_deploy.documents import read_toml_file
 from van_deploy.errors import ConversionError, VanDeployError
 
 _MEMORY_PATTERNS = {
@@ -109,7 +109,7 @@ class KnownError:
 # The most specific error comes first.
 KNOWN_ERRORS = tuple(
     KnownError(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
-    for row in toml_from(Path(__file__).with_name("messages.toml"))["entry"]
+    for row in read_toml_file(Path(__file__).with_name("messages.toml"))["entry"]
 )
 UNKNOWN = KnownError("unknown", "", "not a known error", "See the log next to the plan.")
 
