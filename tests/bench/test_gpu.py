@@ -75,9 +75,9 @@ def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -
     asked: list[Any] = []
 
     class Scripted(TimedProcess):
-        def request(self, do: str, **given: Any) -> Any:
-            asked.append((do, given))
-            if given["batch"] == 2:
+        def request(self, method: str, **arguments: Any) -> Any:
+            asked.append((method, arguments))
+            if arguments["batch"] == 2:
                 raise WorkerError("out of memory")
             return {"queued_ms": 2.0, "images_per_s": 500.0}
 

@@ -108,8 +108,8 @@ class Scripted(TimedProcess):
         self.ms, self.fails_at, self.noise, self.hurt, self.slices = ms, fails_at, noise, hurt, 0
         self.race = Neighbourhood(self)
 
-    def request(self, do: str, **given: Any) -> Any:
-        if do == "warm_up":
+    def request(self, method: str, **arguments: Any) -> Any:
+        if method == "warm_up":
             return self.ms, self.ms
         self.slices += 1
         self.race.clock += 1
@@ -117,7 +117,7 @@ class Scripted(TimedProcess):
             raise WorkerError("killed by SIGKILL")
         took = self.ms * self.race.drift**self.race.clock * self.noise ** (self.slices % 2)
         took *= self.hurt if self.race.disturbed else 1.0
-        return [took], given["seconds"], 0
+        return [took], arguments["seconds"], 0
 
 
 class Neighbourhood(InterleavedBenchmark):
