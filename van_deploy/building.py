@@ -25,9 +25,9 @@ from van_deploy.checks.gates import Outcome as Found
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
-from van_deploy.engine import bundled
-from van_deploy.engine.backend import Host, device_number, host_here
-from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, packages_asked
+from van_deploy.engine import fleet
+from van_deploy.engine.backend import Host, detect_host, device_index
+from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
@@ -77,7 +77,7 @@ class BuildReport(Verdict):
         remarks: a sentence for each precision that was made on the way.
     """
 
-    outcomes: tuple[bundled.Outcome, ...]
+    outcomes: tuple[fleet.BuildOutcome, ...]
     tuned: tuple[CandidateResult, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -105,24 +105,24 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
             found out after the first was.
     """
-    host = host_here(device=device_number(settings.device))
+    host = detect_host(device=device_index(settings.device))
     if settings.tune:
         return _fastest(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
         packages = []
-        for one in packages_asked(bundle, settings, host):
+        for one in package_settings(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
-            targets, how = package.targets, bundled.REUSED if reused else bundled.BUILT
-            made_of = package.precision, targets, one.of(), bundled.FleetHost()
-            cell = bundled.Cell(bundle.path, *made_of)
-            packages.append(bundled.Outcome(cell, how, package.name, package=package))
+            targets, how = package.targets, fleet.REUSED if reused else fleet.BUILT
+            made_of = package.precision, targets, one.of(), fleet.FleetHost()
+            cell = fleet.Cell(bundle.path, *made_of)
+            packages.append(fleet.BuildOutcome(cell, how, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
-    cells = bundled.planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
+    cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
     missing = [name for name in settings.precisions if name not in bundle.artifacts]
     made = [_made_missing(Bundle.open(bundle.path), name, settings, progress) for name in missing]
-    outcomes = bundled.build_cells(
+    outcomes = fleet.build_cells(
         cells, host=host, timing_cache=settings.timing_cache, force=force, progress=progress
     )
     return BuildReport(tuple(outcomes), remarks=tuple(made))
@@ -130,17 +130,17 @@ def build_bundle(
 
 def build_fleet(
     path: Path,
-    fleet: config.FleetSettings,
+    settings: config.FleetSettings,
     *,
     force: bool = False,
     progress: Progress = no_progress,
-    each: Callable[[int, int, bundled.Outcome], None],
+    each: Callable[[int, int, fleet.BuildOutcome], None],
 ) -> BuildReport:
     """Return what became of every engine of a fleet file; one that fails does not stop the others.
 
     Args:
         path: the file.
-        fleet: where they are built.
+        settings: where they are built.
         force: build engines even if they are there.
         progress: told what is being built.
         each: told of every engine that is done: which of how many, and how it ended.
@@ -149,11 +149,11 @@ def build_fleet(
         RecipeError: the file is wrong.
         MissingDependency: Ray was asked for and is not here.
     """
-    cells = bundled.read_fleet(path)
-    if fleet.on == "ray":
-        stream = bundled.build_on_ray(cells, address=fleet.ray_address or None, force=force)
+    cells = fleet.read_fleet(path)
+    if settings.on == "ray":
+        stream = fleet.build_on_ray(cells, address=settings.ray_address or None, force=force)
     else:
-        stream = bundled.build_cells(cells, go_on=True, force=force, progress=progress)
+        stream = fleet.build_cells(cells, keep_going=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         each(count, len(cells), outcome)
