@@ -42,7 +42,7 @@ DOCUMENTS: Mapping[str, str] = {
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:model_described",
     "inspect": "van_deploy.describe:artifacts_described",
-    "list": "van_deploy.model.variants:listed_variants",
+    "list": "van_deploy.model.variants:list_variants",
     "manifest": "van_deploy.manifest:Manifest",
     "package": "van_deploy.serve.package:PackageReport",
     "package-record": "van_deploy.serve.package:PackageRecord",
