@@ -32,9 +32,10 @@ PAGES = [
     for page in (ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))
     if "van-deploy " in page.read_text(encoding="utf-8")
 ]
-SHELL_BLOCK = re.compile(r"^```(?:sh|bash|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELLS = ("", "sh", "bash", "console")
 GPU_WORDS = (
-    *({"--require", "gpu"}, {"--device", "cuda:0"}, {"--tune"}, {"inductor", "fp16"}),
+    *({"--require", "gpu"}, {"--device", "cuda:0"}, {"--tune"}),
     *({"--runner", "ort-cuda"}, {"--backend", "tensorrt"}),
 )
 SHORTER = {"bench": ("--seconds", "0.05", "--rounds", "2", "--runners", "ort-cpu*")}
@@ -42,8 +43,9 @@ SHORTER = {"bench": ("--seconds", "0.05", "--rounds", "2", "--runners", "ort-cpu
 
 def commands(page: Path) -> list[list[str]]:
     """Return the words of every ``van-deploy`` command in the shell blocks of a page."""
-    blocks = "\n".join(SHELL_BLOCK.findall(page.read_text(encoding="utf-8")))
-    lines = blocks.replace("\\\n", " ").splitlines()
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    text = "\n".join(block for language, block in blocks if language in SHELLS)
+    lines = text.replace("\\\n", " ").splitlines()
     every = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
     return [words[1:] for words in every if words[:1] == ["van-deploy"]]
 
