@@ -102,15 +102,15 @@ class VanConfig:
         return tuple(round(d * r) for d, r in zip(self.embed_dims, self.mlp_ratios, strict=True))
 
     @property
-    def body(self) -> dict[str, tuple[int, ...]]:
-        """What a published variant fixes: all but the two ends."""
+    def trunk(self) -> dict[str, tuple[int, ...]]:
+        """The values that define a published variant: all but input channels and head."""
         names = ("embed_dims", "depths", "hidden_dims", "lka_kernels")
         return {name: getattr(self, name) for name in names}
 
     @property
     def variant(self) -> str | None:
         """The published variant with this architecture (classes and channels aside), or None."""
-        return next((n for n, known in VARIANTS.items() if known.config.body == self.body), None)
+        return next((n for n, known in VARIANTS.items() if known.config.trunk == self.trunk), None)
 
     def _kernel_weights(self, stage: int) -> tuple[int, int]:
         """Return the weights, without biases, of a stage's patch embedding and of one block."""
