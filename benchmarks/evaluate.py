@@ -71,7 +71,7 @@ def _fed(bundle: vd.Bundle, images: Path) -> float:
     labelled = label_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]
     start = time.perf_counter()
-    with OnnxRuntimeRunner(artifact.verified("fp32")) as graph:
+    with OnnxRuntimeRunner(artifact.verified_path("fp32")) as graph:
         for batch in ready:
             TorchRunner(loaded.model).run(batch)
             graph.run(batch)

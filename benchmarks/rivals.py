@@ -51,7 +51,7 @@ def main() -> int:
             np.save(folder / "none.npy", images.astype(np.float32))
             bundle, files = Bundle.open(made(variant, folder)), _rivals(variant, folder)
             for title, (runtime, artifact, names) in GROUPS.items():
-                paths = {"ours": bundle.verified(artifact), **{n: files[n] for n in names}}
+                paths = {"ours": bundle.verified_path(artifact), **{n: files[n] for n in names}}
                 budget = Budget(seconds=float(arguments.seconds))
                 settings = BenchSettings(
                     device="cpu", threads=THREADS, reference="ours", budget=budget

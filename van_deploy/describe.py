@@ -85,7 +85,7 @@ class NetworkDescription:
     class_names: tuple[str, ...] | None = None
 
 
-def model_described(model: str) -> BundleDescription | NetworkDescription:
+def describe_model(model: str) -> BundleDescription | NetworkDescription:
     """Return everything known of a bundle, of a variant, or of a checkpoint's weights.
 
     Raises:
@@ -133,7 +133,7 @@ def _counted(config: VanConfig, preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def artifacts_described(artifact: Path, *, trust_engine: bool = False) -> list[Described]:
+def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Described]:
     """Return the description of one file, or of everything in a bundle that can be run.
 
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.

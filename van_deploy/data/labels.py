@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.data.images import SUFFIXES, ImageSet, image_set
-from van_deploy.documents import DocumentError, text_from
+from van_deploy.documents import DocumentError, read_text_file
 from van_deploy.errors import ImageError, InputError, UsageError
 
 # What ``class_order`` may say of folders: sorted as strings, or numbers as numbers and ignoring
@@ -244,7 +244,7 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
         InputError: it cannot be read, or is not UTF-8.
     """
     try:
-        text = text_from(path).removeprefix("\ufeff")
+        text = read_text_file(path).removeprefix("\ufeff")
     except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"The labels '{path}' cannot be read: {reason}.", "Check it.") from error

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.data.images import Batch, ImageItem, ImageSet, Values, image_set, item_values
 from van_deploy.errors import ImageError
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
@@ -89,7 +89,7 @@ def dead_leaves_image(seed: int, size: ImageSize, channels: int = 3) -> npt.NDAr
     power spectrum resemble those of photographs (A. B. Lee, D. Mumford and J. Huang, "Occlusion
     models for natural images", International Journal of Computer Vision 41, 2001).
     """
-    rng, sides = np.random.default_rng(seed), sides_of(size)
+    rng, sides = np.random.default_rng(seed), height_width(size)
     canvas = np.tile(rng.uniform(0, 255, channels), (*sides, 1))
     low, high = 2.0, 0.35 * min(sides)  # pixels
     radii = (low**-2 - rng.uniform(size=LEAVES) * (low**-2 - high**-2)) ** -0.5

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 
 # Of every VAN.
@@ -142,7 +142,7 @@ class VanConfig:
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
         """
-        total, sides = 0, sides_of(image_size)
+        total, sides = 0, height_width(image_size)
         for stage, depth in enumerate(self.depths):
             sides = self.stage_output_size(stage, sides)
             embed, block = self._kernel_weights(stage)

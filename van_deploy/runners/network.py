@@ -172,7 +172,7 @@ class Network:
         """Return the input and the outputs of a graph, or of the plain network without one."""
         if entry and entry.graph:
             inputs, outputs = (
-                tuple(TensorSpec(name, v.dtype, v.row_shape) for name, v in item.items())
+                tuple(TensorSpec(name, v.dtype, v.sample_shape) for name, v in item.items())
                 for item in (entry.graph.inputs, entry.graph.outputs)
             )
             return inputs[0], outputs
@@ -206,7 +206,7 @@ class Network:
             from van_deploy.runners.pytorch import TorchRunner
 
             return TorchRunner(model)
-        path = self.bundle.verified(self.name, only_file=self.is_engine and trust)
+        path = self.bundle.verified_path(self.name, only_file=self.is_engine and trust)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
@@ -316,7 +316,7 @@ class Network:
             own = self._built("dynamic_size", None)
             sizes = SizeRange(**own) if own else None
         native = self.preprocessing.sides == (height, width)
-        return native if sizes is None else sizes.holds((height, width))
+        return native if sizes is None else sizes.contains((height, width))
 
     def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
         """Return the logits ``(N, K)`` of resized images ``(N, S, S, C)`` uint8.
