@@ -27,7 +27,7 @@ from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME, EMBEDDED_WEIGHTS
 from van_deploy.model.files import WEIGHTS_SUFFIX, WeightsFile, find_weights, load_file
 from van_deploy.model.keys import TOP_LEVEL, Checkpoint, find_network, official_names
-from van_deploy.model.metadata import read_metadata
+from van_deploy.model.metadata import Values, read_metadata
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
 from van_deploy.model.variants import VARIANT_NAMES, VanConfig, Variant, WeightsSource, get_variant
@@ -106,31 +106,24 @@ def load_van(
     variant = get_variant(spec) if is_variant or not (is_path or spec == EMBEDDED_NAME) else None
     if variant and weights == "random" and not (expect_sha256 or container or head):
         loaded = _load_random(spec, variant, seed, overrides)
-    else:
-        file = find_weights(*_weights_location(spec, variant, weights, expect_sha256), offline)
-        checkpoint = read_weights(file.path, container)
-        loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
+        return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
+    if weights == "random" or (weights and not variant):
+        wrong = f"'{spec}' cannot be combined with --weights {weights} and the other options"
+        reason = "only variants take --weights; random weights have no digest, container or head"
+        raise UsageError(f"{wrong}: {reason}.", "Give a checkpoint, or a variant and --weights.")
+    if variant and not weights:
+        weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
+        if not weights:
+            wrong = f"{variant.name} has no public ImageNet-1K weights."
+            raise UsageError(wrong, variant.weights_note)
+    location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
+    file = find_weights(location, expect_sha256, offline)
+    checkpoint = read_weights(file.path, container)
+    loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
     return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 
 
-def _weights_location(
-    spec: str, variant: Variant | None, weights: str | None, expected: str | None
-) -> tuple[str, str | None]:
-    """Return the path or repository of the weights, and their expected SHA-256."""
-    if weights == "random" or (weights and not variant):
-        wrong = f"'{spec}' cannot be combined with --weights {weights} and the other options"
-        reason = (
-            "only a variant takes --weights, and random weights have no digest, container or head"
-        )
-        raise UsageError(f"{wrong}: {reason}.", "Give a checkpoint, or a variant and --weights.")
-    if weights or not variant:
-        return weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec), expected
-    if not variant.weights:
-        raise UsageError(f"{variant.name} has no public ImageNet-1K weights.", variant.weights_note)
-    return variant.weights, expected or variant.sha256
-
-
-def _load_random(spec: str, variant: Variant, seed: int, overrides: Mapping[str, Any]) -> LoadedVan:
+def _load_random(spec: str, variant: Variant, seed: int, overrides: Values) -> LoadedVan:
     """Return a variant with random weights."""
     config = replace(variant.config, layer_norm_eps=overrides.get("layer_norm_eps", 1e-6))
     if "out_indices" in overrides:
@@ -143,11 +136,7 @@ def _load_random(spec: str, variant: Variant, seed: int, overrides: Mapping[str,
 
 
 def _load_checkpoint(
-    spec: str,
-    variant: Variant | None,
-    file: WeightsFile,
-    checkpoint: Checkpoint,
-    overrides: Mapping[str, Any],
+    spec: str, variant: Variant | None, file: WeightsFile, checkpoint: Checkpoint, overrides: Values
 ) -> LoadedVan:
     """Return the network of a weights file, with its metadata."""
     config, assumed = config_from_state_dict(checkpoint.tensors, overrides.get("head"))
@@ -161,9 +150,8 @@ def _load_checkpoint(
     if names is None and file.is_official and config.num_classes == 1000:
         names = tuple(map(ImageNetInfo().index_to_description, range(1000)))
     notes = (*file.notes, *checkpoint.notes, *assumed, *notes)
-    form = "embedded" if spec == EMBEDDED_NAME else checkpoint.format
-    container, path = checkpoint.container, str(file.path)
-    source = WeightsSource(spec, path, form, file.sha256, None, container, notes)
+    form, path = "embedded" if spec == EMBEDDED_NAME else checkpoint.format, str(file.path)
+    source = WeightsSource(spec, path, form, file.sha256, None, checkpoint.container, notes)
     model = network_from_state(checkpoint.tensors, config)
     name = variant.name if variant else file.name
     return LoadedVan(name, model, config, source, preprocessing, names)
@@ -191,8 +179,8 @@ def read_weights(path: Path, container: str | None = None) -> Checkpoint:
     state = {new: _copy_as_float32(old, network.tensors[old]) for old, new in names.items()}
     if dtypes := {str(network.tensors[old].dtype)[6:] for old in names} - {"float32"}:
         notes += (f"weights converted to float32 from {', '.join(sorted(dtypes))}",)
-    path_in_file = network.path or TOP_LEVEL
-    return Checkpoint(state, network.format, path_in_file, content, (*choice, *notes))
+    place = network.path or TOP_LEVEL
+    return Checkpoint(state, network.format, place, content, (*choice, *notes))
 
 
 def _copy_as_float32(name: str, tensor: Tensor) -> Tensor:
@@ -309,12 +297,8 @@ def _head_layers(
     names = requested or ["dropout"] * first + kinds[first:]
     pairs = zip_longest(kinds, names, fillvalue="?")
     if any(name not in HEAD_LAYERS if kind == "?" else name != kind for kind, name in pairs):
-        what = (
-            f"--head {','.join(requested)} does not match" if requested else "The head is unknown"
-        )
-        wrong = (
-            f"{what}: its layers are {', '.join(kinds)}, and the weights do not define each '?'."
-        )
+        what = f"--head {','.join(requested)} does not match" if requested else "Unknown head"
+        wrong = f"{what}: its layers are {', '.join(kinds)}; the weights do not define each '?'."
         such = f"--head {','.join(kinds).replace('?', 'relu')} (or {', '.join(HEAD_LAYERS)})"
         raise (UsageError if requested else CheckpointError)(wrong, f"Name all layers: {such}.")
     layers = (len(w) if name == "linear" else name for w, name in zip_longest(weights, names))

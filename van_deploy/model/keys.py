@@ -29,19 +29,15 @@ FORMATS = ("official", "transformers", "mmpretrain")
 
 # Prefix of a block's modules; {s} is the stage from 1, {z} the stage from 0, {b} the block.
 _BLOCK_PREFIXES = ("block{s}.{b}.", "encoder.stages.{z}.layers.{b}.", "blocks{s}.{b}.")
-_LKA_OFFICIAL, _LKA_TRANSFORMERS = "attn.spatial_gating_unit", "attention.attention_layer.attention"
+_SGU, _HF_LKA = "attn.spatial_gating_unit", "attention.attention_layer.attention"
 # Each row is a module or a bare parameter: its name in each of FORMATS.
-_DILATED_CONV = (
-    f"{_LKA_OFFICIAL}.conv_spatial",
-    f"{_LKA_TRANSFORMERS}.depth_wise_dilated",
-    f"{_LKA_OFFICIAL}.DW_D_conv",
-)
+_DILATED_CONV = (f"{_SGU}.conv_spatial", f"{_HF_LKA}.depth_wise_dilated", f"{_SGU}.DW_D_conv")
 _BLOCK_MODULES = (
     ("norm1", "pre_normomalization", "norm1"),
     ("attn.proj_1", "attention.pre_projection.conv", "attn.proj_1"),
-    (f"{_LKA_OFFICIAL}.conv0", f"{_LKA_TRANSFORMERS}.depth_wise", f"{_LKA_OFFICIAL}.DW_conv"),
+    (f"{_SGU}.conv0", f"{_HF_LKA}.depth_wise", f"{_SGU}.DW_conv"),
     _DILATED_CONV,
-    (f"{_LKA_OFFICIAL}.conv1", f"{_LKA_TRANSFORMERS}.point_wise", f"{_LKA_OFFICIAL}.conv1"),
+    (f"{_SGU}.conv1", f"{_HF_LKA}.point_wise", f"{_SGU}.conv1"),
     ("attn.proj_2", "attention.post_projection", "attn.proj_2"),
     ("layer_scale_1", "attention_scaling.weight", "layer_scale_1"),
     ("norm2", "post_normalization", "norm2"),
@@ -55,11 +51,9 @@ _STAGE_MODULES = (
     ("patch_embed{s}.norm", "{t}.embeddings.normalization", "patch_embed{s}.norm"),
     ("norm{s}", "{t}.normalization", "norm{s}"),
 )
-_INDEX_PATTERNS = {"s": "([1-4])", "z": "([0-3])", "b": "(0|[1-9][0-9]{0,5})"}
+_INDICES = {"s": "([1-4])", "z": "([0-3])", "b": "(0|[1-9][0-9]{0,5})"}
 _ANCHORS = {  # match the name of a dilated convolution: its prefix, stage and block
-    name: re.compile(
-        "(.*\\.|)" + f"{block}{conv}.weight".replace(".", r"\.").format(**_INDEX_PATTERNS)
-    )
+    name: re.compile("(.*\\.|)" + f"{block}{conv}.weight".replace(".", r"\.").format(**_INDICES))
     for name, block, conv in zip(FORMATS, _BLOCK_PREFIXES, _DILATED_CONV, strict=True)
 }
 # For each of FORMATS, the end of a backbone's prefix, and the name of the head without that end.
@@ -136,12 +130,11 @@ def find_network(
     """
     mappings = dict(_tensor_mappings(content))
     if container not in (None, TOP_LEVEL):
-        selected = mappings.get(container) or {
-            name: tensor
-            for path, tensors in mappings.items()
-            for name, tensor in tensors.items()
-            if (f"{path}.{name}" if path else name).startswith(f"{container}.")
-        }
+        every = [
+            (f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()
+        ]
+        prefixed = {name: t for full, name, t in every if full.startswith(f"{container}.")}
+        selected = mappings.get(container) or prefixed
         if not selected:
             available = (f"{path or TOP_LEVEL} ({len(ts)})" for path, ts in mappings.items())
             wrong = f"The checkpoint has no tensors under '{container}'."
@@ -154,11 +147,11 @@ def find_network(
             network = DetectedNetwork(path, mappings[path], name, prefix, set())
             network = networks.setdefault((path, name, prefix), network)
             network.blocks.add((int(stage) + (name == "transformers"), block))
-    if not networks:
+    detected = list(networks.values())
+    if not detected:
         names = max(map(list, mappings.values()), key=len, default=[])
         wrong = f"The checkpoint is not a VAN ({len(names)} tensors: {_join_names(names, 5)})."
         raise CheckpointError(wrong, "Pass a VAN with official, Transformers or mmpretrain names.")
-    detected = list(networks.values())
     complete = [n for n in detected if len({stage for stage, _ in n.blocks}) == STAGES]
     candidates = complete or detected
     averaged = [network for network in candidates if _AVERAGED.search(network.path)]

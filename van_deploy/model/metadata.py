@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -44,7 +44,7 @@ _CLASS_NAME_KEYS = (
     "classes",
     "label_names",
 )
-_PREPROCESSING_OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
+_OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
 _BESIDE, _OWN = " beside the weights", "the checkpoint's own"
 _PREPROCESSING_HINT = "Give all of --image-size --mean --std --interpolation --crop-pct."
 _LABELS_HINT = "Give --labels FILE, with one class name per line in the order of the logits."
@@ -114,9 +114,7 @@ def read_metadata(
     if config.num_classes == 1 and "problem_type" not in values:
         notes.append("one logit: it is unknown whether of two classes or of a regression")
     sources = _preprocessing_sources(config, content, arguments, openmmlab, file.configs)
-    preprocessing = _read_preprocessing(
-        config.in_chans, sources, file.is_official, overrides, notes
-    )
+    preprocessing = _read_preprocessing(config, file, sources, overrides, notes)
     names = None
     if config.num_classes and not {"class_names", "out_indices"} & overrides.keys():
         meta["classes"] = meta.get("CLASSES", meta.get("classes"))
@@ -186,11 +184,10 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
         wrong = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
         raise CheckpointError(wrong, "Correct it, or move the weights out of its folder.")
-    keys = ("strides", "layer_norm_eps", "problem_type")
-    used = {key: values[key] for key in keys if key in values}
-    used_text = ", ".join(f"{key} {value}" for key, value in used.items())
-    for prefix, text in (("from", used_text), ("unknown keys, not used, in", unknown(content))):
-        notes += [f"{prefix} {where}: {text}"] if text else []
+    used = {k: values[k] for k in ("strides", "layer_norm_eps", "problem_type") if k in values}
+    texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
+    texts["unknown keys in"] = unknown(content)
+    notes += [f"{prefix} {where}: {text}" for prefix, text in texts.items() if text]
     return used
 
 
@@ -212,19 +209,16 @@ def _preprocessing_sources(
     config: VanConfig, content: Values, arguments: Values, openmmlab: Values, configs: Values
 ) -> list[Source]:
     """Return the sources of preprocessing values in order of priority."""
-    metadata, processor = _as_dict(content.get("preprocessing")), configs.get(PROCESSOR, {})
-    json = configs.get(CONFIG, {})
+    metadata = _as_dict(content.get("preprocessing"))
+    processor, json = configs.get(PROCESSOR, {}), configs.get(CONFIG, {})
     has_size = _NETWORK_KEYS & json.keys() and json.get("image_size") is not None
     use_json = "architecture" in json or (has_size and not processor)
-    keys = processors.PREPROCESSING_ARGUMENTS
-    use_arguments = any(arguments.get(key) not in (None, "") for key in keys)
+    has_arguments = any(arguments.get(key) not in (None, "") for key in processors.ARGUMENT_KEYS)
+    arguments = arguments if has_arguments else {}
     openmmlab = {**openmmlab, "is_classifier": bool(config.num_classes)} if openmmlab else {}
     sources: tuple[Source, ...] = (
         (str(metadata.get("source", "the weights file")), dict, metadata),
-        (
-            *(f"{_OWN} training arguments", processors.from_arguments),
-            arguments if use_arguments else {},
-        ),
+        (f"{_OWN} training arguments", processors.from_arguments, arguments),
         (f"{_OWN} configuration", processors.from_openmmlab, openmmlab),
         (f"the {PROCESSOR}{_BESIDE}", processors.from_processor, processor),
         (f"the {CONFIG}{_BESIDE}", processors.from_config, json if use_json else {}),
@@ -233,35 +227,30 @@ def _preprocessing_sources(
 
 
 def _read_preprocessing(
-    channels: int,
-    sources: list[Source],
-    official: bool,
-    overrides: Collection[str],
-    notes: list[str],
+    config: VanConfig, file: WeightsFile, sources: list[Source], overrides: Values, notes: list[str]
 ) -> Preprocessing:
     """Return the preprocessing of the first source, or the official one."""
-    half = OFFICIAL.mean[:1] * channels
+    half = OFFICIAL.mean[:1] * config.in_chans
     default = replace(OFFICIAL, mean=half, std=half)
     if not sources:
         assumed = "assumed: the official weights' (no metadata)"
-        return default if official else replace(default, source=assumed)
+        return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
         empty, ignored = (None, "", [], ()), {*overrides, "source"}
         values = {k: v for k, v in read(content).items() if k not in ignored and v not in empty}
-        if {"image_size", "crop_pct"} & set(overrides):
+        if {"image_size", "crop_pct"} & overrides.keys():
             values.pop("resize_size", None)
-        known = {*values, *overrides}
-        assumed = ", ".join(key for key in _PREPROCESSING_OPTIONS if key not in known)
+        assumed = ", ".join(k for k in _OPTIONS if k not in values and k not in overrides)
         suffix = f" ({assumed}: assumed, the official weights')" if assumed else ""
         result = replace(default.override(**values), source=source + suffix)
     except (UsageError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-        if not set(_PREPROCESSING_OPTIONS) <= set(overrides):
+        if not overrides.keys() >= set(_OPTIONS):
             reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
             wrong = f"{source[0].upper()}{source[1:]} cannot be used: {reason}"
             raise CheckpointError(wrong, _PREPROCESSING_HINT) from None
         result = default
-    if source.endswith(_BESIDE) and official:
+    if source.endswith(_BESIDE) and file.is_official:
         if str(result) != str(default):
             note = f"the repository's JSON has {result}; the weights were trained with {default}"
             notes.append(f"{note}, which is used")

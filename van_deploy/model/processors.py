@@ -44,19 +44,11 @@ _KNOWN_KEYS = re.compile(  # read below, or without effect on the pixels
     "|default_to_square|_?valid_processor_keys"
 )
 # Keys that :func:`from_arguments` reads.
-_TIMM_ARGUMENTS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-PREPROCESSING_ARGUMENTS = (
-    *_TIMM_ARGUMENTS,
-    "img_size",
-    "input_size",
-    "val_resize_size",
-    "val_crop_size",
-)
+_TIMM_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+ARGUMENT_KEYS = (*_TIMM_KEYS, "img_size", "input_size", "val_resize_size", "val_crop_size")
 
 
-def _require(
-    supported: object, key: str, value: object, reason: str = "which is not supported"
-) -> None:
+def _require(supported: object, key: str, value: object, reason: str = "not supported") -> None:
     if not supported:
         raise UsageError(f"{key} is {reprlib.repr(value)}, {reason}.")
 
@@ -69,19 +61,12 @@ def from_arguments(args: Source) -> Values:
     """
     if {"val_resize_size", "val_crop_size"} & args.keys():
         backend = str(args.get("backend", "pil"))
-        _require(
-            backend.lower() == "pil",
-            "backend",
-            backend,
-            "but only resizing with Pillow is supported",
-        )
+        _require(backend.lower() == "pil", "backend", backend, "but only pil is supported")
         sizes = _resize_and_crop(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
         return {**_IMAGENET, "interpolation": args.get("interpolation"), **sizes}
     size = list(args.get("input_size") or ())[1:] or args.get("img_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
-    return {name: args.get(name) for name in _TIMM_ARGUMENTS} | {
-        "image_size": parse_image_size(size)
-    }
+    return {key: args.get(key) for key in _TIMM_KEYS} | {"image_size": parse_image_size(size)}
 
 
 def from_config(config: Source) -> Values:
@@ -150,7 +135,7 @@ def from_openmmlab(config: Source) -> Values:
     steps += [config.get("img_norm_cfg")]
     colour: Source = next((s for s in steps if isinstance(s, dict) and s.get("mean")), {})
     rgb = not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb")
-    _require(rgb, "to_rgb", False, "so the network takes BGR, which is not supported")
+    _require(rgb, "to_rgb", False, "so the network takes BGR, not supported")
     values: Values = {k: [float(x) / 255 for x in colour.get(k) or ()] for k in ("mean", "std")}
     if not (config["is_classifier"] and pipeline):
         return values
@@ -159,18 +144,12 @@ def from_openmmlab(config: Source) -> Values:
         kind = str(step.get("type"))
         if kind in ("ResizeEdge", "Resize"):
             backend, edge = step.get("backend", "cv2"), step.get("edge", "short")
-            _require(
-                (backend, edge) == ("pillow", "short"),
-                kind,
-                step,
-                "but only the short edge with pillow is supported",
-            )
+            _require((backend, edge) == ("pillow", "short"), kind, step, "not pillow's short edge")
             size = step.get("scale", step.get("size"))
-            short_edge = kind == "ResizeEdge" or (isinstance(size, list) and size[1:] == [-1])
-            is_list = short_edge and isinstance(size, list)
-            size = size[0] if is_list else _square_side("scale", size)
+            is_edge = kind == "ResizeEdge" or (isinstance(size, list) and size[1:] == [-1])
+            size = size[0] if is_edge and isinstance(size, list) else _square_side("scale", size)
             values["interpolation"] = step.get("interpolation", "bilinear")
-            values["crop_mode"] = "center" if short_edge else "squash"
+            values["crop_mode"] = "center" if is_edge else "squash"
         elif kind == "CenterCrop":
             crop = _square_side("crop_size", step.get("crop_size"))
         else:
