@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
@@ -62,7 +62,11 @@ DOCUMENTS: Mapping[str, str] = {
 }
 """Each document by name: its class, or the function that returns it."""
 
-INPUTS = {"calibration-set": CalibrationSet, "fleet": FleetFile, "recipe": config.Recipe}
+INPUTS: dict[str, type[BaseModel]] = {
+    "calibration-set": CalibrationSet,
+    "fleet": FleetFile,
+    "recipe": config.Recipe,
+}
 """The tables of each file that a user writes, by name."""
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -49,8 +49,8 @@ def workspace(tmp_path: Path, precisions_bundle: Path, monkeypatch: pytest.Monke
     """Return a working directory with the files that the pages name."""
     for name in ("van_digits", "mine"):
         shutil.copytree(precisions_bundle, tmp_path / "dist" / name)
-    for name, split, count in (("val", "heldout", 360), ("train", "train", 60)):
-        write_digits_folder(tmp_path / name, split, count)
+    write_digits_folder(tmp_path / "val", "heldout")
+    write_digits_folder(tmp_path / "train", "train", 60)
     shutil.copytree(tmp_path / "train", tmp_path / "holiday")
     shutil.copytree(tmp_path / "train", tmp_path / "images")
     Image.new("RGB", (90, 70), (200, 30, 90)).save(tmp_path / "photo.jpg")

@@ -165,9 +165,8 @@ def apply_changes(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
         for depth, part in enumerate(place[:-1], 1):
             tree = tree.setdefault(part, {})
             if not isinstance(tree, dict):
-                raise UsageError(
-                    f"'{'.'.join(place)}' cannot be set: '{'.'.join(place[:depth])}' is not a table.",
-                    f"Set '{'.'.join(place[:depth])}' as a whole.",
-                )
+                key, outer = ".".join(place), ".".join(place[:depth])
+                message = f"'{key}' cannot be set: '{outer}' is not a table."
+                raise UsageError(message, f"Set '{outer}' as a whole.")
         tree[place[-1]] = change.value
     return tables
