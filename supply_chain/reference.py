@@ -27,7 +27,7 @@ from van_deploy import config
 from van_deploy.config.fields import format_range, parse_docstring
 from van_deploy.config.named_options import EXPORT, named_options
 from van_deploy.documents import is_json_field, json_properties
-from van_deploy.engine.bundled import FleetFile
+from van_deploy.engine.fleet import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.recipe import CalibrationSet
 

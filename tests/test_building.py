@@ -63,8 +63,8 @@ def test_the_fastest_that_holds_its_gate_is_kept(
         kept.append((settings.precisions, settings.tiling, settings.tune))
         return []
 
-    monkeypatch.setattr(building, "host_here", lambda **_: Host("a GPU", "sm_90"))
-    monkeypatch.setattr("van_deploy.engine.bundled.planned_engines", planned)
+    monkeypatch.setattr(building, "detect_host", lambda **_: Host("a GPU", "sm_90"))
+    monkeypatch.setattr("van_deploy.engine.fleet.engine_cells", planned)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "measure_candidate", measure_candidate)
     asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}

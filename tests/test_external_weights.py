@@ -14,7 +14,7 @@ from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BuildOptions
-from van_deploy.engine.build import has_weights_beside
+from van_deploy.engine.build import has_external_weights
 from van_deploy.errors import InputError
 from van_deploy.files import external_files, external_files_in
 
@@ -80,7 +80,7 @@ def test_no_engine_is_built_from_files_elsewhere(
     os.mkfifo(folder / "pipe.bin")
     (folder / "m.onnx").write_bytes(graph_with(location, where).SerializeToString())
     with pytest.raises(InputError, match=message):
-        has_weights_beside(folder / "m.onnx", BuildOptions())
+        has_external_weights(folder / "m.onnx", BuildOptions())
 
 
 def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:

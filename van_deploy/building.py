@@ -25,10 +25,10 @@ from van_deploy.checks.gates import Outcome as CheckOutcome
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
-from van_deploy.engine import bundled
-from van_deploy.engine.backend import Host, device_number, host_here
+from van_deploy.engine import fleet
+from van_deploy.engine.backend import Host, detect_host, device_index
 from van_deploy.engine.bundled import BUILT, REUSED, Outcome
-from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, packages_asked
+from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
@@ -78,7 +78,7 @@ class BuildReport(Verdict):
         remarks: a sentence for each missing precision that was made first.
     """
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[fleet.BuildOutcome, ...]
     tuned: tuple[CandidateResult, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -106,23 +106,23 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`. Invalid requests are reported
             before the first engine is built.
     """
-    host = host_here(device=device_number(settings.device))
+    host = detect_host(device=device_index(settings.device))
     if settings.tune:
         return _tune(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
         packages = []
-        for one in packages_asked(bundle, settings, host):
+        for one in package_settings(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
-            made_of = package.precision, package.targets, one.of(), bundled.FleetHost()
-            cell, outcome = bundled.Cell(bundle.path, *made_of), REUSED if reused else BUILT
-            packages.append(Outcome(cell, outcome, package.name, package=package))
+            made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
+            cell, outcome = fleet.Cell(bundle.path, *made_of), fleet.REUSED if reused else fleet.BUILT
+            packages.append(fleet.BuildOutcome(cell, outcome, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
-    cells = bundled.planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
+    cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
     missing = [name for name in settings.precisions if name not in bundle.artifacts]
     remarks = [_make_graph(Bundle.open(bundle.path), name, settings, progress) for name in missing]
-    outcomes = bundled.build_cells(
+    outcomes = fleet.build_cells(
         cells, host=host, timing_cache=settings.timing_cache, force=force, progress=progress
     )
     return BuildReport(tuple(outcomes), remarks=tuple(remarks))
@@ -130,17 +130,17 @@ def build_bundle(
 
 def build_fleet(
     path: Path,
-    fleet: config.FleetSettings,
+    settings: config.FleetSettings,
     *,
     force: bool = False,
     progress: Progress = no_progress,
-    on_outcome: Callable[[int, int, Outcome], None],
+    on_outcome: Callable[[int, int, fleet.BuildOutcome], None],
 ) -> BuildReport:
     """Build every engine of a fleet file; a failure does not stop the others.
 
     Args:
         path: the file.
-        fleet: whether to build on this machine or on a Ray cluster.
+        settings: whether to build on this machine or on a Ray cluster.
         force: build engines even if they exist.
         progress: receives the current build.
         on_outcome: called with the number, the total and the outcome of each build.
@@ -149,11 +149,11 @@ def build_fleet(
         RecipeError: the file is invalid.
         MissingDependency: a Ray cluster is requested and not available.
     """
-    cells = bundled.read_fleet(path)
-    if fleet.on == "ray":
-        stream = bundled.build_on_ray(cells, address=fleet.ray_address or None, force=force)
+    cells = fleet.read_fleet(path)
+    if settings.on == "ray":
+        stream = fleet.build_on_ray(cells, address=settings.ray_address or None, force=force)
     else:
-        stream = bundled.build_cells(cells, go_on=True, force=force, progress=progress)
+        stream = fleet.build_cells(cells, keep_going=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
         on_outcome(count, len(cells), outcome)

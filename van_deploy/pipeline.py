@@ -13,7 +13,7 @@ from van_deploy.checks.verify import VerifyReport, record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
 from van_deploy.data.samples import verification_images
 from van_deploy.documents import Verdict
-from van_deploy.engine.bundled import REUSED, build_cells, planned_engines
+from van_deploy.engine.fleet import REUSED, build_cells, engine_cells
 from van_deploy.errors import UsageError
 from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
@@ -160,7 +160,7 @@ def run_recipe(
     """
     engines, cells = recipe.engines, []
     if engines.precisions:  # reports mistakes before the export starts
-        cells = planned_engines(output, engines, recipe.batch, recipe.export.dynamic_size)
+        cells = engine_cells(output, engines, recipe.batch, recipe.export.dynamic_size)
     report = export_recipe(loaded, recipe, output, settings, progress)
     made = [ArtifactResult(one.artifact, one.reason, one.passed) for one in report.precisions]
     if cells:

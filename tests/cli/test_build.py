@@ -81,7 +81,7 @@ def test_requests_that_make_no_sense(
 def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
     nothing = cli("build", bundle)
     assert nothing.exit_code == 2
-    assert "builds for GPUs that are named, and none is" in nothing.stderr
+    assert "needs a target GPU, and none is given" in nothing.stderr
 
 
 def test_a_missing_precision_is_made_on_the_way(
