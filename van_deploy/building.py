@@ -27,7 +27,7 @@ from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
 from van_deploy.engine import fleet
 from van_deploy.engine.backend import Host, detect_host, device_index
-from van_deploy.engine.bundled import BUILT, REUSED, Outcome
+from van_deploy.engine.fleet import BUILT, REUSED, BuildOutcome
 from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -78,7 +78,7 @@ class BuildReport(Verdict):
         remarks: a sentence for each missing precision that was made first.
     """
 
-    outcomes: tuple[fleet.BuildOutcome, ...]
+    outcomes: tuple[BuildOutcome, ...]
     tuned: tuple[CandidateResult, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -115,8 +115,8 @@ def build_bundle(
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
             made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
-            cell, outcome = fleet.Cell(bundle.path, *made_of), fleet.REUSED if reused else fleet.BUILT
-            packages.append(fleet.BuildOutcome(cell, outcome, package.name, package=package))
+            cell, outcome = fleet.Cell(bundle.path, *made_of), REUSED if reused else BUILT
+            packages.append(BuildOutcome(cell, outcome, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
@@ -134,7 +134,7 @@ def build_fleet(
     *,
     force: bool = False,
     progress: Progress = no_progress,
-    on_outcome: Callable[[int, int, fleet.BuildOutcome], None],
+    on_outcome: Callable[[int, int, BuildOutcome], None],
 ) -> BuildReport:
     """Build every engine of a fleet file; a failure does not stop the others.
 

@@ -32,9 +32,7 @@ from van_deploy.schema import (
 
 SCHEMA: Final = "van-deploy/bundle/3"
 MANIFEST = "manifest.json"
-REBUILD_REMEDY = (
-    "Create the bundle again in another folder: `van-deploy export MODEL --output DIR`."
-)
+REBUILD_REMEDY = "Create the bundle again in another folder with `van-deploy export`."
 MAX_NAME_BYTES = 255  # of one file name, on all common file systems
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
