@@ -14,9 +14,9 @@ from van_deploy.config import BatchRange, BenchSettings, Recipe, VerifySettings
 from van_deploy.config.named_options import (
     EXPORT,
     RUN,
-    changes_from_kwargs,
     named_options,
-    settings_from_kwargs,
+    parse_changes,
+    parse_settings,
 )
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
@@ -129,7 +129,7 @@ def test_a_folder_to_calibrate_on_takes_the_place_of_images_and_a_set_s_name_sta
     (mine.parent / "train").mkdir(exist_ok=True)
     mine.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
     given = {name: str(mine.parent / folder) for name, folder in changes.items()}
-    recipe = read_recipe(mine, changes_from_kwargs(RUN, given))
+    recipe = read_recipe(mine, parse_changes(RUN, given))
     folder, name = sources
     assert recipe.precision.sources == (folder and mine.parent / folder, name)
     assert recipe.model.weights == "owner/name"
@@ -168,7 +168,7 @@ def test_every_key_can_be_set_by_text(mine: Path) -> None:
 WRONG: list[tuple[str, object, str]] = [
     ("--set", "export.opset=40", "'--set export.opset' is 40: it should be less than or equal to"),
     ("--set", "engines.tf23=false", "unknown. Did you mean '--set engines.tf32'?"),
-    ("--set", "tf32", "--set 'tf32' is no assignment. Write KEY=VALUE, such as --set engines."),
+    ("--set", "tf32", "--set 'tf32' is not an assignment. Write KEY=VALUE, such as --set engines."),
     ("--set", "batch.max=8", "'batch.max' cannot be set: 'batch' is not a table. Set 'batch' as"),
     ("--set", "precision.calibrate_on_noise=true", "--set precision.calibrate_on_noise and precis"),
     ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
@@ -188,7 +188,7 @@ def test_a_change_that_is_wrong_is_told_as_it_was_written(
     def changed() -> Recipe:
         if option == "--set":
             return read_recipe(mine, parse_assignments([str(value)]))
-        return read_recipe(mine, changes_from_kwargs(EXPORT, {option: value}))
+        return read_recipe(mine, parse_changes(EXPORT, {option: value}))
 
     with pytest.raises(UsageError) as caught:
         changed()
@@ -196,14 +196,14 @@ def test_a_change_that_is_wrong_is_told_as_it_was_written(
 
 
 def test_another_name_keeps_the_weights() -> None:
-    changes = changes_from_kwargs(EXPORT, {"name": "mine"})
+    changes = parse_changes(EXPORT, {"name": "mine"})
     renamed = resolve_recipe("van_b1", changes)
     assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
     assert resolve_recipe(resolve_recipe("van_b1"), changes) == renamed
 
 
 def test_options_fill_a_table_and_those_inside_it_and_stand_under_their_headings() -> None:
-    bench = settings_from_kwargs(BenchSettings, {"limit": 5, "streams": 2})
+    bench = parse_settings(BenchSettings, {"limit": 5, "streams": 2})
     assert (bench.streams, bench.budget.limit_s) == (2, 5.0)
     found = {**named_options(VerifySettings), **EXPORT}
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
