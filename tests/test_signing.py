@@ -197,7 +197,7 @@ def test_the_whole_way_on_the_command_line(
     result = cli("verify-signature", bundle, "--public-key", check, "--json")
     assert (result.exit_code, json.loads(result.stdout)["files"]) == (0, len(FILES))
     table = cli("verify-signature", bundle, "--public-key", check).stdout
-    assert "5 files are what was signed, and there is no other" in table
+    assert "5 files match the signature, and there are no others" in table
     assert cli("sign", bundle).exit_code == 2
 
 

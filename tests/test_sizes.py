@@ -165,12 +165,7 @@ def test_the_other_precisions_and_engines_follow(
     for bundle, option, asked, message in (
         (made, "--batch", "1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
         (made, "--dynamic-size", "64:32:96", "is not min <= opt <= max"),
-        (
-            digits_bundle,
-            "--dynamic-size",
-            "64:64:96",
-            "size, so it cannot serve 64:64:96",
-        ),
+        (digits_bundle, "--dynamic-size", "64:64:96", "size, so it cannot serve 64:64:96"),
     ):
         result = cli("build", bundle.path, "--target", "sm_89", option, asked)
         assert result.exit_code in (2, 5)

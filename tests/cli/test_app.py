@@ -108,8 +108,8 @@ def os_error(number: int) -> OSError:
         (os_error(errno.ENAMETOOLONG), 5, "'dist/place'", "Choose a shorter name."),
         (os_error(errno.ELOOP), 5, "'dist/place'", "circle"),
         (os_error(errno.ENOTDIR), 5, "'dist/place'", "is a file, not a folder"),
-        (os_error(errno.EISDIR), 5, "'dist/place'", "a file is wanted"),
-        (FileNotFoundError(errno.ENOENT, NO_TEMPORARY), 3, "no folder for temp", "TMPDIR to one."),
+        (os_error(errno.EISDIR), 5, "'dist/place'", "not a file"),
+        (FileNotFoundError(errno.ENOENT, NO_TEMPORARY), 3, "no writable folder", "TMPDIR to one."),
         (ModuleNotFoundError("No torch", name="torch.nn"), 3, "This needs torch", "pip install"),
     ],
 )

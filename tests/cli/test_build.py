@@ -52,11 +52,7 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
     ("asked", "code", "message"),
     [
         ("--target ada", 2, "error: '--target' is 'ada': it should be compute capabilities"),
-        (
-            "--batch 8:4:1",
-            2,
-            "error: The batch range 8:4:1 is not min <= opt <= max.\n  Giv",
-        ),
+        ("--batch 8:4:1", 2, "error: The batch range 8:4:1 is not min <= opt <= max.\n  Giv"),
         ("--workspace lots", 2, "error: '--workspace' is 'lots': it should be a number and a unit"),
         ("--workspace 900TiB", 2, "is larger than the"),
         ("--optimization-level 9", 2, "'--optimization-level' is 9: it should be less than or eq"),

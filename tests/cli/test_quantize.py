@@ -55,11 +55,7 @@ def test_a_result_below_its_gate_ends_with_1(
 @each(
     ("words", "code", "message"),
     [
-        (
-            "--precision int4",
-            2,
-            "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or",
-        ),
+        ("--precision int4", 2, "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or"),
         ("--target cpu --precision fp16", 2, "error: FP16 is not useful for --target cpu: ONNX"),
         ("--calibration none", 5, "error: There is no calibration set called 'none'."),
         ("--scope resnet", 2, "error: The scope 'resnet' is neither pointwise"),

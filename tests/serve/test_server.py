@@ -587,7 +587,7 @@ def test_the_command_serves_and_ends_with_its_parser(
     until(lambda: not any(Path("/proc", child).exists() for child in found))
     if number != signal.SIGKILL:
         assert process.returncode == 0
-        assert errors == "Stopped; every request that was begun is answered.\n"
+        assert errors == "Stopped; all requests in progress were completed.\n"
 
 
 @pytest.mark.slow

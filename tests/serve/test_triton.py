@@ -259,7 +259,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
         assert failed(digits) == wrong
         found = cli(*words, "--check")
         assert found.exit_code == 1
-        assert "is not what the bundle says: files." in " ".join(found.stderr.split())
+        assert "does not match the bundle: files." in " ".join(found.stderr.split())
         path.write_bytes(before)
     (package / "models/package.json").write_text("{}")
     assert failed(digits) == {"files": "models/package.json: missing, changed or added"}

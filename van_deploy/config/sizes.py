@@ -84,8 +84,7 @@ def _read_size(value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> Im
 
 
 ImageSizeOption = Annotated[
-    int | tuple[int, int],
-    pydantic.WrapValidator(_read_size, json_schema_input_type=int | str),
+    int | tuple[int, int], pydantic.WrapValidator(_read_size, json_schema_input_type=int | str)
 ]
 """A size in an option: ``224``, or ``224x320`` (height x width)."""
 
