@@ -299,7 +299,7 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _seconds(network.opened, images)
+        seconds = _seconds(network.loaded_runner, images)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
     return Tuned(candidate.described, name, *timed, sqnr_db, passed, verdict.reason)
@@ -310,7 +310,7 @@ def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:
     with contextlib.ExitStack() as stack:
         held = None
         if runner.on_gpu:
-            held = stack.enter_context(contextlib.closing(runner.resident(images)))
+            held = stack.enter_context(contextlib.closing(runner.resident_batch(images)))
             held.upload()
 
         def calls(count: int) -> float:
@@ -322,7 +322,7 @@ def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:
                     held.launch()
             if held is not None:
                 held.download()
-                held.outputs()
+                held.logits()
             return (time.perf_counter() - start) / count
 
         calls(LEAST_CALLS)  # compiles, tunes, records

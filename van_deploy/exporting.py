@@ -33,7 +33,7 @@ from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
 from van_deploy.schema import validated
-from van_deploy.serve.embedded import Embedded
+from van_deploy.serve.embedded import EmbedResult
 from van_deploy.stopwatch import Progress, Stopwatch, silent
 
 MODEL_FILE, LABELS_FILE = "model.onnx", "labels.txt"
@@ -60,7 +60,7 @@ class ExportResult:
     reason: str
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
-    embedded: tuple[Embedded, ...] = ()
+    embedded: tuple[EmbedResult, ...] = ()
 
 
 def load_for(recipe: Recipe, *, offline: bool = False, progress: Progress = silent) -> LoadedVan:
@@ -264,7 +264,7 @@ def _ingredients(
         "preprocessing": loaded.preprocessing.as_dict(),
         "class names": content_key({"names": loaded.class_names}),
         "rewrites": asdict(rewrites),
-        # Embedded graphs are artifacts of their own.
+        # EmbedResult graphs are artifacts of their own.
         "export": recipe.export.model_dump(mode="json", exclude={"embed_preprocess", "outputs"}),
         "batch": recipe.batch.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),

@@ -1,6 +1,6 @@
 """Time on the device itself: inputs and outputs stay there, CUDA events mark the time.
 
-What is timed is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three numbers
+What is timed is a resident batch (:class:`~van_deploy.runners.base.ResidentBatch`). Three numbers
 come out, and none of them holds another: the latency of one batch alone, the time of a batch
 when the next ones are queued behind it (throughput), and the transfers through pinned memory.
 Meanwhile NVML is asked for the GPU's clocks, power, temperature and memory. No rounds as on a
@@ -21,7 +21,7 @@ from typing import Any
 from van_deploy.bench.document import Contender, GpuState, Latency, Ratio, Row
 from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import nvidia_driver, nvml_answer
-from van_deploy.runners.base import Resident, gpu_index
+from van_deploy.runners.base import ResidentBatch, gpu_index
 
 # The clock is steady when this many looks in a row lie within this many percent.
 STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
@@ -117,7 +117,7 @@ def cuda_clock(stream: int = 0, device: int = 0) -> Clock:
     return Clock(mark, lambda event: cuda.call("cudaEventSynchronize", event), elapsed)
 
 
-def clock_of(resident: Resident, device: str) -> Clock:
+def clock_of(resident: ResidentBatch, device: str) -> Clock:
     """Return the clock of a network on a GPU: PyTorch's where PyTorch is imported already."""
     clock = torch_clock if "torch" in sys.modules else cuda_clock
     return clock(resident.stream, gpu_index(device) or 0)
@@ -159,7 +159,7 @@ def gpu_watch(device: str) -> Watch:
 
 
 def timed(
-    resident: Resident, batch: int, clock: Clock, watch: Watch, seconds: float, calls: int = 20
+    resident: ResidentBatch, batch: int, clock: Clock, watch: Watch, seconds: float, calls: int = 20
 ) -> dict[str, Any]:
     """Return what ``resident`` takes, once it is warm and the clocks are steady.
 
@@ -200,7 +200,7 @@ def timed(
     }
 
 
-def _warm(resident: Resident, clock: Clock, watch: Watch) -> list[GpuState]:
+def _warm(resident: ResidentBatch, clock: Clock, watch: Watch) -> list[GpuState]:
     """Launch until the SM clock is steady, or for long enough; return the looks at it."""
     start, states = time.perf_counter(), list[GpuState]()
     while True:

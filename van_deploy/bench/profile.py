@@ -87,7 +87,7 @@ def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLin
 
         return by_module(runner.model, torch.from_numpy(batch).to(runner.device, runner.dtype))
     if runtime in ("pytorch", "inductor") and on_gpu:
-        resident = runner.resident(batch)
+        resident = runner.resident_batch(batch)
         resident.launch()
         return by_kernel(resident.launch)
     raise UsageError(
@@ -164,7 +164,7 @@ def _by_node(contender: Contender, batch: Any) -> list[ProfileLine]:
     """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
     with tempfile.TemporaryDirectory() as folder:
         runner = runner_of(contender, 1)
-        runner.profile, runner.threads = Path(folder), None
+        runner.profile_folder, runner.threads = Path(folder), None
         with runner:
             for _ in range(RUNS + 1):
                 runner.run_all(batch)

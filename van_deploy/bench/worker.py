@@ -175,7 +175,7 @@ class Worker:
         self.take(images, batch)
         device = self._contender.device
         watch = gpu_watch(device)
-        with contextlib.closing(self._runners[0].resident(self._batch)) as held:
+        with contextlib.closing(self._runners[0].resident_batch(self._batch)) as held:
             return timed(held, batch, clock_of(held, device), watch, seconds, calls)
 
     def profile(self) -> Any:

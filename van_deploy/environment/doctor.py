@@ -29,7 +29,7 @@ NO_GPU = "Run this where `nvidia-smi` lists a GPU that CUDA_VISIBLE_DEVICES does
 WAIT_S = 120.0
 
 _MEMORY = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
-_SESSION = "assert m.provider_starts(m.require_onnxruntime(), m.CUDA, quiet=False)"
+_SESSION = "assert m.is_provider_usable(m.require_onnxruntime(), m.CUDA, quiet=False)"
 # By what they are needed for: a module ``m``, and what is tried of it.
 TRIALS: Mapping[str, tuple[str, str]] = {
     "gpu": ("van_deploy.runners.cuda", _MEMORY),
