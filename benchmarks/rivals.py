@@ -51,7 +51,7 @@ def main() -> int:
             np.save(folder / "none.npy", images.astype(np.float32))
             bundle, files = Bundle.open(made(variant, folder)), _rivals(variant, folder)
             for title, (runtime, artifact, names) in GROUPS.items():
-                paths = {"ours": bundle.verified(artifact), **{n: files[n] for n in names}}
+                paths = {"ours": bundle.verified_path(artifact), **{n: files[n] for n in names}}
                 budget = Budget(seconds=float(arguments.seconds))
                 settings = BenchSettings(
                     device="cpu", threads=THREADS, reference="ours", budget=budget
@@ -92,10 +92,10 @@ def _rivals(variant: str, folder: Path) -> dict[str, Path]:
     import torch
 
     from van_deploy.model.van import random_van
-    from van_deploy.model.variants import variant_named
+    from van_deploy.model.variants import get_variant
 
     warnings.simplefilter("ignore")
-    model, example = random_van(variant_named(variant).config), torch.zeros(2, 3, SIZE, SIZE)
+    model, example = random_van(get_variant(variant).config), torch.zeros(2, 3, SIZE, SIZE)
     paths = {name: folder / f"{name}.onnx" for name in ("export", "export+sim", "torchscript+sim")}
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     dim = {"dynamic_shapes": ({0: torch.export.Dim("batch", min=1)},)}

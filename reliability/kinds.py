@@ -204,7 +204,7 @@ def settings_file(of: str, draw: Draw, sound: Path, folder: Path) -> Reader:
     path.write_bytes(spoiled_document(draw, path.read_bytes(), path.suffix))
     if of == "recipe":
         return lambda: recipe.read_recipe(path)
-    return lambda: choose_images(recipe.calibration_set_named(str(path)).images)
+    return lambda: choose_images(recipe.load_calibration_set(str(path)).images)
 
 
 def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:

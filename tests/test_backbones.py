@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.artifacts import Copy, MadeOnce
+from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.checks.golden import SKETCH, golden_count, golden_samples, sketch
 from van_deploy.config import (
     BatchRange,
@@ -27,7 +27,7 @@ from van_deploy.config import (
 )
 from van_deploy.config.sizes import ImageSize, SizeRange
 from van_deploy.errors import UsageError
-from van_deploy.exporting import export_bundle, load_for
+from van_deploy.exporting import export_bundle, load_model
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import FOLD_TOLERANCE, fold_van
 from van_deploy.metrics import sqnr_db
@@ -65,13 +65,13 @@ def segmenter(path: Path, config: str = CONFIG) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(made_once: MadeOnce) -> Path:
+def checkpoint(artifact_cache: ArtifactCache) -> Path:
     """Return a checkpoint of a segmenter; not to be changed."""
-    return made_once("upernet_van.pth", segmenter)
+    return artifact_cache("upernet_van.pth", segmenter)
 
 
 @pytest.fixture(scope="session")
-def exported(made_once: MadeOnce, checkpoint: Path) -> Bundle:
+def exported(artifact_cache: ArtifactCache, checkpoint: Path) -> Bundle:
     """Return its backbone as a bundle of dynamic batch and size with FP16; not to be changed."""
 
     def make(path: Path) -> None:
@@ -80,11 +80,11 @@ def exported(made_once: MadeOnce, checkpoint: Path) -> Bundle:
             batch=BatchRange(1, 2, 3),
             export=ExportSettings(features=True, dynamic_size=SizeRange(32, (32, 64), (64, 96))),
         )
-        assert export_bundle(load_for(recipe), recipe, path)
+        assert export_bundle(load_model(recipe), recipe, path)
         for precision in ("fp16", "bf16"):
             assert quantize_bundle(path, recipe.precision.of(precision))
 
-    return Bundle.open(made_once("backbone", make))
+    return Bundle.open(artifact_cache("backbone", make))
 
 
 def maps_of(model: VAN, images: Tensor) -> dict[str, Any]:
@@ -180,9 +180,9 @@ class TestBundle:
                 assert np.allclose(part, sketch(found.numpy()))
 
     def test_verify_holds_every_stage_and_size(
-        self, exported: Bundle, copy_of: Copy, cli: Cli
+        self, exported: Bundle, copy_bundle: Copy, cli: Cli
     ) -> None:
-        result = cli("verify", copy_of(exported), "--json")
+        result = cli("verify", copy_bundle(exported), "--json")
         assert result.exit_code == 0, result.stdout
         report = json.loads(result.stdout)
         rules = [f["rule"] for f in report["artifacts"]["fp32"]["findings"]]
@@ -191,9 +191,9 @@ class TestBundle:
 
     @pytest.mark.parametrize("stage", ["stage1", "stage4"])
     def test_a_wrong_stage_is_found_and_named(
-        self, exported: Bundle, copy_of: Copy, cli: Cli, stage: str
+        self, exported: Bundle, copy_bundle: Copy, cli: Cli, stage: str
     ) -> None:
-        path: Path = copy_of(exported)
+        path: Path = copy_bundle(exported)
         file = path / "model.onnx"
         model = onnx.load(file)
         norm = next(n for n in model.graph.node if n.name == f"norm{stage[-1]}.layernormalization")
@@ -225,8 +225,10 @@ class TestBundle:
         assert held + others + originals <= 8_000_000 or count == 2
         assert count >= 2
 
-    def test_drift_and_inspect_serve_it(self, exported: Bundle, copy_of: Copy, cli: Cli) -> None:
-        path: Path = copy_of(exported)
+    def test_drift_and_inspect_serve_it(
+        self, exported: Bundle, copy_bundle: Copy, cli: Cli
+    ) -> None:
+        path: Path = copy_bundle(exported)
         drift = cli("drift", path, "--level", "stage", "--against", "golden", "--json")
         assert drift.exit_code == 0, drift.stdout
         rows = json.loads(drift.stdout)["artifacts"]["fp16"]["rows"]
@@ -260,9 +262,9 @@ class TestBundle:
         told, name = " ".join(result.stderr.split()), command.split()[0]
         assert f"gives feature maps (stage1, stage2, stage3, stage4), and `{name}` is of" in told
 
-    def test_engines_are_built_of_it(self, exported: Bundle, copy_of: Copy, cli: Cli) -> None:
+    def test_engines_are_built_of_it(self, exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-        path: Path = copy_of(exported)
+        path: Path = copy_bundle(exported)
         words = "--precision fp32 --precision bf16 --target sm_89"
         result = cli("build", path, *words.split())
         assert result.exit_code == 0, result.stderr
@@ -274,7 +276,7 @@ class TestBundle:
 
 def _digest_again(path: Path) -> None:
     """Make the manifest vouch for the files as they are now."""
-    with writing(path) as draft:
+    with edit_bundle(path) as draft:
         artifact = draft.artifacts["fp32"]
         for file in artifact.files:
             draft.file(file).write_bytes((path / file).read_bytes())

@@ -32,7 +32,7 @@ from van_deploy.errors import BundleError, ConversionError, MissingDependency, V
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.runners.network import Network
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress, no_progress
 
 MADE_HERE = ("fp16", "bf16", "int8")
 LEAST_S, LEAST_CALLS, ROUNDS = 0.3, 10, 5
@@ -40,7 +40,7 @@ SCOPES = ("pointwise", "deep", "all")
 
 
 @dataclass(frozen=True)
-class Tuned:
+class CandidateResult:
     """What became of one candidate.
 
     Attributes:
@@ -78,7 +78,7 @@ class BuildReport(Verdict):
     """
 
     outcomes: tuple[bundled.Outcome, ...]
-    tuned: tuple[Tuned, ...] = ()
+    tuned: tuple[CandidateResult, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
@@ -97,7 +97,7 @@ def build_bundle(
     settings: config.BuildSettings,
     *,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> BuildReport:
     """Return the engines asked for, built in the bundle unless they are there already.
 
@@ -133,7 +133,7 @@ def build_fleet(
     fleet: config.FleetSettings,
     *,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     each: Callable[[int, int, bundled.Outcome], None],
 ) -> BuildReport:
     """Return what became of every engine of a fleet file; one that fails does not stop the others.
@@ -202,7 +202,7 @@ class Candidate(NamedTuple):
     scope: str
 
 
-def candidates_of(bundle: Bundle, settings: config.BuildSettings) -> list[Candidate]:
+def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Candidate]:
     """Return what is tried: precision, INT8 scope, and how hard the backend searches.
 
     The precisions are those asked for, or all that there are. INT8 scopes other than the
@@ -252,16 +252,16 @@ def _fastest(
             "Run it on the GPU that will serve, or leave --tune out. Packages for this processor "
             "are timed with --backend inductor --device cpu.",
         )
-    candidates, found = candidates_of(bundle, settings), []
+    candidates, found = tuning_candidates(bundle, settings), []
     with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
         for number, candidate in enumerate(candidates, 1):
             say(f"{number} of {len(candidates)}: {candidate.described}")
             copy = Path(folder) / bundle.path.name
             shutil.copytree(bundle.path, copy)
             try:
-                found.append(tried(copy, candidate))
+                found.append(measure_candidate(copy, candidate))
             except VanDeployError as error:
-                found.append(Tuned(candidate.described, error=error.message))
+                found.append(CandidateResult(candidate.described, error=error.message))
             finally:
                 shutil.rmtree(copy)
     holding = [one for one in found if one.passed and one.latency_ms]
@@ -284,7 +284,7 @@ def _built(path: Path, candidate: Candidate) -> BuildReport:
     return build_bundle(Bundle.open(path), candidate.settings)
 
 
-def tried(copy: Path, candidate: Candidate) -> Tuned:
+def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     """Build, judge and time one candidate in a copy of the bundle."""
     settings, (built,) = candidate.settings, _built(copy, candidate).outcomes
     bundle, name = Bundle.open(copy), built.engine
@@ -302,7 +302,7 @@ def tried(copy: Path, candidate: Candidate) -> Tuned:
         seconds = _seconds(network.loaded_runner, images)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
-    return Tuned(candidate.described, name, *timed, sqnr_db, passed, verdict.reason)
+    return CandidateResult(candidate.described, name, *timed, sqnr_db, passed, verdict.reason)
 
 
 def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:

@@ -19,7 +19,7 @@ from van_deploy.engine.inspect import (
 from van_deploy.errors import InputError
 from van_deploy.graph.files import OnnxDescription, describe_onnx
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, locate_weights
+from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, find_cached_weights
 
 ENGINES = (".plan", ".engine", ".trt")
 Described = OnnxDescription | EngineDescription | PackageDescription
@@ -85,7 +85,7 @@ class NetworkDescription:
     class_names: tuple[str, ...] | None = None
 
 
-def model_described(model: str) -> BundleDescription | NetworkDescription:
+def describe_model(model: str) -> BundleDescription | NetworkDescription:
     """Return everything known of a bundle, of a variant, or of a checkpoint's weights.
 
     Raises:
@@ -106,7 +106,7 @@ def model_described(model: str) -> BundleDescription | NetworkDescription:
                 top1_percent=variant.top1,
                 weights=variant.weights,
                 weights_note=variant.weights_note,
-                here=locate_weights(variant),
+                here=find_cached_weights(variant),
             )
     from van_deploy.model.checkpoint import load_van
 
@@ -133,7 +133,7 @@ def _counted(config: VanConfig, preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def artifacts_described(artifact: Path, *, trust_engine: bool = False) -> list[Described]:
+def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Described]:
     """Return the description of one file, or of everything in a bundle that can be run.
 
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.

@@ -32,12 +32,14 @@ else:
 
 
 LARGEST_BYTES = 64 * 2**20  # a calibration set that names 100,000 images has 20 MB
-DEEPEST = 40  # a manifest has 8
-LONGEST_TEXT = 4096  # characters; a path has no more
-LONGEST_LINE = 64 * 2**10  # of TOML, whose reader takes squared time over dotted keys
+MAX_DEPTH = 40  # a manifest has 8
+MAX_TEXT_LENGTH = 4096  # characters; a path has no more
+MAX_LINE_LENGTH = 64 * 2**10  # of TOML, whose reader takes squared time over dotted keys
 
 # C0 and C1 but tab and newline, and what turns the direction of writing round.
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 class DocumentError(ValueError):
@@ -58,7 +60,7 @@ def require_regular_file(path: Path | int) -> None:
         raise DocumentError("it is no regular file")
 
 
-def text_from(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
+def read_text_file(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
     """Return the text of a file.
 
     Raises:
@@ -80,14 +82,14 @@ def text_from(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
         raise DocumentError(f"it is not UTF-8: {error}") from None
 
 
-def json_from(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """Return the JSON in ``text``, which is UTF-8 where it is bytes.
 
     Raises:
         DocumentError: it is nested too deeply, gives a key twice, or spells half a character.
         ValueError: it is not JSON.
 
-    >>> json_from('{"a": 1, "a": 2}')
+    >>> parse_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
         ...
     van_deploy.documents.DocumentError: it gives the key 'a' twice
@@ -138,7 +140,7 @@ def plain(value: object) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value) if field_is_json(field)]
+        names = [field.name for field in dataclasses.fields(value) if is_json_field(field)]
         return {n: plain(getattr(value, n)) for n in (*names, *json_properties(type(value)))}
     if isinstance(value, VanDeployError):
         return {"kind": type(value).__name__, "message": value.message, "remedy": value.remedy}
@@ -162,7 +164,7 @@ class Verdict:
         return self.passed
 
 
-def field_is_json(field: dataclasses.Field[Any]) -> bool:
+def is_json_field(field: dataclasses.Field[Any]) -> bool:
     """Return whether a field belongs to the document, as all but ``{"json": False}`` do."""
     return bool(field.metadata.get("json", True))
 
@@ -176,7 +178,7 @@ def json_properties(kind: type) -> tuple[str, ...]:
     return (*getattr(kind, "JSON_PROPERTIES", ()), *passed)
 
 
-def toml_from(path: Path) -> dict[str, Any]:
+def read_toml_file(path: Path) -> dict[str, Any]:
     """Return the TOML in a file.
 
     Raises:
@@ -185,9 +187,9 @@ def toml_from(path: Path) -> dict[str, Any]:
         tomllib.TOMLDecodeError: it is not TOML; a ValueError too.
         OSError: it cannot be read.
     """
-    text = text_from(path)
+    text = read_text_file(path)
     longest = max(map(len, text.splitlines()), default=0)
-    if longest > LONGEST_LINE:
+    if longest > MAX_LINE_LENGTH:
         raise DocumentError(f"it has a line of {longest:,} characters")
     tables: dict[str, Any] = _not_deep(lambda: tomllib.loads(text))
     return tables
@@ -197,9 +199,9 @@ def _not_deep(read: Callable[[], Any]) -> Any:
     """Return what ``read`` returns unless lists and tables are too deep in one another."""
     with contextlib.suppress(RecursionError):
         value = read()
-        if _depth(value) <= DEEPEST:
+        if _depth(value) <= MAX_DEPTH:
             return value
-    raise DocumentError(f"it is nested more than {DEEPEST} deep")
+    raise DocumentError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def _depth(value: Any) -> int:

@@ -101,7 +101,7 @@ class SignatureError(BundleError):
 
 
 @contextlib.contextmanager
-def needs_extra(what: str, extra: str) -> Iterator[None]:
+def require_extra(what: str, extra: str) -> Iterator[None]:
     """Tell an import that fails in the block as an extra to install.
 
     Args:

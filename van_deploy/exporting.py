@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from onnx import ModelProto
 
-from van_deploy.bundle import Artifact, Bundle, Draft, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Draft, Origin, edit_bundle
 from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.judging import batch_sizes, judge_new
+from van_deploy.checks.outputs import batch_sizes, check_new_graph
 from van_deploy.config import Recipe
 from van_deploy.data.images import Batch
 from van_deploy.data.labels import class_names_from_file
@@ -25,16 +25,16 @@ from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
 from van_deploy.graph.fold import Rewrites, fold_van
-from van_deploy.manifest import Description, Golden
+from van_deploy.manifest import GoldenInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.variants import NAMES
+from van_deploy.model.variants import VARIANT_NAMES
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 from van_deploy.serve.embedded import EmbedResult
-from van_deploy.stopwatch import Progress, Stopwatch, silent
+from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 MODEL_FILE, LABELS_FILE = "model.onnx", "labels.txt"
 PROOF_IMAGES = 2
@@ -63,7 +63,9 @@ class ExportResult:
     embedded: tuple[EmbedResult, ...] = ()
 
 
-def load_for(recipe: Recipe, *, offline: bool = False, progress: Progress = silent) -> LoadedVan:
+def load_model(
+    recipe: Recipe, *, offline: bool = False, progress: Progress = no_progress
+) -> LoadedVan:
     """Return the network a recipe names, with the recipe's preprocessing and class names.
 
     Raises:
@@ -71,7 +73,7 @@ def load_for(recipe: Recipe, *, offline: bool = False, progress: Progress = sile
         UsageError: it is a backbone, and no feature maps are asked for.
     """
     settings, export = recipe.model, recipe.export
-    known = {EMBEDDED_NAME, *NAMES}
+    known = {EMBEDDED_NAME, *VARIANT_NAMES}
     spec, weights = settings.name, settings.weights or None
     if weights is not None and spec not in known:
         spec, weights = weights, None
@@ -113,12 +115,12 @@ def export_bundle(
     images: Path | None = None,
     rewrites: Rewrites | None = None,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> ExportResult:
     """Return a bundle holding ``loaded`` as a checked FP32 ONNX graph.
 
     Args:
-        loaded: the network, from :func:`load_for`.
+        loaded: the network, from :func:`load_model`.
         recipe: how to deploy it.
         output: the bundle's folder, made if need be.
         images: images to check on, and the golden samples unless the recipe takes others;
@@ -139,15 +141,15 @@ def export_bundle(
     clock.begin("Preparing images")
     source = None if recipe.export.golden == "samples" else images
     count = golden.golden_count(loaded.config, loaded.preprocessing)
-    checked, originals = golden.images_for_golden(loaded.name, loaded.preprocessing, source, count)
+    checked, originals = golden.golden_images(loaded.name, loaded.preprocessing, source, count)
     made_with, reason = _ingredients(loaded, recipe, rewrites, checked.inputs), "asked to (--force)"
     if not force:
         try:
-            reason = Bundle.open(output).why_anew("fp32", made_with)
+            reason = Bundle.open(output).rebuild_reason("fp32", made_with)
         except BundleError as error:
             reason = f"not there yet ({error.message})" if output.exists() else "not there yet"
     if reason:
-        with writing(output, name=loaded.name) as draft:
+        with edit_bundle(output, name=loaded.name) as draft:
             artifact, samples = _checked_graph(draft, loaded, recipe, rewrites, checked, clock)
             files, entry = dict(artifact.files), None
             if recipe.export.golden != "none":
@@ -186,7 +188,7 @@ def _checked_graph(
     sizes = golden.other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
     samples = golden.reference_samples(loaded, checked, sizes)
     clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
-    judged, record = judge_new(path, "fp32", samples, batches)
+    judged, record = check_new_graph(path, "fp32", samples, batches)
     if judged.outcome is not Outcome.PASS:
         wrong = [f.message for f in judged.findings if f.outcome is Outcome.FAIL]
         raise GateFailed(
@@ -273,7 +275,7 @@ def _ingredients(
     }
 
 
-def _description(loaded: LoadedVan, recipe: Recipe, entry: Golden | None) -> Description:
+def _description(loaded: LoadedVan, recipe: Recipe, entry: GoldenInfo | None) -> NetworkInfo:
     """Return what the manifest says of the network."""
     values = {
         "name": loaded.name,
@@ -287,8 +289,8 @@ def _description(loaded: LoadedVan, recipe: Recipe, entry: Golden | None) -> Des
         "versions": tool_versions(*TOOLS),
         "golden": entry,
     }
-    return validated(
-        Description,
+    return validate(
+        NetworkInfo,
         values,
         where="A manifest cannot hold what is known of the network",
         error=InputError,

@@ -72,12 +72,12 @@ def external_files(path: Path) -> tuple[str, ...]:
     from google.protobuf.message import DecodeError
 
     try:
-        return external_files_of(onnx.load(path, load_external_data=False))
+        return external_files_in(onnx.load(path, load_external_data=False))
     except DecodeError:
         return ()  # whatever reads it next says so
 
 
-def external_files_of(model: ModelProto) -> tuple[str, ...]:
+def external_files_in(model: ModelProto) -> tuple[str, ...]:
     """Return the names of other files in a graph, wherever in it a tensor can be, sorted."""
     found = {
         entry.value
@@ -88,7 +88,7 @@ def external_files_of(model: ModelProto) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def require_beside(path: Path, files: Collection[str], named: Collection[str] | None) -> None:
+def check_external_files(path: Path, files: Collection[str], named: Collection[str] | None) -> None:
     """Return if every other file is below the folder of ``path``, and no link leads out of it.
 
     Args:

@@ -10,10 +10,10 @@ from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import (
     samples_for,
 )
-from van_deploy.checks.judging import batch_sizes, common
+from van_deploy.checks.outputs import batch_sizes, shared_settings
 from van_deploy.checks.verify import VerifyReport, record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 from van_deploy.documents import Verdict
 from van_deploy.engine.bundled import REUSED, build_cells, planned_engines
 from van_deploy.errors import UsageError
@@ -21,7 +21,7 @@ from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.serve.embedded import embed_artifacts
-from van_deploy.stopwatch import Progress, Stopwatch, silent
+from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 EMBED_PROOF_IMAGES = 8  # the graph again, with known nodes before it: few images will do
 
@@ -47,7 +47,7 @@ class ExportReport(Verdict):
 
 
 @dataclass(frozen=True)
-class Made:
+class ArtifactResult:
     """One artifact that was made after exporting.
 
     Attributes:
@@ -75,7 +75,7 @@ class RunResult(Verdict):
 
     bundle: Bundle
     export: ExportResult
-    made: tuple[Made, ...]
+    made: tuple[ArtifactResult, ...]
     verify: VerifyReport
     evaluate: EvaluateReport | None
 
@@ -87,12 +87,16 @@ class RunResult(Verdict):
 
 
 def export_recipe(
-    loaded: LoadedVan, recipe: Recipe, output: Path, how: RunSettings, progress: Progress = silent
+    loaded: LoadedVan,
+    recipe: Recipe,
+    output: Path,
+    how: RunSettings,
+    progress: Progress = no_progress,
 ) -> ExportReport:
     """Return what exporting did, and the other precisions that the recipe makes.
 
     Args:
-        loaded: the network, from :func:`load_for`.
+        loaded: the network, from :func:`load_model`.
         recipe: what to make; engines and gates are not done here.
         output: the bundle's folder.
         how: whether to make everything anew, and images to check on, and to calibrate on where
@@ -108,14 +112,14 @@ def export_recipe(
     for name in recipe.precision.make:
         settings = recipe.precision.of(name)
         if images is not None and settings.sources == (None, None):
-            settings = settings.changed(images=images)
+            settings = settings.with_changes(images=images)
         progress(f"Making '{name}'")
         made.append(quantize_bundle(output, settings, force=force, progress=progress))
     if recipe.export.embeds:
         clock.begin("Embedding preprocessing, and proving it")
         fixed, most = recipe.batch.fixed, EMBED_PROOF_IMAGES
         batches = [size for size in batch_sizes(recipe.batch) if size <= most or fixed]
-        pixels = check_images(loaded.name, loaded.preprocessing, max(batches), images).pixels
+        pixels = verification_images(loaded.name, loaded.preprocessing, max(batches), images).pixels
         if pixels is None:
             raise UsageError(
                 f"A graph with preprocessing inside is proved on uint8 images; '{images}' holds "
@@ -132,12 +136,16 @@ def export_recipe(
 
 
 def run_recipe(
-    loaded: LoadedVan, recipe: Recipe, output: Path, how: RunSettings, progress: Progress = silent
+    loaded: LoadedVan,
+    recipe: Recipe,
+    output: Path,
+    how: RunSettings,
+    progress: Progress = no_progress,
 ) -> RunResult:
     """Return the bundle a recipe asks for, and the verdict of its gates.
 
     Args:
-        loaded: the network, from :func:`load_for`.
+        loaded: the network, from :func:`load_model`.
         recipe: what to make, and the gates.
         output: the bundle's folder.
         how: what is skipped, runs it, and so on.
@@ -155,22 +163,22 @@ def run_recipe(
     if engines.precisions:  # a mistake is said before any work
         cells = planned_engines(output, engines, recipe.batch, recipe.export.dynamic_size)
     exported = export_recipe(loaded, recipe, output, how, progress)
-    made = [Made(one.artifact, one.reason, one.passed) for one in exported.precisions]
+    made = [ArtifactResult(one.artifact, one.reason, one.passed) for one in exported.precisions]
     cache = engines.timing_cache
     built = build_cells(cells, timing_cache=cache, force=how.force, progress=progress)
     for outcome in built if cells else ():
         same = outcome.outcome == REUSED
         reason = "the file, options and versions are those it was built from" if same else "built"
-        made.append(Made(outcome.engine, reason, passed=True))
+        made.append(ArtifactResult(outcome.engine, reason, passed=True))
     bundle = Bundle.open(output)
     progress("Verifying")
-    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**common(how))
+    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**shared_settings(how))
     verify = verify_bundle(bundle, samples, asked, loaded, recipe.gates, progress)
     record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
         progress("Evaluating")
-        settings = EvaluationSettings(**{**dict(recipe.evaluate), **common(how)})
+        settings = EvaluationSettings(**{**dict(recipe.evaluate), **shared_settings(how)})
         evaluate = evaluate_bundle(bundle, loaded, settings, recipe.gates, progress)
         record_check(bundle, "evaluate", evaluate)
     return RunResult(Bundle.open(output), exported.export, tuple(made), verify, evaluate)

@@ -39,7 +39,7 @@ def code_digest(*packages: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def time_of_writing() -> str:
+def current_timestamp() -> str:
     """Return the time that files are to name (ISO 8601, UTC): ``SOURCE_DATE_EPOCH``, or now.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from van_deploy.errors import MissingDependency, needs_extra
+from van_deploy.errors import MissingDependency, require_extra
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def require_ray() -> Any:
     Raises:
         MissingDependency: it is not installed.
     """
-    with needs_extra("A Ray cluster", "ray"):
+    with require_extra("A Ray cluster", "ray"):
         import ray
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
     return ray

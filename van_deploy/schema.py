@@ -3,11 +3,11 @@
 Recipes, options, manifests, sidecars, baselines and calibration sets are pydantic
 models derived from :class:`Schema`. Whatever they are filled from (TOML, JSON, the
 command line, keyword arguments), a mistake becomes one message from
-:func:`validated`: the key as its source spells it, what was given, what it takes, and
+:func:`validate`: the key as its source spells it, what was given, what it takes, and
 for an unknown key the nearest one. Nothing is taken for another type: ``"3"``, ``3.0``
 and ``true`` are no whole numbers.
 
-Documents of this program's own (:class:`Versioned`) are JSON files that say first which
+Documents of this program's own (:class:`VersionedSchema`) are JSON files that say first which
 form they have. A file of another version is refused, with what makes it anew, rather than
 guessed at.
 """
@@ -35,7 +35,7 @@ from van_deploy.errors import InputError, UsageError
 LARGEST = 2**62
 
 Model = TypeVar("Model", bound="Schema")
-Document = TypeVar("Document", bound="Versioned")
+Document = TypeVar("Document", bound="VersionedSchema")
 Spelling = Mapping[tuple[str, ...], str]
 """How the user wrote the keys that did not come from a file: ``("export", "opset")``
 is ``--opset`` or ``opset=``. What is not in it is written with dots."""
@@ -53,7 +53,7 @@ _KINDS = {
 }
 
 
-class Contradiction(ValueError):  # noqa: N818 - what it is, as errors.py names its classes
+class ConflictError(ValueError):
     """Two values that do not go together, found by a schema's own validator.
 
     Args:
@@ -84,17 +84,17 @@ class Schema(pydantic.BaseModel):
         """Return the values, ready for JSON."""
         return self.model_dump(mode="json")
 
-    def changed(self: Model, **values: Any) -> Model:
+    def with_changes(self: Model, **values: Any) -> Model:
         """Return a copy with other values, checked like the first.
 
         Raises:
             UsageError: a value is not of its kind, or contradicts another.
         """
         given = {name: getattr(self, name) for name in self.model_fields_set}
-        return validated(type(self), {**given, **values})
+        return validate(type(self), {**given, **values})
 
 
-class Open(Schema):
+class OpenSchema(Schema):
     """A table that others may add keys to; the ones it names are still checked."""
 
     model_config = pydantic.ConfigDict(extra="allow")
@@ -108,9 +108,9 @@ class _Checked(ModelMetaclass):
 
         def __call__(cls, *values_in_order: Any, **values: Any) -> Any:  # noqa: N805
             values = {**dict(zip(cls.model_fields, values_in_order, strict=False)), **values}
-            spelling = {(key_of(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
+            spelling = {(field_key(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
             spelling |= {(name,): f"{name}=" for name in values}
-            return validated(cls, values, spelling=spelling)
+            return validate(cls, values, spelling=spelling)
 
 
 class Settings(Schema, metaclass=_Checked):
@@ -123,7 +123,7 @@ class Settings(Schema, metaclass=_Checked):
     model_config = pydantic.ConfigDict(use_attribute_docstrings=False)
 
 
-class Versioned(Schema):
+class VersionedSchema(Schema):
     """A document whose class says ``schema_: Literal["van-deploy/NAME/VERSION"]``."""
 
     schema_: str = Field(alias="schema")
@@ -139,7 +139,7 @@ class Versioned(Schema):
         return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def validated(
+def validate(
     model: type[Model],
     values: Any,
     *,
@@ -153,7 +153,7 @@ def validated(
     Args:
         model: the schema.
         values: a mapping, as TOML, JSON or keyword arguments gave it; or JSON in bytes, if it
-            has gone through :func:`~van_deploy.documents.json_from`.
+            has gone through :func:`~van_deploy.documents.parse_json`.
         where: what opens the message, such as ``The recipe 'x.toml'``; "" for the key alone.
         error: what a mistake is raised as.
         remedy: what to do next, where the mistake itself suggests nothing better.
@@ -182,7 +182,7 @@ def validated(
     raise error(f"{where}: {told.message}" if where else sentence, told.remedy or remedy)
 
 
-def read_versioned(
+def read_document(
     model: type[Document],
     path: Path,
     what: str,
@@ -205,8 +205,8 @@ def read_versioned(
     """
     where = f"The {what} '{path}' is damaged"
     try:
-        text = documents.text_from(path) if text is None else text
-        raw = documents.json_from(text)
+        text = documents.read_text_file(path) if text is None else text
+        raw = documents.parse_json(text)
     except OSError as failure:
         reason = failure.strerror or failure
         raise error(f"The {what} '{path}' cannot be read: {reason}.", remedy) from failure
@@ -218,10 +218,10 @@ def read_versioned(
             f"'{path}' has schema '{found[:100]}'; this version reads '{model.schema_name()}'.",
             remedy,
         )
-    return validated(model, text.encode(), where=where, error=error, remedy=remedy)
+    return validate(model, text.encode(), where=where, error=error, remedy=remedy)
 
 
-def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
+def read_toml_document(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
     """Return the schema in a TOML file.
 
     Args:
@@ -233,14 +233,14 @@ def read_toml(model: type[Model], path: Path, what: str, error: type[InputError]
     Raises:
         error: the file cannot be read, is not TOML, or is not of this schema.
     """
-    values = toml_tables(path, what, error)
-    return validated(model, values, where=f"The {what} '{path}'", error=error)
+    values = read_toml_tables(path, what, error)
+    return validate(model, values, where=f"The {what} '{path}'", error=error)
 
 
-def toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str, Any]:
-    """Return the tables of a TOML file. Arguments and errors are those of :func:`read_toml`."""
+def read_toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str, Any]:
+    """Return the tables of a TOML file. Arguments and errors: :func:`read_toml_document`."""
     try:
-        return documents.toml_from(path)
+        return documents.read_toml_file(path)
     except (OSError, documents.DocumentError) as failure:
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"The {what} '{path}' cannot be read: {reason}.", "Check the path.") from None
@@ -250,13 +250,13 @@ def toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str, Any
         ) from None
 
 
-def table_in(annotation: Any) -> type[Any] | None:
+def nested_table(annotation: Any) -> type[Any] | None:
     """Return the table that an annotation holds: itself, or inside a union, list or mapping."""
     if isinstance(annotation, type) and (
         issubclass(annotation, Schema) or dataclasses.is_dataclass(annotation)
     ):
         return annotation
-    return next(filter(None, map(table_in, get_args(annotation))), None)
+    return next(filter(None, map(nested_table, get_args(annotation))), None)
 
 
 class _Told:
@@ -275,7 +275,7 @@ class _Told:
         key = self._spelled(self._place)
         self.remedy = ""
         contradiction = fault.get("ctx", {}).get("error")
-        if isinstance(contradiction, Contradiction):
+        if isinstance(contradiction, ConflictError):
             self.message = self._filled(contradiction.message)
             self.remedy = self._filled(contradiction.remedy)
         elif fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
@@ -327,7 +327,7 @@ def _keys_at(table: type[Any], place: list[str | int]) -> list[str]:
     for part in place:
         if part not in _keys_of(table):  # a place in a list, or a key of a mapping
             continue
-        found = table_in(_keys_of(table)[str(part)])
+        found = nested_table(_keys_of(table)[str(part)])
         if found is None:
             return []
         table = found
@@ -339,10 +339,10 @@ def _keys_of(table: type[Any]) -> dict[str, Any]:
     hints = get_type_hints(table, include_extras=True)
     if dataclasses.is_dataclass(table):
         return {field.name: hints[field.name] for field in dataclasses.fields(table)}
-    return {key_of(name, field): hints[name] for name, field in table.model_fields.items()}
+    return {field_key(name, field): hints[name] for name, field in table.model_fields.items()}
 
 
-def key_of(name: str, field: pydantic.fields.FieldInfo) -> str:
+def field_key(name: str, field: pydantic.fields.FieldInfo) -> str:
     """Return what files and keyword arguments call a field."""
     return field.validation_alias if isinstance(field.validation_alias, str) else name
 
@@ -351,7 +351,7 @@ def key_of(name: str, field: pydantic.fields.FieldInfo) -> str:
 
 
 def _text(value: str) -> str:
-    if len(value) > documents.LONGEST_TEXT:
+    if len(value) > documents.MAX_TEXT_LENGTH:
         raise ValueError(f"has {len(value):,} characters, more than a text may have here")
     if not value.isprintable():
         raise ValueError("holds control characters")
@@ -390,7 +390,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 Text = Annotated[str, AfterValidator(_text)]
 """Text of a sensible length without control characters."""
 
-Label = Annotated[str, Field(max_length=documents.LONGEST_TEXT)]
+Label = Annotated[str, Field(max_length=documents.MAX_TEXT_LENGTH)]
 """Text that may hold anything, such as a class's name; what shows it makes it harmless."""
 
 FileName = Annotated[str, AfterValidator(_file_name)]
@@ -399,8 +399,8 @@ FileName = Annotated[str, AfterValidator(_file_name)]
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 """A whole number from 0."""
 
-Table = dict[str, Any]
+JsonObject = dict[str, Any]
 """A JSON object whose keys belong to whoever wrote it."""
 
-Kept = AfterValidator(_kept)
+SafeDataclass = AfterValidator(_kept)
 """Goes with a data class that a document keeps: its texts are :data:`Text`, numbers sensible."""

@@ -13,7 +13,7 @@ class Progress(Protocol):
         """Take what is being done, and how much of it is done where that is known."""
 
 
-def silent(text: str, done: int = 0, total: int | None = None, /) -> None:
+def no_progress(text: str, done: int = 0, total: int | None = None, /) -> None:
     """Say nothing: the progress of who wants none."""
 
 
@@ -29,7 +29,7 @@ class Stopwatch:
 
     def __init__(self, say: Progress | None = None) -> None:
         """Start in no stage."""
-        self.say = say or silent
+        self.say = say or no_progress
         self.seconds: dict[str, float] = {}
         self._stage, self._started = "", 0.0
 

@@ -71,8 +71,8 @@ def test_figures_belong_together_and_hold_what_is_needed_to_repeat_them(
     assert all(0 < entry["percent_of_limit"] < 150 for entry in plain["roofline"])
 
 
-def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bundle) -> None:
-    settings = QUICK.changed(
+def test_image_sizes_embedded_preprocessing_streams_and_profiles(uint8_bundle: Bundle) -> None:
+    settings = QUICK.with_changes(
         batches=(1,),
         image_sizes=(32, 64),
         runners=("ort-cpu", "openvino/fp32")[: 1 + (find_spec("openvino") is not None)],
@@ -80,7 +80,7 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bu
         profile=True,
         streams=2,
     )
-    report = benchmark_bundle(byte_bundle, settings)
+    report = benchmark_bundle(uint8_bundle, settings)
     timed = {(row.contender, row.image_size): row for row in report.rows}
     assert len(timed) == 2 * len(report.contenders)
     assert {name for name, _ in timed} > {"ort-cpu/fp32"}, "the graph that takes bytes, too"
@@ -94,20 +94,20 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bu
 
 
 def test_a_latency_limit_gives_the_best_batch_below_it(digits_bundle: Bundle) -> None:
-    settings = QUICK.changed(roofline=False)
-    report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e6))
+    settings = QUICK.with_changes(roofline=False)
+    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e6))
     best = (report.best_under_p99 or {})["ort-cpu/fp32"]
     assert [row.batch for row in report.rows] == [1, 2, 4, 8]
     assert best == max(report.rows, key=lambda row: row.images_per_s or 0)
-    report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e-6))
+    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
     assert report.best_under_p99 == {"ort-cpu/fp32": None}
 
 
 def test_the_command_prints_tables_and_json_and_keeps_the_result(
-    digits_bundle: Bundle, copy_of: Copy, cli: Cli, tmp_path: Path
+    digits_bundle: Bundle, copy_bundle: Copy, cli: Cli, tmp_path: Path
 ) -> None:
-    bundle, output = copy_of(digits_bundle), tmp_path / "deep" / "new.json"
+    bundle, output = copy_bundle(digits_bundle), tmp_path / "deep" / "new.json"
     first = cli("bench", bundle, *SHORT.split(), "--output", output)
     assert first.exit_code == 0
     assert "ort-cpu/fp32" in first.stdout

@@ -65,7 +65,7 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
 
 
 def test_every_artifact_has_an_entry_and_what_cannot_run_has_a_reason(
-    digits_bundle: Bundle, copy_of: Copy
+    digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     targets = [{"settings": {"target": target}} for target in ("tensorrt", "cpu")]
     kinds: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def test_every_artifact_has_an_entry_and_what_cannot_run_has_a_reason(
         "package": compiled("package", "x86_64", 1, 128),
     }
     bundle = changed(
-        copy_of(digits_bundle), lambda own: {name: {**own, **kinds[name]} for name in kinds}
+        copy_bundle(digits_bundle), lambda own: {name: {**own, **kinds[name]} for name in kinds}
     )
     (runs, said), (on_gpu, not_there) = (
         contenders_of(bundle, BenchSettings(device=device)) for device in ("cpu", "cuda:0")
@@ -112,11 +112,11 @@ def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_reco
 
 
 def test_a_file_that_is_not_the_manifest_s_and_no_file_at_all_are_refused(
-    digits_bundle: Bundle, copy_of: Copy
+    digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     with pytest.raises(BundleError, match="has no artifact to time"):
-        contenders_of(changed(copy_of(digits_bundle, "empty"), lambda _: {}), BenchSettings())
-    folder = copy_of(digits_bundle)
+        contenders_of(changed(copy_bundle(digits_bundle, "empty"), lambda _: {}), BenchSettings())
+    folder = copy_bundle(digits_bundle)
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"!")
     with pytest.raises(BundleError, match="was changed after the manifest"):

@@ -36,7 +36,7 @@ def inputs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def graph(digits_bundle: Bundle) -> Contender:
-    file = str(digits_bundle.verified("fp32"))
+    file = str(digits_bundle.verified_path("fp32"))
     return Contender("fp32", "onnxruntime", "fp32", file, mode="ort-cpu")
 
 
@@ -175,7 +175,7 @@ def test_one_that_fails_is_a_row_and_a_reference_that_fails_leaves_no_ratios() -
 
 
 def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> None:
-    budget = SIX.changed(limit_s=2.0)
+    budget = SIX.with_changes(limit_s=2.0)
     steady, noisy = Scripted("steady", 2.0), Scripted("noisy", 2.0, noise=1.5)
     rows = Neighbourhood(Scripted("r", 4.0), steady, noisy, budget=budget).rows()
     assert (steady.slices, rows["steady"].settled) == (6, True)
@@ -190,7 +190,7 @@ def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
 
 
 def test_disturbed_rounds_do_not_count_for_a_ratio() -> None:
-    budget = SIX.changed(seconds=1.0, limit_s=4.0, rounds=10)
+    budget = SIX.with_changes(seconds=1.0, limit_s=4.0, rounds=10)
     lanes = (Scripted("r", 4.0, hurt=1.1), Scripted("a", 2.0, hurt=1.6))
     row = Neighbourhood(*lanes, hurt=range(10, 23), budget=budget).rows()["a"]
     assert row.ratio

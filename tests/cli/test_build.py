@@ -10,9 +10,9 @@ import pytest
 
 from tests.artifacts import Copy
 from tests.conftest import Cli
-from tests.described import described, entry
 from tests.each import each
-from van_deploy.bundle import Bundle, writing
+from tests.manifest_parts import artifact_entry, network_info
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.environment.hardware import nvidia_driver
 
 pytestmark = pytest.mark.skipif(
@@ -24,10 +24,10 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture
 def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
-    with writing(folder, name="van_digits") as draft:
+    with edit_bundle(folder, name="van_digits") as draft:
         draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
-        draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
-        draft.description = described("van_digits")
+        draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
+        draft.description = network_info("van_digits")
     return folder
 
 
@@ -85,9 +85,9 @@ def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
 
 
 def test_a_missing_precision_is_made_on_the_way(
-    cli: Cli, copy_of: Copy, digits_bundle: Bundle
+    cli: Cli, copy_bundle: Copy, digits_bundle: Bundle
 ) -> None:
-    bundle = copy_of(digits_bundle)
+    bundle = copy_bundle(digits_bundle)
     manifest = bundle / "manifest.json"  # of a network that brings no images of its own
     manifest.write_text(manifest.read_text().replace('"name": "van_digits"', '"name": "mine"'))
     words = ("build", bundle, "--target", "sm_89", "--precision")

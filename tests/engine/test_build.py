@@ -61,11 +61,11 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> No
 def test_builds_side_by_side_give_the_same_bytes_for_the_same_inputs_only(
     build: Build, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    named = SM89.changed(profiling=Profiling.DETAILED)  # holds names, which could be of places
+    named = SM89.with_changes(profiling=Profiling.DETAILED)  # holds names, which could be of places
     far = tmp_path / "a folder with a much longer name than the first" / "other.plan"
     far.parent.mkdir()
     shutil.copy(digits_onnx, far.with_suffix(".onnx"))
-    more = SM89.changed(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16)))
+    more = SM89.with_changes(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16)))
     near, other = tmp_path / "near.plan", tmp_path / "other.plan"
     asked: Any = [(near, named), (far, named, far.with_suffix(".onnx")), (other, more)]
     with ThreadPoolExecutor() as pool:
@@ -101,7 +101,7 @@ def fixed(model: ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
 
 
-SIZES = SM89.changed(dynamic_size=SizeRange(32, 64, 96))
+SIZES = SM89.with_changes(dynamic_size=SizeRange(32, 64, 96))
 
 
 @each(
@@ -114,7 +114,7 @@ SIZES = SM89.changed(dynamic_size=SizeRange(32, 64, 96))
         (dynamic, SM89, "has dynamic height and width, and no sizes"),
         (dynamic, SIZES, ""),
         (fixed, SM89, "has a fixed batch of 4, so it cannot serve 1:2:4"),
-        (fixed, SM89.changed(profiles=(BatchRange(4, 4, 4),)), ""),
+        (fixed, SM89.with_changes(profiles=(BatchRange(4, 4, 4),)), ""),
         (b"hello world, this is no protobuf", SM89, "is not an ONNX file"),
     ],
     fresh="graph",
@@ -138,7 +138,7 @@ def test_a_plan_that_was_there_survives_a_failed_build(
 ) -> None:
     folder = Path(shutil.copytree(plan.path.parent, tmp_path / "plans"))
     with pytest.raises(ConversionError, match="no kernel fits into the workspace"):
-        build(folder / plan.path.name, SM89.changed(workspace_bytes=1024))
+        build(folder / plan.path.name, SM89.with_changes(workspace_bytes=1024))
     assert verified_sidecar(folder / plan.path.name) == plan.sidecar
     assert len(list(folder.iterdir())) == 3
 
@@ -211,7 +211,7 @@ def test_the_worker_stops_when_its_parent_is_gone(
 @each(
     ("options", "name"),
     [
-        (SM89.changed(targets=("sm_86", "sm_89")), "sm86+sm89-rtx1.7.1"),
+        (SM89.with_changes(targets=("sm_86", "sm_89")), "sm86+sm89-rtx1.7.1"),
         (BuildOptions(), "sm89-trt11.4.0"),
         (BuildOptions(**PLUS), "ampere-plus-trt11.4.0"),
         (BuildOptions(version_compatible=True), "sm89-trt11.4.0-vc"),

@@ -51,7 +51,7 @@ Spoil = Callable[[Path], object]
 
 
 def of_tensorrt(sidecar: Sidecar, version: str, **options: object) -> Sidecar:
-    asked = BuildOptions().changed(**options)
+    asked = BuildOptions().with_changes(**options)
     changes = {"backend": "tensorrt", "backend_version": version, "options": asked}
     return sidecar.model_copy(update=changes)
 
@@ -136,11 +136,11 @@ def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPat
     [
         (SM89, ADA, ""),
         (BuildOptions(**PLUS, workspace_bytes=24 << 30), ADA, ""),
-        (SM89.changed(targets=()), NO_GPU, "builds on the GPU that will run the engine"),
-        (SM89.changed(workspace_bytes=25 << 30), ADA, "of memory that NVIDIA L4 has"),
+        (SM89.with_changes(targets=()), NO_GPU, "builds on the GPU that will run the engine"),
+        (SM89.with_changes(workspace_bytes=25 << 30), ADA, "of memory that NVIDIA L4 has"),
         # A level covers other GPUs only where no target is named, and RTX only those it serves.
-        (SM89.changed(targets=("sm_90",)), ADA, "give --hardware-compatibility ampere-plus."),
-        (SM89.changed(targets=("sm_75",)), ADA, "on that GPU, or use --backend tensorrt-rtx."),
+        (SM89.with_changes(targets=("sm_90",)), ADA, "give --hardware-compatibility ampere-plus."),
+        (SM89.with_changes(targets=("sm_75",)), ADA, "on that GPU, or use --backend tensorrt-rtx."),
     ],
 )
 def test_what_tensorrt_refuses(options: BuildOptions, host: Host, refused: str) -> None:
@@ -160,7 +160,7 @@ def test_what_rtx_is_refused_it_really_cannot_do(
 ) -> None:
     monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
     with pytest.raises(MissingDependency):
-        build(tmp_path / "e.plan", SM89.changed(version_compatible=True))
+        build(tmp_path / "e.plan", SM89.with_changes(version_compatible=True))
     assert list(tmp_path.iterdir()) == []
 
 

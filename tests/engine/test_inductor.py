@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import van_deploy
-from tests.artifacts import Copy, MadeOnce
+from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
@@ -67,7 +67,7 @@ def test_where_the_fused_kernels_run(digits_bundle: Bundle) -> None:
 
 
 @pytest.fixture(scope="module")
-def packaged(made_once: MadeOnce, digits_bundle: Bundle) -> Path:
+def packaged(artifact_cache: ArtifactCache, digits_bundle: Bundle) -> Path:
     """Return a bundle with an FP32 (tuned) and a BF16 package for this CPU; not to be changed."""
 
     def make(folder: Path) -> None:
@@ -79,7 +79,7 @@ def packaged(made_once: MadeOnce, digits_bundle: Bundle) -> Path:
         assert names_of(folder)["fp32"] == row.engine
         assert bundle.build(**for_cpu, precisions=["bf16"]).passed
 
-    return made_once("with_packages", make)
+    return artifact_cache("with_packages", make)
 
 
 def names_of(folder: Path) -> dict[str, str]:
@@ -95,7 +95,7 @@ def test_logits_at_several_batches(packaged: Path) -> None:
     with Network(bundle, PYTORCH) as original:
         expected = next(iter(original.run(images).values()))
     for precision, floor in (("fp32", 100.0), ("bf16", 30.0)):
-        with InductorRunner(bundle.verified(names[precision])) as runner:
+        with InductorRunner(bundle.verified_path(names[precision])) as runner:
             for batch in (1, 3, 8):
                 found = compare(expected[:batch], runner.run(images[:batch]))
                 assert found.sqnr_db >= floor, (precision, batch)
@@ -109,9 +109,9 @@ def test_logits_at_several_batches(packaged: Path) -> None:
 
 @pytest.mark.slow
 def test_commands_take_packages(
-    cli: Cli, copy_of: Copy, packaged: Path, heldout_200: Path, tmp_path: Path
+    cli: Cli, copy_bundle: Copy, packaged: Path, heldout_200: Path, tmp_path: Path
 ) -> None:
-    folder, names = copy_of(packaged), names_of(packaged)
+    folder, names = copy_bundle(packaged), names_of(packaged)
     found = json.loads(cli("verify", folder, "--json").stdout)
     verdicts = {name: found["artifacts"][names[name]] for name in ("fp32", "bf16")}
     assert {name: one["numeric"] for name, one in verdicts.items()} == {n: n for n in verdicts}
@@ -128,8 +128,10 @@ def test_commands_take_packages(
 
 
 @pytest.mark.slow
-def test_a_rerun_reuses_it_and_a_changed_one_is_not_loaded(copy_of: Copy, packaged: Path) -> None:
-    folder = copy_of(packaged)
+def test_a_rerun_reuses_it_and_a_changed_one_is_not_loaded(
+    copy_bundle: Copy, packaged: Path
+) -> None:
+    folder = copy_bundle(packaged)
     again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
     assert [one.outcome for one in again.outcomes] == ["reused"]
     name = names_of(folder)["fp32"]

@@ -84,9 +84,9 @@ def _ort(artifact: str, options: CudaOptions | None = None) -> Callable[[Bundle]
         from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
         if options is None:
-            return OnnxRuntimeRunner(bundle.verified(artifact))
+            return OnnxRuntimeRunner(bundle.verified_path(artifact))
         need_cuda_provider()
-        return OnnxRuntimeRunner(bundle.verified(artifact), name="ort-cuda", cuda=options)
+        return OnnxRuntimeRunner(bundle.verified_path(artifact), name="ort-cuda", cuda=options)
 
     return opened
 
@@ -134,7 +134,7 @@ def _tensorrt(artifact: str, *, graph: bool, tf32: bool = False) -> Callable[[Bu
 
         folder = bundle.path.with_name("plans")
         folder.mkdir(exist_ok=True)
-        plan, _ = plan_of(folder, artifact, bundle.verified(artifact), tf32)
+        plan, _ = plan_of(folder, artifact, bundle.verified_path(artifact), tf32)
         return TensorRtRunner(plan, cuda_graph=graph)
 
     return opened

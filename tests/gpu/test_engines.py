@@ -37,7 +37,7 @@ def test_the_bundle_is_verified_by_onnxruntime_on_the_gpu(digits: Digits) -> Non
 @pytest.fixture(scope="module")
 def plan(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Backend]:
     """Return a plan of the FP32 graph, without TF32, for the GPU here, and what built it."""
-    folder, graph = tmp_path_factory.mktemp("plan"), digits.bundle.verified("fp32")
+    folder, graph = tmp_path_factory.mktemp("plan"), digits.bundle.verified_path("fp32")
     return plan_of(folder, "fp32", graph, profiles=(BatchRange(1, 4, 8),))
 
 
@@ -59,7 +59,7 @@ def test_the_plan_agrees_with_polygraphys_own_runner(
     feed = [{"images": digits.images}]
     runners = [
         TrtRunner(EngineFromBytes(path.read_bytes()), name="tensorrt"),
-        OnnxrtRunner(SessionFromOnnx(str(digits.bundle.verified("fp32"))), name="onnxruntime"),
+        OnnxrtRunner(SessionFromOnnx(str(digits.bundle.verified_path("fp32"))), name="onnxruntime"),
     ]
     results = Comparator.run(runners, data_loader=feed)
     assert bool(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.artifacts import MadeOnce
+from tests.artifacts import ArtifactCache
 from tests.each import each
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import RTX_TARGETS, Backend, Host, choose_backend, host_here
@@ -37,7 +37,7 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(made_once: MadeOnce, digits_onnx: Path) -> Made:
+def made(artifact_cache: ArtifactCache, digits_onnx: Path) -> Made:
     """Return an FP32 engine for the GPU here, or for an L4 where there is none."""
     host = host_here()
     try:
@@ -52,7 +52,7 @@ def made(made_once: MadeOnce, digits_onnx: Path) -> Made:
         how: dict[str, Any] = {"backend": backend, "options": options, "precision": "fp32"}
         engine_from_onnx(digits_onnx, folder / "e.plan", host=host, **how)
 
-    return Made(made_once("engine_fp32", make) / "e.plan", backend)
+    return Made(artifact_cache("engine_fp32", make) / "e.plan", backend)
 
 
 def test_a_profile_is_chosen_by_its_optimum() -> None:
@@ -155,7 +155,7 @@ def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
     plan = tmp_path / "e.plan"
     plan.write_bytes(made.plan.read_bytes())
     sidecar = verified_sidecar(made.plan)
-    options = sidecar.options.changed(version_compatible=version_compatible)
+    options = sidecar.options.with_changes(version_compatible=version_compatible)
     write_sidecar(plan, sidecar.model_copy(update={"options": options}))
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
     monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)

@@ -22,13 +22,13 @@ from van_deploy.bench.roofline import measured_limits
 from van_deploy.bench.worker import KEEP_MEMORY, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.provenance import tool_versions
 from van_deploy.runners.base import gpu_index
 from van_deploy.runners.network import network_input
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress, no_progress
 
 # Batch sizes tried under a latency limit, as far as the bundle's range goes.
 SWEEP = (1, 2, 4, 8, 16, 32, 64)
@@ -46,7 +46,7 @@ CV_LIMIT_PERCENT = 2.5
 
 
 def benchmark_bundle(
-    bundle: Bundle, settings: BenchSettings, *, progress: Progress = silent
+    bundle: Bundle, settings: BenchSettings, *, progress: Progress = no_progress
 ) -> BenchReport:
     """Return how fast each artifact of ``bundle`` is in each runtime of a device.
 
@@ -131,7 +131,7 @@ def _prepared(
     threads = settings.threads or (cpu().cores_allowed if index is None else 1)
     largest = max(1, bundle.manifest.batch.max)
     batches = tuple(n for n in SWEEP if n <= largest) if settings.p99_ms else settings.batches
-    settings = settings.changed(device=device, threads=threads, batches=batches)
+    settings = settings.with_changes(device=device, threads=threads, batches=batches)
     contenders, skipped = chosen(contenders_of(bundle, settings), settings.runners)
     if contenders and settings.reference not in contenders:
         if settings.reference != REFERENCE:
@@ -139,7 +139,7 @@ def _prepared(
                 f"The reference '{settings.reference}' is not among the runners.",
                 f"Choose one of: {', '.join(contenders)}.",
             )
-        settings = settings.changed(reference=next(iter(contenders)))
+        settings = settings.with_changes(reference=next(iter(contenders)))
     return settings, contenders, skipped
 
 
@@ -158,7 +158,7 @@ def _measured(
         preprocessing = own.override(image_size=size)
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
             folder, lanes = Path(name), list[Lane]()
-            images = check_images(bundle.name, preprocessing, max(settings.batches))
+            images = verification_images(bundle.name, preprocessing, max(settings.batches))
             for one in contenders.values():
                 inputs = folder / f"{one.embedded}.npy"
                 np.save(inputs, network_input(images.values, one.embedded, preprocessing))

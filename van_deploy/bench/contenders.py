@@ -14,7 +14,7 @@ import onnx
 from van_deploy.bench.document import Contender
 from van_deploy.bundle import Artifact, Bundle
 from van_deploy.config import BenchSettings
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
@@ -112,7 +112,7 @@ def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
             name=artifact.name,
             runtime="onnxruntime",
             precision=artifact.precision,
-            file=str(bundle.verified(artifact.name)),
+            file=str(bundle.verified_path(artifact.name)),
             embedded=artifact.embedded,
             sha256=artifact.sha256,
             min_batch=min((p.min for p in profiles), default=1),
@@ -189,7 +189,7 @@ def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
     model, target = onnx.load_model(source), folder / source.name
     dims = model.graph.input[0].type.tensor_type.shape.dim
     axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
-    for axis, side in zip(axes, sides_of(size), strict=True):
+    for axis, side in zip(axes, height_width(size), strict=True):
         dims[axis].dim_value = side
     for value in model.graph.output:  # a backbone's maps have other sides then
         value.type.tensor_type.ClearField("shape")

@@ -15,14 +15,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from van_deploy.bundle import Bundle, writing
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError, UsageError
 from van_deploy.intervals import median_interval
 from van_deploy.model.variants import WeightsSource
-from van_deploy.schema import Versioned, read_versioned
+from van_deploy.schema import VersionedSchema, read_document
 
 BENCH_FILE = "bench.json"
 # Two runs of the same files agree on a ratio that changed by no more.
@@ -318,7 +318,7 @@ class Change:
     same_file: bool
 
 
-class BenchReport(Versioned):
+class BenchReport(VersionedSchema):
     """What was measured, and everything needed to measure it again.
 
     Attributes:
@@ -382,7 +382,7 @@ def read_report(path: Path) -> BenchReport:
         InputError: it cannot be read, is something else, or is of another version.
     """
     remedy = "Measure one with `van-deploy bench BUNDLE --output FILE` of this version."
-    return read_versioned(BenchReport, path, "benchmark", InputError, remedy)
+    return read_document(BenchReport, path, "benchmark", InputError, remedy)
 
 
 def record(report: BenchReport, bundle: Bundle) -> None:
@@ -400,7 +400,7 @@ def record(report: BenchReport, bundle: Bundle) -> None:
         for row in report.rows
         if row.latency
     ]
-    with writing(bundle.path) as draft:
+    with edit_bundle(bundle.path) as draft:
         draft.file(BENCH_FILE).write_text(report.text(), encoding="utf-8")
         draft.checks["bench"] = {
             "file": BENCH_FILE,

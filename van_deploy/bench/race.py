@@ -29,9 +29,9 @@ import numpy as np
 from van_deploy.bench.document import Contender, Latency, ProfileLine, Ratio, Row
 from van_deploy.bench.worker import WorkerError, WorkerGoneError, WorkerProcess
 from van_deploy.config import BenchSettings, Budget
-from van_deploy.config.commands import LEAST_ROUNDS
+from van_deploy.config.commands import MIN_ROUNDS
 from van_deploy.config.sizes import ImageSize
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress, no_progress
 
 SIDE, PRODUCTS = 384, 10  # about 10 ms on two cores
 # How much longer than undisturbed the product may take; the share of all looks that may be
@@ -132,7 +132,7 @@ class Lane(WorkerProcess):
     def quiet_ratio(self, limit_ms: float) -> Ratio | None:
         """Return the ratio over the quiet rounds; None where they are too few to stand alone."""
         quiet = [ratio for _, look, ratio in self.rounds if look <= limit_ms and ratio]
-        return Ratio.of(quiet) if len(quiet) >= LEAST_ROUNDS else None
+        return Ratio.of(quiet) if len(quiet) >= MIN_ROUNDS else None
 
 
 class Race(ExitStack):
@@ -147,7 +147,9 @@ class Race(ExitStack):
         looks: what the product took, in ms, whenever it was timed.
     """
 
-    def __init__(self, lanes: list[Lane], settings: BenchSettings, say: Progress = silent) -> None:
+    def __init__(
+        self, lanes: list[Lane], settings: BenchSettings, say: Progress = no_progress
+    ) -> None:
         super().__init__()
         self.lanes, self.settings, self._say = lanes, settings, say
         self.looks: list[float] = []
@@ -228,9 +230,9 @@ class Race(ExitStack):
     def _is_done(self, lane: Lane, base: Lane | None) -> bool:
         """Return whether a contender need not be timed again at this batch."""
         budget, rounds = self.settings.budget, len(lane.rounds)
-        if lane.failure is not None or budget.is_over(lane.timed_s, rounds):
+        if lane.failure is not None or budget.is_exhausted(lane.timed_s, rounds):
             return True
-        met = budget.is_met(lane.timed_s, len(lane.latencies), rounds)
+        met = budget.is_complete(lane.timed_s, len(lane.latencies), rounds)
         return met and (base in (None, lane) or self._is_settled(lane))
 
     def _is_settled(self, lane: Lane) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from van_deploy.bench.document import Ceilings, Contender, PaperLimits, Reached, Row
 from van_deploy.bench.gpu import Clock, repeated, torch_clock
 from van_deploy.bundle import Bundle
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
 from van_deploy.model.variants import VanConfig
@@ -160,12 +160,12 @@ def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached |
         kind = "tf32"
     if kind not in rates or (int8 and "int8" not in rates):
         return None
-    sides, channels = sides_of(size), config.in_chans
+    sides, channels = height_width(size), config.in_chans
     ends = channels * math.prod(sides) + config.num_classes
     pointwise = depthwise = values = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
         values += channels * math.prod(sides)  # the patch embedding reads it
-        sides, channels, depth = config.sides_after(stage, sides), dim, config.depths[stage]
+        sides, channels, depth = config.stage_output_size(stage, sides), dim, config.depths[stage]
         pixels = math.prod(sides)
         pointwise += depth * pixels * dim * (3 * dim + 2 * hidden)
         depthwise += depth * pixels * (dim * (k0**2 + k1**2) + 9 * hidden)

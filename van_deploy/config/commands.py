@@ -11,14 +11,14 @@ from typing import Annotated, Literal
 import pydantic
 
 from van_deploy.config.fields import Table, option
-from van_deploy.config.making import LEAVE_OUT, ClassOrder, EvaluateSettings
+from van_deploy.config.recipe_tables import LEAVE_OUT, ClassOrder, EvaluateSettings
 from van_deploy.config.sizes import ImageSizeOption
 from van_deploy.errors import UsageError
 
 WHAT, HOW = "What is measured", "How it is done"
 QUEUE, CUDA = "Queue", "ONNX Runtime on a GPU"
 
-LEAST_ROUNDS = 6
+MIN_ROUNDS = 6
 """Fewer rounds have no 95 % interval of their median (2 x 0.5^5 is more than 5 %)."""
 
 
@@ -100,9 +100,9 @@ class _Samples(Table):
     images: Path | None = option(None)
     count: int | None = option(None, ge=1)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield images that the golden samples have no answers for."""
-        given = self.given_of("images", "count")
+        given = self.first_set("images", "count")
         if given and self.against != "weights":
             message = (
                 f"{given} is given, and other images than the golden samples can only be "
@@ -180,9 +180,9 @@ class CheckSettings(_Judged, _Samples, _Allowed):
     class_order: ClassOrder | None = option(None)
     speed: bool = option(False)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield labels of images that are not there, too."""
-        yield from super().contradictions()
+        yield from super().conflicts()
         if self.labels is not None and self.evaluate is None:
             yield "{labels} is given, and {evaluate} is not.", "Name the folder of images, too."
 
@@ -218,7 +218,7 @@ class FleetSettings(Table):
     on: Literal["here", "ray"] = option("here")
     ray_address: str = option("")
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield a place to build where there is nothing to share out."""
         if self.matrix is None and self.on != "here":
             yield "{on} is for {matrix}.", "Write a fleet file, and give it with {matrix}."
@@ -259,15 +259,15 @@ class Budget(Table):
         """
         return max(self.seconds / self.rounds, reference_call_s)
 
-    def is_over(self, timed_s: float, rounds: int) -> bool:
+    def is_exhausted(self, timed_s: float, rounds: int) -> bool:
         """Return whether a contender may not be timed any longer."""
         limit = max(self.limit_s, self.seconds)
-        return timed_s >= limit and rounds >= min(LEAST_ROUNDS, self.rounds)
+        return timed_s >= limit and rounds >= min(MIN_ROUNDS, self.rounds)
 
-    def is_met(self, timed_s: float, calls: int, rounds: int) -> bool:
+    def is_complete(self, timed_s: float, calls: int, rounds: int) -> bool:
         """Return whether a contender was timed for as long as it has to be."""
         is_enough = timed_s >= self.seconds and calls >= self.calls
-        return is_enough and rounds >= min(LEAST_ROUNDS, self.rounds)
+        return is_enough and rounds >= min(MIN_ROUNDS, self.rounds)
 
 
 class BenchSettings(Table):
@@ -445,7 +445,7 @@ class TritonSettings(Table):
     queue_limit: int = option(256, panel=QUEUE, ge=1)
     queue_timeout_ms: int = option(0, panel=QUEUE, ge=0)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield a GPU for a runtime that has none."""
         if self.gpu and self.backend == "python":
             message = "{backend} python brings ONNX Runtime for processors, and {gpu} is given."

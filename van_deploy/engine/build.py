@@ -37,10 +37,10 @@ from van_deploy.engine.sidecar import SCHEMA, Sidecar, log_path, sidecar_path, w
 from van_deploy.engine.worker import LOG, ONNX, PLAN
 from van_deploy.environment.hardware import memory
 from van_deploy.errors import ConversionError, InputError, MissingDependency, VanDeployError
-from van_deploy.files import external_files_of, file_sha256, require_beside
+from van_deploy.files import check_external_files, external_files_in, file_sha256
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.schema import validated
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.schema import validate
+from van_deploy.stopwatch import Progress, no_progress
 
 TAGS = {TENSORRT: "trt", RTX: "rtx"}  # in names of files
 CANCEL_WAIT_S = 5.0  # between asking TensorRT to stop and ending its process
@@ -81,7 +81,7 @@ def engine_from_onnx(
     host: Host | None = None,
     timing_cache: Path | None = None,
     preprocessing: Preprocessing | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Sidecar:
     """Build ``plan`` from ``source``, with its sidecar and its log beside it.
 
@@ -127,7 +127,7 @@ def engine_from_onnx(
         log = (folder / LOG).rename(log_path(draft))
         facts |= _known(name, source, draft, backend, options, host)
         facts |= {"precision": precision, "preprocessing": preprocessing}
-        sidecar = write_sidecar(draft, validated(Sidecar, facts))
+        sidecar = write_sidecar(draft, validate(Sidecar, facts))
         for path in (log, draft, sidecar_path(draft)):  # the sidecar last
             path.replace(plan.parent / path.name)
     return sidecar
@@ -167,8 +167,8 @@ def has_weights_beside(path: Path, options: BuildOptions) -> bool:
         model = onnx.load(path, load_external_data=False)
     except DecodeError:
         model = onnx.ModelProto()
-    beside = external_files_of(model)
-    require_beside(path, beside, None)
+    beside = external_files_in(model)
+    check_external_files(path, beside, None)
     dims = [dim for value in model.graph.input[:1] for dim in value.type.tensor_type.shape.dim]
     batch, *row = [dim.dim_value if dim.HasField("dim_value") else -1 for dim in dims] or [0]
     stored, sizes = model.graph.initializer, options.dynamic_size

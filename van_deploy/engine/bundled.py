@@ -35,10 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.bundle import Artifact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions, EngineSettings
 from van_deploy.config.fields import Table, Target, option
-from van_deploy.config.making import PlanSettings
+from van_deploy.config.recipe_tables import PlanSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, choose_backend, host_here
 from van_deploy.engine.build import engine_from_onnx, engine_name
@@ -61,10 +61,10 @@ from van_deploy.errors import (
     VanDeployError,
 )
 from van_deploy.files import content_key
-from van_deploy.manifest import EngineFacts
+from van_deploy.manifest import EngineInfo
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
-from van_deploy.schema import read_toml, validated
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.schema import read_toml_document, validate
+from van_deploy.stopwatch import Progress, no_progress
 
 BUILT, REUSED, FAILED = "built", "reused", "failed"
 ENGINES = "engines"
@@ -109,7 +109,7 @@ class FleetFile(Table):
     options: PlanSettings = option(PlanSettings)
     hosts: dict[str, FleetHost] = option(dict)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield hosts of targets that are not built."""
         known = {"+".join(plan) for plan in self.fleet.targets}
         for name in sorted(set(self.hosts) - known):
@@ -178,7 +178,7 @@ def read_fleet(path: Path) -> tuple[Cell, ...]:
     Raises:
         RecipeError: it cannot be read, or a key or value in it is wrong.
     """
-    found = read_toml(FleetFile, path, "fleet file", RecipeError)
+    found = read_toml_document(FleetFile, path, "fleet file", RecipeError)
     cells = []
     for folder in (path.parent / bundle for bundle in found.fleet.bundles):
         served: tuple[Any, ...] = ()
@@ -227,7 +227,7 @@ def planned_engines(
         options = settings.of(served if backend.builds_for_absent_gpus else targets, batch, sizes)
         refuse_impossible(backend, options, host, settings.timing_cache)
         asked.append((served, options))
-    where = validated(FleetHost, {"backend": settings.backend})
+    where = validate(FleetHost, {"backend": settings.backend})
     return [
         Cell(bundle, precision, served, options, where)
         for precision in settings.precisions
@@ -261,7 +261,7 @@ def to_be_built(
             "from ONNX files.",
             f"Choose one of: {', '.join(graphs)}.",
         )
-    bundle.verified(source.name)
+    bundle.verified_path(source.name)
     asked = _ingredients(source, cell.targets, cell.options)
     if not (elsewhere and cell.host.accelerator_type):
         try:
@@ -288,7 +288,7 @@ def existing(
         had = {name: artifact.made_with.get(name) for name in made_with}
         if content_key(had) == content_key(made_with):
             with contextlib.suppress(BundleError, InputError):
-                return verified(bundle.verified(artifact.name))
+                return verified(bundle.verified_path(artifact.name))
     return None
 
 
@@ -299,7 +299,7 @@ def build_cells(
     timing_cache: Path | None = None,
     force: bool = False,
     go_on: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Iterator[Outcome]:
     """Build engines one after the other on this machine, and yield each as it ends.
 
@@ -402,7 +402,7 @@ def _built(
     folder: Path,
     host: Host,
     timing_cache: Path | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Path:
     """Return the plan of a cell, built on this machine, which is ``host``."""
     source, options = bundle.artifact(cell.precision), cell.options
@@ -452,7 +452,7 @@ def enter(
     """
     beside = (path for path in (file, sidecar_path(file), log_path(file)) if path.exists())
     inside = {f"{ENGINES}/{path.name}": path for path in beside}
-    with writing(bundle) as draft:
+    with edit_bundle(bundle) as draft:
         now = draft.artifacts.get(source.name)
         if now is None or now.sha256 != source.sha256:
             raise BundleError(
@@ -471,7 +471,7 @@ def enter(
                 files=dict.fromkeys(inside, ""),  # digested by the draft
                 made_from=Origin(name=source.name, sha256=source.sha256),
                 made_with=dict(made_with),
-                engine=EngineFacts(
+                engine=EngineInfo(
                     backend=sidecar.made_by,
                     targets=sidecar.targets,
                     profiles=sidecar.profiles,

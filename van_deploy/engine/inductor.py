@@ -36,7 +36,7 @@ from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,7 +115,7 @@ def build_package(
     """
     host, processor = host or host_here(), cpu()
     bundle, on_gpu, (batch,) = Bundle.open(path), settings.device != "cpu", settings.profiles
-    source, onnx, manifest = bundle.artifact(SOURCE), bundle.verified(SOURCE), bundle.manifest
+    source, onnx, manifest = bundle.artifact(SOURCE), bundle.verified_path(SOURCE), bundle.manifest
     target = (host.target or "cuda") if on_gpu else platform.machine()
     decided = {
         "torch": torch_version(),
@@ -154,7 +154,7 @@ def build_package(
             "input_shape": (-1, *row),
             "build_seconds": round(time.perf_counter() - start, 3),
         }
-        sidecar = write_sidecar(file, validated(PackageSidecar, facts))
+        sidecar = write_sidecar(file, validate(PackageSidecar, facts))
         enter(path, source, file, sidecar, made_with)
     return sidecar, False
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy import errors
-from van_deploy.documents import toml_from
+from van_deploy.documents import read_toml_file
 from van_deploy.errors import ConversionError, VanDeployError
 
 _MEMORY = {
@@ -107,7 +107,7 @@ class Entry:
 
 CATALOGUE = tuple(
     Entry(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
-    for row in toml_from(Path(__file__).with_name("messages.toml"))["entry"]
+    for row in read_toml_file(Path(__file__).with_name("messages.toml"))["entry"]
 )
 """Known failures, the most particular first."""
 

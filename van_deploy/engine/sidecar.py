@@ -18,7 +18,15 @@ from van_deploy.errors import InputError
 from van_deploy.files import content_key, file_sha256, write_atomic
 from van_deploy.manifest import Precision
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.schema import Count, FileName, Kept, Schema, Text, Versioned, read_versioned
+from van_deploy.schema import (
+    Count,
+    FileName,
+    SafeDataclass,
+    Schema,
+    Text,
+    VersionedSchema,
+    read_document,
+)
 
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
@@ -39,7 +47,7 @@ class Tensor(Schema):
     dtype: Text
 
 
-class _Vouching(Versioned):
+class _Vouching(VersionedSchema):
     """A sidecar of any kind: what both have, and where the digest of the file it speaks of is."""
 
     WHAT: ClassVar[str]
@@ -109,7 +117,7 @@ class Sidecar(_Vouching):
     device_memory: dict[Text, Count]
     warnings: dict[str, Count]
     fixed_addresses: bool
-    preprocessing: Annotated[Preprocessing, Kept] | None = None
+    preprocessing: Annotated[Preprocessing, SafeDataclass] | None = None
 
     @property
     def profiles(self) -> tuple[BatchRange, ...]:
@@ -222,7 +230,7 @@ def _verified(file: Path, model: type[Vouching]) -> Vouching:
             "Only for a plan you made yourself: --trust-engine, in Python "
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
-    sidecar = read_versioned(model, path, "sidecar", InputError, REBUILD)
+    sidecar = read_document(model, path, "sidecar", InputError, REBUILD)
     if sidecar.sidecar_sha256 != sidecar.digest():
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD

@@ -28,13 +28,13 @@ from typing import Any
 from filelock import FileLock
 
 from van_deploy.config import BuildOptions
-from van_deploy.config.sizes import sides_of
+from van_deploy.config.sizes import height_width
 from van_deploy.engine.backend import backend_named
 from van_deploy.engine.messages import BuildLog, failure, memory_facts, parser_failure
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.files import write_atomic
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 
 Send = Callable[..., None]
 
@@ -94,7 +94,7 @@ def build(job: Mapping[str, Any], log: BuildLog, send: Send) -> dict[str, Any]:
     Raises:
         VanDeployError: the file cannot be taken or the plan cannot be built.
     """
-    backend, options = backend_named(job["backend"]), validated(BuildOptions, job["options"])
+    backend, options = backend_named(job["backend"]), validate(BuildOptions, job["options"])
     trt, failed = backend.module, f"{backend.label} built no plan from '{ONNX}'"
     # No error recorder: without one every error goes to the logger, and with one
     # RTX 1.7.1 crashes when the parser is released before the network.
@@ -155,7 +155,7 @@ def _add_profiles_(builder: Any, images: Any, config: Any, options: BuildOptions
         shapes = []
         for end in ("min", "opt", "max"):
             sizes = options.dynamic_size
-            sides = iter(sides_of(getattr(sizes, end))) if sizes is not None else iter(())
+            sides = iter(height_width(getattr(sizes, end))) if sizes is not None else iter(())
             row = (next(sides) if length == -1 else int(length) for length in images.shape[1:])
             shapes.append((getattr(batch, end), *row))
         profile.set_shape(images.name, *shapes)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from van_deploy.documents import toml_from
+from van_deploy.documents import read_toml_file
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Component:
 def components_here() -> tuple[Component, ...]:
     """Return every component of ``components.toml`` as it is here; small ones are imported."""
     found = []
-    for row in toml_from(Path(__file__).with_name("components.toml"))["component"]:
+    for row in read_toml_file(Path(__file__).with_name("components.toml"))["component"]:
         installed = tuple(filter(version_of, row["distributions"]))
         here = next(iter(installed), None)
         fault = import_fault(row["module"]) if here and "module" in row else None

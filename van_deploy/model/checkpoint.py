@@ -30,7 +30,7 @@ from van_deploy.model.keys import TOP_LEVEL, Weights, find_network, official_nam
 from van_deploy.model.metadata import described
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
-from van_deploy.model.variants import NAMES, VanConfig, Variant, WeightsSource, variant_named
+from van_deploy.model.variants import VARIANT_NAMES, VanConfig, Variant, WeightsSource, get_variant
 
 ALL_STAGES = (0, 1, 2, 3)
 
@@ -100,9 +100,9 @@ def load_van(
     asked = {name: value for name, value in asked.items() if value is not None}
     if not 0 < asked.get("layer_norm_eps", 1e-6) < 1:
         raise UsageError(f"layer_norm_eps {layer_norm_eps} is not between 0 and 1.", "Give 1e-6.")
-    is_place = re.search(r"[/\\]", spec) or WEIGHTS.search(spec) or Path(spec).exists()
-    is_name = spec.lower().replace("-", "_") in NAMES or not (is_place or spec == EMBEDDED_NAME)
-    variant = variant_named(spec) if is_name else None
+    is_path = re.search(r"[/\\]", spec) or WEIGHTS.search(spec) or Path(spec).exists()
+    is_variant = spec.lower().replace("-", "_") in VARIANT_NAMES
+    variant = get_variant(spec) if is_variant or not (is_path or spec == EMBEDDED_NAME) else None
     if variant and weights == "random" and not (expect_sha256 or container or head):
         loaded = _random(spec, variant, seed, asked)
     else:

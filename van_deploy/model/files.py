@@ -31,7 +31,7 @@ import safetensors
 import torch
 from huggingface_hub import constants, errors
 
-from van_deploy.documents import json_from, require_regular_file, text_from
+from van_deploy.documents import parse_json, read_text_file, require_regular_file
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.model.variants import cached_snapshot
@@ -131,7 +131,7 @@ def _chosen_file(names: Iterable[str], where: str) -> str:
 
 def _json_object(file: Path) -> dict[str, Any]:
     try:
-        return dict(json_from(text_from(file)))
+        return dict(parse_json(read_text_file(file)))
     except (OSError, ValueError, TypeError) as error:
         wrong = f"The file {file} cannot be read: {error}."
         raise CheckpointError(wrong, "Correct it, or take it out of the folder.") from None
@@ -226,7 +226,7 @@ def _from_safetensors(path: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from None
     for name, text in found.items():
         with contextlib.suppress(ValueError):
-            found[name] = json_from(text)
+            found[name] = parse_json(text)
     return found | tensors
 
 

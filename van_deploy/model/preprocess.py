@@ -5,7 +5,7 @@ with the wrong ones a network still answers, only worse. So they travel with
 every artifact, and everything that shows them says where they came from. Names
 and meanings are timm's.
 
-:func:`pixels_from_image` and :func:`normalised` are the two halves of the evaluation
+:func:`pixels_from_image` and :func:`normalise` are the two halves of the evaluation
 transforms of timm, torchvision and Transformers, to the last bit, with nothing but Pillow
 and NumPy. A graph with embedded preprocessing takes what is between the two; a server or a
 client computes it without importing PyTorch. NumPy and Pillow are imported when they are needed:
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from van_deploy.config.sizes import ImageSize, possible_size, sides_of, size_text
+from van_deploy.config.sizes import ImageSize, format_size, height_width, validate_image_size
 from van_deploy.documents import plain
 from van_deploy.errors import ImageError, UsageError
 
@@ -69,7 +69,7 @@ class Preprocessing:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(allow_inf_nan=False, extra="forbid")
 
-    image_size: Annotated[_Side | tuple[_Side, _Side], AfterValidator(possible_size)]
+    image_size: Annotated[_Side | tuple[_Side, _Side], AfterValidator(validate_image_size)]
     mean: Annotated[tuple[_Number, ...], Field(min_length=1)]
     std: tuple[_Positive, ...]
     interpolation: Interpolation
@@ -85,7 +85,7 @@ class Preprocessing:
             object.__setattr__(self, "resize_size", _covered(self.image_size, self.crop_pct))
         if len(self.mean) != len(self.std):
             raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
-        resized, cut = sides_of(self.resize_size), sides_of(self.image_size)
+        resized, cut = height_width(self.resize_size), height_width(self.image_size)
         if resized[0] < cut[0] or resized[1] < cut[1]:
             whole = f"an image resized to {self.resize_size}"
             raise ValueError(f"cuts {self.image_size} pixels out of {whole}")
@@ -93,7 +93,7 @@ class Preprocessing:
     @property
     def sides(self) -> tuple[int, int]:
         """Height and width of the input tensor."""
-        return sides_of(self.image_size)
+        return height_width(self.image_size)
 
     @property
     def channels(self) -> int:
@@ -150,22 +150,24 @@ class Preprocessing:
         import torch
 
         return lambda image: torch.from_numpy(
-            normalised(pixels_from_image(image, self)[None], self)[0]
+            normalise(pixels_from_image(image, self)[None], self)[0]
         )
 
     def __str__(self) -> str:
         """Return the values in one line, without their source."""
         side, pct = self.resize_size, f"{self.crop_pct:g}"
-        resize = f"resize {side if isinstance(side, int) else size_text(side)}"
+        resize = f"resize {side if isinstance(side, int) else format_size(side)}"
         crop = f"crop {pct}" if _covered(self.image_size, float(pct)) == side else resize
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        return f"{size_text(self.image_size)} {self.interpolation}, {crop}, mean {mean}, std {std}"
+        return (
+            f"{format_size(self.image_size)} {self.interpolation}, {crop}, mean {mean}, std {std}"
+        )
 
 
 def _covered(size: ImageSize, crop_pct: float) -> ImageSize:
     """Return timm's resized size, of which ``crop_pct`` is cut out."""
-    height, width = (math.floor(side / crop_pct) for side in sides_of(size))
+    height, width = (math.floor(side / crop_pct) for side in height_width(size))
     return height if isinstance(size, int) else (height, width)
 
 
@@ -229,7 +231,7 @@ def pixels_from_image(image: Image.Image, preprocessing: Preprocessing) -> Pixel
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+def normalise(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
     """Return ``(N, H, W, C)`` bytes as the network's input ``(N, C, H, W)`` float32.
 
     The same three float32 operations in the same order as torchvision's
@@ -248,7 +250,7 @@ def normalised(pixels: Pixels, preprocessing: Preprocessing) -> npt.NDArray[np.f
 def _resized(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """Return width and height after resizing, with each source's own rounding."""
     target, (width, height) = preprocessing.resize_size, size
-    rows, columns = sides_of(target)
+    rows, columns = height_width(target)
     if preprocessing.crop_mode == "squash":
         return columns, rows
     ratios = (height / rows, width / columns)  # of timm's ResizeKeepRatio

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 
 # Of every VAN.
@@ -142,27 +142,28 @@ class VanConfig:
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
         """
-        total, sides = 0, sides_of(image_size)
+        total, sides = 0, height_width(image_size)
         for stage, depth in enumerate(self.depths):
-            sides, (embed, block) = self.sides_after(stage, sides), self._kernel_weights(stage)
+            sides = self.stage_output_size(stage, sides)
+            embed, block = self._kernel_weights(stage)
             total += sides[0] * sides[1] * (embed + depth * block)
         linear = (layer for layer in self.head or (self.num_classes,) if isinstance(layer, int))
         return total + sum(i * o for i, o in pairwise((self.embed_dims[-1], *linear)))
 
-    def map_shapes(self, sides: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
+    def feature_map_shapes(self, sides: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
         """Return the shape ``(C, h, w)`` of each output of a backbone for images ``(H, W)``.
 
-        >>> VARIANTS["van_b0"].config.backbone((0, 3)).map_shapes((224, 320))
+        >>> VARIANTS["van_b0"].config.backbone((0, 3)).feature_map_shapes((224, 320))
         {'stage1': (32, 56, 80), 'stage4': (256, 7, 10)}
         """
         shapes = {}
         for stage, dim in enumerate(self.embed_dims):
-            sides = self.sides_after(stage, sides)
+            sides = self.stage_output_size(stage, sides)
             if stage in self.out_indices:
                 shapes[f"stage{stage + 1}"] = (dim, *sides)
         return shapes
 
-    def sides_after(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
+    def stage_output_size(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
         """Return height and width of a stage's maps (0 to 3) from those before it."""
         kernel, stride = self.patch_sizes[stage], self.strides[stage]
         height, width = ((side + kernel // 2 * 2 - kernel) // stride + 1 for side in sides)
@@ -216,17 +217,17 @@ VARIANTS: dict[str, Variant] = {
 }
 
 # Every name of a variant.
-NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.aliases)}
+VARIANT_NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.aliases)}
 
 
-def variant_named(name: str) -> Variant:
+def get_variant(name: str) -> Variant:
     """Return the variant called ``name`` (``van_b1``, or its older name ``van_small``).
 
     Raises:
         UsageError: there is none; the nearest names are given.
     """
     wanted = name.lower().replace("-", "_")
-    if found := NAMES.get(wanted):
+    if found := VARIANT_NAMES.get(wanted):
         return found
     near = difflib.get_close_matches(wanted, list(VARIANTS), n=3, cutoff=0.5)
     guess = f"Did you mean {' or '.join(near)}? " if near else ""
@@ -261,7 +262,7 @@ class WeightsSource:
 
 
 @dataclass(frozen=True)
-class Listed:
+class ListedVariant:
     """One line of the list.
 
     Attributes:
@@ -297,7 +298,7 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
     return folder / "snapshots" / revision
 
 
-def locate_weights(variant: Variant) -> Path | None:
+def find_cached_weights(variant: Variant) -> Path | None:
     """Return where a variant's public weights are in the hub's cache, or None."""
     place, _, name = (variant.weights or "").partition(":")
     repo_id, _, revision = place.partition("@")
@@ -307,15 +308,15 @@ def locate_weights(variant: Variant) -> Path | None:
     return None
 
 
-def listed_variants() -> list[Listed]:
+def list_variants() -> list[ListedVariant]:
     """Return every published variant, then the network that ships in the package."""
 
-    def row(name: str, config: VanConfig, size: int, *told: Any) -> Listed:
-        return Listed(name, config.parameter_count(), config.mac_count(size), size, *told)
+    def row(name: str, config: VanConfig, size: int, *told: Any) -> ListedVariant:
+        return ListedVariant(name, config.parameter_count(), config.mac_count(size), size, *told)
 
     rows, on = [], "ImageNet-1K validation"
     for v in VARIANTS.values():
-        here = str(locate_weights(v) or "") or None
+        here = str(find_cached_weights(v) or "") or None
         rows.append(row(v.name, v.config, 224, v.top1, on, v.weights, v.weights_note, here))
     file = Path(__file__).parent / "digits" / "van_digits.json"
     card = json.loads(file.read_text(encoding="utf-8"))

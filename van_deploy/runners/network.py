@@ -28,7 +28,7 @@ from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
-from van_deploy.model.preprocess import Pixels, Preprocessing, normalised
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalise
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
@@ -172,14 +172,14 @@ class Network:
         """Return the input and the outputs of a graph, or of the plain network without one."""
         if entry and entry.graph:
             inputs, outputs = (
-                tuple(TensorSpec(name, v.dtype, v.row_shape) for name, v in item.items())
+                tuple(TensorSpec(name, v.dtype, v.sample_shape) for name, v in item.items())
                 for item in (entry.graph.inputs, entry.graph.outputs)
             )
             return inputs[0], outputs
         sides, config = self.preprocessing.sides, self.bundle.manifest.architecture
         shapes: Mapping[str, tuple[int, ...]] = {OUTPUT_NAME: (config.num_classes,)}
         if config.out_indices:
-            shapes = config.map_shapes(sides)
+            shapes = config.feature_map_shapes(sides)
         given = TensorSpec(INPUT_NAME, "float32", (self.preprocessing.channels, *sides))
         return given, tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
 
@@ -206,7 +206,7 @@ class Network:
             from van_deploy.runners.pytorch import TorchRunner
 
             return TorchRunner(model)
-        path = self.bundle.verified(self.name, only_file=self.is_engine and trust)
+        path = self.bundle.verified_path(self.name, only_file=self.is_engine and trust)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
 
@@ -320,7 +320,7 @@ class Network:
             own = self._built("dynamic_size", None)
             sizes = SizeRange(**own) if own else None
         native = self.preprocessing.sides == (height, width)
-        return native if sizes is None else sizes.holds((height, width))
+        return native if sizes is None else sizes.contains((height, width))
 
     def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
         """Return the logits ``(N, K)`` of resized images ``(N, S, S, C)`` uint8.
@@ -445,4 +445,4 @@ def network_input(
     if embedding == "normalize":
         values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         return values / np.float32(255)
-    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
+    return normalise(pixels.astype(np.uint8, copy=False), preprocessing)

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from van_deploy.config.fields import FileOrName, Size, Table, Target, option
-from van_deploy.config.sizes import BatchRange, ImageSizeOption, SizeRange, size_text
+from van_deploy.config.fields import ByteSize, FileOrName, Table, Target, option
+from van_deploy.config.sizes import BatchRange, ImageSizeOption, SizeRange, format_size
 
 Precision = Literal["fp16", "bf16", "int8"]
 """What can be made of an exported graph."""
@@ -119,7 +119,7 @@ class ExportSettings(Table):
     dynamic_size: SizeRange | None = option(None)
     golden: Literal["images", "samples", "none"] = option("images")
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield outputs of classes beside feature maps, and what is given twice or for nothing."""
         outputs = ",".join(self.outputs)
         if len(set(self.outputs)) != len(self.outputs):
@@ -157,9 +157,9 @@ class EvaluateSettings(Table):
     label_files: bool = option(True)
     limit: int | None = option(None, ge=1, panel="")
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield what is said of images that are not there."""
-        given = self.given_of("labels", "limit")
+        given = self.first_set("labels", "limit")
         if self.images is None and given:
             yield f"{given} is given, and {{images}} is not.", "Name the folder of images, too."
 
@@ -254,9 +254,9 @@ class _Quantization(Table):
     allow_inconclusive: bool = option(False, panel="")
     threads: int | None = option(None, ge=1, panel="")
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield what is for FP16 or for images where there are none, and techniques that clash."""
-        images, half = self.given_of("images", "calibration"), self.given_of("strict")
+        images, half = self.first_set("images", "calibration"), self.first_set("strict")
         if self.noise and images:
             message = f"{{calibrate_on_noise}} and {images} are both given."
             yield message, "Leave one of them out; images are always better."
@@ -311,10 +311,10 @@ class _One(Table):
 class QuantizeSettings(_Quantization, _One):
     """One precision to make of a bundle's network: the options of ``van-deploy quantize``."""
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield what is for another precision, too."""
-        yield from super().contradictions()
-        int8, half = self.given_of(*FOR_INT8), self.given_of("strict")
+        yield from super().conflicts()
+        int8, half = self.first_set(*FOR_INT8), self.first_set("strict")
         if self.precision != "int8" and int8:
             message = f"{int8} is for INT8, and {{precision}} is {self.precision}."
             yield message, f"Make int8, or leave {int8} out."
@@ -399,7 +399,7 @@ class PlanSettings(Table):
         HardwareCompatibility.NONE, panel=MACHINES
     )
     version_compatible: bool = option(False, panel=MACHINES)
-    workspace_bytes: Size | None = option(None, key="workspace")
+    workspace_bytes: ByteSize | None = option(None, key="workspace")
     optimization_level: int | None = option(None, ge=0, le=5)
     tiling: Literal["none", "fast", "moderate", "full"] = option("none")
     tf32: bool = option(True)
@@ -456,7 +456,7 @@ class EngineSettings(PlanSettings):
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "inductor"] = option("auto")
     timing_cache: Path | None = option(None, panel=KERNELS)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield that a plan is asked for twice."""
         if len(set(self.targets)) != len(self.targets):
             yield "{targets} names a plan twice.", "Name each once."
@@ -483,21 +483,19 @@ class BuildSettings(EngineSettings):
     PANEL = KERNELS
 
     precisions: tuple[str, ...] = option(("fp32",), flags=["--precision"], panel="")
-    device: str | None = option(
-        None,
-        panel=MACHINES,
-        pattern=r"^(cpu|cuda(:\d+)?)$",
-    )
+    device: str | None = option(None, panel=MACHINES, pattern=r"^(cpu|cuda(:\d+)?)$")
     max_autotune: bool = option(False)
     fused_kernels: bool = option(False)
     tune: bool = option(False)
     images: Path | None = option(None, panel="")
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield what only the other backend has."""
-        yield from super().contradictions()
+        yield from super().conflicts()
         inductor = self.backend == "inductor"
-        foreign = self.given_of(*(ONLY_TENSORRT if inductor else ("max_autotune", "fused_kernels")))
+        foreign = self.first_set(
+            *(ONLY_TENSORRT if inductor else ("max_autotune", "fused_kernels"))
+        )
         if not inductor and self.device == "cpu":
             foreign = "{device} cpu"
         if foreign:
@@ -532,7 +530,7 @@ class Recipe(Table):
     evaluate: EvaluateSettings = option(EvaluateSettings)
     gates: GateSettings = option(GateSettings)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield engines of what is not made, classes of feature maps, and a size out of range."""
         if self.engines.backend == "inductor":
             remedy = "Build a package with `van-deploy build BUNDLE --backend inductor`."
@@ -549,9 +547,9 @@ class Recipe(Table):
             message = f"{{export.features}} gives feature maps, and {{{given[0]}}} is of classes."
             yield message, LEAVE_OUT
         size, sizes = self.preprocessing.image_size, self.export.dynamic_size
-        if size is not None and sizes is not None and not sizes.holds(size):
+        if size is not None and sizes is not None and not sizes.contains(size):
             message = (
-                f"{{preprocessing.image_size}} {size_text(size)} is outside of "
+                f"{{preprocessing.image_size}} {format_size(size)} is outside of "
                 f"{{export.dynamic_size}} {sizes}."
             )
             yield (
