@@ -27,9 +27,9 @@ from van_deploy.documents import Verdict
 from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
-from van_deploy.runners.network import Network, original_network, require_classes
+from van_deploy.runners.network import Network, original_network, require_classifier
 from van_deploy.serve.package import PackageReport, package
-from van_deploy.serve.predict import Prediction, predict, sources_from
+from van_deploy.serve.predict import Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
 from van_deploy.stopwatch import Progress, no_progress
 
@@ -316,8 +316,8 @@ class Bundle:
         """
         settings = parse_settings(config.PredictSettings, options)
         bundle = self.load()
-        require_classes(bundle, "predict")
-        sources = sources_from([images] if isinstance(images, Image) else images)
+        require_classifier(bundle, "predict")
+        sources = find_sources([images] if isinstance(images, Image) else images)
         batch = settings.batch or min(bundle.manifest.batch.opt, len(sources))
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
             predictions = predict(network, sources, top=settings.top_k, batch=batch)

@@ -203,7 +203,7 @@ def serve(
         app = App(service)
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
-        no_key = "" if app.keyed else ", without an API key"
+        no_key = "" if app.requires_key else ", without an API key"
         print_note(f"note: {settings.host} is reachable from other machines{no_key}")
 
     def ready(_: object) -> None:
