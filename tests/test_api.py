@@ -112,7 +112,7 @@ def test_public_names_differ_from_modules() -> None:
     assert set(vd.__all__) <= set(dir(vd))
 
 
-def test_bundle_sees_changes_of_another_object(copy_bundle: Copy, digits_bundle: Bundle) -> None:
+def test_bundle_sees_other_changes(copy_bundle: Copy, digits_bundle: Bundle) -> None:
     path = copy_bundle(digits_bundle)
     first, second = vd.open_bundle(path), vd.open_bundle(path)
     result = first.quantize(precision="fp16", equalize=False, threads=1)

@@ -1,4 +1,4 @@
-"""Which settings ``--tune`` tries, and which of them is kept."""
+"""Candidates of ``--tune``, and the selection of the fastest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
 
 
 @each(
-    ("asked", "expected"),
+    ("options", "expected"),
     [
         ({}, [f"{precision}{level}" for precision in ("fp32", "fp16", "int8") for level in LEVELS]),
         (
@@ -39,15 +39,15 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
         ),
     ],
 )
-def test_what_is_tried(precisions_bundle: Path, asked: dict[str, Any], expected: list[str]) -> None:
-    found = tuning_candidates(Bundle.open(precisions_bundle), BuildSettings(tune=True, **asked))
+def test_candidates(precisions_bundle: Path, options: dict[str, Any], expected: list[str]) -> None:
+    found = tuning_candidates(Bundle.open(precisions_bundle), BuildSettings(tune=True, **options))
     assert [candidate.description for candidate in found] == expected
 
 
-def test_the_fastest_that_holds_its_gate_is_kept(
+def test_fastest_passing_candidate_is_built(
     copy_bundle: Copy, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fastest of all fails its gate; one cannot be built."""
+    """The fastest candidate fails its gate, and another cannot be built."""
     times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
     folder, kept = copy_bundle(precisions_bundle), []
 
