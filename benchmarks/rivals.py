@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.precision import reader
 from benchmarks.running import ASKED, made
-from benchmarks.table import Table, options
+from benchmarks.table import Table, parse_options
 from van_deploy.bench.document import Contender, Row
 from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess
 from van_deploy.bundle import Bundle
@@ -43,7 +43,7 @@ GROUPS = {
 
 def main() -> int:
     """Make the files, race them, and compare."""
-    arguments, table = options(__doc__, **ASKED), Table(COLUMNS)
+    arguments, table = parse_options(__doc__, **ASKED), Table(COLUMNS)
     batches = [int(batch) for batch in arguments.batches.split(",")]
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
@@ -72,7 +72,7 @@ def main() -> int:
                         for row in theirs:
                             table.row(variant, title, *_compared(ours, row))
     table.notes.append(f"{THREADS} threads, {SIZE} x {SIZE}, random weights.")
-    return table.printed()
+    return table.print_json()
 
 
 def _compared(ours: Row, theirs: Row) -> list[object]:

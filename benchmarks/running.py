@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from benchmarks.table import Table, options, van_deploy
+from benchmarks.table import Table, parse_options, run_van_deploy
 from van_deploy.data.images import decode_item
 from van_deploy.data.samples import sample_set
 
@@ -22,12 +22,12 @@ ASKED = {"variants": ("van_b0",), "batches": "1,8", "seconds": "3"}
 
 def main() -> int:
     """Export, quantize for the CPU, and run the benchmark."""
-    arguments, table = options(__doc__, **ASKED), Table(COLUMNS)
+    arguments, table = parse_options(__doc__, **ASKED), Table(COLUMNS)
     for variant in arguments.variants:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
             bundle = made(variant, Path(folder))
             words = ("--batches", arguments.batches, "--seconds", arguments.seconds)
-            report = van_deploy("bench", bundle, *words, "--no-roofline", "--no-save")
+            report = run_van_deploy("bench", bundle, *words, "--no-roofline", "--no-save")
         timed = [row for row in report["rows"] if row["latency"]]
         for row in sorted(timed, key=lambda row: (row["batch"], -row["images_per_s"])):
             ratio, latency = row["ratio"], row["latency"]
@@ -40,7 +40,7 @@ def main() -> int:
             f"{variant}: {who} skipped, {why}" for who, why in report["skipped"].items()
         ]
     table.notes.append("Random weights: accuracy plays no part here.")
-    return table.printed()
+    return table.print_json()
 
 
 def made(variant: str, folder: Path) -> Path:
@@ -53,12 +53,12 @@ def made(variant: str, folder: Path) -> Path:
         inset = number // len(samples) * min(picture.size) // 8
         box = (inset, inset, picture.width - inset, picture.height - inset)
         picture.crop(box).save(images / f"{number}.png")
-    van_deploy("export", variant, "--weights", "random", "--output", bundle)
+    run_van_deploy("export", variant, "--weights", "random", "--output", bundle)
     # How fast INT8 is does not depend on its scales: the quickest way to have some will do,
     # and its gate, which random weights may miss, is not this benchmark's.
     quick = ("--method", "minmax", "--no-equalize", "--no-bias-correction")
     words = ("--precision", "int8", "--target", "cpu", "--images", images)
-    van_deploy("quantize", bundle, *words, *quick, codes=(0, 1))
+    run_van_deploy("quantize", bundle, *words, *quick, codes=(0, 1))
     return bundle
 
 
