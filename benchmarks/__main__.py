@@ -38,23 +38,23 @@ TRAINED = ("--checkpoint", f"{DATA}/checkpoints/van_b0_cifar10.pth.tar")
 
 HEADER = """# Benchmarks
 
-`make bench` (`python -m benchmarks`) writes every table here, with the date, the machine, the
-versions and the command that repeats it. Ratios are from one run; absolute times depend on the
-machine. GPUs: [gpu-results.md](gpu-results.md).
+Written by `make bench` (`python -m benchmarks`). Each table names its date, machine, versions and
+the command that reproduces it. Ratios are taken within one run; absolute times are those of the
+machine named. GPU results are in [gpu-results.md](gpu-results.md).
 """
 
 # Headings of the modules. The first line of a module describes its comparison.
 SECTIONS = {
-    "startup": "Starting",
-    "export": "Exporting",
-    "running": "Running",
-    "rivals": "Running beside others' files",
-    "evaluate": "Evaluating",
-    "gates": "Gates",
+    "startup": "Startup time",
+    "export": "Export time and memory",
+    "running": "Inference speed on a CPU",
+    "rivals": "Inference speed compared with other exporters",
+    "evaluate": "Evaluation throughput",
+    "gates": "Gate decisions on correct and incorrect artifacts",
     "precision": "Precision",
-    "ablation": "Ablation",
+    "ablation": "INT8 ablation",
     "serve": "Serving",
-    "engines": "Building engines",
+    "engines": "Engine build time",
 }
 
 # Arguments if the trained weights and images exist.

@@ -62,8 +62,11 @@ def test_a_file_that_is_no_graph_names_none(content: bytes, tmp_path: Path) -> N
     [
         *((name, "which is outside its folder") for name in ("/etc/passwd", "../outside.bin")),
         *((name, "which is outside its folder") for name in ("a/../../x", "..\\x", "a\x00b")),
-        *((name, "which is a link or behind one") for name in ("link.bin", "up/outside.bin")),
-        *((name, "which is not beside it") for name in ("pipe.bin", "")),
+        *(
+            (name, "which is a link or in a linked folder")
+            for name in ("link.bin", "up/outside.bin")
+        ),
+        *((name, "which is not a file in its folder") for name in ("pipe.bin", "")),
     ],
 )
 def test_no_engine_is_built_from_files_elsewhere(
@@ -90,5 +93,5 @@ def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None
             draft.record(artifact_entry("fp32", "onnx", "fp32", "m.onnx", files))
         if "w.bin" in files:
             assert onnx.load(Bundle.open(folder).verified_path("fp32")).graph.node
-    with pytest.raises(InputError, match=r"'w\.bin', which the manifest does not name"):
+    with pytest.raises(InputError, match=r"'w\.bin', which is not in the manifest"):
         Bundle.open(folder).verified_path("fp32")

@@ -32,8 +32,8 @@ FUSED: dict[str, Any] = {"backend": "inductor", "fused_kernels": True}
     ("words", "code", "message"),
     [
         ("--precision int8", 5, "An Inductor package computes in fp32, fp16, bf16"),
-        ("--target sm_90", 2, "--target is TensorRT's, and a package is asked for"),
-        ("--batch 1:1:1 --batch 2:4:8", 2, "A package serves one range of batches"),
+        ("--target sm_90", 2, "--target is an option of TensorRT, and --backend is inductor"),
+        ("--batch 1:1:1 --batch 2:4:8", 2, "A package supports one range of batches"),
         ("--device cuda:7", 3, "A package for cuda:7 is compiled on the GPU that will run it"),
         ("--device tpu", 2, "'--device' is 'tpu'"),
         ("--device cpu --fused-kernels", 2, "The fused kernels run on a GPU, in fp16 or"),

@@ -118,7 +118,7 @@ def quantize_bundle(
     watch = Stopwatch(progress)
     job = _Job(opened, asked, images_for(opened, asked, watch))
     name = asked.artifact
-    reason = "asked to (--force)" if force else opened.rebuild_reason(name, job.ingredients())
+    reason = "--force" if force else opened.rebuild_reason(name, job.ingredients())
     reused = not reason
     if reused:
         reason = "the weights, graph, images, settings and versions are those it was made from"
