@@ -11,13 +11,8 @@ from supply_chain.reference import generated_files
 from tests.each import each
 from van_deploy import config
 from van_deploy.config import BatchRange, BenchSettings, Recipe, VerifySettings
-from van_deploy.config.named_options import (
-    EXPORT,
-    RUN,
-    named_options,
-    parse_changes,
-    parse_settings,
-)
+from van_deploy.config import named_options as named
+from van_deploy.config.named_options import EXPORT, RUN, Changes, parse_changes, parse_settings
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import builtin_files, parse_assignments, read_recipe, resolve_recipe
@@ -203,7 +198,7 @@ def test_new_name_keeps_the_weights() -> None:
 def test_options_of_inner_tables_and_headings() -> None:
     bench = parse_settings(BenchSettings, {"limit": 5, "streams": 2})
     assert (bench.streams, bench.budget.limit_s) == (2, 5.0)
-    found = {**named_options(VerifySettings), **EXPORT}
+    found = {**named.named_options(VerifySettings), **EXPORT}
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
         *("Measurement", "Execution", "Graph", "", "Graph"),
     ]
@@ -211,7 +206,7 @@ def test_options_of_inner_tables_and_headings() -> None:
 
 @each("name", [name for name in vars(config) if name.endswith(("Settings", "Options", "Recipe"))])
 def test_every_option_has_a_description(name: str) -> None:
-    options = named_options(getattr(config, name))
+    options = named.named_options(getattr(config, name))
     assert [option.name for option in options.values() if not option.field.description] == []
 
 
