@@ -142,11 +142,12 @@ def export_uint8_graph(folder: Path, exported: Path) -> None:
     """Write a copy of a bundle with a uint8 graph that has every output."""
     from van_deploy.exporting import load_model
     from van_deploy.pipeline import export_recipe
+    from van_deploy.stopwatch import no_progress
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
     recipe = load_recipe("van_digits").with_changes(batch=BATCHES, export=export)
-    export_recipe(load_model(recipe), recipe, folder, RunSettings())
+    export_recipe(load_model(recipe), recipe, folder, RunSettings(), no_progress)
 
 
 def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:

@@ -94,11 +94,7 @@ class BuildReport(Verdict):
 
 
 def build_bundle(
-    bundle: Bundle,
-    settings: config.BuildSettings,
-    *,
-    force: bool = False,
-    progress: Progress = no_progress,
+    bundle: Bundle, settings: config.BuildSettings, *, force: bool, progress: Progress
 ) -> BuildReport:
     """Build the requested engines in the bundle; current ones are reused.
 
@@ -132,8 +128,8 @@ def build_fleet(
     path: Path,
     settings: config.FleetSettings,
     *,
-    force: bool = False,
-    progress: Progress = no_progress,
+    force: bool,
+    progress: Progress,
     on_outcome: Callable[[int, int, BuildOutcome], None],
 ) -> BuildReport:
     """Build every engine of a fleet file; a failure does not stop the others.
@@ -282,7 +278,8 @@ def _build_candidate(path: Path, candidate: Candidate) -> BuildReport:
         images = candidate.settings.images
         int8 = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
         quantize_bundle(path, int8, force=True)
-    return build_bundle(Bundle.open(path), candidate.settings)
+    bundle, progress = Bundle.open(path), no_progress
+    return build_bundle(bundle, candidate.settings, force=False, progress=progress)
 
 
 def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
@@ -308,24 +305,26 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
 
 def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
     """Return the minimum mean time of a call: launches queued on the GPU, or runs on the CPU."""
-    with contextlib.ExitStack() as stack:
-        buffers = None
-        if runner.on_gpu:
-            buffers = stack.enter_context(contextlib.closing(runner.resident_batch(images)))
-            buffers.upload()
+    if not runner.on_gpu:
+        return _min_mean_seconds(lambda: runner.run(images), lambda: None)
+    with contextlib.closing(runner.resident(images)) as buffers:
+        buffers.upload()
 
-        def calls(count: int) -> float:
-            start = time.perf_counter()
-            for _ in range(count):
-                if buffers is None:
-                    runner.run(images)
-                else:
-                    buffers.launch()
-            if buffers is not None:
-                buffers.download()
-                buffers.logits()
-            return (time.perf_counter() - start) / count
+        def synchronize() -> None:
+            buffers.download()
+            buffers.outputs()
 
-        calls(MIN_CALLS)  # compiles, tunes, records
-        count = max(MIN_CALLS, round(MIN_S / calls(MIN_CALLS)))
-        return min(calls(count) for _ in range(ROUNDS))
+        return _min_mean_seconds(buffers.launch, synchronize)
+
+
+def _min_mean_seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+    def mean_seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / count
+
+    mean_seconds(MIN_CALLS)  # compiles, tunes, records
+    count = max(MIN_CALLS, round(MIN_S / mean_seconds(MIN_CALLS)))
+    return min(mean_seconds(count) for _ in range(ROUNDS))

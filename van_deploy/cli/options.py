@@ -95,10 +95,10 @@ class OptionValues(dict[str, Any]):
 def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
     """Return a function with the signature that Typer needs for all options of ``function``."""
     hints = get_type_hints(function, include_extras=True)
-    wanted = inspect.signature(function).parameters
+    arguments = inspect.signature(function).parameters
     tables: dict[str, tuple[Any, Mapping[str, NamedOption]]] = {}
     parameters: list[inspect.Parameter] = []
-    for name, parameter in wanted.items():
+    for name, parameter in arguments.items():
         hint = hints[name]
         kind, source = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
         if kind in (OptionValues, Changes):
@@ -109,26 +109,26 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
             parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
         elif name != "progress":
             parameters.append(_keyword(name, hint, parameter.default))
-    bundles = [name for name in wanted if hints[name] == OpenBundle]
+    bundles = [name for name in arguments if hints[name] == OpenBundle]
     if bundles:
         parameters.append(_keyword("require_signature", RequireSignature, None))
-    if "as_json" not in wanted:
+    if "as_json" not in arguments:
         parameters.append(_keyword("as_json", AsJson, False))
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
         for name, (schema, options) in tables.items():
             values[name] = _parse_options(schema, options, {o: values.pop(o) for o in options})
-        if "as_json" in wanted:
+        if "as_json" in arguments:
             function(**values)
             return
         as_json = values.pop("as_json")
-        has_progress = bool(bundles) or "progress" in wanted
+        has_progress = bool(bundles) or "progress" in arguments
         with progress_bar() if has_progress else contextlib.nullcontext() as progress:
             for name in bundles:
                 key = values.pop("require_signature")
                 values[name] = load_bundle(values.pop("bundle"), key, progress)
-            if "progress" in wanted:
+            if "progress" in arguments:
                 values["progress"] = progress
             result = function(**values)
         if result is not None:
