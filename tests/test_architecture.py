@@ -21,6 +21,7 @@ OPTIONAL = (
     *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
 )
 HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich")
+HEAVY += ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
@@ -45,11 +46,18 @@ def test_every_module_imports_without_optional_packages() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_opening_a_bundle_imports_no_heavy_package(digits_bundle: Bundle) -> None:
+def test_light_commands_import_no_heavy_package(digits_bundle: Bundle) -> None:
     result = run_python(
-        "import sys, van_deploy, van_deploy.errors, van_deploy.model.variants",
+        "import importlib, pkgutil, sys, van_deploy, van_deploy.errors, van_deploy.model.variants",
         "from van_deploy.bundle import Bundle",
         f"assert Bundle.open({str(digits_bundle.path)!r}).manifest.preprocessing.image_size == 64",
-        f"print([name for name in {HEAVY!r} if name in sys.modules])",
+        "import van_deploy.cli as cli",
+        "for module in pkgutil.iter_modules(cli.__path__, 'van_deploy.cli.'):",
+        "    importlib.import_module(module.name)",
+        f"imported = [name for name in {HEAVY!r} if name in sys.modules]",
+        "from typer.testing import CliRunner",
+        "outputs = [CliRunner().invoke(cli.app.app, [word]).stdout for word in ('--help', 'list')]",
+        f"imported += [name for name in {HEAVY!r} if name in sys.modules and name != 'rich']",
+        "print(imported, all(outputs))",
     )
-    assert (result.stdout, result.stderr) == ("[]\n", "")
+    assert (result.stdout, result.stderr) == ("[] True\n", "")
