@@ -63,7 +63,7 @@ def each(
 
 
 def _copy(value: object, number: int) -> object:
-    """Return a copy of a folder, beside it, or of an object."""
+    """Return a copy of a folder, next to it, or of an object."""
     if not isinstance(value, Path):
         return copy.deepcopy(value)
     target = value.with_name(f"{value.name}-{number}")

@@ -40,8 +40,10 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
     ],
 )
 def test_candidates(precisions_bundle: Path, options: dict[str, Any], expected: list[str]) -> None:
-    found = tuning_candidates(Bundle.open(precisions_bundle), BuildSettings(tune=True, **options))
-    assert [candidate.description for candidate in found] == expected
+    candidates = tuning_candidates(
+        Bundle.open(precisions_bundle), BuildSettings(tune=True, **options)
+    )
+    assert [candidate.description for candidate in candidates] == expected
 
 
 def test_fastest_passing_candidate_is_built(
@@ -67,11 +69,11 @@ def test_fastest_passing_candidate_is_built(
     monkeypatch.setattr("van_deploy.engine.fleet.engine_cells", planned)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "measure_candidate", measure_candidate)
-    asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
-    rows = van_deploy.open_bundle(folder).build(**asked, images=folder).tuned
+    options: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
+    rows = van_deploy.open_bundle(folder).build(**options, images=folder).tuned
     assert [row.candidate for row in rows if row.kept] == ["int8 deep, level 3, tiling none"]
     assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
     assert kept == [("deep",), (("int8",), "none", False)]
     times.update(dict.fromkeys(times, (1.0, False)))
     with pytest.raises(ConversionError, match="No candidate passes its gate"):
-        van_deploy.open_bundle(folder).build(**asked, images=folder)
+        van_deploy.open_bundle(folder).build(**options, images=folder)

@@ -361,7 +361,7 @@ def test_only_stale_staging_folders_are_removed(bundle: Path) -> None:
 
 
 def test_failed_first_writer_keeps_the_second_one_s_bundle(tmp_path: Path) -> None:
-    """The first made the folder, so it removes it; the second was waiting for its lock."""
+    """The first writer created the folder and removes it while the second waits for the lock."""
     folder, begun = tmp_path / "new", threading.Event()
 
     def fails() -> None:

@@ -25,10 +25,10 @@ def test_schema_files_match_the_documents(repository: Path) -> None:
 def test_schemas_are_strict_and_described(name: str) -> None:
     schema = document_schema(name)
     jsonschema.Draft202012Validator.check_schema(schema)
-    tables = [found for found in schema.get("$defs", {}).values() if "properties" in found]
+    tables = [table for table in schema.get("$defs", {}).values() if "properties" in table]
     assert all(table["description"] for table in tables)
     assert all(table["required"] == list(table["properties"]) for table in tables)
-    assert all("additionalProperties" in table for table in tables)  # closed, or said to be open
+    assert all("additionalProperties" in table for table in tables)  # closed, or explicitly open
 
 
 def test_real_documents_are_valid_and_changed_ones_are_not(digits_bundle: Bundle) -> None:

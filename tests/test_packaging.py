@@ -51,8 +51,8 @@ def test_no_file_contains_a_private_path() -> None:
         pytest.skip("this is not a git checkout")
     private = "|".join(("/" + "work/", "/" + "root/", "/" + "home/[a-z]"))
     words = ["git", "grep", "--untracked", "-I", "--name-only", "--extended-regexp", private]
-    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (1, "")
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (1, "")
 
 
 def test_make_targets_in_the_readme_exist() -> None:

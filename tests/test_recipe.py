@@ -20,7 +20,7 @@ from van_deploy.schema import validate
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
+def path(tmp_path: Path) -> Path:
     """Return the path of a recipe."""
     return tmp_path / "mine.toml"
 
@@ -74,32 +74,32 @@ MISTAKES = {  # contents of a file, and a part of the message
 
 
 @each(("text", "message"), MISTAKES.items())
-def test_mistakes_name_the_file_and_the_key(mine: Path, text: str, message: str) -> None:
-    mine.write_text(text)
+def test_mistakes_name_the_file_and_the_key(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
     with pytest.raises(RecipeError) as caught:
-        read_recipe(mine)
-    assert caught.value.message.startswith(f"The recipe '{mine}'")
+        read_recipe(path)
+    assert caught.value.message.startswith(f"The recipe '{path}'")
     assert message in f"{caught.value.message} {caught.value.remedy}"
     with pytest.raises(RecipeError, match="No such file"):
         resolve_recipe("none.toml")
 
 
-def test_integers_are_accepted_as_floats(mine: Path) -> None:
-    mine.write_text("")
-    assert read_recipe(mine) == Recipe()
-    mine.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
-    settings = read_recipe(mine).preprocessing
+def test_integers_are_accepted_as_floats(path: Path) -> None:
+    path.write_text("")
+    assert read_recipe(path) == Recipe()
+    path.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
+    settings = read_recipe(path).preprocessing
     assert (settings.mean, settings.crop_pct) == ((0.0, 0.5, 1.0), 1.0)
 
 
-def test_paths_are_relative_to_the_recipe(mine: Path, tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_recipe(path: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.pth").touch()
     (tmp_path / "set.toml").touch()
-    mine.write_text(
+    path.write_text(
         "[model]\nweights='mine.pth'\n[precision]\nimages='/train'\ncalibration='set.toml'\n"
         "[evaluate]\nimages='val/../test'\nlabels='labels.txt'\n"
     )
-    recipe = read_recipe(mine, parse_assignments(["precision.evaluate=judges"]))
+    recipe = read_recipe(path, parse_assignments(["precision.evaluate=judges"]))
     assert recipe.model.weights == str(tmp_path / "mine.pth")
     assert recipe.precision.images == Path("/train")
     assert recipe.precision.calibration == str(tmp_path / "set.toml")
@@ -117,23 +117,23 @@ def test_paths_are_relative_to_the_recipe(mine: Path, tmp_path: Path) -> None:
     ],
 )
 def test_calibration_is_a_folder_or_a_name(
-    mine: Path, text: str, changes: dict[str, str], sources: tuple[str | None, ...]
+    path: Path, text: str, changes: dict[str, str], sources: tuple[str | None, ...]
 ) -> None:
-    (mine.parent / "train").mkdir(exist_ok=True)
-    mine.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
-    given = {name: str(mine.parent / folder) for name, folder in changes.items()}
-    recipe = read_recipe(mine, parse_changes(RUN, given))
+    (path.parent / "train").mkdir(exist_ok=True)
+    path.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
+    given = {name: str(path.parent / folder) for name, folder in changes.items()}
+    recipe = read_recipe(path, parse_changes(RUN, given))
     folder, name = sources
-    assert recipe.precision.sources == (folder and mine.parent / folder, name)
+    assert recipe.precision.sources == (folder and path.parent / folder, name)
     assert recipe.model.weights == "owner/name"
 
 
-def test_fp16_ignores_options_of_int8(mine: Path) -> None:
-    mine.write_text(
+def test_fp16_ignores_options_of_int8(path: Path) -> None:
+    path.write_text(
         "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
         "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
     )
-    precision = read_recipe(mine).precision
+    precision = read_recipe(path).precision
     int8, half = precision.of("int8"), precision.of("fp16")
     assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
     assert (half.precision, half.max_drop, half.rest, half.scope) == ("fp16", None, None, ())
@@ -146,11 +146,11 @@ def test_invalid_batch_ranges(text: str) -> None:
         validate(BatchRange, text)
 
 
-def test_assignments(mine: Path) -> None:
-    mine.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
+def test_assignments(path: Path) -> None:
+    path.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
     assignments = ["engines.tf32=false", "batch.max=8", "model.weights=mine.pth"]
     assignments += ['precision.make=["int8"]', "gates.int8.top1_loss = 0.5"]
-    recipe = read_recipe(mine, parse_assignments(assignments))
+    recipe = read_recipe(path, parse_assignments(assignments))
     assert recipe.engines.tf32 is False
     assert recipe.batch == BatchRange(1, 2, 8)
     assert recipe.model.weights == "mine.pth"
@@ -174,9 +174,9 @@ INVALID: list[tuple[str, object, str]] = [
 
 @each(("option", "value", "message"), INVALID)
 def test_mistakes_in_changes_name_the_option(
-    mine: Path, option: str, value: object, message: str
+    path: Path, option: str, value: object, message: str
 ) -> None:
-    mine.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
+    path.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
 
     def parse(value: object) -> Changes:
         if option == "--set":
@@ -184,7 +184,7 @@ def test_mistakes_in_changes_name_the_option(
         return parse_changes(EXPORT, {option: value})
 
     with pytest.raises(UsageError) as caught:
-        read_recipe(mine, parse(value))
+        read_recipe(path, parse(value))
     assert message in f"{caught.value.message} {caught.value.remedy}"
 
 
@@ -219,9 +219,9 @@ def test_generated_files_are_current(repository: Path) -> None:
     assert stale == [], "run `python -m supply_chain.reference`"
 
 
-def test_example_of_the_page_is_valid(repository: Path, mine: Path) -> None:
+def test_example_of_the_page_is_valid(repository: Path, path: Path) -> None:
     page = (repository / "docs" / "recipe.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    mine.write_text(block)
-    assert read_recipe(mine).precision.make == ("fp16", "int8")
+    path.write_text(block)
+    assert read_recipe(path).precision.make == ("fp16", "int8")
     assert set(re.findall(r"^\[(\w+)", block, re.MULTILINE)) == set(Recipe.model_fields)

@@ -55,7 +55,7 @@ def key(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Path:
+def public_key(tmp_path: Path) -> Path:
     """Return the public key."""
     (tmp_path / "k.pem.pub").write_bytes(public())
     return tmp_path / "k.pem.pub"
@@ -67,20 +67,20 @@ def signed(bundle: Path, key: Path) -> Path:
     return bundle
 
 
-def test_sign_and_verify(signed: Path, key: Path, check: Path) -> None:
-    opened, found = open_signed_bundle(signed, check)
+def test_sign_and_verify(signed: Path, key: Path, public_key: Path) -> None:
+    opened, signature = open_signed_bundle(signed, public_key)
     assert opened.digests.keys() == set(FILES)
-    assert (found.bundle, found.files) == (signed, len(FILES))
+    assert (signature.bundle, signature.files) == (signed, len(FILES))
     der = OURS.public_key().public_bytes(pem.Encoding.DER, pem.PublicFormat.SubjectPublicKeyInfo)
-    assert found.key_id == hashlib.sha256(der).hexdigest()
+    assert signature.key_id == hashlib.sha256(der).hexdigest()
     rewrite(signed)
     assert (signed / SIGNATURE).exists()
     sign_bundle(signed, key)  # replaces the stale signature
-    open_signed_bundle(signed, check)
+    open_signed_bundle(signed, public_key)
     key.write_bytes(private(ed25519.Ed25519PrivateKey.generate()))
     sign_bundle(signed, key)
     with pytest.raises(SignatureError, match="is signed with another key, "):
-        open_signed_bundle(signed, check)
+        open_signed_bundle(signed, public_key)
 
 
 def flip(path: Path) -> None:
@@ -143,11 +143,11 @@ CHANGES: list[tuple[Callable[[Path], object], str]] = [
 
 @each(("edit", "message"), CHANGES, fresh="signed")
 def test_changes_after_signing_are_detected(
-    signed: Path, check: Path, edit: Callable[[Path], object], message: str
+    signed: Path, public_key: Path, edit: Callable[[Path], object], message: str
 ) -> None:
     edit(signed)
     with pytest.raises(SignatureError, match=message) as caught:
-        open_signed_bundle(signed, check)
+        open_signed_bundle(signed, public_key)
     assert caught.value.exit_code == 5
 
 
@@ -181,7 +181,7 @@ def test_invalid_keys(
 
 
 def test_commands(
-    cli: Cli, bundle: Path, key: Path, check: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, bundle: Path, key: Path, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key.write_bytes(private(password="secret"))
     for password in ("", "wrong"):
@@ -194,9 +194,9 @@ def test_commands(
     signed = cli("sign", bundle, "--key", key, "--json")
     assert signed.exit_code == 0
     assert "others on this machine may read" in " ".join(signed.stderr.split())
-    result = cli("verify-signature", bundle, "--public-key", check, "--json")
+    result = cli("verify-signature", bundle, "--public-key", public_key, "--json")
     assert (result.exit_code, json.loads(result.stdout)["files"]) == (0, len(FILES))
-    table = cli("verify-signature", bundle, "--public-key", check).stdout
+    table = cli("verify-signature", bundle, "--public-key", public_key).stdout
     assert "5 files match the signature, and there are no others" in table
     assert cli("sign", bundle).exit_code == 2
 
@@ -210,9 +210,9 @@ CONSUMERS = [
 
 @each("command", CONSUMERS, fresh="bundle")
 def test_commands_refuse_unsigned_and_changed_bundles(
-    cli: Cli, bundle: Path, key: Path, check: Path, command: str
+    cli: Cli, bundle: Path, key: Path, public_key: Path, command: str
 ) -> None:
-    words = [*command.format(bundle).split(), "--require-signature", check]
+    words = [*command.format(bundle).split(), "--require-signature", public_key]
     missing = cli(*words)
     assert (missing.exit_code, missing.stdout) == (5, "")
     assert missing.stderr.startswith(f"error: The bundle '{bundle}' is not signed")
@@ -226,11 +226,11 @@ def test_commands_refuse_unsigned_and_changed_bundles(
 
 
 def test_missing_cryptography(
-    cli: Cli, bundle: Path, check: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, bundle: Path, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.setitem(sys.modules, name, None)
     for words in (("sign", "--key"), ("inspect", "--require-signature")):
-        result = cli(words[0], bundle, words[1], check)
+        result = cli(words[0], bundle, words[1], public_key)
         assert result.exit_code == 3
         assert "pip install 'van-deploy[sign]'" in " ".join(result.stderr.split())

@@ -115,7 +115,7 @@ def test_ranges_of_sizes_and_batches() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def dynamic_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Return the digits at 64x96 in batches of 3, sizes dynamic."""
     path = tmp_path_factory.mktemp("sizes") / "b"
     options: Any = {"batch": "3", "image_size": "64x96", "dynamic_size": "64:64x96:96x128"}
@@ -123,20 +123,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(path)
 
 
-def test_bundle_is_checked_at_its_batch_and_every_size(made: Bundle) -> None:
-    agreement = made.manifest.checks["agreement"]
+def test_bundle_is_checked_at_its_batch_and_every_size(dynamic_bundle: Bundle) -> None:
+    agreement = dynamic_bundle.manifest.checks["agreement"]
     assert [row["batch"] for row in agreement["batches"]] == [3]
     rules = [finding["rule"] for finding in agreement["findings"]]
     assert rules.count("SQNR") == 1 + 3  # at its own size and the others
     assert agreement["outcome"] == "pass"
-    with np.load(made.path / "golden.npz") as arrays:
+    with np.load(dynamic_bundle.path / "golden.npz") as arrays:
         sizes = {name.split()[1] for name in arrays.files if " " in name}
     assert sizes == {"64x64", "81x97", "96x128"}
 
 
-def test_network_pads_to_the_fixed_batch(made: Bundle) -> None:
+def test_network_pads_to_the_fixed_batch(dynamic_bundle: Bundle) -> None:
     images = np.random.default_rng(0).standard_normal((4, 3, 64, 96)).astype(np.float32)
-    with Network(made, "fp32") as network:
+    with Network(dynamic_bundle, "fp32") as network:
         assert [network.supports_batch(3), network.supports_batch(2)] == [True, False]
         assert [network.supports_size((96, 64)), network.supports_size((96, 160))] == [True, False]
         together = network.run(images)["logits"]
@@ -145,25 +145,27 @@ def test_network_pads_to_the_fixed_batch(made: Bundle) -> None:
 
 
 def test_precisions_and_engines_of_dynamic_sizes(
-    made: Bundle, digits_bundle: Bundle, cli: Cli
+    dynamic_bundle: Bundle, digits_bundle: Bundle, cli: Cli
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     for precision in ("fp16", "bf16"):
-        result = cli("quantize", made.path, "--precision", precision)
+        result = cli("quantize", dynamic_bundle.path, "--precision", precision)
         assert result.exit_code == 0, result.stdout
-    built = cli("build", made.path, "--precision", "fp16", "--target", "sm_89")
+    built = cli("build", dynamic_bundle.path, "--precision", "fp16", "--target", "sm_89")
     assert built.exit_code == 0, built.stderr
-    verified = cli("verify", made.path, "--allow-skip", "engines")
+    verified = cli("verify", dynamic_bundle.path, "--allow-skip", "engines")
     assert verified.exit_code == 0, verified.stdout
-    engine = next(a for a in made.open(made.path).artifacts.values() if a.kind == "engine")
-    sidecar = json.loads((made.path / engine.file).with_suffix(".json").read_text())
+    engine = next(
+        a for a in dynamic_bundle.open(dynamic_bundle.path).artifacts.values() if a.kind == "engine"
+    )
+    sidecar = json.loads((dynamic_bundle.path / engine.file).with_suffix(".json").read_text())
     assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
-    for bundle, option, asked, message in (
-        (made, "--batch", "1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
-        (made, "--dynamic-size", "64:32:96", "is not min <= opt <= max"),
+    for bundle, option, value, message in (
+        (dynamic_bundle, "--batch", "1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
+        (dynamic_bundle, "--dynamic-size", "64:32:96", "is not min <= opt <= max"),
         (digits_bundle, "--dynamic-size", "64:64:96", "size, so it cannot serve 64:64:96"),
     ):
-        result = cli("build", bundle.path, "--target", "sm_89", option, asked)
+        result = cli("build", bundle.path, "--target", "sm_89", option, value)
         assert result.exit_code in (2, 5)
         assert message in " ".join(result.stderr.split())
 
@@ -172,5 +174,6 @@ def test_message_shows_the_size_as_written(cli: Cli) -> None:
     for words in (("export", "van_digits"), ("bench", "dist/none")):
         result = cli(*words, "--image-size", "64x30")
         assert result.exit_code == 2
-        said = " ".join(result.stderr.split())
-        assert "'64x30': it should be greater than or equal to 32" in said, said
+        assert "'64x30': it should be greater than or equal to 32" in " ".join(
+            result.stderr.split()
+        )

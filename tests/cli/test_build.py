@@ -73,9 +73,9 @@ def test_invalid_requests(cli: Cli, bundle: Path, options: str, message: str) ->
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
 def test_build_without_target_needs_a_gpu(cli: Cli, bundle: Path) -> None:
-    nothing = cli("build", bundle)
-    assert nothing.exit_code == 2
-    assert "needs a target GPU, and none is given" in nothing.stderr
+    result = cli("build", bundle)
+    assert result.exit_code == 2
+    assert "needs a target GPU, and none is given" in result.stderr
 
 
 def test_missing_precision_is_made_first(
