@@ -32,18 +32,18 @@ from van_deploy.metrics import compare
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.equalize import TECHNIQUES, equalize
-from van_deploy.precision.fp16 import fp16_from_fp32, usually_kept
-from van_deploy.precision.images import choose_images, split, spread_over
+from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32
+from van_deploy.precision.images import choose_images, split, subsample
 from van_deploy.precision.plan import (
     CORRECTION_IMAGES,
     QuantizationPlan,
-    bias_corrected,
+    correct_biases,
     layers_in_scope,
     logits,
     make_plan,
 )
 from van_deploy.precision.qdq import qdq_for_tensorrt
-from van_deploy.precision.scales import observe
+from van_deploy.precision.scales import observe_ranges
 from van_deploy.recipe import ImageSelection
 
 COLUMNS = ("what", "van_digits, dB", "agreement %", "van_b0 on CIFAR-10, dB", "agreement %")
@@ -70,7 +70,7 @@ class Network:
     def __init__(self, loaded: LoadedVan, calibration: ImageSet, judging: ImageSet) -> None:
         """Export the network, record its ranges and read the images."""
         self.loaded = loaded
-        correcting = spread_over(calibration, CORRECTION_IMAGES)
+        correcting = subsample(calibration, CORRECTION_IMAGES)
         self.correcting, self.judging = (
             np.concatenate(list(self._read(images))) for images in (correcting, judging)
         )
@@ -80,7 +80,7 @@ class Network:
         self.network = van_from_onnx(self.model, loaded.config)
         self.layers = layers_in_scope(self.network.model, ("pointwise",))
         read = {self.network.reads[name] for name in self.layers}
-        self.ranges = observe(self.network, self._read(calibration), read)
+        self.ranges = observe_ranges(self.network, self._read(calibration), read)
         self.expected = logits(QuantizationPlan(self.network), self.judging)
 
     def _read(self, images: ImageSet) -> Iterator[Images]:
@@ -91,7 +91,7 @@ class Network:
         """Return the plan of one line."""
         changed = equalize(self.network, self.ranges, self.layers, techniques)
         plan = make_plan(changed, self.ranges, self.layers, method=method)
-        return bias_corrected(plan, self.correcting) if CORRECTION in techniques else plan
+        return correct_biases(plan, self.correcting) if CORRECTION in techniques else plan
 
     def figures(self, method: str, techniques: Collection[str]) -> tuple[str, str]:
         """Return the SQNR of a line in dB, and the agreement in percent."""
@@ -100,7 +100,7 @@ class Network:
 
     def kernels(self) -> Iterator[str]:
         """Yield, one sentence each, how many kernels a block takes in FP16 and in INT8."""
-        kept = usually_kept(self.model)
+        kept = default_fp32_nodes(self.model)
         plain, usual = (
             qdq_for_tensorrt(self.model, self.plan("mse", techniques), kept=kept)
             for techniques in ((), TECHNIQUES)

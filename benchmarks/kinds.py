@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from onnx import ModelProto
 
-from van_deploy.config.sizes import SizeRange, sides_of
+from van_deploy.config.sizes import SizeRange, height_width
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
 from van_deploy.model.checkpoint import ALL_STAGES, load_van
-from van_deploy.precision.fp16 import bf16_from_fp32, fp16_from_fp32, usually_kept
+from van_deploy.precision.fp16 import bf16_from_fp32, default_fp32_nodes, fp16_from_fp32
 
 ROUNDS = 3
 SIZES = SizeRange(64, (64, 96), (128, 160))
@@ -72,7 +72,7 @@ def graphs_of(spec: str) -> dict[tuple[str, ...], ModelProto]:
         folded = fold_van(network, torch.zeros(1, network.config.in_chans, 64, 96)).model
         for batch, sizes in itertools.product((None, 2), (None, SIZES)):
             fp32 = onnx_from_van(folded, (64, 96), batch=batch, sizes=sizes)
-            kept = usually_kept(fp32)
+            kept = default_fp32_nodes(fp32)
             kind = (what, f"batch {batch}" if batch else "dynamic batch", str(sizes or "64x96"))
             found |= {
                 (*kind, "fp32"): fp32,
@@ -90,7 +90,7 @@ def main() -> None:
     graphs = graphs_of(sys.argv[1] if len(sys.argv) > 1 else "van_digits")
     seconds: dict[tuple[str, ...], list[float]] = {kind: [] for kind in graphs}
     for _, (kind, graph) in itertools.product(range(ROUNDS), graphs.items()):
-        shapes = [input_shape(graph, batch, sides_of(size)) for batch, size in SHAPES]
+        shapes = [input_shape(graph, batch, height_width(size)) for batch, size in SHAPES]
         start = time.process_time()
         build_plan(logger, graph, shapes)
         seconds[kind].append(time.process_time() - start)

@@ -37,8 +37,8 @@ from van_deploy.metrics import compare
 from van_deploy.model.embedded import EMBEDDED_NAME, write_digits_folder
 from van_deploy.precision.comparison import logits_session
 from van_deploy.precision.images import choose_images
-from van_deploy.precision.plan import counted_tensors, layers_in_scope
-from van_deploy.precision.scales import images_at_once, observe
+from van_deploy.precision.plan import histogram_tensors, layers_in_scope
+from van_deploy.precision.scales import observe_ranges, range_batch_size
 from van_deploy.recipe import ImageSelection
 
 COLUMNS = ("what", "images", "SQNR dB", "agreement %", "Δtop-1 pp", "INT8 % of work", "MB", "s")
@@ -107,7 +107,7 @@ def _forms(table: Table, bundle: Path, forms: Iterable[str], images: tuple[Path,
 
 def _onnxruntime(table: Table, bundle: Bundle, calib: Path, judge: Path, target: Path) -> None:
     """Put ONNX Runtime's own methods into the table."""
-    path, preprocessing = bundle.verified("fp32"), bundle.manifest.preprocessing
+    path, preprocessing = bundle.verified_path("fp32"), bundle.manifest.preprocessing
     chosen = choose_images(ImageSelection(count=ORT_CALIBRATION), calib)
     given, shown = (
         np.concatenate([b.inputs for b in decoded_batches(images.items, preprocessing, 32)])
@@ -163,7 +163,7 @@ def _logits(path: Path, images: Images) -> Images:
 def _record(folder: str, who: str, number: str) -> tuple[float, float]:
     """Record ranges in this process; return the peak memory in GB and the seconds an image."""
     rng, bundle, count = np.random.default_rng(0), Bundle.open(folder), int(number)
-    path, size = bundle.verified("fp32"), images_at_once(SIDE * SIDE)
+    path, size = bundle.verified_path("fp32"), range_batch_size(SIDE * SIDE)
     start = time.perf_counter()
     if who == "ours":
         network = van_from_onnx(onnx.load(path), bundle.manifest.architecture)
@@ -172,7 +172,7 @@ def _record(folder: str, who: str, number: str) -> tuple[float, float]:
             rng.standard_normal((min(size, count - done), 3, SIDE, SIDE), np.float32)
             for done in range(0, count, size)
         )
-        observe(network, batches, counted_tensors(network, layers, "tensorrt"))
+        observe_ranges(network, batches, histogram_tensors(network, layers, "tensorrt"))
     else:
         from onnxruntime.quantization.calibrate import CalibrationMethod, create_calibrator
 

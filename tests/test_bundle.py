@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.described import WEIGHTS, described, entry
 from tests.each import each
-from van_deploy.bundle import MANIFEST, Bundle, Origin, writing
+from tests.manifest_parts import WEIGHTS, artifact_entry, network_info
+from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
 from van_deploy.errors import BundleError, UsageError
 from van_deploy.manifest import SCHEMA
 
 
 def put(folder: Path, name: str, text: str, made_from: Origin = WEIGHTS) -> None:
     """Write one artifact into the bundle ``m`` at ``folder``."""
-    with writing(folder, name="m") as draft:
-        draft.description = described()
+    with edit_bundle(folder, name="m") as draft:
+        draft.description = network_info()
         draft.file(f"{name}.onnx").write_text(text)
-        draft.record(entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
+        draft.record(artifact_entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -44,7 +44,7 @@ def bundle(tmp_path: Path) -> Path:
 def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     assert opened.name == "m"
-    assert opened.verified("fp32").read_text() == "weights"
+    assert opened.verified_path("fp32").read_text() == "weights"
     assert opened.problems() == []
     assert opened.sizes() == {"fp32": 7}
     assert opened.manifest.files == {}, "an artifact's own file is not named twice"
@@ -55,7 +55,7 @@ def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     assert caught.value.remedy == f"Make it with `van-deploy quantize {bundle} --precision int8`."
     (bundle / "fp32.onnx").write_text("changed")
     with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
-        opened.verified("fp32")
+        opened.verified_path("fp32")
     (bundle / "fp32.onnx").unlink()
     assert opened.problems() == [f"'{bundle}/fp32.onnx' is named in the manifest and missing."]
 
@@ -64,15 +64,18 @@ def test_an_error_half_way_leaves_the_old_bundle_or_none(bundle: Path, tmp_path:
     before = contents(tmp_path)
 
     def fails(folder: Path, name: str | None) -> None:
-        with writing(folder, name=name) as draft:
+        with edit_bundle(folder, name=name) as draft:
             draft.file("fp32.onnx").write_text("new")
-            draft.description = described("other")
+            draft.description = network_info("other")
             raise ZeroDivisionError
 
     for folder, name in ((bundle, None), (tmp_path / "new", "m")):
         with pytest.raises(ZeroDivisionError):
             fails(folder, name)
-    with pytest.raises(ValueError, match="needs a description"), writing(tmp_path / "c", name="m"):
+    with (
+        pytest.raises(ValueError, match="needs a description"),
+        edit_bundle(tmp_path / "c", name="m"),
+    ):
         pass
     assert contents(tmp_path) == before
     assert sorted(os.listdir(tmp_path)) == ["b"]
@@ -99,17 +102,17 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
 
     monkeypatch.setattr(Path, "replace", dies)
     try:
-        with writing(bundle) as draft:
+        with edit_bundle(bundle) as draft:
             for name, text in (("fp32", "new weights"), ("fp16", "half")):
                 draft.file(f"{name}.onnx").write_text(text)
-                draft.record(entry(name, "onnx", name, f"{name}.onnx"))
+                draft.record(artifact_entry(name, "onnx", name, f"{name}.onnx"))
     except Killed:
         assert moves < 3
         assert (bundle / MANIFEST).read_text() == before, "it is the last to be moved"
     monkeypatch.setattr(Path, "replace", real)
     opened = Bundle.open(bundle)
-    assert opened.verified("fp32").read_text() == "new weights"
-    assert opened.verified("fp16").read_text() == "half"
+    assert opened.verified_path("fp32").read_text() == "new weights"
+    assert opened.verified_path("fp16").read_text() == "half"
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx", "fp16.onnx"}
 
 
@@ -163,10 +166,10 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
     (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
     (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
-    (lambda m: m.update(name='x" } backend: "python'), "it is no name"),
+    (lambda m: m.update(name='x" } backend: "python'), "it is not a name"),
     (
         lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
-        "'artifacts.x/../../y' is 'x/../../y': it is no name",
+        "'artifacts.x/../../y' is 'x/../../y': it is not a name",
     ),
     (lambda m: m.update(written="a" * 5000), "it has 5,000 characters"),
     (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
@@ -184,7 +187,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (entry_of("architecture", in_chans=4), "it prepares 3 channels for a network"),
     (entry_of("weights", spec="a\x1b[2J"), "control characters"),
     (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
-    (lambda m: m.update(checks={"x": "\ud800"}), "half a character"),
+    (lambda m: m.update(checks={"x": "\ud800"}), "unpaired surrogate"),
     (lambda m: m["artifacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
 ]
 
@@ -192,7 +195,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
     (f'{{"schema": "{SCHEMA}", "artifacts": 2}}', "is damaged: "),
-    ('{"name": "a", "name": "b"}', "damaged: it gives the key 'name' twice"),
+    ('{"name": "a", "name": "b"}', "damaged: it has the key 'name' twice"),
     *((text, "is nested more than 40 deep") for text in ("[" * 200_000, "[" * 42 + "]" * 42)),
     ('{"a": [' * 30 + "1" + "]}" * 30, "is nested more than 40 deep"),
     ("[" * 41 + "]" * 41, "it should be a table"),
@@ -226,13 +229,13 @@ def test_what_is_written_again_is_the_same_but_for_its_date(
 ) -> None:
     before = Bundle.open(bundle).manifest
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    with writing(bundle):
+    with edit_bundle(bundle):
         pass
     after = Bundle.open(bundle).manifest
     assert after.written == "2023-11-14T22:13:20+00:00"
     assert after.model_copy(update={"written": before.written}) == before
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH is 'yesterday'"), writing(bundle):
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH is 'yesterday'"), edit_bundle(bundle):
         pass
 
 
@@ -252,7 +255,7 @@ def test_a_folder_of_something_else_is_left_alone(
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("years of work")
     before = contents(tmp_path)
-    with pytest.raises(BundleError) as caught, writing(tmp_path / folder, name=name):
+    with pytest.raises(BundleError) as caught, edit_bundle(tmp_path / folder, name=name):
         pass
     assert message in caught.value.message
     assert contents(tmp_path) == before
@@ -313,9 +316,9 @@ def pipe(name: str) -> Callable[[Path, Path], None]:
         (gone("a" * 300), "is no name of a file"),
         (gone("a\nb"), "is no name of a file"),
         (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
-        (pipe(MANIFEST), "damaged: .*no regular file"),
+        (pipe(MANIFEST), "damaged: .*not a regular file"),
         (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
-        (pipe(".pending/.gone"), "damaged: .*no regular file"),
+        (pipe(".pending/.gone"), "damaged: .*not a regular file"),
     ],
     fresh="bundle",
 )
@@ -357,7 +360,7 @@ def test_a_pipe_that_looks_like_a_dead_command_s_folder_is_let_alone(bundle: Pat
     put(bundle, "fp16", "x")
     assert (bundle / ".staging-x").is_fifo()
     assert not (bundle / ".staging-y").exists()
-    assert Bundle.open(bundle).verified("fp32").read_text() == "weights"
+    assert Bundle.open(bundle).verified_path("fp32").read_text() == "weights"
 
 
 def test_a_first_writer_that_fails_takes_nothing_from_the_second(tmp_path: Path) -> None:
@@ -365,7 +368,7 @@ def test_a_first_writer_that_fails_takes_nothing_from_the_second(tmp_path: Path)
     folder, begun = tmp_path / "new", threading.Event()
 
     def fails() -> None:
-        with contextlib.suppress(ZeroDivisionError), writing(folder, name="m"):
+        with contextlib.suppress(ZeroDivisionError), edit_bundle(folder, name="m"):
             begun.set()
             time.sleep(0.3)
             raise ZeroDivisionError
@@ -375,4 +378,4 @@ def test_a_first_writer_that_fails_takes_nothing_from_the_second(tmp_path: Path)
     begun.wait(10)
     put(folder, "fp32", "weights")
     first.join()
-    assert Bundle.open(folder).verified("fp32").read_text() == "weights"
+    assert Bundle.open(folder).verified_path("fp32").read_text() == "weights"

@@ -100,7 +100,7 @@ def test_a_batch_that_is_not_served(held: Held, digits: Digits) -> None:
 @pytest.mark.gpu
 def test_onnxruntime_runs_nothing_on_the_cpu(digits: Digits, tmp_path: Path) -> None:
     need_cuda_provider()
-    with OnnxRuntimeRunner(digits.bundle.verified("fp32"), name="ort-cuda") as runner:
+    with OnnxRuntimeRunner(digits.bundle.verified_path("fp32"), name="ort-cuda") as runner:
         assert runner._session.get_providers()[0] == "CUDAExecutionProvider"
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 3])
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])
@@ -126,7 +126,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-with OnnxRuntimeRunner(Path({str(digits.bundle.verified("fp32"))!r}), name="ort-cuda") as runner:
+path = Path({str(digits.bundle.verified_path("fp32"))!r})
+with OnnxRuntimeRunner(path, name="ort-cuda") as runner:
     print(runner.run(np.zeros({digits.images.shape}, np.float32)).shape)
 assert "torch" not in sys.modules
 """)

@@ -14,7 +14,7 @@ from tests.each import each
 from tests.graph.conftest import Exported
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
-from van_deploy.graph.fold import FOLD_TOLERANCE, STREAM_LIMIT, Rewrites, fold_van
+from van_deploy.graph.fold import FOLD_TOLERANCE, SKIP_GAIN_LIMIT, Rewrites, fold_van
 from van_deploy.model.van import VAN
 
 NAMES = {field.name for field in fields(Rewrites)}
@@ -28,14 +28,14 @@ def choices() -> list[set[str]]:
     return [*alone, *(c if c >= NEEDED else c - {"residual_stream"} for c in but_one), set(), NAMES]
 
 
-def with_carries(model: VAN, carries: dict[tuple[int, int], float]) -> VAN:
-    """Return a copy whose residual factors in stage 3, by block and channel, are ``carries``."""
+def with_carries(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN:
+    """Return a copy whose residual factors in stage 3, by block and channel, are ``skip_gains``."""
     model = copy.deepcopy(model)
-    for (block, channel), carry in carries.items():
+    for (block, channel), skip_gain in skip_gains.items():
         chosen: Any = model.get_submodule(f"block3.{block}")
         scale = chosen.norm1.weight / (chosen.norm1.running_var + chosen.norm1.eps).sqrt()
         with torch.no_grad():
-            chosen.layer_scale_1[channel] = (carry - 1) / scale[channel]
+            chosen.layer_scale_1[channel] = (skip_gain - 1) / scale[channel]
     return model
 
 
@@ -69,19 +69,19 @@ def test_everything_folded_leaves_nothing_and_the_original_as_it_was(digits: Exp
 
 
 @each(
-    ("carries", "kept"),
+    ("skip_gains", "kept"),
     [
-        *(({(1, 5): carry}, 1) for carry in (0.0, 1e-6, -1e-6, 2 * STREAM_LIMIT)),
+        *(({(1, 5): skip_gain}, 1) for skip_gain in (0.0, 1e-6, -1e-6, 2 * SKIP_GAIN_LIMIT)),
         ({(1, 5): -0.5}, 0),
-        ({(block, 0): STREAM_LIMIT**-0.7 for block in range(3)}, 1),  # they restart on the way
+        ({(block, 0): SKIP_GAIN_LIMIT**-0.7 for block in range(3)}, 1),  # they restart on the way
         # Where a multiply stays, what is half way to the limit starts again and saves another one.
-        ({(1, 5): 0.0, (0, 0): STREAM_LIMIT**-0.7, (2, 0): STREAM_LIMIT**-0.7}, 1),
+        ({(1, 5): 0.0, (0, 0): SKIP_GAIN_LIMIT**-0.7, (2, 0): SKIP_GAIN_LIMIT**-0.7}, 1),
     ],
 )
 def test_a_stream_that_cannot_be_rescaled_keeps_a_multiply_and_stays_exact(
-    digits: Exported, carries: dict[tuple[int, int], float], kept: int
+    digits: Exported, skip_gains: dict[tuple[int, int], float], kept: int
 ) -> None:
-    report = fold_van(with_carries(digits.loaded.model, carries), digits.images)
+    report = fold_van(with_carries(digits.loaded.model, skip_gains), digits.images)
     assert report.multiplies_kept == kept
     assert report.relative_error <= FOLD_TOLERANCE
 
@@ -117,11 +117,11 @@ def test_the_rebuilt_network_is_the_folded_one(digits: Exported, opset: int) -> 
     with torch.no_grad():
         found, expected = (network(digits.images) for network in (rebuilt.model, folded))
     assert torch.allclose(found, expected, atol=1e-5)
-    carry = rebuilt.model.stage_blocks(3)[1].carry
-    assert carry is not None
-    others = [channel for channel in range(len(carry)) if channel != 5]
-    assert abs(float(carry[5])) < 1e-6
-    assert (carry[others] == 1.0).all()
+    skip_gain = rebuilt.model.stage_blocks(3)[1].skip_gain
+    assert skip_gain is not None
+    others = [channel for channel in range(len(skip_gain)) if channel != 5]
+    assert abs(float(skip_gain[5])) < 1e-6
+    assert (skip_gain[others] == 1.0).all()
     usual, left = (m.stage_blocks(3)[1].attn.proj_1.weight for m in (digits.folded, folded))
     assert torch.equal(usual[:, others], left[:, others])
 

@@ -14,7 +14,7 @@ from van_deploy.graph.export import RebuiltVan, van_from_onnx
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.precision.comparison import logits_session
 from van_deploy.precision.plan import QuantizationPlan, layers_in_scope, logits
-from van_deploy.precision.scales import ChannelRange, Images, observe
+from van_deploy.precision.scales import ChannelRange, Images, observe_ranges
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Digits:
 
 @pytest.fixture(scope="session")
 def digits(digits_bundle: Bundle) -> Digits:
-    loaded, graph = load_van("van_digits"), load(digits_bundle.verified("fp32"))
+    loaded, graph = load_van("van_digits"), load(digits_bundle.verified_path("fp32"))
     network = van_from_onnx(graph, loaded.config)
     train, heldout = (
         next(decoded_batches(part.items[:count], loaded.preprocessing, count)).inputs
         for part, count in ((digits_set("train"), 64), (digits_set("heldout"), 48))
     )
-    ranges = observe(network, batches(train), set(network.tensors))
+    ranges = observe_ranges(network, batches(train), set(network.tensors))
     pointwise = layers_in_scope(network.model, ("pointwise",))
     expected = logits(QuantizationPlan(network), heldout)
     return Digits(loaded, graph, network, pointwise, train, heldout, ranges, expected)

@@ -16,7 +16,7 @@ from tests.each import each
 from tests.precision.conftest import Digits, batches, run
 from van_deploy.checks.graphs import quiet_session, run_taps, with_taps
 from van_deploy.errors import ConversionError, GateFailed, UsageError
-from van_deploy.graph.bfloat16 import emulated_bf16
+from van_deploy.graph.bfloat16 import emulate_bf16
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
 from van_deploy.graph.files import operator_counts
 from van_deploy.graph.fold import fold_van
@@ -26,9 +26,9 @@ from van_deploy.precision.fp16 import (
     audit_ranges,
     bf16_from_fp32,
     fp16_from_fp32,
-    kept_nodes,
+    fp32_nodes,
 )
-from van_deploy.precision.scales import observe
+from van_deploy.precision.scales import observe_ranges
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 GATE = "block2.0.attn.spatial_gating_unit"
@@ -56,7 +56,7 @@ def scaled(model: ModelProto, factors: Mapping[str, float]) -> ModelProto:
 def test_types_stand_in_the_file_and_it_answers_as_fp32_does(
     digits: Digits, make: Callable[..., ModelProto], kind: int, keep: tuple[str, ...], casts: int
 ) -> None:
-    kept = kept_nodes(digits.graph, keep)
+    kept = fp32_nodes(digits.graph, keep)
     half = make(digits.graph, kept)
     checker.check_model(half, full_check=True)
     assert operator_counts(half)["Cast"] == casts
@@ -85,8 +85,8 @@ def test_a_weight_read_in_both_types_is_stored_twice(digits: Digits) -> None:
 
 
 def test_the_emulation_rounds_every_result_and_nothing_else(digits: Digits) -> None:
-    half = bf16_from_fp32(digits.graph, kept_nodes(digits.graph, DEFAULT_KEEP))
-    emulation = emulated_bf16(half)
+    half = bf16_from_fp32(digits.graph, fp32_nodes(digits.graph, DEFAULT_KEEP))
+    emulation = emulate_bf16(half)
     checker.check_model(emulation, full_check=True)
     found, given = Counter(operator_counts(emulation)), Counter(operator_counts(half))
     assert set(found - given) == {"Cast"}
@@ -118,7 +118,7 @@ def test_one_convolution_is_emulated_as_it_would_be_computed() -> None:
 def test_an_opset_is_raised_if_need_be_or_refused(digits: Digits, opset: int) -> None:
     folded = fold_van(digits.loaded.model, torch.from_numpy(digits.heldout[:1])).model
     graph = onnx_from_van(folded, 64, opset=opset)
-    half = bf16_from_fp32(graph, kept_nodes(graph, DEFAULT_KEEP))
+    half = bf16_from_fp32(graph, fp32_nodes(graph, DEFAULT_KEEP))
     checker.check_model(half, full_check=True)
     assert half.opset_import[0].version == max(opset, 22)
     assert sqnr_db(run(graph, digits.heldout[:2]), run(half, digits.heldout[:2])) > 45
@@ -131,16 +131,16 @@ def test_an_opset_is_raised_if_need_be_or_refused(digits: Digits, opset: int) ->
 
 
 def test_what_is_kept_is_a_module_or_an_expression(digits: Digits) -> None:
-    kept = kept_nodes(digits.graph, ("block2.0", "norm1"))
+    kept = fp32_nodes(digits.graph, ("block2.0", "norm1"))
     assert {name.split(".")[0] for name in kept} == {"block2", "norm1"}
     assert "block2.0" in kept
     assert kept["block2.0.mlp.fc1"] == "'block2.0' is kept"
     assert "block2.1.mlp.fc1" not in kept
-    found = kept_nodes(digits.graph, (r"block1\.\d\.mlp\.fc1",))
+    found = fp32_nodes(digits.graph, (r"block1\.\d\.mlp\.fc1",))
     assert set(found) == {"block1.0.mlp.fc1", "block1.1.mlp.fc1"}
     for keep, message in (("block9", "nothing called 'block9'"), ("(", "as a regular expression")):
         with pytest.raises(UsageError, match=message):
-            kept_nodes(digits.graph, (keep,))
+            fp32_nodes(digits.graph, (keep,))
 
 
 def test_a_quiet_network_has_no_problem_and_weights_that_vanish_are_kept(digits: Digits) -> None:
@@ -156,7 +156,7 @@ def test_a_quiet_network_has_no_problem_and_weights_that_vanish_are_kept(digits:
 def test_what_overflows_is_kept_with_what_touches_it_and_bf16_is_advised(digits: Digits) -> None:
     factors = {f"{GATE}.conv0.weight": 2.0**15, f"{GATE}.conv0.bias": 2.0**15}
     loud = scaled(digits.graph, {**factors, f"{GATE}.conv_spatial.weight": 2.0**-15})
-    ranges = observe(van_from_onnx(loud, digits.loaded.config), batches(digits.train), ())
+    ranges = observe_ranges(van_from_onnx(loud, digits.loaded.config), batches(digits.train), ())
     audit = audit_ranges(loud, ranges, ())
     kept = audit["kept"]
     assert set(kept) == {f"{GATE}.conv0", f"{GATE}.conv_spatial"}
@@ -166,6 +166,6 @@ def test_what_overflows_is_kept_with_what_touches_it_and_bf16_is_advised(digits:
         audit_ranges(loud, ranges, (), strict=True)
     assert audit_ranges(loud, ranges, kept)["problems"] == []
     images = digits.train[:8]
-    half = bf16_from_fp32(loud, kept_nodes(loud, DEFAULT_KEEP))
+    half = bf16_from_fp32(loud, fp32_nodes(loud, DEFAULT_KEEP))
     for graph in (fp16_from_fp32(loud, kept), half):
         assert sqnr_db(run(loud, images), run(graph, images)) > 45

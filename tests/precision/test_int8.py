@@ -19,9 +19,9 @@ from van_deploy.errors import ConversionError, ImageError, UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.graph.files import operator_counts
 from van_deploy.metrics import sqnr_db
-from van_deploy.precision.comparison import labels_lost
+from van_deploy.precision.comparison import count_lost_labels
 from van_deploy.precision.equalize import FACTOR_LIMIT, TECHNIQUES, Equalization, equalize
-from van_deploy.precision.fp16 import fp16_from_fp32, kept_nodes, usually_kept
+from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32, fp32_nodes
 from van_deploy.precision.int8 import (
     LayerSensitivity,
     rank_layers,
@@ -30,14 +30,14 @@ from van_deploy.precision.int8 import (
 )
 from van_deploy.precision.plan import (
     QuantizationPlan,
-    bias_corrected,
+    correct_biases,
     layers_in_scope,
     logits,
     make_plan,
     multiply_adds,
 )
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
-from van_deploy.precision.scales import PAIR_LIMIT, SMALLEST_SCALE, observe, pair_sums
+from van_deploy.precision.scales import PAIR_LIMIT, SMALLEST_SCALE, observe_ranges, pair_sums
 
 
 def parts(model: ModelProto) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -56,14 +56,14 @@ def plain(digits: Digits) -> QuantizationPlan:
 def plan(digits: Digits) -> QuantizationPlan:
     """Return the plan with every technique."""
     changed = equalize(digits.network, digits.ranges, digits.pointwise)
-    return bias_corrected(make_plan(changed, digits.ranges, digits.pointwise), digits.train)
+    return correct_biases(make_plan(changed, digits.ranges, digits.pointwise), digits.train)
 
 
 @pytest.fixture(scope="module")
 def cpu_plan(digits: Digits) -> QuantizationPlan:
     layers = layers_in_scope(digits.network.model, ("deep",))
     changed = equalize(digits.network, digits.ranges, layers, ("cross_layer", "shift"))
-    return bias_corrected(make_plan(changed, digits.ranges, layers, target="cpu"), digits.train)
+    return correct_biases(make_plan(changed, digits.ranges, layers, target="cpu"), digits.train)
 
 
 # --- what is quantised -----------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_what_a_scope_means(digits: Digits, scope: str, count: int) -> None:
     layers = layers_in_scope(digits.network.model, (scope,))
     assert len(layers) == count
     if count > 1:
-        kept = kept_nodes(digits.graph, ("block4",))
+        kept = fp32_nodes(digits.graph, ("block4",))
         fewer = layers_in_scope(digits.network.model, (scope,), kept)
         assert fewer == tuple(name for name in layers if not name.startswith("block4"))
     for wrong, message in (
@@ -111,7 +111,7 @@ def test_an_equalised_network_computes_what_it_did(
 
 def test_every_changed_tensor_is_what_the_record_says(digits: Digits) -> None:
     changed = equalize(digits.network, digits.ranges, digits.pointwise)
-    now = observe(changed.network, batches(digits.train), [])
+    now = observe_ranges(changed.network, batches(digits.train), [])
     assert {"block1.0.add", "block2.0", "block1.0.attn.spatial_gating_unit"} <= set(changed.affines)
     for tensor, affine in changed.affines.items():
         wanted = affine.of(digits.ranges[tensor].maximum)
@@ -122,8 +122,8 @@ def test_every_changed_tensor_is_what_the_record_says(digits: Digits) -> None:
 
 def with_a_multiply(network: RebuiltVan) -> None:
     block = network.model.stage_blocks(2)[1]
-    block.carry = torch.ones(len(block.attn.proj_2.weight))
-    block.carry[::2] = 0.25
+    block.skip_gain = torch.ones(len(block.attn.proj_2.weight))
+    block.skip_gain[::2] = 0.25
 
 
 def with_a_dead_channel(network: RebuiltVan) -> None:
@@ -136,7 +136,7 @@ def with_a_dead_channel(network: RebuiltVan) -> None:
 def test_odd_networks_are_equalised_exactly(digits: Digits, spoil: Any) -> None:
     other = replace(digits.network, model=copy.deepcopy(digits.network.model))
     spoil(other)
-    found = observe(other, batches(digits.train), set(other.tensors))
+    found = observe_ranges(other, batches(digits.train), set(other.tensors))
     pair = [QuantizationPlan(n) for n in (other, equalize(other, found, digits.pointwise).network)]
     before, after = (logits(each, digits.train[:8]) for each in pair)
     assert sqnr_db(before, after) > 100
@@ -148,8 +148,8 @@ def test_the_techniques_bring_decibels_and_leave_the_original_as_it_was(
     network = digits.network
     before = {name: value.clone() for name, value in network.model.state_dict().items()}
     only = equalize(network, digits.ranges, digits.pointwise, ("cross_layer",))
-    one = bias_corrected(make_plan(only, digits.ranges, digits.pointwise), digits.train)
-    none = bias_corrected(plain, digits.train)
+    one = correct_biases(make_plan(only, digits.ranges, digits.pointwise), digits.train)
+    none = correct_biases(plain, digits.train)
     found = [sqnr_db(digits.expected, logits(p, digits.heldout)) for p in (plain, none, one, plan)]
     assert all(np.diff(found) > [0, 0.5, 0.5]), found
     after = network.model.state_dict()
@@ -166,10 +166,10 @@ def test_a_graph_for_tensorrt_computes_what_was_planned_in_the_form_it_reads(
     single = qdq_for_tensorrt(digits.graph, plan, rest="fp32")
     checker.check_model(single, full_check=True)
     assert sqnr_db(logits(plan, digits.heldout), run(single, digits.heldout)) > 45
-    graph = qdq_for_tensorrt(digits.graph, plan, kept=usually_kept(digits.graph))
+    graph = qdq_for_tensorrt(digits.graph, plan, kept=default_fp32_nodes(digits.graph))
     found = run(graph, digits.heldout)
     assert sqnr_db(digits.expected, found) > 39
-    assert labels_lost(digits.expected, found, None) == 0
+    assert count_lost_labels(digits.expected, found, None) == 0
     (values, makers), counts = parts(graph), operator_counts(graph)
     assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (45, 90)
     for node in graph.graph.node:
@@ -199,7 +199,7 @@ def test_an_added_node_adds_no_kernel(
 ) -> None:
     """Kernels of one block in the plan that TensorRT for RTX builds, for Ada GPUs."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    kept = usually_kept(digits.graph)
+    kept = default_fp32_nodes(digits.graph)
     graphs = [qdq_for_tensorrt(digits.graph, made, kept=kept) for made in (plain, plan)]
     half = fp16_from_fp32(digits.graph, kept)
     before, added, fp16 = (plan_kernels(graph)["block2.0"] for graph in (*graphs, half))
@@ -274,8 +274,8 @@ def test_layers_are_ranked_by_noise_for_the_work_they_do(
 
 def test_improvements_do_not_offset_regressions_and_a_budget_below_one_image_is_refused() -> None:
     expected, after = (np.eye(3, dtype=np.float32)[rows] for rows in ([0, 1, 2, 0], [0, 2, 1, 1]))
-    assert labels_lost(expected, after, np.array([0, 1, 1, 1])) == 1
-    assert labels_lost(expected, after, None) == 3
+    assert count_lost_labels(expected, after, np.array([0, 1, 1, 1])) == 1
+    assert count_lost_labels(expected, after, None) == 3
     require_resolution(0.2, 500)
     require_resolution(0.0, 10)
     with pytest.raises(ImageError, match=r"one label is 0.24 points") as caught:

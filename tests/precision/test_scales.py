@@ -56,7 +56,10 @@ def test_values_land_in_the_bin_of_their_channel(layout: torch.memory_format) ->
 
 def test_batches_of_any_size_give_the_same_and_only_the_asked_are_counted(digits: Digits) -> None:
     name = "block1.0.mlp.act"
-    found, once = scales.observe(digits.network, batches(digits.train, 7), [name]), digits.ranges
+    found, once = (
+        scales.observe_ranges(digits.network, batches(digits.train, 7), [name]),
+        digits.ranges,
+    )
     difference = np.abs(found[name].counts.astype(float) - once[name].counts).sum()
     assert difference < 1e-3 * found[name].counts.sum()
     assert found[name].counts.sum() == once[name].counts.sum()
@@ -65,14 +68,14 @@ def test_batches_of_any_size_give_the_same_and_only_the_asked_are_counted(digits
     assert set(found) == set(digits.network.tensors)
     assert [tensor for tensor, r in found.items() if r.counts.size] == [name]
     assert found["images"].largest == pytest.approx(np.abs(digits.train).max())
-    assert [scales.images_at_once(side**2) for side in (64, 224, 2000)] == [32, 5, 1]
+    assert [scales.range_batch_size(side**2) for side in (64, 224, 2000)] == [32, 5, 1]
 
 
 def test_what_is_not_finite_is_named(digits: Digits) -> None:
     broken = replace(digits.network, model=copy.deepcopy(digits.network.model))
     broken.model.stage_blocks(2)[0].mlp.fc1.bias.data[0] = torch.nan  # type: ignore[union-attr]
     with pytest.raises(ConversionError, match=r"'block2\.0\.mlp\.fc1' is infinite or NaN"):
-        scales.observe(broken, batches(digits.train), ["block2.0.mlp.fc1"])
+        scales.observe_ranges(broken, batches(digits.train), ["block2.0.mlp.fc1"])
 
 
 # --- scales ----------------------------------------------------------------------------------

@@ -10,8 +10,17 @@ Reading believes nothing whose SHA-256 is not the manifest's.
 """
 
 from van_deploy.bundle.commit import SIGNATURE
+from van_deploy.bundle.editing import Draft, edit_bundle
 from van_deploy.bundle.reading import Bundle
-from van_deploy.bundle.writing import Draft, writing
 from van_deploy.manifest import MANIFEST, Artifact, Manifest, Origin
 
-__all__ = ["MANIFEST", "SIGNATURE", "Artifact", "Bundle", "Draft", "Manifest", "Origin", "writing"]
+__all__ = [
+    "MANIFEST",
+    "SIGNATURE",
+    "Artifact",
+    "Bundle",
+    "Draft",
+    "Manifest",
+    "Origin",
+    "edit_bundle",
+]

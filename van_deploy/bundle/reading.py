@@ -11,7 +11,7 @@ from typing import Any
 
 from van_deploy.bundle.commit import LOCK, PENDING, SIGNATURE, finish_commit, locked
 from van_deploy.errors import BundleError
-from van_deploy.files import external_files, file_sha256, require_beside
+from van_deploy.files import check_external_files, external_files, file_sha256
 from van_deploy.manifest import MANIFEST, Artifact, Manifest, read_manifest
 
 
@@ -21,7 +21,7 @@ class Bundle:
 
     Attributes:
         path: the folder.
-        manifest: what it says (to change it, see :func:`writing`).
+        manifest: what it says (to change it, see :func:`edit_bundle`).
     """
 
     path: Path
@@ -87,7 +87,7 @@ class Bundle:
             )
         return artifacts[name]
 
-    def verified(self, name: str, *, only_file: bool = False) -> Path:
+    def verified_path(self, name: str, *, only_file: bool = False) -> Path:
         """Return the path of an artifact's file after checking every digest.
 
         Args:
@@ -107,10 +107,10 @@ class Bundle:
             folder = PurePosixPath(artifact.file).parent
             named = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
             beside = [file.relative_to(folder).as_posix() for file in named]
-            require_beside(path, external_files(path), beside)
+            check_external_files(path, external_files(path), beside)
         return path
 
-    def why_anew(self, name: str, made_with: Mapping[str, Any]) -> str:
+    def rebuild_reason(self, name: str, made_with: Mapping[str, Any]) -> str:
         """Return why an artifact has to be made, or "" if it is there from the same ingredients.
 
         Args:
@@ -119,9 +119,9 @@ class Bundle:
         """
         try:
             artifact = self.artifact(name)
-            self.verified(name)
+            self.verified_path(name)
         except BundleError as error:
-            return error.message if name in self.artifacts else "not there yet"
+            return error.message if name in self.artifacts else "new"
         wanted, had = json.loads(json.dumps(made_with)), artifact.made_with
         changed = [key for key in {**wanted, **had} if wanted.get(key) != had.get(key)]
         return f"changed since: {', '.join(changed)}" if changed else ""
@@ -150,7 +150,7 @@ class Bundle:
                 found.append(error.message)
         return found
 
-    def unnamed(self) -> list[str]:
+    def unlisted_files(self) -> list[str]:
         """Return what lies in the folder and is not in the manifest, sorted.
 
         Links to folders count: what is behind them is not the bundle's.

@@ -17,7 +17,7 @@ BF16_EMULATED = "BF16 emulated"  # what reports call such a run
 BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
 
 
-def holds_bf16(model: ModelProto) -> bool:
+def has_bf16(model: ModelProto) -> bool:
     """Return whether a graph stores weights in BF16, or takes or casts to it."""
     graph = model.graph
     return (
@@ -27,13 +27,13 @@ def holds_bf16(model: ModelProto) -> bool:
     )
 
 
-def emulated_bf16(model: ModelProto) -> ModelProto:
+def emulate_bf16(model: ModelProto) -> ModelProto:
     """Return ``model`` with FP32 operators, each BF16 result rounded by a pair of Casts.
 
     Names stay: a tensor that was BF16 is FP32 under its own name, and holds BF16 numbers.
     Inputs and outputs that were BF16 are FP32. A graph without BF16 is returned as it is.
     """
-    if not holds_bf16(model):
+    if not has_bf16(model):
         return model
     inferred = shape_inference.infer_shapes(model).graph
     halves = {

@@ -30,7 +30,13 @@ from onnx.helper import find_min_ir_version_for, make_attribute
 from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
-from van_deploy.config.sizes import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, ImageSize, SizeRange, sides_of
+from van_deploy.config.sizes import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    ImageSize,
+    SizeRange,
+    height_width,
+)
 from van_deploy.errors import ConversionError
 from van_deploy.graph.fold import RewrittenVan, StageNorm
 from van_deploy.graph.names import INPUT_NAME
@@ -72,7 +78,7 @@ def onnx_from_van(
     Raises:
         ConversionError: the exporter failed.
     """
-    sides = sides_of(image_size) if sizes is None else DYNAMIC_EXAMPLE
+    sides = height_width(image_size) if sizes is None else DYNAMIC_EXAMPLE
     example = torch.zeros(batch or 2, in_chans, *sides)
     dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
     if sizes is not None:
@@ -141,7 +147,7 @@ def _lower_to_opset_17_(proto: ModelProto) -> None:
 def _name_after_modules_(model: ir.Model) -> None:
     """Give every node and its first output the path of the module that made it.
 
-    The last node of a module carries the module's own name, since it makes the
+    The last node of a module skip_gains the module's own name, since it makes the
     module's result; the ones before add their operator (``norm1.transpose``).
     """
     graph = model.graph
@@ -264,7 +270,7 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
             multiply = nodes.get(f"block{stage}.{index}.mul")
             if multiply is not None:
                 factors = [stored(multiply, place) for place in (0, 1)]
-                block.carry = next(f for f in factors if f is not None).reshape(-1)
+                block.skip_gain = next(f for f in factors if f is not None).reshape(-1)
     reads = {n.name: n.input[0] for n in graph.graph.node if n.op_type in {"Conv", "Gemm"}}
     tensors = {tensor: (name, False) for name, tensor in reads.items()}
     modules = {name for name, _ in model.named_modules()}

@@ -9,7 +9,7 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
 ``block_norm``        ``norm1`` into ``proj_1`` and ``norm2`` into ``fc1``:
                       ``W' = W diag(s)``, ``b' = b + W t``. Exact because both
                       are 1x1 and unpadded. The shift of the inner shortcut
-                      goes into ``proj_2``'s bias, its scale into the carry
+                      goes into ``proj_2``'s bias, its scale into the skip_gain
 ``layer_scale``       ``layer_scale_1`` into ``proj_2``, ``_2`` into ``fc2``
 ``spatial_bias``      ``conv_spatial``'s bias through the 1x1 ``conv1``:
                       ``b1' = b1 + W1 b``. (``conv0``'s bias has to stay:
@@ -19,7 +19,7 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
                       head, and keeps them
 ``channels_last``     LayerNorm through a permutation instead of a reshape, so
                       that nothing in the graph depends on the batch
-``residual_stream``   the carry ``D = 1 + layer_scale_1 * s`` that
+``residual_stream``   the skip_gain ``D = 1 + layer_scale_1 * s`` that
                       ``block_norm`` and ``layer_scale`` leave on the residual
                       stream, by re-scaling the stream: see :func:`_rescale_stream_`
 ====================  ========================================================
@@ -53,7 +53,7 @@ FOLD_TOLERANCE = 1e-10
 # Largest factor, either way, by which a residual channel may be re-scaled. Float32 would stand
 # far more; FP16's range (6.1e-5 to 65504) is what this leaves room for. Past it, a channel
 # keeps its multiply in that block and starts afresh.
-STREAM_LIMIT = 256.0
+SKIP_GAIN_LIMIT = 256.0
 
 
 # --- the network -----------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class RewrittenBlock(nn.Module):
         layer_scale_2: ``(C,)``, or None once in ``fc2``.
         inner_scale: ``(C,)`` factor of the attention's inner shortcut when its
             layer scale was folded but ``norm1`` was not, else None (one).
-        carry: ``(C,)`` factor of the residual stream through the attention
+        skip_gain: ``(C,)`` factor of the residual stream through the attention
             half, or None where it is one.
     """
 
@@ -78,7 +78,7 @@ class RewrittenBlock(nn.Module):
     layer_scale_1: Tensor | None
     layer_scale_2: Tensor | None
     inner_scale: Tensor | None
-    carry: Tensor | None
+    skip_gain: Tensor | None
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -86,11 +86,11 @@ class RewrittenBlock(nn.Module):
         self.norm2, self.mlp = block.norm2, block.mlp
         self.layer_scale_1, self.layer_scale_2 = block.layer_scale_1, block.layer_scale_2
         self.register_buffer("inner_scale", None)
-        self.register_buffer("carry", None)
+        self.register_buffer("skip_gain", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to the same shape."""
-        x = _scaled(x, self.carry) + self._attention(x)
+        x = _scaled(x, self.skip_gain) + self._attention(x)
         hidden = x if self.norm2 is None else self.norm2(x)
         return x + _scaled(self.mlp(hidden), self.layer_scale_2)
 
@@ -203,7 +203,7 @@ class Rewrites:
         if self.residual_stream and not (self.block_norm and self.layer_scale):
             raise UsageError(
                 "The rewrite 'residual_stream' needs 'block_norm' and 'layer_scale': "
-                "without them there is no carry to absorb.",
+                "without them there is no skip_gain to absorb.",
                 "Switch 'residual_stream' off as well.",
             )
 
@@ -218,7 +218,7 @@ class FoldReport:
         batchnorms_folded: BatchNorms that are gone.
         batchnorms_left: BatchNorms still in the network.
         layer_scales_folded: layer scales that are gone.
-        multiplies_kept: blocks whose carry is still a multiply in the graph.
+        multiplies_kept: blocks whose skip_gain is still a multiply in the graph.
         relative_error: ``max|difference| / max|logit|`` between the original
             and the rewritten network, both in float64, on ``images_compared``;
             of feature maps, the largest of any stage.
@@ -276,7 +276,7 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
         batchnorms_folded=batchnorms - left,
         batchnorms_left=left,
         layer_scales_folded=sum(scale is None for scale in scales),
-        multiplies_kept=sum(block.carry is not None for block in blocks),
+        multiplies_kept=sum(block.skip_gain is not None for block in blocks),
         relative_error=max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs),
         images_compared=len(images),
     )
@@ -312,7 +312,7 @@ def _fold_block_norms_(block: RewrittenBlock) -> None:
     scale, shift = _affine(block.norm1)
     _absorb_input_(block.attn.proj_1, scale, shift)
     block.attn.proj_2.bias += shift  # of the inner shortcut, before any layer scale
-    block.carry = 1 + block.layer_scale_1 * scale
+    block.skip_gain = 1 + block.layer_scale_1 * scale
     block.norm1 = None
     _absorb_input_(block.mlp.fc1, *_affine(block.norm2))
     block.norm2 = None
@@ -348,30 +348,30 @@ def _fold_final_norm_(model: RewrittenVan) -> None:
 
 
 def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
-    """Absorb the carries of one stage by re-scaling its residual stream.
+    """Absorb the skip_gains of one stage by re-scaling its residual stream.
 
-    With ``x_k`` the stream before block ``k`` and ``D_k`` that block's carry,
+    With ``x_k`` the stream before block ``k`` and ``D_k`` that block's skip_gain,
     set ``x_k = P_k y_k``. Then ``x' = D x + f(x)`` becomes
     ``y' = (D_k P_k / P_{k+1}) y + f(P_k y) / P_{k+1}``, and the multiply is gone
     where ``P_k = P_{k+1} / D_k``. The 1x1 convolutions on either side absorb
     every ``P``. Going *backwards* from ``P = 1`` after the last block leaves
     nothing for the LayerNorm, and the first ``P`` goes into the patch embedding.
 
-    Every channel by itself: one whose ``P`` would pass :data:`STREAM_LIMIT` keeps
-    its carry in that block's multiply, and starts again from ``P = 1``; the others'
+    Every channel by itself: one whose ``P`` would pass :data:`SKIP_GAIN_LIMIT` keeps
+    its skip_gain in that block's multiply, and starts again from ``P = 1``; the others'
     factor there is 1. Where a multiply stays, channels more than half way to the
     limit start again as well, since it costs nothing and saves later multiplies.
     """
     after = torch.ones_like(embed.proj.bias)
     for block in reversed(blocks):
-        before = after / block.carry
-        absorbed = _within(before, STREAM_LIMIT)
+        before = after / block.skip_gain
+        absorbed = _within(before, SKIP_GAIN_LIMIT)
         left = None
         if not absorbed.all():
-            absorbed = _within(before, math.sqrt(STREAM_LIMIT))
-            left = torch.where(absorbed, 1.0, block.carry / after)
+            absorbed = _within(before, math.sqrt(SKIP_GAIN_LIMIT))
+            left = torch.where(absorbed, 1.0, block.skip_gain / after)
             before = torch.where(absorbed, before, 1.0)
-        block.carry = left
+        block.skip_gain = left
         _scale_inputs_(block.attn.proj_1, before)
         _scale_outputs_(block.attn.proj_2, 1 / after)
         _scale_inputs_(block.mlp.fc1, after)

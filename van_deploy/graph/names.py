@@ -27,7 +27,7 @@ def fixed_batch(model: ModelProto) -> int | None:
     return int(model.graph.input[0].type.tensor_type.shape.dim[0].dim_value) or None
 
 
-def with_dynamic_batch_(model: ModelProto) -> None:
+def make_batch_dynamic_(model: ModelProto) -> None:
     """Make a static batch dynamic, and forget the shapes that were inferred from it."""
     if fixed_batch(model) is not None:
         model.graph.ClearField("value_info")

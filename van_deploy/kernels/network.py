@@ -50,7 +50,8 @@ class _Block(nn.Module):
         self.dilation = cast("tuple[int, int]", unit.conv_spatial.dilation)[0]
         self.fc1, self.fc2 = _matrix(block.mlp.fc1, dtype), _matrix(block.mlp.fc2, dtype)
         self.dwconv = _taps(block.mlp.dwconv.dwconv)
-        self.register_buffer("carry", None if block.carry is None else block.carry.to(dtype))
+        gain = block.skip_gain
+        self.register_buffer("carry", None if gain is None else gain.to(dtype))
 
 
 class FusedVan(nn.Module):

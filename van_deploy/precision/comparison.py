@@ -18,17 +18,17 @@ from van_deploy.checks.gates import (
     Limit,
     Outcome,
     allowed_loss,
-    at_least,
+    check_loss,
+    check_minimum,
+    check_near_lossless,
     flip_margin,
-    judge_loss,
-    judge_numbers,
     paired_loss,
     sqnr_floor,
 )
-from van_deploy.checks.golden import LOGITS, Outputs
+from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError
-from van_deploy.graph.names import fixed_batch, with_dynamic_batch_
+from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
 from van_deploy.precision.images import JobImages
@@ -65,7 +65,7 @@ def compare_precisions(
     candidates: Sequence[Candidate],
     images: JobImages,
     settings: QuantizeSettings,
-    outputs: Outputs = LOGITS,
+    outputs: OutputLayout = LOGITS_LAYOUT,
     providers: Sequence[str] = (),
 ) -> list[Row]:
     """Return one line for each candidate; the first one, FP32, is the reference.
@@ -116,7 +116,7 @@ def compare_precisions(
         if judged and precision != "fp32":
             findings = _findings(precision, expected, actual, labels, settings.max_drop)
         elif precision != "fp32":
-            findings = [at_least("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
+            findings = [check_minimum("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
         correct = None if labels is None else int((actual.argmax(axis=1) == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
@@ -157,12 +157,12 @@ def _row(
     return row | dict.fromkeys(endless)
 
 
-def labels_lost(expected: Images, found: Images, labels: Labels | None) -> int:
+def count_lost_labels(expected: Images, found: Images, labels: Labels | None) -> int:
     """Return how many images lose their right label; without labels, how many change it.
 
     Improvements do not offset regressions.
 
-    >>> labels_lost(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
+    >>> count_lost_labels(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
     1
     """
     before, after = expected.argmax(axis=1), found.argmax(axis=1)
@@ -176,15 +176,15 @@ def _findings(
     """Return what the rules of an evaluation set say: to the logits, and to the accuracy."""
     floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
     quality = sqnr_db(expected, found)
-    won = 0 if labels is None else labels_lost(found, expected, labels)
-    loss = paired_loss(labels_lost(expected, found, labels), won, len(expected))
+    won = 0 if labels is None else count_lost_labels(found, expected, labels)
+    loss = paired_loss(count_lost_labels(expected, found, labels), won, len(expected))
     if max_drop is not None and precision == "int8":
         allowed = Limit(max_drop, "--max-drop")
     if precision in LOSSY:
         what = "agreement" if labels is None else "top-1"
-        return [at_least("SQNR", quality, floor), judge_loss(loss, allowed, what)]
+        return [check_minimum("SQNR", quality, floor), check_loss(loss, allowed, what)]
     flips = find_flips(expected, found, Task.SINGLE_LABEL, flip_margin(floor.value))
-    return judge_numbers(loss, allowed, quality, floor, flips, Task.SINGLE_LABEL)
+    return check_near_lossless(loss, allowed, quality, floor, flips, Task.SINGLE_LABEL)
 
 
 def recommended(rows: Sequence[Row], made: Row) -> tuple[str | None, str]:
@@ -216,7 +216,7 @@ def logits_session(
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     in_turns: bool = False,
-    outputs: Outputs = LOGITS,
+    outputs: OutputLayout = LOGITS_LAYOUT,
 ) -> Callable[[Images], Images]:
     """Return a function from images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 
@@ -247,7 +247,7 @@ def logits_session(
     if fixed_batch(model) is not None:
         static, model = model, ModelProto()
         model.CopyFrom(static)
-        with_dynamic_batch_(model)
+        make_batch_dynamic_(model)
     try:
         session, _ = inference_session(model, options, providers)
     except Exception as error:

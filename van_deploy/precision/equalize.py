@@ -152,12 +152,12 @@ def _shift_stream_(
     readers = [f"{name}.{part}" for name in blocks for part in ("attn.proj_1", "mlp.fc1")]
     sources = [f"{name}.{part}" for name in blocks for part in ("attn.proj_2", "mlp.fc2")]
     tensors = [tensor for name in blocks for tensor in (f"{name}.add", name)]
-    carries = [carry for block in blocks.values() for carry in (block.carry, None)]
+    skip_gains = [skip_gain for block in blocks.values() for skip_gain in (block.skip_gain, None)]
     before: Floats = np.zeros(len(ranges[embed].minimum))
-    for tensor, source, reader, carry in zip(
-        [embed, *tensors], [embed, *sources], [*readers, ""], [None, *carries], strict=True
+    for tensor, source, reader, skip_gain in zip(
+        [embed, *tensors], [embed, *sources], [*readers, ""], [None, *skip_gains], strict=True
     ):
-        carried = before if carry is None else before * carry.double().numpy()
+        carried = before if skip_gain is None else before * skip_gain.double().numpy()
         affine = ChannelAffine(np.zeros(len(before)), np.ones(len(before)))
         if reader in layers:
             affine = _affine(ranges[tensor], shift=True, scale=False)

@@ -40,7 +40,7 @@ LOST_ENERGY = 1e-3  # largest share of a weight's sum of squares that may vanish
 # --- what stays FP32 -------------------------------------------------------------------------
 
 
-def kept_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
+def fp32_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
     """Return the nodes that the names in ``keep`` mean, each with the name that matched.
 
     A name is a module's path, and means all below it; otherwise it is a regular
@@ -68,10 +68,10 @@ def kept_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def usually_kept(model: ModelProto) -> dict[str, str]:
+def default_fp32_nodes(model: ModelProto) -> dict[str, str]:
     """Return the nodes of :data:`DEFAULT_KEEP`; a backbone has no head, and may end early."""
     roots = {node.name.split(".")[0] for node in model.graph.node}
-    return kept_nodes(model, [name for name in DEFAULT_KEEP if name in roots])
+    return fp32_nodes(model, [name for name in DEFAULT_KEEP if name in roots])
 
 
 def audit_ranges(

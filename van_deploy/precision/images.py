@@ -16,13 +16,13 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.config import QuantizeSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.labels import label_images
 from van_deploy.data.samples import digits_set, noise_set, sample_set
 from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.scales import Images
-from van_deploy.recipe import ImageSelection, calibration_set_named
+from van_deploy.recipe import ImageSelection, load_calibration_set
 from van_deploy.stopwatch import Stopwatch
 
 MOST_UNREADABLE = 0.01  # largest share of the images
@@ -77,11 +77,11 @@ class JobImages:
                 )
             if part.indices:
                 yield part.inputs, list(part.indices)
-                self.watch.reached(part.indices[-1] + 1, len(chosen))
+                self.watch.update(part.indices[-1] + 1, len(chosen))
 
     def few(self, chosen: ImageSet, count: int) -> Images:
         """Return network input of at most ``count`` images, spread evenly over ``chosen``."""
-        return np.concatenate([part for part, _ in self.read(spread_over(chosen, count), 16)])
+        return np.concatenate([part for part, _ in self.read(subsample(chosen, count), 16)])
 
 
 def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> JobImages:
@@ -99,7 +99,7 @@ def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> 
     images, name = settings.sources
     if images is None and name is None and bundle.name == EMBEDDED_NAME:
         name = "digits"
-    selection = calibration_set_named(name).images if name else ImageSelection()
+    selection = load_calibration_set(name).images if name else ImageSelection()
     preprocessing = bundle.manifest.preprocessing
     if settings.noise:
         chosen = noise_set(NOISE_IMAGES, preprocessing, selection.seed)
@@ -131,7 +131,7 @@ def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> I
         return images
     classes, order = manifest.architecture.num_classes, settings.class_order
     try:
-        return labelled_images(images, classes, manifest.class_names, class_order=order)
+        return label_images(images, classes, manifest.class_names, class_order=order)
     except InputError as error:
         if not any(item.group for item in images.items):
             return images
@@ -206,7 +206,7 @@ def _chosen(images: ImageSet, count: int, seed: int, balanced: bool = True) -> l
     return sorted(order[:count])
 
 
-def spread_over(chosen: ImageSet, count: int) -> ImageSet:
+def subsample(chosen: ImageSet, count: int) -> ImageSet:
     """Return at most ``count`` images, spread evenly over ``chosen``."""
     step = max(1, len(chosen) // count)
     return chosen.take(range(len(chosen))[::step][:count])

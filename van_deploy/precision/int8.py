@@ -22,13 +22,13 @@ from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.metrics import sqnr_db
-from van_deploy.precision.comparison import labels_lost, logits_session
+from van_deploy.precision.comparison import count_lost_labels, logits_session
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import JobImages
 from van_deploy.precision.plan import (
     CORRECTION_IMAGES,
     QuantizationPlan,
-    bias_corrected,
+    correct_biases,
     logits,
     make_plan,
     multiply_adds,
@@ -124,7 +124,7 @@ class Int8Maker:
         correct = any(gain["kept"] and gain["name"] == "bias_correction" for gain in gains)
 
         def finished(plan: QuantizationPlan) -> tuple[QuantizationPlan, ModelProto]:
-            plan = bias_corrected(plan, self.correcting) if correct else plan
+            plan = correct_biases(plan, self.correcting) if correct else plan
             if self.settings.target == "cpu":
                 return plan, qdq_for_cpu(self.model, plan)
             rest = self.settings.rest_precision
@@ -151,7 +151,7 @@ class Int8Maker:
             changed = equalize(self.network, self.ranges, layers, trial)
             how: dict[str, Any] = {"target": asked.target, "method": asked.method}
             plan = make_plan(changed, self.ranges, layers, **how)
-            tried = bias_corrected(plan, self.correcting) if "bias_correction" in trial else plan
+            tried = correct_biases(plan, self.correcting) if "bias_correction" in trial else plan
             found = sqnr_db(expected, logits(tried, self.confirming))
             kept = best_db is None or found > best_db
             gains.append({"name": name, "before_db": best_db, "after_db": found, "kept": kept})
@@ -185,7 +185,7 @@ class Int8Maker:
         return search_kept(
             plan,
             ranking,
-            lambda candidate: labels_lost(expected, answers(graph_of(candidate))[0], known),
+            lambda candidate: count_lost_labels(expected, answers(graph_of(candidate))[0], known),
             budget,
             len(numbers),
             of="agreement" if labels is None else "top-1",

@@ -11,31 +11,31 @@ from typing import Any, ClassVar, cast
 import numpy as np
 from onnx import ModelProto, checker, load_model
 
-from van_deploy.bundle import Artifact, Bundle, Origin, writing
-from van_deploy.checks.golden import Outputs, golden_samples
-from van_deploy.checks.judging import judge_new
+from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
+from van_deploy.checks.golden import OutputLayout, golden_samples
+from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.manifest import GraphFacts, Precision
+from van_deploy.manifest import GraphInfo, Precision
 from van_deploy.precision.comparison import Candidate, compare_precisions, recommended
 from van_deploy.precision.fp16 import (
     audit_ranges,
     bf16_from_fp32,
+    default_fp32_nodes,
     fp16_from_fp32,
-    kept_nodes,
-    usually_kept,
+    fp32_nodes,
 )
 from van_deploy.precision.images import JobImages, images_for
 from van_deploy.precision.int8 import Int8Maker, short
-from van_deploy.precision.plan import SCOPES, counted_tensors, layers_in_scope
-from van_deploy.precision.scales import ChannelRange, images_at_once, observe
+from van_deploy.precision.plan import SCOPES, histogram_tensors, layers_in_scope
+from van_deploy.precision.scales import ChannelRange, observe_ranges, range_batch_size
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
-from van_deploy.stopwatch import Progress, Stopwatch
+from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class QuantizeResult:
     allow_inconclusive: bool = False
 
     @property
-    def graph(self) -> GraphFacts | None:
+    def graph(self) -> GraphInfo | None:
         """What is in the new graph."""
         return self.bundle.artifact(self.artifact).graph
 
@@ -87,7 +87,7 @@ def quantize_bundle(
     settings: QuantizeSettings | None = None,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> QuantizeResult:
     """Return a bundle that also holds its network in FP16, BF16 or INT8, and what that cost.
 
@@ -109,7 +109,7 @@ def quantize_bundle(
             ONNX's checker or ONNX Runtime.
     """
     opened, asked = Bundle.open(path), settings or QuantizeSettings()
-    opened.verified("fp32")
+    opened.verified_path("fp32")
     if asked.max_drop is not None and opened.manifest.architecture.out_indices:
         raise UsageError(
             f"The bundle '{opened.path}' gives feature maps, and --max-drop is of classes.",
@@ -118,7 +118,7 @@ def quantize_bundle(
     watch = Stopwatch(progress)
     job = _Job(opened, asked, images_for(opened, asked, watch))
     name = asked.artifact
-    reason = "asked to (--force)" if force else opened.why_anew(name, job.ingredients())
+    reason = "--force" if force else opened.rebuild_reason(name, job.ingredients())
     reused = not reason
     if reused:
         reason = "the weights, graph, images, settings and versions are those it was made from"
@@ -158,20 +158,20 @@ class _Job:
     def make_(self) -> None:
         """Make the graph that was asked for, judge it, and write it into the bundle."""
         asked, images = self.settings, self.images
-        model = load_model(self.bundle.verified("fp32"))
+        model = load_model(self.bundle.verified_path("fp32"))
         network = van_from_onnx(model, self.bundle.manifest.architecture)
-        by_user = kept_nodes(model, asked.keep)
+        by_user = fp32_nodes(model, asked.keep)
         scopes: dict[str, tuple[str, ...]] = {}  # the layers of each to try
         if asked.precision == "int8" and asked.scope == ("auto",):
             _timed_in(asked)  # says at once where nothing can be timed
             scopes = {scope: layers_in_scope(network.model, (scope,), by_user) for scope in SCOPES}
         elif asked.precision == "int8":
             scopes = {"": layers_in_scope(network.model, asked.scopes, by_user)}
-        counted = counted_tensors(network, set().union(*scopes.values()), asked.target)
+        counted = histogram_tensors(network, set().union(*scopes.values()), asked.target)
         images.watch.begin("Recording ranges")
         height, width = images.preprocessing.sides
-        read = images.read(images.calibration, images_at_once(height * width))
-        ranges = observe(network, (batch for batch, _ in read), counted)
+        read = images.read(images.calibration, range_batch_size(height * width))
+        ranges = observe_ranges(network, (batch for batch, _ in read), counted)
         kept = self.kept(model, ranges, by_user)
         self.facts["calibration"] = {
             "images": len(images.calibration) - len(images.unreadable),
@@ -183,7 +183,7 @@ class _Job:
         if asked.precision == "bf16":
             candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
         elif asked.target == "tensorrt":
-            usual = kept if asked.rest_precision == "fp16" else usually_kept(model)
+            usual = kept if asked.rest_precision == "fp16" else default_fp32_nodes(model)
             candidates.append(Candidate("fp16", "fp16", fp16_from_fp32(model, usual)))
         if scopes:
             maker = Int8Maker(model, network, ranges, asked, kept, images)
@@ -203,7 +203,7 @@ class _Job:
         settings = self.settings
         if settings.precision == "int8" and settings.rest_precision == "fp32":
             return by_user
-        found = {**(usually_kept(model) if settings.keep_defaults else {}), **by_user}
+        found = {**(default_fp32_nodes(model) if settings.keep_defaults else {}), **by_user}
         if settings.precision != "bf16":  # which has FP32's range
             audit = audit_ranges(model, ranges, found, strict=settings.strict)
             found |= audit["kept"]
@@ -224,7 +224,7 @@ class _Job:
                 "Please report it, with the command and the network's architecture.",
             ) from error
         size = images.preprocessing.image_size
-        outputs = Outputs.of(self.bundle.manifest.architecture, size)
+        outputs = OutputLayout.of(self.bundle.manifest.architecture, size)
         rows = compare_precisions(candidates, images, asked, outputs, _timed_in(asked))
         ours = [row for row in rows if row["precision"] == asked.precision]
         chosen = min(ours, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
@@ -243,7 +243,7 @@ class _Job:
             return {}
         self.images.watch.begin("Judging on the golden samples")
         samples, method = golden_samples(self.bundle), self.settings.method
-        judged, record = judge_new(graph, self.settings.precision, samples, method=method)
+        judged, record = check_new_graph(graph, self.settings.precision, samples, method=method)
         self.facts["judged"] = {"images": samples.description, **plain(judged)}
         return record
 
@@ -255,7 +255,7 @@ class _Job:
         record, about = self.judged(graph), graph_facts(graph)
         self.images.watch.begin("Writing the bundle")
         file, others = f"model.{name}.onnx", [f"ranges.{name}.json"]
-        with writing(self.bundle.path) as draft:
+        with edit_bundle(self.bundle.path) as draft:
             summary = {  # short numbers, to be read
                 "schema": "van-deploy/ranges/2",
                 "ranges": {

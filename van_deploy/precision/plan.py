@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from van_deploy.checks.golden import Outputs
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.checks.golden import OutputLayout
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.precision.equalize import Equalization
@@ -156,7 +156,7 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
-    model(torch.zeros(1, channels, *sides_of(size)))
+    model(torch.zeros(1, channels, *height_width(size)))
     for handle in handles:
         handle.remove()
     return found
@@ -165,7 +165,7 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
 # --- with which numbers ----------------------------------------------------------------------
 
 
-def counted_tensors(network: RebuiltVan, layers: Collection[str], target: str) -> set[str]:
+def histogram_tensors(network: RebuiltVan, layers: Collection[str], target: str) -> set[str]:
     """Return the tensors whose histograms decide the scales of ``layers``."""
     read = {network.reads[name] for name in layers}
     if target == "cpu":
@@ -186,7 +186,7 @@ def make_plan(
 
     Args:
         equalized: the network, and how its tensors differ from those of ``ranges``.
-        ranges: of the network before, with :func:`counted_tensors` counted.
+        ranges: of the network before, with :func:`histogram_tensors` counted.
         layers: what is quantised, from :func:`layers_in_scope`.
         target: ``tensorrt``, or ``cpu``: ONNX Runtime's integer kernels want the outputs
             rounded, too, and the gates between quantised convolutions.
@@ -268,7 +268,7 @@ def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) 
     Of a backbone, the sketches of its maps.
     """
     config, (height, width) = plan.network.model.config, images.shape[2:]
-    outputs = Outputs.of(config, (height, width))
+    outputs = OutputLayout.of(config, (height, width))
     pieces = []
     with quantizing(plan, *only) as model, torch.inference_mode():
         for start in range(0, len(images), batch):
@@ -280,7 +280,7 @@ def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) 
 
 
 @torch.no_grad()
-def bias_corrected(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
+def correct_biases(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
     """Return ``plan`` with the mean error of each layer's output taken out in its bias.
 
     Empirical bias correction (arXiv 1906.04721, section 4.2): layer after layer, so that

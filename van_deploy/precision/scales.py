@@ -158,12 +158,12 @@ def range_of(values: Tensor, counted: bool) -> ChannelRange:
     return ChannelRange(low, high, counts.reshape(channels, -1))
 
 
-def images_at_once(pixels: int) -> int:
+def range_batch_size(pixels: int) -> int:
     """Return how many images of ``pixels`` each are looked at together."""
     return min(max(BATCH_PIXELS // pixels, 1), 32)
 
 
-def observe(
+def observe_ranges(
     network: RebuiltVan, batches: Iterable[Images], counted: Collection[str]
 ) -> dict[str, ChannelRange]:
     """Return the range of every tensor of ``network``, by its name in the graph.

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import onnx
 
-from van_deploy.bundle import Artifact, Bundle, Origin, writing
+from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.config import ExportSettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import probabilities
-from van_deploy.model.preprocess import Pixels, normalised
+from van_deploy.model.preprocess import Pixels, normalise
 from van_deploy.provenance import code_digest
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -69,13 +69,13 @@ def embed_artifacts(
     embedding, outputs = how.embed_preprocess, list(how.outputs)
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
     made_with: dict[str, Any] = {**inside, "code": code_digest("graph")}
-    with writing(bundle.path) as draft:
+    with edit_bundle(bundle.path) as draft:
         for base, source in bundle.artifacts.items():
             if source.kind != "onnx":
                 continue
-            kind, path = "outputs" if embedding == "none" else embedding, bundle.verified(base)
+            kind, path = "outputs" if embedding == "none" else embedding, bundle.verified_path(base)
             name, made_with = f"{base}-{kind}", {**made_with, "base": source.sha256}
-            if not bundle.why_anew(name, made_with):
+            if not bundle.rebuild_reason(name, made_with):
                 made.append(Embedded(name, base, reused=True, agreement=None))
                 continue
             plain, task = onnx.load(path), task_of(bundle)
@@ -114,7 +114,7 @@ def _proof(
     preprocessing, rows = bundle.manifest.preprocessing, list[dict[str, Any]]()
     with OnnxRuntimeRunner(plain) as old, OnnxRuntimeRunner(embedded) as new:
         for pixels in images:
-            logits = old.run(normalised(pixels, preprocessing))
+            logits = old.run(normalise(pixels, preprocessing))
             found = new.run_all(network_input(pixels, embedding, preprocessing))
             shares = probabilities(logits.astype(np.float64), task_of(bundle))
             wanted = {OUTPUT_NAME: logits, "probabilities": shares}
