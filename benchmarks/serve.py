@@ -83,7 +83,7 @@ def main() -> int:
             start = time.monotonic()
             MEASURES[measure](given, table)
             print(f"{measure}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return table.printed()
+    return table.print_json()
 
 
 def load(given: argparse.Namespace, table: Table) -> None:
