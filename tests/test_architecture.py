@@ -20,8 +20,10 @@ OPTIONAL = (
     *("cryptography", "uvicorn", "prometheus_client", "tritonclient"),
     *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
 )
-HEAVY = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich")
-HEAVY += ("onnxruntime", "tensorrt", "tensorrt_rtx")
+HEAVY = (
+    *("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx"),
+)
 
 
 def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
