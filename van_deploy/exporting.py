@@ -153,7 +153,9 @@ def export_bundle(
             artifact, samples = _checked_graph(draft, loaded, recipe, rewrites, checked, clock)
             files, entry = dict(artifact.files), None
             if recipe.export.golden != "none":
-                entry = golden.write_golden(draft, samples, originals, users=source is not None)
+                entry = golden.write_golden(
+                    draft, samples, originals, user_images=source is not None
+                )
                 files |= dict.fromkeys((golden.GOLDEN_FILE, *entry.originals), "")
             if loaded.class_names:
                 text = "\n".join(loaded.class_names) + "\n"
