@@ -43,7 +43,9 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(digits: 
     report = verify_bundle(digits.bundle, digits.samples)
     assert report.passed
     assert report.against == "the golden samples"
-    assert report.modules == "model.onnx in ONNX Runtime, which passes its gate on the golden samples"
+    assert (
+        report.modules == "model.onnx in ONNX Runtime, which passes its gate on the golden samples"
+    )
     for verdict in report.artifacts.values():
         assert verdict.outcome is PASS, verdict.reason
         assert [row.batch for row in verdict.batches] == [1, 2, 3, 4, 5, 6]
