@@ -114,11 +114,9 @@ def build_bundle(
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
             made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
-            cell, outcome = (
-                fleet.Cell(bundle.path, *made_of),
-                fleet.REUSED if reused else fleet.BUILT,
-            )
-            packages.append(fleet.BuildOutcome(cell, outcome, package.name, package=package))
+            cell = fleet.Cell(bundle.path, *made_of)
+            status = fleet.REUSED if reused else fleet.BUILT
+            packages.append(fleet.BuildOutcome(cell, status, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
@@ -302,7 +300,7 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _call_seconds(network.opened, images)
+        seconds = _call_seconds(network.loaded_runner, images)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
     return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
@@ -313,7 +311,7 @@ def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
     with contextlib.ExitStack() as stack:
         buffers = None
         if runner.on_gpu:
-            buffers = stack.enter_context(contextlib.closing(runner.resident(images)))
+            buffers = stack.enter_context(contextlib.closing(runner.resident_batch(images)))
             buffers.upload()
 
         def calls(count: int) -> float:
@@ -325,7 +323,7 @@ def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
                     buffers.launch()
             if buffers is not None:
                 buffers.download()
-                buffers.outputs()
+                buffers.logits()
             return (time.perf_counter() - start) / count
 
         calls(MIN_CALLS)  # compiles, tunes, records
