@@ -60,7 +60,7 @@ def clocks(*mhz: int) -> Callable[[], GpuState]:
 
 def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
     device: Any = Device(ms=2.0)
-    seen = time_resident(device, 8, device.clock, gpu_monitor("cpu"), 0.02)
+    seen = time_resident(device, 8, device.clock, gpu_monitor("cpu"), 0.02, 20)
     assert seen["latency"].p50_ms == seen["latency"].p99_ms == 2.5, "no transfer, no first call"
     assert 2.0 < seen["queued_ms"] < 2.1, "the gap is paid once a group"
     assert seen["images_per_s"] == pytest.approx(8e3 / seen["queued_ms"])
@@ -105,7 +105,7 @@ def test_samples_wait_for_a_steady_clock_and_throttling_is_told(
     mhz: tuple[int, ...], reasons: tuple[str, ...]
 ) -> None:
     device: Any = Device(ms=2.0)
-    seen = time_resident(device, 1, device.clock, clocks(*mhz), 0.01)
+    seen = time_resident(device, 1, device.clock, clocks(*mhz), 0.01, 20)
     assert seen["throttled"] == reasons
     assert seen["gpu"].sm_mhz in mhz[-2:]
 
