@@ -131,6 +131,19 @@ def test_fleet_file_is_read_as_cells(fleet_file: Path) -> None:
         read_fleet(fleet_file)
 
 
+def test_table_of_several_bundles_has_a_bundle_column(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for bundles, cells in (('"a/one"', ["FAIL", "one"]), ('"a/one", "b/one"', ["FAIL", "a/one"])):
+        file = tmp_path / "fleet.toml"
+        file.write_text(f'[fleet]\nbundles=[{bundles}]\nprecisions=["fp32"]\ntargets=["sm_86"]\n')
+        rows = [
+            line.split()[:2] for line in cli("build", "--matrix", file.name).stdout.splitlines()
+        ]
+        assert cells in rows
+
+
 @pytest.mark.slow
 def test_fleet_continues_after_a_failure_and_resumes(
     rtx: Backend, fleet_file: Path, cli: Cli
