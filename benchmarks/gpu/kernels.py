@@ -43,7 +43,6 @@ MAX_RELATIVE_ERROR = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 TINY = VanConfig((16, 32, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
 CONFIGURATIONS = {"tiny": TINY, **{name: variant.config for name, variant in VARIANTS.items()}}
 L2_BYTES = 128 * 2**20  # minimum total size of rotating inputs, so that none stays in the L2 cache
-REPLAYS = 10  # of a CUDA graph in one time measurement
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -160,8 +159,10 @@ def capture(run: Callable[[], Any], warmup: int = 2) -> Any:
 def replay_seconds(graph: Any, span: float) -> float:
     """Return the median seconds of a CUDA graph's replay, over about ``span`` seconds."""
     timer = torch_timer()
-    timer.time_ms(graph.replay, 2)
-    return median(repeat_for(span, 3, lambda: timer.time_ms(graph.replay, REPLAYS))) / REPLAYS / 1e3
+    estimate_ms = timer.time_ms(graph.replay, 2) / 2
+    replays = max(1, min(20, round(1e3 * span / 5 / max(estimate_ms, 1e-3))))
+    groups_ms = repeat_for(span, 5, lambda: timer.time_ms(graph.replay, replays))
+    return median(groups_ms) / replays / 1e3
 
 
 def copy_bandwidth() -> float:
