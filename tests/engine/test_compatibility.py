@@ -34,7 +34,7 @@ VC = {"version_compatible": True}
 TEN, ELEVEN, LATER = (
     {"tensorrt": f"{version}"} for version in ("10.16.1.11", "11.4.0.106", "11.5.0.1")
 )
-Spoil = Callable[[Path], object]
+Edit = Callable[[Path], object]
 
 
 def tensorrt_sidecar(plan: Plan, version: str, **options: object) -> Sidecar:
@@ -154,7 +154,7 @@ def test_rtx_really_cannot_build_a_version_compatible_plan(
     assert list(tmp_path.iterdir()) == []
 
 
-def edit_sidecar(text: str = "", **values: object) -> Spoil:
+def edit_sidecar(text: str = "", **values: object) -> Edit:
     def write(file: Path) -> None:
         path = sidecar_path(file)
         changed = json.dumps({**json.loads(path.read_text()), **values})
@@ -168,7 +168,7 @@ def swap(file: Path) -> None:
 
 
 @each(
-    ("spoil", "message"),
+    ("edit", "message"),
     [
         (lambda file: sidecar_path(file).unlink(), "has no sidecar"),
         (Path.unlink, "There is no engine"),
@@ -179,9 +179,7 @@ def swap(file: Path) -> None:
         *((edit_sidecar(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
     ],
 )
-def test_unverified_files_are_refused(
-    plan: Plan, tmp_path: Path, spoil: Spoil, message: str
-) -> None:
+def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, message: str) -> None:
     copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
     assert sidecar.load_sidecar(copy) == plan.sidecar
     file = tmp_path / "p-1.7.pt2"
@@ -191,7 +189,7 @@ def test_unverified_files_are_refused(
     )
     assert sidecar.load_package_sidecar(file) == written
     for path, load in ((copy, sidecar.load_sidecar), (file, sidecar.load_package_sidecar)):
-        spoil(path)
+        edit(path)
         with pytest.raises(InputError, match=message):
             load(path)
 

@@ -114,9 +114,9 @@ def test_doctor_reports_everything_and_all_missing_requirements(cli: Cli, env: E
     assert (unknown.exit_code, unknown.stdout) == (2, "")
     assert all(need in unknown.stderr for need in REQUIREMENTS)
     if env.find_issue("tensorrt"):
-        lacking = cli("doctor", "--require", "tensorrt")
-        assert (lacking.exit_code, "export ONNX files" in lacking.stdout) == (3, True)
-        assert f"`{PIP} install tensorrt`." in lacking.stderr
+        failed = cli("doctor", "--require", "tensorrt")
+        assert (failed.exit_code, "export ONNX files" in failed.stdout) == (3, True)
+        assert f"`{PIP} install tensorrt`." in failed.stderr
 
 
 def test_probes_report_why_they_failed(env: Environment) -> None:
