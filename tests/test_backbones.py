@@ -321,5 +321,5 @@ def test_bad_requests_are_one_message(cli: Cli, tmp_path: Path, options: str, me
 
 
 def test_max_drop_is_of_classes(exported: Bundle) -> None:
-    with pytest.raises(UsageError, match="gives feature maps, and --max-drop is of classes"):
+    with pytest.raises(UsageError, match="is a backbone without classes; --max-drop"):
         quantize_bundle(exported.path, QuantizeSettings(max_drop=1.0))
