@@ -19,8 +19,8 @@ import torch
 
 import van_deploy as vd
 from benchmarks.table import Table, options
-from van_deploy.data.images import decoded_batches, image_set, opened
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.images import decode_item, decoded_batches, image_set
+from van_deploy.data.labels import label_images
 from van_deploy.data.samples import sample_set
 from van_deploy.runners.network import original_network
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -59,7 +59,7 @@ def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
     for index in range(count):
         place = target / str(index % 10) / f"{index:04d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
-        image = opened(items[index % len(items)])
+        image = decode_item(items[index % len(items)])
         scale = SHORT_SIDE / min(image.size)
         image.resize((round(image.width * scale), round(image.height * scale))).save(place)
 
@@ -68,7 +68,7 @@ def _fed(bundle: vd.Bundle, images: Path) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
     artifact = bundle.opened()
     loaded = original_network(artifact)
-    labelled = labelled_images(images, loaded.config.num_classes, class_order="index")
+    labelled = label_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]
     start = time.perf_counter()
     with OnnxRuntimeRunner(artifact.verified_path("fp32")) as graph:

@@ -18,8 +18,8 @@ from benchmarks.table import Table, options, process_cost
 BARE = """
 import sys, torch, onnx, onnxsim
 from van_deploy.model.van import random_van
-from van_deploy.model.variants import variant_named
-model = random_van(variant_named(sys.argv[1]).config)
+from van_deploy.model.variants import get_variant
+model = random_van(get_variant(sys.argv[1]).config)
 program = torch.onnx.export(
     model, (torch.zeros(2, 3, 224, 224),), dynamo=True, opset_version=20, verbose=False,
     input_names=["images"], output_names=["logits"],

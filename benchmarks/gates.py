@@ -26,13 +26,13 @@ import numpy.typing as npt
 
 from benchmarks.table import Table, options
 from van_deploy import api
-from van_deploy.checks.evaluate import Answers, ArtifactLoss, Truth, judge_artifact
+from van_deploy.checks.evaluate import ArtifactLoss, GroundTruth, Predictions, compare_predictions
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.checks.golden import golden_samples
-from van_deploy.checks.judging import Networks
+from van_deploy.checks.outputs import Networks
 from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import decoded_batches
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.labels import label_images
 from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH, original_network
 
@@ -62,7 +62,7 @@ def main() -> int:
             made.quantize(precision="int8", images=given.calib or None)
         bundle = api.open_bundle(place).opened()
         loaded = original_network(bundle, None)
-        images = labelled_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
+        images = label_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
         asked = EvaluationSettings(images=Path(given.eval))
         with Networks(bundle, loaded, asked) as networks:
             batches = decoded_batches(images.items, loaded.preprocessing, BATCH)
@@ -85,9 +85,9 @@ def measured(found: Mapping[str, Array], labels: Array, noise_db: float) -> Tabl
     def judged(name: str, logits: Array, rows: Array) -> ArtifactLoss:
         """Return the gate's verdict on some of the images."""
         expected = found[PYTORCH][rows]
-        before, after = Answers.of(expected), Answers.of(logits[rows], reference=expected)
-        truth = Truth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
-        return judge_artifact(before, after, truth, name)
+        before, after = Predictions.of(expected), Predictions.of(logits[rows], reference=expected)
+        truth = GroundTruth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
+        return compare_predictions(before, after, truth, name)
 
     def row(name: str, size: int, what: str, losses: Sequence[ArtifactLoss]) -> None:
         counts = Counter(loss.outcome.value for loss in losses)

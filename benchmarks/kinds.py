@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from onnx import ModelProto
 
-from van_deploy.config.sizes import SizeRange, sides_of
+from van_deploy.config.sizes import SizeRange, height_width
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
 from van_deploy.model.checkpoint import ALL_STAGES, load_van
@@ -90,7 +90,7 @@ def main() -> None:
     graphs = graphs_of(sys.argv[1] if len(sys.argv) > 1 else "van_digits")
     seconds: dict[tuple[str, ...], list[float]] = {kind: [] for kind in graphs}
     for _, (kind, graph) in itertools.product(range(ROUNDS), graphs.items()):
-        shapes = [input_shape(graph, batch, sides_of(size)) for batch, size in SHAPES]
+        shapes = [input_shape(graph, batch, height_width(size)) for batch, size in SHAPES]
         start = time.process_time()
         build_plan(logger, graph, shapes)
         seconds[kind].append(time.process_time() - start)

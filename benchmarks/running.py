@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.table import Table, options, van_deploy
-from van_deploy.data.images import opened
+from van_deploy.data.images import decode_item
 from van_deploy.data.samples import sample_set
 
 COLUMNS = ("variant", "runner", "batch", "p50 ms", "p99 ms", "images/s", "x eager (95 %)")
@@ -47,7 +47,7 @@ def made(variant: str, folder: Path) -> Path:
     """Return a bundle of random weights with FP32 and INT8 for CPUs, made by the commands."""
     bundle, images = folder / "bundle", folder / "images"
     images.mkdir()
-    samples = [opened(item) for item in sample_set().items]
+    samples = [decode_item(item) for item in sample_set().items]
     for number in range(PHOTOGRAPHS):  # ever smaller crops of the sample photographs
         picture = samples[number % len(samples)]
         inset = number // len(samples) * min(picture.size) // 8

@@ -94,7 +94,7 @@ def outcome(
     Raises:
         AssertionError: it ended as none may.
     """
-    from van_deploy.cli.app import translated
+    from van_deploy.cli.app import user_error
     from van_deploy.environment.hardware import peak_memory_bytes
 
     def too_long(*_: object) -> None:
@@ -111,7 +111,7 @@ def outcome(
     except _TooLong:
         raise AssertionError(f"more than {LONGEST_S:.0f} s") from None
     except Exception as error:
-        known = translated(error)
+        known = user_error(error)
         if known is None:
             raise AssertionError(f"{type(error).__name__}: {error}"[:300]) from error
         code = known.exit_code

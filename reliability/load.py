@@ -23,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from van_deploy.bundle import Bundle
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 from van_deploy.runners.network import Network
 from van_deploy.serve.triton import DATATYPES, served_name
 
@@ -99,7 +99,7 @@ def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
     """Return ``count`` distinct images as requests for an artifact."""
     bundle = Bundle.open(folder)
     with Network(bundle, artifact, threads=1) as network:
-        images = check_images(bundle.name, network.preprocessing, count, None)
+        images = verification_images(bundle.name, network.preprocessing, count, None)
         inputs, given = network.prepare(images.values), network.input
         expected = [network.run(inputs[i : i + 1])["logits"] for i in range(count)]
     rows = [row.tobytes() for row in inputs]

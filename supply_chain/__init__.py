@@ -1,1 +1,1 @@
-"""What this project is made of: pinned versions, lowest versions, known vulnerabilities."""
+"""Maintenance of the project: pinned versions, known vulnerabilities, and generated reference."""

@@ -1,23 +1,75 @@
-"""What is written from the code: types of keyword arguments, a page, the JSON Schemas.
+"""Generated reference: JSON Schemas, the table of recipe keys, and types of keyword arguments.
 
-``python -m supply_chain.reference`` writes ``van_deploy/option_types.pyi``, the table of
-keys in ``docs/recipe.md`` and ``docs/schemas``; a test compares them.
+``python -m supply_chain.reference`` writes ``docs/schemas/NAME.schema.json`` for every document
+that is printed with ``--json`` or kept in a file, the table in ``docs/recipe.md``, and
+``van_deploy/option_types.pyi``; a test compares them. Pydantic makes the schemas from the types
+of the results: their annotations, and the ``Attributes:`` of their docstrings.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
+import os
 import re
 import sys
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from supply_chain import json_schemas
-from van_deploy import config
-from van_deploy.config.fields import range_text
-from van_deploy.config.named import EXPORT, named_options
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+from pydantic_core import core_schema
 
+from van_deploy import config
+from van_deploy.config.fields import format_range, parse_docstring
+from van_deploy.config.named_options import EXPORT, named_options
+from van_deploy.documents import is_json_field, json_properties
+from van_deploy.engine.fleet import FleetFile
+from van_deploy.errors import VanDeployError
+from van_deploy.recipe import CalibrationSet
+
+DOCUMENTS: Mapping[str, str] = {
+    "baseline": "van_deploy.checks.regression:Baseline",
+    "bench": "van_deploy.bench.document:BenchReport",
+    "bench-limits": "van_deploy.bench.document:PaperLimits",
+    "build": "van_deploy.building:BuildReport",
+    "check": "van_deploy.checks.regression:CheckReport",
+    "doctor": "van_deploy.environment.doctor:Environment",
+    "drift": "van_deploy.checks.drift:DriftReport",
+    "evaluate": "van_deploy.checks.evaluate:EvaluateReport",
+    "export": "van_deploy.pipeline:ExportReport",
+    "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
+    "info": "van_deploy.describe:describe_model",
+    "inspect": "van_deploy.describe:describe_artifacts",
+    "list": "van_deploy.model.variants:list_variants",
+    "manifest": "van_deploy.manifest:Manifest",
+    "package": "van_deploy.serve.package:PackageReport",
+    "package-record": "van_deploy.serve.package:PackageRecord",
+    "predict": "van_deploy.api:Predictions",
+    "predict-line": "van_deploy.serve.predict:Prediction",
+    "quantize": "van_deploy.precision.pipeline:QuantizeResult",
+    "report": "van_deploy.api:WrittenReport",
+    "run": "van_deploy.pipeline:RunResult",
+    "serve": "van_deploy.cli.use:Listening",
+    "sidecar": "van_deploy.engine.sidecar:Sidecar",
+    "sign": "van_deploy.signing:SignedBundle",
+    "signature": "van_deploy.signing:Signature",
+    "verify": "van_deploy.checks.verify:VerifyReport",
+    "verify-signature": "van_deploy.signing:SignedBundle",
+}
+"""Each document by name: its class, or the function that returns it."""
+
+INPUTS: dict[str, type[BaseModel]] = {
+    "calibration-set": CalibrationSet,
+    "fleet": FleetFile,
+    "recipe": config.Recipe,
+}
+"""The tables of each file that a user writes, by name."""
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
 LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 CALLS = (
@@ -28,20 +80,114 @@ TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"
 TYPES["object"] = "str"  # a range, written min:opt:max
 WORDS = {"integer": "whole number", "number": "number", "boolean": "true, false"}
 WORDS["object"] = "`min:opt:max`"
-Schema = Mapping[str, Any]
+JsonSchema = Mapping[str, Any]
 
 
-def files(root: Path) -> Mapping[Path, str]:
-    """Return every file that is written from the tables, with its contents."""
+def generated_files(root: Path) -> Mapping[Path, str]:
+    """Return the contents of every generated file by path; ``root`` is the repository's."""
     page = root / "docs" / "recipe.md"
-    text = page.read_text(encoding="utf-8")
-    table = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    written = f"{BEGIN}\n\n{key_table()}\n{END}"
+    table, text = f"{BEGIN}\n\n{key_table()}\n{END}", page.read_text(encoding="utf-8")
+    schemas = {name: document_schema(name) for name in DOCUMENTS}
+    schemas |= {name: input_schema(name) for name in INPUTS}
+    folder = root / "docs" / "schemas"
     return {
         root / "van_deploy" / "option_types.pyi": option_types(),
-        page: table.sub(lambda _: written, text),
-        **json_schemas.files(root),
+        page: re.sub(f"{BEGIN}.*?{END}", lambda _: table, text, flags=re.DOTALL),
+        **{folder / f"{n}.schema.json": json.dumps(s, indent=2) + "\n" for n, s in schemas.items()},
     }
+
+
+def input_schema(name: str) -> dict[str, Any]:
+    """Return the JSON Schema of a file that a user writes."""
+    return {"$schema": DIALECT, **INPUTS[name].model_json_schema()}
+
+
+def document_schema(name: str) -> dict[str, Any]:
+    """Return the JSON Schema of the document called ``name``."""
+    module, _, attribute = DOCUMENTS[name].partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    if not isinstance(kind, type):
+        kind = typing.get_type_hints(kind)["return"]
+    config = ConfigDict(arbitrary_types_allowed=True)  # a list takes it, a class does not
+    lists: Any = list
+    adapter = TypeAdapter[Any](lists[kind], config=config)
+    schema = adapter.json_schema(schema_generator=_SchemaWriter, mode="serialization")
+    definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    return {"$schema": DIALECT, "title": name, **schema["items"], **definitions}
+
+
+class _SchemaWriter(GenerateJsonSchema):
+    """Writes types in the form that :func:`~van_deploy.documents.plain` gives their values."""
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        """Return the fields and the properties that belong to the document."""
+        kind = schema["cls"]
+        if issubclass(kind, os.PathLike):  # a bundle
+            return {"type": "string", "description": "The path of its folder."}
+        kept = {field.name for field in dataclasses.fields(kind) if is_json_field(field)}
+        inner: Any = schema["schema"]
+        fields = [field for field in inner["fields"] if field["name"] in kept]
+        for name in json_properties(kind):
+            hint = typing.get_type_hints(getattr(kind, name).fget)["return"]
+            fields.append(core_schema.dataclass_field(name, TypeAdapter(hint).core_schema))
+        written: Any = {**schema, "schema": {**inner, "fields": fields}}
+        return _describe_(kind, super().dataclass_schema(written))
+
+    def model_schema(self, schema: core_schema.ModelSchema) -> JsonSchemaValue:
+        """Return the table with the description of its class."""
+        return _describe_(schema["cls"], super().model_schema(schema))
+
+    def is_instance_schema(self, schema: core_schema.IsInstanceSchema) -> JsonSchemaValue:
+        """Return the form of this package's errors."""
+        if issubclass(schema["cls"], VanDeployError):
+            texts = {name: {"type": "string"} for name in ("kind", "message", "remedy")}
+            return {"type": "object", "properties": texts, "required": [*texts]}
+        return super().is_instance_schema(schema)
+
+    def float_schema(self, schema: core_schema.FloatSchema) -> JsonSchemaValue:
+        """Return a number, or the texts for infinity and NaN, which JSON does not have."""
+        return {"anyOf": [super().float_schema(schema), {"enum": ["inf", "-inf", "nan"]}]}
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        """Return the schema of the value: defaults are written like other values."""
+        return self.generate_inner(schema["schema"])
+
+    def field_is_required(self, *_: Any, **__: Any) -> bool:
+        """Return True: every key is there."""
+        return True
+
+    def field_title_should_be_set(self, *_: Any) -> bool:
+        """Return False: a title would be the key again."""
+        return False
+
+
+def _describe_(kind: type, schema: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the schema of a table, closed unless it is open, and described by its docstring."""
+    schema.pop("title", None)
+    schema.setdefault("additionalProperties", False)
+    summary = parse_docstring(kind.__doc__ or "")[0].partition("\n\n")[0]
+    schema["description"] = " ".join(summary.split())
+    for base in reversed(kind.__mro__):
+        for name, words in parse_docstring(base.__doc__ or "")[1].items():
+            if name in schema["properties"]:
+                schema["properties"][name]["description"] = words
+    return schema
+
+
+def resolved_schema(table: type[config.Recipe]) -> dict[str, Any]:
+    """Return the JSON Schema of a table with every reference replaced by what it refers to."""
+    schema = table.model_json_schema()
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolve(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        definition = schema["$defs"][value["$ref"].split("/")[-1]] if "$ref" in value else {}
+        return {key: resolve(item) for key, item in {**definition, **value}.items()}
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved
 
 
 def option_types() -> str:
@@ -54,86 +200,77 @@ def option_types() -> str:
     ]
     for name in CALLS:
         table = config.Recipe if name == "Export" else getattr(config, f"{name}Settings")
-        schema = table.model_json_schema()
+        schema = resolved_schema(table)
         lines += ["", f"class {name}Options(TypedDict, total=False):"]
         for option in (EXPORT if name == "Export" else named_options(table)).values():
             value = schema
             for part in option.place:
-                value = _resolved(schema, value)["properties"][part]
-            lines.append(f"    {option.name}: {_union(schema, value)}")
+                value = value["properties"][part]
+            lines.append(f"    {option.name}: {_python_type(value)}")
     return "\n".join(lines) + "\n"
 
 
 def key_table() -> str:
     """Return every key of a recipe with its type, default and help, as Markdown."""
-    schema = config.Recipe.model_json_schema()
     lines: list[str] = []
-    for table, entry in schema["properties"].items():
+    for table, entry in resolved_schema(config.Recipe)["properties"].items():
         lines += [f"### `[{table}]`", "", entry["description"], ""]
         lines += ["| key | values | default | what it does |", "|---|---|---|---|"]
-        for key, value in _keys(schema, entry):
+        for key, value in _keys(entry):
             default = json.dumps(value.get("default"))
             words = f"`{default}`" if default not in ("null", '""', "[]") else ""
-            lines.append(
-                f"| `{key}` | {_words(schema, value)} | {words} | {value.get('description', '')} |"
-            )
+            lines.append(f"| `{key}` | {_value_text(value)} | {words} | {value['description']} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def _keys(schema: Schema, entry: Schema) -> Iterator[tuple[str, Any]]:
+def _keys(table: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
     """Yield the keys of a table; those of tables inside it with dots."""
-    for key, value in _resolved(schema, entry)["properties"].items():
-        inner = _resolved(schema, value)
-        if "properties" in inner:
-            yield from ((f"{key}.{name}", found) for name, found in _keys(schema, value))
+    for key, value in table["properties"].items():
+        if "properties" in value:
+            yield from ((f"{key}.{name}", inner) for name, inner in _keys(value))
         else:
             yield key, value
 
 
-def _resolved(schema: Schema, value: Schema) -> Schema:
-    return schema["$defs"][value["$ref"].split("/")[-1]] if "$ref" in value else value
+def _alternatives(value: JsonSchema) -> Iterator[JsonSchema]:
+    """Yield the types that a value may have, one schema each."""
+    if "anyOf" in value:
+        for alternative in value["anyOf"]:
+            yield from _alternatives(alternative)
+    else:
+        yield value
 
 
-def _leaves(schema: Schema, value: Schema) -> list[Schema]:
-    """Return what a value may be, one schema each."""
-    value = _resolved(schema, value)
-    if "anyOf" not in value:
-        return [value]
-    return [leaf for one in value["anyOf"] for leaf in _leaves(schema, one)]
+def _python_type(value: JsonSchema) -> str:
+    kinds = []
+    for kind in _alternatives(value):
+        if "enum" in kind:
+            kinds.append(f"Literal[{', '.join(map(json.dumps, kind['enum']))}]")
+        elif kind["type"] == "array":
+            kinds.append(f"Sequence[{_python_type(kind['items'])}]")
+        else:
+            kinds.append("str | Path" if kind.get("format") == "path" else TYPES[kind["type"]])
+    return " | ".join(dict.fromkeys(kinds))
 
 
-def _union(schema: Schema, value: Schema) -> str:
-    """Return the Python type of a value."""
-    return " | ".join(dict.fromkeys(_type(schema, leaf) for leaf in _leaves(schema, value)))
-
-
-def _type(schema: Schema, leaf: Schema) -> str:
-    if "enum" in leaf:
-        return f"Literal[{', '.join(map(json.dumps, leaf['enum']))}]"
-    if leaf["type"] == "array":
-        return f"Sequence[{_union(schema, leaf['items'])}]"
-    return "str | Path" if leaf.get("format") == "path" else TYPES[leaf["type"]]
-
-
-def _words(schema: Schema, value: Schema) -> str:
-    """Return what a key takes, in words."""
-    leaves = (leaf for leaf in _leaves(schema, value) if leaf.get("type") != "null")
-    return " or ".join(_leaf_words(schema, leaf) for leaf in leaves)
-
-
-def _leaf_words(schema: Schema, leaf: Schema) -> str:
-    if "enum" in leaf:
-        return " \\| ".join(f"`{name}`" for name in leaf["enum"])
-    if leaf["type"] == "array":
-        return f"list of {_words(schema, leaf['items'])}"
-    limits = {word: leaf[key] for word, key in LIMITS.items() if key in leaf}
-    kind = "path" if leaf.get("format") == "path" else WORDS.get(leaf["type"], "text")
-    return f"{kind} {range_text(limits)}".strip()
+def _value_text(value: JsonSchema) -> str:
+    """Return the values of a key for the page: types, choices and limits."""
+    texts = []
+    for kind in _alternatives(value):
+        if "enum" in kind:
+            texts.append(" \\| ".join(f"`{name}`" for name in kind["enum"]))
+        elif kind["type"] == "array":
+            texts.append(f"list of {_value_text(kind['items'])}")
+        elif kind["type"] != "null":
+            limits = {word: kind[key] for word, key in LIMITS.items() if key in kind}
+            name = "path" if kind.get("format") == "path" else WORDS.get(kind["type"], "text")
+            texts.append(f"{name} {format_range(limits)}".strip())
+    return " or ".join(texts)
 
 
 if __name__ == "__main__":
-    for path, text in files(Path(__file__).parents[1]).items():
+    for path, text in generated_files(Path(__file__).parents[1]).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         sys.stdout.write(f"{path}\n")

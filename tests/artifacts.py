@@ -1,7 +1,7 @@
 """Artifacts that many tests read: each is made once in a test run, by whichever process is first.
 
 Exporting van_digits takes three seconds of a processor and importing PyTorch four, so
-no test makes its own where a copy does. :class:`MadeOnce` holds a lock while it makes
+no test makes its own where a copy does. :class:`ArtifactCache` holds a lock while it makes
 something, and at the end of the run it says which of them a test has changed.
 """
 
@@ -22,7 +22,7 @@ from onnx import ModelProto
 
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe, RunSettings
-from van_deploy.recipe import recipe_named
+from van_deploy.recipe import load_recipe
 
 if TYPE_CHECKING:
     from van_deploy.checks.golden import Samples
@@ -38,7 +38,7 @@ State = dict[str, tuple[int, int]]
 
 
 @dataclass
-class MadeOnce:
+class ArtifactCache:
     """Makes files and folders once for all processes of a test run.
 
     Attributes:
@@ -49,11 +49,11 @@ class MadeOnce:
     _lent: dict[Path, State] = field(default_factory=dict)
 
     @classmethod
-    def beside(cls, base: Path) -> MadeOnce:
+    def beside(cls, base: Path) -> ArtifactCache:
         """Return the one of this run, from the base temporary folder of this process."""
         root = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
-        (root / "made_once").mkdir(exist_ok=True)
-        return cls(root / "made_once")
+        (root / "artifact_cache").mkdir(exist_ok=True)
+        return cls(root / "artifact_cache")
 
     def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
         """Return the file or folder ``name``, made by ``make(path)`` if this is the first call."""
@@ -106,8 +106,8 @@ class Subject:
         return onnx.load(self.bundle.verified_path(name))
 
 
-def subject_of(folder: Path, labelled: Path) -> Subject:
-    """Return a bundle that :func:`with_precisions` made, with its network and images."""
+def load_subject(folder: Path, labelled: Path) -> Subject:
+    """Return a bundle that :func:`export_precisions` made, with its network and images."""
     from van_deploy.checks.golden import golden_samples
     from van_deploy.runners.network import original_network
 
@@ -133,34 +133,34 @@ def digits_graph(path: Path, size: int) -> None:
 
 def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
-    from van_deploy.exporting import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_model
 
     if weights == "van_digits":
-        recipe = recipe_named(weights).changed(batch=BATCHES)
+        recipe = load_recipe(weights).with_changes(batch=BATCHES)
     else:
         recipe = Recipe(model=ModelSettings(weights=weights), batch=BATCHES)
-    export_bundle(load_for(recipe), recipe, folder, images=images)
+    export_bundle(load_model(recipe), recipe, folder, images=images)
 
 
-def with_byte_graph(folder: Path, exported: Path) -> None:
+def export_uint8_graph(folder: Path, exported: Path) -> None:
     """Write a copy of a bundle that also takes bytes, and gives every output."""
-    from van_deploy.exporting import load_for
+    from van_deploy.exporting import load_model
     from van_deploy.pipeline import export_recipe
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
-    recipe = recipe_named("van_digits").changed(batch=BATCHES, export=export)
-    export_recipe(load_for(recipe), recipe, folder, RunSettings())
+    recipe = load_recipe("van_digits").with_changes(batch=BATCHES, export=export)
+    export_recipe(load_model(recipe), recipe, folder, RunSettings())
 
 
-def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
+def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     """Write a copy of a bundle with FP16 and INT8 graphs, calibrated on labelled images.
 
     Its largest batch is 6, so that six images are enough to check it.
     """
     from van_deploy.checks.golden import golden_samples
-    from van_deploy.checks.judging import judge_new
-    from van_deploy.data.samples import check_images
+    from van_deploy.checks.outputs import check_new_graph
+    from van_deploy.data.samples import verification_images
     from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32
     from van_deploy.runners.network import original_network
 
@@ -173,12 +173,12 @@ def with_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified_path("fp32"))
     kept = default_fp32_nodes(model)
-    images = check_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
+    images = verification_images(loaded.name, loaded.preprocessing, CALIBRATION_IMAGES, labelled)
     int8 = int8_graph(model, loaded.config, [images.inputs])
     graphs = {"fp16": fp16_from_fp32(model, kept), "int8": int8}
     for name, graph in graphs.items():
-        _, record = judge_new(graph, name, golden_samples(bundle))
-        put(bundle, name, name, graph, golden_sqnr_db=record)
+        _, record = check_new_graph(graph, name, golden_samples(bundle))
+        add_artifact(bundle, name, name, graph, golden_sqnr_db=record)
 
 
 def int8_graph(
@@ -199,9 +199,11 @@ def int8_graph(
     return qdq_for_tensorrt(model, plan, kept=default_fp32_nodes(model))
 
 
-def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any) -> Bundle:
+def add_artifact(
+    bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any
+) -> Bundle:
     """Return the bundle with a graph entered as an artifact, vouched for like any other."""
-    from tests.described import entry
+    from tests.manifest_parts import artifact_entry
     from van_deploy.graph.files import graph_facts, save_onnx
 
     kind = "serving" if "embedded" in more else "onnx"
@@ -209,7 +211,7 @@ def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: An
     with edit_bundle(bundle.path) as draft:
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
         draft.record(
-            entry(
+            artifact_entry(
                 *(name, kind, precision, files[0], files),
                 made_from=origin,
                 graph=graph_facts(model),
@@ -219,20 +221,20 @@ def put(bundle: Bundle, name: str, precision: str, model: ModelProto, **more: An
     return Bundle.open(bundle.path)
 
 
-def enter_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
+def add_placeholder_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
     """Return the bundle with a file entered as an engine: nothing without a GPU runs it."""
-    from tests.described import entry
-    from van_deploy.manifest import EngineFacts
+    from tests.manifest_parts import artifact_entry
+    from van_deploy.manifest import EngineInfo
 
     source = Bundle.open(folder).artifact(made_from)
     plan = f"engines/{name}.plan"
     with edit_bundle(folder) as draft:
         draft.file(plan).write_bytes(b"no plan")
         draft.record(
-            entry(
+            artifact_entry(
                 *(name, "engine", source.precision, plan, [plan]),
                 made_from=Origin(name=made_from, sha256=source.sha256),
-                engine=EngineFacts(
+                engine=EngineInfo(
                     backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1
                 ),
             )

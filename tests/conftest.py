@@ -20,16 +20,16 @@ from typer.testing import CliRunner, Result
 
 from tests.artifacts import (
     SMALL_SIZE,
+    ArtifactCache,
     Copy,
-    MadeOnce,
     Subject,
     digits_graph,
     export_network,
-    subject_of,
-    with_byte_graph,
-    with_precisions,
+    export_precisions,
+    export_uint8_graph,
+    load_subject,
 )
-from tests.json_documents import require_valid
+from tests.json_documents import validate_json_output
 from van_deploy.bundle import Bundle
 from van_deploy.cli.app import app
 from van_deploy.environment.hardware import nvidia_driver
@@ -64,30 +64,30 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def run(*arguments: str | Path) -> Result:
+    def run(*arguments: str | Path, stdin: bytes | None = None) -> Result:
         words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        result = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
         if "--json" in words and result.stdout:
-            require_valid(json.loads(result.stdout), words[0])
+            validate_json_output(json.loads(result.stdout), words[0])
         return result
 
     return run
 
 
 @pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MadeOnce]:
+def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactCache]:
     """Return what makes a file or folder once for all processes of this run.
 
-    The fixtures below lend what it made. A test that writes takes a copy (``copy_of``);
+    The fixtures below lend what it made. A test that writes takes a copy (``copy_bundle``);
     the run fails at its end if one did not.
     """
-    made = MadeOnce.beside(tmp_path_factory.getbasetemp())
+    made = ArtifactCache.beside(tmp_path_factory.getbasetemp())
     yield made
     assert made.changed() == [], "a test changed what all tests share; let it take a copy"
 
 
 @pytest.fixture
-def copy_of(tmp_path: Path) -> Copy:
+def copy_bundle(tmp_path: Path) -> Copy:
     """Return a function that copies a bundle into ``tmp_path``, so that a test may write."""
 
     def copied(whole: Bundle | Subject | Path, name: str = "bundle") -> Path:
@@ -99,7 +99,7 @@ def copy_of(tmp_path: Path) -> Copy:
 
 
 @pytest.fixture(scope="session")
-def wheel(made_once: MadeOnce) -> zipfile.ZipFile:
+def wheel(artifact_cache: ArtifactCache) -> zipfile.ZipFile:
     """Return the wheel, built from a copy of the tree, so that no stale build/ joins in."""
 
     def build(out: Path) -> None:
@@ -113,41 +113,45 @@ def wheel(made_once: MadeOnce) -> zipfile.ZipFile:
         command = [sys.executable, "-m", *words, str(out), str(source)]
         subprocess.run(command, check=True, capture_output=True)
 
-    return zipfile.ZipFile(next(made_once("wheel", build).glob("*.whl")))
+    return zipfile.ZipFile(next(artifact_cache("wheel", build).glob("*.whl")))
 
 
 @pytest.fixture(scope="session")
-def digits_bundle(made_once: MadeOnce) -> Bundle:
+def digits_bundle(artifact_cache: ArtifactCache) -> Bundle:
     """Return van_digits as export leaves it, batches 1 to 8; not to be changed."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    return Bundle.open(made_once("van_digits", export_network))
+    return Bundle.open(artifact_cache("van_digits", export_network))
 
 
 @pytest.fixture(scope="session")
-def byte_bundle(made_once: MadeOnce, digits_bundle: Bundle) -> Bundle:
+def uint8_bundle(artifact_cache: ArtifactCache, digits_bundle: Bundle) -> Bundle:
     """Return ``digits_bundle`` with a byte graph that gives every output; not to be changed."""
-    made = made_once("with_byte_graph", lambda path: with_byte_graph(path, digits_bundle.path))
+    made = artifact_cache(
+        "export_uint8_graph", lambda path: export_uint8_graph(path, digits_bundle.path)
+    )
     return Bundle.open(made)
 
 
 @pytest.fixture(scope="session")
-def heldout_200(made_once: MadeOnce) -> Path:
+def heldout_200(artifact_cache: ArtifactCache) -> Path:
     """Return a folder of 200 labelled held-out digits, a folder a class; not to be changed."""
-    return _heldout(made_once, 200)
+    return _heldout(artifact_cache, 200)
 
 
 @pytest.fixture(scope="session")
-def precisions_bundle(made_once: MadeOnce, digits_bundle: Bundle, heldout_200: Path) -> Path:
+def precisions_bundle(
+    artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path
+) -> Path:
     """Return ``digits_bundle`` with FP16 and INT8 graphs; not to be changed."""
-    return made_once(
-        "with_precisions", lambda path: with_precisions(path, digits_bundle.path, heldout_200)
+    return artifact_cache(
+        "export_precisions", lambda path: export_precisions(path, digits_bundle.path, heldout_200)
     )
 
 
 @pytest.fixture(scope="session")
-def judged(made_once: MadeOnce, precisions_bundle: Path) -> Subject:
+def digits(artifact_cache: ArtifactCache, precisions_bundle: Path) -> Subject:
     """Return the digits in FP32, FP16 and INT8 with 60 labelled images; not to be changed."""
-    return subject_of(precisions_bundle, _heldout(made_once, 60))
+    return load_subject(precisions_bundle, _heldout(artifact_cache, 60))
 
 
 @pytest.fixture(scope="session")
@@ -157,35 +161,37 @@ def shared_checkpoint(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cifar_bundle(made_once: MadeOnce, shared_checkpoint: Path, shared: Path) -> Bundle:
+def cifar_bundle(artifact_cache: ArtifactCache, shared_checkpoint: Path, shared: Path) -> Bundle:
     """Return the bundle of the shared van_b0 as export leaves it; not to be changed."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     images = shared / "data" / "cifar10" / "calib"
     return Bundle.open(
-        made_once("cifar", lambda path: export_network(path, str(shared_checkpoint), images))
+        artifact_cache("cifar", lambda path: export_network(path, str(shared_checkpoint), images))
     )
 
 
 @pytest.fixture(scope="session")
-def cifar(made_once: MadeOnce, cifar_bundle: Bundle, shared: Path) -> Subject:
+def cifar(artifact_cache: ArtifactCache, cifar_bundle: Bundle, shared: Path) -> Subject:
     """Return the shared van_b0 in FP32, FP16 and INT8, with its images; not to be changed."""
     labelled = shared / "data" / "cifar10" / "eval"
-    made = made_once(
-        "cifar_with_precisions", lambda path: with_precisions(path, cifar_bundle.path, labelled)
+    made = artifact_cache(
+        "cifar_with_precisions", lambda path: export_precisions(path, cifar_bundle.path, labelled)
     )
-    return subject_of(made, labelled)
+    return load_subject(made, labelled)
 
 
 @pytest.fixture(scope="session")
-def digits_onnx(made_once: MadeOnce) -> Path:
+def digits_onnx(artifact_cache: ArtifactCache) -> Path:
     """Return the embedded network as an ONNX file, 32 pixels, dynamic batch; not to be changed."""
-    return made_once("digits32.onnx", lambda path: digits_graph(path, SMALL_SIZE))
+    return artifact_cache("digits32.onnx", lambda path: digits_graph(path, SMALL_SIZE))
 
 
-def _heldout(made_once: MadeOnce, count: int) -> Path:
+def _heldout(artifact_cache: ArtifactCache, count: int) -> Path:
     from van_deploy.model.embedded import write_digits_folder
 
-    return made_once(f"heldout{count}", lambda path: write_digits_folder(path, "heldout", count))
+    return artifact_cache(
+        f"heldout{count}", lambda path: write_digits_folder(path, "heldout", count)
+    )
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

@@ -7,15 +7,15 @@ from typing import Any
 
 import jsonschema
 
-from supply_chain.json_schemas import DOCUMENTS, schema_of
+from supply_chain.reference import DOCUMENTS, document_schema
 
 
 @cache
 def _validator(name: str) -> Any:
-    return jsonschema.Draft202012Validator(schema_of(name))
+    return jsonschema.Draft202012Validator(document_schema(name))
 
 
-def require_valid(document: Any, command: str) -> None:
+def validate_json_output(document: Any, command: str) -> None:
     """Return if a document is what a command prints with ``--json``.
 
     Args:

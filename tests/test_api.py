@@ -63,9 +63,7 @@ def test_the_page_runs_as_it_stands(repository: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[:4] == [
-        *("['fp32'] not there yet", "fp16 True", "accurate enough: True", "2 rows")
-    ]
+    assert lines[:4] == [*("['fp32'] new", "fp16 True", "accurate enough: True", "2 rows")]
     assert re.fullmatch(r"digits/.* \[\('\d', 0\.\d+\), .*\]", lines[4])
     said = "'opset=' is 40: it should be less than or equal to 23."
     assert lines[-2:] == [said, "Correct it."]
@@ -82,7 +80,7 @@ def test_a_file_a_command_and_a_call_ask_for_the_same(
         recipes.append(recipe)
         raise UsageError("asked")
 
-    monkeypatch.setattr("van_deploy.exporting.load_for", asked)
+    monkeypatch.setattr("van_deploy.exporting.load_model", asked)
     changes = {"batch": "1:2:4", "export.opset": 18, "export.embed_preprocess": "uint8"}
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     cli("export", file)
@@ -117,8 +115,8 @@ def test_no_public_name_is_a_package_s_or_a_module_s() -> None:
     assert set(vd.__all__) <= set(dir(vd))
 
 
-def test_a_bundle_sees_what_another_one_wrote(copy_of: Copy, digits_bundle: Bundle) -> None:
-    path = copy_of(digits_bundle)
+def test_a_bundle_sees_what_another_one_wrote(copy_bundle: Copy, digits_bundle: Bundle) -> None:
+    path = copy_bundle(digits_bundle)
     first, second = vd.open_bundle(path), vd.open_bundle(path)
     made = first.quantize(precision="fp16", equalize=False, threads=1)
     assert (made.passed, bool(made), made.artifact) == (True, True, "fp16")
@@ -134,7 +132,7 @@ def test_a_bundle_sees_what_another_one_wrote(copy_of: Copy, digits_bundle: Bund
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is fp16."),
         (
             {"calibrate_on_noise": True, "images": "train"},
-            "calibrate_on_noise= and images= are both given.",
+            "calibrate_on_noise= and images= conflict.",
         ),
     ],
 )

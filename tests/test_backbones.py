@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.artifacts import Copy, MadeOnce
+from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle, edit_bundle
@@ -27,7 +27,7 @@ from van_deploy.config import (
 )
 from van_deploy.config.sizes import ImageSize, SizeRange
 from van_deploy.errors import UsageError
-from van_deploy.exporting import export_bundle, load_for
+from van_deploy.exporting import export_bundle, load_model
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import FOLD_TOLERANCE, fold_van
 from van_deploy.metrics import sqnr_db
@@ -65,13 +65,13 @@ def segmenter(path: Path, config: str = CONFIG) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(made_once: MadeOnce) -> Path:
+def checkpoint(artifact_cache: ArtifactCache) -> Path:
     """Return a checkpoint of a segmenter; not to be changed."""
-    return made_once("upernet_van.pth", segmenter)
+    return artifact_cache("upernet_van.pth", segmenter)
 
 
 @pytest.fixture(scope="session")
-def exported(made_once: MadeOnce, checkpoint: Path) -> Bundle:
+def exported(artifact_cache: ArtifactCache, checkpoint: Path) -> Bundle:
     """Return its backbone as a bundle of dynamic batch and size with FP16; not to be changed."""
 
     def make(path: Path) -> None:
@@ -80,11 +80,11 @@ def exported(made_once: MadeOnce, checkpoint: Path) -> Bundle:
             batch=BatchRange(1, 2, 3),
             export=ExportSettings(features=True, dynamic_size=SizeRange(32, (32, 64), (64, 96))),
         )
-        assert export_bundle(load_for(recipe), recipe, path)
+        assert export_bundle(load_model(recipe), recipe, path)
         for precision in ("fp16", "bf16"):
             assert quantize_bundle(path, recipe.precision.of(precision))
 
-    return Bundle.open(made_once("backbone", make))
+    return Bundle.open(artifact_cache("backbone", make))
 
 
 def maps_of(model: VAN, images: Tensor) -> dict[str, Any]:
@@ -180,9 +180,9 @@ class TestBundle:
                 assert np.allclose(part, sketch(found.numpy()))
 
     def test_verify_holds_every_stage_and_size(
-        self, exported: Bundle, copy_of: Copy, cli: Cli
+        self, exported: Bundle, copy_bundle: Copy, cli: Cli
     ) -> None:
-        result = cli("verify", copy_of(exported), "--json")
+        result = cli("verify", copy_bundle(exported), "--json")
         assert result.exit_code == 0, result.stdout
         report = json.loads(result.stdout)
         rules = [f["rule"] for f in report["artifacts"]["fp32"]["findings"]]
@@ -191,9 +191,9 @@ class TestBundle:
 
     @pytest.mark.parametrize("stage", ["stage1", "stage4"])
     def test_a_wrong_stage_is_found_and_named(
-        self, exported: Bundle, copy_of: Copy, cli: Cli, stage: str
+        self, exported: Bundle, copy_bundle: Copy, cli: Cli, stage: str
     ) -> None:
-        path: Path = copy_of(exported)
+        path: Path = copy_bundle(exported)
         file = path / "model.onnx"
         model = onnx.load(file)
         norm = next(n for n in model.graph.node if n.name == f"norm{stage[-1]}.layernormalization")
@@ -225,8 +225,10 @@ class TestBundle:
         assert held + others + originals <= 8_000_000 or count == 2
         assert count >= 2
 
-    def test_drift_and_inspect_serve_it(self, exported: Bundle, copy_of: Copy, cli: Cli) -> None:
-        path: Path = copy_of(exported)
+    def test_drift_and_inspect_serve_it(
+        self, exported: Bundle, copy_bundle: Copy, cli: Cli
+    ) -> None:
+        path: Path = copy_bundle(exported)
         drift = cli("drift", path, "--level", "stage", "--against", "golden", "--json")
         assert drift.exit_code == 0, drift.stdout
         rows = json.loads(drift.stdout)["artifacts"]["fp16"]["rows"]
@@ -260,9 +262,9 @@ class TestBundle:
         told, name = " ".join(result.stderr.split()), command.split()[0]
         assert f"gives feature maps (stage1, stage2, stage3, stage4), and `{name}` is of" in told
 
-    def test_engines_are_built_of_it(self, exported: Bundle, copy_of: Copy, cli: Cli) -> None:
+    def test_engines_are_built_of_it(self, exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-        path: Path = copy_of(exported)
+        path: Path = copy_bundle(exported)
         words = "--precision fp32 --precision bf16 --target sm_89"
         result = cli("build", path, *words.split())
         assert result.exit_code == 0, result.stderr
@@ -296,11 +298,11 @@ def test_int8_of_the_digits_backbone(tmp_path: Path, cli: Cli) -> None:
 @each(
     ("options", "message"),
     [
-        ("--features --outputs probabilities", "--features gives feature maps, and --outp"),
-        ("--out-indices 1", "--out-indices chooses feature maps, and none are asked for."),
+        ("--features --outputs probabilities", "--features exports feature maps, and --out"),
+        ("--out-indices 1", "--out-indices selects feature maps, and --features is not set."),
         ("--features --out-indices 1,4", "The stages 1, 4 are not some of 0 to 3"),
         ("--features --out-indices 1,1", "The stages 1, 1 are not some of 0 to 3"),
-        ("--features --labels x.txt", "--features gives feature maps, and --labels is of"),
+        ("--features --labels x.txt", "--features exports feature maps, and --labels needs"),
         ("--image-size 224x", "'--image-size' is '224x': it should be a side or height x wid"),
         ("--image-size 16x64", "should be greater than or equal to 32"),
         ("--dynamic-size 96:64:128", "size range 96:64:128 is not min <= opt <= max"),
@@ -308,7 +310,7 @@ def test_int8_of_the_digits_backbone(tmp_path: Path, cli: Cli) -> None:
         ("--dynamic-size 64:big:128", "should be a side or height x width in pixels: 224"),
         ("--dynamic-size 64:128", "it should be min:opt:max, such as 192:224:512"),
         ("--dynamic-size 16:64:128", "should be greater than or equal to 32"),
-        ("--dynamic-size 64:96:128 --image-size 224", "224x224 is outside of --dynamic-size 64:9"),
+        ("--dynamic-size 64:96:128 --image-size 224", "224x224 is outside --dynamic-size 64:96"),
         ("--batch 8:4:2", "The batch range 8:4:2 is not min <= opt <= max."),
         ("--batch 0", "'--batch.min' is 0: it should be greater than or equal to 1"),
     ],
@@ -321,5 +323,5 @@ def test_bad_requests_are_one_message(cli: Cli, tmp_path: Path, options: str, me
 
 
 def test_max_drop_is_of_classes(exported: Bundle) -> None:
-    with pytest.raises(UsageError, match="is a backbone without classes; --max-drop"):
+    with pytest.raises(UsageError, match="exports feature maps, and --max-drop needs classes"):
         quantize_bundle(exported.path, QuantizeSettings(max_drop=1.0))

@@ -11,7 +11,7 @@ import van_deploy
 from tests.artifacts import Copy
 from tests.each import each
 from van_deploy import building
-from van_deploy.building import Candidate, Tuned, candidates_of
+from van_deploy.building import Candidate, CandidateResult, tuning_candidates
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.backend import Host
@@ -40,38 +40,38 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
     ],
 )
 def test_what_is_tried(precisions_bundle: Path, asked: dict[str, Any], expected: list[str]) -> None:
-    found = candidates_of(Bundle.open(precisions_bundle), BuildSettings(tune=True, **asked))
-    assert [candidate.described for candidate in found] == expected
+    found = tuning_candidates(Bundle.open(precisions_bundle), BuildSettings(tune=True, **asked))
+    assert [candidate.description for candidate in found] == expected
 
 
 def test_the_fastest_that_holds_its_gate_is_kept(
-    copy_of: Copy, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    copy_bundle: Copy, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fastest of all fails its gate; one cannot be built."""
     times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
-    folder, kept = copy_of(precisions_bundle), []
+    folder, kept = copy_bundle(precisions_bundle), []
 
-    def tried(copy: Path, candidate: Candidate) -> Tuned:
+    def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
         assert copy != folder, "candidates are built in a copy"
         if candidate.scope == "pointwise":
             raise ConversionError("TensorRT built no plan")
         precision = candidate.settings.precisions[0]
         milliseconds, passed = times[candidate.scope or precision]
-        return Tuned(candidate.described, precision, 8, milliseconds, 1.0, 50.0, passed)
+        return CandidateResult(candidate.description, precision, 8, milliseconds, 1.0, 50.0, passed)
 
     def planned(bundle: Path, settings: BuildSettings, *_: object) -> list[Any]:
         kept.append((settings.precisions, settings.tiling, settings.tune))
         return []
 
-    monkeypatch.setattr(building, "host_here", lambda **_: Host("a GPU", "sm_90"))
-    monkeypatch.setattr("van_deploy.engine.bundled.planned_engines", planned)
+    monkeypatch.setattr(building, "detect_host", lambda **_: Host("a GPU", "sm_90"))
+    monkeypatch.setattr("van_deploy.engine.fleet.engine_cells", planned)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
-    monkeypatch.setattr(building, "tried", tried)
+    monkeypatch.setattr(building, "measure_candidate", measure_candidate)
     asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
     rows = van_deploy.open_bundle(folder).build(**asked, images=folder).tuned
     assert [row.candidate for row in rows if row.kept] == ["int8 deep, level 3, tiling none"]
     assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
     assert kept == [("deep",), (("int8",), "none", False)]
     times.update(dict.fromkeys(times, (1.0, False)))
-    with pytest.raises(ConversionError, match="No candidate holds its gate"):
+    with pytest.raises(ConversionError, match="No candidate passes its gate"):
         van_deploy.open_bundle(folder).build(**asked, images=folder)

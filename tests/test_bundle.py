@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from tests.described import WEIGHTS, described, entry
 from tests.each import each
+from tests.manifest_parts import WEIGHTS, artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
 from van_deploy.errors import BundleError, UsageError
 from van_deploy.manifest import SCHEMA
@@ -25,9 +25,9 @@ from van_deploy.manifest import SCHEMA
 def put(folder: Path, name: str, text: str, made_from: Origin = WEIGHTS) -> None:
     """Write one artifact into the bundle ``m`` at ``folder``."""
     with edit_bundle(folder, name="m") as draft:
-        draft.description = described()
+        draft.description = network_info()
         draft.file(f"{name}.onnx").write_text(text)
-        draft.record(entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
+        draft.record(artifact_entry(name, "onnx", "fp32", f"{name}.onnx", made_from=made_from))
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -66,7 +66,7 @@ def test_an_error_half_way_leaves_the_old_bundle_or_none(bundle: Path, tmp_path:
     def fails(folder: Path, name: str | None) -> None:
         with edit_bundle(folder, name=name) as draft:
             draft.file("fp32.onnx").write_text("new")
-            draft.description = described("other")
+            draft.description = network_info("other")
             raise ZeroDivisionError
 
     for folder, name in ((bundle, None), (tmp_path / "new", "m")):
@@ -105,7 +105,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
         with edit_bundle(bundle) as draft:
             for name, text in (("fp32", "new weights"), ("fp16", "half")):
                 draft.file(f"{name}.onnx").write_text(text)
-                draft.record(entry(name, "onnx", name, f"{name}.onnx"))
+                draft.record(artifact_entry(name, "onnx", name, f"{name}.onnx"))
     except Killed:
         assert moves < 3
         assert (bundle / MANIFEST).read_text() == before, "it is the last to be moved"
@@ -166,10 +166,10 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
     (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
     (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
-    (lambda m: m.update(name='x" } backend: "python'), "it is no name"),
+    (lambda m: m.update(name='x" } backend: "python'), "it is not a name"),
     (
         lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
-        "'artifacts.x/../../y' is 'x/../../y': it is no name",
+        "'artifacts.x/../../y' is 'x/../../y': it is not a name",
     ),
     (lambda m: m.update(written="a" * 5000), "it has 5,000 characters"),
     (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
@@ -187,7 +187,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (entry_of("architecture", in_chans=4), "it prepares 3 channels for a network"),
     (entry_of("weights", spec="a\x1b[2J"), "control characters"),
     (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
-    (lambda m: m.update(checks={"x": "\ud800"}), "half a character"),
+    (lambda m: m.update(checks={"x": "\ud800"}), "unpaired surrogate"),
     (lambda m: m["artifacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
 ]
 
@@ -195,7 +195,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
     (f'{{"schema": "{SCHEMA}", "artifacts": 2}}', "is damaged: "),
-    ('{"name": "a", "name": "b"}', "damaged: it gives the key 'name' twice"),
+    ('{"name": "a", "name": "b"}', "damaged: it has the key 'name' twice"),
     *((text, "is nested more than 40 deep") for text in ("[" * 200_000, "[" * 42 + "]" * 42)),
     ('{"a": [' * 30 + "1" + "]}" * 30, "is nested more than 40 deep"),
     ("[" * 41 + "]" * 41, "it should be a table"),
@@ -316,9 +316,9 @@ def pipe(name: str) -> Callable[[Path, Path], None]:
         (gone("a" * 300), "is no name of a file"),
         (gone("a\nb"), "is no name of a file"),
         (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
-        (pipe(MANIFEST), "damaged: .*no regular file"),
+        (pipe(MANIFEST), "damaged: .*not a regular file"),
         (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
-        (pipe(".pending/.gone"), "damaged: .*no regular file"),
+        (pipe(".pending/.gone"), "damaged: .*not a regular file"),
     ],
     fresh="bundle",
 )

@@ -8,12 +8,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from supply_chain.json_schemas import DOCUMENTS, INPUTS, schema_of
+from supply_chain.reference import DOCUMENTS, INPUTS, document_schema
 from tests.each import each
-from tests.json_documents import require_valid
+from tests.json_documents import validate_json_output
 from van_deploy.bundle import MANIFEST, Bundle
-from van_deploy.documents import plain, toml_from
-from van_deploy.model.variants import listed_variants
+from van_deploy.documents import plain, read_toml_file
+from van_deploy.model.variants import list_variants
 
 
 def test_there_is_no_other_file(repository: Path) -> None:
@@ -23,7 +23,7 @@ def test_there_is_no_other_file(repository: Path) -> None:
 
 @each("name", DOCUMENTS)
 def test_each_is_a_schema_and_describes_what_it_is(name: str) -> None:
-    schema = schema_of(name)
+    schema = document_schema(name)
     jsonschema.Draft202012Validator.check_schema(schema)
     tables = [found for found in schema.get("$defs", {}).values() if "properties" in found]
     assert all(table["description"] for table in tables)
@@ -33,18 +33,18 @@ def test_each_is_a_schema_and_describes_what_it_is(name: str) -> None:
 
 def test_real_documents_are_valid_and_spoiled_ones_are_not(digits_bundle: Bundle) -> None:
     manifest = json.loads((digits_bundle.path / MANIFEST).read_text())
-    require_valid(manifest, "manifest")
+    validate_json_output(manifest, "manifest")
     changes: tuple[dict[str, object], ...] = ({"parameters": "many"}, {"more": 1}, {"weights": {}})
     for change in changes:
         with pytest.raises(AssertionError, match=r"^manifest --json: \$"):
-            require_valid({**manifest, **change}, "manifest")
-    listed = plain(listed_variants())
+            validate_json_output({**manifest, **change}, "manifest")
+    listed = plain(list_variants())
     for value in (listed[0]["top1_percent"], "inf"):  # JSON cannot spell infinity
         listed[0]["top1_percent"] = value
-        require_valid(listed, "list")
+        validate_json_output(listed, "list")
     listed[0]["top1_percent"] = "much"
     with pytest.raises(AssertionError, match="top1_percent"):
-        require_valid(listed, "list")
+        validate_json_output(listed, "list")
 
 
 @each(("name", "folder"), [("calibration-set", "calibration"), ("recipe", "export")])
@@ -52,5 +52,5 @@ def test_a_file_that_ships_is_of_its_schema(repository: Path, name: str, folder:
     validator = jsonschema.Draft202012Validator(INPUTS[name].model_json_schema())
     paths = sorted((repository / folder).glob("*.toml"))
     assert paths
-    faults = {path.name: list(validator.iter_errors(toml_from(path))) for path in paths}
+    faults = {path.name: list(validator.iter_errors(read_toml_file(path))) for path in paths}
     assert not any(faults.values()), faults

@@ -17,21 +17,21 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, ModelSettings, PreprocessingSettings, Recipe
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed
-from van_deploy.exporting import export_bundle, load_for
+from van_deploy.exporting import export_bundle, load_model
 from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
-from van_deploy.recipe import recipe_named
+from van_deploy.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return recipe_named("van_digits").changed(batch=BATCHES)
+    return load_recipe("van_digits").with_changes(batch=BATCHES)
 
 
 @pytest.fixture(scope="module")
 def loaded(recipe: Recipe) -> LoadedVan:
-    return load_for(recipe)
+    return load_model(recipe)
 
 
 def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
@@ -58,16 +58,16 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
 
 
 def test_a_second_export_reuses_the_first_and_another_says_what_changed(
-    loaded: LoadedVan, recipe: Recipe, digits_bundle: Bundle, copy_of: Copy
+    loaded: LoadedVan, recipe: Recipe, digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     """Nothing is folded, nothing simplified, and it is still the network."""
     before = digits_bundle.verified_path("fp32").stat().st_mtime_ns
     again = export_bundle(loaded, recipe, digits_bundle.path)
     assert (again.reused, again.reason) == (True, "nothing changed")
     assert again.bundle.verified_path("fp32").stat().st_mtime_ns == before
-    folder = copy_of(digits_bundle)
-    plainer = recipe.export.changed(opset=21, fold=False, simplify=False)
-    result = export_bundle(loaded, recipe.changed(export=plainer), folder)
+    folder = copy_bundle(digits_bundle)
+    plainer = recipe.export.with_changes(opset=21, fold=False, simplify=False)
+    result = export_bundle(loaded, recipe.with_changes(export=plainer), folder)
     assert (result.reused, result.reason) == (False, "changed since: rewrites, export")
     fp32, checks = result.bundle.artifact("fp32"), result.bundle.manifest.checks
     assert fp32.graph is not None
@@ -78,14 +78,14 @@ def test_a_second_export_reuses_the_first_and_another_says_what_changed(
     (folder / "model.onnx").write_bytes(b"changed")
     why = result.bundle.rebuild_reason("fp32", fp32.made_with)
     assert "was changed after the manifest was written" in why
-    assert result.bundle.rebuild_reason("fp16", {}) == "not there yet"
+    assert result.bundle.rebuild_reason("fp16", {}) == "new"
 
 
 def test_what_is_not_the_network_never_reaches_the_bundle(
     loaded: LoadedVan, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights changed after the proof, which the graph shows; then a rewrite that is not exact."""
-    smaller = recipe.changed(batch=BatchRange(1, 1, 2))
+    smaller = recipe.with_changes(batch=BatchRange(1, 1, 2))
 
     def slightly_wrong(model: VAN, images: Tensor, rewrites: Rewrites) -> FoldReport:
         report = fold_van(model, images, rewrites)
@@ -96,7 +96,7 @@ def test_what_is_not_the_network_never_reaches_the_bundle(
 
     with monkeypatch.context() as patch:
         patch.setattr("van_deploy.exporting.fold_van", slightly_wrong)
-        with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
+        with pytest.raises(GateFailed, match="differs from the network: SQNR"):
             export_bundle(loaded, smaller, tmp_path / "b")
     fold = "van_deploy.graph.fold"
     monkeypatch.setattr(f"{fold}._fold_patch_norm_", lambda embed: None)
@@ -164,7 +164,7 @@ def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
         batch=BatchRange(1, 1, 1),
         preprocessing=PreprocessingSettings(image_size=32),
     )
-    result = export_bundle(load_for(recipe), recipe, tmp_path / "b")
+    result = export_bundle(load_model(recipe), recipe, tmp_path / "b")
     weights = result.bundle.manifest.weights
     assert (weights.format, weights.seed) == ("random", 3)
     assert any("random weights" in note for note in result.notes)

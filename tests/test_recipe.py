@@ -7,15 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from supply_chain.reference import files
+from supply_chain.reference import generated_files
 from tests.each import each
 from van_deploy import config
 from van_deploy.config import BatchRange, BenchSettings, Recipe, VerifySettings
-from van_deploy.config.named import EXPORT, RUN, changes_from, named_options, settings_from
+from van_deploy.config.named_options import (
+    EXPORT,
+    RUN,
+    changes_from_kwargs,
+    named_options,
+    settings_from_kwargs,
+)
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
-from van_deploy.recipe import builtin_files, changes_from_text, read_recipe, recipe_for
-from van_deploy.schema import validated
+from van_deploy.recipe import builtin_files, parse_assignments, read_recipe, resolve_recipe
+from van_deploy.schema import validate
 
 
 @pytest.fixture
@@ -28,7 +34,7 @@ def test_the_recipes_that_ship_name_their_model_and_nothing_that_is_the_default(
     assert set(builtin_files()) == {*VARIANTS, "van_digits"}
     for name, file in builtin_files().items():
         for given in (name, Path(name), file):
-            assert recipe_for(given) == Recipe.model_validate({"model": {"name": name}})
+            assert resolve_recipe(given) == Recipe.model_validate({"model": {"name": name}})
         assert re.findall(r"^\w+ *=", file.read_text(), re.MULTILINE) == ["name ="]
 
 
@@ -46,28 +52,28 @@ MISTAKES = {  # what a file says, and what the message about it holds
     "[export]\nopset=20.0": "'export.opset' is 20.0: it should be a whole number.",
     "[batch]\nmin=true": "'batch.min' is True: it should be a whole number.",
     "[export]\nopset=40": "'export.opset' is 40: it should be less than or equal to 23.",
-    "[export]\noutputs=['top5', 'top5']": "export.outputs names an output twice. Give each once.",
-    "[export]\nout_indices=[1]": "export.out_indices chooses feature maps, and none are asked",
+    "[export]\noutputs=['top5', 'top5']": "export.outputs repeats an output. Give each output",
+    "[export]\nout_indices=[1]": "export.out_indices selects feature maps, and export.features is",
     "[batch]\nmin=4\nopt=2": "range 4:2:32 is not min <= opt <= max. Give three rising",
     "batch='1:2'": "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
     "[preprocessing]\nmean=0.5": "'preprocessing.mean' is 0.5: it should be a list.",
     "[preprocessing]\ncrop_pct=nan": "'preprocessing.crop_pct' is nan: it should be a finite",
     "[precision]\nmake=['int4']": "'precision.make.0' is 'int4': it should be 'fp16', ",
     "[precision]\ncalibrate_on_noise=true\nimages='x'": (
-        "precision.calibrate_on_noise and precision.images are both given. Leave one"
+        "precision.calibrate_on_noise and precision.images conflict. Remove one"
     ),
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
-    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and other",
-    "[engines]\nprecisions=['bf16']": "is not made. Add it to precision.make, or take one of: fp32",
+    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
+    "[engines]\nprecisions=['bf16']": "Add it to precision.make, or use one of: fp32",
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
-    "[engines]\ntargets=['sm_89', '8.9']": "engines.targets names a plan twice.",
+    "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",
     "[engines]\nworkspace='lots'": "'engines.workspace' is 'lots': it should be a number",
-    "[evaluate]\nlabels='l.txt'": "evaluate.labels is given, and evaluate.images is not. Name",
-    "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images is of classes.",
-    "[export]\nfeatures=true\noutputs=['top5']": "and export.outputs top5 is of classes.",
+    "[evaluate]\nlabels='l.txt'": "evaluate.labels needs evaluate.images. Give",
+    "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images needs classes.",
+    "[export]\nfeatures=true\noutputs=['top5']": "and export.outputs top5 needs classes.",
     "[preprocessing]\nimage_size=64\n[export]\ndynamic_size='96:128:160'": (
-        "image_size 64x64 is outside of export.dynamic_size 96:128:160. Give a size inside"
+        "image_size 64x64 is outside export.dynamic_size 96:128:160. Give a size in the"
     ),
 }
 
@@ -80,7 +86,7 @@ def test_a_mistake_names_the_file_and_the_key(mine: Path, text: str, said: str) 
     assert caught.value.message.startswith(f"The recipe '{mine}'")
     assert said in f"{caught.value.message} {caught.value.remedy}"
     with pytest.raises(RecipeError, match="No such file"):
-        recipe_for("none.toml")
+        resolve_recipe("none.toml")
 
 
 def test_whole_numbers_do_for_floats_and_lists_become_tuples(mine: Path) -> None:
@@ -100,7 +106,7 @@ def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
         "[model]\nweights='mine.pth'\n[precision]\nimages='/train'\ncalibration='set.toml'\n"
         "[evaluate]\nimages='val/../test'\nlabels='labels.txt'\n"
     )
-    recipe = read_recipe(mine, changes_from_text(["precision.evaluate=judges"]))
+    recipe = read_recipe(mine, parse_assignments(["precision.evaluate=judges"]))
     assert recipe.model.weights == str(tmp_path / "mine.pth")
     assert recipe.precision.images == Path("/train")
     assert recipe.precision.calibration == str(tmp_path / "set.toml")
@@ -123,7 +129,7 @@ def test_a_folder_to_calibrate_on_takes_the_place_of_images_and_a_set_s_name_sta
     (mine.parent / "train").mkdir(exist_ok=True)
     mine.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
     given = {name: str(mine.parent / folder) for name, folder in changes.items()}
-    recipe = read_recipe(mine, changes_from(RUN, given))
+    recipe = read_recipe(mine, changes_from_kwargs(RUN, given))
     folder, name = sources
     assert recipe.precision.sources == (folder and mine.parent / folder, name)
     assert recipe.model.weights == "owner/name"
@@ -144,14 +150,14 @@ def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
 @each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8"])
 def test_a_batch_range_is_three_rising_numbers(text: str) -> None:
     with pytest.raises(UsageError, match=r"should be min:opt:max|is not min <= opt <= max"):
-        validated(BatchRange, text)
+        validate(BatchRange, text)
 
 
 def test_every_key_can_be_set_by_text(mine: Path) -> None:
     mine.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
     assignments = ["engines.tf32=false", "batch.max=8", "model.weights=mine.pth"]
     assignments += ['precision.make=["int8"]', "gates.int8.top1_loss = 0.5"]
-    recipe = read_recipe(mine, changes_from_text(assignments))
+    recipe = read_recipe(mine, parse_assignments(assignments))
     assert recipe.engines.tf32 is False
     assert recipe.batch == BatchRange(1, 2, 8)
     assert recipe.model.weights == "mine.pth"
@@ -163,13 +169,13 @@ WRONG: list[tuple[str, object, str]] = [
     ("--set", "export.opset=40", "'--set export.opset' is 40: it should be less than or equal to"),
     ("--set", "engines.tf23=false", "unknown. Did you mean '--set engines.tf32'?"),
     ("--set", "tf32", "--set 'tf32' is no assignment. Write KEY=VALUE, such as --set engines."),
-    ("--set", "batch.max=8", "'batch.max' cannot be set: 'batch' is no table. Set the whole of it"),
+    ("--set", "batch.max=8", "'batch.max' cannot be set: 'batch' is not a table. Set 'batch' as"),
     ("--set", "precision.calibrate_on_noise=true", "--set precision.calibrate_on_noise and precis"),
     ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
     ("opst", 20, "The key 'opst=' is unknown."),
     ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
     ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-    ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
+    ("outputs", object(), "A value cannot be written as TOML or JSON: Unable to serialize"),
 ]
 
 
@@ -181,8 +187,8 @@ def test_a_change_that_is_wrong_is_told_as_it_was_written(
 
     def changed() -> Recipe:
         if option == "--set":
-            return read_recipe(mine, changes_from_text([str(value)]))
-        return read_recipe(mine, changes_from(EXPORT, {option: value}))
+            return read_recipe(mine, parse_assignments([str(value)]))
+        return read_recipe(mine, changes_from_kwargs(EXPORT, {option: value}))
 
     with pytest.raises(UsageError) as caught:
         changed()
@@ -190,18 +196,18 @@ def test_a_change_that_is_wrong_is_told_as_it_was_written(
 
 
 def test_another_name_keeps_the_weights() -> None:
-    changes = changes_from(EXPORT, {"name": "mine"})
-    renamed = recipe_for("van_b1", changes)
+    changes = changes_from_kwargs(EXPORT, {"name": "mine"})
+    renamed = resolve_recipe("van_b1", changes)
     assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
-    assert recipe_for(recipe_for("van_b1"), changes) == renamed
+    assert resolve_recipe(resolve_recipe("van_b1"), changes) == renamed
 
 
 def test_options_fill_a_table_and_those_inside_it_and_stand_under_their_headings() -> None:
-    bench = settings_from(BenchSettings, {"limit": 5, "streams": 2})
+    bench = settings_from_kwargs(BenchSettings, {"limit": 5, "streams": 2})
     assert (bench.streams, bench.budget.limit_s) == (2, 5.0)
     found = {**named_options(VerifySettings), **EXPORT}
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
-        *("What is measured", "How it is done", "Graph", "", "Graph"),
+        *("Measurement", "Execution", "Graph", "", "Graph"),
     ]
 
 
@@ -214,7 +220,7 @@ def test_every_option_says_what_it_does(name: str) -> None:
 def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:
     stale = [
         path.relative_to(repository).as_posix()
-        for path, text in files(repository).items()
+        for path, text in generated_files(repository).items()
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     assert stale == [], "run `python -m supply_chain.reference`"

@@ -15,11 +15,11 @@ from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from tests.conftest import Cli
-from tests.described import described, entry
 from tests.each import each
+from tests.manifest_parts import artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, edit_bundle
 from van_deploy.errors import BundleError, InputError, SignatureError
-from van_deploy.signing import PASSWORD_VARIABLE, sign_bundle, signed_bundle
+from van_deploy.signing import PASSWORD_VARIABLE, open_signed_bundle, sign_bundle
 
 FILES = ("model.onnx", "labels.txt", "engines/m.plan", "engines/m.json", "report.html")
 OURS = ed25519.Ed25519PrivateKey.generate()
@@ -42,9 +42,9 @@ def bundle(tmp_path: Path) -> Path:
     with edit_bundle(folder, name="m") as draft:
         for name in FILES:
             draft.file(name).write_text(f"the content of {name}")
-        draft.description = described()
-        draft.record(entry("fp32", "onnx", "fp32", "model.onnx", FILES[:2]))
-        draft.record(entry("engine", "engine", "fp32", "engines/m.plan", FILES[2:4]))
+        draft.description = network_info()
+        draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx", FILES[:2]))
+        draft.record(artifact_entry("engine", "engine", "fp32", "engines/m.plan", FILES[2:4]))
     return folder
 
 
@@ -68,7 +68,7 @@ def signed(bundle: Path, key: Path) -> Path:
 
 
 def test_a_signature_speaks_for_the_whole_bundle(signed: Path, key: Path, check: Path) -> None:
-    opened, found = signed_bundle(signed, check)
+    opened, found = open_signed_bundle(signed, check)
     assert opened.digests.keys() == set(FILES)
     assert (found.bundle, found.files) == (signed, len(FILES))
     der = OURS.public_key().public_bytes(pem.Encoding.DER, pem.PublicFormat.SubjectPublicKeyInfo)
@@ -76,11 +76,11 @@ def test_a_signature_speaks_for_the_whole_bundle(signed: Path, key: Path, check:
     rewrite(signed)
     assert (signed / SIGNATURE).exists()
     sign_bundle(signed, key)  # mends what a rewrite made stale
-    signed_bundle(signed, check)
+    open_signed_bundle(signed, check)
     key.write_bytes(private(ed25519.Ed25519PrivateKey.generate()))
     sign_bundle(signed, key)
     with pytest.raises(SignatureError, match="is signed with another key, "):
-        signed_bundle(signed, check)
+        open_signed_bundle(signed, check)
 
 
 def flip(path: Path) -> None:
@@ -147,7 +147,7 @@ def test_what_is_not_as_it_was_signed_is_told(
 ) -> None:
     spoil(signed)
     with pytest.raises(SignatureError, match=message) as caught:
-        signed_bundle(signed, check)
+        open_signed_bundle(signed, check)
     assert caught.value.exit_code == 5
 
 
@@ -175,7 +175,7 @@ def test_a_file_that_is_no_such_key(
     if content is not None:
         (tmp_path / "x").write_bytes(content)
     with pytest.raises(InputError, match=words) as caught:
-        (sign_bundle if kind == "private" else signed_bundle)(bundle, tmp_path / "x")
+        (sign_bundle if kind == "private" else open_signed_bundle)(bundle, tmp_path / "x")
     assert PASSWORD_VARIABLE in caught.value.remedy
     assert not (bundle / SIGNATURE).exists()
 

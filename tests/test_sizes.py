@@ -15,9 +15,9 @@ import van_deploy as vd
 from tests.artifacts import int8_graph
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.checks.judging import batch_sizes
+from van_deploy.checks.outputs import batch_sizes
 from van_deploy.config import BatchRange
-from van_deploy.config.sizes import ImageSize, SizeRange, sides_of
+from van_deploy.config.sizes import ImageSize, SizeRange, height_width
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import fold_van
 from van_deploy.graph.names import make_batch_dynamic_
@@ -28,7 +28,7 @@ from van_deploy.model.variants import VanConfig
 from van_deploy.precision.fp16 import bf16_from_fp32, default_fp32_nodes, fp16_from_fp32
 from van_deploy.runners.network import Network
 from van_deploy.runners.onnxruntime import onnxruntime_outputs
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 
 CONFIG = VanConfig((8, 12, 16, 24), (1, 1, 2, 1), (4, 4, 2, 2), num_classes=5)
 OPERATORS = {"Conv", "Gelu", "Add", "Mul", "Transpose", "LayerNormalization", "ReduceMean", "Gemm"}
@@ -63,7 +63,7 @@ def test_every_combination_answers_as_pytorch_does(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         images = smooth_images(8, 3, 128)
-    height, width = sides_of(native)
+    height, width = height_width(native)
     folded = fold_van(network, images[:1, :, :height, :width]).model
     fp32 = onnx_from_van(folded, native, batch=batch, sizes=sizes)
     assert {node.op_type for node in fp32.graph.node} <= OPERATORS
@@ -79,8 +79,8 @@ def test_every_combination_answers_as_pytorch_does(
     for graph in graphs.values():
         onnx.checker.check_model(graph, full_check=True)
     network = network.double()
-    for at in sizes.tried() if sizes else (native,):
-        rows, columns = sides_of(at)
+    for at in sizes.sample_sizes() if sizes else (native,):
+        rows, columns = height_width(at)
         shown = images[:2, :, :rows, :columns].contiguous()
         with torch.no_grad():
             found = network(shown.double())
@@ -103,11 +103,16 @@ def test_a_static_graph_refuses_other_batches(original: VAN) -> None:
 
 def test_ranges_of_sizes_and_batches() -> None:
     sizes = SizeRange(64, (64, 96), (96, 128))
-    assert (sizes.holds((96, 64)), sizes.holds((97, 64))) == (True, False)
+    assert (sizes.contains((96, 64)), sizes.contains((97, 64))) == (True, False)
     assert str(sizes) == "64:64x96:96x128"
-    assert SizeRange(64, 64, 64).tried() == (64,)
-    assert SizeRange((64, 32), (64, 48), (64, 64)).tried() == ((64, 32), (64, 48), (64, 49), 64)
-    eight, rising = validated(BatchRange, "8"), validated(BatchRange, "1:8:8")
+    assert SizeRange(64, 64, 64).sample_sizes() == (64,)
+    assert SizeRange((64, 32), (64, 48), (64, 64)).sample_sizes() == (
+        (64, 32),
+        (64, 48),
+        (64, 49),
+        64,
+    )
+    eight, rising = validate(BatchRange, "8"), validate(BatchRange, "1:8:8")
     assert (batch_sizes(eight), eight.fixed, rising.fixed) == ((8,), 8, None)
     assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
     assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from van_deploy.errors import VanDeployError
 from van_deploy.model.files import find_weights
-from van_deploy.model.variants import VARIANTS, Variant, variant_named
+from van_deploy.model.variants import VARIANTS, Variant, get_variant
 
 TOLERANCE = 0.15
 """Percentage points: the papers round to 0.1, and decoders differ by a few images."""
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the bundles")
     parser.add_argument("--imagenet", type=Path, help="ImageNet's validation images")
     chosen = parser.parse_args(arguments)
-    variants = map(variant_named, chosen.variants)
+    variants = map(get_variant, chosen.variants)
     faults = {v.name: fault_of(v, chosen.output, chosen.imagenet) for v in variants}
     for name, fault in faults.items():
         print(f"{name}: {fault or 'as published'}")

@@ -40,7 +40,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from van_deploy.data.images import decoded_batches
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.labels import label_images
 from van_deploy.files import file_sha256
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_FOLDER, EMBEDDED_NAME, write_digits_folder
@@ -150,7 +150,7 @@ def evaluate(folder: Path) -> dict[str, float]:
     """
     loaded, right, count = load_van(str(folder / f"{EMBEDDED_NAME}.safetensors")), 0, 0
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        items = labelled_images(write_digits_folder(scratch, "heldout"), CONFIG.num_classes).items
+        items = label_images(write_digits_folder(scratch, "heldout"), CONFIG.num_classes).items
         for batch in decoded_batches(items, loaded.preprocessing, 64):
             predicted = loaded.model(torch.from_numpy(batch.inputs)).argmax(1).tolist()
             right += sum(p == items[i].label for p, i in zip(predicted, batch.indices, strict=True))

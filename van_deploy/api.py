@@ -15,23 +15,28 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from van_deploy import bundle as on_disk
 from van_deploy import config
 from van_deploy.bench.benchmark import benchmark_bundle
-from van_deploy.bench.document import BenchReport, record
+from van_deploy.bench.document import BenchReport, save_to_bundle
 from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
-from van_deploy.checks.judging import common
-from van_deploy.checks.verify import NO_RECIPE, VerifyReport, record_check, verify_bundle
-from van_deploy.config.named import EXPORT, Change, changes_from, settings_from
+from van_deploy.checks.outputs import shared_settings
+from van_deploy.checks.verify import DEFAULT_GATES, VerifyReport, record_check, verify_bundle
+from van_deploy.config.named_options import (
+    EXPORT,
+    Change,
+    changes_from_kwargs,
+    settings_from_kwargs,
+)
 from van_deploy.documents import Verdict
 from van_deploy.files import write_atomic
-from van_deploy.recipe import recipe_for, recipe_named
+from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, original_network, require_classes
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, predict, sources_from
-from van_deploy.signing import signed_bundle
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.signing import open_signed_bundle
+from van_deploy.stopwatch import Progress, no_progress
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -131,7 +136,7 @@ class Bundle:
         path: str | Path,
         *,
         require_signature: str | Path | None = None,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> None:
         self.path, self.progress, self.remarks = Path(path), progress, list[str]()
         self._key = Path(require_signature) if require_signature else None
@@ -146,7 +151,7 @@ class Bundle:
         """
         if self._key is None:
             return on_disk.Bundle.open(self.path)
-        return signed_bundle(self.path, self._key)[0]
+        return open_signed_bundle(self.path, self._key)[0]
 
     @property
     def name(self) -> str:
@@ -177,7 +182,7 @@ class Bundle:
         """
         from van_deploy.precision.pipeline import quantize_bundle
 
-        asked = settings_from(config.QuantizeSettings, options)
+        asked = settings_from_kwargs(config.QuantizeSettings, options)
         return quantize_bundle(self.opened().path, asked, force=force, progress=self.progress)
 
     def build(self, *, force: bool = False, **options: Unpack[kw.BuildOptions]) -> BuildReport:
@@ -193,7 +198,7 @@ class Bundle:
         """
         from van_deploy.building import build_bundle
 
-        asked = settings_from(config.BuildSettings, options)
+        asked = settings_from_kwargs(config.BuildSettings, options)
         report = build_bundle(self.opened(), asked, force=force, progress=self.progress)
         if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
             self.remarks.append(
@@ -207,7 +212,7 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
         """
-        opened, asked = self.opened(), settings_from(config.VerifySettings, options)
+        opened, asked = self.opened(), settings_from_kwargs(config.VerifySettings, options)
         gates = _gates(asked.recipe)
         loaded, samples = self._compared(opened, asked)
         report = verify_bundle(opened, samples, asked, loaded, gates, self.progress)
@@ -222,7 +227,7 @@ class Bundle:
             VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
         """
         opened, folder = self.opened(), {"images": images} if images else {}
-        asked = settings_from(config.EvaluationSettings, {**options, **folder})
+        asked = settings_from_kwargs(config.EvaluationSettings, {**options, **folder})
         gates, loaded = _gates(asked.recipe), self._original(opened, asked.weights)
         report = evaluate_bundle(opened, loaded, asked, gates, self.progress)
         return self._recorded(opened, "evaluate", report)
@@ -233,7 +238,7 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
         """
-        opened, asked = self.opened(), settings_from(config.DriftSettings, options)
+        opened, asked = self.opened(), settings_from_kwargs(config.DriftSettings, options)
         loaded, samples = self._compared(opened, asked)
         report = drift_of_bundle(opened, samples.first(asked.count), asked, loaded, self.progress)
         return self._recorded(opened, "drift", report)
@@ -249,17 +254,17 @@ class Bundle:
             InputError: the baseline cannot be read, or is not this bundle's.
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
-        opened, asked = self.opened(), settings_from(config.CheckSettings, options)
+        opened, asked = self.opened(), settings_from_kwargs(config.CheckSettings, options)
         gates, file, say = _gates(asked.recipe), Path(baseline), self.progress
         known = None if update else regression.read_baseline(file)
         loaded, samples = self._compared(opened, asked)
-        same = config.VerifySettings(**common(asked))
+        same = config.VerifySettings(**shared_settings(asked))
         verified = verify_bundle(opened, samples, same, loaded, gates, say)
         evaluated, ratios = None, {}
         if asked.evaluate is not None or asked.speed:
             loaded = loaded or self._original(opened, asked.weights)
         if asked.evaluate is not None and loaded is not None:
-            table = {"images": asked.evaluate, "labels": asked.labels, **common(asked)}
+            table = {"images": asked.evaluate, "labels": asked.labels, **shared_settings(asked)}
             settings = config.EvaluationSettings(**table, class_order=asked.class_order)
             evaluated = evaluate_bundle(opened, loaded, settings, gates, say)
         if asked.speed and loaded is not None:
@@ -282,10 +287,10 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
         """
-        opened, asked = self.opened(), settings_from(config.BenchSettings, options)
+        opened, asked = self.opened(), settings_from_kwargs(config.BenchSettings, options)
         report = benchmark_bundle(opened, asked, progress=self.progress)
         if save:
-            record(report, opened)
+            save_to_bundle(report, opened)
         return report
 
     def predict(
@@ -299,7 +304,7 @@ class Bundle:
             ImageError: there is no such file, or a folder holds no image.
             BundleError: there is no such artifact, or its files are not the manifest's.
         """
-        asked, start = settings_from(config.PredictSettings, options), time.perf_counter()
+        asked, start = settings_from_kwargs(config.PredictSettings, options), time.perf_counter()
         answers = tuple(self.stream(images, **options))
         rate = len(answers) / (time.perf_counter() - start)
         return Predictions(self.path, asked.artifact, rate, answers)
@@ -311,7 +316,7 @@ class Bundle:
 
         Raises what :meth:`predict` raises.
         """
-        asked = settings_from(config.PredictSettings, options)
+        asked = settings_from_kwargs(config.PredictSettings, options)
         opened = self.opened()
         require_classes(opened, "predict")
         sources = sources_from([images] if isinstance(images, Image) else images)
@@ -341,7 +346,7 @@ class Bundle:
             MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
             UsageError: ``output`` holds something else.
         """
-        asked = settings_from(config.PackageSettings, options)
+        asked = settings_from_kwargs(config.PackageSettings, options)
         return package(self.opened(), Path(output) if output else None, asked, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
@@ -408,7 +413,7 @@ def export(
     images: str | Path | None = None,
     offline: bool = False,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     **options: Unpack[kw.ExportOptions],
 ) -> Exported:
     """Return a bundle with a VAN as ONNX, checked against PyTorch at every batch size.
@@ -433,8 +438,8 @@ def export(
     """
     from van_deploy import exporting, pipeline
 
-    recipe = recipe_for(model, changes_from(EXPORT, options))
-    loaded = exporting.load_for(recipe, offline=offline, progress=progress)
+    recipe = resolve_recipe(model, changes_from_kwargs(EXPORT, options))
+    loaded = exporting.load_model(recipe, offline=offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
     how = config.RunSettings(images=Path(images) if images else None, force=force)
     return Exported(pipeline.export_recipe(loaded, recipe, folder, how, progress))
@@ -445,7 +450,7 @@ def run_recipe(
     output: str | Path | None = None,
     *,
     changes: Mapping[str, object] | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     **options: Unpack[kw.RunOptions],
 ) -> RunResult:
     """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
@@ -462,10 +467,10 @@ def run_recipe(
     """
     from van_deploy import exporting, pipeline
 
-    how = settings_from(config.RunSettings, options)
+    how = settings_from_kwargs(config.RunSettings, options)
     values = {tuple(key.split(".")): Change(one, key) for key, one in (changes or {}).items()}
-    wanted = recipe_for(recipe, values)
-    loaded = exporting.load_for(wanted, offline=how.offline, progress=progress)
+    wanted = resolve_recipe(recipe, values)
+    loaded = exporting.load_model(wanted, offline=how.offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
     return pipeline.run_recipe(loaded, wanted, folder, how, progress)
 
@@ -476,4 +481,4 @@ open_bundle = Bundle
 
 def _gates(recipe: str) -> config.GateSettings:
     """Return the gates of the recipe called that, or the defaults."""
-    return recipe_named(recipe).gates if recipe else NO_RECIPE
+    return load_recipe(recipe).gates if recipe else DEFAULT_GATES

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from van_deploy.config import BatchRange
 from van_deploy.config.sizes import SizeRange
-from van_deploy.documents import LONGEST_TEXT
+from van_deploy.documents import MAX_TEXT_LENGTH
 from van_deploy.errors import BundleError
 from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
@@ -21,18 +21,18 @@ from van_deploy.model.variants import VanConfig, WeightsSource
 from van_deploy.schema import (
     Count,
     FileName,
-    Kept,
+    JsonObject,
     Label,
+    SafeDataclass,
     Schema,
-    Table,
     Text,
-    Versioned,
-    read_versioned,
+    VersionedSchema,
+    read_document,
 )
 
 SCHEMA: Final = "van-deploy/bundle/3"
 MANIFEST = "manifest.json"
-ANEW = "Make the bundle anew: `van-deploy export MODEL --output DIR`, in another folder."
+REBUILD_REMEDY = "Make the bundle anew: `van-deploy export MODEL --output DIR`, in another folder."
 LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -41,7 +41,7 @@ Embedding = Literal["none", "normalize", "uint8"]
 """Which preprocessing a graph has inside (see :mod:`van_deploy.graph.embed`)."""
 
 
-def inside(relative: str) -> str:
+def require_relative_path(relative: str) -> str:
     """Return the path of a file if it stays inside the bundle.
 
     Raises:
@@ -49,14 +49,14 @@ def inside(relative: str) -> str:
     """
     path = PurePosixPath(relative)
     too_long = any(len(part.encode(errors="replace")) > LONGEST_NAME_BYTES for part in path.parts)
-    if too_long or len(relative) > LONGEST_TEXT or not relative.isprintable():
+    if too_long or len(relative) > MAX_TEXT_LENGTH or not relative.isprintable():
         raise ValueError("is no name of a file")
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
         raise ValueError("is outside the bundle")
     return relative
 
 
-Place = Annotated[str, AfterValidator(inside)]
+RelativePath = Annotated[str, AfterValidator(require_relative_path)]
 """Path of a file, relative to the bundle and inside it."""
 
 
@@ -72,7 +72,7 @@ class Origin(Schema):
     sha256: Text
 
 
-class TensorFacts(Schema):
+class TensorInfo(Schema):
     """An input or an output of a graph.
 
     Attributes:
@@ -84,12 +84,12 @@ class TensorFacts(Schema):
     shape: Annotated[tuple[Count | Text, ...], Field(min_length=1)]
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
+    def sample_shape(self) -> tuple[int, ...]:
         """The shape without the batch; -1 where it is free."""
         return tuple(-1 if isinstance(length, str) else length for length in self.shape[1:])
 
 
-class GraphFacts(Schema):
+class GraphInfo(Schema):
     """What an ONNX file holds.
 
     Attributes:
@@ -108,12 +108,12 @@ class GraphFacts(Schema):
     nodes: Count
     operators: dict[Text, Count]
     weight_bytes: Count
-    inputs: dict[Text, TensorFacts]
-    outputs: dict[Text, TensorFacts]
+    inputs: dict[Text, TensorInfo]
+    outputs: dict[Text, TensorInfo]
     exported_nodes: Count | None = None
 
 
-class EngineFacts(Schema):
+class EngineInfo(Schema):
     """What a TensorRT engine or an Inductor package is; its sidecar says the rest.
 
     Attributes:
@@ -153,14 +153,14 @@ class Artifact(Schema):
     name: FileName = Field(default="", exclude=True)
     kind: Literal["onnx", "serving", "engine", "package"]
     precision: Precision
-    file: Place
-    files: dict[Place, Text]
+    file: RelativePath
+    files: dict[RelativePath, Text]
     made_from: Origin
-    made_with: Table
-    graph: GraphFacts | None = None
+    made_with: JsonObject
+    graph: GraphInfo | None = None
     embedded: Embedding = "none"
-    engine: EngineFacts | None = None
-    quantization: Table = Field(default_factory=dict)
+    engine: EngineInfo | None = None
+    quantization: JsonObject = Field(default_factory=dict)
     golden_sqnr_db: dict[Text, float] = Field(default_factory=dict)
 
     @property
@@ -174,7 +174,7 @@ class Artifact(Schema):
         return content_key(self.made_with)
 
 
-class Golden(Schema):
+class GoldenInfo(Schema):
     """Images in the bundle with PyTorch's own answers to them, to judge every artifact on.
 
     Attributes:
@@ -185,10 +185,10 @@ class Golden(Schema):
         licence: under which terms the images may be passed on.
     """
 
-    file: Place
+    file: RelativePath
     count: Count
     images: Text
-    originals: tuple[Place, ...]
+    originals: tuple[RelativePath, ...]
     licence: Text
 
 
@@ -206,7 +206,7 @@ def _positive(config: VanConfig) -> VanConfig:
     return config
 
 
-class Description(Schema):
+class NetworkInfo(Schema):
     """What a bundle says of the network it deploys.
 
     Attributes:
@@ -223,23 +223,23 @@ class Description(Schema):
     """
 
     name: FileName
-    weights: Annotated[WeightsSource, Kept]
-    architecture: Annotated[VanConfig, Kept, AfterValidator(_positive)]
+    weights: Annotated[WeightsSource, SafeDataclass]
+    architecture: Annotated[VanConfig, SafeDataclass, AfterValidator(_positive)]
     parameters: Count
-    preprocessing: Annotated[Preprocessing, Kept]
+    preprocessing: Annotated[Preprocessing, SafeDataclass]
     class_names: Annotated[tuple[Label, ...], Field(min_length=1)] | None
     batch: BatchRange
     sizes: SizeRange | None = None
     versions: dict[Text, Text]
-    golden: Golden | None = None
+    golden: GoldenInfo | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> Description:
+    def _fits(self) -> NetworkInfo:
         """Refuse names or preprocessing of another network."""
         classes, channels = self.architecture.num_classes, self.architecture.in_chans
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(f"has {len(self.class_names)} class names for {classes} classes")
-        if self.sizes is not None and not self.sizes.holds(self.preprocessing.image_size):
+        if self.sizes is not None and not self.sizes.contains(self.preprocessing.image_size):
             raise ValueError(
                 f"prepares images of {self.preprocessing.image_size}, not in its sizes"
             )
@@ -258,7 +258,7 @@ def _named(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
     return {key: entry.model_copy(update={"name": key}) for key, entry in artifacts.items()}
 
 
-class Manifest(Description, Versioned):
+class Manifest(NetworkInfo, VersionedSchema):
     """Everything in ``manifest.json``.
 
     Attributes:
@@ -271,8 +271,8 @@ class Manifest(Description, Versioned):
     schema_: Literal["van-deploy/bundle/3"] = Field(alias="schema")
     written: Text
     artifacts: Annotated[dict[FileName, Artifact], AfterValidator(_named)]
-    checks: dict[Text, Table]
-    files: dict[Place, Text]
+    checks: dict[Text, JsonObject]
+    files: dict[RelativePath, Text]
 
 
 def manifest_from(text: str, path: Path) -> Manifest:
@@ -281,7 +281,7 @@ def manifest_from(text: str, path: Path) -> Manifest:
     Raises:
         BundleError: it is damaged, of another version, or names files outside of the bundle.
     """
-    return read_versioned(Manifest, path, "manifest", BundleError, ANEW, text)
+    return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY, text)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -296,4 +296,4 @@ def read_manifest(folder: Path) -> Manifest:
             f"'{folder}' is not a bundle: it has no {MANIFEST}.",
             "Make one with `van-deploy export MODEL --output DIR`.",
         )
-    return read_versioned(Manifest, path, "manifest", BundleError, ANEW)
+    return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY)

@@ -17,14 +17,20 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from van_deploy.config import Recipe
-from van_deploy.config.fields import InFile, Table, option
-from van_deploy.config.named import Change, Changes, recipe_from, written
+from van_deploy.config.fields import PathOrNameMarker, Table, option
+from van_deploy.config.named_options import Change, Changes, explicit_values, recipe_from_tables
 from van_deploy.documents import tomllib
 from van_deploy.errors import RecipeError, UsageError
-from van_deploy.schema import Settings, key_of, read_toml, table_in, toml_tables
+from van_deploy.schema import (
+    Settings,
+    field_key,
+    nested_table,
+    read_toml_document,
+    read_toml_tables,
+)
 
 RECIPES, CALIBRATION_SETS = "van_deploy.recipes", "van_deploy.calibration_sets"
-UNCHANGED: Changes = {}
+NO_CHANGES: Changes = {}
 
 
 class ImageSelection(Table):
@@ -70,7 +76,7 @@ def builtin_files(package: str = RECIPES) -> dict[str, Path]:
     return {name.removesuffix(".toml"): Path(str(folder / name)) for name in names}
 
 
-def file_named(name: str, package: str, what: str) -> Path:
+def resolve_file(name: str, package: str, what: str) -> Path:
     """Return the file inside a data package that ``name`` means, or the path that it is.
 
     Args:
@@ -94,17 +100,17 @@ def file_named(name: str, package: str, what: str) -> Path:
     return Path(name)
 
 
-def recipe_named(name: str, changes: Changes = UNCHANGED) -> Recipe:
+def load_recipe(name: str, changes: Changes = NO_CHANGES) -> Recipe:
     """Return the built-in recipe ``name``, or the one in the file of that path.
 
     Raises:
         RecipeError: there is none, or it is wrong.
         UsageError: a change is wrong.
     """
-    return read_recipe(file_named(name, RECIPES, "recipe"), changes)
+    return read_recipe(resolve_file(name, RECIPES, "recipe"), changes)
 
 
-def recipe_for(model: str | Path | Recipe, changes: Changes = UNCHANGED) -> Recipe:
+def resolve_recipe(model: str | Path | Recipe, changes: Changes = NO_CHANGES) -> Recipe:
     """Return the recipe for what the user gave: a recipe, its name, or anything with weights.
 
     Raises:
@@ -112,14 +118,14 @@ def recipe_for(model: str | Path | Recipe, changes: Changes = UNCHANGED) -> Reci
         UsageError: a change is wrong.
     """
     if isinstance(model, Recipe):
-        return recipe_from(written(model), changes)
+        return recipe_from_tables(explicit_values(model), changes)
     name = str(model)
     if name.endswith(".toml") or name in builtin_files():
-        return recipe_named(name, changes)
-    return recipe_from({"model": {"weights": name}}, changes)
+        return load_recipe(name, changes)
+    return recipe_from_tables({"model": {"weights": name}}, changes)
 
 
-def read_recipe(path: Path, changes: Changes = UNCHANGED) -> Recipe:
+def read_recipe(path: Path, changes: Changes = NO_CHANGES) -> Recipe:
     """Return the recipe in a TOML file, every key checked.
 
     Args:
@@ -131,12 +137,12 @@ def read_recipe(path: Path, changes: Changes = UNCHANGED) -> Recipe:
             not of its kind; names the file and the key.
         UsageError: a change is wrong; names the option as it was written.
     """
-    tables = toml_tables(path, "recipe", RecipeError)
+    tables = read_toml_tables(path, "recipe", RecipeError)
     _find_files_(tables, Recipe, path.parent)
-    return recipe_from(tables, changes, f"The recipe '{path}'")
+    return recipe_from_tables(tables, changes, f"The recipe '{path}'")
 
 
-def changes_from_text(assignments: Iterable[str]) -> Changes:
+def parse_assignments(assignments: Iterable[str]) -> Changes:
     """Return the changes of a recipe written ``KEY=VALUE``.
 
     The value is TOML; what is none is taken as text, so that ``model.weights=mine.pth``
@@ -162,29 +168,29 @@ def changes_from_text(assignments: Iterable[str]) -> Changes:
     return changes
 
 
-def calibration_set_named(name: str) -> CalibrationSet:
+def load_calibration_set(name: str) -> CalibrationSet:
     """Return the built-in set ``name``, or the one in the TOML file of that path.
 
     Raises:
         RecipeError: there is none, or it is wrong.
     """
-    path = file_named(name, CALIBRATION_SETS, "calibration set")
-    found = read_toml(CalibrationSet, path, "calibration set", RecipeError)
+    path = resolve_file(name, CALIBRATION_SETS, "calibration set")
+    found = read_toml_document(CalibrationSet, path, "calibration set", RecipeError)
     if not found.images.path:
         return found
     place = str(path.parent / found.images.path)
-    return found.changed(images=found.images.changed(path=place))
+    return found.with_changes(images=found.images.with_changes(path=place))
 
 
 def _find_files_(values: Any, schema: type[Settings], folder: Path) -> None:
     """Make the paths in a recipe's values relative to the working folder, in place."""
     for name, field in schema.model_fields.items() if isinstance(values, dict) else ():
-        key = key_of(name, field)
-        value, inner = values.get(key), table_in(field.annotation)
+        key = field_key(name, field)
+        value, inner = values.get(key), nested_table(field.annotation)
         if inner is not None:
             _find_files_(value, inner, folder)
         elif isinstance(value, str) and value:
             is_path = Path in (field.annotation, *get_args(field.annotation))
-            may_be_path = any(isinstance(mark, InFile) for mark in field.metadata)
+            may_be_path = any(isinstance(mark, PathOrNameMarker) for mark in field.metadata)
             if is_path or (may_be_path and (folder / value).exists()):
                 values[key] = str(folder / value)

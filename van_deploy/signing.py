@@ -22,10 +22,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
-from van_deploy.errors import BundleError, InputError, SignatureError, needs_extra
+from van_deploy.errors import BundleError, InputError, SignatureError, require_extra
 from van_deploy.files import write_atomic
 from van_deploy.manifest import manifest_from
-from van_deploy.schema import Text, Versioned, read_versioned
+from van_deploy.schema import Text, VersionedSchema, read_document
 
 SIGNATURE_BYTES = 64  # RFC 8032
 PASSWORD_VARIABLE = "VAN_DEPLOY_KEY_PASSWORD"
@@ -39,7 +39,7 @@ def _signature(text: str) -> str:
     return text
 
 
-class Signature(Versioned):
+class Signature(VersionedSchema):
     """What ``manifest.json.sig`` says.
 
     Attributes:
@@ -57,7 +57,7 @@ class Signature(Versioned):
 
 
 @dataclass(frozen=True)
-class Signed:
+class SignedBundle:
     """A bundle, and whose signature it has.
 
     Attributes:
@@ -73,7 +73,7 @@ class Signed:
     files: int
 
 
-def sign_bundle(path: Path, key_file: Path) -> Signed:
+def sign_bundle(path: Path, key_file: Path) -> SignedBundle:
     """Sign the bundle at ``path`` with a private key; the signature replaces an older one.
 
     Raises:
@@ -95,10 +95,10 @@ def sign_bundle(path: Path, key_file: Path) -> Signed:
         signature=base64.b64encode(key.sign(_signed_bytes(date, content))).decode(),
     )
     write_atomic(bundle.path / SIGNATURE, signature.text())
-    return Signed(path, signature.key_id, date, len(bundle.digests))
+    return SignedBundle(path, signature.key_id, date, len(bundle.digests))
 
 
-def signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, Signed]:
+def open_signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, SignedBundle]:
     """Return the bundle at ``path`` and whose signature it has, after checking both whole.
 
     The signature must be that of the public key's owner and fit the manifest, every file must
@@ -120,7 +120,7 @@ def signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, Signed]:
             f"The bundle '{bundle.path}' is not signed: it has no {SIGNATURE}.",
             f"Sign it where it was made, with `van-deploy sign {bundle.path} --key FILE`.",
         )
-    found = read_versioned(Signature, file, "signature", SignatureError, FETCH_AGAIN)
+    found = read_document(Signature, file, "signature", SignatureError, FETCH_AGAIN)
     if found.key_id != wanted:
         raise SignatureError(
             f"The bundle '{bundle.path}' is signed with another key, {found.key_id[:16]}..., "
@@ -140,7 +140,7 @@ def signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, Signed]:
     # What was signed, whatever stands in the file by now.
     bundle = replace(bundle, manifest=manifest_from(content.decode(), bundle.path / MANIFEST))
     _require_whole(bundle, SignatureError, FETCH_AGAIN)
-    return bundle, Signed(bundle.path, found.key_id, found.date, len(bundle.digests))
+    return bundle, SignedBundle(bundle.path, found.key_id, found.date, len(bundle.digests))
 
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:
@@ -172,7 +172,7 @@ def _key_id(key: Any) -> str:
 
 def _key_from(path: Path, wanted: Literal["private", "public"]) -> Any:
     """Return the Ed25519 key in a PEM file, opened with the environment's password."""
-    with needs_extra("A signature", "sign"):
+    with require_extra("A signature", "sign"):
         from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ed25519
     key: object

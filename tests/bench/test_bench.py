@@ -18,8 +18,8 @@ import pytest
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bench.benchmark import Watch, benchmark_bundle
-from van_deploy.bench.document import BenchReport, compared, read_report
+from van_deploy.bench.benchmark import LoadMonitor, benchmark_bundle
+from van_deploy.bench.document import BenchReport, compare_reports, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu, nvidia_driver
@@ -71,8 +71,8 @@ def test_figures_belong_together_and_hold_what_is_needed_to_repeat_them(
     assert all(0 < entry["percent_of_limit"] < 150 for entry in plain["roofline"])
 
 
-def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bundle) -> None:
-    settings = QUICK.changed(
+def test_image_sizes_embedded_preprocessing_streams_and_profiles(uint8_bundle: Bundle) -> None:
+    settings = QUICK.with_changes(
         batches=(1,),
         image_sizes=(32, 64),
         runners=("ort-cpu", "openvino/fp32")[: 1 + (find_spec("openvino") is not None)],
@@ -80,7 +80,7 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bu
         profile=True,
         streams=2,
     )
-    report = benchmark_bundle(byte_bundle, settings)
+    report = benchmark_bundle(uint8_bundle, settings)
     timed = {(row.contender, row.image_size): row for row in report.rows}
     assert len(timed) == 2 * len(report.contenders)
     assert {name for name, _ in timed} > {"ort-cpu/fp32"}, "the graph that takes bytes, too"
@@ -94,20 +94,20 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(byte_bundle: Bu
 
 
 def test_a_latency_limit_gives_the_best_batch_below_it(digits_bundle: Bundle) -> None:
-    settings = QUICK.changed(roofline=False)
-    report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e6))
+    settings = QUICK.with_changes(roofline=False)
+    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e6))
     best = (report.best_under_p99 or {})["ort-cpu/fp32"]
     assert [row.batch for row in report.rows] == [1, 2, 4, 8]
     assert best == max(report.rows, key=lambda row: row.images_per_s or 0)
-    report = benchmark_bundle(digits_bundle, settings.changed(p99_ms=1e-6))
+    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "what is too slow is not tried at more"
     assert report.best_under_p99 == {"ort-cpu/fp32": None}
 
 
 def test_the_command_prints_tables_and_json_and_keeps_the_result(
-    digits_bundle: Bundle, copy_of: Copy, cli: Cli, tmp_path: Path
+    digits_bundle: Bundle, copy_bundle: Copy, cli: Cli, tmp_path: Path
 ) -> None:
-    bundle, output = copy_of(digits_bundle), tmp_path / "deep" / "new.json"
+    bundle, output = copy_bundle(digits_bundle), tmp_path / "deep" / "new.json"
     first = cli("bench", bundle, *SHORT.split(), "--output", output)
     assert first.exit_code == 0
     assert "ort-cpu/fp32" in first.stdout
@@ -125,13 +125,13 @@ def test_the_command_prints_tables_and_json_and_keeps_the_result(
     ("words", "code", "message"),
     [
         ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
-        ("--runners tvm", 2, "There is no runner 'tvm' here."),
+        ("--runners tvm", 2, "There is no runner 'tvm'."),
         ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
         ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
         ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
         ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
-        ("--device cuda:0", 3, "No NVIDIA GPU 'cuda:0' answers here"),
-        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one is timed"),
+        ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
+        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
     ],
 )
 def test_the_command_refuses_in_words(
@@ -156,7 +156,7 @@ def test_limits_on_paper_are_labelled_so(digits_bundle: Bundle, cli: Cli) -> Non
 
 def test_load_by_others_is_noticed() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        watch = Watch()
+        watch = LoadMonitor()
         time.sleep(0.5)
         machine = watch.machine()
         process.kill()
@@ -179,7 +179,7 @@ def test_a_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
             row["latency"]["p50_ms"] = 1.0 / factor
         return BenchReport.model_validate_json(json.dumps(changed), strict=True)
 
-    report = compared(shifted(2.0), shifted(factor))
+    report = compare_reports(shifted(2.0), shifted(factor))
     assert [change.batch for change in report.changes] == [1, 2]
     for change in report.changes:
         assert (change.same_file, change.moved) == (True, moved)
@@ -207,4 +207,4 @@ def test_what_cannot_be_compared_is_refused(
         BenchReport.model_validate_json(json.dumps(one), strict=True) for one in (old, plain)
     ]
     with pytest.raises(UsageError, match=words):
-        compared(*reports)
+        compare_reports(*reports)

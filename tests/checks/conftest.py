@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import ModelProto
 
-from tests.artifacts import Copy, Subject, put
+from tests.artifacts import Copy, Subject, add_artifact
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import (
     BatchRange,
@@ -42,7 +42,7 @@ def tiny_bundle(
     folder: Path, classes: int, problem: str = "", images: Path | None = None, **export: Any
 ) -> Path:
     """Return the bundle of a tiny network of random weights, 32 x 32."""
-    from van_deploy.exporting import export_bundle, load_for
+    from van_deploy.exporting import export_bundle, load_model
     from van_deploy.model.van import random_van
 
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
@@ -56,12 +56,12 @@ def tiny_bundle(
         batch=BatchRange(1, 2, 3),
         export=ExportSettings(**export),
     )
-    export_bundle(load_for(recipe), recipe, folder / "bundle", images=images)
+    export_bundle(load_model(recipe), recipe, folder / "bundle", images=images)
     return folder / "bundle"
 
 
 @pytest.fixture
-def broken(copy_of: Copy, tmp_path: Path) -> Broken:
+def broken(copy_bundle: Copy, tmp_path: Path) -> Broken:
     """Return a function that puts a broken graph in the place of an artifact, in a new copy.
 
     What was recorded when the right one was made stays recorded: only digests are rewritten.
@@ -71,9 +71,9 @@ def broken(copy_of: Copy, tmp_path: Path) -> Broken:
         whole: Subject, name: str, precision: str, model: ModelProto, **more: Any
     ) -> Bundle:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
-        copy = Bundle.open(copy_of(whole, "broken"))
+        copy = Bundle.open(copy_bundle(whole, "broken"))
         if name in copy.artifacts and not more:
             return overwritten(copy, name, model)
-        return put(copy, name, precision, model, **more)
+        return add_artifact(copy, name, precision, model, **more)
 
     return replace

@@ -14,11 +14,11 @@ from scipy.stats import binomtest
 from tests.each import each
 from van_deploy.checks.evaluate import (
     ECE_BINS,
-    Answers,
-    Truth,
-    accuracy_of,
+    GroundTruth,
+    Predictions,
+    compare_predictions,
     expected_calibration_error,
-    judge_artifact,
+    measure_accuracy,
 )
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.regression import ROUNDS, WARM_UPS, paired_ratio
@@ -27,20 +27,20 @@ from van_deploy.metrics import Task, probabilities
 SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
 
 
-def said(classes: list[int], confidence: float = 0.9) -> Answers:
+def said(classes: list[int], confidence: float = 0.9) -> Predictions:
     """Return answers of ten classes with that first class, as sure as that."""
     logits = np.full((len(classes), 10), math.log((1 - confidence) / 9))
     logits[range(len(classes)), classes] = math.log(confidence)
-    return Answers.of(logits.astype(np.float32))
+    return Predictions.of(logits.astype(np.float32))
 
 
 def test_counted_by_hand() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
     before, after = said([0, 0, 1, 1, 2, 0, 3, 3]), said([0, 1, 1, 1, 2, 2, 0, 0])
-    accuracy = accuracy_of(before, Truth(labels, 10, SINGLE))
+    accuracy = measure_accuracy(before, GroundTruth(labels, 10, SINGLE))
     assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.875)
     assert accuracy.ece == pytest.approx(0.025, abs=1e-6)
-    found = judge_artifact(before, after, Truth(labels, 10, SINGLE), "int8")
+    found = compare_predictions(before, after, GroundTruth(labels, 10, SINGLE), "int8")
     assert (found.loss.lost, found.loss.won, found.loss.loss) == (3, 1, 25.0)
     assert found.loss.p_value == binomtest(3, 4, 0.5).pvalue
     changed = [tuple(change.values()) for change in found.classes]
@@ -52,19 +52,25 @@ def test_top5_of_five_classes_is_no_figure() -> None:
     """It is 100 % whatever the network says."""
     logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     labels = np.zeros(20, np.int64)
-    few = accuracy_of(Answers.of(logits), Truth(labels, 5, SINGLE))
+    few = measure_accuracy(Predictions.of(logits), GroundTruth(labels, 5, SINGLE))
     assert (few.top5, few.top5_interval) == (None, None)
-    assert accuracy_of(Answers.of(np.tile(logits, 2)), Truth(labels, 10, SINGLE)).top5 is not None
+    assert (
+        measure_accuracy(Predictions.of(np.tile(logits, 2)), GroundTruth(labels, 10, SINGLE)).top5
+        is not None
+    )
 
 
 def test_a_nan_is_no_answer() -> None:
     reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
     logits = np.array([[3.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
-    found, truth = Answers.of(logits, SINGLE, reference), Truth(np.array([0, 0]), 3, SINGLE)
+    found, truth = (
+        Predictions.of(logits, SINGLE, reference),
+        GroundTruth(np.array([0, 0]), 3, SINGLE),
+    )
     assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
     assert found.confidence[1] == 0
-    assert accuracy_of(found, truth).top1 == 0.5
-    judged = judge_artifact(Answers.of(reference), found, truth, "fp16")
+    assert measure_accuracy(found, truth).top1 == 0.5
+    judged = compare_predictions(Predictions.of(reference), found, truth, "fp16")
     assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
     assert judged.confusions == ((0, -1, 1),)
 
@@ -73,8 +79,8 @@ def test_noise_and_flips_over_the_whole_set() -> None:
     rng = np.random.default_rng(3)
     expected = rng.normal(size=(10, 4)).astype(np.float32)
     found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
-    before, after = Answers.of(expected), Answers.of(found, SINGLE, expected)
-    judged = judge_artifact(before, after, Truth(np.zeros(10, int), 4, SINGLE), "fp16")
+    before, after = Predictions.of(expected), Predictions.of(found, SINGLE, expected)
+    judged = compare_predictions(before, after, GroundTruth(np.zeros(10, int), 4, SINGLE), "fp16")
     noise = np.square(found.astype(np.float64) - expected).sum()
     signal = np.square(expected.astype(np.float64)).sum()
     assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
@@ -90,13 +96,13 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     expected = np.array([[2.0], [-1.0], [0.5], [-3.0]], np.float32)
     found = np.array([[2.0], [1.0], [-0.5], [-3.0]], np.float32)
     labels = np.array([1, 0, 1, 0])
-    before, after = Answers.of(expected, BINARY), Answers.of(found, BINARY, expected)
+    before, after = Predictions.of(expected, BINARY), Predictions.of(found, BINARY, expected)
     assert before.classes[:, 0].tolist() == [1, 0, 1, 0]
     sure = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-3))]
     assert after.confidence[[0, 3]].tolist() == pytest.approx(sure)
-    accuracy = accuracy_of(after, Truth(labels, 1, BINARY))
+    accuracy = measure_accuracy(after, GroundTruth(labels, 1, BINARY))
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
-    judged = judge_artifact(before, after, Truth(labels, 1, BINARY), "fp16")
+    judged = compare_predictions(before, after, GroundTruth(labels, 1, BINARY), "fp16")
     assert (judged.loss.lost, judged.loss.won, judged.loss.loss) == (2, 0, 50.0)
     assert judged.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
@@ -110,11 +116,11 @@ LABELS = np.array([[1, 0, 1], [0, 1, 1]])
 def test_f1_and_its_loss_counted_by_hand() -> None:
     worse = LOGITS.copy()
     worse[0, 0] = -2.0
-    before, after = Answers.of(LOGITS, MULTI), Answers.of(worse, MULTI)
-    accuracy = accuracy_of(before, Truth(LABELS, 3, MULTI))
+    before, after = Predictions.of(LOGITS, MULTI), Predictions.of(worse, MULTI)
+    accuracy = measure_accuracy(before, GroundTruth(LABELS, 3, MULTI))
     assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
     assert accuracy.top1 == pytest.approx(2 * 3 / (3 + 4))
-    loss = judge_artifact(before, after, Truth(LABELS, 3, MULTI), "int8").loss
+    loss = compare_predictions(before, after, GroundTruth(LABELS, 3, MULTI), "int8").loss
     assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
     assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
     assert loss.interval[0] <= loss.loss <= loss.interval[1]
@@ -125,9 +131,9 @@ def test_the_interval_resamples_images_and_not_decisions() -> None:
     rng = np.random.default_rng(0)
     one = rng.integers(0, 2, (30, 1))
     logits = np.where(rng.random((30, 1)) < 0.2, 1 - 2 * one, 2 * one - 1)
-    found = Answers.of(np.repeat(logits, 200, axis=1).astype(np.float32), MULTI)
+    found = Predictions.of(np.repeat(logits, 200, axis=1).astype(np.float32), MULTI)
     labels = np.repeat(one, 200, axis=1)
-    low, high = accuracy_of(found, Truth(labels, 200, MULTI)).top1_interval
+    low, high = measure_accuracy(found, GroundTruth(labels, 200, MULTI)).top1_interval
     assert high - low > 0.15
 
 

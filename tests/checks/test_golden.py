@@ -16,45 +16,45 @@ from tests.checks.conftest import tiny_bundle
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.golden import golden_samples, images_for_golden, judge_originals
+from van_deploy.checks.golden import check_originals, golden_images, golden_samples
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.metrics import sqnr_db
-from van_deploy.model.preprocess import OFFICIAL, normalised
+from van_deploy.model.preprocess import OFFICIAL, normalise
 
 
-def test_they_are_pytorchs_own_answers(judged: Subject) -> None:
-    samples = golden_samples(judged.bundle)
+def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
+    samples = golden_samples(digits.bundle)
     assert len(samples) == 16
     assert samples.pixels is not None
-    inputs = normalised(samples.pixels, judged.loaded.preprocessing)
+    inputs = normalise(samples.pixels, digits.loaded.preprocessing)
     assert np.array_equal(samples.inputs, inputs)
     with torch.inference_mode():
         parts = torch.from_numpy(inputs).split(8)  # how many at a time decides float32's noise
-        single = torch.cat([judged.loaded.model(part) for part in parts]).numpy()
-        double = judged.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
-        judged.loaded.model.float()
+        single = torch.cat([digits.loaded.model(part) for part in parts]).numpy()
+        double = digits.loaded.model.double()(torch.from_numpy(inputs).double()).numpy()
+        digits.loaded.model.float()
     assert np.abs(samples.logits - double).max() < 1e-12
     assert 120 < samples.noise_db < 150
     assert samples.noise_db == pytest.approx(sqnr_db(double, single), abs=1e-3)
 
 
-def test_the_originals_and_the_terms(judged: Subject) -> None:
-    ours = judged.bundle.manifest.golden
+def test_the_originals_and_the_terms(digits: Subject) -> None:
+    ours = digits.bundle.manifest.golden
     assert ours is not None
     assert ours.originals == ("golden/0.png", "golden/1.png")
-    found = judge_originals(judged.bundle, judged.samples)
+    found = check_originals(digits.bundle, digits.samples)
     assert [(f.outcome, f.value) for f in found] == [(Outcome.PASS, 0.0)] * 2
     assert "scikit-image's and scikit-learn's own photographs" in ours.licence
 
 
-def test_another_resize_on_this_machine_is_seen(judged: Subject, copy_of: Copy) -> None:
-    path = copy_of(judged)
+def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_bundle: Copy) -> None:
+    path = copy_bundle(digits)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["preprocessing"]["interpolation"] = "nearest"
     (path / "manifest.json").write_text(json.dumps(manifest))
     bundle = Bundle.open(path)
-    found = judge_originals(bundle, golden_samples(bundle))
+    found = check_originals(bundle, golden_samples(bundle))
     assert {f.outcome for f in found} == {Outcome.FAIL}
     wrong = "from the golden sample 0: another decoder, or other preprocessing"
     assert found[0].message.endswith(wrong)
@@ -62,7 +62,7 @@ def test_another_resize_on_this_machine_is_seen(judged: Subject, copy_of: Copy) 
 
 def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
     five = replace(OFFICIAL, mean=(0.5,) * 5, std=(0.5,) * 5, image_size=32)
-    images, originals = images_for_golden("five", five, None)
+    images, originals = golden_images("five", five, None)
     assert originals == ()
     assert images.inputs.shape == (16, 5, 32, 32)
     assert len({row.tobytes() for row in images.inputs}) == 16
@@ -71,21 +71,21 @@ def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
 def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
-    images, originals = images_for_golden("one", OFFICIAL, tmp_path)
+    images, originals = golden_images("one", OFFICIAL, tmp_path)
     assert len(originals) == 1
     assert len({row.tobytes() for row in images.inputs}) == 16  # one is the original's
 
 
 @pytest.mark.parametrize("choice", ["samples", "images", "none"])
-def test_the_users_images_stay_at_home(tmp_path: Path, judged: Subject, choice: str) -> None:
-    path = tiny_bundle(tmp_path, 7, images=judged.labelled, golden=choice, simplify=False)
+def test_the_users_images_stay_at_home(tmp_path: Path, digits: Subject, choice: str) -> None:
+    path = tiny_bundle(tmp_path, 7, images=digits.labelled, golden=choice, simplify=False)
     bundle = Bundle.open(path)
     golden = bundle.manifest.golden
     written = (path / "manifest.json").read_text()
     if choice != "none":
         assert golden is not None
         assert ("photographs" in golden.images) is (choice == "samples")
-        assert (str(judged.labelled) in written) is (choice == "images")
+        assert (str(digits.labelled) in written) is (choice == "images")
         given = golden.licence == "the terms of the images given with --images"
         assert given is (choice == "images")
     else:
@@ -100,9 +100,9 @@ def test_the_users_images_stay_at_home(tmp_path: Path, judged: Subject, choice: 
     [((), "are damaged"), (("pixels", "noise_db"), "logits is not a file in the archive")],
 )
 def test_golden_samples_that_are_damaged(
-    judged: Subject, copy_of: Copy, kept: tuple[str, ...], said: str
+    digits: Subject, copy_bundle: Copy, kept: tuple[str, ...], said: str
 ) -> None:
-    path = copy_of(judged, said)
+    path = copy_bundle(digits, said)
     file, manifest = path / "golden.npz", path / "manifest.json"
     before, arrays = file_sha256(file), dict(np.load(file))
     np.savez(file, **{name: arrays[name] for name in kept})
@@ -115,8 +115,8 @@ def test_golden_samples_that_are_damaged(
     assert error.value.remedy == "Export the model again; nothing made it from here."
 
 
-def test_a_changed_file(judged: Subject, copy_of: Copy) -> None:
-    path = copy_of(judged)
+def test_a_changed_file(digits: Subject, copy_bundle: Copy) -> None:
+    path = copy_bundle(digits)
     (path / "golden" / "1.png").write_bytes(b"")
     with pytest.raises(BundleError, match=r"1\.png' was changed after the manifest"):
-        judge_originals(Bundle.open(path), judged.samples)
+        check_originals(Bundle.open(path), digits.samples)

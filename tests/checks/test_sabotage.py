@@ -14,8 +14,8 @@ from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import Broken
 from tests.each import each
-from van_deploy.checks.gates import BELOW_RECORD_DB, Limit, Outcome, outcome_of
-from van_deploy.checks.judging import judge_graph, judge_new
+from van_deploy.checks.gates import RECORD_MARGIN_DB, Limit, Outcome, outcome_of
+from van_deploy.checks.outputs import check_graph, check_new_graph
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import VerifySettings
 from van_deploy.metrics import sqnr_db
@@ -30,7 +30,7 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 
-@pytest.fixture(params=["judged", pytest.param("cifar", marks=pytest.mark.slow)])
+@pytest.fixture(params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> Subject:
     """Return the embedded network and, where it is, the shared one."""
     found: Subject = request.getfixturevalue(request.param)
@@ -47,7 +47,7 @@ def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault:
     effect = recorded - min(sqnr_db(whole.samples.logits, found) for found in answers)
     asked = VerifySettings(artifacts=(name,), modules=False)
     report = verify_bundle(broken(whole, name, name, model), whole.samples, asked)
-    if effect >= BELOW_RECORD_DB:
+    if effect >= RECORD_MARGIN_DB:
         assert report.artifacts[name].outcome is Outcome.FAIL, effect
     else:
         mild = {faults.layer_norm_epsilon, faults.swapped_channels, faults.bias_lost}
@@ -74,7 +74,7 @@ def test_no_sabotaged_quantiser_passes(
 ) -> None:
     """Its own records are consistent: what it makes is all that is known of it."""
     model = sabotage(whole.graph("int8"), change)
-    judged, record = judge_new(model, "int8", whole.samples)  # as quantize asks
+    judged, record = check_new_graph(model, "int8", whole.samples)  # as quantize asks
     assert judged.outcome is Outcome.FAIL, judged.reason
     bundle = broken(whole, "int8", "int8", model, golden_sqnr_db=record)
     asked = VerifySettings(artifacts=("int8",), modules=False)
@@ -82,7 +82,7 @@ def test_no_sabotaged_quantiser_passes(
 
 
 def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
-    findings, wrong = judge_graph(whole.graph("int8"), "int8", whole.samples, INT8)
+    findings, wrong = check_graph(whole.graph("int8"), "int8", whole.samples, INT8)
     found = {finding.rule: finding.value or 0.0 for finding in findings}
     assert {finding.outcome for finding in findings} == {Outcome.PASS}
     assert found["median scale"] == pytest.approx(1.0, abs=0.15)
@@ -99,7 +99,7 @@ def test_each_wrong_scale_is_named(judged: Subject) -> None:
     for layer in layers[::7]:
         for of, factor in (("weight", 2), ("activation", 8)):
             model = faults.scale_times(judged.graph("int8"), layer, of, factor)
-            assert layer in dict(judge_graph(model, "int8", few, INT8)[1])
+            assert layer in dict(check_graph(model, "int8", few, INT8)[1])
 
 
 def test_on_sample_images_one_scale_decides_nothing_and_all_do(judged: Subject) -> None:
@@ -114,6 +114,6 @@ def test_on_sample_images_one_scale_decides_nothing_and_all_do(judged: Subject) 
         (one, judged.samples, Outcome.FAIL, "is allowed"),
         (every, general, Outcome.FAIL, "times the best"),
     ):
-        findings, _ = judge_graph(model, "int8", samples, INT8)
+        findings, _ = check_graph(model, "int8", samples, INT8)
         assert outcome_of(findings) is outcome
         assert any(word in finding.message for finding in findings)

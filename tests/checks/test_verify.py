@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from onnx import ModelProto
 
-from tests.artifacts import Copy, Subject, enter_engine, put
+from tests.artifacts import Copy, Subject, add_artifact, add_placeholder_engine
 from tests.checks import faults
 from tests.checks.conftest import Broken
 from tests.each import each
@@ -23,7 +23,7 @@ from van_deploy.checks.verify import ArtifactVerdict, verify_bundle
 from van_deploy.config import DriftSettings, VerifySettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
-from van_deploy.stopwatch import silent
+from van_deploy.stopwatch import no_progress
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
 PASS, FAIL = Outcome.PASS, Outcome.FAIL
@@ -36,11 +36,11 @@ def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtifactVerdict:
 
 def drift(whole: Subject, bundle: Bundle, *names: str, known: bool = True) -> DriftReport:
     asked, few = DriftSettings(artifacts=names), whole.samples.first(2)
-    return drift_of_bundle(bundle, few, asked, whole.loaded if known else None, silent)
+    return drift_of_bundle(bundle, few, asked, whole.loaded if known else None, no_progress)
 
 
-def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(judged: Subject) -> None:
-    report = verify_bundle(judged.bundle, judged.samples)
+def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(digits: Subject) -> None:
+    report = verify_bundle(digits.bundle, digits.samples)
     assert report.passed
     assert report.against == "the golden samples"
     assert report.modules == "model.onnx in ONNX Runtime, which holds on the golden samples"
@@ -51,7 +51,7 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(judged: 
         assert verdict.findings[0].value == verdict.comparison.sqnr_db
         assert verdict.margin_db == pytest.approx(3.0, abs=0.01)
         assert verdict.limit is not None
-        assert verdict.limit.origin.endswith(" dB recorded when it was made, minus 3")
+        assert verdict.limit.origin.endswith(" dB recorded at creation, minus 3")
         assert len(verdict.worst_modules) == (0 if verdict.artifact == "fp32" else 10)
 
 
@@ -62,19 +62,19 @@ def test_the_shared_network(cifar: Subject) -> None:
     assert outcomes == {"fp32": PASS, "fp16": PASS, "int8": PASS}
 
 
-def test_they_pass_against_the_original_network(judged: Subject) -> None:
-    samples = samples_for(judged.bundle, judged.loaded, None)
-    report = verify_bundle(judged.bundle, samples, loaded=judged.loaded)
+def test_they_pass_against_the_original_network(digits: Subject) -> None:
+    samples = samples_for(digits.bundle, digits.loaded, None)
+    report = verify_bundle(digits.bundle, samples, loaded=digits.loaded)
     assert report.passed
     assert report.modules == "PyTorch, the rewritten network in float64"
     assert all(verdict.worst_modules for verdict in report.artifacts.values())
-    assert np.array_equal(samples.logits, judged.samples.logits)
+    assert np.array_equal(samples.logits, digits.samples.logits)
 
 
-def test_without_a_record_the_floor_alone_holds(judged: Subject, copy_of: Copy) -> None:
+def test_without_a_record_the_floor_alone_holds(digits: Subject, copy_bundle: Copy) -> None:
     """Another runtime, provider or class than the record's."""
-    bundle = put(Bundle.open(copy_of(judged)), "fp16", "fp16", judged.graph("fp16"))
-    limit = verdict_of(judged, bundle, "fp16").limit
+    bundle = add_artifact(Bundle.open(copy_bundle(digits)), "fp16", "fp16", digits.graph("fp16"))
+    limit = verdict_of(digits, bundle, "fp16").limit
     assert limit is not None
     assert (limit.value, limit.origin) == (45.0, "floor for fp16")
 
@@ -90,8 +90,8 @@ def test_without_a_record_the_floor_alone_holds(judged: Subject, copy_of: Copy) 
     ],
 )
 def test_an_embedded_graph(
-    judged: Subject,
-    copy_of: Copy,
+    digits: Subject,
+    copy_bundle: Copy,
     tmp_path: Path,
     output: str,
     mean: tuple[float, ...] | None,
@@ -99,12 +99,14 @@ def test_an_embedded_graph(
     outcome: Outcome,
     rule: str,
 ) -> None:
-    preprocessing = judged.loaded.preprocessing.override(mean=mean)
-    model = embed_preprocessing(judged.graph("fp32"), preprocessing, "uint8", (output,))
+    preprocessing = digits.loaded.preprocessing.override(mean=mean)
+    model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", (output,))
     if factors:
         faults.behind(model, TOP_PROBABILITIES, ("Mul", [np.array(factors, np.float32)]))
-    copy = Bundle.open(copy_of(judged, f"copy {tmp_path.name}"))
-    verdict = verdict_of(judged, put(copy, "bytes", "fp32", model, embedded="uint8"), "bytes")
+    copy = Bundle.open(copy_bundle(digits, f"copy {tmp_path.name}"))
+    verdict = verdict_of(
+        digits, add_artifact(copy, "bytes", "fp32", model, embedded="uint8"), "bytes"
+    )
     assert (verdict.outcome, verdict.findings[0].rule) == (outcome, rule)
 
 
@@ -121,27 +123,27 @@ PLACED: list[tuple[str, Fault, str]] = [
 
 @each(("precision", "spoil", "block"), PLACED)
 def test_a_fault_fails_and_drift_names_its_block(
-    judged: Subject, broken: Broken, precision: str, spoil: Fault, block: str
+    digits: Subject, broken: Broken, precision: str, spoil: Fault, block: str
 ) -> None:
-    bundle = broken(judged, "broken", precision, spoil(judged.graph(precision)))
-    verdict = verdict_of(judged, bundle, "broken")
+    bundle = broken(digits, "broken", precision, spoil(digits.graph(precision)))
+    verdict = verdict_of(digits, bundle, "broken")
     assert verdict.outcome is FAIL, verdict.findings
-    assert drift(judged, bundle, "broken").artifacts["broken"].worst_names[0] == block
+    assert drift(digits, bundle, "broken").artifacts["broken"].worst_names[0] == block
     overflows = sum(finding.message.count(OVERFLOW) for finding in verdict.findings)
     assert overflows == block.startswith("norm"), "it is named where it begins, and there only"
 
 
-def test_a_manifest_of_other_preprocessing(judged: Subject, copy_of: Copy) -> None:
-    bundle = Bundle.open(copy_of(judged))
+def test_a_manifest_of_other_preprocessing(digits: Subject, copy_bundle: Copy) -> None:
+    bundle = Bundle.open(copy_bundle(digits))
     wrong = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
     edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": wrong}))
     report = verify_bundle(edited, golden_samples(edited), VerifySettings(artifacts=("fp32",)))
     assert report.artifacts["fp32"].outcome is FAIL
 
 
-def test_a_frozen_batch(judged: Subject, broken: Broken) -> None:
-    model = faults.frozen_batch(judged.graph("fp32"), "block2.1", (1, 32, 8, 8))
-    verdict = verdict_of(judged, broken(judged, "frozen", "fp32", model), "frozen")
+def test_a_frozen_batch(digits: Subject, broken: Broken) -> None:
+    model = faults.frozen_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
+    verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
     failed = [row.batch for row in verdict.batches if row.outcome is FAIL]
     assert failed == [2, 3, 4, 5, 6]
     assert verdict.reason.startswith("batch 2: it does not run: ")
@@ -149,69 +151,71 @@ def test_a_frozen_batch(judged: Subject, broken: Broken) -> None:
     assert said.startswith("they cannot be compared: does not run at batch 2")
 
 
-def test_a_graph_that_does_not_load_fails_alone(judged: Subject, broken: Broken) -> None:
-    model = judged.graph("fp16")
+def test_a_graph_that_does_not_load_fails_alone(digits: Subject, broken: Broken) -> None:
+    model = digits.graph("fp16")
     next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Gelo"
-    bundle = broken(judged, "fp16", "fp16", model)
+    bundle = broken(digits, "fp16", "fp16", model)
     asked = VerifySettings(modules=False, artifacts=("fp16", "fp32"))
-    report = verify_bundle(bundle, judged.samples, asked)
+    report = verify_bundle(bundle, digits.samples, asked)
     assert [v.outcome for v in report.artifacts.values()] == [FAIL, PASS]
     assert report.artifacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
     assert not report
 
 
-def test_a_graph_that_gives_nothing_known_is_no_pass(judged: Subject, broken: Broken) -> None:
+def test_a_graph_that_gives_nothing_known_is_no_pass(digits: Subject, broken: Broken) -> None:
     """Its answers were compared with nothing, which was a PASS."""
-    model = judged.graph("fp16")
+    model = digits.graph("fp16")
     next(node for node in model.graph.node if node.output[0] == "logits").output[0] = "scores"
     model.graph.output[0].name = "scores"
-    verdict = verdict_of(judged, broken(judged, "fp16", "fp16", model), "fp16")
+    verdict = verdict_of(digits, broken(digits, "fp16", "fp16", model), "fp16")
     assert verdict.outcome is FAIL
 
 
-def test_an_overflow_that_cannot_be_looked_for_is_no_pass(judged: Subject, broken: Broken) -> None:
+def test_an_overflow_that_cannot_be_looked_for_is_no_pass(digits: Subject, broken: Broken) -> None:
     """Any exception there meant 'no overflow'."""
-    model = judged.graph("fp16")
+    model = digits.graph("fp16")
     model.opset_import[0].version = 17  # no Gelu there, which ONNX Runtime finds in its own
-    bundle = broken(judged, "fp16", "fp16", model)
-    assert verdict_of(judged, bundle, "fp16").outcome is FAIL
+    bundle = broken(digits, "fp16", "fp16", model)
+    assert verdict_of(digits, bundle, "fp16").outcome is FAIL
 
 
-def test_an_engine_that_was_not_run_is_no_pass(judged: Subject, copy_of: Copy) -> None:
+def test_an_engine_that_was_not_run_is_no_pass(digits: Subject, copy_bundle: Copy) -> None:
     """Verify passed with every engine skipped."""
-    bundle = enter_engine(copy_of(judged), "x", made_from="fp16")
+    bundle = add_placeholder_engine(copy_bundle(digits), "x", made_from="fp16")
     asked = VerifySettings(artifacts=("x",), allow_skip=("engines",))
-    report = verify_bundle(bundle, judged.samples, asked)
+    report = verify_bundle(bundle, digits.samples, asked)
     if report.artifacts["x"].outcome is not Outcome.SKIPPED:
         pytest.skip("this machine has a GPU")
     assert report.artifacts["x"].reason == "engine not executed: no GPU"
     assert not report, "nothing was verified"
 
 
-def test_model_onnx_stands_in_for_the_network(judged: Subject, broken: Broken) -> None:
-    bundle = broken(judged, "fp16", "fp16", faults.perturbed(judged.graph("fp16"), "block3.1"))
-    report = drift(judged, bundle, known=False)
+def test_model_onnx_stands_in_for_the_network(digits: Subject, broken: Broken) -> None:
+    bundle = broken(digits, "fp16", "fp16", faults.perturbed(digits.graph("fp16"), "block3.1"))
+    report = drift(digits, bundle, known=False)
     assert list(report.artifacts) == ["fp16", "int8"]
     assert report.artifacts["fp16"].worst_names[0] == "block3.1"
     assert [link.name for link in report.chain] == ["PyTorch float32", "fp32", "fp16", "int8"]
 
 
-def test_a_model_onnx_that_does_not_hold_is_no_reference(judged: Subject, broken: Broken) -> None:
-    model = faults.perturbed(judged.graph("fp32"), "block1.0")
-    bundle = broken(judged, "fp32", "fp32", model)
+def test_a_model_onnx_that_does_not_hold_is_no_reference(digits: Subject, broken: Broken) -> None:
+    model = faults.perturbed(digits.graph("fp32"), "block1.0")
+    bundle = broken(digits, "fp32", "fp32", model)
     with pytest.raises(GateFailed, match=r"model\.onnx does not hold on the golden samples"):
-        drift(judged, bundle, known=False)
-    report = verify_bundle(bundle, judged.samples, VerifySettings(artifacts=("fp16",)))
+        drift(digits, bundle, known=False)
+    report = verify_bundle(bundle, digits.samples, VerifySettings(artifacts=("fp16",)))
     assert report.artifacts["fp16"].outcome is PASS, "its logits are right"
     assert not report, "its modules were compared with nothing"
 
 
-def test_a_wrong_scale_is_named_though_its_error_is_small(judged: Subject, broken: Broken) -> None:
+def test_a_wrong_scale_is_named_though_its_error_is_small(digits: Subject, broken: Broken) -> None:
     layer = "block2.1.mlp.fc2"
-    model = faults.scale_times(judged.graph("int8"), layer, "activation", 8)
+    model = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
     asked = DriftSettings(level="module", artifacts=("int8",))
-    bundle = broken(judged, "int8", "int8", model)
-    found = drift_of_bundle(bundle, judged.samples, asked, judged.loaded, silent).artifacts["int8"]
+    bundle = broken(digits, "int8", "int8", model)
+    found = drift_of_bundle(bundle, digits.samples, asked, digits.loaded, no_progress).artifacts[
+        "int8"
+    ]
     assert found.worst_names[0] == layer
     faults_of = {row.name: row.fault for row in found.rows}
     assert "times the one of least error on the golden images" in faults_of[layer]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy import __version__
-from van_deploy.cli.app import COMMANDS, CommandGroup, translated
+from van_deploy.cli.app import COMMANDS, CommandGroup, user_error
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 from van_deploy.model.variants import VARIANTS
 
@@ -126,7 +126,7 @@ def test_what_the_machine_refuses_is_one_message(
 
 @each("error", [OSError(errno.EINVAL, "odd"), RuntimeError("a bug"), ValueError()])
 def test_other_failures_are_not_explained_away(error: Exception) -> None:
-    assert translated(error) is None
+    assert user_error(error) is None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a pipe breaks in another way on Windows")

@@ -10,8 +10,8 @@ import pytest
 
 from tests.artifacts import Copy
 from tests.conftest import Cli
-from tests.described import described, entry
 from tests.each import each
+from tests.manifest_parts import artifact_entry, network_info
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.environment.hardware import nvidia_driver
 
@@ -26,8 +26,8 @@ def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "van_digits"
     with edit_bundle(folder, name="van_digits") as draft:
         draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
-        draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
-        draft.description = described("van_digits")
+        draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
+        draft.description = network_info("van_digits")
     return folder
 
 
@@ -64,7 +64,7 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
         ("--version-compatible", 2, "has no --version-compatible"),
         ("--timing-cache x", 2, "has no --timing-cache"),
         ("--hardware-compatibility ampere-plus", 2, "has no --hardware-compatibility"),
-        ("--on ray", 2, "--on is for --matrix"),
+        ("--on ray", 2, "--on needs --matrix"),
     ],
 )
 def test_requests_that_make_no_sense(
@@ -81,13 +81,13 @@ def test_requests_that_make_no_sense(
 def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
     nothing = cli("build", bundle)
     assert nothing.exit_code == 2
-    assert "builds for GPUs that are named, and none is" in nothing.stderr
+    assert "needs a target GPU, and none is given" in nothing.stderr
 
 
 def test_a_missing_precision_is_made_on_the_way(
-    cli: Cli, copy_of: Copy, digits_bundle: Bundle
+    cli: Cli, copy_bundle: Copy, digits_bundle: Bundle
 ) -> None:
-    bundle = copy_of(digits_bundle)
+    bundle = copy_bundle(digits_bundle)
     manifest = bundle / "manifest.json"  # of a network that brings no images of its own
     manifest.write_text(manifest.read_text().replace('"name": "van_digits"', '"name": "mine"'))
     words = ("build", bundle, "--target", "sm_89", "--precision")
@@ -95,7 +95,7 @@ def test_a_missing_precision_is_made_on_the_way(
     assert refused.exit_code == 5
     assert "has no artifact 'int8'; it has: fp32." in refused.stderr
     assert f"Make it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
-    assert "Or give --images DIR to make it on the way." in refused.stderr
+    assert "Or give --images DIR to make it in this command." in refused.stderr
     made = cli(*words, "fp16")
     assert made.exit_code == 0
-    assert "fp16: was not in the bundle, and was made" in made.stderr
+    assert "fp16: not in the bundle; made as with" in made.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from van_deploy.cli.console import emit, print_error, remark, telling
+from van_deploy.cli.console import print_error, print_note, print_result, progress_bar
 from van_deploy.documents import plain
 from van_deploy.report.document import checks_table, table
 
@@ -32,17 +32,19 @@ def test_plain_takes_what_results_are_made_of() -> None:
         "Colour.RED": {"path": "a/b", "none": None, "yes": True},
         "colour": [1, "red"],
     }
-    with pytest.raises(TypeError, match="object has no plain form"):
+    with pytest.raises(TypeError, match="object has no JSON form"):
         plain({"error": object()})
 
 
 def test_a_table_or_one_document_and_nothing_else(capsys: Printed) -> None:
     result = {"name": "van_b1", "blocks": 10}
-    emit(result, as_json=True, blocks=list)
-    emit(result, as_json=False, blocks=lambda r: table([r], "name = name name; blocks = blocks d"))
+    print_result(result, as_json=True, blocks=list)
+    print_result(
+        result, as_json=False, blocks=lambda r: table([r], "name = name name; blocks = blocks d")
+    )
     checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
-    emit(checks, as_json=False, blocks=checks_table)
-    with telling("Loading") as tell:  # silent where there is no terminal
+    print_result(checks, as_json=False, blocks=checks_table)
+    with progress_bar("Loading") as tell:  # silent where there is no terminal
         tell("Downloading", 1, 2)
     out, err = capsys.readouterr()
     document, shown = out.split("}\n")
@@ -55,13 +57,13 @@ def test_a_table_or_one_document_and_nothing_else(capsys: Printed) -> None:
 
 
 def test_text_from_a_file_does_not_reach_a_terminal_as_commands(capsys: Printed) -> None:
-    emit({"name": HOSTILE}, False, lambda result: table([result], "name = name"))
+    print_result({"name": HOSTILE}, False, lambda result: table([result], "name = name"))
     print_error(HOSTILE, HOSTILE)
-    remark(HOSTILE)
+    print_note(HOSTILE)
     for text in capsys.readouterr():
         assert "cat" in text
         assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
-    emit({"name": HOSTILE, "é": 1}, True, list)
+    print_result({"name": HOSTILE, "é": 1}, True, list)
     text = capsys.readouterr().out
     assert json.loads(text) == {"name": HOSTILE, "é": 1}
     assert all(letter.isprintable() or letter == "\n" for letter in text)

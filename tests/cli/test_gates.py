@@ -11,7 +11,7 @@ import onnx
 import pytest
 from junitparser import JUnitXml, Skipped
 
-from tests.artifacts import Copy, Subject, enter_engine
+from tests.artifacts import Copy, Subject, add_placeholder_engine
 from tests.checks import faults
 from tests.checks.conftest import overwritten
 from tests.conftest import Cli
@@ -40,9 +40,9 @@ def rewritten(file: Path, change: Any) -> None:
 
 
 @pytest.fixture
-def path(judged: Subject, copy_of: Copy) -> Path:
+def path(digits: Subject, copy_bundle: Copy) -> Path:
     """Return a copy of the digits' bundle."""
-    return copy_of(judged)
+    return copy_bundle(digits)
 
 
 def test_right_artifacts_pass_and_it_is_kept(cli: Cli, path: Path) -> None:
@@ -94,33 +94,37 @@ def test_a_recipes_limits_are_named(cli: Cli, path: Path, key: str, code: int, s
     assert said in words_of(result.output)
 
 
-def test_the_users_images_and_the_network(cli: Cli, judged: Subject, path: Path) -> None:
-    words = ("--artifact", "fp32", "--images", judged.labelled, "--json")
+def test_the_users_images_and_the_network(cli: Cli, digits: Subject, path: Path) -> None:
+    words = ("--artifact", "fp32", "--images", digits.labelled, "--json")
     result = cli("verify", path, *FEW, *words)
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert found["against"] == "the original network"
     assert found["modules"] == "PyTorch, the rewritten network in float64"
-    assert str(judged.labelled) in found["images"]
+    assert str(digits.labelled) in found["images"]
     assert len(found["names"]) == 6
 
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--images", "x"), 2, "--images is given, and other images than the golden samples"),
+        (
+            ("--images", "x"),
+            2,
+            "--images needs the original network: the bundle has",
+        ),
         (("--runner", "onnx"), 2, "'--runner' is 'onnx': it should be 'ort-cpu' or"),
         (("--artifact", "fp8"), 5, "has no artifact 'fp8'; it has: fp32, fp16, int8."),
     ],
 )
-def test_mistakes(cli: Cli, judged: Subject, words: tuple[str, str], code: int, said: str) -> None:
-    result = cli("verify", judged.bundle.path, *words)
+def test_mistakes(cli: Cli, digits: Subject, words: tuple[str, str], code: int, said: str) -> None:
+    result = cli("verify", digits.bundle.path, *words)
     assert (result.exit_code, result.stdout) == (code, "")
     assert said in words_of(result.stderr)
 
 
 def test_what_is_not_run_here_needs_leave(cli: Cli, path: Path) -> None:
-    enter_engine(path, "x", made_from="fp16")
+    add_placeholder_engine(path, "x", made_from="fp16")
     words = ("--artifact", "fp32", "--artifact", "x", "--no-modules")
     refused = cli("verify", path, *words)
     if "x: engine not executed: no GPU" not in refused.stdout:
@@ -179,16 +183,16 @@ def test_stages_against_model_onnx(cli: Cli, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(judged: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(digits: Subject, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a baseline that was written from the bundle as it is; not to be changed."""
     from van_deploy.api import Bundle as Opened
 
     folder = tmp_path_factory.mktemp("checked")
-    bundle = Opened(shutil.copytree(judged.bundle.path, folder / "bundle"))
+    bundle = Opened(shutil.copytree(digits.bundle.path, folder / "bundle"))
     report = bundle.check(
         folder / "baseline.json",
         update=True,
-        evaluate=judged.labelled,
+        evaluate=digits.labelled,
         allow_inconclusive=True,
     )
     assert report.passed
@@ -202,10 +206,10 @@ def baseline(made: Path, tmp_path: Path) -> Path:
 
 
 def test_a_baseline_is_met_and_missed(
-    cli: Cli, judged: Subject, path: Path, baseline: Path, tmp_path: Path
+    cli: Cli, digits: Subject, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
     junit, summary = tmp_path / "out" / "junit.xml", tmp_path / "summary.md"
-    words = ("--baseline", baseline, "--evaluate", judged.labelled)
+    words = ("--baseline", baseline, "--evaluate", digits.labelled)
     # One near-tie more or less of 200 images failed.
     top1 = json.loads(baseline.read_text())["artifacts"]["fp32"]["top-1"]["value"]
     one_more = {"value": round(top1 + 100 / 60, 9)}
@@ -267,7 +271,7 @@ def test_a_deleted_artifact_fails_whatever_may_be_skipped(
 def test_what_was_not_measured_needs_leave(
     cli: Cli, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    enter_engine(path, "x", made_from="fp16")
+    add_placeholder_engine(path, "x", made_from="fp16")
     junit = tmp_path / "junit.xml"
     words = ("--baseline", baseline, "--junit", junit)
     refused = cli("check", path, *words, "--allow-skip", "accuracy")
@@ -289,16 +293,16 @@ def test_what_was_not_measured_needs_leave(
 
 
 def test_the_wrong_baseline_is_refused(
-    cli: Cli, judged: Subject, path: Path, baseline: Path, tmp_path: Path
+    cli: Cli, digits: Subject, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    images = Path(shutil.copytree(judged.labelled, tmp_path / "images"))
+    images = Path(shutil.copytree(digits.labelled, tmp_path / "images"))
     next((images / "5").glob("*.png")).unlink()
     text = baseline.read_text()
     name, weights, schema = (
         text.replace(*pair)
         for pair in (
             ('"van_digits"', '"van_b1"'),
-            (judged.bundle.manifest.weights.sha256, "0" * 64),
+            (digits.bundle.manifest.weights.sha256, "0" * 64),
             ("van-deploy/baseline/4", "van-deploy/baseline/2"),
         )
     )

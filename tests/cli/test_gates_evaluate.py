@@ -22,7 +22,7 @@ from tests.cli.test_gates import words_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 
 SYNSETS = ("n01440764", "n01443537", "n02123045", "n04254680")
 CLASSES = (0, 1, 281, 805)
@@ -37,13 +37,13 @@ def evaluated(cli: Cli, *words: str | Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def path(judged: Subject, copy_of: Copy) -> Path:
+def path(digits: Subject, copy_bundle: Copy) -> Path:
     """Return a copy of the digits' bundle."""
-    return copy_of(judged)
+    return copy_bundle(digits)
 
 
-def test_corrupt_images_are_left_out(cli: Cli, judged: Subject, path: Path, tmp_path: Path) -> None:
-    images = Path(shutil.copytree(judged.labelled, tmp_path / "images"))
+def test_corrupt_images_are_left_out(cli: Cli, digits: Subject, path: Path, tmp_path: Path) -> None:
+    images = Path(shutil.copytree(digits.labelled, tmp_path / "images"))
     (images / "3" / "empty.png").touch()
     good = next((images / "5").glob("*.png"))
     (images / "5" / "torn.png").write_bytes(good.read_bytes()[:60])
@@ -68,11 +68,11 @@ def test_corrupt_images_are_left_out(cli: Cli, judged: Subject, path: Path, tmp_
 
 
 @pytest.mark.parametrize("images", [5, 50])
-def test_negated_logits_never_pass(cli: Cli, judged: Subject, path: Path, images: int) -> None:
+def test_negated_logits_never_pass(cli: Cli, digits: Subject, path: Path, images: int) -> None:
     """Top-1 from 80 % to 0 % on five images was a PASS, exit 0."""
     for name in ("fp16", "int8"):
-        overwritten(Bundle.open(path), name, faults.negated(judged.graph(name)))
-    words = ("--images", judged.labelled, "--limit", str(images), "--json")
+        overwritten(Bundle.open(path), name, faults.negated(digits.graph(name)))
+    words = ("--images", digits.labelled, "--limit", str(images), "--json")
     result = cli("evaluate", path, *words, "--allow-inconclusive")
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-2] == "error: Failed: 'fp16', 'int8'."
@@ -82,10 +82,10 @@ def test_negated_logits_never_pass(cli: Cli, judged: Subject, path: Path, images
 
 
 def test_too_few_images_are_inconclusive(
-    cli: Cli, judged: Subject, path: Path, tmp_path: Path
+    cli: Cli, digits: Subject, path: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "mine.toml"
-    words = ("--images", judged.labelled, "--artifact", "int8")
+    words = ("--images", digits.labelled, "--artifact", "int8")
     result = cli("evaluate", path, *words)
     assert result.exit_code == 1
     assert (
@@ -111,17 +111,17 @@ def test_too_few_images_are_inconclusive(
     ],
 )
 def test_mistakes(
-    cli: Cli, judged: Subject, words: tuple[str, ...], code: int, message: str
+    cli: Cli, digits: Subject, words: tuple[str, ...], code: int, message: str
 ) -> None:
-    result = cli("evaluate", judged.bundle.path, "--images", judged.labelled, *words)
+    result = cli("evaluate", digits.bundle.path, "--images", digits.labelled, *words)
     assert result.exit_code == code
     assert message in result.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_ray_gives_one_machines_figures(cli: Cli, judged: Subject, path: Path, ray: Any) -> None:
-    words = ("--images", judged.labelled, "--batch", "8", "--artifact", "int8")
+def test_ray_gives_one_machines_figures(cli: Cli, digits: Subject, path: Path, ray: Any) -> None:
+    words = ("--images", digits.labelled, "--batch", "8", "--artifact", "int8")
     here, there = evaluated(cli, path, *words), evaluated(cli, path, *words, "--on", "ray")
     for key in ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed"):
         assert there[key] == here[key]
@@ -203,7 +203,7 @@ def labels_of(bundle: Path, images: Path, line: Any) -> tuple[str | Path, ...]:
     from van_deploy.runners.network import original_network
 
     loaded = original_network(Bundle.open(bundle))
-    inputs = check_images("", loaded.preprocessing, 12, image_set(images)).inputs
+    inputs = verification_images("", loaded.preprocessing, 12, image_set(images)).inputs
     with torch.inference_mode():
         decided = (loaded.model(torch.from_numpy(inputs)).numpy() >= 0).astype(int)
     file = images.parent / "labels.txt"

@@ -11,10 +11,10 @@ from typer.testing import CliRunner, Result
 
 from tests.each import each
 from van_deploy.cli.app import CommandGroup
-from van_deploy.cli.options import Given, with_options
+from van_deploy.cli.options import OptionValues, with_options
 from van_deploy.config import BatchRange
-from van_deploy.config.fields import Size, Table, option
-from van_deploy.config.named import RUN, Changes
+from van_deploy.config.fields import ByteSize, Table, option
+from van_deploy.config.named_options import RUN, Changes
 
 HOW = "How it is done"
 
@@ -48,14 +48,14 @@ class Options(Table):
     fold: bool = option(True)
     force: bool = option(False, key="always")
     batch: BatchRange = option(BatchRange)
-    size: Size | None = option(None)
+    size: ByteSize | None = option(None)
     names: tuple[str, ...] = option((), flags=["--name", "-n"])
     patterns: tuple[str, ...] = option((), commas=False)
     sides: tuple[int, ...] = option((1, 2))
     file: Path | None = option(None)
     inner: Inner = option(Inner)
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
+    def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.force and not self.fold:
             yield "{always} and no {fold} exclude each other.", "Leave {fold} out."
 
@@ -70,7 +70,7 @@ def run(*words: str) -> tuple[Result, list[object]]:
     @with_options
     def make(
         place: str,
-        table: Annotated[Given, Options],
+        table: Annotated[OptionValues, Options],
         changes: Annotated[Changes, RUN],
         quiet: bool = False,
     ) -> None:

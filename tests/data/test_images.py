@@ -28,7 +28,7 @@ from van_deploy.data.images import (
     open_image,
 )
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.preprocess import Preprocessing, normalised, pixels_from_image
+from van_deploy.model.preprocess import Preprocessing, normalise, pixels_from_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -103,7 +103,7 @@ def test_a_folder_knows_its_class_folders_and_a_part_is_spread_evenly(tmp_path: 
         *(("dog/c.png", "dog"), ("dog/x/a.png", "dog")),
     ]
     assert (images.folders, images.labels) == (("cat", "dog", "emu"), None)
-    part = images.labelled([3, 1, 0, 2], "by hand").first(2)
+    part = images.labelled([3, 1, 0, 2], "by hand").subsample(2)
     assert [item.label for item in part.items] == [3, 2]
     assert part.description == f"4 images of '{tmp_path}', by hand; 2 of 4, evenly spread"
     content = (tmp_path / "cat" / "a.png").read_bytes()
@@ -290,7 +290,7 @@ DEEP = [encoded(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.
     [
         *((content, UNKNOWN) for content in (b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(40))),
         (EPS, UNKNOWN),  # Pillow would run Ghostscript on it, whatever the file is called
-        *((None, reason) for reason in ("No such file or directory", "it is no regular file")),
+        *((None, reason) for reason in ("No such file or directory", "it is not a regular file")),
         *((content, "have no agreed range") for content in DEEP),
     ],
 )
@@ -374,7 +374,7 @@ def test_files_and_arrays_of_images_become_the_same_normalised_input(folder: Pat
         assert batch.values is batch.pixels
         image = open_image(path, channels=channels)
         assert np.array_equal(batch.pixels[0], pixels_from_image(image, preprocessing))
-        assert np.array_equal(batch.inputs, normalised(batch.pixels, preprocessing))
+        assert np.array_equal(batch.inputs, normalise(batch.pixels, preprocessing))
         for values in (pixels, pixels[..., 0], pixels[..., :1]):  # colour and two ways of grey
             (other,) = decoded_batches([ImageItem("array", values)], preprocessing, 1)
             assert np.array_equal(other.inputs, batch.inputs)
@@ -387,7 +387,7 @@ def test_arrays_of_other_channels_are_taken_as_they_are() -> None:
     items = [ImageItem("pixels", pixels), ImageItem("input", values)]
     first, second = decoded_batches(items, for_channels(13), 1)
     assert np.array_equal(first.values[0], pixels)
-    assert np.array_equal(first.inputs, normalised(pixels[None], for_channels(13)))
+    assert np.array_equal(first.inputs, normalise(pixels[None], for_channels(13)))
     assert second.pixels is None
     assert np.array_equal(second.values[0], values)
     for wrong in (np.zeros((3, 16, 16), np.float32), np.zeros((32, 32, 5), np.uint8)):

@@ -18,8 +18,8 @@ from tests.each import each
 from van_deploy.data.images import ImageSet, image_set
 from van_deploy.data.labels import (
     class_names_from_file,
-    label_sets,
-    labelled_images,
+    label_images,
+    multi_label_targets,
     natural_key,
 )
 from van_deploy.errors import ImageError, InputError, UsageError
@@ -76,7 +76,7 @@ EXACT = ("A", "a", "B", "b_c", "b c", "B-C", "+", "-", "_", "=")
     ],
 )
 def test_folders_are_found_by_name(folders: Sequence[str], names: list[str], make: Make) -> None:
-    images = labelled_images(make(*folders), len(names), names)
+    images = label_images(make(*folders), len(names), names)
     assert by_folder(images) == {folder: index for index, folder in enumerate(folders)}
     assert how(images) == "class folders by class name"
 
@@ -93,20 +93,20 @@ def test_folders_are_found_by_name(folders: Sequence[str], names: list[str], mak
 )
 def test_folders_that_are_no_classes(folders: Any, names: Any, message: str, make: Make) -> None:
     with pytest.raises(ImageError, match=message):
-        labelled_images(make(*folders), len(names or folders), names)
+        label_images(make(*folders), len(names or folders), names)
 
 
 def test_wordnet_ids_name_imagenets_classes_in_folders_and_files(make: Make) -> None:
-    folders = labelled_images(make("n01440764", "n02123045"), 1000)
+    folders = label_images(make("n01440764", "n02123045"), 1000)
     assert by_folder(folders) == {"n01440764": 0, "n02123045": 281}
-    files = labelled_images(make("n02123045_tabby.png", "n01440764_1.png", folder="flat"), 1000)
+    files = label_images(make("n02123045_tabby.png", "n01440764_1.png", folder="flat"), 1000)
     assert by_file(files) == {"n01440764_1.png": 0, "n02123045_tabby.png": 281}
     assert how(files) == "files by WordNet id"
     names = [text.split(",")[0].upper() for text in ImageNetInfo().label_descriptions()]
-    images = labelled_images(make("n01440764", "tabby"), 1000, names)
+    images = label_images(make("n01440764", "tabby"), 1000, names)
     assert by_folder(images) == {"n01440764": 0, "tabby": 281}
     longer = [f"{name}, a word of theirs" for name in names]  # any part tells ImageNet's classes
-    assert by_folder(labelled_images(make("n02123045", folder="more"), 1000, longer)) == {
+    assert by_folder(label_images(make("n02123045", folder="more"), 1000, longer)) == {
         "n02123045": 281
     }
 
@@ -114,7 +114,7 @@ def test_wordnet_ids_name_imagenets_classes_in_folders_and_files(make: Make) -> 
 @each("first", ["plankton", "tench, Tinca tinca"])
 def test_wordnet_ids_of_another_network_of_1000(first: str, make: Make) -> None:
     with pytest.raises(ImageError, match="2 of the 2 folders"):
-        labelled_images(make("n01440764", "n02123045"), 1000, [first, *map(str, range(999))])
+        label_images(make("n01440764", "n02123045"), 1000, [first, *map(str, range(999))])
 
 
 # --- the order of class folders --------------------------------------------------------------
@@ -130,9 +130,9 @@ FOLDERS = {
 @each("names", FOLDERS.values())
 def test_the_orders_are_torchvisions_and_timms(names: list[str], make: Make) -> None:
     root = make(*names)
-    strings = labelled_images(root, len(names), class_order="strings")
+    strings = label_images(root, len(names), class_order="strings")
     assert by_folder(strings) == ImageFolder(str(root)).class_to_idx
-    natural = labelled_images(root, len(names), class_order="natural")
+    natural = label_images(root, len(names), class_order="natural")
     assert by_folder(natural) == find_images_and_targets(str(root))[1]
     assert by_folder(strings) != by_folder(natural)
     assert all(natural_key(name) == timm_natural_key(name) for name in names)
@@ -152,11 +152,11 @@ def test_orders_that_differ_are_shown(
 ) -> None:
     root = make(*names)
     with pytest.raises(ImageError, match="Nothing says in which order the network") as refused:
-        labelled_images(root, classes)
+        label_images(root, classes)
     assert refused.value.remedy.startswith(f"Give --class-order {orders}, ")
     for order in orders.split(" or "):
         [row] = [r for r in refused.value.message.splitlines() if r.startswith(f"  {order}: ")]
-        for folder, label in by_folder(labelled_images(root, classes, class_order=order)).items():
+        for folder, label in by_folder(label_images(root, classes, class_order=order)).items():
             assert f"'{folder}' is class" not in row or f"'{folder}' is class {label}" in row
 
 
@@ -164,7 +164,7 @@ def test_names_in_a_file_decide_the_order(make: Make, tmp_path: Path) -> None:
     root, order = make("class1", "class2", "class10"), ["class10", "class2", "class1"]
     (tmp_path / "names.txt").write_text("\n".join(order))
     names = class_names_from_file(tmp_path / "names.txt", 3)
-    assert by_folder(labelled_images(root, 3, names)) == {n: i for i, n in enumerate(order)}
+    assert by_folder(label_images(root, 3, names)) == {n: i for i, n in enumerate(order)}
 
 
 @each(
@@ -177,7 +177,7 @@ def test_names_in_a_file_decide_the_order(make: Make, tmp_path: Path) -> None:
     ],
 )
 def test_where_all_orders_agree_nothing_is_asked(names: list[str], said: str, make: Make) -> None:
-    images = labelled_images(make(*names), len(names))
+    images = label_images(make(*names), len(names))
     assert by_folder(images) == {name: index for index, name in enumerate(names)}
     assert how(images) == f"class folders {said}"
 
@@ -192,31 +192,31 @@ def test_where_all_orders_agree_nothing_is_asked(names: list[str], said: str, ma
 )
 def test_empty_folders(names: Any, empty: Any, classes: int, labels: Any, make: Make) -> None:
     images = image_set(make(*names, empty=empty))
-    assert by_folder(labelled_images(images, classes)) == labels
+    assert by_folder(label_images(images, classes)) == labels
     if classes > len(names):  # a choice of images leaves folders out, which count all the same
-        part = labelled_images(images.take([1]), classes)
+        part = label_images(images.take([1]), classes)
         assert by_folder(part) == {names[1]: labels[names[1]]}
 
 
 def test_numbers_are_numbers_even_if_the_classes_have_names(make: Make) -> None:
-    images = labelled_images(make("0", "1", "2"), 3, ["cat", "dog", "emu"])
+    images = label_images(make("0", "1", "2"), 3, ["cat", "dog", "emu"])
     assert by_folder(images) == {"0": 0, "1": 1, "2": 2}
     names = sorted(str(number) for number in range(12))  # of an ImageFolder's ``class_to_idx``
-    images = labelled_images(make(*names, folder="twelve"), 12, names)
+    images = label_images(make(*names, folder="twelve"), 12, names)
     assert by_folder(images) == {name: index for index, name in enumerate(names)}
     with pytest.raises(ImageError, match="Nothing says in which order"):
-        labelled_images(make(*map(str, range(11)), folder="eleven"), 11, list("abcdefghijk"))
+        label_images(make(*map(str, range(11)), folder="eleven"), 11, list("abcdefghijk"))
 
 
 @each("order", ["strings", "natural", "index", "names"])
 def test_an_order_that_does_not_fit_is_refused(order: str, make: Make) -> None:
     with pytest.raises(ImageError, match=f"--class-order {order} does not fit: 2 of the 2 folders"):
-        labelled_images(make("x", "y"), 3, class_order=order)
+        label_images(make("x", "y"), 3, class_order=order)
 
 
 def test_one_logit_has_two_answers(make: Make) -> None:
-    assert by_folder(labelled_images(make("bad", "good"), 1)) == {"bad": 0, "good": 1}
-    assert by_folder(labelled_images(make("0", "1", folder="numbers"), 1)) == {"0": 0, "1": 1}
+    assert by_folder(label_images(make("bad", "good"), 1)) == {"bad": 0, "good": 1}
+    assert by_folder(label_images(make("0", "1", folder="numbers"), 1)) == {"0": 0, "1": 1}
 
 
 # --- labels files ----------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_labels_as_people_write_them(
     root = make(*files)
     file = root.parent / "labels.txt"
     file.write_text(text, encoding="utf-8")
-    images = labelled_images(root, 3, names, labels_file=file, class_order=order)
+    images = label_images(root, 3, names, labels_file=file, class_order=order)
     assert [item.label for item in images.items] == labels
     assert how(images) == f"labels from '{file}'"
 
@@ -284,14 +284,14 @@ def test_a_file_that_does_not_fit(text: bytes, order: str | None, message: str, 
     file.write_bytes(text)
     names = list("4abcd") if text[:1] == b"4" else None
     with pytest.raises((InputError, UsageError), match=message):
-        labelled_images(root, 5 if names else 3, names, labels_file=file, class_order=order)
+        label_images(root, 5 if names else 3, names, labels_file=file, class_order=order)
 
 
 def test_a_name_that_several_images_have_labels_none_of_them(make: Make) -> None:
     root = make("a/1.png", "b/1.png", "b/2.png")
     (root / "x.txt").write_text("1.png 0\n2.png 1\n")
     with pytest.raises(InputError, match="has no label for 2 of the 3 images, the first: 'a/1"):
-        labelled_images(root, 3, labels_file=root / "x.txt")
+        label_images(root, 3, labels_file=root / "x.txt")
 
 
 def test_class_names_are_read_with_a_mark_and_counted(tmp_path: Path) -> None:
@@ -307,13 +307,13 @@ def test_class_names_are_read_with_a_mark_and_counted(tmp_path: Path) -> None:
 def test_an_image_may_have_many_labels_or_none(make: Make, tmp_path: Path) -> None:
     images, file = image_set(make(*FLAT)), tmp_path / "sets.txt"
     file.write_text("a.png\tcat, dog\nb c.png\nd, e.png\t2\n")
-    found = label_sets(images, file, 3, ["cat", "dog", "emu"])
+    found = multi_label_targets(images, file, 3, ["cat", "dog", "emu"])
     assert found.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
     file.write_text("a.png\tcow\nb c.png\nd, e.png\n")
     with pytest.raises(InputError, match="'cow' in line 1 of"):
-        label_sets(images, file, 3, ["cat", "dog", "emu"])
+        multi_label_targets(images, file, 3, ["cat", "dog", "emu"])
     with pytest.raises(InputError, match="no folder says which"):
-        label_sets(images, None, 3, None)
+        multi_label_targets(images, None, 3, None)
 
 
 # --- files found beside the images -----------------------------------------------------------
@@ -323,17 +323,17 @@ def test_a_file_beside_flat_images_is_found_up_to_three_folders_above(make: Make
     root = make("a.png", "b.png", folder="deep/er/still/flat")
     above = root.parents[2] / "val.txt"
     above.write_text("a.png 1\nb.png 0\n")
-    images = labelled_images(root, 2)
+    images = label_images(root, 2)
     assert [item.label for item in images.items] == [1, 0]
     assert how(images) == f"labels from '{above}'"
     (root / "val.txt").write_text("0\n0\n")
-    assert [item.label for item in labelled_images(root, 2).items] == [0, 0]
+    assert [item.label for item in label_images(root, 2).items] == [0, 0]
     with pytest.raises(ImageError, match=r"Nothing says which class 'a.png' belongs to"):
-        labelled_images(root, 2, find_labels=False)
+        label_images(root, 2, find_labels=False)
     (root / "val.txt").unlink()
     above.rename(root.parents[3] / "val.txt")
     with pytest.raises(ImageError, match=r"Nothing says which class 'a.png' belongs to"):
-        labelled_images(root, 2)
+        label_images(root, 2)
 
 
 @each("text", ["data/val/a/x.png\ndata/val/b/x.png\n", "run 7\nfine\n", ""])
@@ -341,30 +341,30 @@ def test_a_file_beside_flat_images_is_found_up_to_three_folders_above(make: Make
 def test_class_folders_do_not_mind_a_file_called_so(text: str, place: str, make: Make) -> None:
     root = make("a", "b", folder="data/val")
     (root / place / "val.txt").write_text(text)
-    assert by_folder(labelled_images(root, 2)) == {"a": 0, "b": 1}
-    assert by_folder(labelled_images(root, 2, ["b", "a"])) == {"a": 1, "b": 0}
+    assert by_folder(label_images(root, 2)) == {"a": 0, "b": 1}
+    assert by_folder(label_images(root, 2, ["b", "a"])) == {"a": 1, "b": 0}
 
 
 def test_a_file_that_does_not_fit_every_image_is_not_used_and_said(make: Make) -> None:
     root = make("class2", "class10")
     (root / "val.txt").write_text("class2/x.png 0\n")
     with pytest.raises(ImageError, match=r"is not used: .* has no label for 1 of the 2 images"):
-        labelled_images(root, 2)
+        label_images(root, 2)
     root = make("a", "b", folder="sorted")
     (root / "val.txt").write_text("7\n8\n")
-    assert "'7' in line 1 of" in how(labelled_images(root, 2))
+    assert "'7' in line 1 of" in how(label_images(root, 2))
     kit = make("a.png", folder="kit") / "ILSVRC2012_validation_ground_truth.txt"
     kit.write_text("1\n")
     with pytest.raises(ImageError, match="are the development kit's own"):
-        labelled_images(kit.parent, 1000)
+        label_images(kit.parent, 1000)
 
 
 def test_a_file_that_fits_decides_an_order_that_nothing_else_does(make: Make) -> None:
     root, text = make("class2", "class10"), "class2/x.png 1\nclass10/x.png 0\n"
     (root.parent / "val.txt").write_text(text)  # above class folders nothing is asked
     with pytest.raises(ImageError, match="Nothing says in which order"):
-        labelled_images(root, 2)
+        label_images(root, 2)
     (root / "val.txt").write_text(text)
-    assert by_folder(labelled_images(root, 2)) == {"class2": 1, "class10": 0}
-    asked = labelled_images(root, 2, class_order="natural")
+    assert by_folder(label_images(root, 2)) == {"class2": 1, "class10": 0}
+    asked = label_images(root, 2, class_order="natural")
     assert by_folder(asked) == {"class2": 0, "class10": 1}

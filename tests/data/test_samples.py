@@ -11,16 +11,16 @@ import pytest
 from PIL import Image
 
 from tests.each import each
-from van_deploy.data.images import ImageItem, ImageSet, open_image, opened
+from van_deploy.data.images import ImageItem, ImageSet, decode_item, open_image
 from van_deploy.data.samples import (
-    check_images,
     dead_leaves_image,
     digits_set,
     noise_set,
     sample_set,
+    verification_images,
 )
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.preprocess import Preprocessing, normalised, pixels_from_image
+from van_deploy.model.preprocess import Preprocessing, normalise, pixels_from_image
 
 
 def for_channels(channels: int = 3, side: int = 32) -> Preprocessing:
@@ -48,7 +48,7 @@ def test_photographs_of_installed_packages_are_used_and_have_their_spectrum() ->
     samples = sample_set()
     names = [item.name for item in samples.items]
     assert samples.description == f"{len(names)} natural photographs: {', '.join(names)}"
-    images = [opened(item) for item in samples.items]
+    images = [decode_item(item) for item in samples.items]
     assert all(image is not None and min(image.size) > 256 for image in images)
     assert all(spectral_slope(image) < -1.5 for image in images)
 
@@ -87,17 +87,17 @@ def test_few_images_are_taken_whole_and_then_shifted(tmp_path: Path) -> None:
         image = Image.fromarray(dead_leaves_image(seed, 160)).resize((200, 160))
         image.save(tmp_path / f"{seed}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    checked = check_images("", for_channels(), 33, tmp_path)
+    checked = verification_images("", for_channels(), 33, tmp_path)
     assert (len(checked), checked.inputs.shape) == (33, (33, 3, 32, 32))
     assert len({values.tobytes() for values in checked.inputs}) == 33
     assert checked.names[:3] == ("0.png", "1.png", "shifted 0.png")
     assert checked.description.startswith(f"33 images and shifts of 3 images of '{tmp_path}'; 1 co")
     assert "broken.png' cannot be read as an image" in checked.description
     assert checked.pixels is not None
-    assert np.array_equal(checked.inputs, normalised(checked.pixels, for_channels()))
+    assert np.array_equal(checked.inputs, normalise(checked.pixels, for_channels()))
     first = pixels_from_image(open_image(tmp_path / "0.png"), for_channels())
     assert np.array_equal(checked.pixels[0], first)
-    few = check_images("", for_channels(), 5, tmp_path)
+    few = verification_images("", for_channels(), 5, tmp_path)
     assert np.array_equal(checked.inputs[:5], few.inputs)
 
 
@@ -106,17 +106,17 @@ def test_many_images_are_spread_over_their_folder_and_none_is_taken_twice(tmp_pa
         path = tmp_path / f"{number // 10}" / f"{number:02d}.png"
         path.parent.mkdir(exist_ok=True)
         Image.new("L", (32, 32), 5 * number).save(path)
-    checked = check_images("", for_channels(1), 4, tmp_path)
+    checked = verification_images("", for_channels(1), 4, tmp_path)
     assert checked.names == ("0/00.png", "1/13.png", "2/26.png", "3/39.png")
     assert checked.description == f"4 of 40 images of '{tmp_path}'"
     values = [np.full((32, 32), shade, np.uint8) for shade in (9, 77, 9, 9)]
     items = tuple(ImageItem(str(number), value) for number, value in enumerate(values))
-    twice = check_images("", for_channels(1), 2, ImageSet(items, "4 images"))
+    twice = verification_images("", for_channels(1), 2, ImageSet(items, "4 images"))
     assert twice.names == ("0", "1")
 
 
 def test_a_network_of_other_channels_is_checked_on_synthetic_arrays() -> None:
-    checked = check_images("", for_channels(13), 12)
+    checked = verification_images("", for_channels(13), 12)
     assert checked.inputs.shape == (12, 13, 32, 32)
     assert len({values.tobytes() for values in checked.inputs}) == 12
     assert checked.pixels is not None
@@ -134,7 +134,7 @@ def test_a_network_of_other_channels_is_checked_on_synthetic_arrays() -> None:
 )
 def test_arrays_of_the_users_are_taken_whole_and_then_shifted(values: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", values)
-    checked = check_images("", for_channels(5), 6, tmp_path / "x.npz")
+    checked = verification_images("", for_channels(5), 6, tmp_path / "x.npz")
     assert np.array_equal(checked.values[:2], values)
     assert len({one.tobytes() for one in checked.values}) == 6
     assert np.array_equal(np.sort(checked.values[2], None), np.sort(values[0], None))
@@ -144,12 +144,12 @@ def test_arrays_of_the_users_are_taken_whole_and_then_shifted(values: Any, tmp_p
 def test_images_that_cannot_be_made_are_refused(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 7).save(tmp_path / "flat.png")
     with pytest.raises(ImageError, match="Only 1 of 4 distinct inputs could be made from the 1 im"):
-        check_images("", for_channels(), 4, tmp_path)
+        verification_images("", for_channels(), 4, tmp_path)
     with pytest.raises(UsageError, match="takes 2 channels, and image files have 1, 3 or 4"):
-        check_images("", for_channels(2), 4, tmp_path)
+        verification_images("", for_channels(2), 4, tmp_path)
     (tmp_path / "flat.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"Only 0 of 4 .* 1 could not be read, the first: '"):
-        check_images("", for_channels(), 4, tmp_path)
+        verification_images("", for_channels(), 4, tmp_path)
     images = ImageSet((ImageItem("image 0", np.zeros((3, 48, 48), np.float32)),), "1 images")
     with pytest.raises(UsageError, match=r"an array of shape \(3, 48, 48\); the network takes"):
-        check_images("", for_channels(), 1, images)  # a float array is not resized
+        verification_images("", for_channels(), 1, images)  # a float array is not resized

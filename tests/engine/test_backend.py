@@ -22,17 +22,16 @@ from van_deploy.config import (
 from van_deploy.engine import backend as backend_module
 from van_deploy.engine.backend import (
     RTX,
-    RTX_TARGETS,
     TENSORRT,
     Backend,
-    backend_named,
     choose_backend,
-    device_number,
-    host_here,
+    detect_host,
+    device_index,
+    load_backend,
 )
-from van_deploy.environment.hardware import Driver, Gpu
+from van_deploy.environment.hardware import RTX_TARGETS, Driver, Gpu
 from van_deploy.errors import MissingDependency
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 
 RECORDED = sorted((Path(__file__).parent / "bindings").glob("*.json"))
 """Each class of TensorRT's bindings with its members, and the module's under "", by version."""
@@ -68,8 +67,8 @@ def test_a_backend_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(MissingDependency, match=r"does not load: libnvinfer\.so\.11"):
-        backend_named(TENSORRT)
+    with pytest.raises(MissingDependency, match=r"cannot be loaded: libnvinfer\.so\.11"):
+        load_backend(TENSORRT)
 
 
 @each(
@@ -108,7 +107,7 @@ def test_the_configuration_gets_what_is_asked(rtx: Backend) -> None:
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
     asked = {"workspace": "256MiB", "optimization_level": 2, "profiling": "detailed"}
     asked |= {"targets": ["sm_86+sm_89"], "tf32": False}
-    rtx.configure_(config, validated(EngineSettings, asked).of(("sm_86", "sm_89")))
+    rtx.configure_(config, validate(EngineSettings, asked).of(("sm_86", "sm_89")))
     assert config.num_compute_capabilities == 2
     assert config.get_compute_capability(1) == trt.ComputeCapability.SM89
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
@@ -123,19 +122,19 @@ def test_the_configuration_gets_what_is_asked(rtx: Backend) -> None:
 def test_the_host_is_one_of_the_drivers_gpus() -> None:
     gpus = (Gpu("NVIDIA L4", (8, 9), 24 << 30), Gpu("NVIDIA A100", (8, 0), None))
     driver = Driver("580.65.06", (13, 0), gpus)
-    assert host_here(driver) == ADA
-    assert host_here(driver, device_number("cuda:1")).target == "sm_80"
-    assert host_here(driver, 2).gpu is host_here(Driver("580.65.06", (13, 0), ())).gpu is None
+    assert detect_host(driver) == ADA
+    assert detect_host(driver, device_index("cuda:1")).target == "sm_80"
+    assert detect_host(driver, 2).gpu is detect_host(Driver("580.65.06", (13, 0), ())).gpu is None
 
 
 def test_a_table_becomes_the_options_of_each_plan_and_survives_json() -> None:
     table = {"targets": ["SM86", "8.0", "75", "sm_120+8.0"], "batch": ["1:2:4"]}
-    settings = validated(EngineSettings, {**table, "workspace": "1GiB", "tf32": False})
+    settings = validate(EngineSettings, {**table, "workspace": "1GiB", "tf32": False})
     assert settings.targets == (("sm_86",), ("sm_80",), ("sm_75",), ("sm_80", "sm_120"))
     options = settings.of(("sm_89",), BatchRange(1, 3, 9))
     assert options.profiles == (BatchRange(1, 2, 4),)
     assert (options.workspace_bytes, options.tf32) == (1 << 30, False)
-    assert validated(BuildOptions, options.as_dict()) == options
+    assert validate(BuildOptions, options.as_dict()) == options
     assert EngineSettings().of((), BatchRange(1, 3, 9)).profiles == (BatchRange(1, 3, 9),)
     for written, size in {"1024": 1024, "4G": 4 << 30, "0.5 gb": 1 << 29, "1TiB": 1 << 40}.items():
-        assert validated(BuildOptions, {"workspace": written}).workspace_bytes == size
+        assert validate(BuildOptions, {"workspace": written}).workspace_bytes == size

@@ -9,7 +9,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor
 
-from van_deploy.data.samples import check_images
+from van_deploy.data.samples import verification_images
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.fold import RewrittenVan, fold_van
 from van_deploy.model.checkpoint import LoadedVan, load_van
@@ -38,7 +38,7 @@ class Exported:
 def digits() -> Exported:
     loaded = load_van("van_digits")
     size = loaded.preprocessing.image_size
-    images = torch.from_numpy(check_images(loaded.name, loaded.preprocessing, 5).inputs)
+    images = torch.from_numpy(verification_images(loaded.name, loaded.preprocessing, 5).inputs)
     folded = fold_van(loaded.model, images[:1]).model
     graphs = (onnx_from_van(model, size) for model in (folded, loaded.model))
     return Exported(loaded, images, folded, *graphs)

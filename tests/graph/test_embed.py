@@ -17,7 +17,7 @@ from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.metrics import Task, probabilities
-from van_deploy.model.preprocess import Preprocessing, normalised
+from van_deploy.model.preprocess import Preprocessing, normalise
 from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 from van_deploy.runners.base import Outputs
@@ -49,9 +49,9 @@ def test_the_network_is_given_the_very_bits_of_the_file_pipeline(plain: onnx.Mod
     head = onnx.utils.Extractor(embedded).extract_model(["pixels"], ["images"])
     every = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 32, 32, 3)
     for values in (pixels(3), every, np.zeros_like(every), np.full_like(every, 255)):
-        assert np.array_equal(run(head, values)["images"], normalised(values, PREPROCESSING))
+        assert np.array_equal(run(head, values)["images"], normalise(values, PREPROCESSING))
     values = pixels(5)
-    expected = run(plain, normalised(values, PREPROCESSING))["logits"]
+    expected = run(plain, normalise(values, PREPROCESSING))["logits"]
     for batch in (1, 2, 5):
         found = run(embedded, values[:batch])["logits"]
         np.testing.assert_allclose(found, expected[:batch], atol=1e-6 * np.abs(expected).max())
@@ -69,7 +69,7 @@ def test_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> 
             much = 1000 * numpy_helper.to_array(tensor)
             tensor.CopyFrom(numpy_helper.from_array(much, tensor.name))
     before = loud.SerializeToString()
-    logits = run(loud, normalised(values, PREPROCESSING))["logits"]
+    logits = run(loud, normalise(values, PREPROCESSING))["logits"]
     model = embed_preprocessing(loud, PREPROCESSING, "uint8", outputs, task)
     assert loud.SerializeToString() == before
     found, odds = run(model, values), probabilities(logits, task)

@@ -25,7 +25,7 @@ from van_deploy.graph.files import (
     simplify_onnx,
 )
 from van_deploy.graph.fold import fold_van
-from van_deploy.manifest import TensorFacts
+from van_deploy.manifest import TensorInfo
 from van_deploy.metrics import compare
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS, VanConfig
@@ -91,8 +91,8 @@ def test_every_value_is_named_after_the_module_that_made_it(digits: Exported) ->
     assert b".py" not in text
     assert b"site-packages" not in text
     facts, sides = graph_facts(digits.graph), digits.loaded.preprocessing.sides
-    assert facts.inputs == {"images": TensorFacts(dtype="float32", shape=("batch", 3, *sides))}
-    assert facts.outputs == {"logits": TensorFacts(dtype="float32", shape=("batch", 10))}
+    assert facts.inputs == {"images": TensorInfo(dtype="float32", shape=("batch", 3, *sides))}
+    assert facts.outputs == {"logits": TensorInfo(dtype="float32", shape=("batch", 10))}
 
 
 # --- simplification --------------------------------------------------------------------------

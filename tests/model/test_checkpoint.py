@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.described import described
 from tests.each import each
+from tests.manifest_parts import network_info
 from tests.model.conftest import rename
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.errors import BundleError, CheckpointError, DownloadError, UsageError
@@ -289,7 +289,7 @@ def bundle_of(loaded: LoadedVan, path: Path) -> Bundle:
     facts: dict[str, Any] = {"weights": loaded.source, "architecture": loaded.config}
     facts |= {"preprocessing": loaded.preprocessing, "class_names": loaded.class_names}
     with edit_bundle(path, name="mine") as draft:
-        draft.description = described("mine", **facts)
+        draft.description = network_info("mine", **facts)
     return Bundle.open(path)
 
 

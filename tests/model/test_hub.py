@@ -20,7 +20,7 @@ from training import public_weights
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.files import find_weights
 from van_deploy.model.van import random_van
-from van_deploy.model.variants import NAMES, VARIANTS, locate_weights
+from van_deploy.model.variants import VARIANT_NAMES, VARIANTS, find_cached_weights
 
 if TYPE_CHECKING:
     from tests.model.conftest import FakeHub
@@ -176,12 +176,12 @@ def test_locating_weights(hub: FakeHub) -> None:
     assert word is not None
     repo, _, name = word.partition(":")
     hub.repos[repo] = {name: CONTENT}
-    assert locate_weights(VARIANTS["van_b0"]) is None
-    assert locate_weights(VARIANTS["van_b5"]) is None
+    assert find_cached_weights(VARIANTS["van_b0"]) is None
+    assert find_cached_weights(VARIANTS["van_b5"]) is None
     path = find_weights(word).path
-    assert locate_weights(VARIANTS["van_b0"]) == path
+    assert find_cached_weights(VARIANTS["van_b0"]) == path
     code = (
-        "import sys; from van_deploy.model.variants import listed_variants; listed_variants();"
+        "import sys; from van_deploy.model.variants import list_variants; list_variants();"
         "print([m for m in ('torch', 'numpy', 'httpx2', 'httpx', 'timm') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -221,7 +221,7 @@ def test_what_is_not_as_published(published: bytes, monkeypatch: Any, capsys: An
     assert "van_b0: verify ended with exit code 1" in told(1, "van_b0", "--imagenet", "val")
     assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in told(1, "van_b1")
     pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
-    monkeypatch.setitem(NAMES, "van_b0", pinned)
+    monkeypatch.setitem(VARIANT_NAMES, "van_b0", pinned)
     assert f"its SHA-256 is {digest}, the expected one {'0' * 64}." in told(1, "van_b0")
 
 

@@ -20,7 +20,7 @@ from van_deploy.model.preprocess import (
     OFFICIAL,
     Interpolation,
     Preprocessing,
-    normalised,
+    normalise,
     pixels_from_image,
 )
 from van_deploy.model.processors import from_arguments
@@ -97,7 +97,7 @@ def pictures() -> list[Image.Image]:
 
 
 def ours(image: Image.Image, preprocessing: Preprocessing) -> Any:
-    return normalised(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
+    return normalise(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
 
 
 def timms(preprocessing: Preprocessing) -> Any:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from van_deploy.model.checkpoint import load_van
-from van_deploy.model.preprocess import Preprocessing, normalised, pixels_from_image
+from van_deploy.model.preprocess import Preprocessing, normalise, pixels_from_image
 from van_deploy.model.processors import from_processor
 
 pytestmark = pytest.mark.slow
@@ -99,7 +99,7 @@ def test_every_pixel_is_transformers(transformers: dict[str, str], tmp_path: Pat
         preprocessing = Preprocessing.from_dict({"source": "", **values})
         for number, image in enumerate(images):
             theirs = np.load(tmp_path / f"{index}-{number}.npy")
-            found = normalised(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
+            found = normalise(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
             # They scale and normalise in another order: bytes are equal, floats to rounding.
             assert np.allclose(theirs, found, rtol=0, atol=1e-5), (kind, said, image.size)
 

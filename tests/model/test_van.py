@@ -23,7 +23,7 @@ from van_deploy.model import registry  # noqa: F401
 from van_deploy.model.checkpoint import load_van, read_weights
 from van_deploy.model.embedded import EMBEDDED_WEIGHTS, digits_images, write_digits_folder
 from van_deploy.model.van import VAN, random_van, sha256_of_state, smooth_images
-from van_deploy.model.variants import VARIANTS, VanConfig, listed_variants
+from van_deploy.model.variants import VARIANTS, VanConfig, list_variants
 
 if TYPE_CHECKING:
     from tests.model.conftest import FakeHub
@@ -79,7 +79,7 @@ def test_head_and_pooling_can_be_replaced() -> None:
     assert model(images).shape == (1, 256, 2, 2)
     with pytest.raises(ValueError, match="for 4 classes"):
         model.reset_classifier(4)
-    with pytest.raises(ValueError, match="not by 'max'"):
+    with pytest.raises(ValueError, match="global_pool is 'max'"):
         create("van_b0", global_pool="max")
 
 
@@ -181,7 +181,7 @@ def test_the_files_are_the_ones_the_card_describes() -> None:
         k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()
     }
     assert loaded.config == VanConfig(**stated)
-    listed = listed_variants()[-1]
+    listed = list_variants()[-1]
     assert (listed.parameters, listed.image_size) == (card["parameters"], 64)
     assert listed.here == str(EMBEDDED_WEIGHTS)
 

@@ -18,7 +18,7 @@ from van_deploy.recipe import (
     CALIBRATION_SETS,
     ImageSelection,
     builtin_files,
-    calibration_set_named,
+    load_calibration_set,
 )
 
 
@@ -77,12 +77,12 @@ def test_too_few_different_images_are_refused(
 def test_shipped_sets_are_described_and_the_digits_are_the_ones_named(digits: Path) -> None:
     known = builtin_files(CALIBRATION_SETS)
     assert {"cifar10", "digits", "folder", "imagenet-512"} <= set(known)
-    for found in map(calibration_set_named, known):
+    for found in map(load_calibration_set, known):
         assert found.description
         assert found.images.count >= 100
         assert 0 < found.images.held_out < 0.5
         assert found.images.path == ""
-    selection = calibration_set_named("digits").images
+    selection = load_calibration_set("digits").images
     chosen = choose_images(selection)
     assert (chosen.digest, len(chosen)) == (selection.digest, 512)
     with pytest.raises(ImageError, match="The images do not match the calibration set"):
@@ -92,11 +92,11 @@ def test_shipped_sets_are_described_and_the_digits_are_the_ones_named(digits: Pa
 def test_a_set_of_ones_own_is_relative_to_itself_and_none_is_said(digits: Path) -> None:
     manifest = digits.parent / "mine.toml"
     manifest.write_text(f'[images]\npath = "{digits.name}"\ncount = 20\n')
-    assert len(choose_images(calibration_set_named(str(manifest)).images)) == 20
+    assert len(choose_images(load_calibration_set(str(manifest)).images)) == 20
     with pytest.raises(ImageError, match="none were given") as caught:
         choose_images(ImageSelection())
     assert "--calibrate-on-noise" in caught.value.remedy
     manifest.write_text('[images]\nsource = "web"')
     for name, message in (("digit", "no calibration set called"), (manifest, "mine.*'web'")):
         with pytest.raises(RecipeError, match=message):
-            calibration_set_named(str(name))
+            load_calibration_set(str(name))

@@ -41,8 +41,8 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bundle(digits_bundle: Bundle, copy_of: Copy) -> Path:
-    return copy_of(digits_bundle)
+def bundle(digits_bundle: Bundle, copy_bundle: Copy) -> Path:
+    return copy_bundle(digits_bundle)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def made(
         {"equalize": True, "bias_correction": True},
         {"target": "cpu"},
     )
-    every = [PLAIN.changed(calibration=few, **one) for one in asked]
+    every = [PLAIN.with_changes(calibration=few, **one) for one in asked]
     return {one.artifact: quantize_bundle(path, one) for one in every}
 
 
@@ -110,7 +110,7 @@ def test_every_technique_is_reported_and_the_record_fits_the_file(
 
 
 def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
-    made: dict[str, QuantizeResult], copy_of: Copy, cli: Cli
+    made: dict[str, QuantizeResult], copy_bundle: Copy, cli: Cli
 ) -> None:
     bundle = made["int8-cpu"].bundle
     assert bundle.artifact("bf16").golden_sqnr_db["ort-cpu/bf16"] > 50
@@ -124,7 +124,7 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
     drift = cli("drift", bundle.path, "--artifact", "bf16", "--against", "golden")
     assert drift.exit_code == 0, drift.stdout
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    path = copy_of(bundle)
+    path = copy_bundle(bundle)
     built = cli("build", path, "--precision", "bf16", "--target", "sm_89")
     assert built.exit_code == 0, built.stderr
     [engine] = [a for a in Bundle.open(path).artifacts.values() if a.kind == "engine"]
@@ -132,7 +132,7 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
 
 
 def test_other_scales_and_what_is_kept(bundle: Path, few: str) -> None:
-    asked = PLAIN.changed(calibration=few, method="percentile", keep=("block4",))
+    asked = PLAIN.with_changes(calibration=few, method="percentile", keep=("block4",))
     result = quantize_bundle(bundle, asked)
     assert lines(result)["int8"]["sqnr_db"] > 20
     assert (result.facts["method"], result.facts["quantized"]) == ("percentile", 35)
@@ -143,10 +143,10 @@ def test_other_scales_and_what_is_kept(bundle: Path, few: str) -> None:
 
 @pytest.mark.slow
 def test_auto_takes_the_fastest_scope_that_holds(bundle: Path, few: str) -> None:
-    asked = PLAIN.changed(calibration=few, scope=("auto",))
+    asked = PLAIN.with_changes(calibration=few, scope=("auto",))
     with pytest.raises(MissingDependency, match="--scope auto measures latency on a GPU"):
         quantize_bundle(bundle, asked)
-    found = lines(quantize_bundle(bundle, asked.changed(target="cpu")))
+    found = lines(quantize_bundle(bundle, asked.with_changes(target="cpu")))
     assert list(found) == ["fp32", "int8 pointwise", "int8 deep", "int8 all"]
     times = {n: row["ms_per_image"] for n, row in found.items() if row["passed"]}
     chosen = [name for name, row in found.items() if row["requested"]]
@@ -156,8 +156,8 @@ def test_auto_takes_the_fastest_scope_that_holds(bundle: Path, few: str) -> None
 def test_a_budget_is_searched_on_other_images_than_it_is_judged_on(
     bundle: Path, few: str, heldout: Path
 ) -> None:
-    settings = PLAIN.changed(calibration=few, method="minmax", max_drop=0.0, evaluations=3)
-    result = quantize_bundle(bundle, settings.changed(evaluate=heldout))
+    settings = PLAIN.with_changes(calibration=few, method="minmax", max_drop=0.0, evaluations=3)
+    result = quantize_bundle(bundle, settings.with_changes(evaluate=heldout))
     assert lines(result)["int8"]["sqnr_db"] > 20
     search = result.facts["search"]
     assert (search["images"], search["of"]) == (60, "top-1")
@@ -171,13 +171,13 @@ def test_a_budget_is_searched_on_other_images_than_it_is_judged_on(
 def test_nothing_changed_is_reused_and_what_changed_is_named(
     bundle: Path, few: str, tmp_path: Path
 ) -> None:
-    asked = PLAIN.changed(calibration=few)
+    asked = PLAIN.with_changes(calibration=few)
     first = quantize_bundle(bundle, asked)
-    assert (first.reused, first.reason) == (False, "not there yet")
-    second = quantize_bundle(bundle, asked.changed(threads=2))
+    assert (first.reused, first.reason) == (False, "new")
+    second = quantize_bundle(bundle, asked.with_changes(threads=2))
     assert (second.reused, second.facts) == (True, first.facts)
     (tmp_path / "other.toml").write_text(Path(few).read_text() + "seed = 5\n")
-    third = quantize_bundle(bundle, asked.changed(calibration=str(tmp_path / "other.toml")))
+    third = quantize_bundle(bundle, asked.with_changes(calibration=str(tmp_path / "other.toml")))
     assert third.reason == "changed since: calibration images, held-out images, evaluation images"
     (bundle / "model.int8.onnx").write_bytes(b"rubbish")
     result = quantize_bundle(bundle, asked)
@@ -189,10 +189,10 @@ def test_nothing_changed_is_reused_and_what_changed_is_named(
 def test_noise_is_labelled_and_too_few_images_to_decide_are_no_pass(
     bundle: Path, few: str, heldout: Path
 ) -> None:
-    noise = quantize_bundle(bundle, PLAIN.changed(noise=True, evaluate=heldout))
+    noise = quantize_bundle(bundle, PLAIN.with_changes(noise=True, evaluate=heldout))
     assert noise.facts["calibration"]["noise"] is True
     assert "NOISE" in noise.facts["calibration"]["description"]
-    asked = PLAIN.changed(calibration=few, evaluate=heldout)
+    asked = PLAIN.with_changes(calibration=few, evaluate=heldout)
     result = quantize_bundle(bundle, asked)
     (row,) = [row for row in result.facts["comparison"] if row["requested"]]
     assert row["passed"]
@@ -201,7 +201,7 @@ def test_noise_is_labelled_and_too_few_images_to_decide_are_no_pass(
         assert tuple(row[f"{name}_interval"]) == wilson_interval(hits, 40)
     assert "would decide at this rate" in row["doubts"][0]
     assert not result.passed
-    again = quantize_bundle(bundle, asked.changed(allow_inconclusive=True))
+    again = quantize_bundle(bundle, asked.with_changes(allow_inconclusive=True))
     assert (again.reused, again.passed) == (True, True)
 
 
@@ -214,17 +214,17 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
     with pytest.raises(BundleError):
         quantize_bundle(tmp_path / "none", PLAIN)
     with pytest.raises(ImageError, match="40 calibration image"):
-        quantize_bundle(bundle, PLAIN.changed(images=heldout, evaluate=heldout))
+        quantize_bundle(bundle, PLAIN.with_changes(images=heldout, evaluate=heldout))
     monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
     with pytest.raises(GateFailed, match="FP16 cannot represent every tensor"):
-        quantize_bundle(bundle, PLAIN.changed(calibration=few, precision="fp16", strict=True))
+        quantize_bundle(bundle, PLAIN.with_changes(calibration=few, precision="fp16", strict=True))
     assert list(Bundle.open(bundle).artifacts) == ["fp32"]
 
 
 @each(
     ("asked", "message"),
     [
-        ({"precision": "fp16", "target": "cpu"}, "FP16 makes no sense for"),
+        ({"precision": "fp16", "target": "cpu"}, "FP16 is not useful for"),
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8"),
         ({"precision": "bf16", "strict": True}, "strict= is for FP16"),
         ({"target": "cpu", "rest": "fp16"}, "rest= fp16 is for FP16"),
@@ -233,7 +233,7 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
         ({"bias_correction": False}, "equalize= shifts channels"),
         ({"scope": ("auto", "all")}, "other scopes were"),
         ({"scope": ("auto",), "max_drop": 1.0}, "auto times whole scopes, and max_drop="),
-        ({"noise": True, "images": Path("x")}, "noise= and images= are both given"),
+        ({"noise": True, "images": Path("x")}, "noise= and images= conflict"),
     ],
 )
 def test_contradictions_say_why(asked: dict[str, Any], message: str) -> None:

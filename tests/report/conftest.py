@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 import van_deploy as vd
-from tests.artifacts import MadeOnce
+from tests.artifacts import ArtifactCache
 from van_deploy.bundle import Bundle
 
 
 @pytest.fixture(scope="session")
-def full(made_once: MadeOnce, digits_bundle: Bundle, heldout_200: Path) -> Bundle:
+def full(artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path) -> Bundle:
     """Return van_digits verified, with drift, accuracy and a benchmark; not to be changed."""
 
     def make(folder: Path) -> None:
@@ -34,4 +34,4 @@ def full(made_once: MadeOnce, digits_bundle: Bundle, heldout_200: Path) -> Bundl
             roofline=False,
         )
 
-    return Bundle.open(made_once("full_report", make))
+    return Bundle.open(artifact_cache("full_report", make))

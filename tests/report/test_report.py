@@ -23,7 +23,7 @@ from van_deploy.report.files import document_of_bundle
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
 from van_deploy.report.render_rich import HarmlessConsole, rich_from_blocks
-from van_deploy.report.sections_checks import quantized_blocks
+from van_deploy.report.sections_checks import quantize_blocks
 
 
 def edited(folder: Path, **checks: object) -> Bundle:
@@ -61,8 +61,8 @@ def test_the_page_has_every_section_and_needs_nothing_but_itself(document: Docum
     assert "@media print" in html
 
 
-def test_an_export_alone_says_what_was_not_measured(byte_bundle: Bundle) -> None:
-    document = document_of_bundle(byte_bundle)
+def test_an_export_alone_says_what_was_not_measured(uint8_bundle: Bundle) -> None:
+    document = document_of_bundle(uint8_bundle)
     assert document.state == "PASS"
     shown = "| ✅ PASS | embedded fp32-uint8 | relative difference"
     assert shown in markdown_from_document(document)
@@ -114,13 +114,13 @@ def test_all_three_say_the_same_and_name_no_folder(full: Bundle, document: Docum
 
 @each(("outcome", "tone"), [("fail", "bad"), ("inconclusive", "open")])
 def test_what_is_not_passed_comes_first_and_in_its_own_colour(
-    full: Bundle, copy_of: Copy, outcome: str, tone: str
+    full: Bundle, copy_bundle: Copy, outcome: str, tone: str
 ) -> None:
     evaluated, state = copy.deepcopy(full.manifest.checks["evaluate"]), outcome.upper()
     loss = evaluated["losses"]["fp32"]
     loss["outcome"] = loss["findings"][-1]["outcome"] = outcome
     loss["findings"][-1]["message"] = "too much was lost"
-    document = document_of_bundle(edited(copy_of(full, outcome), evaluate=evaluated))
+    document = document_of_bundle(edited(copy_bundle(full, outcome), evaluate=evaluated))
     assert document.state == state
     assert f"; 1 {'failed' if outcome == 'fail' else 'undecided'}; 1 skipped" in document.note
     (verdicts,) = document.sections["Verdicts"]
@@ -132,21 +132,21 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
     assert f"{state}</text>" in html, "and is written beside the interval"
 
 
-def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_of: Copy) -> None:
+def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_bundle: Copy) -> None:
     verified = copy.deepcopy(full.manifest.checks["verify"])
     verified["findings"][0].update(outcome="fail", message="another decoder")
     del verified["artifacts"]["fp32"]
-    document = document_of_bundle(edited(copy_of(full), verify=verified))
+    document = document_of_bundle(edited(copy_bundle(full), verify=verified))
     assert document.state == "FAIL"
     text = markdown_from_document(document)
     assert "| ❌ FAIL | preprocessing/0.png | another decoder |" in text
     assert "| fp32 | left out by `van-deploy verify` |" in text
 
 
-def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: Copy) -> None:
+def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_bundle: Copy) -> None:
     evaluated = copy.deepcopy(full.manifest.checks["evaluate"])
     evaluated["artifacts_sha256"]["fp32"] = "0" * 64
-    bundle = edited(copy_of(full), evaluate=evaluated)
+    bundle = edited(copy_bundle(full), evaluate=evaluated)
     document = document_of_bundle(bundle)
     said = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
     assert document.notices == doc.notices("STALE", [said])
@@ -162,7 +162,11 @@ def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_of: 
 def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
     nasty = '<script>alert("x")</script> & $title'
     blocks: list[Block] = [
-        *(doc.Paragraph(nasty), *doc.named({nasty: nasty}, nasty), *doc.notices(nasty, [nasty])),
+        *(
+            doc.Paragraph(nasty),
+            *doc.key_values({nasty: nasty}, nasty),
+            *doc.notices(nasty, [nasty]),
+        ),
         doc.Table({nasty: ""}, [[nasty]], nasty),
     ]
     document = Document(
@@ -197,8 +201,8 @@ def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) 
     assert all(f"{value:,.2f}" in text for value in numbers.values()), "no number is broken"
 
 
-def test_the_command_writes_both_files(full: Bundle, cli: Cli, copy_of: Copy) -> None:
-    folder = copy_of(full)
+def test_the_command_writes_both_files(full: Bundle, cli: Cli, copy_bundle: Copy) -> None:
+    folder = copy_bundle(full)
     assert cli("report", folder).exit_code == 0
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ✅ van_digits\n")
@@ -214,8 +218,8 @@ def test_the_command_writes_both_files(full: Bundle, cli: Cli, copy_of: Copy) ->
     assert cli("report", folder, "--output", folder / "model.onnx/report.html").exit_code == 5
 
 
-def test_a_benchmark_of_other_files_or_of_another_version(full: Bundle, copy_of: Copy) -> None:
-    folder = copy_of(full)
+def test_a_benchmark_of_other_files_or_of_another_version(full: Bundle, copy_bundle: Copy) -> None:
+    folder = copy_bundle(full)
     bench = json.loads((folder / "bench.json").read_text())
     name = next(name for name in bench["contenders"] if name.startswith("ort-cpu"))
     bench["contenders"][name]["sha256"] = "0" * 64
@@ -245,7 +249,7 @@ def test_the_table_of_precisions_is_whole_in_a_pipe(passed: bool, gate: str) -> 
         "judged": {"findings": [{"outcome": "inconclusive", "rule": "scales", "message": "odd"}]},
     }
     made = {"facts": facts, "artifact": "int8", "bundle": "b", "seconds": {}, "reused": False}
-    shown = "\n".join(in_terminal(quantized_blocks(made), 100))
+    shown = "\n".join(in_terminal(quantize_blocks(made), 100))
     for text in ("precision", "top-1 %", "gate", "123.0 MiB", "76.90", "75.00 to 78.70", gate):
         assert text in shown
     assert "INCONCLUSIVE  scales: odd" in shown  # of the golden samples: what ends it with 1

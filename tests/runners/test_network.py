@@ -9,13 +9,13 @@ import pytest
 
 from tests.artifacts import Copy
 from tests.conftest import Cli
-from tests.described import entry
 from tests.each import each
+from tests.manifest_parts import artifact_entry
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency
-from van_deploy.manifest import EngineFacts
+from van_deploy.manifest import EngineInfo
 from van_deploy.runners.network import Network, Obstacle
 
 CUDA, TRUSTING = RunnerSettings(runner="ort-cuda"), RunnerSettings(trust_engine=True)
@@ -28,19 +28,21 @@ def has_gpu() -> bool:
 
 
 @pytest.fixture
-def bundle(byte_bundle: Bundle, copy_of: Copy) -> Bundle:
+def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
     """Return a copy of the digits with an entry of an engine of the byte graph."""
-    folder = copy_of(byte_bundle)
+    folder = copy_bundle(uint8_bundle)
     profiles = (BatchRange(1, 1, 1), BatchRange(4, 4, 6))
     backend = "tensorrt 10.16.1.11"
     with edit_bundle(folder) as draft:
         for name in ("e.plan", "e.json"):
             draft.file(f"engines/{name}").write_bytes(b"bytes")
         made_from = Origin(name="fp32-uint8", sha256=draft.artifacts["fp32-uint8"].sha256)
-        facts = EngineFacts(backend=backend, targets=("sm_89",), profiles=profiles, parser_layers=1)
+        facts = EngineInfo(backend=backend, targets=("sm_89",), profiles=profiles, parser_layers=1)
         files = ("engines/e.plan", "engines/e.json")
         draft.record(
-            entry("e", "engine", "fp32", files[0], files, made_from=made_from, engine=facts)
+            artifact_entry(
+                "e", "engine", "fp32", files[0], files, made_from=made_from, engine=facts
+            )
         )
     return Bundle.open(folder)
 

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from tests.artifacts import Copy
-from tests.described import entry
+from tests.manifest_parts import artifact_entry
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import BatchRange, BuildOptions, ServiceSettings
 from van_deploy.data.images import open_image
 from van_deploy.engine.sidecar import Sidecar, Tensor, sidecar_path, write_sidecar
-from van_deploy.manifest import EngineFacts
+from van_deploy.manifest import EngineInfo
 from van_deploy.metrics import softmax
 from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import NamedClass
@@ -33,13 +33,13 @@ PlanMaker = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
-def digits(byte_bundle: Bundle) -> Bundle:
+def digits(uint8_bundle: Bundle) -> Bundle:
     """Return a bundle of ``van_digits`` with every output of the byte graph; not to be changed."""
-    return byte_bundle
+    return uint8_bundle
 
 
 @pytest.fixture
-def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
+def with_plans(uint8_bundle: Bundle, copy_bundle: Copy) -> PlanMaker:
     """Return a function that gives a copy of the digits files that pass for TensorRT's plans.
 
     Nobody here can build a plan for Triton: that takes ``tensorrt`` and a GPU. What is tested
@@ -50,7 +50,7 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
     def made(
         profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
     ) -> Bundle:
-        bundle = Bundle.open(copy_of(byte_bundle, f"with-plans-{next(numbers)}"))
+        bundle = Bundle.open(copy_bundle(uint8_bundle, f"with-plans-{next(numbers)}"))
         with edit_bundle(bundle.path) as draft:
             for index, target in enumerate(targets or ("sm_89",)):
                 changes = {**changes, **(other or {})} if index else changes
@@ -59,7 +59,7 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
                 sidecar = _sidecar(bundle, plan, target, profiles, changes)
                 write_sidecar(plan, sidecar)
                 files = {f"engines/{p.name}": "" for p in (plan, sidecar_path(plan))}
-                facts = EngineFacts(
+                facts = EngineInfo(
                     backend=f"{sidecar.backend} {sidecar.backend_version}",
                     targets=sidecar.targets,
                     profiles=sidecar.profiles,
@@ -67,7 +67,7 @@ def with_plans(byte_bundle: Bundle, copy_of: Copy) -> PlanMaker:
                 )
                 origin = Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
                 what = (sidecar.name, "engine", "fp32", next(iter(files)), files)
-                draft.record(entry(*what, made_from=origin, engine=facts))
+                draft.record(artifact_entry(*what, made_from=origin, engine=facts))
         return Bundle.open(bundle.path)
 
     return made

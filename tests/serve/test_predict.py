@@ -80,9 +80,9 @@ def test_what_is_not_possible(digits: Bundle, original: Path, cli: Cli) -> None:
 
 
 def test_an_embedded_graph_is_the_same_network_or_nothing_is_written(
-    digits: Bundle, copy_of: Copy, monkeypatch: pytest.MonkeyPatch
+    digits: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copy, batches = copy_of(digits), [PIXELS[:size] for size in (1, 2, 3)]
+    copy, batches = copy_bundle(digits), [PIXELS[:size] for size in (1, 2, 3)]
     asked = ExportSettings(
         embed_preprocess="normalize", outputs=("logits", "probabilities", "top5")
     )
@@ -112,5 +112,7 @@ def test_an_embedded_graph_is_the_same_network_or_nothing_is_written(
     for wrong in (other_mean, not_a_number):
         monkeypatch.setattr(embedded, "embed_preprocessing", wrong)
         with pytest.raises(GateFailed, match=r"At batch 1 'model\.normalize"):
-            embed_artifacts(Bundle.open(copy), asked.changed(outputs=("logits", "top5")), batches)
+            embed_artifacts(
+                Bundle.open(copy), asked.with_changes(outputs=("logits", "top5")), batches
+            )
         assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before

@@ -69,11 +69,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 @pytest.fixture(scope="module")
 def triton(
-    tmp_path_factory: pytest.TempPathFactory, byte_bundle: Bundle, environment: dict[str, Any]
+    tmp_path_factory: pytest.TempPathFactory, uint8_bundle: Bundle, environment: dict[str, Any]
 ) -> Iterator[Triton]:
     """Serve the digits with two instances, whose warm-up has run before the first request."""
     folder = tmp_path_factory.mktemp("triton")
-    models = packaged(byte_bundle, folder / "package", instances=2, **environment)
+    models = packaged(uint8_bundle, folder / "package", instances=2, **environment)
     with triton_running(models, folder / "server") as running:
         assert running.process.poll() is None, running.said()
         text = urllib.request.urlopen(running.metrics, timeout=30).read().decode()
@@ -114,10 +114,10 @@ def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton
 
 @each("module", CLIENTS)
 def test_every_digit_gets_the_artifacts_own_answer(
-    module: Any, triton: Triton, byte_bundle: Bundle, heldout_200: Path
+    module: Any, triton: Triton, uint8_bundle: Bundle, heldout_200: Path
 ) -> None:
-    pixels = pixels_of(byte_bundle, find_images(heldout_200))
-    with Network(byte_bundle, "fp32-uint8", threads=1) as network:
+    pixels = pixels_of(uint8_bundle, find_images(heldout_200))
+    with Network(uint8_bundle, "fp32-uint8", threads=1) as network:
         expected = np.concatenate([network.run(p[None])["logits"] for p in pixels])
     classified = [module.InferRequestedOutput("logits", class_count=1)]
     with client_of(module, triton) as client:
@@ -134,9 +134,9 @@ def test_every_digit_gets_the_artifacts_own_answer(
 
 
 def test_requests_that_arrive_together_run_together(
-    triton: Triton, byte_bundle: Bundle, heldout_200: Path
+    triton: Triton, uint8_bundle: Bundle, heldout_200: Path
 ) -> None:
-    pixels = pixels_of(byte_bundle, find_images(heldout_200))[:64]
+    pixels = pixels_of(uint8_bundle, find_images(heldout_200))[:64]
     with grpc.InferenceServerClient(triton.grpc) as client:
         before = batches_of(client)
         assert errors_of(client, NAME, [tensor_of(grpc, p[None]) for p in pixels]) == [None] * 64
@@ -193,9 +193,9 @@ def test_the_shared_network_answers_as_it_does_here_and_a_full_queue_is_refused(
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
 def test_of_other_backends_it_misses_nothing_but_the_backend(
-    backend: str, byte_bundle: Bundle, with_plans: PlanMaker, tmp_path: Path
+    backend: str, uint8_bundle: Bundle, with_plans: PlanMaker, tmp_path: Path
 ) -> None:
-    bundle, names = byte_bundle, tuple[str, ...](["fp32-uint8"])
+    bundle, names = uint8_bundle, tuple[str, ...](["fp32-uint8"])
     if backend == "tensorrt":
         bundle, names = with_plans("1:1:1,2:8:8", "sm_89", "sm_90"), ("plan-sm_89", "plan-sm_90")
     models = packaged(bundle, tmp_path / "package", artifacts=names)

@@ -31,7 +31,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
-from van_deploy.model.preprocess import normalised
+from van_deploy.model.preprocess import normalise
 from van_deploy.runners.network import Network, TensorSpec
 from van_deploy.serve.app import return_large_blocks
 from van_deploy.serve.models import Service
@@ -142,7 +142,7 @@ def test_answers_are_the_artifacts(
                 found = result.as_numpy(output)
                 assert found.dtype == values.dtype
                 np.testing.assert_allclose(found, values[:rows], **close)
-        images = normalised(pixels[:8], digits.manifest.preprocessing)
+        images = normalise(pixels[:8], digits.manifest.preprocessing)
         plain = client.infer(PLAIN, [tensor_of(triton, images, "images")]).as_numpy("logits")
     np.testing.assert_allclose(plain, expected["logits"][:8], **close)
     status, answer, _ = ask(server, INFER, tensor(data=pixels[:1].tolist()))  # nested numbers
@@ -526,12 +526,12 @@ def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     settings = ServiceSettings(api_key_file=file)
     with pytest.raises(UsageError, match="cannot be read"):
         settings.api_key()
-    for content, message in ((b"two words", "holds no key"), (b"\xff", "cannot be read")):
+    for content, message in ((b"two words", "is not a key"), (b"\xff", "cannot be read")):
         file.write_bytes(content)
         with pytest.raises(UsageError, match=message):
             settings.api_key()
     monkeypatch.setenv("VAN_DEPLOY_API_KEY", "")
-    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' holds no key"):
+    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' is not a key"):
         ServiceSettings().api_key()
 
 

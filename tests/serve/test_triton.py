@@ -23,7 +23,7 @@ import yaml
 from google.protobuf import text_format
 from PIL import Image
 
-from tests.artifacts import Copy, put
+from tests.artifacts import Copy, add_artifact
 from tests.conftest import Cli
 from tests.each import each
 from tests.serve.conftest import PlanMaker, Running, top5_of
@@ -161,7 +161,7 @@ def test_plans_that_triton_could_not_serve_are_refused(
 @each(
     ("words", "message"),
     [
-        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for processors"),
+        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for CPUs"),
         (
             ["--triton-release", "23.04"],
             f"Triton 23.04 is not known to load '{NAME}': Triton 23.04 has ONNX Runtime 1.14.1; it "
@@ -236,7 +236,7 @@ def test_the_python_backend_brings_its_onnx_runtime(
 
 
 def test_the_command_packages_and_notices_what_was_changed_since(
-    digits: Bundle, copy_of: Copy, tmp_path: Path, cli: Cli
+    digits: Bundle, copy_bundle: Copy, tmp_path: Path, cli: Cli
 ) -> None:
     def failed(bundle: Bundle) -> dict[str, str]:
         found = check_package(package, bundle).findings
@@ -264,10 +264,10 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     (package / "models/package.json").write_text("{}")
     assert failed(digits) == {"files": "models/package.json: missing, changed or added"}
     (package / "models/package.json").unlink()
-    copy = Bundle.open(copy_of(digits))
+    copy = Bundle.open(copy_bundle(digits))
     model = onnx.load(copy.path / "model.uint8.onnx")
     model.doc_string = "another one"
-    put(copy, "fp32-uint8", "fp32", model, embedded="uint8")
+    add_artifact(copy, "fp32-uint8", "fp32", model, embedded="uint8")
     detail = "made anew in the bundle since"
     assert failed(Bundle.open(copy.path)) == {"artifact fp32-uint8": detail}
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.artifacts import Subject, enter_engine
+from tests.artifacts import Subject, add_placeholder_engine
 from tests.conftest import ROOT
 from van_deploy.bundle import MANIFEST
 from van_deploy.cli.app import COMMANDS
@@ -163,9 +163,9 @@ def every_command(folder: Path, images: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_no_command_asks_for_the_network(tmp_path: Path, judged: Subject) -> None:
+def test_no_command_asks_for_the_network(tmp_path: Path, digits: Subject) -> None:
     host = Host(tmp_path)
-    done = host.run(*every_command(tmp_path, judged.labelled))
+    done = host.run(*every_command(tmp_path, digits.labelled))
     assert {line: found[2] for line, found in done.items() if found[0]} == {}
     with host.serving(tmp_path / "b") as url, urlopen(f"{url}/v2/health/ready") as answer:
         assert answer.status == 200
@@ -208,11 +208,11 @@ def lacking() -> list[str]:
     return sorted(m for m, owners in modules if not there & set(map(canonicalize_name, owners)))
 
 
-def test_a_host_without_pytorch_and_the_weights(judged: Subject, tmp_path: Path) -> None:
+def test_a_host_without_pytorch_and_the_weights(digits: Subject, tmp_path: Path) -> None:
     blocked = lacking()
     assert {"torch", "timm", "torchvision"} <= set(blocked)
-    path = Path(shutil.copytree(judged.bundle.path, tmp_path / "bundle"))
-    enter_engine(path, "fp16-sm89")
+    path = Path(shutil.copytree(digits.bundle.path, tmp_path / "bundle"))
+    add_placeholder_engine(path, "fp16-sm89")
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["weights"]["path"] = "/nowhere/weights.safetensors"
     (path / MANIFEST).write_text(json.dumps(manifest))
@@ -231,7 +231,7 @@ def test_a_host_without_pytorch_and_the_weights(judged: Subject, tmp_path: Path)
     codes = {name: found[0] for name, found in done.items() if found[0]}
     assert codes == {"verify": 1, "export": 3}, "an engine that nobody allowed to skip"
     assert done["export"][2].startswith("error: This needs ")
-    answer = str(int(judged.samples.logits[0].argmax()))
+    answer = str(int(digits.samples.logits[0].argmax()))
     assert str(json.loads(done["predict"][1])["predictions"][0]["top"][0]["index"]) == answer
     with host.serving(path) as url:
         image = (path / "golden/0.png").read_bytes()

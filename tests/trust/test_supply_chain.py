@@ -16,26 +16,30 @@ from packaging.version import Version
 from supply_chain import audit
 from supply_chain.pins import (
     BILL,
+    EXTRAS,
     LOWEST,
+    MIN_TESTED,
     PINNED,
     ROOT,
-    TRIED_LOWEST,
     bill_of_materials,
-    declared,
-    lowest,
-    needed,
-    pinned_names,
-    pins_in,
+    declared_requirements,
+    lower_bounds,
+    read_pins,
+    resolve_dependencies,
 )
 from tests.each import each
 
-NAMES = pinned_names()
-PINS = pins_in(PINNED)
+NAMES = EXTRAS
+PINS = read_pins(PINNED)
 MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 MODULES |= {"pynvml": "nvidia-ml-py"}
 INSTALLED = {str(canonicalize_name(d.name)): d.version for d in metadata.distributions()}
-HERE = [one for one in declared(NAMES) if one.marker is None or one.marker.evaluate({"extra": ""})]
+HERE = [
+    one
+    for one in declared_requirements(NAMES)
+    if one.marker is None or one.marker.evaluate({"extra": ""})
+]
 
 
 def refused(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[str]:
@@ -53,24 +57,28 @@ def test_what_is_pinned_and_installed_is_what_is_asked_for() -> None:
     assert refused(HERE, INSTALLED) == []
     direct = {canonicalize_name(one.name) for one in HERE}
     assert direct <= PINS.keys() | ({"tomli"} if sys.version_info < (3, 11) else set())
-    assert refused(declared(NAMES), PINS) == []
-    everything = needed(one for one in declared(NAMES) if canonicalize_name(one.name) in INSTALLED)
+    assert refused(declared_requirements(NAMES), PINS) == []
+    everything = resolve_dependencies(
+        one for one in declared_requirements(NAMES) if canonicalize_name(one.name) in INSTALLED
+    )
     same = {name: PINS[name] for name in everything if INSTALLED.get(name) == PINS.get(name)}
     assert refused((one for several in everything.values() for one in several), same) == []
 
 
 def test_pins_are_plain_names_and_versions_in_order() -> None:
-    for pins in (PINS, pins_in(LOWEST)):
+    for pins in (PINS, read_pins(LOWEST)):
         assert list(pins) == sorted(pins)
         for name, version in pins.items():
             assert canonicalize_name(name) == name != "van-deploy"
             assert Version(version).local is None
-    assert pins_in(LOWEST) == lowest(declared(TRIED_LOWEST))
-    assert [w for w in declared() if not any(s.operator == ">=" for s in w.specifier)] == []
+    assert read_pins(LOWEST) == lower_bounds(declared_requirements(MIN_TESTED))
+    assert [
+        w for w in declared_requirements() if not any(s.operator == ">=" for s in w.specifier)
+    ] == []
 
 
 def test_every_package_that_is_imported_is_declared() -> None:
-    known = {str(canonicalize_name(one.name)) for one in declared()}
+    known = {str(canonicalize_name(one.name)) for one in declared_requirements()}
     known |= {"click", "ml-dtypes", "onnx-ir", "protobuf", "pydantic-core", "triton"}
     known |= {"typing-extensions"}  # each comes with one of those
     standard, missing = set(sys.stdlib_module_names) | {"van_deploy", "tomllib"}, set()
@@ -102,7 +110,7 @@ FLAWS = [{"id": "CVE-1", "fix_versions": ["3"]}, {"id": "CVE-2", "fix_versions":
 KNOWN = {"name": "b", "version": "2", "vulns": FLAWS}
 UNKNOWN = {"name": "c", "version": "3", "skip_reason": "Dependency not found"}
 FOUND = (
-    *("b 2: CVE-1, mended in 3", "b 2: CVE-2, mended in no version yet"),
+    *("b 2: CVE-1, fixed in 3", "b 2: CVE-2, fixed in no version yet"),
     *("not audited: c: Dependency not found", "2 packages audited, 1 with known vulnerabilities"),
 )
 
@@ -123,7 +131,7 @@ def test_an_audit_says_what_it_found_or_that_it_could_not_ask(
 ) -> None:
     text = "" if report is None else json.dumps({"dependencies": report})
     for allowed, end in ((False, "FAILED"), (True, "SKIPPED")):
-        ended, said = audit.judged(text, complaint, allowed)
+        ended, said = audit.summarize_audit(text, complaint, allowed)
         if code is None:
             assert (ended, said[0]) == (not allowed, f"{end}: nothing was audited: {lines[0]}")
         else:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from van_deploy.documents import json_from, text_from
+from van_deploy.documents import parse_json, read_text_file
 from van_deploy.errors import BundleError
 from van_deploy.files import write_atomic
-from van_deploy.manifest import MANIFEST, inside
+from van_deploy.manifest import MANIFEST, require_relative_path
 
 SIGNATURE = "manifest.json.sig"  # beside the manifest; see van_deploy.signing
 LOCK, PENDING, STAGING = ".lock", ".pending", ".staging-"
@@ -91,7 +91,11 @@ def finish_commit(folder: Path) -> None:
     refuse_links(folder, pending)
     gone = pending / _GONE
     try:
-        names = [inside(str(name)) for name in json_from(text_from(gone))] if gone.exists() else []
+        names = (
+            [require_relative_path(str(name)) for name in parse_json(read_text_file(gone))]
+            if gone.exists()
+            else []
+        )
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(
             f"'{gone}', of an interrupted command, is damaged: {error}.", "Make the bundle again."

@@ -26,13 +26,13 @@ from van_deploy.manifest import (
     MANIFEST,
     SCHEMA,
     Artifact,
-    Description,
     Manifest,
-    inside,
+    NetworkInfo,
     manifest_from,
     read_manifest,
+    require_relative_path,
 )
-from van_deploy.provenance import time_of_writing
+from van_deploy.provenance import current_timestamp
 
 LOCK_ATTEMPTS = 10
 
@@ -52,14 +52,14 @@ class Draft:
 
     path: Path
     staging: Path
-    description: Description | None = None
+    description: NetworkInfo | None = None
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     checks: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
     def file(self, relative: str) -> Path:
         """Return where to write the file that will be ``relative`` in the bundle."""
-        target = self.staging / inside(relative)
+        target = self.staging / require_relative_path(relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
@@ -92,10 +92,10 @@ class Draft:
         """
         if self.description is None:
             raise ValueError("a new bundle needs a description")
-        described = {key: getattr(self.description, key) for key in Description.model_fields}
+        described = {key: getattr(self.description, key) for key in NetworkInfo.model_fields}
         return Manifest(
             schema=SCHEMA,
-            written=time_of_writing(),
+            written=current_timestamp(),
             artifacts=self.artifacts,
             checks=self.checks,
             files=self.files,

@@ -11,7 +11,7 @@ from typing import Any
 
 from van_deploy.bundle.commit import LOCK, PENDING, SIGNATURE, finish_commit, locked
 from van_deploy.errors import BundleError
-from van_deploy.files import external_files, file_sha256, require_beside
+from van_deploy.files import check_external_files, external_files, file_sha256
 from van_deploy.manifest import MANIFEST, Artifact, Manifest, read_manifest
 
 
@@ -107,7 +107,7 @@ class Bundle:
             folder = PurePosixPath(artifact.file).parent
             named = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
             beside = [file.relative_to(folder).as_posix() for file in named]
-            require_beside(path, external_files(path), beside)
+            check_external_files(path, external_files(path), beside)
         return path
 
     def rebuild_reason(self, name: str, made_with: Mapping[str, Any]) -> str:
@@ -121,7 +121,7 @@ class Bundle:
             artifact = self.artifact(name)
             self.verified_path(name)
         except BundleError as error:
-            return error.message if name in self.artifacts else "not there yet"
+            return error.message if name in self.artifacts else "new"
         wanted, had = json.loads(json.dumps(made_with)), artifact.made_with
         changed = [key for key in {**wanted, **had} if wanted.get(key) != had.get(key)]
         return f"changed since: {', '.join(changed)}" if changed else ""

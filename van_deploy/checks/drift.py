@@ -32,10 +32,10 @@ import numpy.typing as npt
 import onnx
 
 from van_deploy.bundle import Artifact, Bundle
-from van_deploy.checks.gates import DEFAULT, Outcome, sqnr_floor
+from van_deploy.checks.gates import DEFAULT_PROFILE, Outcome, sqnr_floor
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
-from van_deploy.checks.judging import judge_graph, judge_new, plain_onnx
+from van_deploy.checks.outputs import check_graph, check_new_graph, plain_onnx_artifacts
 from van_deploy.config import DriftSettings, GateProfile
 from van_deploy.errors import BundleError, GateFailed
 from van_deploy.graph.names import INPUT_NAME, module_of
@@ -79,7 +79,10 @@ class Reference(NamedTuple):
 
 
 def module_reference(
-    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, profile: GateProfile = DEFAULT
+    bundle: Bundle,
+    samples: Samples,
+    loaded: LoadedVan | None,
+    profile: GateProfile = DEFAULT_PROFILE,
 ) -> Reference | str:
     """Return what modules are compared with: the original network, else ``model.onnx``.
 
@@ -97,7 +100,7 @@ def module_reference(
     if loaded is not None:
         return _rewritten(bundle, samples, loaded)
     model = onnx.load(bundle.verified_path("fp32"))
-    judged, _ = judge_new(model, "fp32", samples, profile=profile)
+    judged, _ = check_new_graph(model, "fp32", samples, profile=profile)
     if judged.outcome is not Outcome.PASS:
         lacks = "model.onnx does not hold on the golden samples, so nothing can be compared with it"
         return f"{lacks}: {judged.reason}"
@@ -320,7 +323,7 @@ def drift_of_bundle(
         note = f"folded weights in float32; folding itself is exact to {reference.folding:.0e}"
         level = outputs.sqnr_db(samples.logits, rows)
         chain.append(DriftRow("rewritten, float64", level, note=note))
-    plain, entries = plain_onnx(bundle), {}
+    plain, entries = plain_onnx_artifacts(bundle), {}
     for name in asked.artifacts or [n for n in plain if loaded is not None or n != "fp32"]:
         say(f"Every {asked.level} of '{name}', alone and in the whole")
         artifact = bundle.artifact(name)
@@ -328,7 +331,7 @@ def drift_of_bundle(
         method = str(artifact.quantization.get("method", "mse"))
         model, inside = onnx.load(bundle.verified_path(name)), dict[str, list[str]]()
         floor = sqnr_floor(artifact.precision, noise_db)
-        for module, fault in judge_graph(model, artifact.precision, samples, floor, method)[1]:
+        for module, fault in check_graph(model, artifact.precision, samples, floor, method)[1]:
             part = part_name(module, asked.level, (part.name for part in parts))
             inside.setdefault(part, []).append(fault)
         told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)

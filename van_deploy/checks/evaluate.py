@@ -23,10 +23,10 @@ from van_deploy import metrics
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.checks.golden import samples_for
-from van_deploy.checks.judging import Networks
+from van_deploy.checks.outputs import Networks
 from van_deploy.config import EvaluationSettings, GateSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
-from van_deploy.data.labels import label_sets, labelled_images
+from van_deploy.data.labels import label_images, multi_label_targets
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
@@ -48,7 +48,7 @@ MOST_SHOWN = 20  # confusions, and classes that changed
 Logits = npt.NDArray[np.floating[Any]]
 
 
-class Truth(NamedTuple):
+class GroundTruth(NamedTuple):
     """What is right on an evaluation set, and what is allowed.
 
     Attributes:
@@ -66,7 +66,7 @@ class Truth(NamedTuple):
     rules: GateSettings = GateSettings()
 
 
-class Answers(NamedTuple):
+class Predictions(NamedTuple):
     """What one network says of some images.
 
     Attributes:
@@ -89,7 +89,7 @@ class Answers(NamedTuple):
     @classmethod
     def of(
         cls, logits: Logits, task: Task = Task.SINGLE_LABEL, reference: Logits | None = None
-    ) -> Answers:
+    ) -> Predictions:
         """Return the answers in ``logits (n, K)``; without a ``reference`` they are its own."""
         values = np.asarray(logits, np.float64)
         exact = values if reference is None else np.asarray(reference, np.float64)
@@ -132,7 +132,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class ArtifactLoss(gates.Findings):
+class ArtifactLoss(gates.CheckResult):
     """What an artifact lost against PyTorch on the same images, and what the gate says.
 
     Attributes:
@@ -155,7 +155,7 @@ class ArtifactLoss(gates.Findings):
     classes: tuple[Mapping[str, int], ...]
 
 
-def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
+def measure_accuracy(answers: Predictions, truth: GroundTruth) -> Accuracy:
     """Return how often ``answers`` are right."""
     labels, total = truth.labels, len(truth.labels)
     if truth.task is Task.MULTI_LABEL:
@@ -171,7 +171,9 @@ def accuracy_of(answers: Answers, truth: Truth) -> Accuracy:
     return replace(found, top5=among / total, top5_interval=wilson_interval(among, total))
 
 
-def judge_artifact(before: Answers, after: Answers, truth: Truth, numeric: str) -> ArtifactLoss:
+def compare_predictions(
+    before: Predictions, after: Predictions, truth: GroundTruth, numeric: str
+) -> ArtifactLoss:
     """Return what one artifact lost against PyTorch, and what the gate of its class says.
 
     Args:
@@ -202,16 +204,16 @@ def judge_artifact(before: Answers, after: Answers, truth: Truth, numeric: str) 
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
     explained = gates.flip_margin(floor.value, task)
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
-    findings = [gates.judge_loss(loss, allowed, gates.what_of(task))]
+    findings = [gates.check_loss(loss, allowed, gates.accuracy_metric(task))]
     if not gates.CLASSES[numeric].lossy:
-        findings = gates.judge_numbers(loss, allowed, sqnr, floor, flips, task)
+        findings = gates.check_near_lossless(loss, allowed, sqnr, floor, flips, task)
     pairs = Counter((flip.expected, flip.found) for flip in flips)
     commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
     confusions = tuple((*pair, count) for pair, count in commonest)
     return ArtifactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)
 
 
-def _label_counts(answers: Answers, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+def _label_counts(answers: Predictions, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """Return each image's labels that are found, wanted, and both, ``(N, 3)``."""
     found, wanted = answers.classes == 1, labels.astype(bool)
     return np.stack([found.sum(1), wanted.sum(1), (found & wanted).sum(1)], axis=1)
@@ -258,12 +260,12 @@ def _changes(
 
 # --- the evaluation --------------------------------------------------------------------------
 
-Said = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Answers]]
+Said = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Predictions]]
 """Which images they are, index and reason of those left out, and what each network says."""
 
 
 @dataclass(frozen=True)
-class EvaluateReport(gates.Report):
+class EvaluateReport(gates.GateReport):
     """Accuracy of PyTorch and each artifact.
 
     Attributes:
@@ -293,7 +295,7 @@ class EvaluateReport(gates.Report):
     runners: Mapping[str, str]
     class_names: tuple[str, ...] | None
     seconds: float
-    allowed: gates.Allowed
+    allowed: gates.AllowOptions
     schema: Literal["van-deploy/evaluate/3"] = "van-deploy/evaluate/3"
 
     @property
@@ -301,7 +303,7 @@ class EvaluateReport(gates.Report):
         """How many images were answered."""
         return self.accuracy[PYTORCH].images
 
-    def named(self) -> list[tuple[str, gates.Finding]]:
+    def named_findings(self) -> list[tuple[str, gates.Finding]]:
         """Return every finding and its artifact, those of skipped artifacts included."""
         found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
         return [*found, *self.skipped.items()]
@@ -328,7 +330,7 @@ def evaluate_bundle(
     """
     require_classes(bundle, "evaluate")
     images, labels = _labelled(asked, task_of(bundle), loaded)
-    rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Answers]]()
+    rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
     started, total = time.perf_counter(), len(images)
     with Networks(bundle, loaded, asked) as networks:
         for indices, bad, said in _answered(networks, images, asked):
@@ -346,26 +348,26 @@ def evaluate_bundle(
     order, answers = np.argsort(rows), {}
     for name in networks.runners:
         columns = zip(*(said[name] for said in pieces), strict=True)
-        answers[name] = Answers(*(np.concatenate(column)[order] for column in columns))
+        answers[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
     golden = bundle.manifest.golden is not None
     noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
     classes, task = loaded.config.num_classes, task_of(bundle)
-    truth = Truth(labels[np.sort(rows)], classes, task, noise_db, rules)
+    truth = GroundTruth(labels[np.sort(rows)], classes, task, noise_db, rules)
     return EvaluateReport(
         images=images.description,
         dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),
         task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
-        accuracy={name: accuracy_of(found, truth) for name, found in answers.items()},
+        accuracy={name: measure_accuracy(found, truth) for name, found in answers.items()},
         losses={
-            name: judge_artifact(answers[PYTORCH], answers[name], truth, numeric)
+            name: compare_predictions(answers[PYTORCH], answers[name], truth, numeric)
             for name, numeric in networks.numeric.items()
         },
         skipped=networks.skipped,
         runners=networks.runners,
         class_names=loaded.class_names,
         seconds=time.perf_counter() - started,
-        allowed=gates.Allowed(asked.allow_skip, asked.allow_inconclusive),
+        allowed=gates.AllowOptions(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
@@ -376,13 +378,13 @@ def _labelled(
     classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
         every = image_set(asked.images)
-        chosen = every.first(asked.limit or len(every))
-        labels = label_sets(chosen, asked.labels, classes, names)
+        chosen = every.subsample(asked.limit or len(every))
+        labels = multi_label_targets(chosen, asked.labels, classes, names)
         described = f"{chosen.description}, labels from '{asked.labels}'"
         return replace(chosen, description=described), labels
     how: dict[str, Any] = {"labels_file": asked.labels, "find_labels": asked.label_files}
-    every = labelled_images(asked.images, classes, names, class_order=asked.class_order, **how)
-    chosen = every.first(asked.limit or len(every))
+    every = label_images(asked.images, classes, names, class_order=asked.class_order, **how)
+    chosen = every.subsample(asked.limit or len(every))
     return chosen, np.asarray(chosen.labels)
 
 
@@ -423,7 +425,7 @@ def _answers(
     for found in decoded_batches(images.items, preprocessing, asked.batch, **how):
         logits = networks.logits(found) if found.indices else {}
         said = {
-            name: Answers.of(y, task, None if name == PYTORCH else logits[PYTORCH])
+            name: Predictions.of(y, task, None if name == PYTORCH else logits[PYTORCH])
             for name, y in logits.items()
         }
         yield found.indices, found.unreadable, said

@@ -1,21 +1,20 @@
-"""Every limit an artifact is held to, and what PASS means. The only module with such numbers.
+"""Quality gates: all limits that artifacts must meet, and the rules that apply them.
 
-``quantize``, ``verify``, ``evaluate``, ``check``, ``drift`` and the report read it. A gate
-says PASS only of what was shown:
+``quantize``, ``verify``, ``evaluate``, ``check``, ``drift`` and the report use these limits; no
+other module defines any. A gate has one of four outcomes:
 
 ================  ====================================================================
-``PASS``          the rule was applied and holds
-``FAIL``          the rule was applied and does not hold
-``INCONCLUSIVE``  the data cannot decide; the message says how many more images would
+``PASS``          the rule was applied and the limit is met
+``FAIL``          the rule was applied and the limit is not met
+``INCONCLUSIVE``  the data cannot decide; the message says how many images would
 ``SKIPPED``       not run; the message says why
 ================  ====================================================================
 
-FAIL and INCONCLUSIVE end a command with 1, and so does a skip the user did not name
-(:class:`Allowed`). Limits depend on the *numeric class*, which is what computes and not
-what the file is called: an FP32 engine built with TF32 is of the class ``tf32``.
+FAIL and INCONCLUSIVE make a command exit with 1, and so does a skip that the user did not allow
+(:class:`AllowOptions`). Limits depend on the *numeric class*: the arithmetic that is used, not the
+precision in the file's name. An FP32 engine built with TF32 has the class ``tf32``.
 
-The rules that apply the limits are pure functions. Nothing heavier than NumPy is imported:
-whoever makes an artifact may ask them.
+The rules are pure functions, and the module imports nothing heavier than NumPy.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from van_deploy.config import GateProfile
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
-# ``fp32`` may be so much noisier than PyTorch's own float32 against its float64: another order of
-# summation, on another processor, costs 3 to 17 dB on trained VANs (docs/gates.md).
-BELOW_NOISE_DB = 20.0
+# ``fp32`` may be this much noisier than PyTorch's own float32 against its float64: another order
+# of summation, on another processor, costs 3 to 17 dB on trained VANs (docs/gates.md).
+NOISE_MARGIN_DB = 20.0
 
-# 20 log10(2^24). Noise below float32's own roundoff is luck, and no reason to ask for more.
+# 20 log10(2^24). Noise below float32's own roundoff is chance and does not raise the limit.
 ROUNDOFF_DB = 144.5
 
-# Below this an artifact is broken, whatever the network and the class.
-BROKEN_DB = 20.0
+# Below this an artifact is broken, for any network and numeric class.
+MIN_SQNR_DB = 20.0
 
 
 @dataclass(frozen=True)
@@ -47,14 +46,14 @@ class ClassLimits:
     """The limits of one numeric class.
 
     Attributes:
-        sqnr_db: least SQNR of the logits on the golden samples; of ``fp32`` see
+        sqnr_db: minimum SQNR of the logits on the golden samples; for ``fp32`` see
             :func:`sqnr_floor`.
-        module_db: least isolated SQNR of one module, fed the reference's tensors. Measured worst
-            modules of right artifacts: 131, 66 and 22 dB for fp32, fp16 and int8
+        module_db: minimum isolated SQNR of one module that is fed the reference's tensors. The
+            worst modules of correct artifacts have 131, 66 and 22 dB in fp32, fp16 and int8
             (docs/gates.md); bf16 has 3 bits fewer than fp16, 18 dB.
-        top1_loss: points (percent) of top-1 that may be lost against PyTorch.
-        lossy: labels may change by chance on many images, so that only counting images can
-            show how much is lost. In the other classes the logits decide.
+        top1_loss: maximum top-1 loss against PyTorch, in points (percent).
+        lossy: whether many labels may change by chance, so that only the accuracy on labelled
+            images shows the loss. In the other classes the logits decide.
     """
 
     sqnr_db: float
@@ -64,78 +63,78 @@ class ClassLimits:
 
 
 CLASSES: Mapping[str, ClassLimits] = {
-    "fp32": ClassLimits(BROKEN_DB, 100.0, 0.0),
-    # A 10-bit mantissa, as fp16's. Right ones on an H200: 58 to 63 dB (docs/gpu-results.md).
+    "fp32": ClassLimits(MIN_SQNR_DB, 100.0, 0.0),
+    # A 10-bit mantissa, as in fp16. Correct ones on an H200: 58 to 63 dB (docs/gpu-results.md).
     "tf32": ClassLimits(50.0, 45.0, 0.2),
     "fp16": ClassLimits(45.0, 52.0, 0.2),
     "bf16": ClassLimits(30.0, 34.0, 0.5, lossy=True),
-    "int8": ClassLimits(BROKEN_DB, 8.0, 1.0, lossy=True),
+    "int8": ClassLimits(MIN_SQNR_DB, 8.0, 1.0, lossy=True),
 }
 LOSSY = tuple(name for name, limits in CLASSES.items() if limits.lossy)
 
-# How far below the SQNR recorded when it was made an artifact may be, on the same samples, in the
-# same runtime, provider and numeric class. It catches a file that changed after it was made.
-BELOW_RECORD_DB = 3.0
+# An artifact may be this far below the SQNR recorded at its creation, on the same samples, in the
+# same runtime, provider and numeric class. This detects files that changed afterwards.
+RECORD_MARGIN_DB = 3.0
 
-# Whatever the class, an image in a batch is the same image: at most 5 % of the logits' RMS.
+# In any class the batch may change an image's logits by at most 5 % of their RMS.
 BATCH_INVARIANCE_DB = 26.0
 
-# One image may have ten times the mean noise power that is allowed.
-WORST_ROW_DB = 10.0
+# One image may have ten times the allowed mean noise power.
+WORST_IMAGE_MARGIN_DB = 10.0
 
-# A label flip is explained where PyTorch's margin is within so many standard deviations of the
-# noise that the class allows: one in 30,000 is beyond by chance.
+# A label flip is explained if PyTorch's margin is within this many standard deviations of the
+# noise that the class allows: by chance one in 30,000 is beyond.
 FLIP_SIGMAS = 4.0
 
-# Share of images that another processor or build may decide otherwise: near-ties.
+# Share of images whose label may differ on another processor or build: near-ties.
 CHANCE_FLIPS = 1 / 2000
 
 
-# What the activation scales of one calibration method may be over the best ones: expected of the
-# median over the tensors, and the largest of any. The best scale of a tensor is the one with the
-# least squared error on the golden images. Measured on the shared van_b0 with golden images of its
-# own kind and with photographs (docs/gates.md has the medians and the extremes). A method that is
-# not known is held to ``mse``.
+# Ratio of a calibration method's activation scales to the optimal scales: the expected median over
+# the tensors, and the maximum of any tensor. The optimal scale of a tensor has the least squared
+# error on the golden images. Measured on the shared van_b0 with golden images like its training
+# data and with photographs (docs/gates.md has the medians and extremes). Unknown methods use
+# the bounds of ``mse``.
 SCALE_BOUNDS: Mapping[str, tuple[float, float]] = {
     "mse": (1.0, 3.0),
     "percentile": (1.15, 3.5),
     "minmax": (1.5, 4.5),
 }
 
-# The smallest such ratio of any tensor.
-SCALE_LEAST = 1 / 3
+# The minimum of this ratio of any tensor.
+MIN_SCALE_RATIO = 1 / 3
 
-# The least ratio of unsigned activations (graphs for CPUs). The best scale is sought with the
-# zero-point as it is, the quantiser moves both ends: its right scales reach down to 0.22 on the
-# shared van_b0 with photographs and to 0.29 on van_digits with its own kind of images.
-UNSIGNED_LEAST = 0.15
+# The minimum ratio of unsigned activations (graphs for CPUs). The optimal scale is searched with
+# the zero-point fixed, but the quantiser moves both ends: correct scales reach down to 0.22 on the
+# shared van_b0 with photographs and to 0.29 on van_digits with digits.
+MIN_UNSIGNED_SCALE_RATIO = 0.15
 
-# Share of a speed ratio that may be lost between a baseline and now.
-SPEED_SLACK = 0.1
+# Maximum relative loss of a speed ratio against the baseline.
+SPEED_TOLERANCE = 0.1
 
-# Share of a median ratio that its interval should be within; rounds go on until it is.
-SPEED_WITHIN = 0.02
+# Timing rounds continue until the interval of the median ratio is within this share of it.
+SPEED_INTERVAL_WIDTH = 0.02
 
 # The median may be off its centre by this factor either way: half way to a doubled scale.
 SCALE_MEDIAN_FACTOR = 1.4
 
-# At most this share of the scales may be off the median by more than this factor. Right ones: 0 to
-# 9 %; ranges of another layer: 22 % and more.
+# Factor, and the maximum share of scales that differ from the median by more than this factor.
+# Correct graphs: 0 to 9 %; graphs with the ranges of another layer: 22 % and more.
 SCALE_SPREAD = (2.0, 0.15)
 
-# The same for unsigned activations: right ones 11 % (van_digits) and 15 % (the shared van_b0).
+# The same for unsigned activations: 11 % on van_digits and 15 % on the shared van_b0.
 UNSIGNED_SPREAD = (2.0, 0.22)
 
-# A channel whose largest weight is an integer below this wastes an eighth of them or more; right
-# scales make it 125 to 127.
-LEAST_CODE = 112
+# A channel whose largest integer weight is below this wastes an eighth of the range or more; with
+# correct scales it is 125 to 127.
+MIN_LARGEST_CODE = 112
 
-# So many integers of a channel, or that share of them, may be at the end of the range.
-MOST_SATURATED = (4, 0.03)
+# Maximum number, and maximum share, of a channel's integers at the end of the range.
+MAX_SATURATED = (4, 0.03)
 
 
 class Outcome(str, enum.Enum):
-    """What a gate says."""
+    """Outcome of a gate."""
 
     PASS = "pass"
     FAIL = "fail"
@@ -145,11 +144,11 @@ class Outcome(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Limit:
-    """A number an artifact is held to.
+    """Limit of a rule.
 
     Attributes:
         value: in the unit of the rule.
-        origin: where it came from, such as ``floor for int8`` or ``recipe [gates.int8]``.
+        origin: source of the value, such as ``floor for int8`` or ``recipe [gates.int8]``.
     """
 
     value: float
@@ -158,20 +157,20 @@ class Limit:
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule applied to one artifact.
+    """Result of one rule for one artifact.
 
     Attributes:
-        rule: its name, such as ``SQNR``.
-        outcome: what it says.
-        message: what is wrong, undecided or skipped; for a PASS what was shown. One sentence
+        rule: name of the rule, such as ``SQNR``.
+        outcome: outcome of the rule.
+        message: reason for a FAIL, INCONCLUSIVE or SKIPPED, evidence for a PASS. One sentence
             without a full stop.
-        value: what was measured, or None.
-        limit: what it was held to, or None.
+        value: the measured value, or None.
+        limit: the limit, or None.
         unit: of both, such as ``dB`` or ``pp``.
-        skip: for SKIPPED, its kind, which ``--allow-skip`` can name: ``engines`` (its GPU is not
-            in this machine), ``runtimes`` (its runtime or provider is not installed or not of
-            its version), ``accuracy`` and ``speed`` (the baseline has such figures and this run
-            did not measure them); "" where nothing forgives it.
+        skip: for SKIPPED, the kind that ``--allow-skip`` can name: ``engines`` (this machine
+            lacks the GPU), ``runtimes`` (the runtime or provider is not installed or has another
+            version), ``accuracy`` and ``speed`` (the baseline has values that this run did not
+            measure); "" if no option allows it.
     """
 
     rule: str
@@ -184,73 +183,82 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Allowed:
-    """What the user lets pass that no PASS was shown of.
+class AllowOptions:
+    """The ``--allow-skip`` and ``--allow-inconclusive`` options.
 
     Attributes:
-        skip: kinds of skips, as :attr:`Finding.skip`.
-        inconclusive: whether what the data cannot decide is let pass.
+        skip: allowed kinds of skips, see :attr:`Finding.skip`.
+        inconclusive: whether INCONCLUSIVE is allowed.
     """
 
     skip: tuple[str, ...] = ()
     inconclusive: bool = False
 
-    def holds(self, finding: Finding) -> bool:
-        """Return whether a finding stands in nobody's way."""
-        let = {Outcome.SKIPPED: finding.skip in self.skip, Outcome.INCONCLUSIVE: self.inconclusive}
-        return let.get(finding.outcome, finding.outcome is Outcome.PASS)
+    def accepts(self, finding: Finding) -> bool:
+        """Return whether a finding is a PASS or is allowed."""
+        is_allowed = {
+            Outcome.PASS: True,
+            Outcome.SKIPPED: finding.skip in self.skip,
+            Outcome.INCONCLUSIVE: self.inconclusive,
+        }
+        return is_allowed.get(finding.outcome, False)
 
 
-class Report:
-    """Findings that a command ends by.
+class GateReport:
+    """Base of the reports whose findings decide a command's exit code.
 
     Attributes:
-        allowed: what the user lets pass.
+        allowed: the user's allow options.
     """
 
-    allowed: Allowed
+    allowed: AllowOptions
 
-    def named(self) -> list[tuple[str, Finding]]:
-        """Return every finding and what it is about."""
+    def named_findings(self) -> list[tuple[str, Finding]]:
+        """Return every finding with the name of its subject."""
         raise NotImplementedError
 
     @property
     def passed(self) -> bool:
-        """Whether a command ends with 0: something ran, and nothing stands in the way."""
-        found = [finding for _, finding in self.named()]
-        ran = any(finding.outcome is not Outcome.SKIPPED for finding in found)
-        return ran and all(self.allowed.holds(finding) for finding in found)
+        """Whether the command exits with 0: a rule ran, and every finding is accepted."""
+        findings = [finding for _, finding in self.named_findings()]
+        ran = any(finding.outcome is not Outcome.SKIPPED for finding in findings)
+        return ran and all(self.allowed.accepts(finding) for finding in findings)
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the subjects with a finding that is not accepted."""
+        pairs = self.named_findings()
+        return list(dict.fromkeys(name for name, f in pairs if not self.allowed.accepts(f)))
 
     def __bool__(self) -> bool:
         """Return :attr:`passed`."""
         return self.passed
 
 
-# A recipe that sets nothing.
-DEFAULT = GateProfile()
+DEFAULT_PROFILE = GateProfile()
 
-# Levels of 255 by which an image that is read and resized here may differ.
-RESIZED = Limit(1, "what another build of Pillow may resize otherwise")
+# Levels of 255 by which an image that is decoded and resized on this machine may differ.
+RESIZE_LIMIT = Limit(1, "difference between builds of Pillow")
 
-# Beyond this a number of images is no advice.
-MOST_IMAGES = 10**8
+# Larger numbers of images are not useful advice.
+MAX_IMAGES_TO_DECIDE = 10**8
 
-# Messages that are shown of several findings together.
-SHOWN = 4
+# Messages of one verdict that are shown.
+MAX_MESSAGES = 4
 
 
 def outcome_of(findings: Iterable[Finding]) -> Outcome:
-    """Return what several findings say together: the worst of them; SKIPPED for none."""
-    found = {finding.outcome for finding in findings}
+    """Return the worst outcome of several findings; SKIPPED if there are none."""
+    outcomes = {finding.outcome for finding in findings}
     order = (Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS)
-    return next((outcome for outcome in order if outcome in found), Outcome.SKIPPED)
+    return next((outcome for outcome in order if outcome in outcomes), Outcome.SKIPPED)
 
 
-class Findings:
-    """What was found of one artifact.
+class CheckResult:
+    """Base of the results with findings.
 
     Attributes:
-        findings: one a rule.
+        findings: results of the rules.
     """
 
     JSON_PROPERTIES: ClassVar[tuple[str, ...]] = ("outcome",)
@@ -259,21 +267,23 @@ class Findings:
 
     @property
     def outcome(self) -> Outcome:
-        """What all findings say together."""
+        """The worst outcome of the findings."""
         return outcome_of(self.findings)
 
     @property
     def reason(self) -> str:
-        """Why they do not pass: the messages of what decides; "" where they do."""
-        said = [f.message for f in self.findings if f.outcome is self.outcome and f.message]
-        more = [f"and {len(said) - SHOWN} more"] * (len(said) > SHOWN)
-        return "" if self.outcome is Outcome.PASS else "; ".join([*said[:SHOWN], *more])
+        """Messages of the findings with the worst outcome; "" for a PASS."""
+        if self.outcome is Outcome.PASS:
+            return ""
+        messages = [f.message for f in self.findings if f.outcome is self.outcome and f.message]
+        more = [f"and {len(messages) - MAX_MESSAGES} more"] * (len(messages) > MAX_MESSAGES)
+        return "; ".join([*messages[:MAX_MESSAGES], *more])
 
 
-def held(
+def pass_or_fail(
     rule: str, fault: str, value: float | None = None, limit: Limit | None = None, shown: str = ""
 ) -> Finding:
-    """Return a rule that was applied: PASS, and what was ``shown``, or FAIL where there is a fault.
+    """Return FAIL with the message ``fault`` if that is not empty, else PASS with ``shown``.
 
     The other arguments are those of :class:`Finding`.
     """
@@ -281,80 +291,82 @@ def held(
     return Finding(rule, outcome, fault or shown, value, limit)
 
 
-def skipped(rule: str, message: str, kind: str = "") -> Finding:
-    """Return a rule that was not applied; ``kind`` as :attr:`Finding.skip`."""
+def skipped_finding(rule: str, message: str, kind: str = "") -> Finding:
+    """Return SKIPPED with a reason; for ``kind`` see :attr:`Finding.skip`."""
     return Finding(rule, Outcome.SKIPPED, message, skip=kind)
 
 
-def at_least(rule: str, value: float, limit: Limit, unit: str = "dB", where: str = "") -> Finding:
-    """Return whether ``value`` is at least the limit; NaN is not."""
-    said = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
-    outcome, fault = (Outcome.PASS, "") if value >= limit.value else (Outcome.FAIL, said)
-    return Finding(rule, outcome, fault, value, limit, unit)
+def check_minimum(
+    rule: str, value: float, limit: Limit, unit: str = "dB", where: str = ""
+) -> Finding:
+    """Return PASS if ``value`` is at least the limit, FAIL if it is below or NaN."""
+    fault = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
+    outcome, message = (Outcome.PASS, "") if value >= limit.value else (Outcome.FAIL, fault)
+    return Finding(rule, outcome, message, value, limit, unit)
 
 
 # --- limits ----------------------------------------------------------------------------------
 
 
 def numeric_class(precision: str, *, tf32: bool = False) -> str:
-    """Return the class that an artifact of ``precision`` is judged in.
+    """Return the numeric class of an artifact.
 
     Args:
-        precision: of the artifact.
-        tf32: whether its FP32 layers may compute in TF32: the engine's sidecar or the ONNX
-            Runtime session says so.
+        precision: precision of the artifact.
+        tf32: whether its FP32 layers may compute in TF32, according to the engine's sidecar or
+            the ONNX Runtime session.
     """
     return "tf32" if precision == "fp32" and tf32 else precision
 
 
-def sqnr_floor(numeric: str, noise_db: float, profile: GateProfile = DEFAULT) -> Limit:
-    """Return the least SQNR of the logits.
+def sqnr_floor(numeric: str, noise_db: float, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+    """Return the minimum SQNR of the logits.
 
     Args:
         numeric: the numeric class.
         noise_db: SQNR of PyTorch's float32 against its float64 on the same images.
-        profile: what the recipe sets otherwise.
+        profile: limits of the recipe, which take precedence.
     """
     value, origin = CLASSES[numeric].sqnr_db, f"floor for {numeric}"
     if numeric == "fp32":
         own = min(noise_db, ROUNDOFF_DB)
-        value = max(own - BELOW_NOISE_DB, value)
-        origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {BELOW_NOISE_DB:g}"
-    return _unless_set(profile.sqnr_db, numeric, value, origin)
+        value = max(own - NOISE_MARGIN_DB, value)
+        origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {NOISE_MARGIN_DB:g}"
+    return _recipe_limit_or(profile.sqnr_db, numeric, value, origin)
 
 
-def module_floor(numeric: str, profile: GateProfile = DEFAULT) -> Limit:
-    """Return the least isolated SQNR of any module."""
+def module_floor(numeric: str, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+    """Return the minimum isolated SQNR of a module."""
     origin = f"floor for one module of {numeric}"
-    return _unless_set(profile.module_db, numeric, CLASSES[numeric].module_db, origin)
+    return _recipe_limit_or(profile.module_db, numeric, CLASSES[numeric].module_db, origin)
 
 
-def allowed_loss(numeric: str, profile: GateProfile = DEFAULT) -> Limit:
-    """Return the points of top-1 that may be lost."""
+def allowed_loss(numeric: str, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+    """Return the maximum top-1 loss, in points."""
     origin = f"allowed for {numeric}"
-    return _unless_set(profile.top1_loss, numeric, CLASSES[numeric].top1_loss, origin)
+    return _recipe_limit_or(profile.top1_loss, numeric, CLASSES[numeric].top1_loss, origin)
 
 
-def _unless_set(own: float | None, numeric: str, value: float, origin: str) -> Limit:
+def _recipe_limit_or(own: float | None, numeric: str, value: float, origin: str) -> Limit:
     return Limit(value, origin) if own is None else Limit(own, f"recipe [gates.{numeric}]")
 
 
 def flip_margin(floor_db: float, task: Task = Task.SINGLE_LABEL) -> float:
     """Return the margin, in RMS logits, up to which noise at the floor explains a label flip.
 
-    Between two logits the noise is that of a difference; a single logit that is compared with
-    0 has its own alone.
+    The difference of two logits has the noise of both; a single logit, which is compared with 0,
+    has its own.
     """
     pair = math.sqrt(2) if task is Task.SINGLE_LABEL else 1.0
     return FLIP_SIGMAS * pair * 10 ** (-floor_db / 20)
 
 
-def chance_changes(images: int) -> int:
+def chance_label_changes(images: int) -> int:
     """Return how many of ``images`` labels may differ between two runs of the same artifact.
 
-    Near-ties: their expected number and two standard deviations, and never less than one.
+    The expected number of near-ties plus two standard deviations, at least one.
 
-    >>> chance_changes(200), chance_changes(2000), chance_changes(50_000)
+    >>> chance_label_changes(200), chance_label_changes(2000), chance_label_changes(50_000)
     (1, 3, 35)
     """
     expected = images * CHANCE_FLIPS
@@ -364,64 +376,66 @@ def chance_changes(images: int) -> int:
 # --- logits ----------------------------------------------------------------------------------
 
 
-def judge_logits(
+def check_logits(
     expected: Array,
-    found: Array,
+    actual: Array,
     floor: Limit,
     recorded_db: float | None = None,
     task: Task = Task.SINGLE_LABEL,
     where: str = "",
 ) -> tuple[list[Finding], list[Flip]]:
-    """Return the findings on logits ``(N, K)``, and every label flip, the widest margin first.
+    """Return the findings on logits ``(N, K)``, and all label flips, the widest margin first.
 
     Args:
-        expected: PyTorch's, float64.
-        found: the artifact's for the same images.
+        expected: PyTorch's logits, float64.
+        actual: the artifact's logits for the same images.
         floor: from :func:`sqnr_floor`.
-        recorded_db: SQNR of the same artifact on the same samples in the same runtime, provider
-            and numeric class when it was made; None where there is no such record.
+        recorded_db: SQNR recorded at the artifact's creation, on the same samples in the same
+            runtime, provider and numeric class; None without such a record.
         task: how logits become labels.
-        where: put before the messages, such as ``batch 8: ``.
+        where: prefix of the messages, such as ``batch 8: ``.
     """
-    if found.shape != expected.shape:
-        message = f"the output has shape {found.shape} where PyTorch's has {expected.shape}"
-        return [held("shape", where + message)], []
-    least = floor
+    if actual.shape != expected.shape:
+        message = f"the output has shape {actual.shape}, PyTorch's output has {expected.shape}"
+        return [pass_or_fail("shape", where + message)], []
+    limit = floor
     if recorded_db is not None:
-        origin = f"{recorded_db:.1f} dB recorded when it was made, minus {BELOW_RECORD_DB:g}"
-        own = Limit(min(recorded_db, ROUNDOFF_DB) - BELOW_RECORD_DB, origin)
-        least = max(floor, own, key=lambda each: each.value)
-    of_worst = f"{WORST_ROW_DB:g} dB below the SQNR's limit"
-    worst, worst_limit = worst_row_sqnr_db(expected, found), floor.value - WORST_ROW_DB
-    flips = find_flips(expected, found, task, flip_margin(floor.value, task))
+        origin = f"{recorded_db:.1f} dB recorded at creation, minus {RECORD_MARGIN_DB:g}"
+        record = Limit(min(recorded_db, ROUNDOFF_DB) - RECORD_MARGIN_DB, origin)
+        limit = max(floor, record, key=lambda each: each.value)
+    worst_origin = f"{WORST_IMAGE_MARGIN_DB:g} dB below the limit of the SQNR"
+    worst_limit = Limit(floor.value - WORST_IMAGE_MARGIN_DB, worst_origin)
+    worst = worst_row_sqnr_db(expected, actual)
+    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
     return [
-        at_least("SQNR", sqnr_db(expected, found), least, where=where),
-        at_least("worst image", worst, Limit(worst_limit, of_worst), where=where),
-        _explained(flips, floor, task, where),
+        check_minimum("SQNR", sqnr_db(expected, actual), limit, where=where),
+        check_minimum("worst image", worst, worst_limit, where=where),
+        _check_flips(flips, floor, task, where),
     ], flips
 
 
-def _explained(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "") -> Finding:
-    """Return whether noise at the floor explains every label flip, the widest margin first."""
+def _check_flips(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "") -> Finding:
+    """Return whether noise at the floor explains all label flips, the widest margin first."""
     limit = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
     faults = [flip for flip in flips if flip.fault]
-    told, outcome = faults or flips, Outcome.FAIL if faults else Outcome.PASS
-    widest = told[0].margin if told else 0.0
-    said = f"{where}{len(told)} label flip{'s' * (len(told) != 1)}"
-    why = f"where PyTorch's margin is up to {widest:.2g} RMS logits; {limit.origin} explains"
-    said += f" {why} {limit.value:.2g}" if faults else ", within what the allowed noise explains"
-    return Finding("label flips", outcome, said * bool(told), widest, limit, "RMS logits")
+    relevant = faults or flips
+    widest = relevant[0].margin if relevant else 0.0
+    margins = f"of up to {widest:.2g} RMS logits; {limit.origin} explains {limit.value:.2g}"
+    why = f" with a margin in PyTorch {margins}" if faults else ", explained by the allowed noise"
+    message = f"{where}{len(relevant)} label flip{'s' * (len(relevant) != 1)}{why}"
+    outcome = Outcome.FAIL if faults else Outcome.PASS
+    return Finding("label flips", outcome, message * bool(relevant), widest, limit, "RMS logits")
 
 
-def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
-    """Return whether each image comes out of a batch as it does alone, both ``(N, K)``.
+def check_batch_invariance(alone: Array, together: Array, floor: Limit, batch: int) -> Finding:
+    """Return whether the logits ``(N, K)`` of images in a batch are those of single images.
 
-    The limit is the class's floor, or :data:`BATCH_INVARIANCE_DB` where that asks for more.
+    The limit is the floor of the class, or :data:`BATCH_INVARIANCE_DB` if that is higher.
     """
-    of_any = Limit(BATCH_INVARIANCE_DB, "floor for any class")
-    limit = max(floor, of_any, key=lambda each: each.value)
+    common_floor = Limit(BATCH_INVARIANCE_DB, "floor for any class")
+    limit = max(floor, common_floor, key=lambda each: each.value)
     value = worst_row_sqnr_db(alone, together)
-    return at_least("batch invariance", value, limit, where=f"batch {batch}: ")
+    return check_minimum("batch invariance", value, limit, where=f"batch {batch}: ")
 
 
 # --- accuracy --------------------------------------------------------------------------------
@@ -429,15 +443,15 @@ def judge_invariance(alone: Array, together: Array, floor: Limit, batch: int) ->
 
 @dataclass(frozen=True)
 class Loss:
-    """What an artifact lost against PyTorch on the same images, in points (percent).
+    """Accuracy loss of an artifact against PyTorch on the same images, in points (percent).
 
     Attributes:
-        images: both answered.
-        loss: of top-1 or of another share; negative where the artifact is better.
-        interval: its 95 % interval.
-        lost: images only PyTorch gets right; None where that is not what is counted.
-        won: images only the artifact gets right; likewise.
-        p_value: McNemar's exact test; reported, and no gate.
+        images: number of images.
+        loss: of top-1 or F1; negative if the artifact is better.
+        interval: 95 % interval of the loss.
+        lost: images that only PyTorch classifies correctly; None for F1.
+        won: images that only the artifact classifies correctly; None for F1.
+        p_value: McNemar's exact test, reported without a limit.
     """
 
     images: int
@@ -449,63 +463,65 @@ class Loss:
 
 
 def paired_loss(lost: int, won: int, images: int) -> Loss:
-    """Return the loss with Tango's score interval; without images everything is possible."""
+    """Return the loss with Tango's score interval; without images that is -100 to 100 points."""
     low, high = tango_interval(lost, won, images)
     loss = 100 * (lost - won) / images if images else math.nan
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def what_of(task: Task) -> str:
-    """Return the share that is lost."""
+def accuracy_metric(task: Task) -> str:
+    """Return the name of the accuracy metric."""
     return "F1" if task is Task.MULTI_LABEL else "top-1"
 
 
-def judge_loss(loss: Loss, allowed: Limit, what: str = "top-1", lossy: bool = True) -> Finding:
-    """Return whether a lossy artifact is shown to lose no more than is allowed.
+def check_loss(loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = True) -> Finding:
+    """Return the result of the non-inferiority test of an artifact's accuracy.
 
-    Non-inferiority: PASS if the interval's upper end is within the allowed loss, FAIL if its
-    lower end is beyond, else INCONCLUSIVE. What is not lossy passes unless it FAILs.
+    PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
+    beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
     """
     low, high = loss.interval
-    said = f"{low:+.2f} to {high:+.2f} pp of {what} lost on {loss.images} images"
-    said = f"{said}, {allowed.value:g} allowed ({allowed.origin})"
+    message = (
+        f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images, "
+        f"{allowed.value:g} allowed ({allowed.origin})"
+    )
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
     if lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)
-        said += (
+        message += (
             f"; {f'about {needed} images' if needed else 'no number of images'} would decide at "
             "this rate of label flips: give more images, allow a larger top1_loss in the recipe, "
             "or pass --allow-inconclusive"
         )
-    return Finding(f"Δ{what}", outcome, said, loss.loss, allowed, "pp")
+    return Finding(f"Δ{metric}", outcome, message, loss.loss, allowed, "pp")
 
 
-def judge_numbers(
+def check_near_lossless(
     loss: Loss, allowed: Limit, sqnr: float, floor: Limit, flips: Sequence[Flip], task: Task
 ) -> list[Finding]:
-    """Return whether a near-lossless artifact's numbers hold on the evaluation set.
+    """Return the findings on a near-lossless artifact's logits on the evaluation set.
 
-    The logits must hold the floor, no label may flip beyond what noise *at the floor* explains
-    (any flip is explained by an artifact's own error), and the loss must not be shown to exceed
-    what is allowed.
+    The SQNR must reach the floor, noise *at the floor* must explain all label flips (the
+    artifact's own error explains any flip), and the loss must not be shown to exceed the
+    allowed loss.
 
     Args:
         loss: on the evaluation set.
         allowed: from :func:`allowed_loss`.
         sqnr: of the logits on the evaluation set, in dB.
         floor: from :func:`sqnr_floor`.
-        flips: of the evaluation set, from :func:`van_deploy.metrics.find_flips`.
+        flips: on the evaluation set, from :func:`van_deploy.metrics.find_flips`.
         task: how logits become labels.
     """
-    lost = judge_loss(loss, allowed, what_of(task), lossy=False)
-    return [at_least("SQNR", sqnr, floor), _explained(flips, floor, task), lost]
+    lost = check_loss(loss, allowed, accuracy_metric(task), lossy=False)
+    return [check_minimum("SQNR", sqnr, floor), _check_flips(flips, floor, task), lost]
 
 
 def images_to_decide(loss: Loss, allowed: float) -> int | None:
-    """Return how many images would decide if labels went on flipping at the same rate.
+    """Return how many images would decide at the same rate of label flips.
 
-    None where no number would: the loss is the allowed one, or no pairs were counted.
+    None if no number would: the loss equals the allowed loss, or pairs were not counted.
     """
     lost, won = loss.lost, loss.won
     if not loss.images or lost is None or won is None:
@@ -516,6 +532,6 @@ def images_to_decide(loss: Loss, allowed: float) -> int | None:
         low, high = tango_interval(lost * share, won * share, images)
         return 100 * high <= allowed or 100 * low > allowed
 
-    tried = range(loss.images, MOST_IMAGES)
-    place = bisect_left(tried, True, key=decides)
-    return tried[place] if place < len(tried) else None
+    counts = range(loss.images, MAX_IMAGES_TO_DECIDE)
+    index = bisect_left(counts, True, key=decides)
+    return counts[index] if index < len(counts) else None

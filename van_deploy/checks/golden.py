@@ -41,15 +41,15 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
-from van_deploy.checks.gates import RESIZED, Finding, held
-from van_deploy.config.sizes import ImageSize, SizeRange, sides_of, size_text
-from van_deploy.data.images import Batch, image_set, open_image, opened
-from van_deploy.data.samples import check_images, sample_set
+from van_deploy.checks.gates import RESIZE_LIMIT, Finding, pass_or_fail
+from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
+from van_deploy.data.images import Batch, decode_item, image_set, open_image
+from van_deploy.data.samples import sample_set, verification_images
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.manifest import Golden
+from van_deploy.manifest import GoldenInfo
 from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
-from van_deploy.model.preprocess import Pixels, Preprocessing, normalised, pixels_from_image
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalise, pixels_from_image
 from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
 
@@ -80,7 +80,7 @@ OTHER_IMAGES = 2
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputLayout:
     """How a network's outputs become rows of numbers that can be compared.
 
     Attributes:
@@ -91,9 +91,9 @@ class Outputs:
     widths: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: VanConfig, size: ImageSize) -> Outputs:
+    def of(cls, config: VanConfig, size: ImageSize) -> OutputLayout:
         """Return those of a network and images of a size."""
-        shapes = config.map_shapes(sides_of(size))
+        shapes = config.feature_map_shapes(height_width(size))
         return cls({name: min(SKETCH, math.prod(shape)) for name, shape in shapes.items()})
 
     @property
@@ -128,10 +128,10 @@ class Outputs:
         return min((compare(*pair, classes=classes) for pair in pairs), key=lambda c: c.sqnr_db)
 
 
-LOGITS = Outputs()
+LOGITS_LAYOUT = OutputLayout()
 """Those of a classifier."""
 
-Answers = Callable[[str, Images, Outputs], tuple[Array, float]]
+ReferenceFunction = Callable[[str, Images, OutputLayout], tuple[Array, float]]
 """From a size, images, and how outputs become rows, to a network's in float64 and its noise."""
 
 
@@ -162,7 +162,7 @@ class Samples:
     description: str
     task: Task = Task.SINGLE_LABEL
     golden: bool = False
-    outputs: Outputs = LOGITS
+    outputs: OutputLayout = LOGITS_LAYOUT
     others: tuple[Samples, ...] = ()
 
     @property
@@ -208,11 +208,11 @@ def _hashed(count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
 def other_sizes(sizes: SizeRange | None, native: ImageSize) -> tuple[ImageSize, ...]:
     """Return the sizes to compare at besides the network's own."""
-    return tuple(size for size in sizes.tried() if size != native) if sizes else ()
+    return tuple(size for size in sizes.sample_sizes() if size != native) if sizes else ()
 
 
 def samples_from(
-    images: Batch, config: VanConfig, sizes: Sequence[ImageSize], answers: Answers
+    images: Batch, config: VanConfig, sizes: Sequence[ImageSize], answers: ReferenceFunction
 ) -> Samples:
     """Return images with answers, the first of them at other sizes, too.
 
@@ -230,10 +230,10 @@ def samples_from(
 
     def at(size: ImageSize | None) -> Samples:
         count = len(images) if size is None else min(OTHER_IMAGES, len(images))
-        inputs, label = _tiled(images.inputs[:count], size, 2), size_text(size) if size else ""
+        inputs, label = _tiled(images.inputs[:count], size, 2), format_size(size) if size else ""
         pixels = None if images.pixels is None else _tiled(images.pixels[:count], size, 1)
         described = f"{count} images repeated to {label}" if label else images.description
-        outputs = Outputs.of(config, inputs.shape[2:])
+        outputs = OutputLayout.of(config, inputs.shape[2:])
         answered = answers(label, inputs, outputs)
         given = (inputs, pixels, *answered, images.names[:count], described)
         task = Task.of(config.num_classes, config.problem_type)
@@ -244,7 +244,7 @@ def samples_from(
 
 def _tiled(values: npt.NDArray[Any], size: ImageSize | None, axis: int) -> npt.NDArray[Any]:
     """Return images whose height is that axis, and the width behind it, repeated and cut."""
-    for place, side in enumerate(sides_of(size) if size else (), axis):
+    for place, side in enumerate(height_width(size) if size else (), axis):
         values = values.take(np.arange(side) % values.shape[place], axis=place)
     return values
 
@@ -265,7 +265,7 @@ def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
     return max(2, min(GOLDEN_IMAGES, BACKBONE_BYTES // (image + 12 * SKETCH * STAGES)))
 
 
-def images_for_golden(
+def golden_images(
     name: str, preprocessing: Preprocessing, source: Path | None, count: int = GOLDEN_IMAGES
 ) -> tuple[Batch, tuple[bytes, ...]]:
     """Return the images of the golden samples, and the encoded originals of the first ones (PNG).
@@ -280,13 +280,13 @@ def images_for_golden(
         ImageError: not one image can be read, or they are too few and too small.
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
-    chosen = check_images(name, preprocessing, count, images if source else None)
+    chosen = verification_images(name, preprocessing, count, images if source else None)
     originals: list[bytes] = []
     if preprocessing.channels not in IMAGE_CHANNELS or chosen.pixels is None:
         return chosen, ()
     for item in images.items[:: max(1, len(images) // ORIGINALS)][:ORIGINALS]:
         with suppress(ImageError):
-            if image := opened(item, preprocessing.channels):
+            if image := decode_item(item, preprocessing.channels):
                 image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
                 file = io.BytesIO()
                 image.save(file, format="PNG", optimize=True)
@@ -297,7 +297,7 @@ def images_for_golden(
     pixels = np.stack([*first, *chosen.pixels[others]])[:count]
     names = [f"golden/{row}.png" for row in range(len(first))]
     names = [*names, *(chosen.names[row] for row in others)][:count]
-    inputs = normalised(pixels, preprocessing)
+    inputs = normalise(pixels, preprocessing)
     return replace(chosen, inputs=inputs, pixels=pixels, names=tuple(names)), tuple(originals)
 
 
@@ -305,7 +305,9 @@ def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
     return pixels_from_image(open_image(source, channels=preprocessing.channels), preprocessing)
 
 
-def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool) -> Golden:
+def write_golden(
+    draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool
+) -> GoldenInfo:
     """Write the golden samples into a bundle's draft, and return what the manifest says of them.
 
     Args:
@@ -321,7 +323,7 @@ def write_golden(draft: Draft, samples: Samples, originals: Sequence[bytes], use
     places = [f"golden/{row}.png" for row in range(len(originals))]
     for place, data in zip(places, originals, strict=True):
         draft.file(place).write_bytes(data)
-    return Golden(
+    return GoldenInfo(
         file=GOLDEN_FILE,
         count=len(samples),
         images=samples.description,
@@ -348,13 +350,13 @@ def golden_samples(bundle: Bundle) -> Samples:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             pixels = arrays["pixels"] if "pixels" in arrays.files else None
-            inputs = arrays["inputs"] if pixels is None else normalised(pixels, preprocessing)
+            inputs = arrays["inputs"] if pixels is None else normalise(pixels, preprocessing)
             first = golden.originals[: len(inputs)]
             names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
             described = f"{len(inputs)} golden samples: {golden.images}"
             images = Batch((), inputs, pixels, (), names, described)
 
-            def answers(size: str, of: Images, outputs: Outputs) -> tuple[Array, float]:
+            def answers(size: str, of: Images, outputs: OutputLayout) -> tuple[Array, float]:
                 logits = arrays[f"logits {size}".rstrip()].astype(np.float64)
                 return logits, float(arrays["noise_db"])
 
@@ -366,7 +368,7 @@ def golden_samples(bundle: Bundle) -> Samples:
         ) from error
 
 
-def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
+def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
     """Return whether this machine reads the encoded originals as the exporting one did.
 
     Raises:
@@ -382,8 +384,8 @@ def judge_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         fault = (
             f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
             f"golden sample {row}: another decoder, or other preprocessing"
-        ) * (change > RESIZED.value)
-        findings.append(held(f"preprocessing/{path.name}", fault, change, RESIZED))
+        ) * (change > RESIZE_LIMIT.value)
+        findings.append(pass_or_fail(f"preprocessing/{path.name}", fault, change, RESIZE_LIMIT))
     return findings
 
 
@@ -402,7 +404,7 @@ def reference_samples(loaded: LoadedVan, images: Batch, sizes: Sequence[ImageSiz
 
     double, names = copy.deepcopy(loaded.model).double().eval(), loaded.config.output_names
 
-    def rows(model: nn.Module, given: torch.Tensor, outputs: Outputs) -> Array:
+    def rows(model: nn.Module, given: torch.Tensor, outputs: OutputLayout) -> Array:
         pieces = []
         for images in given.split(REFERENCE_BATCH):
             found = model(images)
@@ -410,7 +412,7 @@ def reference_samples(loaded: LoadedVan, images: Batch, sizes: Sequence[ImageSiz
             pieces.append(outputs.rows({n: y.numpy() for n, y in zip(names, found, strict=True)}))
         return np.concatenate(pieces)
 
-    def answers(_: str, inputs: Images, outputs: Outputs) -> tuple[Array, float]:
+    def answers(_: str, inputs: Images, outputs: OutputLayout) -> tuple[Array, float]:
         given = torch.from_numpy(inputs)
         with torch.inference_mode():
             exact = rows(double, given.double(), outputs)
@@ -440,7 +442,7 @@ def samples_for(
         return golden_samples(bundle)
     sizes = other_sizes(bundle.manifest.sizes, loaded.preprocessing.image_size)
     if images is not None or bundle.manifest.golden is None:
-        chosen = check_images(loaded.name, loaded.preprocessing, count, images)
+        chosen = verification_images(loaded.name, loaded.preprocessing, count, images)
         return reference_samples(loaded, chosen, sizes)
     golden = golden_samples(bundle).first(count)
     same = Batch((), golden.inputs, golden.pixels, (), golden.names, golden.description)

@@ -30,9 +30,9 @@ import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from van_deploy.checks import gates
-from van_deploy.checks.gates import Finding, Limit, at_least, held
+from van_deploy.checks.gates import Finding, Limit, check_minimum, pass_or_fail
 from van_deploy.checks.golden import Samples
-from van_deploy.data.samples import GENERAL
+from van_deploy.data.samples import GENERIC
 from van_deploy.graph.names import INPUT_NAME, make_batch_dynamic_
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import DTYPES, inference_session, require_onnxruntime
@@ -151,7 +151,7 @@ def overflows_of_graph(model: ModelProto, images: Images) -> list[Fault]:
 # --- scales ----------------------------------------------------------------------------------
 
 
-def judge_scales(
+def check_scales(
     model: ModelProto, samples: Samples, floor: Limit, method: str = "mse"
 ) -> tuple[list[Finding], list[Fault]]:
     """Return the findings on a Q/DQ graph's scales, and each wrong one by the modules it is for.
@@ -192,11 +192,11 @@ def judge_scales(
     ]
     sqnr = samples.outputs.sqnr_db(samples.logits, rows)
     apart = _together("activation scales", wrong)
-    if apart.outcome is gates.Outcome.FAIL and any(kind in samples.description for kind in GENERAL):
+    if apart.outcome is gates.Outcome.FAIL and any(kind in samples.description for kind in GENERIC):
         said = f"{apart.message}. The golden samples are sample images: {_OWN}"
         apart = replace(apart, outcome=gates.Outcome.INCONCLUSIVE, message=said)
     return [
-        at_least("SQNR without activation rounding", sqnr, floor),
+        check_minimum("SQNR without activation rounding", sqnr, floor),
         *findings,
         apart,
         _together("weight scales", weights),
@@ -261,9 +261,9 @@ def _activations(
 ) -> tuple[list[Finding], dict[str, str]]:
     """Return the findings on all scales over the best ones, and what is wrong with each."""
     centre, largest = gates.SCALE_BOUNDS.get(method, gates.SCALE_BOUNDS["mse"])
-    least, (factor, most) = gates.SCALE_LEAST, gates.SCALE_SPREAD
+    least, (factor, most) = gates.MIN_SCALE_RATIO, gates.SCALE_SPREAD
     if for_cpus:  # unsigned activations
-        least, (factor, most) = gates.UNSIGNED_LEAST, gates.UNSIGNED_SPREAD
+        least, (factor, most) = gates.MIN_UNSIGNED_SCALE_RATIO, gates.UNSIGNED_SPREAD
     wrong = {
         output: (
             f"the scale of '{rounded[output].input[0]}' is {ratio:.2f} times the one of least "
@@ -283,15 +283,17 @@ def _activations(
     off = max(median / centre, centre / median) > slack
     wide, limit = far > most, Limit(most, "floor for int8")
     return [
-        held("median scale", ratio_is * off, median, Limit(centre, origin), shown=ratio_is),
-        held("spread of scales", share_is * wide, far, limit, shown=share_is),
+        pass_or_fail("median scale", ratio_is * off, median, Limit(centre, origin), shown=ratio_is),
+        pass_or_fail("spread of scales", share_is * wide, far, limit, shown=share_is),
     ], wrong
 
 
 def _together(rule: str, faults: Mapping[str, str]) -> Finding:
     wrong = [fault for fault in faults.values() if fault]
     more = [f"and {len(wrong) - 2} more"] * (len(wrong) > 2)
-    return held(rule, "; ".join([*wrong[:2], *more]), shown=f"{len(faults)} within their bounds")
+    return pass_or_fail(
+        rule, "; ".join([*wrong[:2], *more]), shown=f"{len(faults)} within their bounds"
+    )
 
 
 def _code_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) -> str:
@@ -309,15 +311,15 @@ def _code_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) ->
         pairs = codes.astype(np.int64).transpose(0, 2, 3, 1).reshape(len(codes), -1)
         pairs = np.pad(pairs, ((0, 0), (0, pairs.shape[1] % 2)))
         reached = np.maximum(largest, np.abs(pairs[:, ::2] + pairs[:, 1::2]).max(axis=1))
-    wasted = (reached < gates.LEAST_CODE) & (scales > SMALLEST_SCALE)
-    count, share = gates.MOST_SATURATED
+    wasted = (reached < gates.MIN_LARGEST_CODE) & (scales > SMALLEST_SCALE)
+    count, share = gates.MAX_SATURATED
     full = (rows >= np.iinfo(np.int8).max).sum(axis=1)
     clipped = full > max(count, share * rows.shape[1])
     if wasted.any():
         return (
             f"the scale of '{node.input[0]}' is too large: {int(wasted.sum())} of {len(rows)} "
             f"channels end at {int(largest[wasted].min())} of 127 and above, below "
-            f"{gates.LEAST_CODE}"
+            f"{gates.MIN_LARGEST_CODE}"
         )
     if clipped.any():
         return (

@@ -20,14 +20,14 @@ from pydantic import Field, PositiveFloat
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.checks.evaluate import EvaluateReport
-from van_deploy.checks.gates import Finding, Limit, Outcome, skipped
+from van_deploy.checks.gates import Finding, Limit, Outcome, skipped_finding
 from van_deploy.checks.golden import Samples
-from van_deploy.checks.judging import given_to, open_artifact
+from van_deploy.checks.outputs import inputs_for, open_artifact
 from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
 from van_deploy.intervals import median_interval
-from van_deploy.schema import Count, Schema, Text, Versioned, read_versioned
+from van_deploy.schema import Count, Schema, Text, VersionedSchema, read_document
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -46,7 +46,7 @@ WARM_UPS = 2
 ROUNDS = (25, 200)  # at least, and at most where the interval stays wide
 
 
-class Figure(Schema):
+class Measurement(Schema):
     """What was measured of one artifact.
 
     ``SQNR`` in dB, ``top-1``, ``top-5`` and ``F1`` in percent, ``speed`` as the original
@@ -60,7 +60,7 @@ class Figure(Schema):
     """Runner and numeric class, which an SQNR depends on."""
 
 
-class Baseline(Versioned):
+class Baseline(VersionedSchema):
     """Figures that were good once."""
 
     schema_: Literal["van-deploy/baseline/4"] = Field("van-deploy/baseline/4", alias="schema")
@@ -74,7 +74,7 @@ class Baseline(Versioned):
     """Of the labelled images' names, contents and labels; "" where there were none."""
     evaluation_images: Count = 0
     """How many of them could be read."""
-    artifacts: dict[Text, dict[Text, Figure]]
+    artifacts: dict[Text, dict[Text, Measurement]]
 
 
 def baseline_from(
@@ -82,21 +82,21 @@ def baseline_from(
     samples: Samples,
     verify: VerifyReport,
     evaluate: EvaluateReport | None,
-    speed: Mapping[str, Figure],
+    speed: Mapping[str, Measurement],
 ) -> Baseline:
     """Return the baseline that says what was measured is good."""
-    figures: dict[str, dict[str, Figure]] = {}
+    figures: dict[str, dict[str, Measurement]] = {}
     for name, verdict in verify.artifacts.items():
         found = figures.setdefault(name, {})
         if verdict.comparison is not None:
             level = max(-MOST_DB, min(MOST_DB, round(verdict.comparison.sqnr_db, 3)))
-            found["SQNR"] = Figure(value=level, by=f"{verdict.runner}, {verdict.numeric}")
+            found["SQNR"] = Measurement(value=level, by=f"{verdict.runner}, {verdict.numeric}")
         if evaluate is not None and (accuracy := evaluate.accuracy.get(name)) is not None:
             # Rounded, so that a share is the same number however it was come by.
             metric = accuracy.metric.partition(" ")[0]
-            found[metric] = Figure(value=round(100 * accuracy.top1, 9))
+            found[metric] = Measurement(value=round(100 * accuracy.top1, 9))
             if accuracy.top5 is not None:
-                found["top-5"] = Figure(value=round(100 * accuracy.top5, 9))
+                found["top-5"] = Measurement(value=round(100 * accuracy.top5, 9))
         if name in speed:
             found["speed"] = speed[name]
     return Baseline(
@@ -117,7 +117,7 @@ def read_baseline(path: Path) -> Baseline:
     Raises:
         InputError: it cannot be read, is of another version, or is none.
     """
-    return read_versioned(Baseline, path, "baseline", InputError, ANEW)
+    return read_document(Baseline, path, "baseline", InputError, ANEW)
 
 
 # --- speed -----------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def read_baseline(path: Path) -> Baseline:
 
 def speed_ratios(
     bundle: Bundle, loaded: LoadedVan, samples: Samples, asked: RunnerSettings
-) -> dict[str, Figure]:
+) -> dict[str, Measurement]:
     """Return PyTorch's time over each artifact's, at the bundle's optimal batch.
 
     For the gate only: a ratio within one run on one machine is all that can be compared between
@@ -140,24 +140,24 @@ def speed_ratios(
             if isinstance(opened, Finding):
                 continue
             with opened as network, TorchRunner(loaded.model) as original:
-                given = given_to(network, few, slice(None))
+                given = inputs_for(network, few, slice(None))
                 slow = partial(original.run, few.inputs)
                 ratios[name] = paired_ratio(slow, partial(network.run, given))
     return ratios
 
 
-def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Figure:
+def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Measurement:
     """Return how many times longer ``slow`` takes than ``fast``, over paired rounds.
 
     Each round times both, one right after the other, so that what slows the machine slows both.
     Who begins alternates, so that neither always runs in what the other left in the caches.
-    Rounds go on until the median's interval is within :data:`~gates.SPEED_WITHIN`, or are too
-    many.
+    Rounds continue until the median's interval is within :data:`~gates.SPEED_INTERVAL_WIDTH`, or
+    the maximum number is reached.
     """
     ratios: list[float] = []
     low, high, middle = 0.0, 1.0, 0.0
     for number in range(-WARM_UPS, ROUNDS[1]):
-        if number >= ROUNDS[0] and high - low <= 2 * gates.SPEED_WITHIN * middle:
+        if number >= ROUNDS[0] and high - low <= 2 * gates.SPEED_INTERVAL_WIDTH * middle:
             break
         seconds = {}
         for call in (slow, fast) if number % 2 else (fast, slow):
@@ -167,7 +167,7 @@ def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Figu
         if number >= 0:
             ratios.append(seconds[slow] / seconds[fast])
             (low, high), middle = median_interval(ratios), statistics.median(ratios)
-    return Figure(value=middle, interval=(low, high))
+    return Measurement(value=middle, interval=(low, high))
 
 
 # --- the check -------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
-class CheckReport(gates.Report):
+class CheckReport(gates.GateReport):
     """The verdict of a check.
 
     Attributes:
@@ -208,7 +208,7 @@ class CheckReport(gates.Report):
     rows: tuple[CheckRow, ...]
     new: tuple[str, ...]
     images: str
-    allowed: gates.Allowed
+    allowed: gates.AllowOptions
     measured: Baseline = field(metadata={"json": False})
     schema: Literal["van-deploy/check/2"] = "van-deploy/check/2"
 
@@ -218,7 +218,7 @@ class CheckReport(gates.Report):
         outcomes = [row.finding.outcome for row in self.rows]
         return {outcome.value: outcomes.count(outcome) for outcome in Outcome}
 
-    def named(self) -> list[tuple[str, Finding]]:
+    def named_findings(self) -> list[tuple[str, Finding]]:
         """Return the name of each row, and what was found."""
         return [(row.name, row.finding) for row in self.rows]
 
@@ -261,11 +261,11 @@ def compare_with_baseline(
                     f"{here[shown]}.",
                     "Give the same ones, or write the baseline anew with --update.",
                 )
-        kinds = {name: finding.skip for name, finding in verify.named() if finding.skip}
+        kinds = {name: finding.skip for name, finding in verify.named_findings() if finding.skip}
         for name, figures in then.artifacts.items():
             if name not in now.artifacts:
                 lacks = "the baseline has this artifact and the bundle lacks it"
-                rows.append(CheckRow(f"baseline/{name}", gates.held("artifact", lacks)))
+                rows.append(CheckRow(f"baseline/{name}", gates.pass_or_fail("artifact", lacks)))
                 continue
             for rule, old in figures.items():
                 new_one, images = now.artifacts[name].get(rule), then.evaluation_images
@@ -275,7 +275,9 @@ def compare_with_baseline(
     return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
 
 
-def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str) -> Finding:
+def _against(
+    rule: str, then: Measurement, now: Measurement | None, images: int, kind: str
+) -> Finding:
     """Return whether a figure is as good as the baseline's.
 
     Args:
@@ -287,23 +289,25 @@ def _against(rule: str, then: Figure, now: Figure | None, images: int, kind: str
     """
     if rule == "SQNR" and (now is None or now.by != then.by):
         why = "it was not run here" if now is None else f"run by {now.by}"
-        return skipped(rule, f"{why}; the baseline is of {then.by}", kind or "runtimes")
+        return skipped_finding(rule, f"{why}; the baseline is of {then.by}", kind or "runtimes")
     if now is None:
         own = "speed" if rule == "speed" else "accuracy"
         why = f"the baseline has it, and this run measured no {own} of this artifact"
-        return skipped(rule, f"{why}: add --speed" if rule == "speed" else why, kind or own)
-    least, drop = 1 - gates.SPEED_SLACK, gates.BELOW_RECORD_DB
+        return skipped_finding(rule, f"{why}: add --speed" if rule == "speed" else why, kind or own)
+    least, drop = 1 - gates.SPEED_TOLERANCE, gates.RECORD_MARGIN_DB
     if then.interval and now.interval:
         low, high = now.interval[0] / then.interval[1], now.interval[1] / then.interval[0]
-        limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_SLACK:g} %")
+        limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_TOLERANCE:g} %")
         said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
         outcome = Outcome.PASS if low >= least else Outcome.FAIL
         if low < least <= high:
             outcome, said = Outcome.INCONCLUSIVE, f"{said}: a quieter machine would decide"
         return Finding(rule, outcome, said, now.value, limit, "x")
     if rule == "SQNR":
-        return gates.at_least(rule, now.value, Limit(then.value - drop, f"baseline minus {drop:g}"))
-    slack = gates.chance_changes(images)
+        return gates.check_minimum(
+            rule, now.value, Limit(then.value - drop, f"baseline minus {drop:g}")
+        )
+    slack = gates.chance_label_changes(images)
     origin = f"baseline minus {slack} of {images} images, which chance may change"
     fewest = round(then.value - 100 * slack / max(images, 1), 9)
-    return gates.at_least(rule, now.value, Limit(fewest, origin), "%")
+    return gates.check_minimum(rule, now.value, Limit(fewest, origin), "%")

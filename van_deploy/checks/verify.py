@@ -16,18 +16,25 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import onnx
 
 from van_deploy.bundle import Artifact, Bundle, edit_bundle
-from van_deploy.checks import gates, judging
+from van_deploy.checks import gates, outputs
 from van_deploy.checks.drift import DriftRow, Reference, drift_of_artifact, module_reference
-from van_deploy.checks.gates import Finding, Limit, Outcome, held, numeric_class, skipped
-from van_deploy.checks.golden import Samples, judge_originals
+from van_deploy.checks.gates import (
+    Finding,
+    Limit,
+    Outcome,
+    numeric_class,
+    pass_or_fail,
+    skipped_finding,
+)
+from van_deploy.checks.golden import Samples, check_originals
 from van_deploy.checks.graphs import one_line
-from van_deploy.checks.judging import Judged
+from van_deploy.checks.outputs import NetworkVerdict
 from van_deploy.config import GateSettings, VerifySettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
-from van_deploy.stopwatch import Progress, silent
+from van_deploy.stopwatch import Progress, no_progress
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -35,11 +42,11 @@ if TYPE_CHECKING:
 SHOWN_ROWS = 10
 MODULE_IMAGES = 4
 MAY_NOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
-ALL, NO_RECIPE = VerifySettings(), GateSettings()
+ALL, DEFAULT_GATES = VerifySettings(), GateSettings()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArtifactVerdict(Judged):
+class ArtifactVerdict(NetworkVerdict):
     """What was found of one artifact.
 
     Attributes:
@@ -72,7 +79,7 @@ class ArtifactVerdict(Judged):
 
 
 @dataclass(frozen=True)
-class VerifyReport(gates.Report):
+class VerifyReport(gates.GateReport):
     """What was found of every artifact of a bundle.
 
     Attributes:
@@ -94,10 +101,10 @@ class VerifyReport(gates.Report):
     modules: str
     findings: tuple[Finding, ...]
     artifacts: Mapping[str, ArtifactVerdict]
-    allowed: gates.Allowed
+    allowed: gates.AllowOptions
     schema: Literal["van-deploy/verify/3"] = "van-deploy/verify/3"
 
-    def named(self) -> list[tuple[str, Finding]]:
+    def named_findings(self) -> list[tuple[str, Finding]]:
         """Return every finding and what it is about: the images, or an artifact."""
         about = [("images", finding) for finding in self.findings]
         return about + [(v.artifact, f) for v in self.artifacts.values() for f in v.findings]
@@ -114,8 +121,8 @@ def verify_bundle(
     samples: Samples,
     asked: VerifySettings = ALL,
     loaded: LoadedVan | None = None,
-    rules: GateSettings = NO_RECIPE,
-    progress: Progress = silent,
+    rules: GateSettings = DEFAULT_GATES,
+    progress: Progress = no_progress,
 ) -> VerifyReport:
     """Return what is found of each artifact of ``bundle``.
 
@@ -132,21 +139,21 @@ def verify_bundle(
     """
     verdicts = dict[str, ArtifactVerdict]()
     reference: Reference | str = ""
-    for name in judging.chosen_artifacts(bundle, asked.artifacts):
-        artifact, opened = bundle.artifact(name), judging.open_artifact(bundle, name, asked)
+    for name in outputs.select_artifacts(bundle, asked.artifacts):
+        artifact, opened = bundle.artifact(name), outputs.open_artifact(bundle, name, asked)
         if isinstance(opened, Finding):
-            numeric, runner, said = numeric_class(artifact.precision), "", Judged((opened,))
+            numeric, runner, said = numeric_class(artifact.precision), "", NetworkVerdict((opened,))
         else:
             progress(f"'{name}' at every batch size")
             numeric, said = _judged(opened, artifact, samples, rules)
             runner = opened.described
         findings, modules = [*said.findings], tuple[DriftRow, ...]()
-        if said.comparison is not None and name in judging.plain_onnx(bundle):
+        if said.comparison is not None and name in outputs.plain_onnx_artifacts(bundle):
             progress(f"'{name}', its tensors")
             method = str(artifact.quantization.get("method", "mse"))
             model, profile = onnx.load(bundle.verified_path(name)), rules.of(numeric)
             floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
-            findings += judging.judge_graph(model, numeric, samples, floor, method)[0]
+            findings += outputs.check_graph(model, numeric, samples, floor, method)[0]
             if asked.modules and (loaded is not None or name != "fp32"):
                 progress(f"'{name}', module by module")
                 reference = reference or module_reference(bundle, samples, loaded, rules.fp32)
@@ -163,35 +170,37 @@ def verify_bundle(
         names=samples.names,
         noise_db=samples.noise_db,
         modules=reference.described if isinstance(reference, Reference) else "",
-        findings=tuple(judge_originals(bundle, samples)) if samples.golden else (),
+        findings=tuple(check_originals(bundle, samples)) if samples.golden else (),
         artifacts=verdicts,
-        allowed=gates.Allowed(asked.allow_skip, asked.allow_inconclusive),
+        allowed=gates.AllowOptions(asked.allow_skip, asked.allow_inconclusive),
     )
 
 
 def _judged(
     opened: Network, artifact: Artifact, samples: Samples, rules: GateSettings
-) -> tuple[str, Judged]:
+) -> tuple[str, NetworkVerdict]:
     """Return the numeric class of an artifact that is run here, and what its answers say."""
     numeric, bundle = numeric_class(artifact.precision), opened.bundle
     records = artifact.golden_sqnr_db if samples.golden else {}
-    first, *more = judging.batch_sizes(bundle.manifest.batch)
+    first, *more = outputs.batch_sizes(bundle.manifest.batch)
     served = [one for one in samples.others if opened.serves_size(one.inputs.shape[2:])]
     try:
         with opened:
             numeric = numeric_class(artifact.precision, tf32=opened.tf32)
-            return numeric, judging.judge_answers(
-                lambda of, rows: opened.run(judging.given_to(opened, of, rows)),
+            return numeric, outputs.check_outputs(
+                lambda of, rows: opened.run(outputs.inputs_for(opened, of, rows)),
                 replace(samples, others=tuple(served)),
                 [first, *(size for size in more if opened.serves(size))],
                 gates.sqnr_floor(numeric, samples.noise_db, rules.of(numeric)),
-                records.get(judging.record_key(opened.runner, numeric)),
+                records.get(outputs.record_key(opened.runner, numeric)),
             )
     except Exception as error:  # the runtimes raise their own bare types
         if isinstance(error, VanDeployError) and not isinstance(error, ConversionError):
             raise
         loads = "load" if isinstance(error, ConversionError) else "run at batch 1"
-        return numeric, Judged((held("runs", f"it does not {loads}: {one_line(error)}"),))
+        return numeric, NetworkVerdict(
+            (pass_or_fail("runs", f"it does not {loads}: {one_line(error)}"),)
+        )
 
 
 def _modules(
@@ -199,16 +208,16 @@ def _modules(
 ) -> tuple[tuple[DriftRow, ...], Finding]:
     """Return the modules that add most error, and whether any adds too much."""
     if isinstance(reference, str):
-        return (), skipped("modules", reference)
+        return (), skipped_finding("modules", reference)
     rows = drift_of_artifact(bundle, artifact, reference, images[:MODULE_IMAGES], "module")
     placed = sorted((r for r in rows if r.isolated_db is not None), key=lambda row: row.level)
     if not placed:
-        return (), held("modules", f"they cannot be compared: {rows[0].note}")
+        return (), pass_or_fail("modules", f"they cannot be compared: {rows[0].note}")
     bad = [f"{row.name} {row.level:.1f} dB" for row in placed if row.level < limit.value]
     more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
     fault = f"modules below {limit.value:g} dB ({limit.origin}): {', '.join(bad[:4])}{more}"
     shown, worst = f"{placed[0].name} adds most", placed[0].level
-    found = held("modules", fault * bool(bad), worst, limit, shown)
+    found = pass_or_fail("modules", fault * bool(bad), worst, limit, shown)
     return tuple(placed[:SHOWN_ROWS]), replace(found, unit="dB")
 
 

@@ -99,7 +99,7 @@ class CommandGroup(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(BROKEN_PIPE) from None
         except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
-            error = translated(failure)
+            error = user_error(failure)
             if error is None:
                 raise
             print_error(error.message, error.remedy)
@@ -155,7 +155,7 @@ def _root(
     """
 
 
-def translated(failure: BaseException) -> VanDeployError | None:
+def user_error(failure: BaseException) -> VanDeployError | None:
     """Return what to tell the user, or None if the failure is a fault of this program.
 
     A full disk, missing permissions and exhausted memory come out of many

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from van_deploy.documents import CONTROL, plain
+from van_deploy.documents import CONTROL_CHARACTERS, plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ PIPE_WIDTH = 100  # columns where output does not go to a terminal
 
 
 @dataclass(frozen=True)
-class Shown:
+class CommandOutput:
     """What a command prints.
 
     Attributes:
@@ -46,22 +46,22 @@ class Shown:
     failure: Exception | None = None
 
 
-def show(shown: Shown, as_json: bool) -> None:
+def print_output(shown: CommandOutput, as_json: bool) -> None:
     """Print what a command returned, and raise what it ends with."""
     for text in shown.remarks:
-        remark(text)
-    emit(shown.result, as_json, shown.blocks)
+        print_note(text)
+    print_result(shown.result, as_json, shown.blocks)
     if shown.failure is not None:
         raise shown.failure
 
 
-def emit(result: object, as_json: bool, blocks: Callable[[Any], Iterable[Block]]) -> None:
+def print_result(result: object, as_json: bool, blocks: Callable[[Any], Iterable[Block]]) -> None:
     """Write a command's result to stdout.
 
     Args:
-        result: see :class:`Shown`.
+        result: see :class:`CommandOutput`.
         as_json: write one JSON document instead.
-        blocks: see :class:`Shown`.
+        blocks: see :class:`CommandOutput`.
     """
     if as_json:
         text = json_text(plain(result), indent=2) + "\n"
@@ -85,11 +85,11 @@ def json_text(value: object, indent: int | None = None) -> str:
     '"\\u009b2Jé"'
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 @contextlib.contextmanager
-def telling(first: str = "Loading PyTorch") -> Iterator[Progress]:
+def progress_bar(first: str = "Loading PyTorch") -> Iterator[Progress]:
     """Give a function that shows on stderr what is being done, and how much of it is done.
 
     It is silent where stderr is not a terminal.
@@ -114,7 +114,7 @@ def telling(first: str = "Loading PyTorch") -> Iterator[Progress]:
         yield tell
 
 
-def remark(text: str) -> None:
+def print_note(text: str) -> None:
     """Write one line to stderr that is neither a result nor an error."""
     _console(sys.stderr).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 

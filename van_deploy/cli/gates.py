@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import Shown
-from van_deploy.cli.options import Given, Opened
+from van_deploy.cli.console import CommandOutput
+from van_deploy.cli.options import Opened, OptionValues
 from van_deploy.config import CheckSettings, DriftSettings, EvaluationSettings, VerifySettings
 from van_deploy.errors import GateFailed
 
@@ -28,10 +28,10 @@ def _failure(
 
     if report:
         return None
-    return GateFailed(failure_text(report.named(), report.allowed, done), remedy)
+    return GateFailed(failure_text(report.named_findings(), report.allowed, done), remedy)
 
 
-def verify(bundle: Opened, options: Annotated[Given, VerifySettings]) -> Shown:
+def verify(bundle: Opened, options: Annotated[OptionValues, VerifySettings]) -> CommandOutput:
     """Compare every artifact with PyTorch: logits, batch sizes, flips, and module by module.
 
     Example: van-deploy verify dist/van_b1 --images photos/
@@ -40,10 +40,10 @@ def verify(bundle: Opened, options: Annotated[Given, VerifySettings]) -> Shown:
     from van_deploy.report.sections_checks import verify_blocks
 
     failure = _failure(report, "verified")
-    return Shown(report, lambda found: verify_blocks(found, names), bundle.remarks, failure)
+    return CommandOutput(report, lambda found: verify_blocks(found, names), bundle.remarks, failure)
 
 
-def evaluate(bundle: Opened, options: Annotated[Given, EvaluationSettings]) -> Shown:
+def evaluate(bundle: Opened, options: Annotated[OptionValues, EvaluationSettings]) -> CommandOutput:
     """Measure top-1 and top-5 of PyTorch and every artifact, and what was lost between them.
 
     Example: van-deploy evaluate dist/van_b1 --images imagenet/val
@@ -51,19 +51,19 @@ def evaluate(bundle: Opened, options: Annotated[Given, EvaluationSettings]) -> S
     report = bundle.evaluate(**options)
     from van_deploy.report.sections_checks import evaluate_blocks
 
-    return Shown(report, evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
+    return CommandOutput(report, evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
 
 
 def drift(
     bundle: Opened,
-    options: Annotated[Given, DriftSettings],
+    options: Annotated[OptionValues, DriftSettings],
     top: Annotated[
         int,
         typer.Option(
             min=0, help="How many parts of each artifact to show; 0 for all, in their order."
         ),
     ] = 10,
-) -> Shown:
+) -> CommandOutput:
     """Show what each stage, block or module of each ONNX artifact adds to the error.
 
     Example: van-deploy drift dist/van_b1 --level module --top 10
@@ -71,12 +71,12 @@ def drift(
     report = bundle.drift(**options)
     from van_deploy.report.sections_checks import drift_blocks
 
-    return Shown(report, lambda found: drift_blocks(found, top), bundle.remarks)
+    return CommandOutput(report, lambda found: drift_blocks(found, top), bundle.remarks)
 
 
 def check(
     bundle: Opened,
-    options: Annotated[Given, CheckSettings],
+    options: Annotated[OptionValues, CheckSettings],
     baseline: Annotated[Path, typer.Option(help="The committed baseline.json.")],
     update: Annotated[
         bool, typer.Option("--update", help="Write the baseline from what is measured now.")
@@ -91,7 +91,7 @@ def check(
             rich_help_panel=FILES,
         ),
     ] = None,
-) -> Shown:
+) -> CommandOutput:
     """Check a bundle against its gates and a baseline; ends with 1 if anything is worse.
 
     Example: van-deploy check dist/van_b1 --baseline baseline.json --junit junit.xml
@@ -106,4 +106,4 @@ def check(
         append_summary(report, summary)
     wrote = [f"Wrote {baseline}; look at it and commit it."] if update and report else []
     failure = _failure(report, "checked", "See the rows above.")
-    return Shown(report, check_blocks, wrote, failure)
+    return CommandOutput(report, check_blocks, wrote, failure)

@@ -7,36 +7,36 @@ from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import Shown
+from van_deploy.cli.console import CommandOutput
 from van_deploy.cli.options import RequireSignature, opened
-from van_deploy.environment.doctor import NEEDS
-from van_deploy.stopwatch import silent
+from van_deploy.environment.doctor import REQUIREMENTS
+from van_deploy.stopwatch import no_progress
 
 
-def list_() -> Shown:
+def list_() -> CommandOutput:
     """List the variants: size, work, accuracy, and where their weights are.
 
     Example: van-deploy list --json
     """
-    from van_deploy.model.variants import listed_variants
-    from van_deploy.report.sections_model import listed_blocks
+    from van_deploy.model.variants import list_variants
+    from van_deploy.report.sections_model import list_blocks
 
-    return Shown(listed_variants(), listed_blocks)
+    return CommandOutput(list_variants(), list_blocks)
 
 
 def info(
     model: Annotated[
         str, typer.Argument(help="A variant, a checkpoint, van_digits, or a bundle's folder.")
     ],
-) -> Shown:
+) -> CommandOutput:
     """Show one model or bundle in full. Nothing is downloaded.
 
     Example: van-deploy info ./mine.pth
     """
-    from van_deploy.describe import model_described
-    from van_deploy.report.sections_model import described_blocks
+    from van_deploy.describe import describe_model
+    from van_deploy.report.sections_model import info_blocks
 
-    return Shown(model_described(model), described_blocks)
+    return CommandOutput(describe_model(model), info_blocks)
 
 
 def inspect(
@@ -51,17 +51,17 @@ def inspect(
         ),
     ] = False,
     require_signature: RequireSignature = None,
-) -> Shown:
+) -> CommandOutput:
     """Show what is in an artifact: operators, sizes, inputs and outputs, metadata.
 
     Example: van-deploy inspect dist/van_b1/model.onnx
     """
     if require_signature is not None:
-        opened(artifact, require_signature, silent)
-    from van_deploy.describe import artifacts_described
-    from van_deploy.report.sections_model import artifacts_blocks
+        opened(artifact, require_signature, no_progress)
+    from van_deploy.describe import describe_artifacts
+    from van_deploy.report.sections_model import inspect_blocks
 
-    return Shown(artifacts_described(artifact, trust_engine=trust_engine), artifacts_blocks)
+    return CommandOutput(describe_artifacts(artifact, trust_engine=trust_engine), inspect_blocks)
 
 
 def doctor(
@@ -69,18 +69,20 @@ def doctor(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=lambda: list(NEEDS),
+            autocompletion=lambda: list(REQUIREMENTS),
             help="Exit with code 3 unless NAME is here and usable; may be repeated. "
-            f"One of {', '.join(NEEDS)}.",
+            f"One of {', '.join(REQUIREMENTS)}.",
         ),
     ] = None,
-) -> Shown:
+) -> CommandOutput:
     """Tell what is installed, what can be done on this machine, and what clashes.
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
-    from van_deploy.environment.doctor import Environment, missing
+    from van_deploy.environment.doctor import Environment, check_requirements
     from van_deploy.report.sections_model import environment_blocks
 
     environment = Environment()
-    return Shown(environment, environment_blocks, failure=missing(environment, require or ()))
+    return CommandOutput(
+        environment, environment_blocks, failure=check_requirements(environment, require or ())
+    )

@@ -7,10 +7,18 @@ from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import Shown, remark
-from van_deploy.cli.options import Force, Given, Opened, Output, RequireSignature, Set, opened
+from van_deploy.cli.console import CommandOutput, print_note
+from van_deploy.cli.options import (
+    Force,
+    Opened,
+    OptionValues,
+    Output,
+    RequireSignature,
+    Set,
+    opened,
+)
 from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
-from van_deploy.config.named import EXPORT, RUN, Changes
+from van_deploy.config.named_options import EXPORT, RUN, Changes
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
 from van_deploy.stopwatch import Progress
@@ -34,26 +42,26 @@ def export(
     assignments: Set = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     force: Force = False,
-) -> Shown:
+) -> CommandOutput:
     """Export a VAN to ONNX with a dynamic batch, checked against PyTorch at every batch size.
 
     Example: van-deploy export van_b1 --output dist/van_b1
     """
     from van_deploy import api
-    from van_deploy.recipe import changes_from_text, recipe_for
+    from van_deploy.recipe import parse_assignments, resolve_recipe
     from van_deploy.report.sections_model import export_blocks
 
-    recipe = recipe_for(model, changes | changes_from_text(assignments or ()))
+    recipe = resolve_recipe(model, changes | parse_assignments(assignments or ()))
     made = api.export(
         recipe, output, images=images, offline=offline, force=force, progress=progress
     )
     notes = [f"note: {note}" for note in made.result.notes]
-    return Shown(made.done, export_blocks, notes, None if made else typer.Exit(1))
+    return CommandOutput(made.done, export_blocks, notes, None if made else typer.Exit(1))
 
 
 def quantize(
-    bundle: Opened, options: Annotated[Given, QuantizeSettings], force: Force = False
-) -> Shown:
+    bundle: Opened, options: Annotated[OptionValues, QuantizeSettings], force: Force = False
+) -> CommandOutput:
     """Add an FP16 or INT8 graph to a bundle, judged beside FP32.
 
     Ends with exit code 1 if the result does not hold its gate.
@@ -61,22 +69,22 @@ def quantize(
     Example: van-deploy quantize dist/van_b1 --images train/ --eval val/
     """
     result = bundle.quantize(force=force, **options)
-    from van_deploy.report.sections_checks import quantized_blocks
+    from van_deploy.report.sections_checks import quantize_blocks
 
-    said = f"{result.artifact}: {'reused' if result.reused else 'made anew'}: {result.reason}"
-    return Shown(result, quantized_blocks, [said], None if result else typer.Exit(1))
+    remark = f"{result.artifact}: {'reused' if result.reused else 'built'}: {result.reason}"
+    return CommandOutput(result, quantize_blocks, [remark], None if result else typer.Exit(1))
 
 
 def build(
-    options: Annotated[Given, BuildSettings],
-    fleet: Annotated[Given, FleetSettings],
+    options: Annotated[OptionValues, BuildSettings],
+    fleet: Annotated[OptionValues, FleetSettings],
     progress: Progress,
     bundle: Annotated[
         Path | None, typer.Argument(help="A bundle that `van-deploy export` made.")
     ] = None,
     force: Force = False,
     require_signature: RequireSignature = None,
-) -> Shown:
+) -> CommandOutput:
     """Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.
 
     TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
@@ -97,27 +105,29 @@ def build(
         raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
     asked = opened(bundle, require_signature, progress)
     report = asked.build(force=force, **options)
-    from van_deploy.report.sections_model import builds_blocks
+    from van_deploy.report.sections_model import build_blocks
 
     warned = [
         f"{outcome.engine}: {sum(outcome.sidecar.warnings.values())} warnings, all in its .log"
         for outcome in report.outcomes
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings
     ]
-    return Shown(report, builds_blocks, [*report.remarks, *warned, *asked.remarks])
+    return CommandOutput(report, build_blocks, [*report.remarks, *warned, *asked.remarks])
 
 
-def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progress) -> Shown:
+def _build_matrix(
+    path: Path, fleet: FleetSettings, force: bool, progress: Progress
+) -> CommandOutput:
     """Build a fleet; it fails if a cell did."""
     from van_deploy.building import build_fleet
-    from van_deploy.report.sections_model import builds_blocks, cell_name
+    from van_deploy.report.sections_model import build_blocks, cell_name
 
     report = build_fleet(
         path,
         fleet,
         force=force,
         progress=progress,
-        each=lambda count, total, outcome: remark(
+        on_outcome=lambda count, total, outcome: print_note(
             f"[{count}/{total}] {cell_name(plain(outcome.cell))}: {outcome.outcome}"
         ),
     )
@@ -127,7 +137,7 @@ def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progr
             f"{len(report.errors)} of {len(report.outcomes)} engines failed.",
             f"Run the same command again to resume. The first failure: {report.errors[0]}",
         )
-    return Shown(report, builds_blocks, failure=failure)
+    return CommandOutput(report, build_blocks, failure=failure)
 
 
 def run(
@@ -136,24 +146,24 @@ def run(
         typer.Argument(help="A recipe (van_b1, van_digits, mine.toml), or anything with weights."),
     ],
     changes: Annotated[Changes, RUN],
-    options: Annotated[Given, RunSettings],
+    options: Annotated[OptionValues, RunSettings],
     progress: Progress,
     output: Output = None,
     assignments: Set = None,
-) -> Shown:
+) -> CommandOutput:
     """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
 
     Example: van-deploy run export/mine.toml --output dist/mine
     """
     from van_deploy import api
-    from van_deploy.recipe import changes_from_text, recipe_for
+    from van_deploy.recipe import parse_assignments, resolve_recipe
     from van_deploy.report.sections_model import run_blocks
 
-    wanted = recipe_for(recipe, changes | changes_from_text(assignments or ()))
+    wanted = resolve_recipe(recipe, changes | parse_assignments(assignments or ()))
     result = api.run_recipe(wanted, output, progress=progress, **options)
     failure = GateFailed(
         f"The bundle '{result.bundle.path}' was written and does not pass its gates.",
         "See the rows above; `van-deploy drift` names the module.",
     )
     notes = [f"note: {note}" for note in result.export.notes]
-    return Shown(result, run_blocks, notes, None if result else failure)
+    return CommandOutput(result, run_blocks, notes, None if result else failure)

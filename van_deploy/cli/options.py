@@ -8,8 +8,8 @@ What a function asks for by its annotations, its command takes as options:
 - ``Annotated[Changes, EXPORT]``: those options of a recipe, as they were given.
 
 ``progress`` is what to tell how far the work is. Every command has ``--json`` and prints the
-:class:`~van_deploy.cli.console.Shown` that its function returns; a function with ``as_json``
-prints by itself. Everything else about the function is Typer's.
+:class:`~van_deploy.cli.console.CommandOutput` that its function returns; a function with
+``as_json`` prints by itself. Everything else about the function is Typer's.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ from typing import (
 import pydantic
 import typer
 
-from van_deploy.cli.console import Shown, show, telling
-from van_deploy.config.fields import range_text, shown
-from van_deploy.config.named import Change, Changes, Named, named_options, put_all
+from van_deploy.cli.console import CommandOutput, print_output, progress_bar
+from van_deploy.config.fields import cli_option, format_range
+from van_deploy.config.named_options import (
+    Change,
+    Changes,
+    NamedOption,
+    apply_changes,
+    named_options,
+)
 from van_deploy.config.sizes import BatchRange, SizeRange
-from van_deploy.schema import validated
+from van_deploy.schema import validate
 
 if TYPE_CHECKING:
     from van_deploy.api import Bundle
@@ -80,7 +86,7 @@ RequireSignature = Annotated[
 ]
 
 
-class Given(dict[str, Any]):
+class OptionValues(dict[str, Any]):
     """The options that were given, as keyword arguments of the API.
 
     Attributes:
@@ -90,18 +96,18 @@ class Given(dict[str, Any]):
     table: Any
 
 
-def with_options(function: Callable[..., Shown | None]) -> Callable[..., None]:
+def with_options(function: Callable[..., CommandOutput | None]) -> Callable[..., None]:
     """Return a function that Typer makes a command with every option ``function`` asks for."""
     hints = get_type_hints(function, include_extras=True)
     asked = inspect.signature(function).parameters
-    tables: dict[str, tuple[Any, Mapping[str, Named]]] = {}
+    tables: dict[str, tuple[Any, Mapping[str, NamedOption]]] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in asked.items():
         hint = hints[name]
         kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
-        if kind in (Given, Changes):
-            options = named_options(about) if kind is Given else about
-            tables[name] = (about if kind is Given else None), options
+        if kind in (OptionValues, Changes):
+            options = named_options(about) if kind is OptionValues else about
+            tables[name] = (about if kind is OptionValues else None), options
             parameters += [_parameter(option) for option in options.values()]
         elif about == "opened":
             parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
@@ -121,14 +127,16 @@ def with_options(function: Callable[..., Shown | None]) -> Callable[..., None]:
             function(**given)
             return
         as_json = given.pop("as_json")
-        with telling() if opens or "progress" in asked else contextlib.nullcontext() as progress:
+        with (
+            progress_bar() if opens or "progress" in asked else contextlib.nullcontext() as progress
+        ):
             for name in opens:
                 given[name] = opened(given.pop("bundle"), given.pop("require_signature"), progress)
             if "progress" in asked:
                 given["progress"] = progress
             result = function(**given)
         if result is not None:
-            show(result, as_json)
+            print_output(result, as_json)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -142,7 +150,7 @@ def opened(bundle: Path, require_signature: Path | None, progress: Any) -> Bundl
     return open_bundle(bundle, require_signature=require_signature, progress=progress)
 
 
-def _filled(schema: Any, options: Mapping[str, Named], written: Mapping[str, Any]) -> object:
+def _filled(schema: Any, options: Mapping[str, NamedOption], written: Mapping[str, Any]) -> object:
     """Return the options that were written, checked where they are those of a schema."""
     values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
     changes = {
@@ -150,9 +158,12 @@ def _filled(schema: Any, options: Mapping[str, Named], written: Mapping[str, Any
     }
     if schema is None:
         return changes
-    given, spelling = Given(values), {option.place: option.flags[0] for option in options.values()}
-    spelling |= {place: change.written for place, change in changes.items()}
-    given.table = validated(schema, put_all({}, changes), spelling=spelling)
+    given, key_names = (
+        OptionValues(values),
+        {option.place: option.flags[0] for option in options.values()},
+    )
+    key_names |= {place: change.source for place, change in changes.items()}
+    given.table = validate(schema, apply_changes({}, changes), key_names=key_names)
     return given
 
 
@@ -161,7 +172,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, kind, default=default, annotation=annotation)
 
 
-def _parameter(option: Named) -> inspect.Parameter:
+def _parameter(option: NamedOption) -> inspect.Parameter:
     """Return an option as Typer takes it: text, checked later by its table."""
     kind = _kind(option.field.annotation)
     choices = _choices(kind)
@@ -183,7 +194,7 @@ def _parameter(option: Named) -> inspect.Parameter:
     return _keyword(option.name, annotation, inspect.Parameter.empty if required else None)
 
 
-def _facts(option: Named, choices: list[str]) -> str:
+def _facts(option: NamedOption, choices: list[str]) -> str:
     """Return what the help says of an option's choices, default and limits."""
     text, value = "", None
     if not option.field.is_required():
@@ -197,7 +208,7 @@ def _facts(option: Named, choices: list[str]) -> str:
         for word in ("ge", "gt", "le", "lt")
         if hasattr(one, word)
     }
-    told = [", ".join(choices), f"default: {text}" if text else "", range_text(limits)]
+    told = [", ".join(choices), f"default: {text}" if text else "", format_range(limits)]
     return f" [dim]\\[{'; '.join(filter(None, told))}][/dim]" if any(told) else ""
 
 
@@ -229,13 +240,13 @@ def _metavar(kind: Any) -> str:
     return "|".join(_choices(kind)) or KINDS.get(kind, "TEXT")
 
 
-def _read(option: Named, given: Any) -> Any:
+def _read(option: NamedOption, given: Any) -> Any:
     """Return a value of the command line as a file would have it, where it can be read so."""
     kind = _kind(option.field.annotation)
     if get_origin(kind) is not tuple:
         return _number(kind, given)
     inner = _kind(get_args(kind)[0])
-    texts = ",".join(given).split(",") if shown(option.field).commas else given
+    texts = ",".join(given).split(",") if cli_option(option.field).commas else given
     return [_number(inner, text.strip()) for text in texts if text.strip()]
 
 
@@ -247,6 +258,6 @@ def _number(kind: Any, text: Any) -> Any:
     return text
 
 
-def _flag(option: Named, value: Any) -> str:
+def _flag(option: NamedOption, value: Any) -> str:
     """Return the option as it was written on the command line."""
     return option.flags[0] if value is not False else f"--no-{option.flags[0][2:]}"

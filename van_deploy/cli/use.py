@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import Shown, emit, json_text, remark, telling
-from van_deploy.cli.options import AsJson, BundlePath, Given, Opened, RequireSignature, opened
+from van_deploy.cli.console import CommandOutput, json_text, print_note, print_result, progress_bar
+from van_deploy.cli.options import (
+    AsJson,
+    BundlePath,
+    Opened,
+    OptionValues,
+    RequireSignature,
+    opened,
+)
 from van_deploy.config import BenchSettings, PackageSettings, PredictSettings, ServeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import GateFailed, ImageError, UsageError
-from van_deploy.stopwatch import silent
+from van_deploy.stopwatch import no_progress
 
 if TYPE_CHECKING:
     from van_deploy.report.document import Block
-    from van_deploy.signing import Signed
+    from van_deploy.signing import SignedBundle
 
 STDIN_LIMIT_BYTES = 256 * 2**20
 
@@ -47,7 +54,7 @@ class Listening:
 
 def bench(
     bundle: Opened,
-    options: Annotated[Given, BenchSettings],
+    options: Annotated[OptionValues, BenchSettings],
     paper: Annotated[
         str,
         typer.Option(
@@ -64,26 +71,30 @@ def bench(
     save: Annotated[
         bool, typer.Option("--save/--no-save", help="Keep the result in the bundle (bench.json).")
     ] = True,
-) -> Shown:
+) -> CommandOutput:
     """Time every artifact in every runtime of a device, each in a process of its own.
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench.document import compared, read_report
+    from van_deploy.bench.document import compare_reports, read_report
     from van_deploy.report.files import write_text
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
     if paper:
         from van_deploy.bench.roofline import paper_limits
 
-        return Shown(paper_limits(bundle.opened(), paper, options.table.batches), limits_blocks)
+        return CommandOutput(
+            paper_limits(bundle.opened(), paper, options.table.batches), limits_blocks
+        )
     old = read_report(compare) if compare else None
     report = bundle.benchmark(save=save, **options)
     if output is not None:
         write_text(output, report.text())
     if old is not None:
-        report = compared(old, report)
-    return Shown(report, bench_blocks, [f"warning: {warning}" for warning in report.warnings])
+        report = compare_reports(old, report)
+    return CommandOutput(
+        report, bench_blocks, [f"warning: {warning}" for warning in report.warnings]
+    )
 
 
 def predict(
@@ -92,7 +103,7 @@ def predict(
         list[str],
         typer.Argument(help="Image files, folders, or '-' for an image on standard input."),
     ],
-    options: Annotated[Given, PredictSettings],
+    options: Annotated[OptionValues, PredictSettings],
     require_signature: RequireSignature = None,
     json_lines: Annotated[
         bool, typer.Option("--jsonl", help="Print one JSON object an image, as they come.")
@@ -114,7 +125,7 @@ def predict(
 
     kept, artifact = list[Prediction](), options.table.artifact
     total, bad, start = 0, 0, time.perf_counter()
-    with telling(f"Loading {artifact}") as progress:
+    with progress_bar(f"Loading {artifact}") as progress:
         asked = opened(bundle, require_signature, progress)
         for answer in asked.stream(wanted, **options):
             total, bad = total + 1, bad + (answer.error is not None)
@@ -126,8 +137,8 @@ def predict(
     rate = total / (time.perf_counter() - start)
     if not json_lines:
         answers = Predictions(asked.path, artifact, rate, tuple(kept))
-        emit(answers, as_json, predictions_blocks)
-    remark(f"{artifact}: {total} images, {rate:.1f} images/s")
+        print_result(answers, as_json, predictions_blocks)
+    print_note(f"{artifact}: {total} images, {rate:.1f} images/s")
     if bad:
         raise ImageError(
             f"{bad} of {total} images could not be read.",
@@ -150,7 +161,7 @@ def _stdin() -> bytes:
 def package(
     server: Annotated[Server, typer.Argument(help="What serves it.")],
     bundle: Opened,
-    options: Annotated[Given, PackageSettings],
+    options: Annotated[OptionValues, PackageSettings],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the package; BUNDLE-triton by default."),
@@ -158,7 +169,7 @@ def package(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; check the package that is there.")
     ] = False,
-) -> Shown:
+) -> CommandOutput:
     """Write a Triton model repository with its configuration, client and manifests.
 
     Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
@@ -173,12 +184,12 @@ def package(
         f"The package '{report.path}' is not what the bundle says: {wrong}.",
         "Package the bundle again.",
     )
-    return Shown(report, lambda _: checks_table(rows), wrote, None if report else failure)
+    return CommandOutput(report, lambda _: checks_table(rows), wrote, None if report else failure)
 
 
 def serve(
     bundle: BundlePath,
-    options: Annotated[Given, ServeSettings],
+    options: Annotated[OptionValues, ServeSettings],
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
@@ -191,21 +202,21 @@ def serve(
     from van_deploy.serve.models import Service
 
     settings = options.table
-    with telling("Loading"):
-        service = Service(opened(bundle, require_signature, silent).opened(), settings)
+    with progress_bar("Loading"):
+        service = Service(opened(bundle, require_signature, no_progress).opened(), settings)
         app = App(service)
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
         keyless = "" if app.keyed else ", and nobody is asked for a key"
-        remark(f"note: {settings.host} is reachable from other machines{keyless}")
+        print_note(f"note: {settings.host} is reachable from other machines{keyless}")
 
     def ready(_: object) -> None:
         ready = Listening(url, tuple(service.models))
         said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
-        emit(ready, as_json, lambda _: [Paragraph(said)])
+        print_result(ready, as_json, lambda _: [Paragraph(said)])
 
     run_server(app, bound, ready)
-    remark("Stopped; every request that was begun is answered.")
+    print_note("Stopped; every request that was begun is answered.")
 
 
 def sign(
@@ -217,7 +228,7 @@ def sign(
             "encrypted."
         ),
     ],
-) -> Shown:
+) -> CommandOutput:
     """Sign a bundle: its manifest, which names every file with its SHA-256.
 
     Example: van-deploy sign dist/van_b1 --key release.pem
@@ -227,13 +238,13 @@ def sign(
     signed, notes = sign_bundle(bundle, key), []
     if key.stat().st_mode & 0o077:
         notes = [f"note: others on this machine may read or use '{key}': chmod 600 it"]
-    return Shown(signed, lambda _: _signature_facts(signed), notes)
+    return CommandOutput(signed, lambda _: _signature_facts(signed), notes)
 
 
-def _signature_facts(signed: Signed) -> list[Block]:
-    from van_deploy.report.document import named
+def _signature_facts(signed: SignedBundle) -> list[Block]:
+    from van_deploy.report.document import key_values
 
-    return named({name.replace("_", " "): value for name, value in plain(signed).items()})
+    return key_values({name.replace("_", " "): value for name, value in plain(signed).items()})
 
 
 def verify_signature(
@@ -241,17 +252,17 @@ def verify_signature(
     public_key: Annotated[
         Path, typer.Option(help="Of who is to have signed it: Ed25519, a PEM file.")
     ],
-) -> Shown:
+) -> CommandOutput:
     """Check a bundle's signature, every file's digest, and that no other file is in it.
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
     from van_deploy.report.document import notices
-    from van_deploy.signing import signed_bundle
+    from van_deploy.signing import open_signed_bundle
 
-    _, signed = signed_bundle(bundle, public_key)
+    _, signed = open_signed_bundle(bundle, public_key)
     said = f"{signed.files} files are what was signed, and there is no other"
-    return Shown(signed, lambda _: [*notices("PASS", [said]), *_signature_facts(signed)])
+    return CommandOutput(signed, lambda _: [*notices("PASS", [said]), *_signature_facts(signed)])
 
 
 def report(
@@ -265,14 +276,14 @@ def report(
             "it, with the suffix .md.",
         ),
     ] = None,
-) -> Shown:
+) -> CommandOutput:
     """Write one self-contained HTML file, and the same as Markdown, about a bundle.
 
     Example: van-deploy report dist/van_b1
     """
-    from van_deploy.report.document import bytes_text, named, notices
+    from van_deploy.report.document import bytes_text, key_values, notices
 
-    written = opened(bundle, None, silent).report(output)
+    written = opened(bundle, None, no_progress).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
     said = notices(written.verdict, [written.checks])
-    return Shown(written, lambda _: [*said, *named(sizes)])
+    return CommandOutput(written, lambda _: [*said, *key_values(sizes)])

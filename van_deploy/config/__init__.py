@@ -15,7 +15,7 @@ Attributes:
 
 The recipe then reads ``layer_norm_eps``, every command that takes the table has
 ``--layer-norm-eps``, and its function in the API a keyword argument of that name.
-What does not go together is yielded by the table's ``contradictions``, whose placeholders
+What does not go together is yielded by the table's ``conflicts``, whose placeholders
 each source spells its way.
 """
 
@@ -35,7 +35,7 @@ from van_deploy.config.commands import (
     TritonSettings,
     VerifySettings,
 )
-from van_deploy.config.making import (
+from van_deploy.config.recipe_tables import (
     BuildOptions,
     BuildSettings,
     EngineSettings,

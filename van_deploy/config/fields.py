@@ -1,4 +1,4 @@
-"""What an option is made of: its help, its place on the command line, and kinds of values."""
+"""Building blocks of options: fields, tables, and types of values."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pydantic
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
-from van_deploy.schema import Contradiction, Settings, key_of
+from van_deploy.schema import ConflictError, Settings, field_key
 
 
 @dataclass(frozen=True)
-class Shown:
-    """How the command line shows and reads an option.
+class CliOption:
+    """How an option appears on the command line.
 
     Attributes:
         flags: such as ``--output`` and ``-o``; empty for the key with dashes.
-        panel: heading it stands under in the help; None for its table's ``PANEL``.
-        commas: whether a list may be written with commas, besides repeating the option.
+        panel: heading in the help; None for the ``PANEL`` of its table.
+        commas: accept a list separated by commas, besides repeating the option.
     """
 
     flags: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Shown:
     commas: bool = True
 
     def __call__(self, schema: dict[str, Any]) -> None:
-        """Add nothing to the JSON Schema of the field: pydantic asks."""
+        """Add nothing to the JSON Schema of the field: pydantic calls this."""
 
 
 def option(
@@ -43,58 +43,57 @@ def option(
     commas: bool = True,
     **limits: Any,
 ) -> Any:
-    """Return the field of one option; what it does, the table's docstring says of the attribute.
+    """Return the field of one option; its help is in the ``Attributes:`` of the table.
 
     Args:
-        default: its value where nothing is given, or what makes it; ``...`` where something
-            must be given.
-        key: what files and keyword arguments call it; "" for the attribute's name.
-        flags: see :class:`Shown`.
-        panel: see :class:`Shown`.
-        commas: see :class:`Shown`.
-        limits: such as ``ge=1``; pydantic's names.
+        default: a value, or a function that returns one; ``...`` for a required option.
+        key: its name in files and keyword arguments; "" for the attribute's name.
+        flags: see :class:`CliOption`.
+        panel: see :class:`CliOption`.
+        commas: see :class:`CliOption`.
+        limits: pydantic's, such as ``ge=1``.
     """
-    made = {"default_factory": default} if callable(default) else {"default": default}
+    kind = "default_factory" if callable(default) else "default"
     return pydantic.Field(
-        **made,
+        **{kind: default},
         validation_alias=key or None,
-        json_schema_extra=Shown(tuple(flags), panel, commas),
+        json_schema_extra=CliOption(tuple(flags), panel, commas),
         **limits,
     )
 
 
-def shown(field: FieldInfo) -> Shown:
-    """Return how the command line shows a field."""
+def cli_option(field: FieldInfo) -> CliOption:
+    """Return how a field appears on the command line."""
     extra: object = field.json_schema_extra
-    return extra if isinstance(extra, Shown) else Shown()
+    return extra if isinstance(extra, CliOption) else CliOption()
 
 
-def range_text(limits: Mapping[str, float]) -> str:
-    """Return limits in words.
+def format_range(limits: Mapping[str, float]) -> str:
+    """Return the text of limits.
 
-    >>> range_text({"ge": 17, "le": 23}), range_text({"gt": 0}), range_text({})
+    >>> format_range({"ge": 17, "le": 23}), format_range({"gt": 0}), format_range({})
     ('from 17 up to 23', 'above 0', '')
     """
     words = {"ge": "from", "gt": "above", "le": "up to", "lt": "below"}
-    return " ".join(f"{said} {limits[one]:g}" for one, said in words.items() if one in limits)
+    return " ".join(f"{word} {limits[limit]:g}" for limit, word in words.items() if limit in limits)
 
 
 @functools.cache
-def described(docstring: str) -> tuple[str, dict[str, str]]:
-    """Return what a class says of itself, and of each of its attributes."""
+def parse_docstring(docstring: str) -> tuple[str, dict[str, str]]:
+    """Return the text of a class's docstring, and the description of each attribute."""
     text, _, section = inspect.cleandoc(docstring).partition("\n\nAttributes:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
     return text, {name: " ".join(words.split()) for name, words in found}
 
 
 def _own_text(schema: dict[str, Any]) -> None:
-    schema["description"], _ = described(schema.get("description", ""))  # none under -OO
+    schema["description"], _ = parse_docstring(schema.get("description", ""))  # "" under -OO
 
 
 class Table(Settings):
-    """Options that the command line shows under one heading; some may not go together.
+    """Options under one heading of the command line's help.
 
-    What an option does stands in the docstring, as ``Attributes:`` of Google's style.
+    The help of each option is in the docstring, as ``Attributes:`` in Google's style.
     """
 
     model_config = pydantic.ConfigDict(json_schema_extra=_own_text)
@@ -102,47 +101,47 @@ class Table(Settings):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Give every option the description that the table's docstring, or its base's, has."""
+        """Set the description of every option from the docstrings of the table and its bases."""
         for base in cls.__mro__:
-            for name, words in described(base.__doc__ or "")[1].items():
+            for name, words in parse_docstring(base.__doc__ or "")[1].items():
                 field = cls.model_fields.get(name)
                 if field is not None and not field.description:
                     field.description = words
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield what does not go together, and what to do, as a :class:`Contradiction` has it."""
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield the message and the remedy of every :class:`ConflictError`."""
         yield from ()
 
     @pydantic.model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        for message, remedy in self.contradictions():
-            raise Contradiction(message, remedy)
+    def _check_conflicts(self) -> Self:
+        for message, remedy in self.conflicts():
+            raise ConflictError(message, remedy)
         return self
 
-    def given_of(self, *names: str) -> str:
-        """Return the first of these that is not its default, as a contradiction's placeholder."""
+    def first_set(self, *names: str) -> str:
+        """Return the first option that differs from its default, as a placeholder in a message."""
         fields = type(self).model_fields
-        given = (name for name in names if getattr(self, name) != fields[name].get_default())
-        return next((f"{{{key_of(name, fields[name])}}}" for name in given), "")
+        changed = (name for name in names if getattr(self, name) != fields[name].get_default())
+        return next((f"{{{field_key(name, fields[name])}}}" for name in changed), "")
 
 
-class InFile:
-    """Marks a text that names a file beside the recipe if there is one of that name."""
+class PathOrNameMarker:
+    """Marks a text that is the path of a file, if that file exists, else a name."""
 
 
-FileOrName = Annotated[str, InFile()]
-"""A path, or the name of something else (a repository, a calibration set)."""
+FileOrName = Annotated[str, PathOrNameMarker()]
+"""A path, or the name of a repository or a calibration set."""
 
 
-def parse_size(text: object) -> object:
-    """Return a size in bytes as people write it; units are binary, ``4GiB`` and ``4G`` alike.
+def parse_bytes(text: object) -> object:
+    """Return the bytes in a text such as ``4GiB``; units are binary with and without ``i``.
 
-    What is no text is returned as it is.
+    Other types are returned unchanged.
 
     Raises:
-        ValueError: it is not a size; the end of a sentence.
+        ValueError: the text is not a size.
 
-    >>> parse_size("4GiB"), parse_size("512 MB"), parse_size("1024"), parse_size(3)
+    >>> parse_bytes("4GiB"), parse_bytes("512 MB"), parse_bytes("1024"), parse_bytes(3)
     (4294967296, 536870912, 1024, 3)
     """
     if not isinstance(text, str):
@@ -155,12 +154,12 @@ def parse_size(text: object) -> object:
 
 
 def parse_target(text: object) -> object:
-    """Return the compute capabilities that one plan serves, as this program spells them.
+    """Return the compute capabilities of one plan in their normal form, ``sm_89``.
 
-    What is no text is returned as it is.
+    Other types are returned unchanged.
 
     Raises:
-        ValueError: one is none; the end of a sentence.
+        ValueError: a part is not a compute capability.
 
     >>> parse_target("SM89"), parse_target("8.9"), parse_target("sm_120+sm_86")
     (('sm_89',), ('sm_89',), ('sm_86', 'sm_120'))
@@ -178,14 +177,14 @@ def parse_target(text: object) -> object:
     return tuple(f"sm_{number}" for number in sorted(numbers))
 
 
-Size = Annotated[
+ByteSize = Annotated[
     int,
-    pydantic.BeforeValidator(parse_size, json_schema_input_type=int | str),
+    pydantic.BeforeValidator(parse_bytes, json_schema_input_type=int | str),
     pydantic.Field(gt=0),
 ]
-"""Bytes; ``4GiB`` and its like, too."""
+"""Bytes, as a number or a text such as ``4GiB``."""
 
 Target = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(parse_target, json_schema_input_type=str)
 ]
-"""Compute capabilities that one plan serves: ``sm_89``, or ``sm_86+sm_89``."""
+"""Compute capabilities that one plan runs on: ``sm_89``, or ``sm_86+sm_89``."""

@@ -1,4 +1,4 @@
-"""Sizes of the network's input, and ranges of them and of the batch, which an artifact serves."""
+"""Input sizes, and the ranges of input and batch sizes that an artifact supports."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ ImageSize = int | tuple[int, int]
 """Pixels: the side of a square, or ``(height, width)``."""
 
 MIN_IMAGE_SIZE = 32
-"""Pixels. The four stages divide a side by 32 (rounding up): below, the last has one place left."""
+"""Pixels. The four stages divide a side by 32, rounding up: below, the last has one pixel."""
 
 MAX_IMAGE_SIZE = 4096
-"""Pixels. A limit that catches slips of the keyboard before they fill the memory."""
+"""Pixels. A limit that catches typing errors before they fill the memory."""
 
 
-def sides_of(size: ImageSize) -> tuple[int, int]:
+def height_width(size: ImageSize) -> tuple[int, int]:
     """Return height and width.
 
-    >>> sides_of(224), sides_of((224, 320))
+    >>> height_width(224), height_width((224, 320))
     ((224, 224), (224, 320))
     """
     return (size, size) if isinstance(size, int) else size
 
 
-def size_text(size: Any) -> str:
-    """Return a size as people write it; one from JSON, too.
+def format_size(size: Any) -> str:
+    """Return ``HEIGHTxWIDTH``; also of a list from JSON.
 
-    >>> size_text(224), size_text((224, 320)), size_text([224, 320])
+    >>> format_size(224), format_size((224, 320)), format_size([224, 320])
     ('224x224', '224x320', '224x320')
     """
-    height, width = sides_of(size)
+    height, width = height_width(size)
     return f"{height}x{width}"
 
 
 def parse_image_size(size: object) -> object:
-    """Return a size from how it is written; a square is its side.
+    """Return the size in a text or a list; a square is one number.
 
-    What is neither a text nor a pair is returned as it is.
+    Other types are returned unchanged.
 
     Raises:
-        ValueError: it is not a size; the end of a sentence.
+        ValueError: the text is not a size.
 
     >>> parse_image_size("224"), parse_image_size("224x320"), parse_image_size([64, 64])
     (224, (224, 320), 64)
@@ -60,17 +60,17 @@ def parse_image_size(size: object) -> object:
     return size
 
 
-def possible_size(size: ImageSize) -> ImageSize:
-    """Return a size that the network takes, the side of a square as one number.
+def validate_image_size(size: ImageSize) -> ImageSize:
+    """Return a size that the network supports; a square as one number.
 
     Raises:
         ValueError: it is smaller than :data:`MIN_IMAGE_SIZE` or larger than
-            :data:`MAX_IMAGE_SIZE`; the end of a sentence.
+            :data:`MAX_IMAGE_SIZE`.
     """
-    height, width = sides_of(size)
+    height, width = height_width(size)
     if min(height, width) < MIN_IMAGE_SIZE:
         raise ValueError(
-            f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network takes any size "
+            f"should be greater than or equal to {MIN_IMAGE_SIZE}: the network supports any size "
             "from there on"
         )
     if max(height, width) > MAX_IMAGE_SIZE:
@@ -78,24 +78,24 @@ def possible_size(size: ImageSize) -> ImageSize:
     return height if height == width else size
 
 
-def _possible(value: Any, checked: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
-    """Return a size from what was written, which is what an error then shows."""
-    return possible_size(checked(parse_image_size(value)))
+def _read_size(value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> ImageSize:
+    """Return a size; an error shows the value as the user wrote it."""
+    return validate_image_size(handler(parse_image_size(value)))
 
 
 ImageSizeOption = Annotated[
     int | tuple[int, int],
-    pydantic.WrapValidator(_possible, json_schema_input_type=int | str),
+    pydantic.WrapValidator(_read_size, json_schema_input_type=int | str),
 ]
-"""A size as an option takes it: ``224``, or ``224x320`` (height x width)."""
+"""A size in an option: ``224``, or ``224x320`` (height x width)."""
 
 
 class _Range(Table):
-    """``min``, ``opt`` and ``max``, written ``min:opt:max``, too."""
+    """``min``, ``opt`` and ``max``; can be written ``min:opt:max``."""
 
-    WHAT: ClassVar[str]
+    KIND: ClassVar[str]
     PATTERN: ClassVar[str]
-    SUCH_AS: ClassVar[str]
+    EXAMPLE: ClassVar[str]
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -104,30 +104,30 @@ class _Range(Table):
             return value
         match = re.fullmatch(cls.PATTERN, value.strip(), re.ASCII)
         if match is None:
-            raise ValueError(f"should be min:opt:max, such as {cls.SUCH_AS}")
-        ends = [end or match[1] for end in match.groups()]
-        read = [int(end) if end.isdigit() else end for end in ends]
-        return dict(zip(("min", "opt", "max"), read, strict=True))
+            raise ValueError(f"should be min:opt:max, such as {cls.EXAMPLE}")
+        texts = [text or match[1] for text in match.groups()]
+        sizes = [int(text) if text.isdigit() else text for text in texts]
+        return dict(zip(("min", "opt", "max"), sizes, strict=True))
 
     def _ends(self) -> list[ImageSize]:
         return [getattr(self, name) for name in ("min", "opt", "max")]
 
-    def contradictions(self) -> Iterator[tuple[str, str]]:
-        """Yield that it does not rise."""
-        sides = zip(*map(sides_of, self._ends()), strict=True)
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield a range that does not rise."""
+        sides = zip(*map(height_width, self._ends()), strict=True)
         if not all(low <= middle <= high for low, middle, high in sides):
-            said = f"The {self.WHAT} range {self} is not min <= opt <= max."
-            yield said, f"Give three rising values, such as {self.SUCH_AS}."
+            message = f"The {self.KIND} range {self} is not min <= opt <= max."
+            yield message, f"Give three rising values, such as {self.EXAMPLE}."
 
     def __str__(self) -> str:
         """Return ``min:opt:max``."""
-        return ":".join(str(e) if isinstance(e, int) else size_text(e) for e in self._ends())
+        return ":".join(str(e) if isinstance(e, int) else format_size(e) for e in self._ends())
 
 
 class BatchRange(_Range):
-    """The batch sizes an artifact must serve. Table ``[batch]``; written ``min:opt:max``, too.
+    """The batch sizes an artifact must support: table ``[batch]``, or ``min:opt:max``.
 
-    One size alone, ``8``, makes a static graph, which takes batches of 8 only.
+    One number, ``8``, makes a static graph, which supports batches of 8 only.
 
     Attributes:
         min: Smallest batch.
@@ -135,9 +135,9 @@ class BatchRange(_Range):
         max: Largest batch.
     """
 
-    WHAT = "batch"
+    KIND = "batch"
     PATTERN = r"(\d+)(?::(\d+):(\d+))?"
-    SUCH_AS = "1:8:32, or one size"
+    EXAMPLE = "1:8:32, or one size"
 
     min: int = option(1, ge=1)
     opt: int = option(8, ge=1)
@@ -149,12 +149,12 @@ class BatchRange(_Range):
 
     @property
     def fixed(self) -> int | None:
-        """The one batch size of a static graph; None where the batch is dynamic."""
+        """The batch size of a static graph; None if the batch is dynamic."""
         return self.max if self.min == self.max else None
 
 
 class SizeRange(_Range):
-    """The input sizes a graph with dynamic height and width must serve; ``min:opt:max``, too.
+    """The input sizes that a graph with dynamic height and width must support.
 
     Attributes:
         min: Smallest size.
@@ -162,9 +162,9 @@ class SizeRange(_Range):
         max: Largest size.
     """
 
-    WHAT = "size"
+    KIND = "size"
     PATTERN = r"([^:]+):([^:]+):([^:]+)"
-    SUCH_AS = "192:224:512 or 192x256:224x320:512x640"
+    EXAMPLE = "192:224:512 or 192x256:224x320:512x640"
 
     min: ImageSizeOption = option(...)
     opt: ImageSizeOption = option(...)
@@ -174,19 +174,21 @@ class SizeRange(_Range):
 
         def __init__(self, min: ImageSize, opt: ImageSize, max: ImageSize) -> None: ...
 
-    def holds(self, size: ImageSize) -> bool:
+    def contains(self, size: ImageSize) -> bool:
         """Return whether a size is in the range."""
-        ends = zip(*map(sides_of, (self.min, size, self.max)), strict=True)
+        ends = zip(*map(height_width, (self.min, size, self.max)), strict=True)
         return all(low <= side <= high for low, side, high in ends)
 
-    def tried(self) -> tuple[ImageSize, ...]:
-        """Return the sizes to try: both ends, the optimum, and an odd one inside if there is one.
+    def sample_sizes(self) -> tuple[ImageSize, ...]:
+        """Return sizes to check: both ends, the optimum, and an odd size between if there is one.
 
-        >>> SizeRange(64, 96, 128).tried(), SizeRange((32, 64), (32, 64), (33, 96)).tried()
-        ((64, 96, 97, 128), ((32, 64), (33, 81), (33, 96)))
+        >>> SizeRange(64, 96, 128).sample_sizes()
+        (64, 96, 97, 128)
+        >>> SizeRange((32, 64), (32, 64), (33, 96)).sample_sizes()
+        ((32, 64), (33, 81), (33, 96))
         """
-        low, high = sides_of(self.min), sides_of(self.max)
+        low, high = height_width(self.min), height_width(self.max)
         middle = [(a + b) // 2 | 1 for a, b in zip(low, high, strict=True)]
         height, width = (m if m <= b else a for a, m, b in zip(low, middle, high, strict=True))
-        sizes = {*map(sides_of, self._ends()), (height, width)}
+        sizes = {*map(height_width, self._ends()), (height, width)}
         return tuple(h if h == w else (h, w) for h, w in sorted(sizes))

@@ -110,7 +110,7 @@ class ImageSet:
         items = tuple(self.items[int(index)] for index in indices)
         return replace(self, items=items, description=description or self.description)
 
-    def first(self, limit: int) -> ImageSet:
+    def subsample(self, limit: int) -> ImageSet:
         """Return at most ``limit`` images, spread evenly."""
         if limit >= len(self):
             return self
@@ -285,7 +285,7 @@ def _converted(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
     return upright.convert(mode)
 
 
-def opened(item: ImageItem, channels: int = 3) -> Image.Image | None:
+def decode_item(item: ImageItem, channels: int = 3) -> Image.Image | None:
     """Return an item as an image in the mode of ``channels``; None for arrays that are none.
 
     Raises:
@@ -308,7 +308,7 @@ def item_values(item: ImageItem, preprocessing: Preprocessing) -> Values:
         UsageError: the network's channels are not an image's, or an array is not of its size.
         ImageError: it cannot be read.
     """
-    image = opened(item, preprocessing.channels)
+    image = decode_item(item, preprocessing.channels)
     if image is not None:
         return preprocess.pixels_from_image(image, preprocessing)
     values, channels = np.asarray(item.data), (preprocessing.channels,)
@@ -354,7 +354,7 @@ class Batch:
         empty = np.empty((*preprocessing.sides, preprocessing.channels), np.uint8)
         stacked = np.stack([*good.values()] or [empty])[: len(good)]
         if stacked.dtype == np.uint8:
-            return cls(tuple(good), preprocess.normalised(stacked, preprocessing), stacked, bad)
+            return cls(tuple(good), preprocess.normalise(stacked, preprocessing), stacked, bad)
         return cls(tuple(good), stacked, None, bad)
 
     def __len__(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.data.images import SUFFIXES, ImageSet, image_set
-from van_deploy.documents import DocumentError, text_from
+from van_deploy.documents import DocumentError, read_text_file
 from van_deploy.errors import ImageError, InputError, UsageError
 
 # What ``class_order`` may say of folders: sorted as strings, or numbers as numbers and ignoring
@@ -100,7 +100,7 @@ def _folded(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFKC", name)).strip().casefold()
 
 
-def labelled_images(
+def label_images(
     source: Path | ImageSet,
     classes: int,
     class_names: Sequence[str] | None = None,
@@ -244,7 +244,7 @@ def text_lines(path: Path) -> list[tuple[int, str]]:
         InputError: it cannot be read, or is not UTF-8.
     """
     try:
-        text = text_from(path).removeprefix("\ufeff")
+        text = read_text_file(path).removeprefix("\ufeff")
     except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"The labels '{path}' cannot be read: {reason}.", "Check it.") from error
@@ -286,7 +286,7 @@ def _of_file(images: ImageSet, file: Path, words: ClassWords, order: str | None)
     return images.labelled(labels, f"labels from '{file}'")
 
 
-def label_sets(
+def multi_label_targets(
     images: ImageSet, file: Path | None, classes: int, class_names: Sequence[str] | None
 ) -> npt.NDArray[np.int64]:
     """Return which of a multi-label network's labels each image has, ``(N, K)`` of 0 and 1.

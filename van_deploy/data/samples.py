@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.data.images import Batch, ImageItem, ImageSet, Values, image_set, item_values
 from van_deploy.errors import ImageError
 from van_deploy.model.embedded import EMBEDDED_NAME, DigitsSplit, digits_images
 from van_deploy.model.preprocess import Preprocessing
 
 # What sample images are called that no network was trained on in particular.
-GENERAL = ("natural photographs", "synthetic dead-leaves images")
+GENERIC = ("natural photographs", "synthetic dead-leaves images")
 
 # Photographs of ordinary scenes only: the packages also carry charts, text and micrographs.
 PHOTOGRAPHS = (
@@ -57,10 +57,10 @@ def sample_set(model_name: str = "", preprocessing: Preprocessing | None = None)
         items += [ImageItem(path.stem, path)] if path.is_file() else []  # releases differ
     if items:
         named = ", ".join(item.name for item in items)
-        return ImageSet(tuple(items), f"{len(items)} {GENERAL[0]}: {named}")
+        return ImageSet(tuple(items), f"{len(items)} {GENERIC[0]}: {named}")
     leaves = [dead_leaves_image(seed, size, channels) for seed in range(SYNTHETIC_IMAGES)]
     items = [ImageItem(f"synthetic {seed}", image) for seed, image in enumerate(leaves)]
-    what = f"{len(items)} {GENERAL[1]} (no photographs of {channels} channels here)"
+    what = f"{len(items)} {GENERIC[1]} (no photographs of {channels} channels here)"
     return ImageSet(tuple(items), what)
 
 
@@ -89,7 +89,7 @@ def dead_leaves_image(seed: int, size: ImageSize, channels: int = 3) -> npt.NDAr
     power spectrum resemble those of photographs (A. B. Lee, D. Mumford and J. Huang, "Occlusion
     models for natural images", International Journal of Computer Vision 41, 2001).
     """
-    rng, sides = np.random.default_rng(seed), sides_of(size)
+    rng, sides = np.random.default_rng(seed), height_width(size)
     canvas = np.tile(rng.uniform(0, 255, channels), (*sides, 1))
     low, high = 2.0, 0.35 * min(sides)  # pixels
     radii = (low**-2 - rng.uniform(size=LEAVES) * (low**-2 - high**-2)) ** -0.5
@@ -106,7 +106,7 @@ def dead_leaves_image(seed: int, size: ImageSize, channels: int = 3) -> npt.NDAr
     return np.rint(np.clip(canvas, 0, 255)).astype(np.uint8)
 
 
-def check_images(
+def verification_images(
     model_name: str, preprocessing: Preprocessing, count: int, source: Path | ImageSet | None = None
 ) -> Batch:
     """Return ``count`` distinct network inputs from the user's images or from samples.

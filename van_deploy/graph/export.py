@@ -30,7 +30,13 @@ from onnx.helper import find_min_ir_version_for, make_attribute
 from onnx.numpy_helper import to_array
 from torch import Tensor, nn
 
-from van_deploy.config.sizes import MAX_IMAGE_SIZE, MIN_IMAGE_SIZE, ImageSize, SizeRange, sides_of
+from van_deploy.config.sizes import (
+    MAX_IMAGE_SIZE,
+    MIN_IMAGE_SIZE,
+    ImageSize,
+    SizeRange,
+    height_width,
+)
 from van_deploy.errors import ConversionError
 from van_deploy.graph.fold import RewrittenVan, StageNorm
 from van_deploy.graph.names import INPUT_NAME
@@ -72,7 +78,7 @@ def onnx_from_van(
     Raises:
         ConversionError: the exporter failed.
     """
-    sides = sides_of(image_size) if sizes is None else DYNAMIC_EXAMPLE
+    sides = height_width(image_size) if sizes is None else DYNAMIC_EXAMPLE
     example = torch.zeros(batch or 2, in_chans, *sides)
     dynamic = {} if batch else {0: torch.export.Dim("batch", min=1)}
     if sizes is not None:

@@ -17,10 +17,10 @@ from google.protobuf.message import DecodeError
 from onnx import ModelProto, ValueInfoProto
 from onnx.helper import tensor_dtype_to_np_dtype
 
-from van_deploy.documents import DocumentError, json_from, require_regular_file
+from van_deploy.documents import DocumentError, parse_json, require_regular_file
 from van_deploy.errors import InputError
 from van_deploy.graph.names import fixed_batch
-from van_deploy.manifest import GraphFacts, TensorFacts
+from van_deploy.manifest import GraphInfo, TensorInfo
 from van_deploy.metrics import compare
 
 # Largest relative difference between a graph and its simplification, in float32. Folding a
@@ -64,7 +64,7 @@ class OnnxDescription:
 
     file: Path
     bytes: int
-    graph: GraphFacts
+    graph: GraphInfo
     weights: Mapping[str, TypedWeights]
     parameters: int
     external_files: tuple[str, ...]
@@ -159,19 +159,19 @@ def save_onnx(
     return [path.name, data] if large else [path.name]
 
 
-def graph_facts(model: ModelProto) -> GraphFacts:
+def graph_facts(model: ModelProto) -> GraphInfo:
     """Return what is worth knowing of a graph: operators, weights, inputs and outputs.
 
     Shapes hold numbers, and names where a dimension is dynamic.
     """
 
-    def facts(value: ValueInfoProto) -> TensorFacts:
+    def facts(value: ValueInfoProto) -> TensorInfo:
         tensor = value.type.tensor_type
         shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
-        return TensorFacts(dtype=str(tensor_dtype_to_np_dtype(tensor.elem_type)), shape=shape)
+        return TensorInfo(dtype=str(tensor_dtype_to_np_dtype(tensor.elem_type)), shape=shape)
 
     counts = operator_counts(model)
-    return GraphFacts(
+    return GraphInfo(
         opset=opset_of(model),
         ir_version=model.ir_version,
         nodes=sum(counts.values()),
@@ -217,7 +217,7 @@ def _described(model: ModelProto, path: Path) -> OnnxDescription:
     metadata: dict[str, Any] = {entry.key: entry.value for entry in model.metadata_props}
     for key, text in metadata.items():
         with contextlib.suppress(ValueError):  # text that only looks like JSON stays as it is
-            metadata[key] = json_from(text) if text.startswith(("{", "[")) else text
+            metadata[key] = parse_json(text) if text.startswith(("{", "[")) else text
     return OnnxDescription(
         file=path,
         bytes=path.stat().st_size,

@@ -18,14 +18,14 @@ from van_deploy.checks.gates import (
     Limit,
     Outcome,
     allowed_loss,
-    at_least,
+    check_loss,
+    check_minimum,
+    check_near_lossless,
     flip_margin,
-    judge_loss,
-    judge_numbers,
     paired_loss,
     sqnr_floor,
 )
-from van_deploy.checks.golden import LOGITS, Outputs
+from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
@@ -65,7 +65,7 @@ def compare_precisions(
     candidates: Sequence[Candidate],
     images: ImageSets,
     settings: QuantizeSettings,
-    outputs: Outputs = LOGITS,
+    outputs: OutputLayout = LOGITS_LAYOUT,
     providers: Sequence[str] = (),
 ) -> list[Row]:
     """Return one table row for each candidate; the first candidate, FP32, is the reference.
@@ -116,7 +116,7 @@ def compare_precisions(
         if images.has_evaluation_set and not outputs.widths and precision != "fp32":
             findings = _findings(precision, expected, actual, labels, settings.max_drop)
         elif precision != "fp32":
-            findings = [at_least("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
+            findings = [check_minimum("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
         correct = None if labels is None else int((actual.argmax(axis=1) == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
@@ -182,9 +182,9 @@ def _findings(
         allowed = Limit(max_drop, "--max-drop")
     if precision in LOSSY:
         metric = "agreement" if labels is None else "top-1"
-        return [at_least("SQNR", sqnr, floor), judge_loss(loss, allowed, metric)]
+        return [check_minimum("SQNR", sqnr, floor), check_loss(loss, allowed, metric)]
     flips = find_flips(expected, actual, Task.SINGLE_LABEL, flip_margin(floor.value))
-    return judge_numbers(loss, allowed, sqnr, floor, flips, Task.SINGLE_LABEL)
+    return check_near_lossless(loss, allowed, sqnr, floor, flips, Task.SINGLE_LABEL)
 
 
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
@@ -218,7 +218,7 @@ def logits_session(
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     spinning: bool = True,
-    outputs: Outputs = LOGITS,
+    outputs: OutputLayout = LOGITS_LAYOUT,
 ) -> Callable[[Images], Images]:
     """Return a function that maps images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 

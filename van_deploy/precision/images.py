@@ -16,13 +16,13 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.config import QuantizeSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
-from van_deploy.data.labels import labelled_images
+from van_deploy.data.labels import label_images
 from van_deploy.data.samples import digits_set, noise_set, sample_set
 from van_deploy.errors import ImageError, InputError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.scales import Images
-from van_deploy.recipe import ImageSelection, calibration_set_named
+from van_deploy.recipe import ImageSelection, load_calibration_set
 from van_deploy.stopwatch import Stopwatch
 
 UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images
@@ -78,7 +78,7 @@ class ImageSets:
                 )
             if decoded.indices:
                 yield decoded.inputs, list(decoded.indices)
-                self.watch.reached(decoded.indices[-1] + 1, len(images))
+                self.watch.update(decoded.indices[-1] + 1, len(images))
 
     def sample(self, images: ImageSet, count: int) -> Images:
         """Return network inputs of at most ``count`` images, evenly spaced in ``images``."""
@@ -101,7 +101,7 @@ def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) 
     images, name = settings.sources
     if images is None and name is None and bundle.name == EMBEDDED_NAME:
         name = "digits"
-    selection = calibration_set_named(name).images if name else ImageSelection()
+    selection = load_calibration_set(name).images if name else ImageSelection()
     preprocessing = bundle.manifest.preprocessing
     if settings.noise:
         chosen = noise_set(NOISE_IMAGES, preprocessing, selection.seed)
@@ -132,7 +132,7 @@ def _with_labels(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -
         return images
     classes, order = manifest.architecture.num_classes, settings.class_order
     try:
-        return labelled_images(images, classes, manifest.class_names, class_order=order)
+        return label_images(images, classes, manifest.class_names, class_order=order)
     except InputError as error:
         if not any(item.group for item in images.items):
             return images

@@ -177,10 +177,11 @@ class Int8Builder:
 
         def predict(model: ModelProto) -> tuple[Images, list[int]]:
             run = logits_session(model, fuse=settings.target == "cpu", threads=settings.threads)
-            batches = [(run(inputs), ids) for inputs, ids in images.read(images.search, 32)]
-            return np.concatenate([rows for rows, _ in batches]), [
-                i for _, ids in batches for i in ids
-            ]
+            outputs, indices = list[Images](), list[int]()
+            for inputs, batch_indices in images.read(images.search, 32):
+                outputs.append(run(inputs))
+                indices += batch_indices
+            return np.concatenate(outputs), indices
 
         images.watch.begin("Searching")
         ranking = rank_layers(plan, self.validation_inputs[:RANKING_IMAGES], self.work)

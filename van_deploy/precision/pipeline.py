@@ -12,15 +12,14 @@ import numpy as np
 from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
-from van_deploy.checks.golden import Outputs, golden_samples
-from van_deploy.checks.judging import judge_new
+from van_deploy.checks.golden import OutputLayout, golden_samples
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, save_onnx
-from van_deploy.manifest import GraphFacts, Precision
+from van_deploy.manifest import GraphInfo, Precision
 from van_deploy.precision.comparison import Candidate, compare_precisions, recommend
 from van_deploy.precision.fp16 import (
     audit_ranges,
@@ -63,7 +62,7 @@ class QuantizeResult:
     allow_inconclusive: bool = False
 
     @property
-    def graph(self) -> GraphFacts | None:
+    def graph(self) -> GraphInfo | None:
         """Operators, inputs and outputs of the quantised graph."""
         return self.bundle.artifact(self.artifact).graph
 
@@ -112,13 +111,13 @@ def quantize_bundle(
     bundle.verified_path("fp32")
     if settings.max_drop is not None and bundle.manifest.architecture.out_indices:
         raise UsageError(
-            f"The bundle '{bundle.path}' is a backbone without classes; --max-drop needs classes.",
+            f"The bundle '{bundle.path}' exports feature maps, and --max-drop needs classes.",
             "Omit --max-drop, and choose the layers to keep in higher precision with --keep.",
         )
     watch = Stopwatch(progress)
     job = _QuantizeJob(bundle, settings, select_images(bundle, settings, watch))
     name = settings.artifact
-    reason = "--force was given" if force else bundle.rebuild_reason(name, job.cache_key())
+    reason = "--force" if force else bundle.rebuild_reason(name, job.cache_key())
     reused = not reason
     if reused:
         reason = "the weights, graph, images, settings and versions have not changed"
@@ -224,7 +223,7 @@ class _QuantizeJob:
                 "Report this bug with the command and the network's architecture.",
             ) from error
         size = images.preprocessing.image_size
-        outputs = Outputs.of(self.bundle.manifest.architecture, size)
+        outputs = OutputLayout.of(self.bundle.manifest.architecture, size)
         providers = _timing_providers(settings)
         rows = compare_precisions(candidates, images, settings, outputs, providers)
         requested = [row for row in rows if row["precision"] == settings.precision]
@@ -245,7 +244,7 @@ class _QuantizeJob:
             return {}
         self.images.watch.begin("Checking the golden samples")
         samples, method = golden_samples(self.bundle), self.settings.method
-        result, sqnr = judge_new(graph, self.settings.precision, samples, method=method)
+        result, sqnr = check_new_graph(graph, self.settings.precision, samples, method=method)
         self.facts["judged"] = {"images": samples.description, **plain(result)}
         return sqnr
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from van_deploy.checks.golden import Outputs
-from van_deploy.config.sizes import ImageSize, sides_of
+from van_deploy.checks.golden import OutputLayout
+from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.precision.equalize import Equalization
@@ -156,7 +156,7 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
-    model(torch.zeros(1, channels, *sides_of(size)))
+    model(torch.zeros(1, channels, *height_width(size)))
     for handle in handles:
         handle.remove()
     return counts
@@ -268,7 +268,7 @@ def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) 
     A backbone returns the sketches of its feature maps.
     """
     config, (height, width) = plan.network.model.config, images.shape[2:]
-    outputs = Outputs.of(config, (height, width))
+    outputs = OutputLayout.of(config, (height, width))
     batches = []
     with fake_quantized(plan, *only) as model, torch.inference_mode():
         for start in range(0, len(images), batch):

@@ -12,25 +12,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from van_deploy.config.sizes import size_text
+from van_deploy.config.sizes import format_size
 
 # A result in its JSON form (:func:`van_deploy.documents.plain`).
 Entry: TypeAlias = Mapping[str, Any]
 
 # Forms of cells that are set to the left: text that may be broken over lines, a name that may
 # not, and a state.
-TEXTS = ("", "name", "state")
+TEXT_FORMATS = ("", "name", "state")
 
 # The states that have a colour, and which. A state is always written out as well.
-TONES: Mapping[str, str] = {
+STATE_COLOURS: Mapping[str, str] = {
     **dict.fromkeys(("PASS", "OK", "YES", "HERE"), "good"),
     "FAIL": "bad",
     "INCONCLUSIVE": "open",
     **dict.fromkeys(("WARNING", "STALE", "NO", "MISSING"), "warn"),
     **dict.fromkeys(("SKIPPED", "NOTE", "LIMIT"), "skip"),
 }
-STATES = {True: "PASS", False: "FAIL", None: "SKIPPED", "passed": "PASS", "failed": "FAIL"}
-LONGEST = 12  # of a list that is shown whole
+STATE_NAMES = {True: "PASS", False: "FAIL", None: "SKIPPED", "passed": "PASS", "failed": "FAIL"}
+LONGEST_LIST = 12  # of a list that is shown whole
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Paragraph:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Properties:
     """Names and their values, or states and what is said of each, below each other.
 
     Attributes:
@@ -61,7 +61,7 @@ class Table:
 
     Attributes:
         columns: headers, with the unit, and the form of what stands below each (see
-            :func:`shown`). Numbers are set to the right.
+            :func:`format_value`). Numbers are set to the right.
         rows: cells as text, as many as there are columns.
         title: one line above. A page shows a long table that has one closed at first.
     """
@@ -84,7 +84,7 @@ class Plot:
     caption: str
 
 
-Block: TypeAlias = Paragraph | Facts | Table | Plot
+Block: TypeAlias = Paragraph | Properties | Table | Plot
 
 
 @dataclass(frozen=True)
@@ -127,26 +127,30 @@ def table(rows: Iterable[Any], columns: str, title: str = "") -> list[Block]:
     found = [[_at(row, where) for _, where, _ in places] for row in rows]
     found = [values for values in found if not all(map(_missing, values))]
     used = [i for i in range(len(places)) if not all(_missing(values[i]) for values in found)]
-    cells = [[shown(values[i], places[i][2]) for i in used] for values in found]
+    cells = [[format_value(values[i], places[i][2]) for i in used] for values in found]
     forms = {places[i][0]: places[i][2] for i in used}
     return [Table(forms, cells, title)] if used else []
 
 
-def facts(entry: Entry, places: str, title: str = "") -> list[Block]:
+def properties(entry: Entry, places: str, title: str = "") -> list[Block]:
     """Return some of a result's values, named as the columns of :func:`table` are.
 
-    >>> facts({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
-    [Facts(pairs=[('size', '2.0 KiB')], title='', states=False)]
+    >>> properties({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
+    [Properties(pairs=[('size', '2.0 KiB')], title='', states=False)]
     """
     found = ((name, _at(entry, where), form) for name, where, form in _places(places))
-    pairs = [(name, shown(value, form)) for name, value, form in found if not _missing(value)]
-    return [Facts(pairs, title)] if pairs else []
+    pairs = [
+        (name, format_value(value, form)) for name, value, form in found if not _missing(value)
+    ]
+    return [Properties(pairs, title)] if pairs else []
 
 
-def named(values: Mapping[str, object], title: str = "") -> list[Block]:
+def key_values(values: Mapping[str, object], title: str = "") -> list[Block]:
     """Return values by their names; what has none is left out."""
-    pairs = [(name, shown(value, "")) for name, value in values.items() if not _missing(value)]
-    return [Facts(pairs, title)] if pairs else []
+    pairs = [
+        (name, format_value(value, "")) for name, value in values.items() if not _missing(value)
+    ]
+    return [Properties(pairs, title)] if pairs else []
 
 
 def _places(text: str) -> Iterator[tuple[str, str, str]]:
@@ -173,20 +177,20 @@ def _at(value: Any, path: str) -> Any:
 
 def checks_table(rows: Iterable[tuple[str | bool | None, str, str]]) -> list[Block]:
     """Return one line a check: its outcome, its name, and what was shown, or why it was skipped."""
-    found = [(state_of(outcome), name, said) for outcome, name, said in rows]
+    found = [(state_text(outcome), name, said) for outcome, name, said in rows]
     return table(found, "verdict = 0 state; check = 1 name; measured = 2")
 
 
-def inner(rows: Iterable[Entry], key: str, most: int | None = None) -> list[dict[str, Any]]:
+def nested_rows(rows: Iterable[Entry], key: str, most: int | None = None) -> list[dict[str, Any]]:
     """Return the mappings that each row holds under a key, at most so many, with its ``about``.
 
-    >>> inner([{"about": "fp16", "batches": [{"batch": 1}, {"batch": 2}]}], "batches", 1)
+    >>> nested_rows([{"about": "fp16", "batches": [{"batch": 1}, {"batch": 2}]}], "batches", 1)
     [{'about': 'fp16', 'batch': 1}]
     """
     return [{"about": row["about"], **one} for row in rows for one in row[key][:most]]
 
 
-def most(lines: Sequence[str], count: int) -> list[str]:
+def limit_lines(lines: Sequence[str], count: int) -> list[str]:
     """Return the first lines, and how many more there are."""
     return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]
 
@@ -194,57 +198,61 @@ def most(lines: Sequence[str], count: int) -> list[str]:
 def notices(state: str, lines: Iterable[str]) -> list[Block]:
     """Return sentences with a state before each, or nothing where there are none."""
     pairs = [(state, line) for line in lines]
-    return [Facts(pairs, states=True)] if pairs else []
+    return [Properties(pairs, states=True)] if pairs else []
 
 
 # --- figures -----------------------------------------------------------------------------------
 
 
-def shown(value: Any, form: str) -> str:
+def format_value(value: Any, form: str) -> str:
     """Return a cell's text.
 
     Args:
         value: what the cell holds, as JSON spells it; None is ``-``, or nothing in text.
-        form: one of :data:`TEXTS` or :data:`NAMED`, ``number`` (as it is), or a format such as
-            ``.1f``. A text that is no number stays as it is.
+        form: one of :data:`TEXT_FORMATS` or :data:`FORMATTERS`, ``number`` (unchanged), or a format
+            such as ``.1f``. Text that is not a number is returned unchanged.
 
-    >>> shown("inf", ".1f"), shown(0.9835, "percent"), shown(None, ".1f"), shown([1, 2.5], "")
-    ('inf', '98.35', '-', '1 2.5')
+    >>> format_value(0.9835, "percent"), format_value(None, ".1f"), format_value([1, 2.5], "")
+    ('98.35', '-', '1 2.5')
     """
     if value is None:
         return "-" if form else ""
     if form == "state":
-        return state_of(value)
+        return state_text(value)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        if value not in ("inf", "-inf", "nan") or form in TEXTS:
+        if value not in ("inf", "-inf", "nan") or form in TEXT_FORMATS:
             return value
         value = float(value)
-    if form in NAMED:
-        return NAMED[form](value)
+    if form in FORMATTERS:
+        return FORMATTERS[form](value)
     if isinstance(value, Mapping):
         return ", ".join(_entry(key, item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return listed(value) if len(value) <= LONGEST else f"{listed(value[:8])} ... ({len(value)})"
+        return (
+            join_values(value)
+            if len(value) <= LONGEST_LIST
+            else f"{join_values(value[:8])} ... ({len(value)})"
+        )
     return format(value, form if form[:1] in tuple("+,.dg") else "g" * isinstance(value, float))
 
 
 def _entry(key: str, value: Any) -> str:
     form = "bytes" if key.endswith("_bytes") else ""
-    return f"{key.removesuffix('_bytes').replace('_', ' ')} {shown(value, form)}"
+    return f"{key.removesuffix('_bytes').replace('_', ' ')} {format_value(value, form)}"
 
 
-def state_of(outcome: str | bool | None) -> str:
+def state_text(outcome: str | bool | None) -> str:
     """Return the word for an outcome.
 
-    >>> state_of(True), state_of("pass"), state_of("missing")
+    >>> state_text(True), state_text("pass"), state_text("missing")
     ('PASS', 'PASS', 'MISSING')
     """
-    return STATES.get(outcome, str(outcome).upper())
+    return STATE_NAMES.get(outcome, str(outcome).upper())
 
 
-def scaled(value: float, step: float, units: Sequence[str]) -> str:
+def scale_to_unit(value: float, step: float, units: Sequence[str]) -> str:
     """Return a number in the largest unit that it fills; each is ``step`` times the one before."""
     power = 0
     while abs(value) >= step and power + 1 < len(units):
@@ -258,7 +266,7 @@ def bytes_text(size: float) -> str:
     >>> bytes_text(512), bytes_text(16_500_000), bytes_text(25_276_502_016)
     ('512 B', '15.7 MiB', '23.5 GiB')
     """
-    return scaled(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+    return scale_to_unit(size, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def count_text(count: float) -> str:
@@ -267,7 +275,7 @@ def count_text(count: float) -> str:
     >>> count_text(431), count_text(4_103_176), count_text(2_506_000_000)
     ('431', '4.1 M', '2.5 G')
     """
-    return scaled(count, 1000, ("", "k", "M", "G"))
+    return scale_to_unit(count, 1000, ("", "k", "M", "G"))
 
 
 def ms_text(value: float) -> str:
@@ -279,15 +287,15 @@ def ms_text(value: float) -> str:
     return f"{value:,.{sum(value < limit for limit in (1, 10, 100))}f}"
 
 
-def listed(values: Iterable[object], separator: str = " ") -> str:
+def join_values(values: Iterable[object], separator: str = " ") -> str:
     """Return values in one line, floats without trailing zeros."""
-    return separator.join(f"{v:g}" if isinstance(v, float) else shown(v, "") for v in values)
+    return separator.join(f"{v:g}" if isinstance(v, float) else format_value(v, "") for v in values)
 
 
 # Kinds of numbers: the parts of a version, a share and the two ends of an interval in percent, an
 # interval in points, a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``, and height x
 # width.
-NAMED: Mapping[str, Callable[[Any], str]] = {
+FORMATTERS: Mapping[str, Callable[[Any], str]] = {
     "bytes": bytes_text,
     "count": count_text,
     "dotted": lambda parts: ".".join(map(str, parts)),
@@ -296,5 +304,5 @@ NAMED: Mapping[str, Callable[[Any], str]] = {
     "percents": lambda ends: f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}",
     "points": lambda ends: f"{ends[0]:+.2f} to {ends[1]:+.2f}",
     "ratio": lambda ratio: "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio),
-    "size": size_text,
+    "size": format_size,
 }

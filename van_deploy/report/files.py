@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, edit_bundle
-from van_deploy.config.sizes import size_text
+from van_deploy.config.sizes import format_size
 from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import write_atomic
@@ -21,7 +21,7 @@ from van_deploy.report import document as doc
 from van_deploy.report import sections_bench as timed
 from van_deploy.report import sections_checks as judged
 from van_deploy.report import sections_model as model
-from van_deploy.report.document import Block, Document, Entry, state_of, table
+from van_deploy.report.document import Block, Document, Entry, state_text, table
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
 
@@ -84,7 +84,7 @@ def _document(bundle: Bundle) -> Document:
     words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
     words += [f"{len(stale)} stale"] * bool(stale)
     precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artifacts"].values())
-    size, network = size_text(manifest["preprocessing"]["image_size"]), manifest["architecture"]
+    size, network = format_size(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
     again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)
     return Document(
@@ -123,7 +123,7 @@ def _sections(
     files = [(n, file, digest) for n, e in artifacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
-    yield "Provenance", [*doc.named(made_with), *table(files, columns, "Every file")]
+    yield "Provenance", [*doc.key_values(made_with), *table(files, columns, "Every file")]
     done = {*checks, *(e[key] for e in artifacts.values() for key in ("precision", "kind"))}
     left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
     left += [(name, what) for name, what in COMMANDS.items() if name not in done]
@@ -135,9 +135,9 @@ def _sections(
 def _verdicts(checks: Entry) -> Iterator[Verdict]:
     """Yield the verdict of every check."""
     for outcome, name, said in model.proof_rows(checks):
-        yield state_of(outcome), name, said
+        yield state_text(outcome), name, said
     for found in checks.get("verify", {}).get("findings", ()):
-        yield state_of(found["outcome"]), found["rule"], found["message"] or "as when exported"
+        yield state_text(found["outcome"]), found["rule"], found["message"] or "as when exported"
     for name, verdict in checks.get("verify", {}).get("artifacts", {}).items():
         figures, limit, said = verdict["comparison"], verdict["limit"], verdict["reason"]
         if verdict["outcome"] == "pass" and figures and limit:
@@ -145,14 +145,14 @@ def _verdicts(checks: Entry) -> Iterator[Verdict]:
                 f"SQNR {float(figures['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
                 f"{limit['origin']}), {len(verdict['flips'])} label flips"
             )
-        yield state_of(verdict["outcome"]), f"verify {name}", said
+        yield state_text(verdict["outcome"]), f"verify {name}", said
     evaluated = checks.get("evaluate", {})
     for name, loss in evaluated.get("losses", {}).items():
         own, original = evaluated["accuracy"][name], evaluated["accuracy"]["pytorch"]
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
         told = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
         said = "; ".join(filter(None, [pair, *told]))
-        yield state_of(loss["outcome"]), f"{own['metric']} of {name}", said
+        yield state_text(loss["outcome"]), f"{own['metric']} of {name}", said
     for name, skipped in evaluated.get("skipped", {}).items():
         yield "SKIPPED", f"evaluate {name}", skipped["message"]
 
@@ -252,7 +252,7 @@ def write_junit(report: CheckReport, path: Path) -> None:
         if kind not in suites:
             suites[kind] = child(root, "testsuite", name=whole)
         case = child(suites[kind], "testcase", classname=whole, name=name, time="0")
-        if not report.allowed.holds(found):
+        if not report.allowed.accepts(found):
             message = f"{words.get(found.outcome.value, '')}{found.message}"
             failure = child(case, "failure", message=message, type="gate")
             failure.text = f"baseline {row.baseline}, now {found.value}: {message}"

@@ -10,7 +10,7 @@ from string import Template
 
 from van_deploy import __version__
 from van_deploy.report import document as doc
-from van_deploy.report.document import TEXTS, TONES, Block, Document
+from van_deploy.report.document import STATE_COLOURS, TEXT_FORMATS, Block, Document
 
 FOLDER = resources.files("van_deploy.report")
 MOST_OPEN = 24  # rows of a table that has a title
@@ -45,7 +45,7 @@ def _drawn(blocks: Iterable[Block]) -> str:
 def _block(block: Block) -> str:
     if isinstance(block, doc.Paragraph):
         return f"<p>{_text(block.text)}</p>"
-    if isinstance(block, doc.Facts):
+    if isinstance(block, doc.Properties):
         title = f"<h3>{escape(block.title)}</h3>" if block.title else ""
         drawn, kind = (_badge, "notices") if block.states else (escape, "facts")
         pairs = (f"<dt>{drawn(name)}</dt><dd>{_text(value)}</dd>" for name, value in block.pairs)
@@ -73,8 +73,8 @@ def _table(table: doc.Table) -> str:
 def _row(tag: str, cells: Sequence[str], forms: Sequence[str]) -> str:
     drawn = []
     for text, form in zip(cells, forms, strict=True):
-        kind = f' class="{form if form in TEXTS else "number"}"' if form else ""
-        body = _badge(text) if form == "state" and text in TONES else _text(text)
+        kind = f' class="{form if form in TEXT_FORMATS else "number"}"' if form else ""
+        body = _badge(text) if form == "state" and text in STATE_COLOURS else _text(text)
         drawn.append(f"<{tag}{kind}>{body}</{tag}>")
     return f"<tr>{''.join(drawn)}</tr>"
 
@@ -84,4 +84,4 @@ def _text(text: str) -> str:
 
 
 def _badge(word: str) -> str:
-    return f'<span class="badge {TONES.get(word, "skip")}">{escape(word)}</span>'
+    return f'<span class="badge {STATE_COLOURS.get(word, "skip")}">{escape(word)}</span>'

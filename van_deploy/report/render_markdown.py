@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from van_deploy.report.document import TEXTS, Block, Document, Facts, Paragraph, Table
+from van_deploy.report.document import TEXT_FORMATS, Block, Document, Paragraph, Properties, Table
 
 MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️", "STALE": "⚠️"}
 
@@ -43,7 +43,7 @@ def markdown_table(
 def _block(block: Block) -> str:
     if isinstance(block, Paragraph):
         return _plain(block.text)
-    if isinstance(block, Facts):
+    if isinstance(block, Properties):
         drawn = _marked if block.states else lambda name: f"**{_plain(name)}**"
         lines = [f"- {drawn(name)}: {_plain(value)}" for name, value in block.pairs]
         return "\n".join([f"**{_plain(block.title)}**\n"] * bool(block.title) + lines)
@@ -54,7 +54,7 @@ def _block(block: Block) -> str:
         [_marked(cell) if form == "state" else cell for cell, form in zip(row, forms, strict=True)]
         for row in block.rows
     ]
-    numbers = [index for index, form in enumerate(forms) if form not in TEXTS]
+    numbers = [index for index, form in enumerate(forms) if form not in TEXT_FORMATS]
     table = markdown_table(map(_plain, block.columns), rows, numbers)
     return f"{_plain(block.title)}:\n\n{table}" if block.title else table
 

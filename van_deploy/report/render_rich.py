@@ -18,8 +18,16 @@ from rich.segment import Segment
 from rich.table import Table as Grid
 from rich.text import Text
 
-from van_deploy.documents import CONTROL
-from van_deploy.report.document import TEXTS, TONES, Block, Facts, Paragraph, Plot, Table
+from van_deploy.documents import CONTROL_CHARACTERS
+from van_deploy.report.document import (
+    STATE_COLOURS,
+    TEXT_FORMATS,
+    Block,
+    Paragraph,
+    Plot,
+    Properties,
+    Table,
+)
 
 STYLES = {
     "good": "bold green",
@@ -44,8 +52,10 @@ class HarmlessConsole(Console):
     ) -> Iterable[Segment]:
         """Yield the segments of what is printed, each without control characters."""
         for segment in super().render(renderable, options):
-            if not segment.control and CONTROL.search(segment.text):
-                text = CONTROL.sub("\N{REPLACEMENT CHARACTER}", COLOUR.sub("", segment.text))
+            if not segment.control and CONTROL_CHARACTERS.search(segment.text):
+                text = CONTROL_CHARACTERS.sub(
+                    "\N{REPLACEMENT CHARACTER}", COLOUR.sub("", segment.text)
+                )
                 segment = Segment(text, segment.style)
             yield segment
 
@@ -63,7 +73,7 @@ def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
 
 
 def _rich(block: Block, width: int) -> RenderableType:
-    if isinstance(block, Facts):
+    if isinstance(block, Properties):
         form = "state" if block.states else "dim"
         body: RenderableType = _pairs((_cell(n, form), Text(value)) for n, value in block.pairs)
     elif isinstance(block, Table):
@@ -76,7 +86,7 @@ def _rich(block: Block, width: int) -> RenderableType:
 
 def _cell(text: str, form: str) -> Text:
     if form == "state":
-        return Text(text, STYLES.get(TONES.get(text, ""), ""), no_wrap=True)
+        return Text(text, STYLES.get(STATE_COLOURS.get(text, ""), ""), no_wrap=True)
     return Text(text, "dim" if text == "-" or form == "dim" else "")
 
 
@@ -108,7 +118,7 @@ def _grid(table: Table, widths: list[int]) -> Grid:
     padding = (0, GAP - 1, 0, 0)
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding)
     for (header, form), width in zip(table.columns.items(), widths, strict=True):
-        side: JustifyMethod = "left" if form in TEXTS else "right"
+        side: JustifyMethod = "left" if form in TEXT_FORMATS else "right"
         grid.add_column(Text(header, "bold"), justify=side, width=width, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_cell, row, table.columns.values()))

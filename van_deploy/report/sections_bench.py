@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from van_deploy.config.sizes import size_text
-from van_deploy.report.document import Block, Entry, Plot, facts, ms_text, notices, table
+from van_deploy.config.sizes import format_size
+from van_deploy.report.document import Block, Entry, Plot, ms_text, notices, properties, table
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 
@@ -16,7 +16,7 @@ def bench_blocks(report: Entry) -> list[Block]:
     failed = [row for row in report["rows"] if row["error"]]
     profiles = [(name, line) for name, lines in report["profiles"].items() for line in lines]
     return [
-        *facts(
+        *properties(
             report,
             "model; CPU = machine.cpu.name; cores = machine.cpu.cores_allowed; "
             "CPU features = machine.cpu.features; GPU = machine.gpus.0.name; settings.device; "
@@ -26,7 +26,7 @@ def bench_blocks(report: Entry) -> list[Block]:
         *notices("WARNING", report["warnings"]),
         *(_plots(rows) if rows else ()),
         *table(
-            sorted(rows, key=lambda r: (size_text(r["image_size"]), r["batch"], -r["rate"])),
+            sorted(rows, key=lambda r: (format_size(r["image_size"]), r["batch"], -r["rate"])),
             "runner = contender name; batch d; size name; p50 ms = latency.p50_ms ms; "
             "p90 ms = latency.p90_ms ms; p99 ms = latency.p99_ms ms; images/s = images_per_s ,.1f; "
             "faster (95 %) = ratio ratio; rounds number",
@@ -87,7 +87,7 @@ def measured(report: Entry) -> list[dict[str, Any]]:
 
 def _sized(rows: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return rows with the image size as ``size`` where there are several."""
-    sizes = [size_text(row["image_size"]) for row in rows]
+    sizes = [format_size(row["image_size"]) for row in rows]
     several = len(set(sizes)) > 1
     return [{**r, "size": size if several else ""} for r, size in zip(rows, sizes, strict=True)]
 

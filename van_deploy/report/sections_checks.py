@@ -9,11 +9,19 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from van_deploy.report import document as doc
-from van_deploy.report.document import Block, Entry, Paragraph, inner, most, notices, table
+from van_deploy.report.document import (
+    Block,
+    Entry,
+    Paragraph,
+    limit_lines,
+    nested_rows,
+    notices,
+    table,
+)
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
-    from van_deploy.checks.gates import Allowed, Finding
+    from van_deploy.checks.gates import AllowOptions, Finding
 
 MOST_FLIPS, MOST_MESSAGES, MOST_NAMED = 10, 24, 5
 
@@ -38,7 +46,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
     """
     verdicts = [{**verdict, "about": name} for name, verdict in entry["artifacts"].items()]
     found = [{"about": "images", **finding} for finding in entry["findings"]]
-    found += inner(verdicts, "findings")
+    found += nested_rows(verdicts, "findings")
     ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
     limits = []
     for one in ran:
@@ -49,7 +57,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
             held_to = f"{limit['value']:.1f} dB, {limit['origin']}"
             limits.append(f"{one['about']} (class {one['numeric']}): {held_to}")
     flips = []
-    for flip in inner(ran, "flips", MOST_FLIPS):
+    for flip in nested_rows(ran, "flips", MOST_FLIPS):
         state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
         was, now = (_class(flip[key], names) for key in ("expected", "found"))
         flips.append((state, flip["about"], image, was, now, flip["margin"]))
@@ -84,20 +92,20 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         # The last finding is the one on the loss.
         loss, allowed = one["loss"], float(one["findings"][-1]["limit"]["value"])
         losses.append({**one, "about": name, "allowed": allowed})
-        said, ends = f"{loss['loss']:+.2f} pp  {doc.state_of(one['outcome'])}", loss["interval"]
+        said, ends = f"{loss['loss']:+.2f} pp  {doc.state_text(one['outcome'])}", loss["interval"]
         marks.append(Mark(name, loss["loss"], 0.0, said, colour[name], ends, allowed))
     flipped = [
         (loss["about"], _class(old, names), _class(new, names), count)
         for loss in losses
         for old, new, count in loss["confusions"][:MOST_FLIPS]
     ]
-    most_changed = inner(losses, "classes", MOST_FLIPS)
+    most_changed = nested_rows(losses, "classes", MOST_FLIPS)
     changed = [{**one, "name": _class(one["label"], names)} for one in most_changed]
     plot = doc.Plot(
         rows_chart(marks, f"{metric} lost against PyTorch (pp)"),
         "Loss with its 95 % interval; the dashed line is the loss that the artifact is allowed.",
     )
-    found = inner(losses, "findings")
+    found = nested_rows(losses, "findings")
     found += ({"about": name, **finding} for name, finding in entry["skipped"].items())
     unread = [reason for _, reason in entry["unreadable"]]
     left_out = [f"{len(unread)} image(s) could not be read and were left out."] * bool(unread)
@@ -129,7 +137,7 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
             "right after = after d",
             "Classes that changed",
         ),
-        *notices("WARNING", [*left_out, *most(unread, MOST_MESSAGES)]),
+        *notices("WARNING", [*left_out, *limit_lines(unread, MOST_MESSAGES)]),
     ]
 
 
@@ -203,11 +211,11 @@ def _messages(found: Sequence[Entry]) -> list[Block]:
                 remedy = f" (--allow-skip {one['skip']} lets that pass)" if one["skip"] else ""
                 about.setdefault(f"{one['message']}{remedy}", []).append(one["about"])
         lines = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in about.items()]
-        blocks += notices(doc.state_of(outcome), most(lines, MOST_MESSAGES))
+        blocks += notices(doc.state_text(outcome), limit_lines(lines, MOST_MESSAGES))
     return blocks
 
 
-def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: str) -> str:
+def failure_text(found: Sequence[tuple[str, Finding]], allowed: AllowOptions, done: str) -> str:
     """Return why findings do not pass, a sentence.
 
     Args:
@@ -215,11 +223,11 @@ def failure_text(found: Sequence[tuple[str, Finding]], allowed: Allowed, done: s
         allowed: what the user lets pass.
         done: what did not happen where nothing was shown at all, such as ``verified``.
     """
-    rest = [(name, finding) for name, finding in found if not allowed.holds(finding)]
+    rest = [(name, finding) for name, finding in found if not allowed.accepts(finding)]
     for outcome, said in FAILURES.items():
         names = [f"'{name}'" for name, finding in rest if finding.outcome.value == outcome]
         if names:
-            return said.format(", ".join(most([*dict.fromkeys(names)], MOST_NAMED)))
+            return said.format(", ".join(limit_lines([*dict.fromkeys(names)], MOST_NAMED)))
     if rest and any(f.outcome.value == "pass" for _, f in found):
         name, finding = rest[0]
         others = f", and {len(rest) - 1} more," if len(rest) > 1 else ""
@@ -238,7 +246,7 @@ def _class(index: int, names: Sequence[str] | None) -> str:
 # --- quantize ----------------------------------------------------------------------------------
 
 
-def quantized_blocks(result: Entry) -> list[Block]:
+def quantize_blocks(result: Entry) -> list[Block]:
     """Return everything worth reading about one quantisation, and where it was written."""
     made, rows = result["facts"], []
     for row in made["comparison"]:
@@ -269,13 +277,13 @@ def quantized_blocks(result: Entry) -> list[Block]:
             "top-1, 95 % = top1_interval percents; ms/image = ms_per_image .2f; "
             "gate = passed state",
         ),
-        *doc.facts(
+        *doc.properties(
             {**made, "best": best + made["why"]},
             "judged on = judged_on.description; ranges from = calibration.description; "
             "layers in INT8 = quantized; % of the multiply-adds = int8_share percent; "
             "scales = method; recommended = best",
         ),
-        *([doc.Facts(wrong, states=True)] if wrong else []),
+        *([doc.Properties(wrong, states=True)] if wrong else []),
         *notices("WARNING", _doubts(made)),
         Paragraph(f"{word} {result['artifact']} in {result['bundle']}{took}."),
     ]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from van_deploy.report import document as doc
 from van_deploy.report import sections_checks as judged
-from van_deploy.report.document import Block, Entry, checks_table, facts, notices, table
+from van_deploy.report.document import Block, Entry, checks_table, notices, properties, table
 
 BATCHES = "batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
 MOST_LAYERS = 200
@@ -17,7 +17,7 @@ HUB_OWNER = "Visual-Attention-Network"
 
 def model_facts(manifest: Entry) -> list[Block]:
     """Return what the network is, where its weights come from, and the batches it is made for."""
-    return facts(
+    return properties(
         manifest,
         "model = name; weights = weights.path; weights.format; weights.seed; weights.sha256; "
         "widths = architecture.embed_dims; architecture.depths; "
@@ -29,7 +29,7 @@ def model_facts(manifest: Entry) -> list[Block]:
 
 def preprocessing_facts(values: Entry) -> list[Block]:
     """Return what an image goes through before the network."""
-    return facts(
+    return properties(
         values,
         "image_size size; resized to = resize_size size; resized side = crop_mode; "
         "filter = interpolation; crop ratio = crop_pct; mean (of 0..1) = mean; "
@@ -49,7 +49,7 @@ def proof_rows(checks: Entry) -> Iterator[tuple[str | bool, str, str]]:
     if simple := checks.get("simplify"):
         error = simple["relative_error"]
         said = "{nodes_before} nodes to {nodes_after}: {reason}".format(**simple)
-        said += f" (removed {doc.shown(simple['removed'], '')})" * bool(simple["removed"])
+        said += f" (removed {doc.format_value(simple['removed'], '')})" * bool(simple["removed"])
         said += "" if error is None else f", relative error {float(error):.1e}"
         state = "SKIPPED" if error is None else "PASS" if simple["changed"] else "KEPT"
         yield state, "simplification", said
@@ -68,7 +68,7 @@ def proof_rows(checks: Entry) -> Iterator[tuple[str | bool, str, str]]:
 
 
 def _batches(agreement: Entry) -> str:
-    return f"batch {doc.listed((row['batch'] for row in agreement['batches']), ', ')}"
+    return f"batch {doc.join_values((row['batch'] for row in agreement['batches']), ', ')}"
 
 
 def artifacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
@@ -105,7 +105,7 @@ def export_blocks(done: Entry) -> list[Block]:
         *table(checks["agreement"]["batches"], f"verdict = outcome state; {BATCHES}"),
         *artifacts_table(manifest, {}),
         doc.Paragraph(f"{made} the bundle {result['bundle']}{took} ({result['reason']})."),
-        *(block for other in done["precisions"] for block in judged.quantized_blocks(other)),
+        *(block for other in done["precisions"] for block in judged.quantize_blocks(other)),
     ]
 
 
@@ -125,7 +125,7 @@ def run_blocks(done: Entry) -> list[Block]:
     ]
 
 
-def described_blocks(described: Entry) -> list[Block]:
+def info_blocks(described: Entry) -> list[Block]:
     """Return one model, checkpoint or bundle in full."""
     if described["kind"] != "bundle":
         places = (
@@ -139,22 +139,22 @@ def described_blocks(described: Entry) -> list[Block]:
         )
         notes = (described.get("source") or {"notes": ()})["notes"]
         preprocessing = preprocessing_facts(described["preprocessing"])
-        return [*facts(described, places), *preprocessing, *notices("NOTE", notes)]
+        return [*properties(described, places), *preprocessing, *notices("NOTE", notes)]
     manifest, problems = described["manifest"], described["problems"]
-    said = doc.most(problems, MOST_PROBLEMS) or ["every file is the manifest's"]
+    said = doc.limit_lines(problems, MOST_PROBLEMS) or ["every file is the manifest's"]
     return [
-        *doc.named({"bundle": described["path"], "written": manifest["written"]}),
+        *doc.key_values({"bundle": described["path"], "written": manifest["written"]}),
         *model_facts(manifest),
         *preprocessing_facts(manifest["preprocessing"]),
         *checks_table(proof_rows(manifest["checks"])),
         *artifacts_table(manifest, described["sizes"]),
         *notices("FAIL" if problems else "PASS", said),
         *notices("NOTE", manifest["weights"]["notes"]),
-        *doc.named(manifest["versions"], "Made with"),
+        *doc.key_values(manifest["versions"], "Made with"),
     ]
 
 
-def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
+def list_blocks(variants: Sequence[Entry]) -> list[Block]:
     """Return one line a variant, and remarks on them and on the columns."""
     rows, weights = [], {None: "see below", "embedded": "in this package"}
     for item in variants:
@@ -173,7 +173,7 @@ def listed_blocks(variants: Sequence[Entry]) -> list[Block]:
         "variant = name name; params = parameters count; mult-adds = multiply_adds count; "
         "px = image_size d; top-1 % = top1_percent .1f; here state; weights"
     )
-    return [*table(rows, columns), *doc.named(remarks)]
+    return [*table(rows, columns), *doc.key_values(remarks)]
 
 
 def predictions_blocks(predictions: Entry) -> list[Block]:
@@ -191,7 +191,7 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
 # --- artifacts and machines --------------------------------------------------------------------
 
 
-def artifacts_blocks(descriptions: Sequence[Entry]) -> list[Block]:
+def inspect_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return what is in each artifact."""
     blocks = (_onnx(one) if one["kind"] == "onnx" else _built(one) for one in descriptions)
     return [block for each in blocks for block in each]
@@ -202,7 +202,7 @@ def _onnx(one: Entry) -> list[Block]:
     for way in ("inputs", "outputs"):
         named[way] = [{"name": name, **tensor} for name, tensor in graph[way].items()]
     return [
-        *facts(
+        *properties(
             one,
             "file; size = bytes bytes; written by = producer; graph.opset; "
             "IR version = graph.ir_version; weights in = external_files",
@@ -210,7 +210,7 @@ def _onnx(one: Entry) -> list[Block]:
         *_tensors(named),
         *table(one["weights"].items(), "weights = 0 name; 1.values ,d; size = 1.bytes bytes"),
         *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
-        *doc.named(one["metadata"], "Metadata"),
+        *doc.key_values(one["metadata"], "Metadata"),
     ]
 
 
@@ -232,7 +232,7 @@ def _built(one: Entry) -> list[Block]:
     shown = table(layers[:MOST_LAYERS], "layer = name; kind name; precision name; nodes", said)
     if sidecar is None:
         unknown = notices("WARNING", ["it has no sidecar: nothing says where this plan is from"])
-        return [*facts(one, file), *unknown, *shown]
+        return [*properties(one, file), *unknown, *shown]
     off = (None, False, "none")
     options = {key: v for key, v in sidecar.get("options", {}).items() if v not in off}
     build = {**one, **sidecar, "options": options, "log": one.get("log")}
@@ -244,21 +244,21 @@ def _built(one: Entry) -> list[Block]:
     gone = "only the engine's own GPU can load it and name them" * bool(one["obstacles"])
     reason = (gone or one["layers_skipped"]) if "layers_skipped" in one else ""
     return [
-        *facts(
+        *properties(
             one,
             f"name = sidecar.name; {file}; size = sidecar.file_bytes bytes; "
             "sha256 = sidecar.file_sha256; made from = sidecar.onnx_file; "
             "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
             "version = sidecar.backend_version; by PyTorch = sidecar.torch; CUDA = sidecar.cuda",
         ),
-        *facts(
+        *properties(
             sidecar,
             "GPUs = targets; CPU features = cpu_features; batch; batch = options.profiles; "
             "input = input_shape; memory on the GPU = device_memory",
             "Serves",
         ),
         *_tensors(sidecar),
-        *facts(
+        *properties(
             {**build, "notes": "\n".join(one.get("build_notes", ()))},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
@@ -270,7 +270,7 @@ def _built(one: Entry) -> list[Block]:
     ]
 
 
-def builds_blocks(report: Entry) -> list[Block]:
+def build_blocks(report: Entry) -> list[Block]:
     """Return one line an engine, below it why any failed, and what was tuned before them."""
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
     rows, failed = [], []
@@ -283,7 +283,7 @@ def builds_blocks(report: Entry) -> list[Block]:
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
-        {**one, "state": "KEPT" if one["kept"] else doc.state_of(one["passed"])}
+        {**one, "state": "KEPT" if one["kept"] else doc.state_text(one["passed"])}
         for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
     ]
     return [
@@ -324,7 +324,7 @@ def environment_blocks(environment: Entry) -> list[Block]:
     tasks = environment["abilities"].items()
     able = [("NO" if lack else "YES", task, lack) for task, lack in tasks]
     return [
-        *facts(
+        *properties(
             environment,
             "van-deploy = van_deploy; Python = python; system; CPU = cpu.name; "
             "cores = cpu.cores; cpu.cores_allowed; CPU features = cpu.features; "

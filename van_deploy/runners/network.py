@@ -19,16 +19,16 @@ import numpy.typing as npt
 from van_deploy.bundle import Artifact, Bundle
 from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
-from van_deploy.engine.backend import Host, host_here
-from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
+from van_deploy.engine.backend import Host, detect_host
+from van_deploy.engine.compatibility import find_obstacles
+from van_deploy.engine.sidecar import load_package_sidecar, load_sidecar, sidecar_path
 from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
-from van_deploy.model.preprocess import Pixels, Preprocessing, normalised
+from van_deploy.model.preprocess import Pixels, Preprocessing, normalise
 from van_deploy.runners.base import Images, Runner, gpu_index
 from van_deploy.runners.base import Outputs as Outputs
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
@@ -172,14 +172,14 @@ class Network:
         """Return the input and the outputs of a graph, or of the plain network without one."""
         if entry and entry.graph:
             inputs, outputs = (
-                tuple(TensorSpec(name, v.dtype, v.row_shape) for name, v in item.items())
+                tuple(TensorSpec(name, v.dtype, v.sample_shape) for name, v in item.items())
                 for item in (entry.graph.inputs, entry.graph.outputs)
             )
             return inputs[0], outputs
         sides, config = self.preprocessing.sides, self.bundle.manifest.architecture
         shapes: Mapping[str, tuple[int, ...]] = {OUTPUT_NAME: (config.num_classes,)}
         if config.out_indices:
-            shapes = config.map_shapes(sides)
+            shapes = config.feature_map_shapes(sides)
         given = TensorSpec(INPUT_NAME, "float32", (self.preprocessing.channels, *sides))
         return given, tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
 
@@ -231,7 +231,7 @@ class Network:
         if self.runner in (PYTORCH, ORT_CPU):
             return None
         device = self._asked.device
-        host = host_here(device=gpu_index(device) or 0)
+        host = detect_host(device=gpu_index(device) or 0)
         if self.is_engine or self.is_package:
             return self._native_obstacle(host)
         provider, settings = PROVIDERS[self.runner], self._made.get("settings")
@@ -250,7 +250,9 @@ class Network:
             return Obstacle("engines", "engine not executed: no GPU")
         if self.is_engine and self._asked.trust_engine and not sidecar_path(path).exists():
             return None
-        found = obstacles((verified_package if self.is_package else verified_sidecar)(path), host)
+        found = find_obstacles(
+            (load_package_sidecar if self.is_package else load_sidecar)(path), host
+        )
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
@@ -316,7 +318,7 @@ class Network:
             own = self._built("dynamic_size", None)
             sizes = SizeRange(**own) if own else None
         native = self.preprocessing.sides == (height, width)
-        return native if sizes is None else sizes.holds((height, width))
+        return native if sizes is None else sizes.contains((height, width))
 
     def logits(self, pixels: Pixels | Images) -> npt.NDArray[np.float32]:
         """Return the logits ``(N, K)`` of resized images ``(N, S, S, C)`` uint8.
@@ -441,4 +443,4 @@ def network_input(
     if embedding == "normalize":
         values = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32)
         return values / np.float32(255)
-    return normalised(pixels.astype(np.uint8, copy=False), preprocessing)
+    return normalise(pixels.astype(np.uint8, copy=False), preprocessing)

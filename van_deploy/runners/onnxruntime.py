@@ -18,14 +18,14 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, parser
 
-from van_deploy.environment.packages import imported_quietly, pip_command
+from van_deploy.environment.packages import import_without_telemetry, pip_command
 from van_deploy.errors import (
     ConversionError,
     InputError,
     MissingDependency,
     UsageError,
     VanDeployError,
-    needs_extra,
+    require_extra,
 )
 from van_deploy.graph.bfloat16 import emulate_bf16, has_bf16
 from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, gpu_index
@@ -399,8 +399,8 @@ class OpenVinoRunner(Runner):
             MissingDependency: OpenVINO is not installed.
             ConversionError: it refuses the graph.
         """
-        with needs_extra("OpenVINO", "openvino"):
-            ov: Any = imported_quietly("openvino")
+        with require_extra("OpenVINO", "openvino"):
+            ov: Any = import_without_telemetry("openvino")
         try:
             compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
         except RuntimeError as error:

@@ -22,7 +22,7 @@ from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES, embed_preproc
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import probabilities
-from van_deploy.model.preprocess import Pixels, normalised
+from van_deploy.model.preprocess import Pixels, normalise
 from van_deploy.provenance import code_digest
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -114,7 +114,7 @@ def _proof(
     preprocessing, rows = bundle.manifest.preprocessing, list[dict[str, Any]]()
     with OnnxRuntimeRunner(plain) as old, OnnxRuntimeRunner(embedded) as new:
         for pixels in images:
-            logits = old.run(normalised(pixels, preprocessing))
+            logits = old.run(normalise(pixels, preprocessing))
             found = new.run_all(network_input(pixels, embedding, preprocessing))
             shares = probabilities(logits.astype(np.float64), task_of(bundle))
             wanted = {OUTPUT_NAME: logits, "probabilities": shares}

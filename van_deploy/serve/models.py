@@ -23,7 +23,7 @@ import numpy as np
 from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings, TritonSettings
 from van_deploy.data.images import FORMATS, open_image
-from van_deploy.errors import UsageError, VanDeployError, needs_extra
+from van_deploy.errors import UsageError, VanDeployError, require_extra
 from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classes
@@ -54,7 +54,7 @@ class ServerMetrics:
     """
 
     def __init__(self) -> None:
-        with needs_extra("The server", "serve"):
+        with require_extra("The server", "serve"):
             import prometheus_client as client
             import uvicorn  # noqa: F401 - told here, before a model is loaded
         registry = client.CollectorRegistry()

@@ -28,12 +28,12 @@ from pydantic import Field
 from van_deploy.bundle import Bundle
 from van_deploy.config import PackageSettings
 from van_deploy.documents import Verdict
-from van_deploy.errors import ConversionError, InputError, UsageError, needs_extra
+from van_deploy.errors import ConversionError, InputError, UsageError, require_extra
 from van_deploy.files import file_sha256
 from van_deploy.metrics import Task
 from van_deploy.model.preprocess import image_mode
 from van_deploy.runners.onnxruntime import require_onnxruntime
-from van_deploy.schema import Versioned, read_versioned
+from van_deploy.schema import VersionedSchema, read_document
 from van_deploy.serve import triton
 from van_deploy.serve.triton import Finding, TritonModel
 
@@ -47,7 +47,7 @@ NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensor
 GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
 
 
-class PackageRecord(Versioned):
+class PackageRecord(VersionedSchema):
     """``package.json``: what a package holds and where it came from.
 
     Attributes:
@@ -150,7 +150,7 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     Raises:
         InputError: there is no package, or it is another bundle's.
     """
-    record = read_versioned(PackageRecord, path / PACKAGE_FILE, "package record", InputError, AGAIN)
+    record = read_document(PackageRecord, path / PACKAGE_FILE, "package record", InputError, AGAIN)
     if record.bundle != bundle.name:
         raise InputError(f"'{path}' was made from '{record.bundle}', not '{bundle.name}'.", AGAIN)
     found = _digests(path)
@@ -175,7 +175,7 @@ def _write_repository(
     made: Path, models: Sequence[TritonModel], settings: PackageSettings, release: str
 ) -> None:
     """Write ``models/``, the manifests and a client into a folder that is not there yet."""
-    with needs_extra("Triton's schema of config.pbtxt", "triton"):
+    with require_extra("Triton's schema of config.pbtxt", "triton"):
         from tritonclient.grpc import model_config_pb2
     from google.protobuf import json_format, text_format
 

@@ -32,7 +32,7 @@ from pydantic_core import from_json
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import InputError
 from van_deploy.runners.network import TensorSpec
-from van_deploy.schema import Open, validated
+from van_deploy.schema import OpenSchema, validate
 from van_deploy.serve.triton import DATATYPES
 
 MIB = 2**20
@@ -282,7 +282,7 @@ def limited_protocol(timeout_s: float) -> Any:
     return Limited
 
 
-class _Parameters(Open):
+class _Parameters(OpenSchema):
     """What the extensions add to a request or to one of its tensors."""
 
     binary_data: pydantic.StrictBool | None = None
@@ -291,7 +291,7 @@ class _Parameters(Open):
     classification: Literal[0] = 0  # of Triton's extensions the one that is not here
 
 
-class _Output(Open):
+class _Output(OpenSchema):
     """One output a client asked for."""
 
     name: str
@@ -306,7 +306,7 @@ class _Input(_Output):
     data: Any = None
 
 
-class InferRequest(Open):
+class InferRequest(OpenSchema):
     """The JSON of a request."""
 
     id: str = ""
@@ -341,7 +341,7 @@ def parse_request(
         document = from_json(body[:json_length])
     except ValueError as error:
         raise RequestError(f"The request is not JSON: {error}.") from None
-    request = validated(InferRequest, document, where="The request", error=RequestError)
+    request = validate(InferRequest, document, where="The request", error=RequestError)
     if [entry.name for entry in request.inputs] != [given.name]:
         raise RequestError(f"The model has one input, '{given.name}'; give that one.")
     names = [output.name for output in gives]

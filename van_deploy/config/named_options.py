@@ -1,4 +1,4 @@
-"""Options under one name each, for command lines and keyword arguments."""
+"""Options by name, for command lines and keyword arguments."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from van_deploy.config.fields import shown
-from van_deploy.config.making import Recipe
+from van_deploy.config.fields import cli_option
+from van_deploy.config.recipe_tables import Recipe
 from van_deploy.config.sizes import BatchRange
 from van_deploy.errors import RecipeError, UsageError
-from van_deploy.schema import Settings, key_of, validated
+from van_deploy.schema import Settings, field_key, validate
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedOption:
     """One option of a schema.
 
     Attributes:
         name: of the keyword argument.
         place: its keys in the schema, the outermost table first.
-        field: what is known about it.
-        flags: the option as the command line writes it.
-        panel: heading it stands under in the help.
+        field: its type, default, limits and description.
+        flags: its names on the command line.
+        panel: heading in the help.
     """
 
     name: str
@@ -38,35 +38,35 @@ class Named:
 
 
 class Change(NamedTuple):
-    """Another value for one option.
+    """A new value of one option.
 
     Attributes:
-        value: as a file would have it.
-        written: how the user wrote the option, such as ``--opset`` or ``opset=``.
+        value: as it would be in a file.
+        source: the option as the user wrote it, such as ``--opset`` or ``opset=``.
     """
 
     value: Any
-    written: str
+    source: str
 
 
 Changes = dict[tuple[str, ...], Change]
-"""Other values for some options, by their keys; the outermost table first."""
+"""New values of options by their keys, the outermost table first."""
 
 
-def named_options(schema: type[Settings]) -> dict[str, Named]:
-    """Return every option of a schema by its name; those of tables inside it, too."""
+def named_options(schema: type[Settings]) -> dict[str, NamedOption]:
+    """Return every option of a schema and its inner tables by name."""
     return {option.name: option for option in _options(schema)}
 
 
-def _options(schema: type[Settings], place: tuple[str, ...] = ()) -> Iterator[Named]:
+def _options(schema: type[Settings], place: tuple[str, ...] = ()) -> Iterator[NamedOption]:
     for name, info in schema.model_fields.items():
-        key, inner, told = key_of(name, info), info.annotation, shown(info)
+        key, inner, cli = field_key(name, info), info.annotation, cli_option(info)
         if isinstance(inner, type) and issubclass(inner, Settings) and inner is not BatchRange:
             yield from _options(inner, (*place, key))
         else:
             table = next(c for c in schema.__mro__ if name in c.__annotations__)
-            panel = getattr(table, "PANEL", "") if told.panel is None else told.panel
-            yield Named(key, (*place, key), info, told.flags or _flags(key), panel)
+            panel = getattr(table, "PANEL", "") if cli.panel is None else cli.panel
+            yield NamedOption(key, (*place, key), info, cli.flags or _flags(key), panel)
 
 
 def _flags(name: str) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ RECIPE = {".".join(option.place): option for option in _options(Recipe)}
 """Every key of a recipe."""
 
 
-def _renamed(**keys: str) -> dict[str, Named]:
+def _renamed(**keys: str) -> dict[str, NamedOption]:
     """Return keys of a recipe as options under other names."""
     return {n: replace(RECIPE[key], name=n, flags=_flags(n)) for n, key in keys.items()}
 
@@ -86,7 +86,7 @@ EXPORT = {
     **{o.name: o for o in RECIPE.values() if o.place[0] in ("model", "preprocessing", "export")},
     **_renamed(batch="batch", precision="precision.make", calibration="precision.calibration"),
 }
-"""Options of ``van-deploy export``, which are keys of a recipe."""
+"""Options of ``van-deploy export``, by name; each is a key of a recipe."""
 
 RUN = _renamed(
     precision="precision.make",
@@ -100,8 +100,8 @@ RUN = _renamed(
 """Options of ``van-deploy run`` that replace keys of a recipe."""
 
 
-def changes_from(options: Mapping[str, Named], values: Mapping[str, Any]) -> Changes:
-    """Return keyword arguments as changes of a recipe.
+def changes_from_kwargs(options: Mapping[str, NamedOption], values: Mapping[str, Any]) -> Changes:
+    """Return the changes that keyword arguments make.
 
     Raises:
         UsageError: there is no option of that name.
@@ -116,46 +116,46 @@ def changes_from(options: Mapping[str, Named], values: Mapping[str, Any]) -> Cha
     return {options[name].place: Change(value, f"{name}=") for name, value in values.items()}
 
 
-def recipe_from(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
-    """Return the recipe in ``tables`` with ``changes`` made to it.
+def recipe_from_tables(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
+    """Return the recipe in ``tables`` with ``changes`` applied.
 
     Raises:
-        RecipeError: the tables are wrong; it begins with ``where``.
-        UsageError: a change is wrong; names the option as it was written.
+        RecipeError: a key or value in the tables is invalid; begins with ``where``.
+        UsageError: a change is invalid; names the option as the user wrote it.
     """
-    spelling = {place: change.written for place, change in changes.items()}
-    tables = put_all(tables, changes)
-    return validated(Recipe, tables, where=where, error=RecipeError, spelling=spelling)
+    key_names = {place: change.source for place, change in changes.items()}
+    tables = apply_changes(tables, changes)
+    return validate(Recipe, tables, where=where, error=RecipeError, key_names=key_names)
 
 
-def settings_from(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
-    """Return the settings that a call's keyword arguments are.
+def settings_from_kwargs(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+    """Return the settings in the keyword arguments of a call.
 
     Raises:
-        UsageError: an option is unknown, is not of its kind, or contradicts another.
+        UsageError: an option is unknown, of the wrong type, or conflicts with another.
     """
     options = named_options(schema)
-    tree = put_all({}, changes_from(options, values))
-    return validated(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
+    tree = apply_changes({}, changes_from_kwargs(options, values))
+    return validate(schema, tree, key_names={o.place: f"{o.name}=" for o in options.values()})
 
 
-def written(settings: Settings) -> dict[str, Any]:
-    """Return the values that were given, as a file would have them."""
+def explicit_values(settings: Settings) -> dict[str, Any]:
+    """Return the values that were set explicitly, as a file would have them."""
     fields, tree = type(settings).model_fields, {}
     for name, value in settings.model_dump(mode="json", exclude_unset=True).items():
         inner = getattr(settings, name)
         is_table = isinstance(inner, Settings)
-        tree[key_of(name, fields[name])] = written(inner) if is_table else value
+        tree[field_key(name, fields[name])] = explicit_values(inner) if is_table else value
     return tree
 
 
-def put_all(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
-    """Return nested tables with values set in them, in place.
+def apply_changes(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
+    """Apply changes to nested tables in place, and return the tables.
 
-    A recipe's network of another name keeps the weights it had.
+    If the name of a recipe's network changes, its weights stay the same.
 
     Raises:
-        UsageError: something else is where a table should be.
+        UsageError: a value is where a table should be.
     """
     model = tables.get("model")
     if ("model", "name") in changes and isinstance(model, dict) and model.get("name"):
@@ -165,9 +165,8 @@ def put_all(tables: dict[str, Any], changes: Changes) -> dict[str, Any]:
         for depth, part in enumerate(place[:-1], 1):
             tree = tree.setdefault(part, {})
             if not isinstance(tree, dict):
-                raise UsageError(
-                    f"'{'.'.join(place)}' cannot be set: '{'.'.join(place[:depth])}' is no table.",
-                    "Set the whole of it.",
-                )
+                key, outer = ".".join(place), ".".join(place[:depth])
+                message = f"'{key}' cannot be set: '{outer}' is not a table."
+                raise UsageError(message, f"Set '{outer}' as a whole.")
         tree[place[-1]] = change.value
     return tables

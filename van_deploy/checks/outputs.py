@@ -16,9 +16,16 @@ import onnx
 from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
-from van_deploy.checks.gates import Finding, Limit, Outcome, held, judge_invariance, judge_logits
+from van_deploy.checks.gates import (
+    Finding,
+    Limit,
+    Outcome,
+    check_batch_invariance,
+    check_logits,
+    pass_or_fail,
+)
 from van_deploy.checks.golden import Samples
-from van_deploy.checks.graphs import Fault, judge_scales, one_line, overflows_of_graph
+from van_deploy.checks.graphs import Fault, check_scales, one_line, overflows_of_graph
 from van_deploy.data.images import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
@@ -43,19 +50,19 @@ Run = Callable[[Samples, npt.NDArray[np.int64]], Outputs]
 # --- artifacts to be judged ------------------------------------------------------------------
 
 
-def common(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
+def shared_settings(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
     """Return what runs the artifacts and what may pass, for other settings."""
     names = ("runner", "device", "trust_engine", "allow_skip", "allow_inconclusive")
     return {name: getattr(asked, name) for name in names}
 
 
-def plain_onnx(bundle: Bundle) -> list[str]:
+def plain_onnx_artifacts(bundle: Bundle) -> list[str]:
     """Return the ONNX artifacts that take normalised images and give logits."""
     entries = bundle.artifacts.items()
     return [name for name, one in entries if one.kind == "onnx" and one.embedded == "none"]
 
 
-def chosen_artifacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
+def select_artifacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
     """Return the artifacts called ``names``, or all of them.
 
     Raises:
@@ -84,11 +91,11 @@ def open_artifact(
     bundle.verified_path(name, only_file=network.is_engine and asked.trust_engine)
     obstacle = network.obstacle()
     if obstacle is not None:
-        return gates.skipped("runs", obstacle.reason, obstacle.kind)
+        return gates.skipped_finding("runs", obstacle.reason, obstacle.kind)
     return network
 
 
-def given_to(network: Network, samples: Samples, rows: slice | npt.NDArray[np.int64]) -> Array:
+def inputs_for(network: Network, samples: Samples, rows: slice | npt.NDArray[np.int64]) -> Array:
     """Return some of the samples as an artifact takes them.
 
     Raises:
@@ -128,13 +135,13 @@ class Networks(ExitStack):
         self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
         self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
         self._artifacts: dict[str, Network] = {}
-        for name in chosen_artifacts(bundle, asked.artifacts):
+        for name in select_artifacts(bundle, asked.artifacts):
             # Idle threads must not spin: the next image is being decoded on that core.
             opened = open_artifact(bundle, name, asked, threads, spin=False)
             if isinstance(opened, Finding):
                 self.skipped[name] = opened
             elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
-                self.skipped[name] = gates.skipped("runs", "it gives no logits")
+                self.skipped[name] = gates.skipped_finding("runs", "it gives no logits")
             else:
                 self._artifacts[name] = self.enter_context(opened)
                 kind = bundle.artifact(name).precision
@@ -172,7 +179,7 @@ class BatchRow:
 
 
 @dataclass(frozen=True)
-class Judged(gates.Findings):
+class NetworkVerdict(gates.CheckResult):
     """What was found of one network.
 
     Attributes:
@@ -214,15 +221,15 @@ def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:
     return tuple(sorted(size for size in wanted if size <= batch.max))
 
 
-def judge_new(
+def check_new_graph(
     model: Path | onnx.ModelProto,
     precision: str,
     samples: Samples,
     sizes: Sequence[int] = (1,),
     *,
     method: str = "mse",
-    profile: config.GateProfile = gates.DEFAULT,
-) -> tuple[Judged, dict[str, float]]:
+    profile: config.GateProfile = gates.DEFAULT_PROFILE,
+) -> tuple[NetworkVerdict, dict[str, float]]:
     """Return what a graph that was just made says, and the SQNR to record of it.
 
     Args:
@@ -241,16 +248,16 @@ def judge_new(
     floor, fixed = gates.sqnr_floor(precision, samples.noise_db, profile), fixed_batch(graph)
     with OnnxRuntimeRunner(model, arena=False) as runner:
         sizes = (fixed,) if fixed else sizes
-        judged = judge_answers(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)
+        judged = check_outputs(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)
     if judged.comparison is not None:
         record[record_key(ORT_CPU, precision)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
-    findings, _ = judge_graph(graph, precision, samples, floor, method)
+    findings, _ = check_graph(graph, precision, samples, floor, method)
     return replace(judged, findings=(*judged.findings, *findings)), record
 
 
-def judge_answers(
+def check_outputs(
     run: Run, samples: Samples, sizes: Sequence[int], floor: Limit, recorded_db: float | None = None
-) -> Judged:
+) -> NetworkVerdict:
     """Return what the answers of a network say, at every batch size and image size.
 
     Args:
@@ -267,11 +274,11 @@ def judge_answers(
     least, static, level = sizes[0], sizes[0] > 1, samples.outputs.sqnr_db
     outputs = _answers(run, samples, least)
     if OUTPUT_NAME not in outputs:
-        return _judge_shares(run, samples, sizes, floor)
+        return _check_probabilities(run, samples, sizes, floor)
     alone = outputs[OUTPUT_NAME]
-    findings, flips = _judge_rows(samples, alone, floor, recorded_db)
+    findings, flips = _check_rows(samples, alone, floor, recorded_db)
     if alone.shape != samples.logits.shape:
-        return Judged(tuple(findings))
+        return NetworkVerdict(tuple(findings))
     rows = [BatchRow(least, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
     tried = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
     tried += [(other, least, f"{other.size}: ") for other in samples.others]
@@ -282,19 +289,19 @@ def judge_answers(
         try:
             found = _answers(run, of, size, moved)[OUTPUT_NAME]
         except Exception as error:  # the runtimes raise their own bare types
-            findings.append(held("runs", f"{where}it does not run: {one_line(error)}"))
+            findings.append(pass_or_fail("runs", f"{where}it does not run: {one_line(error)}"))
         else:
             if not moved:
                 record = recorded_db if own else None
-                findings += _judge_rows(of, found, floor, record, where)[0]
+                findings += _check_rows(of, found, floor, record, where)[0]
             if own and found.shape == alone.shape:
-                findings.append(judge_invariance(alone, found, floor, size))
+                findings.append(check_batch_invariance(alone, found, floor, size))
                 said = gates.outcome_of(findings[0 if moved else known :])
                 row = BatchRow(size, said, level(of.logits, found), findings[-1].value)
         if own:
             rows = [row] if moved else [*rows, row]
     comparison = samples.outputs.compare(samples.logits, alone)
-    return Judged(tuple(findings), comparison, tuple(flips), tuple(rows))
+    return NetworkVerdict(tuple(findings), comparison, tuple(flips), tuple(rows))
 
 
 def _answers(run: Run, samples: Samples, batch: int, moved: int = 0) -> Outputs:
@@ -315,20 +322,22 @@ def _answers(run: Run, samples: Samples, batch: int, moved: int = 0) -> Outputs:
     return {name: np.roll(rows, -moved, axis=0) for name, rows in whole.items()}
 
 
-def _judge_rows(
+def _check_rows(
     samples: Samples, found: Array, floor: Limit, recorded_db: float | None, where: str = ""
 ) -> tuple[list[Finding], list[Flip]]:
     """Return the findings on the logits, or on each feature map, and the label flips."""
     how = (floor, recorded_db, samples.task)
     if not samples.outputs.widths or found.shape != samples.logits.shape:
-        return judge_logits(samples.logits, found, *how, where)
+        return check_logits(samples.logits, found, *how, where)
     findings, actual = [], samples.outputs.parts(found)
     for name, expected in samples.outputs.parts(samples.logits).items():
-        findings += judge_logits(expected, actual[name], *how, f"{where}{name}: ")[0]
+        findings += check_logits(expected, actual[name], *how, f"{where}{name}: ")[0]
     return findings, []
 
 
-def _judge_shares(run: Run, samples: Samples, sizes: Sequence[int], floor: Limit) -> Judged:
+def _check_probabilities(
+    run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
+) -> NetworkVerdict:
     """Return what a network says that gives probabilities or top-k classes, and no logits.
 
     A probability moves by a quarter of what a difference of logits does, at most.
@@ -350,12 +359,12 @@ def _judge_shares(run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
             f"batch {size}: a probability is off by {change:.1e}, more than {limit.value:.1e} "
             f"({limit.origin})"
         ) * (change > limit.value)
-        findings.append(held("probabilities", fault, change, limit))
+        findings.append(pass_or_fail("probabilities", fault, change, limit))
     rows = (BatchRow(size, f.outcome) for size, f in zip(sizes, findings, strict=True))
-    return Judged(tuple(findings), batches=tuple(rows))
+    return NetworkVerdict(tuple(findings), batches=tuple(rows))
 
 
-def judge_graph(
+def check_graph(
     model: onnx.ModelProto, numeric: str, samples: Samples, floor: Limit, method: str = "mse"
 ) -> tuple[list[Finding], list[Fault]]:
     """Return what a plain graph's tensors say: FP16 that overflows, and INT8 scales.
@@ -373,11 +382,11 @@ def judge_graph(
     try:
         faults = overflows_of_graph(model, samples.inputs[:OVERFLOW_IMAGES])
         if numeric in ("fp16", "int8") or faults:
-            findings.append(held("FP16 range", "; ".join(said for _, said in faults[:4])))
+            findings.append(pass_or_fail("FP16 range", "; ".join(said for _, said in faults[:4])))
         if numeric == "int8":
-            found, wrong = judge_scales(model, samples, floor, method)
+            found, wrong = check_scales(model, samples, floor, method)
             return findings + found, faults + wrong
     except Exception as error:  # ONNX Runtime raises its own bare types
         said = f"its tensors cannot be looked at: {one_line(error)}"
-        return [*findings, held("graph", said)], [("", said)]
+        return [*findings, pass_or_fail("graph", said)], [("", said)]
     return findings, faults

@@ -7,14 +7,14 @@ from typing import Any
 
 from van_deploy.bundle import Artifact, Origin
 from van_deploy.config import BatchRange
-from van_deploy.manifest import Description
+from van_deploy.manifest import NetworkInfo
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.variants import VARIANTS, WeightsSource
 
 WEIGHTS = Origin(name="weights", sha256="0" * 64)
 
 
-def described(name: str = "m", **changes: Any) -> Description:
+def network_info(name: str = "m", **changes: Any) -> NetworkInfo:
     """Return what a bundle says of a network called ``name``, but for ``changes``."""
     values: dict[str, Any] = {
         "name": name,
@@ -26,10 +26,10 @@ def described(name: str = "m", **changes: Any) -> Description:
         "batch": BatchRange(1, 2, 4),
         "versions": {"van-deploy": "0"},
     }
-    return Description(**{**values, **changes})
+    return NetworkInfo(**{**values, **changes})
 
 
-def entry(
+def artifact_entry(
     name: str, kind: Any, precision: Any, file: str, files: Iterable[str] = (), **more: Any
 ) -> Artifact:
     """Return an artifact whose ``files``, by default its one, are digested when it is recorded."""

@@ -9,15 +9,15 @@ import pytest
 
 from tests.artifacts import Copy
 from tests.conftest import Cli
-from tests.described import entry
 from tests.engine.conftest import SM89
+from tests.manifest_parts import artifact_entry
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend, Host
-from van_deploy.engine.bundled import (
+from van_deploy.engine.fleet import (
+    BuildOutcome,
     Cell,
     FleetHost,
-    Outcome,
     build_cells,
     build_on_ray,
     read_fleet,
@@ -38,14 +38,14 @@ def cell_of(folder: Path, precision: str = "fp32", options: BuildOptions = SM89)
 
 def made(
     folder: Path, options: BuildOptions = SM89, precision: str = "fp32", **more: Any
-) -> Outcome:
+) -> BuildOutcome:
     (outcome,) = build_cells([cell_of(folder, precision, options)], host=Host(), **more)
     return outcome
 
 
 @pytest.fixture
-def folder(copy_of: Copy, digits_bundle: Bundle) -> Path:
-    return copy_of(digits_bundle, "dist/van_digits")
+def folder(copy_bundle: Copy, digits_bundle: Bundle) -> Path:
+    return copy_bundle(digits_bundle, "dist/van_digits")
 
 
 def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
     plan = Bundle.open(folder).verified_path(first.engine)
     plan.write_bytes(plan.read_bytes()[:-1])
     assert made(folder).outcome == "built", "a damaged engine is built again"
-    assert made(folder, SM89.changed(tf32=False)).outcome == "built"
+    assert made(folder, SM89.with_changes(tf32=False)).outcome == "built"
     assert Bundle.open(folder).problems() == Bundle.open(folder).unlisted_files() == []
     assert len([a for a in Bundle.open(folder).artifacts.values() if a.kind == "engine"]) == 1
 
@@ -80,7 +80,7 @@ def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Pa
             replaced.append(phase)
             with edit_bundle(folder) as draft:
                 draft.file("model.onnx").write_bytes(digits_onnx.read_bytes() + b"\n")
-                draft.record(entry("fp32", "onnx", "fp32", "model.onnx"))
+                draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
 
     with pytest.raises(BundleError, match="was replaced while"):
         made(folder, progress=replace_source)
@@ -96,9 +96,9 @@ def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, folder: Path) 
 
 
 def test_an_engine_from_a_graph_with_preprocessing(
-    rtx: Backend, copy_of: Copy, byte_bundle: Bundle
+    rtx: Backend, copy_bundle: Copy, uint8_bundle: Bundle
 ) -> None:
-    outcome = made(copy_of(byte_bundle), precision="fp32-uint8")
+    outcome = made(copy_bundle(uint8_bundle), precision="fp32-uint8")
     assert outcome.engine == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
     assert outcome.sidecar is not None
     (given,) = outcome.sidecar.inputs
@@ -146,7 +146,7 @@ def test_a_fleet_goes_on_after_a_failure_and_resumes(
     assert "[1/4] van_digits fp32 sm_86: built" in first.stderr
     assert "error: 2 of 4 engines failed." in first.stderr
     assert "Run the same command again to resume." in first.stderr
-    second = list(build_cells(read_fleet(fleet_file), host=Host(), go_on=True))
+    second = list(build_cells(read_fleet(fleet_file), host=Host(), keep_going=True))
     assert [outcome.outcome for outcome in second] == ["reused", "reused", "failed", "failed"]
     assert second[1].engine == f"van_digits-fp32-sm80+sm89-rtx{rtx.release}"
 

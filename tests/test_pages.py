@@ -1,0 +1,114 @@
+"""Every ``van-deploy`` command in README, docs and SECURITY.md is run as it is written.
+
+``van_digits`` takes the place of the variants, so that nothing is downloaded here
+(``tests/model/test_hub.py`` downloads and exports them); small files take the place of the
+user's. Commands that need a GPU run as well: without one they end with exit code 3, or gates
+report what they skipped.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import Cli
+from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.model.embedded import write_digits_folder
+from van_deploy.model.van import random_van
+from van_deploy.model.variants import VanConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    page
+    for page in (ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))
+    if "van-deploy " in page.read_text(encoding="utf-8")
+]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHELLS = ("", "sh", "bash", "console")
+GPU_WORDS = (
+    *({"--require", "gpu"}, {"--device", "cuda:0"}, {"--tune"}),
+    *({"--runner", "ort-cuda"}, {"--backend", "tensorrt"}),
+)
+SHORTER = {"bench": ("--seconds", "0.05", "--rounds", "2", "--runners", "ort-cpu*")}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of every ``van-deploy`` command in the shell blocks of a page."""
+    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
+    text = "\n".join(block for language, block in blocks if language in SHELLS)
+    lines = text.replace("\\\n", " ").splitlines()
+    every = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
+    return [words[1:] for words in every if words[:1] == ["van-deploy"]]
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a working directory with the files that the pages name."""
+    for name in ("van_digits", "mine"):
+        shutil.copytree(precisions_bundle, tmp_path / "dist" / name)
+    write_digits_folder(tmp_path / "val", "heldout")
+    write_digits_folder(tmp_path / "train", "train", 60)
+    shutil.copytree(tmp_path / "train", tmp_path / "holiday")
+    shutil.copytree(tmp_path / "train", tmp_path / "images")
+    Image.new("RGB", (90, 70), (200, 30, 90)).save(tmp_path / "photo.jpg")
+    config = VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=10)
+    state = random_van(config, seed=7).state_dict()
+    torch.save(state, tmp_path / "mine.pth")
+    backbone = {f"backbone.{n}": t for n, t in state.items() if not n.startswith("head.")}
+    torch.save({"state_dict": backbone}, tmp_path / "upernet_van_b2.pth")
+    (tmp_path / "mine.toml").write_text('[model]\nname = "van_digits"\n')
+    (tmp_path / "key.txt").write_text("secret\n")
+    for words in ("genpkey -algorithm ed25519 -out", "pkey -pubout -out release.pem.pub -in"):
+        command = ["openssl", *words.split(), "release.pem"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> None:
+    driver = nvidia_driver()
+    has_gpu = driver is not None and bool(driver.gpus)
+    for written in commands(page):
+        words = [re.sub(r"van_b\d(?!\.pth)", "van_digits", word) for word in written]
+        if "serve" in words[:1]:
+            serve_and_stop(words)
+            continue
+        stdin = None
+        if "<" in words:
+            at = words.index("<")
+            words, stdin = words[:at], Path(words[at + 1]).read_bytes()
+        result = cli(*words, *SHORTER.get(words[0], ()), stdin=stdin)
+        needs_gpu = any(some <= {*words} for some in GPU_WORDS) and "cpu" not in words
+        if needs_gpu and not has_gpu:
+            skipped = result.exit_code == 1 and "SKIPPED" in result.output
+            assert result.exit_code == 3 or skipped, (written, result.output)
+            assert result.stderr.startswith("error: "), result.output
+        elif result.exit_code == 1 and "INCONCLUSIVE" in result.output:
+            assert not re.search(r"\bFAIL", result.output), (written, result.output)
+        else:
+            assert result.exit_code == 0, (written, result.output)
+
+
+def serve_and_stop(words: list[str]) -> None:
+    """Start a server as a page writes it, on a free port, and stop it as a service manager does."""
+    command = [sys.executable, "-m", "van_deploy", *words, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if "http://" in line:
+                break
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0, lines
