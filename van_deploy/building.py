@@ -27,7 +27,6 @@ from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
 from van_deploy.engine import fleet
 from van_deploy.engine.backend import Host, detect_host, device_index
-from van_deploy.engine.bundled import BUILT, REUSED, Outcome
 from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -115,8 +114,9 @@ def build_bundle(
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
             made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
-            cell, outcome = fleet.Cell(bundle.path, *made_of), fleet.REUSED if reused else fleet.BUILT
-            packages.append(fleet.BuildOutcome(cell, outcome, package.name, package=package))
+            cell = fleet.Cell(bundle.path, *made_of)
+            status = fleet.REUSED if reused else fleet.BUILT
+            packages.append(fleet.BuildOutcome(cell, status, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)

@@ -13,6 +13,7 @@ from onnx import ModelProto, checker, load_model
 
 from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import OutputLayout, golden_samples
+from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
@@ -34,7 +35,7 @@ from van_deploy.precision.plan import SCOPES, histogram_tensors, layers_in_scope
 from van_deploy.precision.scales import ChannelRange, observe_ranges, range_batch_size
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
-from van_deploy.stopwatch import Progress, Stopwatch
+from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def quantize_bundle(
     settings: QuantizeSettings | None = None,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> QuantizeResult:
     """Add an FP16, BF16 or INT8 graph to a bundle and compare it with FP32.
 
