@@ -91,7 +91,7 @@ def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Pa
 def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, folder: Path) -> None:
     with pytest.raises(BundleError) as caught:
         list(build_cells([cell_of(folder), cell_of(folder, "fp16")], host=Host()))
-    assert caught.value.remedy == f"Make it with `van-deploy quantize {folder} --precision fp16`."
+    assert caught.value.remedy == f"Create it with `van-deploy quantize {folder} --precision fp16`."
     assert not (folder / "engines").exists()
 
 
