@@ -9,18 +9,8 @@ therefore sees the old bundle or the new one, never a mixture.
 Files are used only if their SHA-256 matches the manifest.
 """
 
-from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.bundle.editing import Draft, edit_bundle
 from van_deploy.bundle.reading import Bundle
 from van_deploy.manifest import MANIFEST, Artifact, Manifest, Origin
 
-__all__ = [
-    "MANIFEST",
-    "SIGNATURE",
-    "Artifact",
-    "Bundle",
-    "Draft",
-    "Manifest",
-    "Origin",
-    "edit_bundle",
-]
+__all__ = ["MANIFEST", "Artifact", "Bundle", "Draft", "Manifest", "Origin", "edit_bundle"]

@@ -252,10 +252,8 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
         problem = "it still has BatchNorms"
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear | StageNorm) and not problem:
-            node = nodes.get(
-                f"{name}.layernormalization" if isinstance(module, StageNorm) else name
-            )
-            if node is None:
+            suffix = ".layernormalization" if isinstance(module, StageNorm) else ""
+            if (node := nodes.get(name + suffix)) is None:
                 problem = f"it has no node '{name}'"
                 continue
             for index, key in enumerate(("weight", "bias"), 1):

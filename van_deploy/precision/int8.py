@@ -22,7 +22,7 @@ from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.metrics import sqnr_db
-from van_deploy.precision.comparison import count_lost_labels, logits_session
+from van_deploy.precision.comparison import Row, count_lost_labels, logits_session
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.plan import (
@@ -137,11 +137,9 @@ class Int8Builder:
         share = sum(self.work[name] for name in plan.convolutions) / sum(self.work.values())
         return Int8Model(plan, model, techniques, share, search)
 
-    def _apply_techniques(
-        self, layers: Sequence[str]
-    ) -> tuple[QuantizationPlan, list[dict[str, Any]]]:
+    def _apply_techniques(self, layers: Sequence[str]) -> tuple[QuantizationPlan, list[Row]]:
         """Return the plan with every technique that improves it, before bias correction."""
-        settings, results, inputs = self.settings, list[dict[str, Any]](), self.validation_inputs
+        settings, results, inputs = self.settings, list[Row](), self.validation_inputs
         target, method = settings.target, settings.method
         names = ["scales", "bias_correction"] if settings.bias_correction else ["scales"]
         if settings.equalize:

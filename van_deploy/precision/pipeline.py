@@ -230,9 +230,9 @@ class _QuantizeJob:
         requested = [row for row in rows if row["precision"] == settings.precision]
         chosen = min(requested, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
         best, reason = recommend(rows, chosen)
-        evaluation = {"images": chosen["images"], "description": images.evaluation.description}
+        description = images.evaluation.description
         self.facts |= {
-            "judged_on": evaluation,
+            "judged_on": {"images": chosen["images"], "description": description},
             "comparison": [{**row, "requested": row is chosen} for row in rows],
             "recommended": best,
             "why": reason,

@@ -354,10 +354,8 @@ def _full_range(record: ChannelRange, method: Method, affine: ChannelAffine) -> 
         counts = record.counts
         values = np.broadcast_to(affine.apply(bin_values()[:, None]).T, counts.shape)
         order = np.argsort(values, axis=None)
-        first, last = _percentile_ends(
-            values.flat[order][None], counts.flat[order][None], PERCENTILE
-        )
-        low, high = max(low, first[0]), min(high, last[0])
+        ends = _percentile_ends(values.flat[order][None], counts.flat[order][None], PERCENTILE)
+        low, high = max(low, ends[0][0]), min(high, ends[1][0])
     return min(float(low), 0.0), max(float(high), 0.0)
 
 
