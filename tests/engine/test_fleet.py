@@ -85,7 +85,7 @@ def test_onnx_file_replaced_during_the_build(rtx: Backend, folder: Path, digits_
 def test_nothing_is_built_if_an_onnx_file_is_missing(rtx: Backend, folder: Path) -> None:
     with pytest.raises(BundleError) as caught:
         list(build_cells([cell_of(folder), cell_of(folder, "fp16")], host=Host()))
-    assert caught.value.remedy == f"Make it with `van-deploy quantize {folder} --precision fp16`."
+    assert caught.value.remedy == f"Create it with `van-deploy quantize {folder} --precision fp16`."
     assert not (folder / "engines").exists()
 
 

@@ -155,7 +155,7 @@ def test_plans_that_triton_could_not_serve_are_refused(
     message = "Triton 24.11 has TensorRT 10.6.0.26; the plan was built by 10.9.0.34."
     refused(message, sound, triton_release="24.11")
     (sound.path / "engines/plan-sm_89.json").unlink()
-    refused("plan-sm_89.json' is named in the manifest and missing", sound)
+    refused("plan-sm_89.json' is in the manifest, but the file is missing", sound)
 
 
 @each(
