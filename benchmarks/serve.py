@@ -88,7 +88,7 @@ def main() -> int:
             start = time.monotonic()
             MEASURES[measure](args, table)
             print(f"{measure}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return table.printed()
+    return table.print_json()
 
 
 def load(args: argparse.Namespace, table: Table) -> None:

@@ -79,7 +79,7 @@ def test_head_and_pooling_can_be_replaced() -> None:
     assert model(images).shape == (1, 256, 2, 2)
     with pytest.raises(ValueError, match="for 4 classes"):
         model.reset_classifier(4)
-    with pytest.raises(ValueError, match="not by 'max'"):
+    with pytest.raises(ValueError, match="global_pool is 'max'"):
         create("van_b0", global_pool="max")
 
 

@@ -79,6 +79,11 @@ def test_onnxruntime_exceptions_become_project_errors(digits_onnx: Path) -> None
     for raised, kind, message in (
         (RuntimeError("CUDNN_STATUS_X"), ConversionError, "failed on a batch of 8: CUDNN_STATUS_X"),
         (RuntimeError("CUDA: out of memory"), MissingDependency, "The GPU is out of memory"),
+        (
+            RuntimeError("fallback to CPU EP has been explicitly disabled"),
+            ConversionError,
+            "run part of it on the CPU(.|\n)*--target tensorrt",
+        ),
         (KeyError("bug in this program"), KeyError, "bug in this program"),
     ):
         with pytest.raises(kind, match=message), convert_errors("a batch of 8"):

@@ -15,14 +15,14 @@ import pytest
 from tests.artifacts import ArtifactCache
 from tests.each import each
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import RTX_TARGETS, Backend, Host, choose_backend, host_here
+from van_deploy.engine.backend import Backend, Host, choose_backend, detect_host
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.messages import BuildLog
-from van_deploy.engine.sidecar import verified_sidecar, write_sidecar
-from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.engine.sidecar import load_sidecar, write_sidecar
+from van_deploy.environment.hardware import RTX_TARGETS, nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
 from van_deploy.runners.base import check_input, select_profile
-from van_deploy.runners.tensorrt import TensorRtRunner, check_plan
+from van_deploy.runners.tensorrt import TensorRtRunner
 
 PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
 NO_DRIVER = nvidia_driver() is None
@@ -39,12 +39,12 @@ class Engine:
 @pytest.fixture(scope="module")
 def engine(artifact_cache: ArtifactCache, digits_onnx: Path) -> Engine:
     """Return an FP32 engine for the GPU here, or for an L4 where there is none."""
-    host = host_here()
+    host = detect_host()
     try:
         backend = choose_backend("auto", () if host.target else ("sm_89",), host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    targets = (host.target or "sm_89",) if backend.builds_for_absent_gpus else ()
+    targets = (host.target or "sm_89",) if backend.cross_compiles else ()
     options = BuildOptions(profiles=PROFILES, targets=targets, tf32=False)
 
     def make(folder: Path) -> None:
@@ -95,24 +95,23 @@ def test_unknown_swapped_and_foreign_plans_are_refused(
     plan = tmp_path / "e.plan"
     plan.write_bytes(engine.plan.read_bytes()[:-1])
     with pytest.raises(InputError, match="has no sidecar"):
-        check_plan(plan)
-    assert check_plan(plan, trust_engine=True) is None
-    sidecar = verified_sidecar(engine.plan)
+        TensorRtRunner(plan).__enter__()
+    sidecar = load_sidecar(engine.plan)
     write_sidecar(plan, sidecar)
     with pytest.raises(InputError, match="damaged or swapped"):
-        check_plan(plan, trust_engine=True)
+        TensorRtRunner(plan, trust_engine=True).__enter__()
     other = next(target for target in RTX_TARGETS if target not in sidecar.targets)
     other_host = Host("a GPU", other, None, "999.0", (99, 0))
-    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: other_host)
+    monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: other_host)
     with pytest.raises(MissingDependency) as caught:
-        check_plan(engine.plan)
+        TensorRtRunner(engine.plan).__enter__()
     assert f"this machine has {other} (a GPU)" in caught.value.message
     assert "ebuild" in caught.value.remedy
 
 
 @pytest.mark.skipif(not NO_DRIVER, reason="there is an NVIDIA driver here")
 def test_missing_gpu_is_reported(engine: Engine, tmp_path: Path) -> None:
-    with pytest.raises(MissingDependency, match="has no NVIDIA GPU that answers"):
+    with pytest.raises(MissingDependency, match="no NVIDIA GPU was found"):
         TensorRtRunner(engine.plan).__enter__()
     plan = Path(shutil.copy(engine.plan, tmp_path))  # without its sidecar
     trusting = TensorRtRunner(plan, trust_engine=True, backend=engine.backend.name)
@@ -135,7 +134,7 @@ def test_failed_runtime_creation_becomes_a_project_error(engine: Engine) -> None
 
     backend = replace(engine.backend, module=Module("tensorrt"))
     for make in (backend.runtime, backend.builder):
-        with pytest.raises(MissingDependency, match="none answers here"):
+        with pytest.raises(MissingDependency, match="no NVIDIA GPU with a recent"):
             make(BuildLog())
 
 
@@ -155,13 +154,13 @@ def test_host_code_is_allowed_only_for_version_compatible_plans(
 ) -> None:
     plan = tmp_path / "e.plan"
     plan.write_bytes(engine.plan.read_bytes())
-    sidecar = verified_sidecar(engine.plan)
+    sidecar = load_sidecar(engine.plan)
     options = sidecar.options.with_changes(version_compatible=version_compatible)
     write_sidecar(plan, sidecar.model_copy(update={"options": options}))
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
-    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)
+    monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: here)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
     monkeypatch.setattr(Backend, "runtime", lambda *_: (FakeRuntime(), None))
-    with pytest.raises(VanDeployError, match="does not load"):
+    with pytest.raises(VanDeployError, match="cannot load"):
         TensorRtRunner(plan).__enter__()
     assert FakeRuntime.allowed is version_compatible

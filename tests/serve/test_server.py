@@ -528,12 +528,12 @@ def test_invalid_api_keys_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = ServiceSettings(api_key_file=file)
     with pytest.raises(UsageError, match="cannot be read"):
         settings.api_key()
-    for content, message in ((b"two words", "holds no key"), (b"\xff", "cannot be read")):
+    for content, message in ((b"two words", "is not a key"), (b"\xff", "cannot be read")):
         file.write_bytes(content)
         with pytest.raises(UsageError, match=message):
             settings.api_key()
     monkeypatch.setenv("VAN_DEPLOY_API_KEY", "")
-    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' holds no key"):
+    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' is not a key"):
         ServiceSettings().api_key()
 
 

@@ -166,7 +166,7 @@ def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> 
 @each(
     ("words", "message"),
     [
-        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for processors"),
+        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for CPUs"),
         (
             ["--triton-release", "23.04"],
             f"Triton 23.04 is not known to load '{NAME}': Triton 23.04 has ONNX Runtime 1.14.1; it "

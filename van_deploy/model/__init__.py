@@ -1,8 +1,8 @@
-"""The network, its variants, and everything about getting weights into it.
+"""The network, its variants, and loading of its weights.
 
-``van`` is the network, and random weights for it; ``variants`` what is known without any
-weights; ``checkpoint.load_van`` the way from what a user asked for to a loaded network:
-``files`` finds and reads a weights file, ``keys`` its tensors' names, ``metadata`` and
-``processors`` what stands beside them; ``preprocess`` is the contract that travels with the
-weights; ``registry`` makes the variants known to timm.
+``van`` has the network and random weights; ``variants`` the architectures;
+``checkpoint.load_van`` loads a network: ``files`` locates and reads a weights file, ``keys``
+converts its tensors' names, ``metadata`` and ``processors`` read its metadata; ``preprocess``
+has the image preprocessing that belongs to the weights; ``registry`` registers the variants
+with timm.
 """

@@ -1,14 +1,13 @@
-"""A weights file: found on this machine or the hub, and read without running anything in it.
+"""Locate a weights file on this machine or the hub, and load it without executing code from it.
 
-:func:`find_weights` ends in a :class:`Found`: a file on this machine, its digest (checked
-against the one asked for), and the JSON that stands beside it. A folder and the weights file in
-it are the same. Downloads, caching, resuming and revisions are ``huggingface_hub``'s, with the
-mirror in ``HF_ENDPOINT`` if there is one and the user's token for gated repositories.
+:func:`find_weights` returns a :class:`WeightsFile`: a local file, its digest (compared with the
+expected one), and the JSON files beside it. A folder and the weights file in it are equivalent.
+``huggingface_hub`` does downloads, caching, resuming and revisions, with the mirror in
+``HF_ENDPOINT`` if it is set, and with the user's token for gated repositories.
 
-:func:`load_file` returns the tensors and what the file says about itself, or says in one
-sentence what is wrong. Pickles go through ``torch.load(weights_only=True)`` within the few
-harmless globals that training scripts leave beside their tensors, safetensors through their own
-reader.
+:func:`load_file` returns the tensors and metadata in a file. Pickles are loaded with
+``torch.load(weights_only=True)`` and a few harmless globals that training scripts save with their
+tensors; safetensors with their own reader.
 """
 
 from __future__ import annotations
@@ -36,229 +35,232 @@ from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.model.variants import cached_snapshot
 
-# What stands beside weights, by Transformers' and timm's names.
+# JSON files beside the weights, as Transformers and timm name them.
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 
 LICENCE = 'public weights: Apache-2.0; README: "for commercial use, please contact the authors"'
 _REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+))?")
-_UNKNOWN = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
-_PREFERRED = ("model.safetensors", "pytorch_model.bin")
-# Endings that make a word on the command line a path.
-WEIGHTS = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
-_PLAIN_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
+_NOT_FOUND_ERRORS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+_DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
+# A model argument that ends in one of these is a path.
+WEIGHTS_SUFFIX = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
+_GENERIC_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
-class Found(NamedTuple):
-    """A weights file on this machine and what stood beside it.
+class WeightsFile(NamedTuple):
+    """A weights file on this machine and the JSON files beside it.
 
     Attributes:
-        name: what to call the network: the file, or its folder or repository.
+        name: default name of the network, from the file, its folder or its repository.
         path: the file.
-        sha256: of its bytes; "" where it cannot be read.
-        beside: the ``config.json`` and ``preprocessor_config.json`` beside it, by name.
-        is_official: whether it came from the authors' own repositories on the hub.
-        notes: what the user should be told.
+        sha256: of its bytes; "" if it cannot be read.
+        configs: content of ``config.json`` and ``preprocessor_config.json`` beside it, by name.
+        is_official: whether it is from the authors' repositories on the hub.
+        notes: messages for the user.
     """
 
     name: str
     path: Path
     sha256: str
-    beside: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, Mapping[str, Any]]
     is_official: bool = False
     notes: tuple[str, ...] = ()
 
 
-def find_weights(word: str, expect_sha256: str | None = None, offline: bool = False) -> Found:
-    """Return the weights a word names: a path, a folder, or ``owner/name[@revision][:file]``.
+def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = False) -> WeightsFile:
+    """Return the weights file of a path, a folder, or ``owner/name[@revision][:file]``.
 
     Args:
-        word: which; without a file, the one in the folder or repository that can be meant.
-        expect_sha256: what the digest must be.
-        offline: use only what is in the cache (also ``HF_HUB_OFFLINE=1``).
+        spec: the location; without a file, the only weights file of the folder or repository.
+        expect_sha256: expected digest.
+        offline: use only files in the cache (also ``HF_HUB_OFFLINE=1``).
 
     Raises:
-        UsageError: the word is none of these, or several files could be meant.
+        UsageError: ``spec`` is none of these, or there are several weights files.
         CheckpointError: the JSON beside the weights cannot be read.
-        DownloadError: no network, no such repository or file, no permission, no room, or
-            another digest than the hub announced or than asked for.
+        DownloadError: no network, repository, file, permission or disk space, or the digest
+            is not the one that the hub announced or the expected one.
     """
-    path, repo, what = Path(word).expanduser(), _REPO.fullmatch(word), word
-    stem, official, told = WEIGHTS.sub("", path.name), False, ""
-    is_file = path.exists() or (WEIGHTS.search(word) and not (repo and repo["file"]))
+    path, repo, source = Path(spec).expanduser(), _REPO.fullmatch(spec), spec
+    stem, official, note = WEIGHTS_SUFFIX.sub("", path.name), False, ""
+    is_file = path.exists() or (WEIGHTS_SUFFIX.search(spec) and not (repo and repo["file"]))
     if path.is_dir():
         stem = path.resolve().name
-        path /= _chosen_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
-    elif is_file or word.startswith((".", "/", "~")):
-        stem = path.resolve().parent.name if stem.lower() in _PLAIN_STEMS else stem
+        path /= _select_weights_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
+    elif is_file or spec.startswith((".", "/", "~")):
+        stem = path.resolve().parent.name if stem.lower() in _GENERIC_STEMS else stem
     elif repo is None:
-        wrong = f"'{word}' is neither a file that is here, nor a repository, nor 'random'."
+        wrong = f"'{spec}' is not an existing file, a repository (owner/name) or 'random'."
         raise UsageError(wrong, "Give a path, a Hugging Face repository (owner/name), or random.")
     else:
         owner, _, stem = repo["repo"].partition("/")
-        path, told = _downloaded(repo["repo"], repo["revision"] or "main", repo["file"], offline)
+        path, note = _download(repo["repo"], repo["revision"] or "main", repo["file"], offline)
         official = owner.lower() == "visual-attention-network"
-        what = f"{repo['repo']}/{path.name}"
-    digest, blob, beside = "", path.resolve(), list[Path]()
-    with contextlib.suppress(OSError):  # reading it says what is wrong
+        source = f"{repo['repo']}/{path.name}"
+    digest, blob, configs = "", path.resolve(), list[Path]()
+    with contextlib.suppress(OSError):  # load_file reports the error
         digest = file_sha256(path)
-        beside = [file for file in (path.parent / CONFIG, path.parent / PROCESSOR) if file.exists()]
+        files = (path.parent / CONFIG, path.parent / PROCESSOR)
+        configs = [file for file in files if file.exists()]
     # The hub names large files' blobs by their SHA-256.
     if digest and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
-        with contextlib.suppress(OSError):  # a cache that may only be read
+        with contextlib.suppress(OSError):  # the cache may be read-only
             blob.unlink()
-        wrong = f"{what} is damaged: the hub announced the SHA-256 {blob.name}, it has {digest}."
-        raise DownloadError(wrong, f"Remove {blob} if it is still there, and try again.")
+        wrong = f"{source} is damaged: its SHA-256 is {digest}, the hub announced {blob.name}."
+        raise DownloadError(wrong, f"Remove {blob} if it still exists, and try again.")
     if digest and expect_sha256 and digest != expect_sha256.lower():
-        wrong = (
-            f"{what} is another file: its SHA-256 is {digest}, the expected one {expect_sha256}."
-        )
-        raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or get the file again.")
+        wrong = f"{source} is another file: its SHA-256 is {digest}, expected: {expect_sha256}."
+        raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or download the file again.")
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
-    notes = tuple(filter(None, (told, LICENCE if official else "")))
-    return Found(name, path, digest, {f.name: _json_object(f) for f in beside}, official, notes)
+    notes = tuple(filter(None, (note, LICENCE if official else "")))
+    contents = {file.name: _read_json_object(file) for file in configs}
+    return WeightsFile(name, path, digest, contents, official, notes)
 
 
-def _chosen_file(names: Iterable[str], where: str) -> str:
+def _select_weights_file(names: Iterable[str], folder: str) -> str:
     """Return ``model.safetensors``, else ``pytorch_model.bin``, else the only weights file."""
     names = sorted(names)
-    found = [n for n in _PREFERRED if n in names][:1] or [n for n in names if WEIGHTS.search(n)]
-    if len(found) != 1:
-        few = ", ".join((found or names)[:10])
-        wrong = f"{where[:-1]} has {len(found)} weights files that PyTorch can read, among {few}."
-        raise UsageError(wrong, f"Say which, such as {where}{(found or ['weights.pth'])[0]}.")
-    return found[0]
+    candidates = [name for name in _DEFAULT_FILES if name in names][:1]
+    candidates = candidates or [name for name in names if WEIGHTS_SUFFIX.search(name)]
+    if len(candidates) != 1:
+        files = ", ".join((candidates or names)[:10])
+        wrong = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
+        example = folder + (candidates or ["weights.pth"])[0]
+        raise UsageError(wrong, f"Select one, such as {example}.")
+    return candidates[0]
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(read_text_file(file)))
     except (OSError, ValueError, TypeError) as error:
         wrong = f"The file {file} cannot be read: {error}."
-        raise CheckpointError(wrong, "Correct it, or take it out of the folder.") from None
+        raise CheckpointError(wrong, "Correct it, or remove it from the folder.") from None
 
 
 # --- the hub ---------------------------------------------------------------------------------
 
 
-def _downloaded(repo_id: str, revision: str, wanted: str | None, offline: bool) -> tuple[Path, str]:
-    """Return a repository's weights, and the JSON beside them, in the cache; and what to tell."""
+def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> tuple[Path, str]:
+    """Download a repository's weights and the JSON beside them; return their path and a note."""
     api = huggingface_hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-    snapshot, told = cached_snapshot(repo_id, revision), ""
+    snapshot, note = cached_snapshot(repo_id, revision), ""
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
-    is_here = snapshot.name == revision and wanted in names  # a commit never changes
-    offline = offline or constants.HF_HUB_OFFLINE or is_here
+    is_cached = snapshot.name == revision and file in names  # a commit never changes
+    offline = offline or constants.HF_HUB_OFFLINE or is_cached
     try:
         try:
             siblings = () if offline else api.model_info(repo_id, revision=revision).siblings
             names = [sibling.rfilename for sibling in siblings or ()] or names
-        except Exception as error:  # of whatever the network is made of
-            if not names or isinstance(error, _UNKNOWN):
+        except Exception as error:  # network libraries raise many types
+            if not names or isinstance(error, _NOT_FOUND_ERRORS):
                 raise
-            offline, why = True, str(error).strip().partition("\n")[0]
-            told = f"the copy in the cache, since the hub cannot be asked: {why}"
-        chosen = wanted or (_chosen_file(names, f"{repo_id}:") if names else _PREFERRED[0])
-        folder = chosen[: chosen.rfind("/") + 1]
-        beside = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
+            offline, reason = True, str(error).strip().partition("\n")[0]
+            note = f"the cached copy is used, since the hub is not available: {reason}"
+        selected = file or (
+            _select_weights_file(names, f"{repo_id}:") if names else _DEFAULT_FILES[0]
+        )
+        folder = selected[: selected.rfind("/") + 1]
+        configs = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
         get = partial(api.hf_hub_download, repo_id, revision=revision, local_files_only=offline)
-        path, *_ = map(get, (chosen, *beside))
-        return Path(path), told
+        path, *_ = map(get, (selected, *configs))
+        return Path(path), note
     except UsageError:
         raise
     except Exception as error:
-        # The next download begins with a new connection: this one's may be half dead.
-        getattr(huggingface_hub, "close_session", lambda: None)()  # from huggingface_hub 1 on
+        # A broken connection may stay in the pool, so the next download opens a new one.
+        getattr(huggingface_hub, "close_session", lambda: None)()  # since huggingface_hub 1
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-        what, cache = f"{repo_id}/{wanted}" if wanted else repo_id, constants.HF_HUB_CACHE
+        name, cache = f"{repo_id}/{file}" if file else repo_id, constants.HF_HUB_CACHE
         raise DownloadError(
-            f"{what} could not be had from {api.endpoint} or the cache ({cache}): {reason}",
-            "Check its name, --offline, HF_ENDPOINT, the network and room on the disk; if it is "
+            f"{name} is not available from {api.endpoint} or the cache ({cache}): {reason}",
+            "Check its name, --offline, HF_ENDPOINT, the network and the disk space; if it is "
             "private or gated: `hf auth login`. Or pass a file with --weights FILE.",
         ) from None
 
 
 # --- reading ---------------------------------------------------------------------------------
 
-_SAVE = "Save the weights, with torch.save(model.state_dict(), 'weights.pth')."
-_AGAIN = f"If it is damaged or truncated, get it again. If it holds something else: {_SAVE}"
-# A VAN-B6 has 3,000 tensors and its optimizer twice as many; PyTorch unpacks to the file's size.
-_MOST_ENTRIES, _MOST_UNPACKED = 30_000, 8
+_SAVE_HINT = "Save the weights with torch.save(model.state_dict(), 'weights.pth')."
+_DAMAGED_HINT = f"If it is damaged or truncated, download it again. Otherwise: {_SAVE_HINT}"
+# A VAN-B6 has 3,000 tensors and its optimizer twice as many; torch.save does not compress.
+_MAX_ENTRIES, _MAX_UNPACK_RATIO = 30_000, 8
 
 
 def load_file(path: Path) -> Mapping[Any, Any]:
-    """Return what a weights file holds: tensors, mappings of them, and plain values.
+    """Return the content of a weights file: tensors, mappings of tensors, and plain values.
 
-    ``path`` is a pickle of PyTorch's, zipped or not, or a safetensors file, whose metadata
-    stands beside the tensors; the content decides, not the name.
+    ``path`` is a PyTorch pickle, zipped or not, or a safetensors file, whose metadata is
+    merged with its tensors. The format is detected from the content.
 
     Raises:
-        CheckpointError: the file cannot be read, is something else, or wants to run code.
+        CheckpointError: the file cannot be read, has another format, or would execute code.
     """
     try:
         require_regular_file(path)
         with path.open("rb") as file:
             head = file.read(40)
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error, "Check its path and permissions.") from None
+        raise _read_error(path, error, "Check its path and permissions.") from None
     if head[8:9] == b"{":
-        return _from_safetensors(path)
+        return _load_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
         wrong = f"The file {path} is not a checkpoint: it begins with {head!r}."
-        what = "b'<' begins a web page, b'version https://git-lfs' a Git LFS pointer"
-        raise CheckpointError(wrong, f"Pass a file of torch.save or safetensors ({what}).")
-    loaded = _from_pickle(path, mapped=head.startswith(b"PK") and _is_stored(path))
-    if isinstance(loaded, Mapping):
-        return loaded
-    what = type(loaded).__name__
-    raise CheckpointError(f"The file {path} holds a {what}, not a state dict.", _SAVE)
+        hint = "b'<' begins a web page, b'version https://git-lfs' a Git LFS pointer"
+        raise CheckpointError(wrong, f"Pass a file of torch.save or safetensors ({hint}).")
+    content = _load_pickle(path, mmap=head.startswith(b"PK") and _is_uncompressed_zip(path))
+    if isinstance(content, Mapping):
+        return content
+    kind = type(content).__name__
+    raise CheckpointError(f"The file {path} contains a {kind}, not a state dict.", _SAVE_HINT)
 
 
-def _unreadable(path: Path, why: object, remedy: str = _AGAIN) -> CheckpointError:
-    why = getattr(why, "strerror", None) or why
-    return CheckpointError(f"The checkpoint {path} cannot be read: {why}.", remedy)
+def _read_error(path: Path, reason: object, remedy: str = _DAMAGED_HINT) -> CheckpointError:
+    reason = getattr(reason, "strerror", None) or reason
+    return CheckpointError(f"The checkpoint {path} cannot be read: {reason}.", remedy)
 
 
-def _from_safetensors(path: Path) -> dict[str, Any]:
+def _load_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            found: dict[str, Any] = dict(file.metadata() or {})
+            metadata: dict[str, Any] = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise _unreadable(path, error) from None
-    for name, text in found.items():
+        raise _read_error(path, error) from None
+    for name, text in metadata.items():
         with contextlib.suppress(ValueError):
-            found[name] = parse_json(text)
-    return found | tensors
+            metadata[name] = parse_json(text)
+    return metadata | tensors
 
 
-def _is_stored(path: Path) -> bool:
-    """Return whether an archive's tensors lie there as they are, uncompressed.
+def _is_uncompressed_zip(path: Path) -> bool:
+    """Return whether all entries of a zip archive are stored uncompressed.
 
     Raises:
-        CheckpointError: the archive is damaged, or would fill the memory.
+        CheckpointError: the archive is damaged, or a decompression bomb.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        what = f"it begins as a zip archive and is not a whole one ({error})"
-        raise _unreadable(path, what) from None
+        raise _read_error(path, f"it is an incomplete zip archive ({error})") from None
     unpacked = sum(entry.file_size for entry in entries)
-    if len(entries) > _MOST_ENTRIES or unpacked > _MOST_UNPACKED * path.stat().st_size:
+    if len(entries) > _MAX_ENTRIES or unpacked > _MAX_UNPACK_RATIO * path.stat().st_size:
         claim = f"it claims to unpack to {unpacked:,} bytes in {len(entries):,} entries"
-        raise _unreadable(path, claim)
+        raise _read_error(path, claim)
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
-def _from_pickle(path: Path, *, mapped: bool) -> Any:
-    """Return what ``torch.save`` wrote, tensors and plain values only.
+def _load_pickle(path: Path, *, mmap: bool) -> Any:
+    """Return the content of a ``torch.save`` file, restricted to tensors and plain values.
 
-    The plain values are what the official files hold (``Namespace``), timm's metrics (NumPy's
-    scalars) and mmengine's training log (``HistoryBuffer``, for which a ``Namespace`` stands in).
-    With ``mapped`` the tensors stay on the disk until they are used; only for zip archives
-    whose entries are stored uncompressed.
+    The plain values include those of the official files (``Namespace``), of timm's metrics
+    (NumPy scalars) and of mmengine's training log (``HistoryBuffer``, loaded as ``Namespace``).
+    With ``mmap`` tensors are read from the disk on first use, which needs a zip archive
+    with uncompressed entries.
 
     Raises:
-        CheckpointError: the pickle wants to run something, or cannot be read.
+        CheckpointError: the pickle would execute code, or cannot be read.
     """
     reconstruct, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
     log = (argparse.Namespace, "mmengine.logging.history_buffer.HistoryBuffer")
@@ -267,20 +269,20 @@ def _from_pickle(path: Path, *, mapped: bool) -> Any:
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about protocols; an error follows where it matters
+        warnings.simplefilter("ignore")  # of pickle protocols; those that matter are errors too
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as error:  # whatever a damaged pickle makes torch.load raise
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except Exception as error:  # a damaged pickle makes torch.load raise many types
             message = str(error).strip() or type(error).__name__
             refused = isinstance(error, pickle.UnpicklingError)
     if not refused:
-        raise _unreadable(path, message.splitlines()[0])
-    wanted = re.findall(r"GLOBAL\s+([\w.]+)", message)[:1]
-    with contextlib.suppress(Exception):  # no zip, or damaged: the first one is all there is
-        more = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        wanted += sorted(set(more) - set(wanted))
-    if not wanted:
-        raise _unreadable(path, "its pickle is not one that torch.save writes")
-    wants = ", ".join(wanted[:3])
-    wrong = f"{path} is refused: its pickle wants {wants}, and loading it would run code."
-    raise CheckpointError(wrong, f"If you trust it, open it in the program that made it. {_SAVE}")
+        raise _read_error(path, message.splitlines()[0])
+    unsafe = re.findall(r"GLOBAL\s+([\w.]+)", message)[:1]
+    with contextlib.suppress(Exception):  # not a zip archive, or damaged: only the first is known
+        others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        unsafe += sorted(set(others) - set(unsafe))
+    if not unsafe:
+        raise _read_error(path, "its pickle was not written by torch.save")
+    names = ", ".join(unsafe[:3])
+    wrong = f"{path} is refused: its pickle imports {names}, so loading it would execute code."
+    raise CheckpointError(wrong, f"If you trust it, open it in its own program. {_SAVE_HINT}")

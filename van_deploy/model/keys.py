@@ -1,4 +1,4 @@
-"""Tensor names of the three formats VAN weights come in: found, told apart, translated.
+"""Tensor names of the three VAN checkpoint formats: detection and conversion.
 
 ========  ==============================================  ==========================
 format    written by                                      a name
@@ -8,9 +8,9 @@ transformers  ``VanForImageClassification`` (up to 4.x)   ``van.encoder.stages.0
 mmpretrain  ``mmpretrain/models/backbones/van.py``        ``backbone.blocks1.0.attn.proj_1…``
 ========  ==============================================  ==========================
 
-A network is found by its Large Kernel Attention, whatever stands before its
-names: ``module.``, ``_orig_mod.``, ``model.``, ``net.`` or anything else. Nothing
-is dropped unnamed: a tensor is the network's, is listed in a note, or stops the load.
+A network is detected by its Large Kernel Attention, with any prefix: ``module.``,
+``_orig_mod.``, ``model.``, ``net.`` or another. No tensor is dropped silently: each one
+belongs to the network, is listed in a note, or is an error.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from van_deploy.model.variants import STAGES
 
 FORMATS = ("official", "transformers", "mmpretrain")
 
-# What stands before a block's modules; {s} is the stage from 1, {z} from 0, {b} the block.
-_BLOCK = ("block{s}.{b}.", "encoder.stages.{z}.layers.{b}.", "blocks{s}.{b}.")
-_GATE, _DEEP = "attn.spatial_gating_unit", "attention.attention_layer.attention"
-# One row a module or bare parameter, its name in each of FORMATS.
-_LKA = (f"{_GATE}.conv_spatial", f"{_DEEP}.depth_wise_dilated", f"{_GATE}.DW_D_conv")
-_OF_A_BLOCK = (
+# Prefix of a block's modules; {s} is the stage from 1, {z} the stage from 0, {b} the block.
+_BLOCK_PREFIXES = ("block{s}.{b}.", "encoder.stages.{z}.layers.{b}.", "blocks{s}.{b}.")
+_SGU, _HF_LKA = "attn.spatial_gating_unit", "attention.attention_layer.attention"
+# Each row is a module or a bare parameter: its name in each of FORMATS.
+_DILATED_CONV = (f"{_SGU}.conv_spatial", f"{_HF_LKA}.depth_wise_dilated", f"{_SGU}.DW_D_conv")
+_BLOCK_MODULES = (
     ("norm1", "pre_normomalization", "norm1"),
     ("attn.proj_1", "attention.pre_projection.conv", "attn.proj_1"),
-    (f"{_GATE}.conv0", f"{_DEEP}.depth_wise", f"{_GATE}.DW_conv"),
-    _LKA,
-    (f"{_GATE}.conv1", f"{_DEEP}.point_wise", f"{_GATE}.conv1"),
+    (f"{_SGU}.conv0", f"{_HF_LKA}.depth_wise", f"{_SGU}.DW_conv"),
+    _DILATED_CONV,
+    (f"{_SGU}.conv1", f"{_HF_LKA}.point_wise", f"{_SGU}.conv1"),
     ("attn.proj_2", "attention.post_projection", "attn.proj_2"),
     ("layer_scale_1", "attention_scaling.weight", "layer_scale_1"),
     ("norm2", "post_normalization", "norm2"),
@@ -46,181 +46,185 @@ _OF_A_BLOCK = (
     ("mlp.fc2", "mlp.out_dense", "mlp.fc2"),
     ("layer_scale_2", "mlp_scaling.weight", "layer_scale_2"),
 )
-_OF_A_STAGE = (
+_STAGE_MODULES = (
     ("patch_embed{s}.proj", "{t}.embeddings.convolution", "patch_embed{s}.projection"),
     ("patch_embed{s}.norm", "{t}.embeddings.normalization", "patch_embed{s}.norm"),
     ("norm{s}", "{t}.normalization", "norm{s}"),
 )
-_NUMBERS = {"s": "([1-4])", "z": "([0-3])", "b": "(0|[1-9][0-9]{0,5})"}
-_ANCHORS = {  # what stands before a block's dilated convolution, its stage and its number
-    source: re.compile("(.*\\.|)" + f"{block}{lka}.weight".replace(".", r"\.").format(**_NUMBERS))
-    for source, block, lka in zip(FORMATS, _BLOCK, _LKA, strict=True)
+_INDICES = {"s": "([1-4])", "z": "([0-3])", "b": "(0|[1-9][0-9]{0,5})"}
+_ANCHORS = {  # match the name of a dilated convolution: its prefix, stage and block
+    name: re.compile("(.*\\.|)" + f"{block}{conv}.weight".replace(".", r"\.").format(**_INDICES))
+    for name, block, conv in zip(FORMATS, _BLOCK_PREFIXES, _DILATED_CONV, strict=True)
 }
-# What a backbone's prefix ends in, and where the head is once that is taken off.
+# For each of FORMATS, the end of a backbone's prefix, and the name of the head without that end.
 _HEADS = (("", "head"), ("van.", "classifier"), ("backbone.", "head.fc"))
 
-# Left by training beside a network, and no part of it.
-_IDLE = re.compile(
+# Tensors that training scripts save with a network and that inference does not use.
+_IGNORED = re.compile(
     r"(.*\.)?(n_averaged|total_ops|total_params)"
     r"|(criterion|.*loss|(train|val|valid|test)_\w+|\w*(metric|accuracy|acc|f1|auroc)s?)(\..+|$)"
 )
-# What stands beside a backbone in OpenMMLab's segmenters and detectors.
-_BESIDE_A_BACKBONE = re.compile(r"(neck|panoptic_\w+|\w+_head)\b")
+# The other modules of OpenMMLab's segmenters and detectors.
+_NECKS_AND_HEADS = re.compile(r"(neck|panoptic_\w+|\w+_head)\b")
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
 TOP_LEVEL = "top level"
 
 
-class Network(NamedTuple):
+class DetectedNetwork(NamedTuple):
     """A VAN, or a part of one, among the tensors of a file.
 
     Attributes:
-        place: keys of the mapping it is in, joined by dots; "" for the top level.
-        tensors: all that are in this mapping.
-        source: one of :data:`FORMATS`.
-        prefix: what stands before its names.
-        blocks: stage, from 1, and number of each of its blocks.
+        path: keys of its mapping, joined by dots; "" for the top level.
+        tensors: all tensors of this mapping.
+        format: one of :data:`FORMATS`.
+        prefix: of its tensors' names.
+        blocks: stage, from 1, and index of each of its blocks.
     """
 
-    place: str
+    path: str
     tensors: Mapping[str, Tensor]
-    source: str
+    format: str
     prefix: str
     blocks: set[tuple[int, str]]
 
     @property
     def container(self) -> str:
-        """What ``--container`` takes for this one, its head included."""
-        prefix = self.prefix.removesuffix(_HEADS[FORMATS.index(self.source)][0])
-        return ".".join(filter(None, (self.place, prefix.rstrip(".")))) or TOP_LEVEL
+        """The ``--container`` option that selects this network and its head."""
+        prefix = self.prefix.removesuffix(_HEADS[FORMATS.index(self.format)][0])
+        return ".".join(filter(None, (self.path, prefix.rstrip(".")))) or TOP_LEVEL
 
 
-class Weights(NamedTuple):
-    """What was read from a weights file.
+class Checkpoint(NamedTuple):
+    """The network and the metadata read from a weights file.
 
     Attributes:
-        tensors: official names to contiguous float32 tensors, none of them sharing memory
-            with the file; BatchNorm's counters, of no meaning at inference, are left out.
-        format: the format the names were in.
-        container: where in the file they were, keys joined by dots, or ``top level``.
-        inside: everything the file holds, beside these tensors what it says about itself.
-        notes: what the user should be told.
+        tensors: official names to contiguous float32 tensors that share no memory with the
+            file; BatchNorm's counters, which inference does not use, are omitted.
+        format: one of :data:`FORMATS`, that of the names in the file.
+        container: path of the tensors in the file, keys joined by dots, or ``top level``.
+        content: everything in the file: tensors and metadata.
+        notes: messages for the user.
     """
 
     tensors: dict[str, Tensor]
     format: str
     container: str
-    inside: Mapping[Any, Any]
+    content: Mapping[Any, Any]
     notes: tuple[str, ...]
 
 
-def find_network(loaded: Mapping[Any, Any], container: str | None) -> tuple[Network, str]:
-    """Return a file's one network, and what should be told, if anything.
+def find_network(
+    content: Mapping[Any, Any], container: str | None
+) -> tuple[DetectedNetwork, tuple[str, ...]]:
+    """Return the only network in a file, and notes for the user.
 
     Args:
-        loaded: the file's content.
-        container: which mapping of tensors to take: its keys joined by dots, and behind
-            them, if need be, the beginning of the tensors' names (``state_dict.student``).
-            By default the one that holds a VAN, averaged weights before others.
+        content: of the file.
+        container: the mapping of tensors to use: its keys joined by dots, optionally followed
+            by a prefix of the tensors' names (``state_dict.student``). By default the mapping
+            that contains a VAN; averaged weights are preferred.
 
     Raises:
         CheckpointError: there is no network.
         UsageError: there is no such ``container``, or there are several networks.
     """
-    places = dict(_places(loaded))
+    mappings = dict(_tensor_mappings(content))
     if container not in (None, TOP_LEVEL):
-        every = [(f"{p}.{n}" if p else n, n, t) for p, ts in places.items() for n, t in ts.items()]
-        below = {name: t for whole, name, t in every if whole.startswith(f"{container}.")}
-        inside = places.get(container) or below
-        if not inside:
-            held = (f"{place or TOP_LEVEL} ({len(held)})" for place, held in places.items())
+        every = [
+            (f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()
+        ]
+        prefixed = {name: t for full, name, t in every if full.startswith(f"{container}.")}
+        selected = mappings.get(container) or prefixed
+        if not selected:
+            available = (f"{path or TOP_LEVEL} ({len(ts)})" for path, ts in mappings.items())
             wrong = f"The checkpoint has no tensors under '{container}'."
-            raise UsageError(wrong, f"It has tensors in: {', '.join(held)}.")
-        places = {container: inside}
-    parts: dict[tuple[str, str, str], Network] = {}
-    for place, (source, anchor) in itertools.product(places, _ANCHORS.items()):
-        for match in filter(None, map(anchor.fullmatch, places[place])):
+            raise UsageError(wrong, f"It has tensors in: {', '.join(available)}.")
+        mappings = {container: selected}
+    networks: dict[tuple[str, str, str], DetectedNetwork] = {}
+    for path, (name, anchor) in itertools.product(mappings, _ANCHORS.items()):
+        for match in filter(None, map(anchor.fullmatch, mappings[path])):
             prefix, stage, block = match.groups()
-            part = Network(place, places[place], source, prefix, set())
-            part = parts.setdefault((place, source, prefix), part)
-            part.blocks.add((int(stage) + (source == "transformers"), block))
-    found = list(parts.values())
-    if not found:
-        names = max(map(list, places.values()), key=len, default=[])
-        wrong = f"The checkpoint is no VAN: {len(names)} tensors begin with {_listed(names, 5)}."
-        raise CheckpointError(wrong, "Pass a VAN's (official, Transformers or mmpretrain names).")
-    whole = [network for network in found if len({stage for stage, _ in network.blocks}) == STAGES]
-    several = whole or found
-    averaged = [network for network in several if _AVERAGED.search(network.place)]
-    chosen = averaged if len(averaged) == 1 else several
-    if len(chosen) > 1:
-        told = ", ".join(f"{one.source} names under '{one.container}'" for one in chosen)
-        choices = " or --container ".join(one.container for one in chosen)
-        wrong = f"The checkpoint holds several networks, or one in mixed formats: {told}."
-        remedy = f"Say which: --container {choices}; or save one network's state dict."
-        raise (UsageError if whole else CheckpointError)(wrong, remedy)
-    others = ", ".join(one.container for one in several if one is not chosen[0])
-    note = f"the file also holds {others}: the averaged weights were taken (--container)"
-    return chosen[0], note if others else ""
+            network = DetectedNetwork(path, mappings[path], name, prefix, set())
+            network = networks.setdefault((path, name, prefix), network)
+            network.blocks.add((int(stage) + (name == "transformers"), block))
+    detected = list(networks.values())
+    if not detected:
+        names = max(map(list, mappings.values()), key=len, default=[])
+        wrong = f"The checkpoint is not a VAN ({len(names)} tensors: {_join_names(names, 5)})."
+        raise CheckpointError(wrong, "Pass a VAN with official, Transformers or mmpretrain names.")
+    complete = [n for n in detected if len({stage for stage, _ in n.blocks}) == STAGES]
+    candidates = complete or detected
+    averaged = [network for network in candidates if _AVERAGED.search(network.path)]
+    selection = averaged if len(averaged) == 1 else candidates
+    if len(selection) > 1:
+        places = ", ".join(f"{one.format} names under '{one.container}'" for one in selection)
+        choices = " or --container ".join(one.container for one in selection)
+        wrong = f"The checkpoint contains several networks, or one in mixed formats: {places}."
+        remedy = f"Select one: --container {choices}; or save one network's state dict."
+        raise (UsageError if complete else CheckpointError)(wrong, remedy)
+    others = ", ".join(one.container for one in candidates if one is not selection[0])
+    note = f"the file also contains {others}: the averaged weights are used (--container)"
+    return selection[0], (note,) if others else ()
 
 
-def _places(
-    value: Mapping[Any, Any], where: str = "", depth: int = 2
+def _tensor_mappings(
+    value: Mapping[Any, Any], path: str = "", depth: int = 2
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the tensors of every mapping that has some, and the keys that lead to it.
+    """Yield the path and the tensors of every mapping that contains tensors.
 
-    BatchNorm's counters, of no meaning at inference, are left out.
+    BatchNorm's counters, which inference does not use, are omitted.
     """
     tensors = {str(key): inner for key, inner in value.items() if isinstance(inner, Tensor)}
     if tensors:
-        yield where, {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
+        yield path, {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
     for key, inner in value.items():
         if depth and isinstance(inner, Mapping) and isinstance(key, str):
-            yield from _places(inner, f"{where}.{key}" if where else key, depth - 1)
+            yield from _tensor_mappings(inner, f"{path}.{key}" if path else key, depth - 1)
 
 
-def official_names(network: Network) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the official name of each tensor of a network by its own, and notes.
+def official_names(network: DetectedNetwork) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the official name of each tensor by its name in the file, and notes for the user.
 
     Raises:
-        CheckpointError: there are tensors beside the network whose part is unknown.
+        CheckpointError: the file has tensors that are neither the network's nor known leftovers.
     """
-    source, prefix, column = network.source, network.prefix, FORMATS.index(network.source)
-    modules: dict[str, str] = {}  # and bare parameters: their official names by their own
+    prefix, column = network.prefix, FORMATS.index(network.format)
+    modules: dict[str, str] = {}  # and bare parameters: names in the file to official names
     for stage, block in network.blocks:
-        at = {"s": stage, "z": stage - 1, "b": block, "t": f"encoder.stages.{stage - 1}"}
-        ours, theirs = _BLOCK[0].format(**at), _BLOCK[column].format(**at)
-        modules |= {theirs + row[column]: ours + row[0] for row in _OF_A_BLOCK}
-        modules |= {row[column].format(**at): row[0].format(**at) for row in _OF_A_STAGE}
-    ending, head = _HEADS[column]
-    root = f"{prefix.removesuffix(ending)}{head}." if prefix.endswith(ending) else None
-    official: dict[str, str] = {}
-    idle: list[str] = []  # also Transformers' last LayerNorm, which it does not compute with
-    strays: list[str] = []
+        index = {"s": stage, "z": stage - 1, "b": block, "t": f"encoder.stages.{stage - 1}"}
+        official, own = (_BLOCK_PREFIXES[i].format(**index) for i in (0, column))
+        modules |= {own + row[column]: official + row[0] for row in _BLOCK_MODULES}
+        modules |= {row[column].format(**index): row[0].format(**index) for row in _STAGE_MODULES}
+    suffix, head = _HEADS[column]
+    head_prefix = f"{prefix.removesuffix(suffix)}{head}." if prefix.endswith(suffix) else None
+    names: dict[str, str] = {}
+    ignored: list[str] = []  # also Transformers' last LayerNorm, which its forward does not use
+    unknown: list[str] = []
     for name in network.tensors:
-        inner, is_ours = name.removeprefix(prefix), name.startswith(prefix)
+        inner, has_prefix = name.removeprefix(prefix), name.startswith(prefix)
         module, _, parameter = inner.rpartition(".")
-        if is_ours and (inner in modules or module in modules):
-            official[name] = modules.get(inner) or f"{modules[module]}.{parameter}"
-        elif root and name.startswith(root):
-            official[name] = f"head.{name.removeprefix(root)}"
+        if has_prefix and (inner in modules or module in modules):
+            names[name] = modules.get(inner) or f"{modules[module]}.{parameter}"
+        elif head_prefix and name.startswith(head_prefix):
+            names[name] = f"head.{name.removeprefix(head_prefix)}"
         else:
-            unused = is_ours and source == "transformers" and module == "layernorm"
-            (idle if unused or _IDLE.fullmatch(inner) else strays).append(name)
+            unused = has_prefix and network.format == "transformers" and module == "layernorm"
+            (ignored if unused or _IGNORED.fullmatch(inner) else unknown).append(name)
     notes = []
-    if not any(name.startswith("head.") for name in official.values()):
-        notes.append(f"a backbone ({source} names), without a classification head")
-        idle += filter(_BESIDE_A_BACKBONE.match, strays)
-        strays = [name for name in strays if name not in idle]
-    if strays:
-        alone = f", or name its own alone: --container {network.container}" if prefix else ""
-        wrong = f"The checkpoint holds tensors beside the VAN's: {_listed(strays)}."
-        raise CheckpointError(wrong, f"Save the state dict of one whole VAN{alone}.")
-    if idle:
-        notes.append(f"in the file, but no part of the network; left out: {_listed(idle)}")
-    return official, tuple(notes)
+    if not any(name.startswith("head.") for name in names.values()):
+        notes.append(f"a backbone ({network.format} names), without a classification head")
+        ignored += filter(_NECKS_AND_HEADS.match, unknown)
+        unknown = [name for name in unknown if name not in ignored]
+    if unknown:
+        select = f", or select it with --container {network.container}" if prefix else ""
+        wrong = f"The checkpoint contains tensors that are not the VAN's: {_join_names(unknown)}."
+        raise CheckpointError(wrong, f"Save the state dict of one complete VAN{select}.")
+    if ignored:
+        notes.append(f"tensors in the file that are not the network's: {_join_names(ignored)}")
+    return names, tuple(notes)
 
 
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names, each cut to 200 characters, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name[:200] for name in names[:most]) + more
+def _join_names(names: Sequence[str], limit: int = 10) -> str:
+    """Return the first names, each cut to 200 characters, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(name[:200] for name in names[:limit]) + more

@@ -1,16 +1,16 @@
-"""What stands beside the tensors: the one reader of it.
+"""Read the metadata of a checkpoint: from the file itself and the JSON files beside it.
 
-A state dict does not hold strides, LayerNorm's ``eps``, the meaning of the
-logits, the preprocessing or the classes. They are in the file itself (a
-training script's ``args``, ``class_to_idx``, mmpretrain's ``meta``, safetensors
-metadata) and in the ``config.json`` and ``preprocessor_config.json`` beside it.
-Every field that changes the network, its input or the meaning of its output is
-used, or refused by name; what was taken is in the notes.
+A state dict does not contain strides, LayerNorm's ``eps``, the meaning of the
+logits, the preprocessing or the class names. They are in the file (a training
+script's ``args``, ``class_to_idx``, mmpretrain's ``meta``, safetensors metadata)
+and in the ``config.json`` and ``preprocessor_config.json`` beside it. Every field
+that changes the network, its input or the meaning of its output is used, or is
+an error that names it; notes list the values used.
 
-For the authors' own Transformers conversions the JSON is known to be wrong: the
-conversion script pushed ConvNeXt's processor beside weights trained with
-0.5/0.5/0.9 (VAN-Classification issues 2 and 16). There the official values are
-used and the difference is pointed out.
+The JSON of the authors' own Transformers conversions is known to be incorrect:
+the conversion script uploaded ConvNeXt's processor with weights trained with
+0.5/0.5/0.9 (VAN-Classification issues 2 and 16). For these repositories the
+official values are used, and a note shows the difference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,29 +27,37 @@ from timm.models import PretrainedCfg
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model import processors
-from van_deploy.model.files import CONFIG, PROCESSOR, Found
-from van_deploy.model.keys import Weights
+from van_deploy.model.files import CONFIG, PROCESSOR, WeightsFile
+from van_deploy.model.keys import Checkpoint
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 Values = Mapping[str, Any]
-# What it is called, how it is read, and what is read.
+# Name, reader and content of a source of preprocessing values.
 Source = tuple[str, Callable[[Values], dict[str, Any]], Values]
 
-_NAMES = ("class_to_idx", "idx_to_class", "id2label", "class_names", "classes", "label_names")
+_CLASS_NAME_KEYS = (
+    "class_to_idx",
+    "idx_to_class",
+    "id2label",
+    "class_names",
+    "classes",
+    "label_names",
+)
 _OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
 _BESIDE, _OWN = " beside the weights", "the checkpoint's own"
-_SAY = "Say yourself what the weights want: --image-size --mean --std --interpolation --crop-pct."
-_LABELS = "Give the names yourself, one a line in the logits' order: --labels FILE."
+_PREPROCESSING_HINT = "Give all of --image-size --mean --std --interpolation --crop-pct."
+_LABELS_HINT = "Give --labels FILE, with one class name per line in the order of the logits."
 _MMCV_EPS = 1e-5  # build_norm_layer's default; the official code's and Transformers' is 1e-6
 
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-# What the tensors tell, and what others call it.
-_NETWORK = {"architecture", "model_type", "hidden_sizes"}  # one of these makes a config.json one
-_TOLD = {n: n for n in ("embed_dims", "in_chans", "depths", "patch_sizes", "mlp_ratios")}
-_TOLD |= {"hidden_sizes": "embed_dims", "num_channels": "in_chans"}
-_TOLD |= dict.fromkeys(("dilation", "lka_dilation"), "lka_dilation")
-# What fields may be that no tensor tells, in a config.json or in training arguments.
+# A config.json with one of these keys describes a network.
+_NETWORK_KEYS = {"architecture", "model_type", "hidden_sizes"}
+# Keys whose values follow from the tensors, and the attribute of VanConfig that they must equal.
+_TENSOR_KEYS = {n: n for n in ("embed_dims", "in_chans", "depths", "patch_sizes", "mlp_ratios")}
+_TENSOR_KEYS |= {"hidden_sizes": "embed_dims", "num_channels": "in_chans"}
+_TENSOR_KEYS |= dict.fromkeys(("dilation", "lka_dilation"), "lka_dilation")
+# Supported values of other keys, in a config.json or in training arguments.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", "gelu_python"),
     **dict.fromkeys(("gp", "global_pool"), ("avg", "fast", "")),
@@ -57,70 +65,71 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "bn_eps": (1e-5,),
     "model_kwargs": ({},),
 }
-_NOTED = {
-    "bce_loss": "trained with --bce-loss: each logit is a class's own odds, not softmax's",
-    "class_map": "trained with --class-map, which orders the classes: give --labels",
+_TRAINING_NOTES = {
+    "bce_loss": "trained with --bce-loss: each logit is an independent sigmoid, not softmax",
+    "class_map": "trained with --class-map, which sets the order of the classes: give --labels",
 }
-# Fields of Transformers' and timm's that change nothing at inference, or that are read elsewhere.
-_IDLE = re.compile(
+# Keys of Transformers and timm that do not affect inference, or that are read elsewhere.
+_IGNORED = re.compile(
     "architectures|(torch_)?dtype|transformers_version|_name_or_path|initializer_range|labels|tags"
     "|drop(_path|out)?_rate|layer_scale_init_value|id2label|label2id|i(mg|mage)_size|pretrained_cfg"
     "|model_args|crop_border_pixels|" + "|".join(f.name for f in fields(PretrainedCfg))
 )
 
 
-def described(
-    config: VanConfig, file: Weights, found: Found, given: Mapping[str, Any]
+def read_metadata(
+    config: VanConfig, checkpoint: Checkpoint, file: WeightsFile, overrides: Mapping[str, Any]
 ) -> tuple[VanConfig, Preprocessing, tuple[str, ...] | None, tuple[str, ...]]:
-    """Return everything that a checkpoint says beside its tensors.
+    """Return the architecture, preprocessing, class names and notes of a checkpoint.
 
-    That is the architecture with what only the metadata tells, what the input must have gone
-    through, the class names in the order of the logits (None if nothing says them), and notes:
-    what was taken from where, and what the user should know.
+    The architecture includes the values that only the metadata has. Class names are in the
+    order of the logits, or None if unknown. The notes list the sources of the values used,
+    and warnings for the user.
 
     Args:
-        config: the architecture as the tensors tell it.
-        file: what else it holds; the format of its names decides LayerNorm's default ``eps``.
-        found: the file, and the JSON beside it.
-        given: what the caller decides, by name: values of the preprocessing, ``class_names``
-            and ``layer_norm_eps``. What is said of them is not looked at.
+        config: the architecture that follows from the tensors.
+        checkpoint: its content; its format sets the default of LayerNorm's ``eps``.
+        file: the weights file, with the JSON files beside it.
+        overrides: values that replace those of the metadata, which are not validated then:
+            values of the preprocessing, ``class_names`` and ``layer_norm_eps``.
 
     Raises:
-        CheckpointError: a field contradicts the tensors or another one, or is not supported.
+        CheckpointError: a field contradicts the tensors or another field, or is not supported.
     """
-    arguments = dict(file.inside)
+    content = checkpoint.content
+    arguments = dict(content)
     for name in ("args", "hyper_parameters", "hparams"):
-        arguments |= _table(file.inside.get(name))
-    meta, config_json = _table(file.inside.get("meta")), found.beside.get(CONFIG, {})
-    openmmlab = processors.python_config(meta.get("cfg", meta.get("config")))
-    notes = [note for key, note in _NOTED.items() if arguments.get(key)]
-    _require(f"{_OWN} arguments", arguments, _ALLOWED)
-    said = _from_openmmlab(openmmlab) | _from_json(config, config_json, notes)
-    if "layer_norm_eps" in given:
-        said["layer_norm_eps"] = given["layer_norm_eps"]
-    elif "layer_norm_eps" not in said and file.format == "mmpretrain":
-        said["layer_norm_eps"] = _MMCV_EPS
-        told = f"LayerNorm's eps is mmpretrain's own {_MMCV_EPS:g}; the published weights were"
-        notes.append(f"{told} trained with 1e-06 (--layer-norm-eps)")
-    if config.num_classes == 1 and "problem_type" not in said:
-        notes.append("one logit: nothing says whether of two classes or of a regression")
-    sources = _sources(config, file.inside, arguments, openmmlab, found.beside)
-    preprocessing = _preprocessing(config.in_chans, sources, found.is_official, given, notes)
+        arguments |= _as_dict(content.get(name))
+    meta, config_json = _as_dict(content.get("meta")), file.configs.get(CONFIG, {})
+    openmmlab = processors.parse_python_config(meta.get("cfg", meta.get("config")))
+    notes = [note for key, note in _TRAINING_NOTES.items() if arguments.get(key)]
+    _check_values(f"{_OWN} arguments", arguments, _ALLOWED)
+    values = _read_openmmlab(openmmlab) | _read_config_json(config, config_json, notes)
+    if "layer_norm_eps" in overrides:
+        values["layer_norm_eps"] = overrides["layer_norm_eps"]
+    elif "layer_norm_eps" not in values and checkpoint.format == "mmpretrain":
+        values["layer_norm_eps"] = _MMCV_EPS
+        note = f"LayerNorm's eps is mmpretrain's default {_MMCV_EPS:g}; the published weights"
+        notes.append(f"{note} were trained with 1e-06 (--layer-norm-eps)")
+    if config.num_classes == 1 and "problem_type" not in values:
+        notes.append("one logit: it is unknown whether of two classes or of a regression")
+    sources = _preprocessing_sources(config, content, arguments, openmmlab, file.configs)
+    preprocessing = _read_preprocessing(config, file, sources, overrides, notes)
     names = None
-    if config.num_classes and not {"class_names", "out_indices"} & given.keys():
+    if config.num_classes and not {"class_names", "out_indices"} & overrides.keys():
         meta["classes"] = meta.get("CLASSES", meta.get("classes"))
-        places = (
+        tables = (
             ("the file", arguments),
             ("the file's meta", meta),
-            ("the file's meta", _table(meta.get("dataset_meta"))),
+            ("the file's meta", _as_dict(meta.get("dataset_meta"))),
             (CONFIG, {"label_names": config_json.get("labels"), **config_json}),
-            (f"pretrained_cfg in {CONFIG}", _table(config_json.get("pretrained_cfg"))),
+            (f"pretrained_cfg in {CONFIG}", _as_dict(config_json.get("pretrained_cfg"))),
         )
-        names = _class_names(config.num_classes, places, notes)
-    return replace(config, **said), preprocessing, names, tuple(notes)
+        names = _read_class_names(config.num_classes, tables, notes)
+    return replace(config, **values), preprocessing, names, tuple(notes)
 
 
-def _table(value: object) -> dict[str, Any]:
+def _as_dict(value: object) -> dict[str, Any]:
     value = vars(value) if isinstance(value, argparse.Namespace) else value
     return {str(key): inner for key, inner in value.items()} if isinstance(value, Mapping) else {}
 
@@ -128,167 +137,169 @@ def _table(value: object) -> dict[str, Any]:
 # --- the network ---------------------------------------------------------------------------
 
 
-def _require(where: str, told: Values, allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse the first field that says what the network is not."""
-    for key, values in allowed.items():
-        if told.get(key) not in (None, *values):
-            fits, said = " or ".join(map(str, values)), reprlib.repr(told[key])
-            wrong = f"T{where[1:]} says {key} {said}; what fits this network is {fits}."
-            apart = ", or move the weights out of its folder" if _BESIDE in where else ""
-            raise CheckpointError(wrong, f"Correct or take out '{key}'{apart}.")
+def _check_values(where: str, values: Values, allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise an error for the first value that is not allowed."""
+    for key, expected in allowed.items():
+        if values.get(key) not in (None, *expected):
+            options, value = " or ".join(map(str, expected)), reprlib.repr(values[key])
+            wrong = f"T{where[1:]} has {key} {value}; this network needs {options}."
+            move = ", or move the weights out of its folder" if _BESIDE in where else ""
+            raise CheckpointError(wrong, f"Correct or remove '{key}'{move}.")
 
 
-def _from_json(config: VanConfig, beside: Values, notes: list[str]) -> dict[str, Any]:
-    """Return what a ``config.json`` adds to the tensors, and hold the rest against them."""
+def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> dict[str, Any]:
+    """Return the values that a ``config.json`` adds, and check its others against the tensors."""
     where = f"the {CONFIG}{_BESIDE}"
-    if not _NETWORK & beside.keys():
-        notes += [f"{where} is of no network: not used for one"] if beside else []
+    if not _NETWORK_KEYS & content.keys():
+        notes += [f"{where} does not describe a network and is not used"] if content else []
         return {}
-    arguments, cfg = beside.get("model_args") or {}, beside.get("pretrained_cfg") or {}
-    first, *_ = (cfg or beside).get("input_size") or [None]
-    told = {**beside, "in_chans": first, **arguments}
-    told = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items() if v is not None}
-    name = str(told.get("architecture", "")).partition(".")[0]
-    own = name.startswith("van") and name not in VARIANTS  # not one of timm's and ours
-    told["architecture"] = name or None
-    strides, eps = told.get("strides", config.strides), told.get("layer_norm_eps", 1e-6)
-    sound = isinstance(strides, tuple) and len(strides) == len(config.depths)
-    sound = sound and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
-    facts = {
-        **{key: (getattr(config, name),) for key, name in _TOLD.items()},
-        # a backbone's file may say of how many classes its head was
-        "num_classes": (config.num_classes or told.get("num_classes"),),
+    arguments, cfg = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
+    channels, *_ = (cfg or content).get("input_size") or [None]
+    values = {**content, "in_chans": channels, **arguments}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
+    name = str(values.get("architecture", "")).partition(".")[0]
+    is_custom = name.startswith("van") and name not in VARIANTS
+    values["architecture"] = name or None
+    strides, eps = values.get("strides", config.strides), values.get("layer_norm_eps", 1e-6)
+    valid = isinstance(strides, tuple) and len(strides) == len(config.depths)
+    valid = valid and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
+    allowed = {
+        **{key: (getattr(config, attribute),) for key, attribute in _TENSOR_KEYS.items()},
+        # a backbone's file may still have the number of classes of its head
+        "num_classes": (config.num_classes or values.get("num_classes"),),
         "num_features": (config.embed_dims[-1],),
-        "architecture": (name if own else config.variant,),
+        "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
-        "strides": (strides if sound else "four numbers from 1 to 8",),
+        "strides": (strides if valid else "four numbers from 1 to 8",),
         "layer_norm_eps": (eps if type(eps) is float and 0 < eps < 1 else "between 0 and 1",),
         "problem_type": _PROBLEM_TYPES,
         **_ALLOWED,
     }
-    _require(where, told, facts)
+    _check_values(where, values, allowed)
 
     def unknown(keys: Iterable[str]) -> str:
-        strange = [key[:50] for key in keys if key not in facts and not _IDLE.fullmatch(key)]
-        return ", ".join(strange[:10])
+        others = [key[:50] for key in keys if key not in allowed and not _IGNORED.fullmatch(key)]
+        return ", ".join(others[:10])
 
-    if refused := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
-        wrong = f"In {where}, model_args or pretrained_cfg have what is not supported: {refused}."
+    if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
+        wrong = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
         raise CheckpointError(wrong, "Correct it, or move the weights out of its folder.")
-    found = {key: told[key] for key in ("strides", "layer_norm_eps", "problem_type") if key in told}
-    taken = ", ".join(f"{key} {value}" for key, value in found.items())
-    for told_of, what in (("from", taken), ("not known here, in", unknown(beside))):
-        notes += [f"{told_of} {where}: {what}"] if what else []
-    return found
+    used = {k: values[k] for k in ("strides", "layer_norm_eps", "problem_type") if k in values}
+    texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
+    texts["unknown keys in"] = unknown(content)
+    notes += [f"{prefix} {where}: {text}" for prefix, text in texts.items() if text]
+    return used
 
 
-def _from_openmmlab(config: Values) -> dict[str, Any]:
+def _read_openmmlab(config: Values) -> dict[str, Any]:
     model = config.get("model") or {}
     backbone, head = model.get("backbone") or {}, model.get("head") or {}
-    _require(f"{_OWN} configuration", backbone, {"block_cfgs": ({},)})
+    _check_values(f"{_OWN} configuration", backbone, {"block_cfgs": ({},)})
     eps = (backbone.get("norm_cfg") or {}).get("eps")
-    said: dict[str, Any] = {"layer_norm_eps": float(eps)} if eps else {}
+    values: dict[str, Any] = {"layer_norm_eps": float(eps)} if eps else {}
     if str(head.get("type")).startswith("MultiLabel"):
-        said["problem_type"] = "multi_label_classification"
-    return said
+        values["problem_type"] = "multi_label_classification"
+    return values
 
 
 # --- the preprocessing ---------------------------------------------------------------------
 
 
-def _sources(
-    config: VanConfig, inside: Values, arguments: Values, openmmlab: Values, beside: Values
+def _preprocessing_sources(
+    config: VanConfig, content: Values, arguments: Values, openmmlab: Values, configs: Values
 ) -> list[Source]:
-    """Return what describes the preprocessing, the first of which counts."""
-    written, processor = _table(inside.get("preprocessing")), beside.get(PROCESSOR, {})
-    json = beside.get(CONFIG, {})
-    has_size = _NETWORK & json.keys() and json.get("image_size") is not None
-    sized = "architecture" in json or (has_size and not processor)
-    said = any(arguments.get(key) not in (None, "") for key in processors.ARGUMENTS)
+    """Return the sources of preprocessing values in order of priority."""
+    metadata = _as_dict(content.get("preprocessing"))
+    processor, json = configs.get(PROCESSOR, {}), configs.get(CONFIG, {})
+    has_size = _NETWORK_KEYS & json.keys() and json.get("image_size") is not None
+    use_json = "architecture" in json or (has_size and not processor)
+    has_arguments = any(arguments.get(key) not in (None, "") for key in processors.ARGUMENT_KEYS)
+    arguments = arguments if has_arguments else {}
     openmmlab = {**openmmlab, "is_classifier": bool(config.num_classes)} if openmmlab else {}
-    rows: tuple[Source, ...] = (
-        (str(written.get("source", "the weights file")), dict, written),
-        (f"{_OWN} training arguments", processors.from_arguments, arguments if said else {}),
+    sources: tuple[Source, ...] = (
+        (str(metadata.get("source", "the weights file")), dict, metadata),
+        (f"{_OWN} training arguments", processors.from_arguments, arguments),
         (f"{_OWN} configuration", processors.from_openmmlab, openmmlab),
         (f"the {PROCESSOR}{_BESIDE}", processors.from_processor, processor),
-        (f"the {CONFIG}{_BESIDE}", processors.from_config, json if sized else {}),
+        (f"the {CONFIG}{_BESIDE}", processors.from_config, json if use_json else {}),
     )
-    return [row for row in rows if row[2]]
+    return [source for source in sources if source[2]]
 
 
-def _preprocessing(
-    channels: int, sources: list[Source], official: bool, given: Collection[str], notes: list[str]
+def _read_preprocessing(
+    config: VanConfig, file: WeightsFile, sources: list[Source], overrides: Values, notes: list[str]
 ) -> Preprocessing:
     """Return the preprocessing of the first source, or the official one."""
-    half = OFFICIAL.mean[:1] * channels
+    half = OFFICIAL.mean[:1] * config.in_chans
     default = replace(OFFICIAL, mean=half, std=half)
     if not sources:
-        assumed = "assumed: the official weights' (nothing says another)"
-        return default if official else replace(default, source=assumed)
-    (first, read, values), others = sources[0], [name for name, _, _ in sources[1:]]
+        assumed = "assumed: the official weights' (no metadata)"
+        return default if file.is_official else replace(default, source=assumed)
+    (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
-        said, decided = read(values).items(), {*given, "source"}
-        found = {k: v for k, v in said if k not in decided and v not in (None, "", [], ())}
-        if {"image_size", "crop_pct"} & set(given):
-            found.pop("resize_size", None)
-        assumed = ", ".join(key for key in _OPTIONS if key not in found and key not in given)
-        rest = f" ({assumed}: assumed, the official weights')" if assumed else ""
-        result = replace(default.override(**found), source=first + rest)
+        empty, ignored = (None, "", [], ()), {*overrides, "source"}
+        values = {k: v for k, v in read(content).items() if k not in ignored and v not in empty}
+        if {"image_size", "crop_pct"} & overrides.keys():
+            values.pop("resize_size", None)
+        assumed = ", ".join(k for k in _OPTIONS if k not in values and k not in overrides)
+        suffix = f" ({assumed}: assumed, the official weights')" if assumed else ""
+        result = replace(default.override(**values), source=source + suffix)
     except (UsageError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-        if not set(_OPTIONS) <= set(given):
+        if not overrides.keys() >= set(_OPTIONS):
             reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
-            wrong = f"{first[0].upper()}{first[1:]} cannot be followed: {reason}"
-            raise CheckpointError(wrong, _SAY) from None
+            wrong = f"{source[0].upper()}{source[1:]} cannot be used: {reason}"
+            raise CheckpointError(wrong, _PREPROCESSING_HINT) from None
         result = default
-    if first.endswith(_BESIDE) and official:
+    if source.endswith(_BESIDE) and file.is_official:
         if str(result) != str(default):
-            told = f"the repository's JSON says {result}; the weights were trained with {default}"
-            notes.append(f"{told}, which is used")
+            note = f"the repository's JSON has {result}; the weights were trained with {default}"
+            notes.append(f"{note}, which is used")
         return default
-    if others or first.endswith(_BESIDE):
-        rest = f"; not from {', '.join(others)}" if others else ""
-        notes.append(f"preprocessing from {first}: {result}{rest}")
+    if others or source.endswith(_BESIDE):
+        suffix = f"; not from {', '.join(others)}" if others else ""
+        notes.append(f"preprocessing from {source}: {result}{suffix}")
     return result
 
 
 # --- the classes ---------------------------------------------------------------------------
 
 
-def _class_names(
-    classes: int, places: tuple[tuple[str, Values], ...], notes: list[str]
+def _read_class_names(
+    classes: int, tables: tuple[tuple[str, Values], ...], notes: list[str]
 ) -> tuple[str, ...] | None:
-    """Return the names of the classes, on which all that name them must agree."""
-    found: dict[tuple[str, ...], str] = {}
-    for place, values in places:
-        for key in _NAMES:
-            if names := _names_in(key, values.get(key), place, classes):
-                found.setdefault(names, f"{key} in {place}")
-    if len(found) > 1:
-        (one, where), (two, other), *_ = found.items()
+    """Return the class names; all sources must agree."""
+    sources: dict[tuple[str, ...], str] = {}
+    for table, values in tables:
+        for key in _CLASS_NAME_KEYS:
+            if names := _parse_class_names(key, values.get(key), table, classes):
+                sources.setdefault(names, f"{key} in {table}")
+    if len(sources) > 1:
+        (one, where), (two, other), *_ = sources.items()
         index = next(i for i, name in enumerate(one) if name != two[i])
-        wrong = f"Class {index} is '{one[index]}' by {where}, and '{two[index]}' by {other}."
-        raise CheckpointError(wrong, _LABELS)
-    notes += [f"class names from {where}" for where in found.values()]
-    return next(iter(found), None)
+        wrong = f"Class {index} is '{one[index]}' in {where}, but '{two[index]}' in {other}."
+        raise CheckpointError(wrong, _LABELS_HINT)
+    notes += [f"class names from {where}" for where in sources.values()]
+    return next(iter(sources), None)
 
 
-def _names_in(key: str, value: Any, place: str, classes: int) -> tuple[str, ...]:
-    """Return the class names that a field holds, none where it holds none."""
+def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[str, ...]:
+    """Return the class names in a field, empty if it has none."""
     if not value or not isinstance(value, Mapping | list | tuple):
         return ()
     names: tuple[str, ...] = ()
     with contextlib.suppress(TypeError, ValueError, LookupError):
-        named = value
+        items = value
         if isinstance(value, Mapping):
             pairs = [(i, n) if key != "class_to_idx" else (n, i) for i, n in value.items()]
             by_index = {int(index): name for index, name in pairs}
-            named = [by_index[index] for index in range(len(value))]
-        names = tuple(str(n) for n in named) if all(isinstance(n, str | int) for n in named) else ()
+            items = [by_index[index] for index in range(len(value))]
+        if all(isinstance(item, str | int) for item in items):
+            names = tuple(map(str, items))
     if names and names == tuple(f"LABEL_{index}" for index in range(len(names))):
         return ()
-    if classes == 1 and len(names) == 2:  # of two classes, one logit is the second's
+    if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's
         return names[1:]
     if len(names) != classes:
-        wrong = f"{key} in {place} has {len(value)} entries, and the network {classes} classes."
-        raise CheckpointError(wrong, _LABELS)
+        wrong = f"{key} in {table} has {len(value)} entries, but the network has {classes} classes."
+        raise CheckpointError(wrong, _LABELS_HINT)
     return names

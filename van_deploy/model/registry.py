@@ -1,8 +1,8 @@
 """VAN in timm: ``timm.create_model("van_b1")`` after importing this module.
 
-Data configuration, head and first-convolution surgery, and ``features_only``
-are timm's own; pretrained weights come through this program's checked loader,
-since timm's refuses the official pickles.
+timm does the data configuration, the adaptation of head and first convolution, and
+``features_only``; pretrained weights are loaded by :func:`load_van`, since timm's
+loader rejects the official pickles.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _van(cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, **options: 
 
 
 def _register(variant: Variant) -> None:
-    """Make a variant known to timm under its name."""
+    """Register a variant with timm under its name."""
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
     fixed = {"model_cfg": variant.config, "feature_cfg": features}
 

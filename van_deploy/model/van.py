@@ -1,10 +1,10 @@
-"""The Visual Attention Network, as the paper and the official code define it.
+"""The Visual Attention Network (VAN), as the paper and the official code define it.
 
 Parameter names are those of the official repository
 (``Visual-Attention-Network/VAN-Classification``, ``models/van.py``,
-Apache-2.0), so an official ``state_dict`` loads as it is. This is the network
-every artifact is compared with: nothing in here is rewritten for speed.
-Methods and their arguments are those of timm's models.
+Apache-2.0), so an official ``state_dict`` loads unchanged. This is the reference
+implementation that every artifact is compared with; it is not optimised for speed.
+The methods and their arguments follow timm's models.
 
 Layout: images and features are ``(N, C, H, W)``.
 """
@@ -28,14 +28,14 @@ from torch.optim.swa_utils import update_bn
 
 from van_deploy.model.variants import STAGES, VanConfig
 
-# Layers without weights that a sequential head may have, with PyTorch's default arguments.
+# Layers without weights that a sequential head may contain, with PyTorch's default arguments.
 _ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)
 _LAYERS: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS)
 HEAD_LAYERS = {kind.__name__.lower(): kind for kind in (*_LAYERS, nn.Mish, nn.Hardswish)}
 
 
 class DWConv(nn.Module):
-    """The MLP's 3x3 depth-wise convolution, which tells it where things are."""
+    """3x3 depth-wise convolution inside the MLP, which adds positional information."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Mlp(nn.Module):
 
 
 class LKA(nn.Module):
-    """Large Kernel Attention: a decomposed large kernel that gates its input."""
+    """Large Kernel Attention: a decomposed large-kernel convolution that multiplies its input."""
 
     def __init__(self, dim: int, kernels: tuple[int, int], dilation: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class LKA(nn.Module):
 
 
 class Attention(nn.Module):
-    """LKA between two 1x1 convolutions, with a shortcut around the three."""
+    """LKA between two 1x1 convolutions, with a residual connection around all three."""
 
     def __init__(self, dim: int, kernels: tuple[int, int], dilation: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One VAN block: attention, then MLP, each normalised, scaled and added."""
+    """VAN block: attention, then MLP, each with BatchNorm, layer scale and a shortcut."""
 
     def __init__(self, dim: int, hidden: int, config: VanConfig, drop_path: float) -> None:
         super().__init__()
@@ -126,15 +126,15 @@ class PatchEmbed(nn.Module):
 
 
 class VAN(nn.Module):
-    """A whole network with a classification head.
+    """A complete network: four stages, and a classification head.
 
     Args:
-        config: the architecture; ``num_classes`` 0 leaves the pooled features.
-        drop_path_rate: stochastic depth of the last block (training only).
-        global_pool: ``avg``, or "" for the last feature maps as they are (no head then).
+        config: the architecture; with ``num_classes`` 0 the pooled features are returned.
+        drop_path_rate: stochastic depth rate of the last block (training only).
+        global_pool: ``avg``, or "" to return the last feature maps (only without a head).
 
     Raises:
-        ValueError: another pooling, or none although there is a head.
+        ValueError: ``global_pool`` has another value, or is "" although there is a head.
     """
 
     def __init__(
@@ -144,26 +144,26 @@ class VAN(nn.Module):
         self.config = config
         self.num_features = self.head_hidden_size = config.embed_dims[-1]
         self.grad_checkpointing = False
-        self.feature_info: list[dict[str, Any]] = []  # as timm's features_only reads it
+        self.feature_info: list[dict[str, Any]] = []  # read by timm's features_only
         blocks, previous = sum(config.depths), config.in_chans
         drop_paths = (drop_path_rate / max(blocks - 1, 1) * index for index in range(blocks))
         for index, dim in enumerate(config.embed_dims):
             stage, hidden, depth = index + 1, config.hidden_dims[index], config.depths[index]
             embed = PatchEmbed(previous, dim, config.patch_sizes[index], config.strides[index])
-            made = (Block(dim, hidden, config, next(drop_paths)) for _ in range(depth))
+            stage_blocks = (Block(dim, hidden, config, next(drop_paths)) for _ in range(depth))
             self.add_module(f"patch_embed{stage}", embed)
-            self.add_module(f"block{stage}", nn.ModuleList(made))
+            self.add_module(f"block{stage}", nn.ModuleList(stage_blocks))
             self.add_module(f"norm{stage}", nn.LayerNorm(dim, eps=config.layer_norm_eps))
-            facts = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
-            self.feature_info.append({**facts, "module": f"norm{stage}"})
+            info = {"num_chs": dim, "reduction": math.prod(config.strides[:stage])}
+            self.feature_info.append({**info, "module": f"norm{stage}"})
             previous = dim
         self.global_pool, self.num_classes = global_pool, config.num_classes
-        self.head = _head(config, global_pool)
+        self.head = _build_head(config, global_pool)
         if not next(self.parameters()).is_meta:
             self.apply(_initialise_)
 
     def _stage(self, x: Tensor, stage: int) -> Tensor:
-        """Map the maps before ``stage`` (1 to 4) to those after its LayerNorm."""
+        """Run ``stage`` (1 to 4) on feature maps, its LayerNorm included."""
         x = self.get_submodule(f"patch_embed{stage}")(x)
         blocks = list(self.get_submodule(f"block{stage}").children())
         if self.grad_checkpointing:
@@ -174,7 +174,7 @@ class VAN(nn.Module):
         return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Map images ``(N, in_chans, H, W)`` to the last maps ``(N, embed_dims[-1], h, w)``."""
+        """Map images ``(N, in_chans, H, W)`` to feature maps ``(N, embed_dims[-1], h, w)``."""
         for stage in range(STAGES):
             x = self._stage(x, stage + 1)
         return x
@@ -188,12 +188,12 @@ class VAN(nn.Module):
         output_fmt: str | Format = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Return the last maps and the chosen stages' ``(N, C, H, W)``, after their LayerNorms.
+        """Return the last feature maps and those of chosen stages, ``(N, C, H, W)``.
 
-        ``norm`` changes nothing: every stage ends in its own.
+        Each stage's maps are taken after its LayerNorm, so ``norm`` has no effect.
 
         Raises:
-            ValueError: another format than NCHW is asked for.
+            ValueError: ``output_fmt`` is not NCHW.
         """
         if Format(output_fmt) is not Format.NCHW:
             raise ValueError("VAN's feature maps are NCHW.")
@@ -206,7 +206,7 @@ class VAN(nn.Module):
         return maps if intermediates_only else (x, maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map the last maps to logits ``(N, num_classes)``, or only pool them (``pre_logits``)."""
+        """Map feature maps to logits ``(N, num_classes)``; only pool with ``pre_logits``."""
         if self.global_pool:
             x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
@@ -214,8 +214,8 @@ class VAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
 
-        With ``config.out_indices`` to these stages' maps ``(N, C, h, w)``, each after its
-        LayerNorm, as timm's ``features_only`` and OpenMMLab's backbones give them.
+        With ``config.out_indices``, return the feature maps ``(N, C, h, w)`` of these stages
+        after their LayerNorms, as timm's ``features_only`` and OpenMMLab's backbones do.
         """
         if self.config.out_indices:
             indices = list(self.config.out_indices)
@@ -223,31 +223,31 @@ class VAN(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """Return the head."""
+        """Return the classification head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one of ``num_classes`` outputs, and the pooling if given.
+        """Replace the head by an initialised one with ``num_classes`` outputs.
 
         Raises:
-            ValueError: another pooling than ``avg`` and "", or "" although there is a head.
+            ValueError: ``global_pool`` is not ``avg`` or "", or is "" although there is a head.
         """
         pool = self.global_pool if global_pool is None else global_pool
-        self.head = _head(replace(self.config, num_classes=num_classes, head=()), pool)
+        self.head = _build_head(replace(self.config, num_classes=num_classes, head=()), pool)
         self.head.apply(_initialise_)
         self.global_pool, self.num_classes = pool, num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass, and compute the rest again."""
+        """Turn gradient checkpointing of the blocks on or off, as in timm."""
         self.grad_checkpointing = enable
 
 
-def _head(config: VanConfig, pool: str) -> nn.Module:
-    """Return a fresh head: one linear layer, a sequence of layers, or nothing."""
+def _build_head(config: VanConfig, pool: str) -> nn.Module:
+    """Return an initialised head: one linear layer, a sequence of layers, or ``Identity``."""
     classes, width = config.num_classes, config.embed_dims[-1]
     if pool not in ("avg", "") or (classes and not pool):
-        how = f"by {pool!r} for {classes} classes"
-        raise ValueError(f"VAN pools by 'avg', or without a head (num_classes 0) by '': not {how}.")
+        wrong = f"global_pool is {pool!r} for {classes} classes"
+        raise ValueError(f"{wrong}; it can be 'avg', or '' with num_classes=0.")
     layers: list[nn.Module] = []
     for layer in config.head or ((classes,) if classes else ()):
         if isinstance(layer, int):
@@ -259,7 +259,7 @@ def _head(config: VanConfig, pool: str) -> nn.Module:
 
 
 def _initialise_(module: nn.Module) -> None:
-    """Set a module's weights as the official code does."""
+    """Initialise a module's weights as the official code does."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -272,18 +272,18 @@ def _initialise_(module: nn.Module) -> None:
 
 # --- random weights --------------------------------------------------------------------------
 
-# With the official initialisation and BatchNorm's default statistics a VAN's activations grow
-# without bound, and any drift measured on it means nothing. So the statistics are those of a few
-# smooth random images, and the scales and shifts that training would have moved are moved too.
+# With the official initialisation and BatchNorm's default statistics, the activations of a VAN grow
+# without bound, and drift measured on it is meaningless. So BatchNorm's statistics are estimated on
+# a few smooth random images, and the scales and shifts that training changes are randomised too.
 
 
 def random_van(config: VanConfig, seed: int = 0) -> VAN:
-    """Return a VAN with the official initialisation and fitting BatchNorm statistics.
+    """Return a VAN with the official initialisation and estimated BatchNorm statistics.
 
-    In evaluation mode, float32, without gradients. The same seed gives the same
-    network; the global random state is left as it was. A gate multiplies its input by
-    itself, so what a block lets through feeds back squared: the layer scales of a stage
-    with more than 3 blocks are smaller.
+    It is in evaluation mode, float32, without gradients. The same seed gives the same
+    network; the global random state is restored. LKA multiplies its input by a function of
+    itself, so activations grow quadratically with depth: in stages of more than 3 blocks
+    the layer scales are reduced.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -306,17 +306,17 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
 
 
 def smooth_images(count: int, channels: int, side: int) -> Tensor:
-    """Return ``(count, channels, side, side)`` float32 about 0, with about a 1/f spectrum.
+    """Return random images ``(count, channels, side, side)`` float32 with a 1/f-like spectrum.
 
-    Drawn from the global random state: a sum of random grids, each twice as
-    fine and half as strong as the one before.
+    The mean is near 0 and the standard deviation 1. Drawn from the global random state: a sum
+    of random grids, each with twice the resolution and half the amplitude of the previous one.
     """
     total = torch.zeros(count, channels, side, side)
-    cells, strength = 2, 1.0
+    cells, amplitude = 2, 1.0
     while cells <= side:
         grid = torch.randn(count, channels, cells, cells)
-        total += strength * interpolate(grid, (side, side), mode="bilinear", align_corners=False)
-        cells, strength = 2 * cells, strength / 2
+        total += amplitude * interpolate(grid, (side, side), mode="bilinear", align_corners=False)
+        cells, amplitude = 2 * cells, amplitude / 2
     return total / total.std()
 
 

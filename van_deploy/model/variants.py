@@ -1,7 +1,7 @@
-"""What is known about each VAN variant without opening any weights.
+"""The architecture of a VAN, and the published variants.
 
-Pure data and arithmetic: nothing heavy is imported, so ``van-deploy list``
-answers at once.
+Only data and arithmetic: no large package is imported, so ``van-deploy list``
+is fast.
 
 Sources: the paper (arXiv 2202.09741, tables 2 and 4), the official repository
 ``Visual-Attention-Network/VAN-Classification`` (``models/van.py``) and, for
@@ -21,7 +21,6 @@ from typing import Any
 from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 
-# Of every VAN.
 STAGES = 4
 Numbers = tuple[int, ...]
 
@@ -33,20 +32,19 @@ class VanConfig:
     Attributes:
         embed_dims: channels of the four stages.
         depths: blocks in each stage.
-        mlp_ratios: hidden width of each stage's MLP over its channels. A float
-            only where a checkpoint says so.
-        num_classes: outputs of the head.
+        mlp_ratios: hidden width of each stage's MLP divided by its channels.
+        num_classes: outputs of the head; 0 for a backbone.
         in_chans: channels of the input image.
-        lka_kernels: kernel of the depth-wise and of the dilated depth-wise
+        lka_kernels: kernel sizes of the depth-wise and of the dilated depth-wise
             convolution of Large Kernel Attention.
-        layer_norm_eps: added to the variance in each stage's LayerNorm.
+        layer_norm_eps: ``eps`` of each stage's LayerNorm.
         strides: of the four patch embeddings.
-        patch_sizes: kernels of the four patch embeddings.
+        patch_sizes: kernel sizes of the four patch embeddings.
         head: layers of a sequential head in order, such as ``("dropout", 64, "relu", 10)``,
-            a number for a linear layer of so many outputs; empty for one linear layer.
-        out_indices: of a backbone, the stages (0 to 3) whose feature maps are its outputs; empty
+            where a number is the outputs of a linear layer; empty for one linear layer.
+        out_indices: stages (0 to 3) whose feature maps are the outputs of a backbone; empty
             for a classifier.
-        problem_type: what the logits mean, in Transformers' words:
+        problem_type: meaning of the logits, as in Transformers:
             ``single_label_classification``, ``multi_label_classification`` or ``regression``.
     """
 
@@ -65,26 +63,26 @@ class VanConfig:
 
     @property
     def stages(self) -> range:
-        """The stages that run, from 1: up to the last whose maps are an output."""
+        """The stages that are computed, from 1: up to the last one that is an output."""
         return range(1, max(self.out_indices, default=len(self.depths) - 1) + 2)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """What the network gives: ``logits``, or the maps ``stage1`` to ``stage4``."""
+        """Names of the outputs: ``logits``, or the feature maps ``stage1`` to ``stage4``."""
         return tuple(f"stage{index + 1}" for index in self.out_indices) or ("logits",)
 
     def backbone(self, out_indices: tuple[int, ...]) -> VanConfig:
-        """Return the architecture without its head, giving feature maps.
+        """Return the architecture without its head, with feature maps as outputs.
 
         Raises:
-            UsageError: a stage is not there, is named twice, or none is.
+            UsageError: a stage does not exist or is repeated, or there is none.
         """
-        wanted = tuple(index for index in range(len(self.depths)) if index in out_indices)
-        if not wanted or len(wanted) != len(out_indices):
-            given = ", ".join(map(str, out_indices)) or "(none)"
-            wrong = f"The stages {given} are not some of 0 to {len(self.depths) - 1}, each once."
-            raise UsageError(wrong, "Give --out-indices as timm numbers the stages: 0,1,2,3.")
-        return replace(self, num_classes=0, head=(), out_indices=wanted)
+        indices = tuple(index for index in range(len(self.depths)) if index in out_indices)
+        if not indices or len(indices) != len(out_indices):
+            requested = ", ".join(map(str, out_indices)) or "(none)"
+            wrong = f"The stages {requested} are not distinct numbers of 0 to {STAGES - 1}."
+            raise UsageError(wrong, "Give --out-indices as in timm, such as 0,1,2,3.")
+        return replace(self, num_classes=0, head=(), out_indices=indices)
 
     @property
     def lka_dilation(self) -> int:
@@ -102,24 +100,24 @@ class VanConfig:
         return tuple(round(d * r) for d, r in zip(self.embed_dims, self.mlp_ratios, strict=True))
 
     @property
-    def body(self) -> dict[str, tuple[int, ...]]:
-        """What a published variant fixes: all but the two ends."""
+    def trunk(self) -> dict[str, tuple[int, ...]]:
+        """The values that define a published variant: all but input channels and head."""
         names = ("embed_dims", "depths", "hidden_dims", "lka_kernels")
         return {name: getattr(self, name) for name in names}
 
     @property
     def variant(self) -> str | None:
         """The published variant with this architecture (classes and channels aside), or None."""
-        return next((n for n, known in VARIANTS.items() if known.config.body == self.body), None)
+        return next((n for n, known in VARIANTS.items() if known.config.trunk == self.trunk), None)
 
     def _kernel_weights(self, stage: int) -> tuple[int, int]:
-        """Return the weights, without biases, of a stage's patch embedding and of one block."""
+        """Return the number of weights (no biases) of a stage's patch embedding and of a block."""
         dim, hidden, (k0, k1) = self.embed_dims[stage], self.hidden_dims[stage], self.lka_kernels
         embed = dim * (self.in_chans, *self.embed_dims)[stage] * self.patch_sizes[stage] ** 2
         return embed, 3 * dim * dim + dim * (k0**2 + k1**2) + hidden * (2 * dim + 9)
 
     def parameter_count(self) -> int:
-        """Trainable parameters (BatchNorm's running statistics not counted).
+        """Return the number of trainable parameters (without BatchNorm's running statistics).
 
         >>> VARIANTS["van_b0"].config.parameter_count()
         4105800
@@ -127,7 +125,7 @@ class VanConfig:
         total, width = 0, self.embed_dims[-1]
         for stage, (dim, hidden) in enumerate(zip(self.embed_dims, self.hidden_dims, strict=True)):
             embed, block = self._kernel_weights(stage)
-            # and what is one number a channel: biases, norms, layer scales
+            # and the vectors: biases, norms, layer scales
             total += embed + 5 * dim + self.depths[stage] * (block + 12 * dim + 2 * hidden)
         for layer in self.head or (self.num_classes,):
             if isinstance(layer, int):
@@ -137,7 +135,7 @@ class VanConfig:
         return total
 
     def mac_count(self, image_size: ImageSize = 224) -> int:
-        """Multiply-adds of one image through the convolutions and the head.
+        """Return the multiply-adds of one image in the convolutions and the head.
 
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
@@ -151,7 +149,7 @@ class VanConfig:
         return total + sum(i * o for i, o in pairwise((self.embed_dims[-1], *linear)))
 
     def feature_map_shapes(self, sides: tuple[int, int]) -> dict[str, tuple[int, int, int]]:
-        """Return the shape ``(C, h, w)`` of each output of a backbone for images ``(H, W)``.
+        """Return the shape ``(C, h, w)`` of each output of a backbone for an image ``(H, W)``.
 
         >>> VARIANTS["van_b0"].config.backbone((0, 3)).feature_map_shapes((224, 320))
         {'stage1': (32, 56, 80), 'stage4': (256, 7, 10)}
@@ -164,7 +162,7 @@ class VanConfig:
         return shapes
 
     def stage_output_size(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of a stage's maps (0 to 3) from those before it."""
+        """Return height and width of a stage's output (0 to 3) from those of its input."""
         kernel, stride = self.patch_sizes[stage], self.strides[stage]
         height, width = ((side + kernel // 2 * 2 - kernel) // stride + 1 for side in sides)
         return height, width
@@ -175,13 +173,13 @@ class Variant:
     """A published VAN.
 
     Attributes:
-        name: what timm and this program call it.
+        name: in timm and in this program.
         config: its architecture.
         top1: ImageNet-1K validation top-1 in percent as published, or None.
         weights: public ImageNet-1K weights, as ``owner/name[@revision]:file`` on the hub, or None.
-        sha256: of that file's bytes, or "" where nobody wrote it down yet.
-        weights_note: where weights are if not on the hub, and what to pass.
-        aliases: other names it goes by.
+        sha256: of that file's bytes, or "" if unknown.
+        weights_note: where to get weights that are not on the hub, and the option to pass.
+        aliases: other names.
     """
 
     name: str
@@ -194,7 +192,7 @@ class Variant:
 
 
 def _public(name: str, dims: Numbers, depths: Numbers, top1: float, size: str) -> Variant:
-    """Return a variant with public weights, whose size and accuracy are in their file's name."""
+    """Return a variant with public weights, whose file name has the size and accuracy."""
     repo = f"Visual-Attention-Network/VAN-{size.title()}-original"
     weights = f"{repo}:van_{size}_{top1 * 10:.0f}.pth.tar"
     return Variant(name, VanConfig(dims, depths), top1, weights, aliases=(f"van_{size}",))
@@ -216,37 +214,37 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
-# Every name of a variant.
+# Variants by name and alias.
 VARIANT_NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.aliases)}
 
 
 def get_variant(name: str) -> Variant:
-    """Return the variant called ``name`` (``van_b1``, or its older name ``van_small``).
+    """Return the variant ``name`` (``van_b1``, or its alias ``van_small``).
 
     Raises:
-        UsageError: there is none; the nearest names are given.
+        UsageError: there is no such variant; the message has similar names.
     """
-    wanted = name.lower().replace("-", "_")
-    if found := VARIANT_NAMES.get(wanted):
-        return found
-    near = difflib.get_close_matches(wanted, list(VARIANTS), n=3, cutoff=0.5)
-    guess = f"Did you mean {' or '.join(near)}? " if near else ""
-    known = f"{guess}Known: {', '.join(VARIANTS)}; a checkpoint is given by its path, ./mine.pth."
-    raise UsageError(f"There is no VAN variant called '{name}'.", known)
+    key = name.lower().replace("-", "_")
+    if variant := VARIANT_NAMES.get(key):
+        return variant
+    similar = difflib.get_close_matches(key, list(VARIANTS), n=3, cutoff=0.5)
+    guess = f"Did you mean {' or '.join(similar)}? " if similar else ""
+    remedy = f"{guess}Known: {', '.join(VARIANTS)}; for a checkpoint give its path, ./mine.pth."
+    raise UsageError(f"There is no VAN variant named '{name}'.", remedy)
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """Where a network's weights came from: part of every bundle's manifest.
+    """The origin of a network's weights, part of every bundle's manifest.
 
     Attributes:
-        spec: what the user asked for.
+        spec: the model argument: a variant, a path or a repository.
         path: the file, or "" for random weights.
         format: ``official``, ``transformers``, ``mmpretrain``, ``random`` or ``embedded``.
-        sha256: of the file's bytes; for random weights, of the state dict's.
+        sha256: of the file's bytes; for random weights, of the state dict.
         seed: of random weights, else None.
-        container: key of the file the tensors were under, or ``top level``.
-        notes: everything the user should be told, one sentence each.
+        container: path of the tensors in the file, keys joined by dots, or ``top level``.
+        notes: messages for the user, one sentence each.
     """
 
     spec: str
@@ -258,23 +256,23 @@ class WeightsSource:
     notes: tuple[str, ...]
 
 
-# --- what `van-deploy list` shows ------------------------------------------------------------
+# --- van-deploy list -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ListedVariant:
-    """One line of the list.
+    """One network of ``van-deploy list``.
 
     Attributes:
-        name: what ``van-deploy export`` takes.
+        name: the argument of ``van-deploy export``.
         parameters: trainable parameters.
         multiply_adds: of one image of ``image_size``.
         image_size: side of a square image, in pixels.
-        top1_percent: top-1 accuracy as published, or None.
-        top1_on: what the accuracy was measured on.
+        top1_percent: published top-1 accuracy, or None.
+        top1_on: evaluation set of the accuracy.
         weights: the file on the hub, ``embedded``, or None.
-        note: what to pass where there are no public weights.
-        here: where the weights are on this machine, or None.
+        note: the option to pass if there are no public weights.
+        here: path of the weights on this machine, or None.
     """
 
     name: str
@@ -289,7 +287,7 @@ class ListedVariant:
 
 
 def cached_snapshot(repo_id: str, revision: str) -> Path:
-    """Return the folder of a repository's revision in the hub's cache; it may not exist."""
+    """Return the folder of a repository's revision in the hub's cache, which may not exist."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
@@ -299,28 +297,28 @@ def cached_snapshot(repo_id: str, revision: str) -> Path:
 
 
 def find_cached_weights(variant: Variant) -> Path | None:
-    """Return where a variant's public weights are in the hub's cache, or None."""
+    """Return the path of a variant's public weights in the hub's cache, or None."""
     place, _, name = (variant.weights or "").partition(":")
     repo_id, _, revision = place.partition("@")
-    with contextlib.suppress(ImportError):  # a host that only runs bundles has no huggingface_hub
+    with contextlib.suppress(ImportError):  # a host that only runs bundles may lack it
         path = cached_snapshot(repo_id, revision or "main") / name
         return path if path.is_file() else None
     return None
 
 
 def list_variants() -> list[ListedVariant]:
-    """Return every published variant, then the network that ships in the package."""
+    """Return all published variants and the network that ships in the package."""
 
-    def row(name: str, config: VanConfig, size: int, *told: Any) -> ListedVariant:
-        return ListedVariant(name, config.parameter_count(), config.mac_count(size), size, *told)
+    def row(name: str, config: VanConfig, size: int, *others: Any) -> ListedVariant:
+        return ListedVariant(name, config.parameter_count(), config.mac_count(size), size, *others)
 
-    rows, on = [], "ImageNet-1K validation"
+    rows, imagenet = [], "ImageNet-1K validation"
     for v in VARIANTS.values():
         here = str(find_cached_weights(v) or "") or None
-        rows.append(row(v.name, v.config, 224, v.top1, on, v.weights, v.weights_note, here))
+        rows.append(row(v.name, v.config, 224, v.top1, imagenet, v.weights, v.weights_note, here))
     file = Path(__file__).parent / "digits" / "van_digits.json"
     card = json.loads(file.read_text(encoding="utf-8"))
     top1, here = card["heldout"]["top1_percent"], str(file.with_suffix(".safetensors"))
-    told = (top1, "held-out handwritten digits", "embedded", "", here)
+    others = (top1, "held-out handwritten digits", "embedded", "", here)
     size, config = card["preprocessing"]["image_size"], VanConfig(**card["config"])
-    return [*rows, row(card["name"], config, size, *told)]
+    return [*rows, row(card["name"], config, size, *others)]

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from van_deploy.bundle import Artifact, Bundle
 from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
-from van_deploy.engine.backend import Host, host_here
-from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
+from van_deploy.engine.backend import Host, detect_host
+from van_deploy.engine.compatibility import find_obstacles
+from van_deploy.engine.sidecar import load_package_sidecar, load_sidecar, sidecar_path
 from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -231,7 +231,7 @@ class Network:
         if self.runner in (PYTORCH, ORT_CPU):
             return None
         device = self._settings.device
-        host = host_here(device=gpu_index(device) or 0)
+        host = detect_host(device=gpu_index(device) or 0)
         if self.is_engine or self.is_package:
             return self._native_skip_reason(host)
         provider, settings = PROVIDERS[self.runner], self._build_inputs.get("settings")
@@ -250,8 +250,8 @@ class Network:
             return SkipReason("engines", "engine not executed: no GPU")
         if self.is_engine and self._settings.trust_engine and not sidecar_path(path).exists():
             return None
-        read_sidecar = verified_package if self.is_package else verified_sidecar
-        problems = obstacles(read_sidecar(path), host)
+        read_sidecar = load_package_sidecar if self.is_package else load_sidecar
+        problems = find_obstacles(read_sidecar(path), host)
         if not problems:
             return None
         kind = "engines" if all(problem.about == "gpu" for problem in problems) else "runtimes"

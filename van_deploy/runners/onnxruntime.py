@@ -19,7 +19,7 @@ import onnx
 from onnx import ModelProto, parser
 
 from van_deploy import errors
-from van_deploy.environment.packages import imported_quietly, pip_command
+from van_deploy.environment.packages import import_without_telemetry, pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import emulate_bf16, has_bf16
 from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, gpu_index
@@ -277,7 +277,7 @@ def _project_error(
     if "fallback to CPU EP has been explicitly disabled" in str(error):
         return ConversionError(
             f"ONNX Runtime {failure}: it would run part of it on the CPU: {CUDA} lacks operators.",
-            "Quantise it with --target gpu, or run it with --runner ort-cpu.",
+            "Quantise it with --target tensorrt, or run it with --runner ort-cpu.",
         )
     remedy = "Compare file and images with `van-deploy inspect`, or export at a lower --opset."
     return kind(f"ONNX Runtime {failure}: {error}", remedy)
@@ -393,7 +393,7 @@ class OpenVinoRunner(Runner):
             ConversionError: OpenVINO rejects the graph.
         """
         with errors.require_extra("OpenVINO", "openvino"):
-            ov: Any = imported_quietly("openvino")
+            ov: Any = import_without_telemetry("openvino")
         try:
             compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
         except RuntimeError as error:

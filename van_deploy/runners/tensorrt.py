@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config import BatchRange
-from van_deploy.engine.backend import RTX, Backend, backend_named, engine_from_plan, host_here
+from van_deploy.engine.backend import RTX, Backend, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import require_compatible
-from van_deploy.engine.messages import BuildLog, failure
-from van_deploy.engine.sidecar import Sidecar, sidecar_path, verified_sidecar
+from van_deploy.engine.messages import BuildLog, error_from_log
+from van_deploy.engine.sidecar import Sidecar, load_sidecar, sidecar_path
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, check_input, gpu_index, select_profile
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
@@ -32,26 +32,6 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
     "UINT8": np.uint8,
     "BOOL": np.bool_,
 }
-
-
-def check_plan(plan: Path, *, trust_engine: bool = False, device: int = 0) -> Sidecar | None:
-    """Return the sidecar of a plan after checking that it may be deserialised here.
-
-    Args:
-        plan: the engine.
-        trust_engine: accept a plan without a sidecar and return None. An existing sidecar is
-            checked nevertheless.
-        device: CUDA's number of the GPU that will run it.
-
-    Raises:
-        InputError: plan or sidecar is missing, damaged, edited or swapped.
-        MissingDependency: backend, version, GPU or driver is incompatible.
-    """
-    if trust_engine and plan.is_file() and not sidecar_path(plan).exists():
-        return None
-    sidecar = verified_sidecar(plan)
-    require_compatible(sidecar, host_here(device=device))
-    return sidecar
 
 
 class TensorRtRunner(Runner):
@@ -87,12 +67,16 @@ class TensorRtRunner(Runner):
         """Check the plan and load it.
 
         Raises:
-            InputError: plan or sidecar cannot be used.
+            InputError: plan or sidecar is missing, damaged, edited or swapped.
             MissingDependency: backend, GPU, driver or cuda-bindings is missing or incompatible.
             ConversionError: TensorRT does not load the plan.
         """
-        sidecar = check_plan(self.plan, trust_engine=self.trust_engine, device=self._index)
-        self.backend: Backend = backend_named(sidecar.backend if sidecar else self._default_backend)
+        sidecar: Sidecar | None = None
+        # A trusted plan may lack a sidecar; an existing one is checked nevertheless.
+        if not (self.trust_engine and self.plan.is_file() and not sidecar_path(self.plan).exists()):
+            sidecar = load_sidecar(self.plan)
+            require_compatible(sidecar, detect_host(device=self._index))
+        self.backend: Backend = load_backend(sidecar.backend if sidecar else self._default_backend)
         self.cuda = require_cuda(self._index)
         self.trt, self.log = self.backend.module, BuildLog()
         self.contexts: dict[int, Any] = {}
@@ -196,7 +180,7 @@ class TensorRtRunner(Runner):
             config = () if self._config is None else (self._config,)
             context = engine.create_execution_context(*config)
             if context is None:
-                raise failure(f"{self.backend.label} cannot create a context", self.log.errors)
+                raise error_from_log(f"{self.backend.label} created no context", self.log.errors)
             self.contexts[key] = context
         return self.contexts[key]
 
@@ -238,4 +222,4 @@ class TensorRtRunner(Runner):
         ]
 
     def _rejected(self, request: str) -> VanDeployError:
-        return failure(f"{self.backend.label} refused {request}", self.log.errors[-2:])
+        return error_from_log(f"{self.backend.label} refused {request}", self.log.errors[-2:])
