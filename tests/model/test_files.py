@@ -63,7 +63,7 @@ def test_a_container_is_known_by_its_keys(tmp_path: Path, tiny: VAN, key: str) -
     )
     parameters = [n for n in tiny.state_dict() if not n.endswith("num_batches_tracked")]
     assert (list(found.tensors), found.container, found.notes) == (parameters, key, ())
-    assert found.inside["epoch"] == 3
+    assert found.content["epoch"] == 3
 
 
 @each("averaged", ["state_dict_ema", "model_ema", "ema", "ema_model.module"])

@@ -81,7 +81,7 @@ def test_offline_uses_the_cache_only(hub: FakeHub, monkeypatch: Any) -> None:
     hub.log.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert find_weights(REPO) == online
-    assert online.beside == {"config.json": {"a": 1}}
+    assert online.configs == {"config.json": {"a": 1}}
     assert f"{REPO}/w.pth could not be had" in refusal(f"{REPO}:w.pth")
     assert hub.log == []
 
@@ -148,8 +148,8 @@ def test_the_one_file_and_the_json_beside_it(hub: FakeHub, tmp_path: Path) -> No
     }
     found, beside = find_weights(REPO), {"config.json": {"layer_norm_eps": 1e-5}}
     assert found.path.name == "model.safetensors"
-    assert found.beside == beside | {"preprocessor_config.json": {"size": 224}}
-    assert find_weights(f"{REPO}:sub/w.pth").beside == {"config.json": {"depths": 3}}
+    assert found.configs == beside | {"preprocessor_config.json": {"size": 224}}
+    assert find_weights(f"{REPO}:sub/w.pth").configs == {"config.json": {"depths": 3}}
     hub.repos["me/two"] = {"b.pth": CONTENT, "a.pth.tar": CONTENT, "README.md": b""}
     hub.repos["me/none"] = {"README.md": b""}
     for name in ("a.pth", "b.pth"):

@@ -15,9 +15,9 @@ import torch
 from tests.each import each
 from van_deploy.errors import CheckpointError
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.files import Found
-from van_deploy.model.keys import Weights
-from van_deploy.model.metadata import described
+from van_deploy.model.files import WeightsFile
+from van_deploy.model.keys import Checkpoint
+from van_deploy.model.metadata import read_metadata
 from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VanConfig
 
@@ -255,11 +255,11 @@ def lists_in_lists(levels: int) -> Any:
 
 @each("name", ["img_size", "input_size", "mean", "std", "crop_pct", "classes", "gp"])
 def test_lists_that_take_for_ever_to_look_through(tiny_config: VanConfig, name: str) -> None:
-    begun, found = time.monotonic(), Found("van", Path(), "", {})
+    begun, found = time.monotonic(), WeightsFile("van", Path(), "", {})
     for inside in ({name: lists_in_lists(60)}, {"preprocessing": {name: lists_in_lists(60)}}):
         if name not in ("classes", "gp") or name in inside:
             with pytest.raises(CheckpointError):
-                described(tiny_config, Weights({}, "official", "", inside, ()), found, {})
+                read_metadata(tiny_config, Checkpoint({}, "official", "", inside, ()), found, {})
     assert time.monotonic() - begun < 10
 
 
