@@ -38,25 +38,24 @@ TRAINED = ("--checkpoint", f"{DATA}/checkpoints/van_b0_cifar10.pth.tar")
 
 HEADER = """# Benchmarks
 
-Every table here was written by `make bench` (`python -m benchmarks`); each says when, where
-and with what, and the command that measures it again. Ratios are taken within one run;
-absolute times belong to the machine they name. GPUs have a page of their own:
-[gpu-results.md](gpu-results.md).
+Written by `make bench` (`python -m benchmarks`). Each table names its date, machine, versions and
+the command that reproduces it. Ratios are taken within one run; absolute times are those of the
+machine named. GPU results are in [gpu-results.md](gpu-results.md).
 """
 
 
 # Each module's heading. What it compares is the first line of the module.
 SECTIONS = {
-    "startup": "Starting",
-    "export": "Exporting",
-    "running": "Running",
-    "rivals": "Running beside others' files",
-    "evaluate": "Evaluating",
-    "gates": "Gates",
+    "startup": "Startup time",
+    "export": "Export time and memory",
+    "running": "Inference speed on a CPU",
+    "rivals": "Inference speed compared with other exporters",
+    "evaluate": "Evaluation throughput",
+    "gates": "Gate decisions on correct and incorrect artifacts",
     "precision": "Precision",
-    "ablation": "Ablation",
+    "ablation": "INT8 ablation",
     "serve": "Serving",
-    "engines": "Building engines",
+    "engines": "Engine build time",
 }
 
 # Arguments where trained weights and images lie beside the checkout.

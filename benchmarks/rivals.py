@@ -26,9 +26,10 @@ from benchmarks.precision import reader
 from benchmarks.running import ASKED, made
 from benchmarks.table import Table, options
 from van_deploy.bench.document import Contender, Row
-from van_deploy.bench.race import Lane, Race
+from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.stopwatch import no_progress
 
 COLUMNS = ("variant", "runtime", "theirs", "batch", "ours ms", "theirs ms", "ours x (95 %)")
 SIZE, THREADS = 224, 2
@@ -57,7 +58,7 @@ def main() -> int:
                     device="cpu", threads=THREADS, reference="ours", budget=budget
                 )
                 lanes = [
-                    Lane(
+                    TimedProcess(
                         Contender(name, runtime, "fp32", str(path), mode="ort-cpu"),
                         folder / "none.npy",
                         SIZE,
@@ -65,9 +66,9 @@ def main() -> int:
                     )
                     for name, path in paths.items()
                 ]
-                with Race(lanes, settings) as race:
+                with InterleavedBenchmark(lanes, settings, no_progress) as race:
                     for batch in batches:
-                        ours, *theirs = race.run(batch, lanes)
+                        ours, *theirs = race.run_batch(batch, lanes)
                         for row in theirs:
                             table.row(variant, title, *_compared(ours, row))
     table.notes.append(f"{THREADS} threads, {SIZE} x {SIZE}, random weights.")

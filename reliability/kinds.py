@@ -212,7 +212,7 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
     import onnx
 
     from van_deploy.config import BuildOptions
-    from van_deploy.engine.build import has_weights_beside
+    from van_deploy.engine.build import has_external_weights
 
     path, source = folder / "model.onnx", sound / "bundle/model.onnx"
     way = one_of(draw, "bytes", "bytes", "dims", "type", "operator", "opset")
@@ -229,7 +229,9 @@ def onnx_file(draw: Draw, sound: Path, folder: Path) -> Reader:
         model.opset_import[0].version = one_of(draw, 0, 1, 99, 2**40)
     data = source.read_bytes()
     path.write_bytes(spoiled_bytes(draw, data) if way == "bytes" else model.SerializeToString())
-    return one_of(draw, command("inspect", path), lambda: has_weights_beside(path, BuildOptions()))
+    return one_of(
+        draw, command("inspect", path), lambda: has_external_weights(path, BuildOptions())
+    )
 
 
 def image(draw: Draw, sound: Path, folder: Path) -> Reader:

@@ -27,7 +27,7 @@ from van_deploy import config
 from van_deploy.config.fields import format_range, parse_docstring
 from van_deploy.config.named_options import EXPORT, named_options
 from van_deploy.documents import is_json_field, json_properties
-from van_deploy.engine.bundled import FleetFile
+from van_deploy.engine.fleet import FleetFile
 from van_deploy.errors import VanDeployError
 from van_deploy.recipe import CalibrationSet
 
@@ -44,7 +44,7 @@ DOCUMENTS: Mapping[str, str] = {
     "inductor-sidecar": "van_deploy.engine.sidecar:PackageSidecar",
     "info": "van_deploy.describe:describe_model",
     "inspect": "van_deploy.describe:describe_artifacts",
-    "list": "van_deploy.model.variants:listed_variants",
+    "list": "van_deploy.model.variants:list_variants",
     "manifest": "van_deploy.manifest:Manifest",
     "package": "van_deploy.serve.package:PackageReport",
     "package-record": "van_deploy.serve.package:PackageRecord",
@@ -80,7 +80,7 @@ TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool"
 TYPES["object"] = "str"  # a range, written min:opt:max
 WORDS = {"integer": "whole number", "number": "number", "boolean": "true, false"}
 WORDS["object"] = "`min:opt:max`"
-Schema = Mapping[str, Any]
+JsonSchema = Mapping[str, Any]
 
 
 def generated_files(root: Path) -> Mapping[Path, str]:
@@ -224,7 +224,7 @@ def key_table() -> str:
     return "\n".join(lines)
 
 
-def _keys(table: Schema) -> Iterator[tuple[str, Schema]]:
+def _keys(table: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
     """Yield the keys of a table; those of tables inside it with dots."""
     for key, value in table["properties"].items():
         if "properties" in value:
@@ -233,7 +233,7 @@ def _keys(table: Schema) -> Iterator[tuple[str, Schema]]:
             yield key, value
 
 
-def _alternatives(value: Schema) -> Iterator[Schema]:
+def _alternatives(value: JsonSchema) -> Iterator[JsonSchema]:
     """Yield the types that a value may have, one schema each."""
     if "anyOf" in value:
         for alternative in value["anyOf"]:
@@ -242,7 +242,7 @@ def _alternatives(value: Schema) -> Iterator[Schema]:
         yield value
 
 
-def _python_type(value: Schema) -> str:
+def _python_type(value: JsonSchema) -> str:
     kinds = []
     for kind in _alternatives(value):
         if "enum" in kind:
@@ -254,7 +254,7 @@ def _python_type(value: Schema) -> str:
     return " | ".join(dict.fromkeys(kinds))
 
 
-def _value_text(value: Schema) -> str:
+def _value_text(value: JsonSchema) -> str:
     """Return the values of a key for the page: types, choices and limits."""
     texts = []
     for kind in _alternatives(value):

@@ -63,9 +63,7 @@ def test_the_page_runs_as_it_stands(repository: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[:4] == [
-        *("['fp32'] not there yet", "fp16 True", "accurate enough: True", "2 rows")
-    ]
+    assert lines[:4] == [*("['fp32'] new", "fp16 True", "accurate enough: True", "2 rows")]
     assert re.fullmatch(r"digits/.* \[\('\d', 0\.\d+\), .*\]", lines[4])
     said = "'opset=' is 40: it should be less than or equal to 23."
     assert lines[-2:] == [said, "Correct it."]
@@ -134,7 +132,7 @@ def test_a_bundle_sees_what_another_one_wrote(copy_bundle: Copy, digits_bundle: 
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8, and precision= is fp16."),
         (
             {"calibrate_on_noise": True, "images": "train"},
-            "calibrate_on_noise= and images= are both given.",
+            "calibrate_on_noise= and images= conflict.",
         ),
     ],
 )

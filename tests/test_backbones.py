@@ -298,11 +298,11 @@ def test_int8_of_the_digits_backbone(tmp_path: Path, cli: Cli) -> None:
 @each(
     ("options", "message"),
     [
-        ("--features --outputs probabilities", "--features gives feature maps, and --outp"),
-        ("--out-indices 1", "--out-indices chooses feature maps, and none are asked for."),
+        ("--features --outputs probabilities", "--features exports feature maps, and --out"),
+        ("--out-indices 1", "--out-indices selects feature maps, and --features is not set."),
         ("--features --out-indices 1,4", "The stages 1, 4 are not some of 0 to 3"),
         ("--features --out-indices 1,1", "The stages 1, 1 are not some of 0 to 3"),
-        ("--features --labels x.txt", "--features gives feature maps, and --labels is of"),
+        ("--features --labels x.txt", "--features exports feature maps, and --labels needs"),
         ("--image-size 224x", "'--image-size' is '224x': it should be a side or height x wid"),
         ("--image-size 16x64", "should be greater than or equal to 32"),
         ("--dynamic-size 96:64:128", "size range 96:64:128 is not min <= opt <= max"),
@@ -310,7 +310,7 @@ def test_int8_of_the_digits_backbone(tmp_path: Path, cli: Cli) -> None:
         ("--dynamic-size 64:big:128", "should be a side or height x width in pixels: 224"),
         ("--dynamic-size 64:128", "it should be min:opt:max, such as 192:224:512"),
         ("--dynamic-size 16:64:128", "should be greater than or equal to 32"),
-        ("--dynamic-size 64:96:128 --image-size 224", "224x224 is outside of --dynamic-size 64:9"),
+        ("--dynamic-size 64:96:128 --image-size 224", "224x224 is outside --dynamic-size 64:96"),
         ("--batch 8:4:2", "The batch range 8:4:2 is not min <= opt <= max."),
         ("--batch 0", "'--batch.min' is 0: it should be greater than or equal to 1"),
     ],
@@ -323,5 +323,5 @@ def test_bad_requests_are_one_message(cli: Cli, tmp_path: Path, options: str, me
 
 
 def test_max_drop_is_of_classes(exported: Bundle) -> None:
-    with pytest.raises(UsageError, match="gives feature maps, and --max-drop is of classes"):
+    with pytest.raises(UsageError, match="exports feature maps, and --max-drop needs classes"):
         quantize_bundle(exported.path, QuantizeSettings(max_drop=1.0))

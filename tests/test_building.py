@@ -41,7 +41,7 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
 )
 def test_what_is_tried(precisions_bundle: Path, asked: dict[str, Any], expected: list[str]) -> None:
     found = tuning_candidates(Bundle.open(precisions_bundle), BuildSettings(tune=True, **asked))
-    assert [candidate.described for candidate in found] == expected
+    assert [candidate.description for candidate in found] == expected
 
 
 def test_the_fastest_that_holds_its_gate_is_kept(
@@ -57,14 +57,14 @@ def test_the_fastest_that_holds_its_gate_is_kept(
             raise ConversionError("TensorRT built no plan")
         precision = candidate.settings.precisions[0]
         milliseconds, passed = times[candidate.scope or precision]
-        return CandidateResult(candidate.described, precision, 8, milliseconds, 1.0, 50.0, passed)
+        return CandidateResult(candidate.description, precision, 8, milliseconds, 1.0, 50.0, passed)
 
     def planned(bundle: Path, settings: BuildSettings, *_: object) -> list[Any]:
         kept.append((settings.precisions, settings.tiling, settings.tune))
         return []
 
-    monkeypatch.setattr(building, "host_here", lambda **_: Host("a GPU", "sm_90"))
-    monkeypatch.setattr("van_deploy.engine.bundled.planned_engines", planned)
+    monkeypatch.setattr(building, "detect_host", lambda **_: Host("a GPU", "sm_90"))
+    monkeypatch.setattr("van_deploy.engine.fleet.engine_cells", planned)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "measure_candidate", measure_candidate)
     asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
@@ -73,5 +73,5 @@ def test_the_fastest_that_holds_its_gate_is_kept(
     assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
     assert kept == [("deep",), (("int8",), "none", False)]
     times.update(dict.fromkeys(times, (1.0, False)))
-    with pytest.raises(ConversionError, match="No candidate holds its gate"):
+    with pytest.raises(ConversionError, match="No candidate passes its gate"):
         van_deploy.open_bundle(folder).build(**asked, images=folder)

@@ -166,10 +166,10 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
     (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
     (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
-    (lambda m: m.update(name='x" } backend: "python'), "it is no name"),
+    (lambda m: m.update(name='x" } backend: "python'), "it is not a name"),
     (
         lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
-        "'artifacts.x/../../y' is 'x/../../y': it is no name",
+        "'artifacts.x/../../y' is 'x/../../y': it is not a name",
     ),
     (lambda m: m.update(written="a" * 5000), "it has 5,000 characters"),
     (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
@@ -187,7 +187,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (entry_of("architecture", in_chans=4), "it prepares 3 channels for a network"),
     (entry_of("weights", spec="a\x1b[2J"), "control characters"),
     (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
-    (lambda m: m.update(checks={"x": "\ud800"}), "half a character"),
+    (lambda m: m.update(checks={"x": "\ud800"}), "unpaired surrogate"),
     (lambda m: m["artifacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
 ]
 
@@ -195,7 +195,7 @@ CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
 TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
     (f'{{"schema": "{SCHEMA}", "artifacts": 2}}', "is damaged: "),
-    ('{"name": "a", "name": "b"}', "damaged: it gives the key 'name' twice"),
+    ('{"name": "a", "name": "b"}', "damaged: it has the key 'name' twice"),
     *((text, "is nested more than 40 deep") for text in ("[" * 200_000, "[" * 42 + "]" * 42)),
     ('{"a": [' * 30 + "1" + "]}" * 30, "is nested more than 40 deep"),
     ("[" * 41 + "]" * 41, "it should be a table"),
@@ -316,9 +316,9 @@ def pipe(name: str) -> Callable[[Path, Path], None]:
         (gone("a" * 300), "is no name of a file"),
         (gone("a\nb"), "is no name of a file"),
         (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
-        (pipe(MANIFEST), "damaged: .*no regular file"),
+        (pipe(MANIFEST), "damaged: .*not a regular file"),
         (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
-        (pipe(".pending/.gone"), "damaged: .*no regular file"),
+        (pipe(".pending/.gone"), "damaged: .*not a regular file"),
     ],
     fresh="bundle",
 )

@@ -14,7 +14,7 @@ from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BuildOptions
-from van_deploy.engine.build import has_weights_beside
+from van_deploy.engine.build import has_external_weights
 from van_deploy.errors import InputError
 from van_deploy.files import external_files, external_files_in
 
@@ -62,8 +62,11 @@ def test_a_file_that_is_no_graph_names_none(content: bytes, tmp_path: Path) -> N
     [
         *((name, "which is outside its folder") for name in ("/etc/passwd", "../outside.bin")),
         *((name, "which is outside its folder") for name in ("a/../../x", "..\\x", "a\x00b")),
-        *((name, "which is a link or behind one") for name in ("link.bin", "up/outside.bin")),
-        *((name, "which is not beside it") for name in ("pipe.bin", "")),
+        *(
+            (name, "which is a link or in a linked folder")
+            for name in ("link.bin", "up/outside.bin")
+        ),
+        *((name, "which is not a file in its folder") for name in ("pipe.bin", "")),
     ],
 )
 def test_no_engine_is_built_from_files_elsewhere(
@@ -77,7 +80,7 @@ def test_no_engine_is_built_from_files_elsewhere(
     os.mkfifo(folder / "pipe.bin")
     (folder / "m.onnx").write_bytes(graph_with(location, where).SerializeToString())
     with pytest.raises(InputError, match=message):
-        has_weights_beside(folder / "m.onnx", BuildOptions())
+        has_external_weights(folder / "m.onnx", BuildOptions())
 
 
 def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:
@@ -90,5 +93,5 @@ def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None
             draft.record(artifact_entry("fp32", "onnx", "fp32", "m.onnx", files))
         if "w.bin" in files:
             assert onnx.load(Bundle.open(folder).verified_path("fp32")).graph.node
-    with pytest.raises(InputError, match=r"'w\.bin', which the manifest does not name"):
+    with pytest.raises(InputError, match=r"'w\.bin', which is not in the manifest"):
         Bundle.open(folder).verified_path("fp32")

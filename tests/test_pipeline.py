@@ -78,7 +78,7 @@ def test_a_second_export_reuses_the_first_and_another_says_what_changed(
     (folder / "model.onnx").write_bytes(b"changed")
     why = result.bundle.rebuild_reason("fp32", fp32.made_with)
     assert "was changed after the manifest was written" in why
-    assert result.bundle.rebuild_reason("fp16", {}) == "not there yet"
+    assert result.bundle.rebuild_reason("fp16", {}) == "new"
 
 
 def test_what_is_not_the_network_never_reaches_the_bundle(
@@ -96,7 +96,7 @@ def test_what_is_not_the_network_never_reaches_the_bundle(
 
     with monkeypatch.context() as patch:
         patch.setattr("van_deploy.exporting.fold_van", slightly_wrong)
-        with pytest.raises(GateFailed, match="not the network it was made from: SQNR"):
+        with pytest.raises(GateFailed, match="differs from the network: SQNR"):
             export_bundle(loaded, smaller, tmp_path / "b")
     fold = "van_deploy.graph.fold"
     monkeypatch.setattr(f"{fold}._fold_patch_norm_", lambda embed: None)

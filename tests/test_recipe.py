@@ -52,28 +52,28 @@ MISTAKES = {  # what a file says, and what the message about it holds
     "[export]\nopset=20.0": "'export.opset' is 20.0: it should be a whole number.",
     "[batch]\nmin=true": "'batch.min' is True: it should be a whole number.",
     "[export]\nopset=40": "'export.opset' is 40: it should be less than or equal to 23.",
-    "[export]\noutputs=['top5', 'top5']": "export.outputs names an output twice. Give each once.",
-    "[export]\nout_indices=[1]": "export.out_indices chooses feature maps, and none are asked",
+    "[export]\noutputs=['top5', 'top5']": "export.outputs repeats an output. Give each output",
+    "[export]\nout_indices=[1]": "export.out_indices selects feature maps, and export.features is",
     "[batch]\nmin=4\nopt=2": "range 4:2:32 is not min <= opt <= max. Give three rising",
     "batch='1:2'": "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
     "[preprocessing]\nmean=0.5": "'preprocessing.mean' is 0.5: it should be a list.",
     "[preprocessing]\ncrop_pct=nan": "'preprocessing.crop_pct' is nan: it should be a finite",
     "[precision]\nmake=['int4']": "'precision.make.0' is 'int4': it should be 'fp16', ",
     "[precision]\ncalibrate_on_noise=true\nimages='x'": (
-        "precision.calibrate_on_noise and precision.images are both given. Leave one"
+        "precision.calibrate_on_noise and precision.images conflict. Remove one"
     ),
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
-    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and other",
-    "[engines]\nprecisions=['bf16']": "is not made. Add it to precision.make, or take one of: fp32",
+    "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
+    "[engines]\nprecisions=['bf16']": "Add it to precision.make, or use one of: fp32",
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
-    "[engines]\ntargets=['sm_89', '8.9']": "engines.targets names a plan twice.",
+    "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",
     "[engines]\nworkspace='lots'": "'engines.workspace' is 'lots': it should be a number",
-    "[evaluate]\nlabels='l.txt'": "evaluate.labels is given, and evaluate.images is not. Name",
-    "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images is of classes.",
-    "[export]\nfeatures=true\noutputs=['top5']": "and export.outputs top5 is of classes.",
+    "[evaluate]\nlabels='l.txt'": "evaluate.labels needs evaluate.images. Give",
+    "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images needs classes.",
+    "[export]\nfeatures=true\noutputs=['top5']": "and export.outputs top5 needs classes.",
     "[preprocessing]\nimage_size=64\n[export]\ndynamic_size='96:128:160'": (
-        "image_size 64x64 is outside of export.dynamic_size 96:128:160. Give a size inside"
+        "image_size 64x64 is outside export.dynamic_size 96:128:160. Give a size in the"
     ),
 }
 
@@ -175,7 +175,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("opst", 20, "The key 'opst=' is unknown."),
     ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
     ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-    ("outputs", object(), "A value is none that a file could hold: Unable to serialize"),
+    ("outputs", object(), "A value cannot be written as TOML or JSON: Unable to serialize"),
 ]
 
 
@@ -207,7 +207,7 @@ def test_options_fill_a_table_and_those_inside_it_and_stand_under_their_headings
     assert (bench.streams, bench.budget.limit_s) == (2, 5.0)
     found = {**named_options(VerifySettings), **EXPORT}
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
-        *("What is measured", "How it is done", "Graph", "", "Graph"),
+        *("Measurement", "Execution", "Graph", "", "Graph"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Visual Attention Network checkpoints, turned into checked ONNX files and engines.
+"""Exports Visual Attention Networks to verified ONNX files and engines.
 
 ::
 
@@ -7,9 +7,9 @@
     bundle = vd.export("van_b1", output="dist/b1")
     bundle.quantize(precision="fp16")
     if not bundle.verify():
-        raise SystemExit("an artifact is not the network")
+        raise SystemExit("an artifact differs from the network")
 
-Importing this package imports nothing heavy: each name is imported on first use.
+Importing this package is fast: each name is imported on first use.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = ("errors", "documents", "config", "recipe", "api", "model.checkpoint")  # the light first
+_MODULES = ("errors", "documents", "config", "recipe", "api", "model.checkpoint")  # fast first
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported now."""
+    """Import and return a public name."""
     if name in __all__:
-        for home in _HOMES:
-            module = importlib.import_module(f"van_deploy.{home}")
+        for module_name in _MODULES:
+            module = importlib.import_module(f"van_deploy.{module_name}")
             if hasattr(module, name):
                 return getattr(module, name)
     raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")

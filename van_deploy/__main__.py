@@ -1,4 +1,4 @@
-"""Lets ``python -m van_deploy`` do what ``van-deploy`` does."""
+"""Runs ``van-deploy`` as ``python -m van_deploy``."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 from van_deploy import bundle as on_disk
 from van_deploy import config
 from van_deploy.bench.benchmark import benchmark_bundle
-from van_deploy.bench.document import BenchReport, record
+from van_deploy.bench.document import BenchReport, save_to_bundle
 from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
@@ -290,7 +290,7 @@ class Bundle:
         opened, asked = self.opened(), settings_from_kwargs(config.BenchSettings, options)
         report = benchmark_bundle(opened, asked, progress=self.progress)
         if save:
-            record(report, opened)
+            save_to_bundle(report, opened)
         return report
 
     def predict(

@@ -1,8 +1,8 @@
-"""Engines built in bundles, with the graphs they are built from made where they are missing.
+"""Builds engines in bundles; graphs that are missing are made first.
 
-``--tune`` finds the fastest settings on this device: candidates are built in a copy of the
-bundle, judged and timed, so that only the one that is kept is ever in the bundle itself. An
-engine that does not hold its gate is never the fastest.
+``--tune`` finds the fastest settings on this device: every candidate is built, verified and
+timed in a copy of the bundle, and only the fastest is built in the bundle itself. A candidate
+that fails its gate is never selected.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ import numpy.typing as npt
 
 from van_deploy import config
 from van_deploy.bundle import Bundle
-from van_deploy.checks.gates import Outcome as Found
+from van_deploy.checks.gates import Outcome as CheckOutcome
 from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
-from van_deploy.engine import bundled
-from van_deploy.engine.backend import Host, device_number, host_here
-from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, packages_asked
+from van_deploy.engine import fleet
+from van_deploy.engine.backend import Host, detect_host, device_index
+from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, no_progress
 
-MADE_HERE = ("fp16", "bf16", "int8")
-LEAST_S, LEAST_CALLS, ROUNDS = 0.3, 10, 5
+QUANTIZED_PRECISIONS = ("fp16", "bf16", "int8")
+MIN_S, MIN_CALLS, ROUNDS = 0.3, 10, 5
 SCOPES = ("pointwise", "deep", "all")
 
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """What became of one candidate.
+    """Result of one candidate build.
 
     Attributes:
-        candidate: in words.
-        engine: its name; "" where it was not built.
-        batch: images a call, when it was timed.
-        latency_ms: of a batch that stays on the device, the least mean of several rounds;
-            None where it was not timed.
+        candidate: description of the settings.
+        engine: its name; "" if it was not built.
+        batch: images per call.
+        latency_ms: of a batch that stays on the device, the minimum of the means of several
+            rounds; None if it was not timed.
         images_per_s: at that batch.
         sqnr_db: of its logits on the golden samples.
-        passed: whether it holds its gate.
-        error: why it was not built or not timed, or does not hold; "" otherwise.
-        kept: whether it is the one that is now in the bundle.
+        passed: whether it passes its gate.
+        error: why it was not built or not timed, or fails its gate; "" otherwise.
+        kept: whether it is the fastest, which is built in the bundle.
     """
 
     candidate: str
@@ -69,26 +69,26 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class BuildReport(Verdict):
-    """The engines that were asked for.
+    """Results of the requested builds.
 
     Attributes:
-        outcomes: one an engine, in order.
-        tuned: the candidates that were timed, where that was asked.
-        remarks: a sentence for each precision that was made on the way.
+        outcomes: one per engine, in order.
+        tuned: the candidates of ``--tune``.
+        remarks: a sentence for each missing precision that was made first.
     """
 
-    outcomes: tuple[bundled.Outcome, ...]
+    outcomes: tuple[fleet.BuildOutcome, ...]
     tuned: tuple[CandidateResult, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
     def errors(self) -> list[VanDeployError]:
-        """Why engines failed, in order."""
+        """The errors of the builds that failed, in order."""
         return [outcome.error for outcome in self.outcomes if outcome.error is not None]
 
     @property
     def passed(self) -> bool:
-        """Whether there is one and none failed."""
+        """Whether there are engines and none failed."""
         return bool(self.outcomes) and not self.errors
 
 
@@ -99,114 +99,114 @@ def build_bundle(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> BuildReport:
-    """Return the engines asked for, built in the bundle unless they are there already.
+    """Build the requested engines in the bundle; current ones are reused.
 
     Raises:
-        VanDeployError: as :meth:`van_deploy.api.Bundle.build`; nothing that cannot be built is
-            found out after the first was.
+        VanDeployError: as :meth:`van_deploy.api.Bundle.build`. Invalid requests are reported
+            before the first engine is built.
     """
-    host = host_here(device=device_number(settings.device))
+    host = detect_host(device=device_index(settings.device))
     if settings.tune:
-        return _fastest(bundle, settings, host, progress)
+        return _tune(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
         packages = []
-        for one in packages_asked(bundle, settings, host):
+        for one in package_settings(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
-            targets, how = package.targets, bundled.REUSED if reused else bundled.BUILT
-            made_of = package.precision, targets, one.of(), bundled.FleetHost()
-            cell = bundled.Cell(bundle.path, *made_of)
-            packages.append(bundled.Outcome(cell, how, package.name, package=package))
+            made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
+            cell = fleet.Cell(bundle.path, *made_of)
+            status = fleet.REUSED if reused else fleet.BUILT
+            packages.append(fleet.BuildOutcome(cell, status, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
-    cells = bundled.planned_engines(bundle.path, settings, manifest.batch, manifest.sizes, host)
+    cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
     missing = [name for name in settings.precisions if name not in bundle.artifacts]
-    made = [_made_missing(Bundle.open(bundle.path), name, settings, progress) for name in missing]
-    outcomes = bundled.build_cells(
+    remarks = [_make_graph(Bundle.open(bundle.path), name, settings, progress) for name in missing]
+    outcomes = fleet.build_cells(
         cells, host=host, timing_cache=settings.timing_cache, force=force, progress=progress
     )
-    return BuildReport(tuple(outcomes), remarks=tuple(made))
+    return BuildReport(tuple(outcomes), remarks=tuple(remarks))
 
 
 def build_fleet(
     path: Path,
-    fleet: config.FleetSettings,
+    settings: config.FleetSettings,
     *,
     force: bool = False,
     progress: Progress = no_progress,
-    each: Callable[[int, int, bundled.Outcome], None],
+    on_outcome: Callable[[int, int, fleet.BuildOutcome], None],
 ) -> BuildReport:
-    """Return what became of every engine of a fleet file; one that fails does not stop the others.
+    """Build every engine of a fleet file; a failure does not stop the others.
 
     Args:
         path: the file.
-        fleet: where they are built.
-        force: build engines even if they are there.
-        progress: told what is being built.
-        each: told of every engine that is done: which of how many, and how it ended.
+        settings: whether to build on this machine or on a Ray cluster.
+        force: build engines even if they exist.
+        progress: receives the current build.
+        on_outcome: called with the number, the total and the outcome of each build.
 
     Raises:
-        RecipeError: the file is wrong.
-        MissingDependency: Ray was asked for and is not here.
+        RecipeError: the file is invalid.
+        MissingDependency: a Ray cluster is requested and not available.
     """
-    cells = bundled.read_fleet(path)
-    if fleet.on == "ray":
-        stream = bundled.build_on_ray(cells, address=fleet.ray_address or None, force=force)
+    cells = fleet.read_fleet(path)
+    if settings.on == "ray":
+        stream = fleet.build_on_ray(cells, address=settings.ray_address or None, force=force)
     else:
-        stream = bundled.build_cells(cells, go_on=True, force=force, progress=progress)
+        stream = fleet.build_cells(cells, keep_going=True, force=force, progress=progress)
     outcomes = []
     for count, outcome in enumerate(stream, 1):
-        each(count, len(cells), outcome)
+        on_outcome(count, len(cells), outcome)
         outcomes.append(outcome)
     return BuildReport(tuple(sorted(outcomes, key=lambda outcome: cells.index(outcome.cell))))
 
 
-def _made_missing(
-    bundle: Bundle, precision: str, settings: config.BuildSettings, say: Progress
+def _make_graph(
+    bundle: Bundle, precision: str, settings: config.BuildSettings, progress: Progress
 ) -> str:
-    """Make the ONNX file of a precision that a bundle lacks, and return what to tell of it.
+    """Make a missing graph as ``van-deploy quantize`` does, and return a remark about it.
 
-    FP16 and BF16 are made as ``van-deploy quantize`` makes them, and so is INT8 where there are
-    images to calibrate it on.
+    INT8 needs images to calibrate on.
 
     Raises:
         BundleError: it cannot be made; the remedy is the command.
     """
-    made_here = precision in MADE_HERE
-    without = precision == "int8" and settings.images is None and bundle.name != EMBEDDED_NAME
-    if without or not made_here:
+    has_images = settings.images is not None or bundle.name == EMBEDDED_NAME
+    is_quantized = precision in QUANTIZED_PRECISIONS
+    if not is_quantized or (precision == "int8" and not has_images):
         try:
             bundle.artifact(precision)
         except BundleError as error:
-            more = "\nOr give --images DIR to make it on the way." * made_here
-            raise BundleError(error.message, error.remedy + more) from None
-    say(f"{precision} is not in the bundle yet: making it")
-    wanted = cast("config.Precision", precision)
-    asked = config.QuantizeSettings(precision=wanted, images=settings.images)
-    result = quantize_bundle(bundle.path, asked, progress=say)
-    held = "" if result else f"; its gate is not shown to hold: `van-deploy verify {bundle.path}`"
-    return f"{precision}: was not in the bundle, and was made as `van-deploy quantize` does{held}"
+            hint = "\nOr give --images DIR to make it in this command." * is_quantized
+            raise BundleError(error.message, error.remedy + hint) from None
+    progress(f"Making {precision}, which is not in the bundle")
+    quantize = config.QuantizeSettings(precision=cast("Any", precision), images=settings.images)
+    result = quantize_bundle(bundle.path, quantize, progress=progress)
+    remark = f"{precision}: not in the bundle; made as with `van-deploy quantize`"
+    return (
+        remark if result else f"{remark}; its gate did not pass: `van-deploy verify {bundle.path}`"
+    )
 
 
 class Candidate(NamedTuple):
-    """One way to build.
+    """Settings of one candidate build.
 
     Attributes:
-        described: in words, such as ``int8 pointwise, level 5, tiling full``.
+        description: such as ``int8 pointwise, level 5, tiling full``.
         settings: of one precision.
-        scope: what of the network is INT8; "" as it is in the bundle.
+        scope: the INT8 scope; "" for the bundle's own graph.
     """
 
-    described: str
+    description: str
     settings: config.BuildSettings
     scope: str
 
 
 def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Candidate]:
-    """Return what is tried: precision, INT8 scope, and how hard the backend searches.
+    """Return the candidates: every precision, INT8 scope and search option of the backend.
 
-    The precisions are those asked for, or all that there are. INT8 scopes other than the
-    bundle's own are made where there are images to calibrate with.
+    Precisions are the requested ones, or all in the bundle. INT8 scopes besides the bundle's own
+    need images to calibrate on.
     """
     inductor, precisions = settings.backend == INDUCTOR, settings.precisions
     if "precisions" not in settings.model_fields_set:
@@ -225,68 +225,69 @@ def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Ca
             searches[", max-autotune"] = {"max_autotune": True}
         if settings.device != "cpu" and batch.min == batch.max:
             searches[", fused kernels"] = {"fused_kernels": True}
-    found = []
+    candidates = []
     for precision in precisions:
         scopes = SCOPES if precision == "int8" and settings.images is not None else ("",)
         for scope in scopes:
-            for words, search in searches.items():
+            for suffix, search in searches.items():
                 if not (precision == "fp32" and "fused_kernels" in search):
                     update = {"precisions": (precision,), "tune": False, **search}
+                    description = f"{precision} {scope}".strip() + suffix
                     one = settings.model_copy(update=update)
-                    found.append(Candidate(f"{precision} {scope}".strip() + words, one, scope))
-    return found
+                    candidates.append(Candidate(description, one, scope))
+    return candidates
 
 
-def _fastest(
-    bundle: Bundle, settings: config.BuildSettings, host: Host, say: Progress
+def _tune(
+    bundle: Bundle, settings: config.BuildSettings, host: Host, progress: Progress
 ) -> BuildReport:
-    """Build the fastest candidate that holds its gate, and say what became of the others.
+    """Build the fastest candidate that passes its gate.
 
     Raises:
-        MissingDependency: what would run candidates is not here.
-        ConversionError: no candidate was built and holds its gate.
+        MissingDependency: no device can time the candidates.
+        ConversionError: no candidate was built and passes its gate.
     """
     if host.gpu is None and settings.device != "cpu":
         raise MissingDependency(
-            "--tune cannot time anything here: no NVIDIA GPU answers.",
-            "Run it on the GPU that will serve, or leave --tune out. Packages for this processor "
-            "are timed with --backend inductor --device cpu.",
+            "--tune cannot time candidates: no NVIDIA GPU is available.",
+            "Run it on the GPU that will serve, or without --tune. To time packages for this CPU, "
+            "use --backend inductor --device cpu.",
         )
-    candidates, found = tuning_candidates(bundle, settings), []
+    candidates, results = tuning_candidates(bundle, settings), []
     with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
         for number, candidate in enumerate(candidates, 1):
-            say(f"{number} of {len(candidates)}: {candidate.described}")
+            progress(f"{number} of {len(candidates)}: {candidate.description}")
             copy = Path(folder) / bundle.path.name
             shutil.copytree(bundle.path, copy)
             try:
-                found.append(measure_candidate(copy, candidate))
+                results.append(measure_candidate(copy, candidate))
             except VanDeployError as error:
-                found.append(CandidateResult(candidate.described, error=error.message))
+                results.append(CandidateResult(candidate.description, error=error.message))
             finally:
                 shutil.rmtree(copy)
-    holding = [one for one in found if one.passed and one.latency_ms]
-    if not holding:
-        reasons = "; ".join(f"{one.candidate}: {one.error}" for one in found)
+    passing = [result for result in results if result.passed and result.latency_ms]
+    if not passing:
+        reasons = "; ".join(f"{result.candidate}: {result.error}" for result in results)
         raise ConversionError(
-            f"No candidate holds its gate: {reasons}.", "See `van-deploy verify`."
+            f"No candidate passes its gate: {reasons}.", "See `van-deploy verify`."
         )
-    best = found.index(min(holding, key=lambda one: one.latency_ms or 0.0))
-    found[best] = replace(found[best], kept=True)
-    return replace(_built(bundle.path, candidates[best]), tuned=tuple(found))
+    best = results.index(min(passing, key=lambda result: result.latency_ms or 0.0))
+    results[best] = replace(results[best], kept=True)
+    return replace(_build_candidate(bundle.path, candidates[best]), tuned=tuple(results))
 
 
-def _built(path: Path, candidate: Candidate) -> BuildReport:
-    """Build a candidate, the INT8 graph it is built from first where it names a scope."""
+def _build_candidate(path: Path, candidate: Candidate) -> BuildReport:
+    """Build a candidate; one with an INT8 scope makes its graph first."""
     if candidate.scope:
         images = candidate.settings.images
-        asked = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
-        quantize_bundle(path, asked, force=True)
+        int8 = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
+        quantize_bundle(path, int8, force=True)
     return build_bundle(Bundle.open(path), candidate.settings)
 
 
 def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
-    """Build, judge and time one candidate in a copy of the bundle."""
-    settings, (built,) = candidate.settings, _built(copy, candidate).outcomes
+    """Build, verify and time one candidate in a copy of the bundle."""
+    settings, (built,) = candidate.settings, _build_candidate(copy, candidate).outcomes
     bundle, name = Bundle.open(copy), built.engine
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     device = "cuda:0" if settings.device in (None, "cpu") else str(settings.device)
@@ -295,36 +296,36 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
         samples_for(bundle, None, None),
         config.VerifySettings(artifacts=(name,), device=device, modules=False),
     ).artifacts[name]
-    passed = verdict.outcome is Found.PASS
+    passed = verdict.outcome is CheckOutcome.PASS
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _seconds(network.opened, images)
+        seconds = _call_seconds(network.opened, images)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
-    return CandidateResult(candidate.described, name, *timed, sqnr_db, passed, verdict.reason)
+    return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
 
 
-def _seconds(runner: Any, images: npt.NDArray[Any]) -> float:
-    """Return the least mean time of a call: launches queued on the GPU, or runs on the CPU."""
+def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
+    """Return the minimum mean time of a call: launches queued on the GPU, or runs on the CPU."""
     with contextlib.ExitStack() as stack:
-        held = None
+        buffers = None
         if runner.on_gpu:
-            held = stack.enter_context(contextlib.closing(runner.resident(images)))
-            held.upload()
+            buffers = stack.enter_context(contextlib.closing(runner.resident(images)))
+            buffers.upload()
 
         def calls(count: int) -> float:
             start = time.perf_counter()
             for _ in range(count):
-                if held is None:
+                if buffers is None:
                     runner.run(images)
                 else:
-                    held.launch()
-            if held is not None:
-                held.download()
-                held.outputs()
+                    buffers.launch()
+            if buffers is not None:
+                buffers.download()
+                buffers.outputs()
             return (time.perf_counter() - start) / count
 
-        calls(LEAST_CALLS)  # compiles, tunes, records
-        count = max(LEAST_CALLS, round(LEAST_S / calls(LEAST_CALLS)))
+        calls(MIN_CALLS)  # compiles, tunes, records
+        count = max(MIN_CALLS, round(MIN_S / calls(MIN_CALLS)))
         return min(calls(count) for _ in range(ROUNDS))

@@ -1,4 +1,4 @@
-"""Models, bundles and artifacts described without being run."""
+"""Descriptions of models, bundles and artifacts; nothing is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, find_cached_weights
 
 ENGINES = (".plan", ".engine", ".trt")
-Described = OnnxDescription | EngineDescription | PackageDescription
+ArtifactDescription = OnnxDescription | EngineDescription | PackageDescription
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class BundleDescription:
     Attributes:
         path: its folder.
         problems: a sentence for each file that is missing or changed.
-        sizes: bytes of each artifact that a runtime loads.
-        manifest: what it says.
-        kind: says what this describes.
+        sizes: bytes of each artifact that a runtime can load.
+        manifest: contents of its manifest.
+        kind: type of the description.
     """
 
     path: Path
@@ -46,24 +46,24 @@ class BundleDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkDescription:
-    """A published variant, as far as is known without its weights, or a checkpoint.
+    """A published variant, without loading its weights, or a checkpoint.
 
     Attributes:
-        kind: says which.
-        name: what it is called.
-        also_called: other names a variant goes by.
-        variant: the published one with a checkpoint's architecture, or None.
+        kind: type of the description.
+        name: of the variant or the checkpoint.
+        also_called: aliases of a variant.
+        variant: the published variant with a checkpoint's architecture, or None.
         architecture: of the network.
         lka_dilation: of the second kernel of Large Kernel Attention.
-        parameters: how many it has.
+        parameters: number of parameters.
         multiply_adds: of one image.
         multiply_adds_at: size of that image in pixels: a side, or height and width.
-        preprocessing: what its input must have gone through.
-        top1_percent: published accuracy on ImageNet-1K; None where none was.
-        weights: where a variant's public weights are; None where there are none.
-        weights_note: what is to be known of them.
+        preprocessing: of the input.
+        top1_percent: published accuracy of a variant.
+        weights: where a variant's weights are published.
+        weights_note: licence or origin of these weights.
         here: the variant's weights on this machine, or None.
-        source: where a checkpoint's weights came from.
+        source: origin of a checkpoint's weights.
         class_names: of a checkpoint, in the order of the logits, or None.
     """
 
@@ -86,77 +86,72 @@ class NetworkDescription:
 
 
 def describe_model(model: str) -> BundleDescription | NetworkDescription:
-    """Return everything known of a bundle, of a variant, or of a checkpoint's weights.
+    """Return the description of a bundle, a variant, or a checkpoint's weights.
 
     Raises:
-        UsageError: there is no such variant.
+        UsageError: the variant does not exist.
         InputError: the checkpoint or the bundle cannot be read.
     """
     if Path(model).is_dir() and (Path(model) / MANIFEST).exists():
         bundle = Bundle.open(model)
-        found = tuple(bundle.problems())
-        return BundleDescription(bundle.path, found, bundle.sizes(), bundle.manifest)
-    for variant in VARIANTS.values():
-        if model in (variant.name, *variant.aliases):
-            return NetworkDescription(
-                kind="variant",
-                name=variant.name,
-                also_called=tuple(variant.aliases),
-                **_counted(variant.config, OFFICIAL),
-                top1_percent=variant.top1,
-                weights=variant.weights,
-                weights_note=variant.weights_note,
-                here=find_cached_weights(variant),
-            )
-    from van_deploy.model.checkpoint import load_van
+        problems = tuple(bundle.problems())
+        return BundleDescription(bundle.path, problems, bundle.sizes(), bundle.manifest)
+    variants = (v for v in VARIANTS.values() if model in (v.name, *v.aliases))
+    details: dict[str, Any]
+    if variant := next(variants, None):
+        config, preprocessing = variant.config, OFFICIAL
+        details = {
+            "kind": "variant",
+            "name": variant.name,
+            "also_called": tuple(variant.aliases),
+            "top1_percent": variant.top1,
+            "weights": variant.weights,
+            "weights_note": variant.weights_note,
+            "here": find_cached_weights(variant),
+        }
+    else:
+        from van_deploy.model.checkpoint import load_van
 
-    loaded = load_van(model, offline=True)
+        loaded = load_van(model, offline=True)
+        config, preprocessing = loaded.config, loaded.preprocessing
+        details = {"kind": "weights", "name": loaded.name, "variant": config.variant}
+        details |= {"source": loaded.source, "class_names": loaded.class_names}
+    size = preprocessing.image_size
     return NetworkDescription(
-        kind="weights",
-        name=loaded.name,
-        variant=loaded.config.variant,
-        **_counted(loaded.config, loaded.preprocessing),
-        source=loaded.source,
-        class_names=loaded.class_names,
+        architecture=config,
+        lka_dilation=config.lka_dilation,
+        parameters=config.parameter_count(),
+        multiply_adds=config.mac_count(size),
+        multiply_adds_at=size,
+        preprocessing=preprocessing,
+        **details,
     )
 
 
-def _counted(config: VanConfig, preprocessing: Preprocessing) -> dict[str, Any]:
-    size = preprocessing.image_size
-    return {
-        "architecture": config,
-        "lka_dilation": config.lka_dilation,
-        "parameters": config.parameter_count(),
-        "multiply_adds": config.mac_count(size),
-        "multiply_adds_at": size,
-        "preprocessing": preprocessing,
-    }
-
-
-def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Described]:
-    """Return the description of one file, or of everything in a bundle that can be run.
+def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[ArtifactDescription]:
+    """Return the description of one file, or of every artifact in a bundle.
 
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.
 
     Raises:
-        InputError: there is nothing to describe, or it cannot be read.
+        InputError: the path does not exist, or cannot be read as an artifact.
     """
     files = [artifact]
     if artifact.is_dir():
         bundle = Bundle.open(artifact)
         files = [bundle.path / one.file for one in bundle.artifacts.values()]
-    readers: dict[str, Callable[[Path], Described]] = {
+    readers: dict[str, Callable[[Path], ArtifactDescription]] = {
         **dict.fromkeys(ENGINES, partial(describe_engine, trust_engine=trust_engine)),
         ".pt2": describe_package,
         ".onnx": describe_onnx,
     }
     for file in files:
         if not file.exists():
-            raise InputError(f"There is no file '{file}'.", "Check the path.")
+            raise InputError(f"The file '{file}' does not exist.", "Check the path.")
         if file.suffix not in readers:
             raise InputError(
                 f"'{file}' is neither an ONNX file nor an engine.",
                 f"Give a {', '.join(readers)} file or a bundle; "
-                f"a checkpoint is shown by `van-deploy info {file}`.",
+                f"`van-deploy info {file}` describes a checkpoint.",
             )
     return [readers[file.suffix](file) for file in files]

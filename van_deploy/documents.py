@@ -1,10 +1,9 @@
-"""Text files that somebody else wrote: read whole, and strictly.
+"""Strict reading of untrusted JSON and TOML files, and conversion of results to JSON types.
 
-Manifests, sidecars, recipes and the like are small. So each is first made sure to be a
-file (a pipe would be waited for) of a size such files have. JSON and TOML are taken more
-strictly than Python's readers do it: what is nested deeper than any of these files is
-refused, and so is JSON that gives a key twice, of which two readers may believe
-different ones.
+Manifests, sidecars, recipes and similar files are small: a path must be a regular file
+(reading a pipe would block) of limited size. JSON and TOML are parsed more strictly than
+by Python: deep nesting is refused, and so is JSON with a repeated key, because two readers
+may use different values of it.
 """
 
 from __future__ import annotations
@@ -31,51 +30,51 @@ else:
     import tomli as tomllib
 
 
-LARGEST_BYTES = 64 * 2**20  # a calibration set that names 100,000 images has 20 MB
-MAX_DEPTH = 40  # a manifest has 8
-MAX_TEXT_LENGTH = 4096  # characters; a path has no more
-MAX_LINE_LENGTH = 64 * 2**10  # of TOML, whose reader takes squared time over dotted keys
+MAX_BYTES = 64 * 2**20  # a calibration set with the names of 100,000 images has 20 MB
+MAX_DEPTH = 40  # of nested tables and lists; a manifest has 8
+MAX_TEXT_LENGTH = 4096  # characters, as for a path
+MAX_LINE_LENGTH = 64 * 2**10  # of TOML: its parser takes quadratic time for dotted keys
 
-# C0 and C1 but tab and newline, and what turns the direction of writing round.
+# C0 and C1 except tab and newline, and characters that change the text direction.
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
 class DocumentError(ValueError):
-    """A file is not what it should be; the message says what it is, as the end of a sentence."""
+    """A file is invalid; the message is the end of a sentence."""
 
 
 def require_regular_file(path: Path | int) -> None:
-    """Return if ``path``, or an open handle, is a file rather than a pipe or a device.
+    """Raise unless ``path``, or an open file descriptor, is a regular file.
 
     Raises:
-        DocumentError: it is something else.
-        OSError: there is nothing, a folder, or what may not be looked at.
+        DocumentError: it is a pipe, a device or a socket.
+        OSError: it does not exist, is a folder, or cannot be accessed.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
-        raise DocumentError("it is no regular file")
+        raise DocumentError("it is not a regular file")
 
 
-def read_text_file(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
+def read_text_file(path: Path, max_bytes: int = MAX_BYTES) -> str:
     """Return the text of a file.
 
     Raises:
-        DocumentError: it is no file, is too large, or is not UTF-8.
+        DocumentError: it is not a regular file, is too large, or is not UTF-8.
         OSError: it cannot be read.
     """
 
-    def without_waiting(name: str, flags: int) -> int:
+    def open_nonblocking(name: str, flags: int) -> int:
         return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
-    with open(path, "rb", opener=without_waiting) as file:
+    with open(path, "rb", opener=open_nonblocking) as file:
         require_regular_file(file.fileno())
-        content = file.read(largest_bytes + 1)
-    if len(content) > largest_bytes:
-        raise DocumentError(f"it has more than {largest_bytes:,} bytes")
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise DocumentError(f"it has more than {max_bytes:,} bytes")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -83,46 +82,45 @@ def read_text_file(path: Path, largest_bytes: int = LARGEST_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the JSON in ``text``, which is UTF-8 where it is bytes.
+    """Return the JSON in a text or in UTF-8 bytes.
 
     Raises:
-        DocumentError: it is nested too deeply, gives a key twice, or spells half a character.
+        DocumentError: it is nested too deeply, repeats a key, or has an unpaired surrogate.
         ValueError: it is not JSON.
 
     >>> parse_json('{"a": 1, "a": 2}')
     Traceback (most recent call last):
         ...
-    van_deploy.documents.DocumentError: it gives the key 'a' twice
+    van_deploy.documents.DocumentError: it has the key 'a' twice
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> Any:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DocumentError(f"it gives the key {twice[:100]!r} twice")
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise DocumentError(f"it has the key {key[:100]!r} twice")
+            table[key] = value
+        return table
 
-    value = _not_deep(lambda: json.loads(text, object_pairs_hook=once))
+    value = _limit_depth(lambda: json.loads(text, object_pairs_hook=unique))
     if re.search(r"\\u[dD]", text if isinstance(text, str) else text.decode(errors="replace")):
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise DocumentError(f"it spells {half}, half a character") from None
+            surrogate = ascii(error.object[error.start])
+            raise DocumentError(f"it has the unpaired surrogate {surrogate}") from None
     return value
 
 
 def plain(value: object) -> Any:
-    """Return ``value`` in the types JSON has.
+    """Return ``value`` in JSON types.
 
-    A data class becomes its fields, and the properties that :func:`json_properties` names;
-    a schema what its file holds; an error of ours its kind, message and remedy; a path its
-    text. Numbers that JSON cannot spell become ``"inf"``, ``"-inf"`` and ``"nan"``, which
-    ``float()`` reads.
+    A data class becomes a table of its fields and of :func:`json_properties`; a schema the
+    contents of its file; an error of this package its class, message and remedy; a path its
+    text. Infinity and NaN become ``"inf"``, ``"-inf"`` and ``"nan"``, which ``float()`` reads.
 
     Raises:
-        TypeError: it holds something that has no plain form.
+        TypeError: a value has no JSON form.
 
     >>> plain({"sqnr_db": math.inf, "shape": (1, 3), "path": Path("a/b")})
     {'sqnr_db': 'inf', 'shape': [1, 3], 'path': 'a/b'}
@@ -148,15 +146,15 @@ def plain(value: object) -> Any:
         return plain(value.model_dump(by_alias=True))
     if hasattr(value, "tolist"):  # NumPy's scalars and arrays
         return plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} has no plain form: {value!r}")
+    raise TypeError(f"{type(value).__name__} has no JSON form: {value!r}")
 
 
 class Verdict:
-    """A result that is true if it passed."""
+    """Base of results; true if the result passed."""
 
     @property
     def passed(self) -> bool:
-        """Whether it passed."""
+        """Whether the result passed."""
         raise NotImplementedError
 
     def __bool__(self) -> bool:
@@ -165,14 +163,14 @@ class Verdict:
 
 
 def is_json_field(field: dataclasses.Field[Any]) -> bool:
-    """Return whether a field belongs to the document, as all but ``{"json": False}`` do."""
+    """Return whether a field is in the document: all except those with ``{"json": False}``."""
     return bool(field.metadata.get("json", True))
 
 
 def json_properties(kind: type) -> tuple[str, ...]:
-    """Return the properties of a data class that belong to its document.
+    """Return the properties of a data class that are in its document.
 
-    They are ``passed``, and those that its ``JSON_PROPERTIES`` names.
+    They are ``passed``, and those in its ``JSON_PROPERTIES``.
     """
     passed = ("passed",) if isinstance(getattr(kind, "passed", None), property) else ()
     return (*getattr(kind, "JSON_PROPERTIES", ()), *passed)
@@ -182,8 +180,8 @@ def read_toml_file(path: Path) -> dict[str, Any]:
     """Return the TOML in a file.
 
     Raises:
-        DocumentError: it is no file, too large, not UTF-8, nested too deeply, or has a line
-            longer than any that a person wrote.
+        DocumentError: it is not a regular file, too large, not UTF-8, nested too deeply, or has
+            a line longer than :data:`MAX_LINE_LENGTH`.
         tomllib.TOMLDecodeError: it is not TOML; a ValueError too.
         OSError: it cannot be read.
     """
@@ -191,12 +189,12 @@ def read_toml_file(path: Path) -> dict[str, Any]:
     longest = max(map(len, text.splitlines()), default=0)
     if longest > MAX_LINE_LENGTH:
         raise DocumentError(f"it has a line of {longest:,} characters")
-    tables: dict[str, Any] = _not_deep(lambda: tomllib.loads(text))
+    tables: dict[str, Any] = _limit_depth(lambda: tomllib.loads(text))
     return tables
 
 
-def _not_deep(read: Callable[[], Any]) -> Any:
-    """Return what ``read`` returns unless lists and tables are too deep in one another."""
+def _limit_depth(read: Callable[[], Any]) -> Any:
+    """Return the result of ``read`` if its nesting is within :data:`MAX_DEPTH`."""
     with contextlib.suppress(RecursionError):
         value = read()
         if _depth(value) <= MAX_DEPTH:
@@ -205,6 +203,6 @@ def _not_deep(read: Callable[[], Any]) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """Return how many lists and tables are around the innermost one."""
+    """Return the number of lists and tables around the innermost one."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return max((1 + _depth(one) for one in inner if isinstance(one, dict | list)), default=0)

@@ -1,10 +1,10 @@
-"""Every error a user can meet, and the exit code each one ends the command with.
+"""Errors that are reported to the user, and the exit code of each.
 
 ::
 
     VanDeployError
-    ├── GateFailed            1   a check ran and its gate was not met
-    ├── UsageError            2   the request itself makes no sense
+    ├── GateFailed            1   a check ran and a limit was exceeded
+    ├── UsageError            2   the request is invalid
     ├── MissingDependency     3   something is missing from the environment
     ├── ConversionError       4   a conversion or a build failed
     └── InputError            5   bad weights, images, recipe or bundle
@@ -15,9 +15,8 @@
         └── BundleError
             └── SignatureError
 
-An error carries three sentences: what failed (with what was given) and what to
-do next. Anything that is not a :class:`VanDeployError` is a fault of this
-program and keeps its traceback.
+The message of an error says what failed and for which input, its remedy what to do next.
+An exception of another class is a bug in this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class VanDeployError(Exception):
     """Base of every error that is not a bug in this program.
 
     Args:
-        message: what failed and what was given, one or two sentences.
+        message: what failed, and for which input; one or two sentences.
         remedy: what to do next, one sentence in the imperative.
     """
 
@@ -47,19 +46,19 @@ class VanDeployError(Exception):
 
 
 class GateFailed(VanDeployError):
-    """A check ran to its end and its gate was not met."""
+    """A check ran to its end and a limit was exceeded."""
 
     exit_code = 1
 
 
 class UsageError(VanDeployError):
-    """The request is contradictory or names something that does not exist."""
+    """The request has conflicting options, or names something that does not exist."""
 
     exit_code = 2
 
 
 class MissingDependency(VanDeployError):
-    """A package, driver or device that the request needs is not here."""
+    """A package, driver or device that the request needs is not available."""
 
     exit_code = 3
 
@@ -71,7 +70,7 @@ class ConversionError(VanDeployError):
 
 
 class InputError(VanDeployError):
-    """Something the user handed over cannot be used."""
+    """An input of the user cannot be used."""
 
     exit_code = 5
 
@@ -81,7 +80,7 @@ class CheckpointError(InputError):
 
 
 class DownloadError(InputError):
-    """Weights could not be fetched, or are not the ones that were promised."""
+    """Weights could not be downloaded, or have another digest than expected."""
 
 
 class ImageError(InputError):
@@ -89,7 +88,7 @@ class ImageError(InputError):
 
 
 class RecipeError(InputError):
-    """A recipe or a calibration manifest is wrong; names the file and the key."""
+    """A recipe or a calibration set is invalid; names the file and the key."""
 
 
 class BundleError(InputError):
@@ -97,15 +96,15 @@ class BundleError(InputError):
 
 
 class SignatureError(BundleError):
-    """A bundle is not signed, not by the key that was asked for, or not as it was signed."""
+    """A bundle is not signed, is signed with another key, or was changed after signing."""
 
 
 @contextlib.contextmanager
-def require_extra(what: str, extra: str) -> Iterator[None]:
-    """Tell an import that fails in the block as an extra to install.
+def require_extra(feature: str, extra: str) -> Iterator[None]:
+    """Report a failing import in the block as an extra to install.
 
     Args:
-        what: needs it, at the beginning of a sentence.
+        feature: what needs the extra, as the start of a sentence.
         extra: of this package, such as ``serve``.
 
     Raises:
@@ -115,6 +114,6 @@ def require_extra(what: str, extra: str) -> Iterator[None]:
         yield
     except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
         raise MissingDependency(
-            f"{what} needs a package that is not installed: {error}.",
+            f"{feature} needs a package that is not installed: {error}.",
             f"Install it with `pip install 'van-deploy[{extra}]'`.",
         ) from error

@@ -1,8 +1,8 @@
-"""Files and values by their SHA-256, files written whole or not at all, and weights beside one.
+"""SHA-256 of files and values, atomic writes, and checks of an ONNX file's external weights.
 
-An ONNX file may keep weights in other files, which it names itself, so a hostile one could
-name anything on the machine. Runtimes differ in what they refuse (TensorRT for RTX 1.7.1
-follows links out of the folder), so it is refused here, before any of them sees the file.
+An ONNX file can store weights in other files and names them itself, so a hostile file could
+name any file on the machine. Runtimes differ in what they refuse (TensorRT for RTX 1.7.1
+follows links out of the folder), so such names are refused here, before a runtime opens the file.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from van_deploy.errors import InputError
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-LOCATION = b"location"  # every tensor that is in another file spells this out
+LOCATION = b"location"  # a key of every tensor in another file
 
 
-def content_key(ingredients: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of ``ingredients`` as canonical JSON.
+def content_key(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of ``values`` as canonical JSON.
 
     >>> content_key({"b": 1, "a": [2]}) == content_key({"a": (2,), "b": 1})
     True
     """
-    text = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal, reading it in pieces."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal; reads in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write ``content`` to ``path`` so that a reader sees the old file or the new one."""
+    """Write ``content`` to ``path``; a reader sees either the old file or the new one."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -59,9 +59,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def external_files(path: Path) -> tuple[str, ...]:
-    """Return the names of other files in an ONNX file, sorted; none where it cannot be parsed.
+    """Return the names of an ONNX file's external files, sorted; none if it cannot be parsed.
 
-    A file without any is not parsed.
+    A file without such names is not parsed.
     """
     if not path.stat().st_size:
         return ()
@@ -74,11 +74,11 @@ def external_files(path: Path) -> tuple[str, ...]:
     try:
         return external_files_in(onnx.load(path, load_external_data=False))
     except DecodeError:
-        return ()  # whatever reads it next says so
+        return ()  # the next reader reports it
 
 
 def external_files_in(model: ModelProto) -> tuple[str, ...]:
-    """Return the names of other files in a graph, wherever in it a tensor can be, sorted."""
+    """Return the names of external files in a graph, sorted; from tensors at any depth."""
     found = {
         entry.value
         for tensor in _tensors(model)
@@ -88,28 +88,27 @@ def external_files_in(model: ModelProto) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def check_external_files(path: Path, files: Collection[str], named: Collection[str] | None) -> None:
-    """Return if every other file is below the folder of ``path``, and no link leads out of it.
+def check_external_files(path: Path, files: Collection[str], known: Collection[str] | None) -> None:
+    """Raise unless every external file is a known file in the folder of ``path``, without links.
 
     Args:
         path: of the ONNX file.
         files: the names in it.
-        named: those that somebody vouches for, relative to the folder; None for any.
+        known: the files that a manifest lists, relative to the folder; None to allow all.
 
     Raises:
-        InputError: one is elsewhere, is not there, is no file, or nobody vouches for it.
+        InputError: a file is elsewhere, does not exist, is not a file, or is not known.
     """
     for file in files:
-        problem = _problem(path.parent, file, named)
+        problem = _external_file_problem(path.parent, file, known)
         if problem:
             raise InputError(
                 f"'{path}': its weights are in '{file[:200]}', {problem}.",
-                "Do not use this file, or export it again: `van-deploy export` writes no such "
-                "name.",
+                "Do not use this file; create it again with `van-deploy export`.",
             )
 
 
-def _problem(folder: Path, file: str, named: Collection[str] | None) -> str:
+def _external_file_problem(folder: Path, file: str, known: Collection[str] | None) -> str:
     relative = PurePosixPath(file)
     if not file.isprintable() or relative.is_absolute() or ".." in relative.parts or "\\" in file:
         return "which is outside its folder"
@@ -117,14 +116,14 @@ def _problem(folder: Path, file: str, named: Collection[str] | None) -> str:
     for part in relative.parts:
         place = place / part
         if place.is_symlink():
-            return "which is a link or behind one"
-    if named is not None and relative.as_posix() not in named:
-        return "which the manifest does not name"
-    return "" if place.is_file() else "which is not beside it"
+            return "which is a link or in a linked folder"
+    if known is not None and relative.as_posix() not in known:
+        return "which is not in the manifest"
+    return "" if place.is_file() else "which is not a file in its folder"
 
 
 def _tensors(message: Any) -> Iterator[Any]:
-    """Yield every tensor in a message, at any depth: protobuf itself limits it to 100."""
+    """Yield every tensor in a message, at any depth; protobuf limits the depth to 100."""
     if message.DESCRIPTOR.name == "TensorProto":
         yield message
         return

@@ -1,4 +1,4 @@
-"""The stages in order: from a recipe to a bundle that its gates have judged."""
+"""Runs the stages of a recipe: export, quantise, build, verify and evaluate."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from pathlib import Path
 
 from van_deploy.bundle import Bundle, Manifest
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
-from van_deploy.checks.golden import (
-    samples_for,
-)
+from van_deploy.checks.golden import samples_for
 from van_deploy.checks.outputs import batch_sizes, shared_settings
 from van_deploy.checks.verify import VerifyReport, record_check, verify_bundle
 from van_deploy.config import EvaluationSettings, Recipe, RunSettings, VerifySettings
 from van_deploy.data.samples import verification_images
 from van_deploy.documents import Verdict
-from van_deploy.engine.bundled import REUSED, build_cells, planned_engines
+from van_deploy.engine.fleet import REUSED, build_cells, engine_cells
 from van_deploy.errors import UsageError
 from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
@@ -23,16 +21,16 @@ from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.serve.embedded import embed_artifacts
 from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
-EMBED_PROOF_IMAGES = 8  # the graph again, with known nodes before it: few images will do
+EMBED_PROOF_IMAGES = 8  # the graph is checked already, and the added nodes are known
 
 
 @dataclass(frozen=True)
 class ExportReport(Verdict):
-    """What an export made, in every precision that was asked for.
+    """Result of an export in all requested precisions.
 
     Attributes:
         export: of the FP32 graph.
-        precisions: the others.
+        precisions: results of the other precisions.
         manifest: of the bundle.
     """
 
@@ -42,18 +40,18 @@ class ExportReport(Verdict):
 
     @property
     def passed(self) -> bool:
-        """Whether every precision holds its gate; an FP32 graph that does not is never written."""
+        """Whether every precision passes its gate; an FP32 graph that fails is never written."""
         return all(self.precisions)
 
 
 @dataclass(frozen=True)
 class ArtifactResult:
-    """One artifact that was made after exporting.
+    """Result of one artifact that was made after the export.
 
     Attributes:
         artifact: its name.
-        reason: why it was made anew or reused.
-        passed: whether it holds the gate of its own stage.
+        reason: why it was built or reused.
+        passed: whether it passes the gate of its own stage.
     """
 
     artifact: str
@@ -63,14 +61,14 @@ class ArtifactResult:
 
 @dataclass(frozen=True)
 class RunResult(Verdict):
-    """What a run made and what its gates said.
+    """Result of a run.
 
     Attributes:
-        bundle: as written.
-        export: what exporting did.
-        made: the artifacts made after it: precisions, then engines.
+        bundle: the bundle on disk.
+        export: result of the FP32 export.
+        made: the other artifacts: precisions, then engines.
         verify: the verdict on each artifact.
-        evaluate: accuracy, if there were labelled images.
+        evaluate: accuracy, if the recipe has labelled images.
     """
 
     bundle: Bundle
@@ -82,103 +80,104 @@ class RunResult(Verdict):
     @property
     def passed(self) -> bool:
         """Whether every gate passed."""
-        accurate = self.evaluate is None or self.evaluate.passed
-        return self.verify.passed and accurate and all(made.passed for made in self.made)
+        is_accurate = self.evaluate is None or self.evaluate.passed
+        return self.verify.passed and is_accurate and all(result.passed for result in self.made)
 
 
 def export_recipe(
     loaded: LoadedVan,
     recipe: Recipe,
     output: Path,
-    how: RunSettings,
+    settings: RunSettings,
     progress: Progress = no_progress,
 ) -> ExportReport:
-    """Return what exporting did, and the other precisions that the recipe makes.
+    """Export a recipe's network in all its precisions; without engines and gates.
 
     Args:
         loaded: the network, from :func:`load_model`.
-        recipe: what to make; engines and gates are not done here.
+        recipe: the recipe.
         output: the bundle's folder.
-        how: whether to make everything anew, and images to check on, and to calibrate on where
-            the recipe names none.
-        progress: told what is done.
+        settings: whether to rebuild everything; images to check on, and to calibrate on if the
+            recipe has none.
+        progress: receives the current step.
 
     Raises:
         VanDeployError: as :func:`run_recipe`.
     """
-    clock, images, force = Stopwatch(progress), how.images, how.force
+    clock, images, force = Stopwatch(progress), settings.images, settings.force
     exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
-    made = []
+    precisions = []
     for name in recipe.precision.make:
-        settings = recipe.precision.of(name)
-        if images is not None and settings.sources == (None, None):
-            settings = settings.with_changes(images=images)
+        quantize = recipe.precision.of(name)
+        if images is not None and quantize.sources == (None, None):
+            quantize = quantize.with_changes(images=images)
         progress(f"Making '{name}'")
-        made.append(quantize_bundle(output, settings, force=force, progress=progress))
+        precisions.append(quantize_bundle(output, quantize, force=force, progress=progress))
     if recipe.export.embeds:
-        clock.begin("Embedding preprocessing, and proving it")
-        fixed, most = recipe.batch.fixed, EMBED_PROOF_IMAGES
-        batches = [size for size in batch_sizes(recipe.batch) if size <= most or fixed]
-        pixels = verification_images(loaded.name, loaded.preprocessing, max(batches), images).pixels
+        clock.begin("Embedding and checking preprocessing")
+        sizes = batch_sizes(recipe.batch)
+        if recipe.batch.fixed is None:
+            sizes = tuple(size for size in sizes if size <= EMBED_PROOF_IMAGES)
+        pixels = verification_images(loaded.name, loaded.preprocessing, max(sizes), images).pixels
         if pixels is None:
             raise UsageError(
-                f"A graph with preprocessing inside is proved on uint8 images; '{images}' holds "
+                f"A graph with preprocessing inside needs uint8 images to check it; '{images}' has "
                 "normalised network input.",
-                "Give uint8 images, or leave --images out.",
+                "Give uint8 images, or remove --images.",
             )
-        images_of_sizes = [pixels[:size] for size in batches]
-        embedded = embed_artifacts(Bundle.open(output), recipe.export, images_of_sizes)
+        batches = [pixels[:size] for size in sizes]
+        embedded = embed_artifacts(Bundle.open(output), recipe.export, batches)
         clock.begin("")
         seconds = {**exported.seconds, **clock.seconds}
         exported = replace(exported, embedded=tuple(embedded), seconds=seconds)
     bundle = Bundle.open(output)
-    return ExportReport(replace(exported, bundle=bundle), tuple(made), bundle.manifest)
+    return ExportReport(replace(exported, bundle=bundle), tuple(precisions), bundle.manifest)
 
 
 def run_recipe(
     loaded: LoadedVan,
     recipe: Recipe,
     output: Path,
-    how: RunSettings,
+    settings: RunSettings,
     progress: Progress = no_progress,
 ) -> RunResult:
-    """Return the bundle a recipe asks for, and the verdict of its gates.
+    """Make the bundle of a recipe, and apply its gates.
 
     Args:
         loaded: the network, from :func:`load_model`.
-        recipe: what to make, and the gates.
+        recipe: the artifacts to make, and the gates.
         output: the bundle's folder.
-        how: what is skipped, runs it, and so on.
-        progress: told what is done.
+        settings: how to run it.
+        progress: receives the current step.
 
     Raises:
-        UsageError: nothing builds the engines asked for.
-        GateFailed: exporting found that the graph is not the network.
-        BundleError: ``output`` cannot hold the bundle.
+        UsageError: no backend supports the requested engines.
+        GateFailed: the exported graph differs from the network.
+        BundleError: ``output`` contains something else.
         ImageError: a precision needs images to calibrate on and there are none.
-        MissingDependency: what builds the engines is not installed.
+        MissingDependency: a package that builds the engines is not installed.
         ConversionError: an engine cannot be built.
     """
     engines, cells = recipe.engines, []
-    if engines.precisions:  # a mistake is said before any work
-        cells = planned_engines(output, engines, recipe.batch, recipe.export.dynamic_size)
-    exported = export_recipe(loaded, recipe, output, how, progress)
-    made = [ArtifactResult(one.artifact, one.reason, one.passed) for one in exported.precisions]
-    cache = engines.timing_cache
-    built = build_cells(cells, timing_cache=cache, force=how.force, progress=progress)
-    for outcome in built if cells else ():
-        same = outcome.outcome == REUSED
-        reason = "the file, options and versions are those it was built from" if same else "built"
-        made.append(ArtifactResult(outcome.engine, reason, passed=True))
+    if engines.precisions:  # reports mistakes before the export starts
+        cells = engine_cells(output, engines, recipe.batch, recipe.export.dynamic_size)
+    report = export_recipe(loaded, recipe, output, settings, progress)
+    made = [ArtifactResult(one.artifact, one.reason, one.passed) for one in report.precisions]
+    if cells:
+        cache, force = engines.timing_cache, settings.force
+        for one in build_cells(cells, timing_cache=cache, force=force, progress=progress):
+            reason = "nothing changed" if one.outcome == REUSED else "built"
+            made.append(ArtifactResult(one.engine, reason, passed=True))
     bundle = Bundle.open(output)
     progress("Verifying")
-    samples, asked = samples_for(bundle, loaded, None), VerifySettings(**shared_settings(how))
-    verify = verify_bundle(bundle, samples, asked, loaded, recipe.gates, progress)
+    samples, shared = samples_for(bundle, loaded, None), shared_settings(settings)
+    checks = VerifySettings(**shared)
+    verify = verify_bundle(bundle, samples, checks, loaded, recipe.gates, progress)
     record_check(bundle, "verify", verify)
     evaluate = None
     if recipe.evaluate.images is not None:
         progress("Evaluating")
-        settings = EvaluationSettings(**{**dict(recipe.evaluate), **shared_settings(how)})
-        evaluate = evaluate_bundle(bundle, loaded, settings, recipe.gates, progress)
+        evaluation = EvaluationSettings(**{**dict(recipe.evaluate), **shared})
+        evaluate = evaluate_bundle(bundle, loaded, evaluation, recipe.gates, progress)
         record_check(bundle, "evaluate", evaluate)
-    return RunResult(Bundle.open(output), exported.export, tuple(made), verify, evaluate)
+    return RunResult(Bundle.open(output), report.export, tuple(made), verify, evaluate)

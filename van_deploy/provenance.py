@@ -1,4 +1,4 @@
-"""Which versions of what made an artifact: part of every manifest, and of every content key."""
+"""Versions, source digest and time: recorded in every manifest and part of every cache key."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ EXPORT_TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "pill
 
 
 def tool_versions(*distributions: str) -> dict[str, str]:
-    """Return the versions of Python, this package and what is installed of ``distributions``."""
+    """Return the versions of Python, this package and the installed ``distributions``."""
     versions = {"python": platform.python_version(), "van-deploy": __version__}
     for name in distributions:
         try:
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # noqa: PERF203 - each on its own
+        except metadata.PackageNotFoundError:  # noqa: PERF203 - each is optional
             continue
     return versions
 
 
 def code_digest(*packages: str) -> str:
-    """Return a digest of the source of some packages of this one (``model``, ``graph``).
+    """Return a digest of the source of sub-packages, such as ``model`` and ``graph``.
 
-    The version number alone would let a changed checkout reuse stale results.
+    With the version number alone a changed checkout would reuse stale results.
     """
     digest = hashlib.sha256()
     for package in packages:
@@ -40,17 +40,17 @@ def code_digest(*packages: str) -> str:
 
 
 def current_timestamp() -> str:
-    """Return the time that files are to name (ISO 8601, UTC): ``SOURCE_DATE_EPOCH``, or now.
+    """Return the time to write into files (ISO 8601, UTC): ``SOURCE_DATE_EPOCH``, or now.
 
     Raises:
-        UsageError: the variable is set to something that is no number of seconds.
+        UsageError: the variable is not a number of seconds.
     """
-    given = os.environ.get("SOURCE_DATE_EPOCH") or time.time()
+    seconds = os.environ.get("SOURCE_DATE_EPOCH") or time.time()
     try:
-        moment = datetime.fromtimestamp(int(given), timezone.utc)
+        moment = datetime.fromtimestamp(int(seconds), timezone.utc)
     except (ValueError, OverflowError, OSError):
         raise UsageError(
-            f"The environment variable SOURCE_DATE_EPOCH is '{given}', no number of seconds.",
+            f"The environment variable SOURCE_DATE_EPOCH is '{seconds}', not a number of seconds.",
             "Set it to seconds since 1970, or unset it.",
         ) from None
     return moment.isoformat(timespec="seconds")

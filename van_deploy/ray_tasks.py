@@ -1,4 +1,4 @@
-"""One function over many tasks on a Ray cluster, each result as it comes."""
+"""Runs one function for many tasks on a Ray cluster and yields results as they complete."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from van_deploy.errors import MissingDependency, require_extra
 
 @dataclass(frozen=True)
 class RayTask:
-    """One call of the function, and how it ended.
+    """One call of the function, and its result.
 
     Attributes:
-        tag: what its result is told by.
-        arguments: of the call, after what all calls share.
+        tag: identifies the task.
+        arguments: of the call, after the shared argument.
         options: Ray's, such as ``num_cpus`` and ``accelerator_type``.
-        result: what the function returned.
-        failure: why it did not return, one line; "" where it did.
+        result: return value of the function.
+        failure: the error in one line; "" if the function returned.
     """
 
     tag: Any
@@ -37,7 +37,7 @@ def require_ray() -> Any:
     """
     with require_extra("A Ray cluster", "ray"):
         import ray
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # sends no usage report
     return ray
 
 
@@ -51,14 +51,14 @@ def run_on_ray(
     """Call ``function(shared, *arguments)`` for each task, and yield each as it ends.
 
     Args:
-        function: of a module that the machines of the cluster have, too.
-        tasks: taken one by one; a task is not tried a second time.
-        shared: the same for all of them, sent once.
-        address: of the cluster; None joins the one this machine is in, or starts one of this
-            machine alone. A cluster joined before is used as it is.
+        function: from a module that is installed on every machine of the cluster.
+        tasks: read one by one; a failed task is not retried.
+        shared: the first argument of all calls, sent once.
+        address: of the cluster; None joins the cluster of this machine, or starts one on this
+            machine alone. An existing connection is used.
 
     Raises:
-        MissingDependency: Ray is not installed, or the cluster does not answer.
+        MissingDependency: Ray is not installed, or the cluster does not respond.
     """
     ray = require_ray()
     started = not ray.is_initialized()
@@ -67,21 +67,21 @@ def run_on_ray(
             ray.init(address=address, include_dashboard=False, log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise MissingDependency(
-                f"The Ray cluster at '{address or 'this machine'}' does not answer: {error}",
+                f"The Ray cluster at '{address or 'this machine'}' does not respond: {error}",
                 "Start one with `ray start --head`, or give --ray-address.",
             ) from error
     try:
-        remote, given = ray.remote(function), ray.put(shared)
-        most = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=1)
-        waiting: dict[Any, RayTask] = {}
+        remote, shared_ref = ray.remote(function), ray.put(shared)
+        max_cpus = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=1)
+        pending: dict[Any, RayTask] = {}
         for task in tasks:
             options = {"max_retries": 0, **task.options}
             if "num_cpus" in options:  # no more than the largest machine has
-                options["num_cpus"] = min(options["num_cpus"], max(1, most))
-            waiting[remote.options(**options).remote(given, *task.arguments)] = task
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            task = waiting.pop(done)
+                options["num_cpus"] = min(options["num_cpus"], max(1, max_cpus))
+            pending[remote.options(**options).remote(shared_ref, *task.arguments)] = task
+        while pending:
+            (done,), _ = ray.wait(list(pending), num_returns=1)
+            task = pending.pop(done)
             try:
                 yield replace(task, result=ray.get(done))
             except ray.exceptions.RayError as error:

@@ -1,15 +1,15 @@
-"""The base of every document and table of options, and how a mistake in one is told.
+"""Base classes of documents and options, and the messages of validation errors.
 
 Recipes, options, manifests, sidecars, baselines and calibration sets are pydantic
-models derived from :class:`Schema`. Whatever they are filled from (TOML, JSON, the
-command line, keyword arguments), a mistake becomes one message from
-:func:`validate`: the key as its source spells it, what was given, what it takes, and
-for an unknown key the nearest one. Nothing is taken for another type: ``"3"``, ``3.0``
-and ``true`` are no whole numbers.
+models derived from :class:`Schema`. For every source of the values (TOML, JSON, the
+command line, keyword arguments), :func:`validate` reports the first mistake in one
+message: the key as the user wrote it, the value, the accepted values, and for an
+unknown key the nearest known one. Types are not converted: ``"3"``, ``3.0`` and ``true``
+are not whole numbers.
 
-Documents of this program's own (:class:`VersionedSchema`) are JSON files that say first which
-form they have. A file of another version is refused, with what makes it anew, rather than
-guessed at.
+Documents that this package writes (:class:`VersionedSchema`) are JSON files whose first key
+is their schema and version. A file of another version is refused; the message says how to
+create it again.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from typing_extensions import dataclass_transform
 from van_deploy import documents
 from van_deploy.errors import InputError, UsageError
 
-LARGEST = 2**62
+MAX_NUMBER = 2**62
 
 Model = TypeVar("Model", bound="Schema")
 Document = TypeVar("Document", bound="VersionedSchema")
-Spelling = Mapping[tuple[str, ...], str]
-"""How the user wrote the keys that did not come from a file: ``("export", "opset")``
-is ``--opset`` or ``opset=``. What is not in it is written with dots."""
+KeyNames = Mapping[tuple[str, ...], str]
+"""Keys as the user wrote them, if not in a file: ``("export", "opset")`` is ``--opset`` or
+``opset=``. Other keys are written with dots."""
 
-_KINDS = {
+_TYPE_ERRORS = {
     "tuple_type": "should be a list",
     "list_type": "should be a list",
     "model_type": "should be a table",
@@ -54,11 +54,11 @@ _KINDS = {
 
 
 class ConflictError(ValueError):
-    """Two values that do not go together, found by a schema's own validator.
+    """Two values in a table conflict; raised by the validator of a schema.
 
     Args:
-        message: what does not go together; ``{opset}`` stands for that key of the same
-            table as the user wrote it.
+        message: the conflict; ``{opset}`` is replaced by that key of the same table as the
+            user wrote it.
         remedy: what to do next, with the same placeholders.
     """
 
@@ -68,7 +68,7 @@ class ConflictError(ValueError):
 
 
 class Schema(pydantic.BaseModel):
-    """A frozen table whose keys are all known; numbers are finite, and texts are not numbers."""
+    """Base of all tables: frozen, without unknown keys, with finite numbers, strictly typed."""
 
     model_config = pydantic.ConfigDict(
         extra="forbid",
@@ -81,60 +81,60 @@ class Schema(pydantic.BaseModel):
     )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values, ready for JSON."""
+        """Return the values in JSON types."""
         return self.model_dump(mode="json")
 
     def with_changes(self: Model, **values: Any) -> Model:
-        """Return a copy with other values, checked like the first.
+        """Return a validated copy with other values.
 
         Raises:
-            UsageError: a value is not of its kind, or contradicts another.
+            UsageError: a value has the wrong type, or conflicts with another.
         """
-        given = {name: getattr(self, name) for name in self.model_fields_set}
-        return validate(type(self), {**given, **values})
+        current = {name: getattr(self, name) for name in self.model_fields_set}
+        return validate(type(self), {**current, **values})
 
 
 class OpenSchema(Schema):
-    """A table that others may add keys to; the ones it names are still checked."""
+    """A table that accepts additional keys; the declared keys are still checked."""
 
     model_config = pydantic.ConfigDict(extra="allow")
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(pydantic.Field,))
-class _Checked(ModelMetaclass):
-    """Makes ``Settings(...)`` as strict as a file, with the same messages."""
+class _StrictInit(ModelMetaclass):
+    """Validates ``Settings(...)`` as strictly as a file, with the same messages."""
 
     if not TYPE_CHECKING:
 
         def __call__(cls, *values_in_order: Any, **values: Any) -> Any:  # noqa: N805
             values = {**dict(zip(cls.model_fields, values_in_order, strict=False)), **values}
-            spelling = {(field_key(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
-            spelling |= {(name,): f"{name}=" for name in values}
-            return validate(cls, values, spelling=spelling)
+            names = {(field_key(n, field),): f"{n}=" for n, field in cls.model_fields.items()}
+            names |= {(name,): f"{name}=" for name in values}
+            return validate(cls, values, key_names=names)
 
 
-class Settings(Schema, metaclass=_Checked):
-    """A table of options. Made in Python it is checked as it is when a file is read.
+class Settings(Schema, metaclass=_StrictInit):
+    """A table of options; a call is validated like a file.
 
     Raises:
-        UsageError: a value is not of its kind, or contradicts another.
+        UsageError: a value has the wrong type, or conflicts with another.
     """
 
     model_config = pydantic.ConfigDict(use_attribute_docstrings=False)
 
 
 class VersionedSchema(Schema):
-    """A document whose class says ``schema_: Literal["van-deploy/NAME/VERSION"]``."""
+    """A document whose class declares ``schema_: Literal["van-deploy/NAME/VERSION"]``."""
 
     schema_: str = Field(alias="schema")
 
     @classmethod
     def schema_name(cls) -> str:
-        """Return what ``schema`` must be."""
+        """Return the required value of ``schema``."""
         return str(get_args(cls.model_fields["schema_"].annotation)[0])
 
     def text(self) -> str:
-        """Return the document as its file has it."""
+        """Return the document as the text of its file."""
         plain = documents.plain(self)
         return json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -146,22 +146,22 @@ def validate(
     where: str = "",
     error: type[InputError] | type[UsageError] = UsageError,
     remedy: str = "Correct it.",
-    spelling: Spelling | None = None,
+    key_names: KeyNames | None = None,
 ) -> Model:
-    """Return ``model`` filled from ``values``.
+    """Return an instance of ``model`` with ``values``.
 
     Args:
         model: the schema.
-        values: a mapping, as TOML, JSON or keyword arguments gave it; or JSON in bytes, if it
-            has gone through :func:`~van_deploy.documents.parse_json`.
-        where: what opens the message, such as ``The recipe 'x.toml'``; "" for the key alone.
-        error: what a mistake is raised as.
-        remedy: what to do next, where the mistake itself suggests nothing better.
-        spelling: how the user wrote the keys that are not from ``where``; a mistake in one
-            of those is a :class:`UsageError` without ``where``.
+        values: a mapping from TOML, JSON or keyword arguments; or JSON in bytes that was
+            checked by :func:`~van_deploy.documents.parse_json`.
+        where: start of the message, such as ``The recipe 'x.toml'``; "" for the key alone.
+        error: class of the error to raise.
+        remedy: what to do next, unless the mistake has a remedy of its own.
+        key_names: keys as the user wrote them, if not in ``where``; a mistake in one of
+            these is a :class:`UsageError` without ``where``.
 
     Raises:
-        error: a key is unknown or missing, or a value is not of its kind or out of its
+        error: a key is unknown or missing, or a value has the wrong type or exceeds its
             limits; one sentence about the first mistake.
     """
     try:
@@ -169,17 +169,18 @@ def validate(
         return model.model_validate_json(text, strict=True)
     except PydanticSerializationError as failure:
         raise UsageError(
-            f"A value is none that a file could hold: {failure}.", "Give a plain value."
+            f"A value cannot be written as TOML or JSON: {failure}.",
+            "Use numbers, texts, paths, lists and tables.",
         ) from None
     except pydantic.ValidationError as failure:
-        told = _Told(model, failure.errors(include_url=False)[0], spelling or {})
-    except UsageError as failure:  # what a schema's own validator found to contradict itself
+        mistake = ValidationMessage(model, failure.errors(include_url=False)[0], key_names or {})
+    except UsageError as failure:  # a nested table was created by a validator
         message = f"{where}: {failure.message}" if where else failure.message
         raise error(message, failure.remedy) from None
-    if told.is_spelled:
+    if mistake.has_key_name:
         error, where, remedy = UsageError, "", "Correct it."
-    sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), told.message)
-    raise error(f"{where}: {told.message}" if where else sentence, told.remedy or remedy)
+    sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), mistake.message)
+    raise error(f"{where}: {mistake.message}" if where else sentence, mistake.remedy or remedy)
 
 
 def read_document(
@@ -195,13 +196,13 @@ def read_document(
     Args:
         model: its class.
         path: the file.
-        what: what errors call it, such as ``manifest``.
-        error: what a mistake is raised as.
-        remedy: what to do about a file that is not what was written, or of another version.
-        text: what the file holds; None reads it.
+        what: its name in messages, such as ``manifest``.
+        error: class of the error to raise.
+        remedy: what to do about a damaged file, or a file of another version.
+        text: contents of the file; None reads it.
 
     Raises:
-        error: it cannot be read, is damaged, or is of another version.
+        error: the file cannot be read, is damaged, or has another version.
     """
     where = f"The {what} '{path}' is damaged"
     try:
@@ -212,10 +213,10 @@ def read_document(
         raise error(f"The {what} '{path}' cannot be read: {reason}.", remedy) from failure
     except ValueError as failure:
         raise error(f"{where}: {failure}.", remedy) from failure
-    found = raw.get("schema") if isinstance(raw, Mapping) else None
-    if isinstance(found, str) and found != model.schema_name():
+    schema = raw.get("schema") if isinstance(raw, Mapping) else None
+    if isinstance(schema, str) and schema != model.schema_name():
         raise error(
-            f"'{path}' has schema '{found[:100]}'; this version reads '{model.schema_name()}'.",
+            f"'{path}' has schema '{schema[:100]}'; this version reads '{model.schema_name()}'.",
             remedy,
         )
     return validate(model, text.encode(), where=where, error=error, remedy=remedy)
@@ -227,11 +228,11 @@ def read_toml_document(model: type[Model], path: Path, what: str, error: type[In
     Args:
         model: the schema.
         path: the file.
-        what: what errors call it, such as ``recipe``.
-        error: what a mistake is raised as.
+        what: its name in messages, such as ``recipe``.
+        error: class of the error to raise.
 
     Raises:
-        error: the file cannot be read, is not TOML, or is not of this schema.
+        error: the file cannot be read, is not TOML, or does not match the schema.
     """
     values = read_toml_tables(path, what, error)
     return validate(model, values, where=f"The {what} '{path}'", error=error)
@@ -251,7 +252,7 @@ def read_toml_tables(path: Path, what: str, error: type[InputError]) -> dict[str
 
 
 def nested_table(annotation: Any) -> type[Any] | None:
-    """Return the table that an annotation holds: itself, or inside a union, list or mapping."""
+    """Return the schema or data class in an annotation, also inside a union, list or mapping."""
     if isinstance(annotation, type) and (
         issubclass(annotation, Schema) or dataclasses.is_dataclass(annotation)
     ):
@@ -259,83 +260,72 @@ def nested_table(annotation: Any) -> type[Any] | None:
     return next(filter(None, map(nested_table, get_args(annotation))), None)
 
 
-class _Told:
-    """The first mistake in a document, in words.
+class ValidationMessage:
+    """Message of the first validation error in a document.
 
     Attributes:
-        message: a sentence.
-        remedy: what to do next; "" where the message says it.
-        is_spelled: whether the user wrote the key outside of the document.
+        message: one sentence.
+        remedy: what to do next; "" if the message is enough.
+        has_key_name: whether the user wrote the key outside the document.
     """
 
-    def __init__(self, model: type[Schema], fault: ErrorDetails, spelling: Spelling) -> None:
-        self._spelling = spelling
-        self._place = [part for part in fault["loc"] if not _is_branch(part)]
-        self.is_spelled = False
-        key = self._spelled(self._place)
-        self.remedy = ""
-        contradiction = fault.get("ctx", {}).get("error")
-        if isinstance(contradiction, ConflictError):
-            self.message = self._filled(contradiction.message)
-            self.remedy = self._filled(contradiction.remedy)
-        elif fault["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+    def __init__(self, model: type[Schema], error: ErrorDetails, key_names: KeyNames) -> None:
+        self._key_names, self.has_key_name, self.remedy = key_names, False, ""
+        self._location = [part for part in error["loc"] if not _is_union_branch(part)]
+        key = self._key_name(self._location)
+        conflict = error.get("ctx", {}).get("error")
+        if isinstance(conflict, ConflictError):
+            self.message = self._fill(conflict.message)
+            self.remedy = self._fill(conflict.remedy)
+        elif error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
             self.message = f"the key '{key}' is unknown."
-            self.remedy = self._nearest(model)
-        elif fault["type"] == "missing":
+            self.remedy = self._suggestion(model, key)
+        elif error["type"] == "missing":
             self.message = f"'{key}' is missing."
         else:
-            text = _KINDS.get(fault["type"]) or re.sub(
-                r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", fault["msg"]
+            text = _TYPE_ERRORS.get(error["type"]) or re.sub(
+                r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", error["msg"]
             )
-            given = reprlib.repr(fault["input"])
-            self.message = f"'{key}' is {given}: it {text}." if key else f"it {text}."
+            value = reprlib.repr(error["input"])
+            self.message = f"'{key}' is {value}: it {text}." if key else f"it {text}."
 
-    def _spelled(self, place: list[str | int]) -> str:
-        """Return a location as the user wrote it, and remember whether that was elsewhere."""
-        for length in range(len(place), 0, -1):
-            written = self._spelling.get(tuple(map(str, place[:length])))
-            if written is not None:
-                self.is_spelled = True
-                rest = [part for part in place[length:] if isinstance(part, str)]
-                return ".".join([written.rstrip("="), *rest]) if rest else written
-        return ".".join(map(str, place))[:200]
+    def _key_name(self, location: list[str | int]) -> str:
+        """Return a key as the user wrote it, and set ``has_key_name``."""
+        for length in range(len(location), 0, -1):
+            name = self._key_names.get(tuple(map(str, location[:length])))
+            if name is not None:
+                self.has_key_name = True
+                inner = [part for part in location[length:] if isinstance(part, str)]
+                return ".".join([name.rstrip("="), *inner]) if inner else name
+        return ".".join(map(str, location))[:200]
 
-    def _filled(self, text: str) -> str:
-        """Return a contradiction with its placeholders as the user wrote those keys."""
+    def _fill(self, text: str) -> str:
+        """Return a text with its placeholders replaced by keys as the user wrote them."""
         return re.sub(
-            r"\{([\w.]+)\}", lambda found: self._spelled([*self._place, *found[1].split(".")]), text
+            r"\{([\w.]+)\}", lambda key: self._key_name([*self._location, *key[1].split(".")]), text
         )
 
-    def _nearest(self, model: type[Schema]) -> str:
-        """Return what the unknown key may have been meant for."""
-        *table, name = self._place
-        known = _keys_at(model, table)
+    def _suggestion(self, model: type[Schema], key: str) -> str:
+        """Return the nearest known key, or all known keys."""
+        *location, name = self._location
+        table: type[Any] | None = model
+        for part in location:  # else an index in a list, or a key of a mapping
+            if table is not None and part in _key_types(table):
+                table = nested_table(_key_types(table)[str(part)])
+        known = list(_key_types(table)) if table is not None else []
         near = difflib.get_close_matches(str(name), known, n=1)
         if near:
-            ours = self._spelled(self._place)
-            return f"Did you mean '{ours.replace(str(name), near[0])}'?"
+            return f"Did you mean '{key.replace(str(name), near[0])}'?"
         return f"Known keys: {', '.join(known)}."
 
 
-def _is_branch(part: str | int) -> bool:
-    """Return whether a part of a location names a branch of a union rather than a key."""
+def _is_union_branch(part: str | int) -> bool:
+    """Return whether a part of a location is a branch of a union instead of a key."""
     return isinstance(part, str) and ("[" in part or part in {"int", "float", "str", "bool"})
 
 
-def _keys_at(table: type[Any], place: list[str | int]) -> list[str]:
-    """Return the keys that the table at a location may have."""
-    for part in place:
-        if part not in _keys_of(table):  # a place in a list, or a key of a mapping
-            continue
-        found = nested_table(_keys_of(table)[str(part)])
-        if found is None:
-            return []
-        table = found
-    return list(_keys_of(table))
-
-
-def _keys_of(table: type[Any]) -> dict[str, Any]:
-    """Return the keys of a schema or a data class, and the type of each."""
+def _key_types(table: type[Any]) -> dict[str, Any]:
+    """Return the type of each key of a schema or a data class."""
     hints = get_type_hints(table, include_extras=True)
     if dataclasses.is_dataclass(table):
         return {field.name: hints[field.name] for field in dataclasses.fields(table)}
@@ -343,39 +333,39 @@ def _keys_of(table: type[Any]) -> dict[str, Any]:
 
 
 def field_key(name: str, field: pydantic.fields.FieldInfo) -> str:
-    """Return what files and keyword arguments call a field."""
+    """Return the name of a field in files and keyword arguments."""
     return field.validation_alias if isinstance(field.validation_alias, str) else name
 
 
-# --- kinds of values that documents from elsewhere hold, checked when they are read -------------
+# --- types of values in untrusted documents -----------------------------------------------------
 
 
-def _text(value: str) -> str:
+def _check_text(value: str) -> str:
     if len(value) > documents.MAX_TEXT_LENGTH:
-        raise ValueError(f"has {len(value):,} characters, more than a text may have here")
+        raise ValueError(f"has {len(value):,} characters, more than {documents.MAX_TEXT_LENGTH:,}")
     if not value.isprintable():
-        raise ValueError("holds control characters")
+        raise ValueError("has control characters")
     return value
 
 
-def _file_name(value: str) -> str:
-    """Return a name that is safe as a file's, in YAML and in a program's text.
+def _check_file_name(value: str) -> str:
+    """Return a name that is safe in file names, YAML and source code.
 
-    >>> _file_name("van_b1-fp16")
+    >>> _check_file_name("van_b1-fp16")
     'van_b1-fp16'
     """
     if re.fullmatch(r"\w[\w.+-]{0,199}", value) is None:
-        raise ValueError("is no name: letters, digits and . + - _ only, 200 at most")
+        raise ValueError("is not a name: use up to 200 letters, digits and . + - _")
     return value
 
 
-def _kept(value: Any) -> Any:
-    """Return a data class whose texts can be shown and whose numbers are of a sensible size."""
+def _check_dataclass(value: Any) -> Any:
+    """Return a data class if its texts are printable and its numbers below :data:`MAX_NUMBER`."""
     for leaf in _leaves(dataclasses.asdict(value)):
         if isinstance(leaf, str):
-            _text(leaf)
-        elif isinstance(leaf, int | float) and abs(leaf) > LARGEST:
-            raise ValueError(f"holds the number {leaf:.3g}")
+            _check_text(leaf)
+        elif isinstance(leaf, int | float) and abs(leaf) > MAX_NUMBER:
+            raise ValueError(f"has the number {leaf:.3g}")
     return value
 
 
@@ -387,20 +377,20 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-Text = Annotated[str, AfterValidator(_text)]
-"""Text of a sensible length without control characters."""
+Text = Annotated[str, AfterValidator(_check_text)]
+"""Text of limited length without control characters."""
 
 Label = Annotated[str, Field(max_length=documents.MAX_TEXT_LENGTH)]
-"""Text that may hold anything, such as a class's name; what shows it makes it harmless."""
+"""Text with any characters, such as a class name; escaped when it is printed."""
 
-FileName = Annotated[str, AfterValidator(_file_name)]
-"""A name that is safe as a file's, in YAML and in a program's text."""
+FileName = Annotated[str, AfterValidator(_check_file_name)]
+"""A name that is safe in file names, YAML and source code."""
 
-Count = Annotated[int, Field(ge=0, lt=LARGEST)]
+Count = Annotated[int, Field(ge=0, lt=MAX_NUMBER)]
 """A whole number from 0."""
 
 JsonObject = dict[str, Any]
-"""A JSON object whose keys belong to whoever wrote it."""
+"""A JSON object with any keys."""
 
-SafeDataclass = AfterValidator(_kept)
-"""Goes with a data class that a document keeps: its texts are :data:`Text`, numbers sensible."""
+SafeDataclass = AfterValidator(_check_dataclass)
+"""Validator of a data class in a document: its texts are :data:`Text`, its numbers limited."""

@@ -18,8 +18,8 @@ import pytest
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bench.benchmark import Watch, benchmark_bundle
-from van_deploy.bench.document import BenchReport, compared, read_report
+from van_deploy.bench.benchmark import LoadMonitor, benchmark_bundle
+from van_deploy.bench.document import BenchReport, compare_reports, read_report
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu, nvidia_driver
@@ -125,13 +125,13 @@ def test_the_command_prints_tables_and_json_and_keeps_the_result(
     ("words", "code", "message"),
     [
         ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
-        ("--runners tvm", 2, "There is no runner 'tvm' here."),
+        ("--runners tvm", 2, "There is no runner 'tvm'."),
         ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
         ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
         ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
         ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
-        ("--device cuda:0", 3, "No NVIDIA GPU 'cuda:0' answers here"),
-        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one is timed"),
+        ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
+        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
     ],
 )
 def test_the_command_refuses_in_words(
@@ -156,7 +156,7 @@ def test_limits_on_paper_are_labelled_so(digits_bundle: Bundle, cli: Cli) -> Non
 
 def test_load_by_others_is_noticed() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
-        watch = Watch()
+        watch = LoadMonitor()
         time.sleep(0.5)
         machine = watch.machine()
         process.kill()
@@ -179,7 +179,7 @@ def test_a_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
             row["latency"]["p50_ms"] = 1.0 / factor
         return BenchReport.model_validate_json(json.dumps(changed), strict=True)
 
-    report = compared(shifted(2.0), shifted(factor))
+    report = compare_reports(shifted(2.0), shifted(factor))
     assert [change.batch for change in report.changes] == [1, 2]
     for change in report.changes:
         assert (change.same_file, change.moved) == (True, moved)
@@ -207,4 +207,4 @@ def test_what_cannot_be_compared_is_refused(
         BenchReport.model_validate_json(json.dumps(one), strict=True) for one in (old, plain)
     ]
     with pytest.raises(UsageError, match=words):
-        compared(*reports)
+        compare_reports(*reports)

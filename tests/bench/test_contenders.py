@@ -1,4 +1,4 @@
-"""Who races, who does not and why, and how they are chosen."""
+"""Who races, who does not and why, and how they are select_contenders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.artifacts import Copy
 from tests.each import each
-from van_deploy.bench.contenders import chosen, contenders_of
+from van_deploy.bench.contenders import list_contenders, select_contenders
 from van_deploy.bench.document import Contender
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import BenchSettings
@@ -35,7 +35,7 @@ SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
         ("ort-cpu", ("ort-cpu/fp32", "ort-cpu/int8-cpu")),
         ("*/int8* pytorch", ("pytorch", "ort-cpu/int8-cpu")),
         ("*/fp32", ("ort-cpu/fp32", "openvino/fp32")),
-        ("tvm", "There is no runner 'tvm' here."),
+        ("tvm", "There is no runner 'tvm'."),
         ("openvino", "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."),
     ],
 )
@@ -43,7 +43,7 @@ def test_runners_are_chosen_by_name_runtime_or_pattern(
     patterns: str, names: tuple[str, ...] | str
 ) -> None:
     try:
-        ready, skipped = chosen((READY, SKIPPED), patterns.split())
+        ready, skipped = select_contenders((READY, SKIPPED), patterns.split())
         told: object = (*ready, *skipped)
     except (UsageError, MissingDependency) as error:
         told = error.message
@@ -80,14 +80,14 @@ def test_every_artifact_has_an_entry_and_what_cannot_run_has_a_reason(
         copy_bundle(digits_bundle), lambda own: {name: {**own, **kinds[name]} for name in kinds}
     )
     (runs, said), (on_gpu, not_there) = (
-        contenders_of(bundle, BenchSettings(device=device)) for device in ("cpu", "cuda:0")
+        list_contenders(bundle, BenchSettings(device=device)) for device in ("cpu", "cuda:0")
     )
     assert {"pytorch", "ort-cpu/fp32", "ort-cpu/int8-cpu", "inductor/package"} <= set(runs)
     for name, words in {
         "ort-cpu/fp16": "FP16 is for GPUs",
         "ort-cpu/int8": "quantised for tensorrt",
         "openvino/int8": "quantised for tensorrt",
-        "tensorrt/engine": "it runs on a GPU" if GPU else "no NVIDIA GPU answers here",
+        "tensorrt/engine": "it runs on a GPU" if GPU else "no NVIDIA GPU was found",
     }.items():
         assert said[name].startswith(words)
     engine = on_gpu["tensorrt-graph/engine"]
@@ -100,7 +100,7 @@ def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_reco
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
     asked = BenchSettings(device="cuda:1", tf32=False, conv_search="DEFAULT", fuse_conv_bias=True)
-    found, _ = contenders_of(digits_bundle, asked)
+    found, _ = list_contenders(digits_bundle, asked)
     assert list(found) == [
         *("pytorch", "pytorch-channels-last-fp16", "pytorch-compile-fp16", "pytorch-compile-bf16"),
         *("ort-cuda/fp32", "ort-cuda-nhwc/fp32", "ort-cuda-graph/fp32"),
@@ -115,9 +115,9 @@ def test_a_file_that_is_not_the_manifest_s_and_no_file_at_all_are_refused(
     digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     with pytest.raises(BundleError, match="has no artifact to time"):
-        contenders_of(changed(copy_bundle(digits_bundle, "empty"), lambda _: {}), BenchSettings())
+        list_contenders(changed(copy_bundle(digits_bundle, "empty"), lambda _: {}), BenchSettings())
     folder = copy_bundle(digits_bundle)
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"!")
     with pytest.raises(BundleError, match="was changed after the manifest"):
-        contenders_of(Bundle.open(folder), BenchSettings())
+        list_contenders(Bundle.open(folder), BenchSettings())

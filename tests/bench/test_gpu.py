@@ -14,10 +14,10 @@ import torch
 from tests.each import each
 from van_deploy.bench import gpu
 from van_deploy.bench.document import Ceilings, Contender, GpuState, Row
-from van_deploy.bench.gpu import Clock, gpu_watch, int8_not_worth_it, timed, with_ratios
-from van_deploy.bench.profile import by_module, profile_of
-from van_deploy.bench.race import Lane, Race
-from van_deploy.bench.roofline import least_time, measured_limits
+from van_deploy.bench.gpu import Timer, add_ratios, gpu_monitor, int8_warnings, time_resident
+from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess
+from van_deploy.bench.profile import profile_contender, profile_modules
+from van_deploy.bench.roofline import measure_limits, minimum_time
 from van_deploy.bench.worker import WorkerError
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import Driver, Gpu
@@ -25,6 +25,7 @@ from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import VARIANTS
+from van_deploy.stopwatch import no_progress
 
 
 class Device:
@@ -35,7 +36,7 @@ class Device:
     def __init__(self, ms: float, gap: float = 0.5, cold: float = 100.0) -> None:
         self.alone, self.queued, self.cold = ms + gap, ms, cold
         self.now, self.waits = 0.0, True
-        self.clock = Clock(lambda: self.now, self.wait, lambda start, end: end - start)
+        self.clock = Timer(lambda: self.now, self.wait, lambda start, end: end - start)
 
     def upload(self) -> None:
         self.now += 3.0
@@ -59,7 +60,7 @@ def clocks(*mhz: int) -> Callable[[], GpuState]:
 
 def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
     device: Any = Device(ms=2.0)
-    seen = timed(device, 8, device.clock, gpu_watch("cpu"), 0.02)
+    seen = time_resident(device, 8, device.clock, gpu_monitor("cpu"), 0.02)
     assert seen["latency"].p50_ms == seen["latency"].p99_ms == 2.5, "no transfer, no first call"
     assert 2.0 < seen["queued_ms"] < 2.1, "the gap is paid once a group"
     assert seen["images_per_s"] == pytest.approx(8e3 / seen["queued_ms"])
@@ -73,10 +74,10 @@ def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
 def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    class Scripted(Lane):
-        def ask(self, do: str, **given: Any) -> Any:
-            asked.append((do, given))
-            if given["batch"] == 2:
+    class Scripted(TimedProcess):
+        def request(self, method: str, **arguments: Any) -> Any:
+            asked.append((method, arguments))
+            if arguments["batch"] == 2:
                 raise WorkerError("out of memory")
             return {"queued_ms": 2.0, "images_per_s": 500.0}
 
@@ -84,12 +85,12 @@ def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -
     contender = Contender("x", "tensorrt", "fp16", max_batch=4)
     lane = Scripted(contender, tmp_path / "none.npy", 224, settings)
     lane.load_s = 1.0
-    race = Race([lane], settings)
-    rows = [row for batch in (1, 2, 4, 8) for row in race.run(batch, [lane])]
+    race = InterleavedBenchmark([lane], settings, no_progress)
+    rows = [row for batch in (1, 2, 4, 8) for row in race.run_batch(batch, [lane])]
     assert [row.queued_ms for row in rows] == [2.0, None, 2.0, None]
     assert [row.error[:13] for row in rows] == ["", "out of memory", "", "batch 8 is ou"]
     given = {"images": tmp_path / "none.npy", "batch": 1, "seconds": 0.5, "calls": 7}
-    assert asked[0] == ("resident", given)
+    assert asked[0] == ("time_resident", given)
     assert len(asked) == 3
 
 
@@ -104,7 +105,7 @@ def test_samples_wait_for_a_steady_clock_and_throttling_is_told(
     mhz: tuple[int, ...], reasons: tuple[str, ...]
 ) -> None:
     device: Any = Device(ms=2.0)
-    seen = timed(device, 1, device.clock, clocks(*mhz), 0.01)
+    seen = time_resident(device, 1, device.clock, clocks(*mhz), 0.01)
     assert seen["throttled"] == reasons
     assert seen["gpu"].sm_mhz in mhz[-2:]
 
@@ -121,7 +122,7 @@ def test_the_gpu_that_is_watched_is_cudas_and_not_nvmls(monkeypatch: pytest.Monk
     nvml = {name: Mock(return_value=answer) for name, answer in answers.items()}
     for name, function in nvml.items():
         monkeypatch.setattr(f"pynvml.{name}", function)
-    state = gpu_watch("cuda:1")()
+    state = gpu_monitor("cuda:1")()
     nvml["nvmlDeviceGetHandleByUUID"].assert_called_once_with("second")
     nvml["nvmlDeviceGetPowerUsage"].assert_called_once_with("handle")
     assert state == GpuState(power_w=350.0, throttled=("power cap", "temperature (software)"))
@@ -143,10 +144,10 @@ def test_ratios_are_against_the_fastest_of_pytorchs_modes_at_the_same_batch() ->
     names = ("pytorch", "pytorch-compile-fp16", "tensorrt/fp16")
     rows = [row(name, ms) for name, ms in zip(names, (20.0, 6.0, 3.0), strict=True)]
     rows += [row(name, ms, 1) for name, ms in zip(names, (4.0, None, 2.0), strict=True)]
-    words, rows = with_ratios(rows, CONTENDERS, "pytorch")
+    words, rows = add_ratios(rows, CONTENDERS, "pytorch")
     assert words == "the fastest of PyTorch's modes"
     assert [r.ratio and r.ratio.median for r in rows] == [0.3, 1.0, 2.0, 1.0, None, 2.0]
-    words, rows = with_ratios(rows, CONTENDERS, "tensorrt/fp16")
+    words, rows = add_ratios(rows, CONTENDERS, "tensorrt/fp16")
     assert (words, rows[0].ratio and rows[0].ratio.median) == ("tensorrt/fp16", 0.15)
 
 
@@ -163,12 +164,12 @@ def test_int8_is_recommended_only_where_it_measured_faster(
 ) -> None:
     rows = [row(f"tensorrt/{kind}", ms) for kind, ms in times.items()]
     words = "INT8 is not faster than FP16 here at batch 8 (3.500 ms against 3.000 ms): "
-    assert int8_not_worth_it(rows, CONTENDERS) == [f"{words}deploy FP16 on this GPU"] * warned
+    assert int8_warnings(rows, CONTENDERS) == [f"{words}deploy FP16 on this GPU"] * warned
 
 
 def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
     model = load_van(EMBEDDED_NAME).model
-    lines = by_module(model, torch.zeros(1, 3, 64, 64))
+    lines = profile_modules(model, torch.zeros(1, 3, 64, 64))
     assert not any("forward" in vars(layer) for layer in model.modules()), "it is left as it was"
     kinds = {line.kind: line for line in lines}
     assert {"dw 3x3", "dw 5x5", "dw 7x7 d3", "1x1", "GELU", "LayerNorm"} <= set(kinds)
@@ -179,8 +180,8 @@ def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
 def test_onnx_runtimes_profile_of_a_gpu_is_not_shown() -> None:
     """Its node times there are those of the launches on the host."""
     contender = Contender("ort-cuda/fp16", "onnxruntime", "fp16", device="cuda:0")
-    with pytest.raises(UsageError, match="does not say where its time goes"):
-        profile_of(contender, None, None)
+    with pytest.raises(UsageError, match="cannot be profiled"):
+        profile_contender(contender, None, None)
 
 
 @each(
@@ -201,12 +202,12 @@ def test_the_least_time_is_the_slower_of_arithmetic_and_memory(
     rates: dict[str, float], bytes_per_s: float, precision: str, ms: float | None, bound: str
 ) -> None:
     config, ceilings = VARIANTS["van_b0"].config, Ceilings(rates, bytes_per_s, "")
-    least = least_time(config, ceilings, ("x", precision, 10, 224))
+    least = minimum_time(config, ceilings, ("x", precision, 10, 224))
     assert (least.bound if least else "") == bound
     if least:
         assert least.least_ms == pytest.approx(ms, rel=0.002)
         assert least.operations == 20 * config.mac_count(224)
         rows = [Row("x", 10, 224, images_per_s=1e4 / (2 * least.least_ms))]
         contenders = {"x": Contender("x", "onnxruntime", precision)}
-        (reached,) = measured_limits(config, contenders, rows, ceilings)
+        (reached,) = measure_limits(config, contenders, rows, ceilings)
         assert reached.percent_of_limit == pytest.approx(50)

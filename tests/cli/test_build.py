@@ -64,7 +64,7 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
         ("--version-compatible", 2, "has no --version-compatible"),
         ("--timing-cache x", 2, "has no --timing-cache"),
         ("--hardware-compatibility ampere-plus", 2, "has no --hardware-compatibility"),
-        ("--on ray", 2, "--on is for --matrix"),
+        ("--on ray", 2, "--on needs --matrix"),
     ],
 )
 def test_requests_that_make_no_sense(
@@ -81,7 +81,7 @@ def test_requests_that_make_no_sense(
 def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
     nothing = cli("build", bundle)
     assert nothing.exit_code == 2
-    assert "builds for GPUs that are named, and none is" in nothing.stderr
+    assert "needs a target GPU, and none is given" in nothing.stderr
 
 
 def test_a_missing_precision_is_made_on_the_way(
@@ -95,7 +95,7 @@ def test_a_missing_precision_is_made_on_the_way(
     assert refused.exit_code == 5
     assert "has no artifact 'int8'; it has: fp32." in refused.stderr
     assert f"Make it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
-    assert "Or give --images DIR to make it on the way." in refused.stderr
+    assert "Or give --images DIR to make it in this command." in refused.stderr
     made = cli(*words, "fp16")
     assert made.exit_code == 0
-    assert "fp16: was not in the bundle, and was made" in made.stderr
+    assert "fp16: not in the bundle; made as with" in made.stderr

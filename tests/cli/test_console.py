@@ -32,7 +32,7 @@ def test_plain_takes_what_results_are_made_of() -> None:
         "Colour.RED": {"path": "a/b", "none": None, "yes": True},
         "colour": [1, "red"],
     }
-    with pytest.raises(TypeError, match="object has no plain form"):
+    with pytest.raises(TypeError, match="object has no JSON form"):
         plain({"error": object()})
 
 

@@ -108,7 +108,11 @@ def test_the_users_images_and_the_network(cli: Cli, digits: Subject, path: Path)
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("--images", "x"), 2, "--images is given, and other images than the golden samples"),
+        (
+            ("--images", "x"),
+            2,
+            "--images needs the original network: the bundle has",
+        ),
         (("--runner", "onnx"), 2, "'--runner' is 'onnx': it should be 'ort-cpu' or"),
         (("--artifact", "fp8"), 5, "has no artifact 'fp8'; it has: fp32, fp16, int8."),
     ],

@@ -33,7 +33,7 @@ def test_int8_shows_the_three_precisions_and_a_recommendation(cli: Cli, bundle: 
     assert "recommended             speed not measured: " in result.stdout
     judged = "102 held-out images of 512 of 1437 training images of handwritten digits"
     assert f"judged on               {judged}" in result.stdout
-    assert "int8: made anew: not there yet" in result.stderr
+    assert "int8: built: new" in result.stderr
     again = cli("quantize", bundle, *FAST, "--json")
     assert "int8: reused: " in again.stderr
     found = json.loads(again.stdout)
@@ -60,7 +60,7 @@ def test_a_result_below_its_gate_ends_with_1(
             2,
             "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or",
         ),
-        ("--target cpu --precision fp16", 2, "error: FP16 makes no sense for --target cpu: ONNX"),
+        ("--target cpu --precision fp16", 2, "error: FP16 is not useful for --target cpu: ONNX"),
         ("--calibration none", 5, "error: There is no calibration set called 'none'."),
         ("--scope resnet", 2, "error: The scope 'resnet' is neither pointwise"),
         ("--keep block9", 2, "error: There is nothing called 'block9' to keep in FP32."),

@@ -290,7 +290,7 @@ DEEP = [encoded(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.
     [
         *((content, UNKNOWN) for content in (b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(40))),
         (EPS, UNKNOWN),  # Pillow would run Ghostscript on it, whatever the file is called
-        *((None, reason) for reason in ("No such file or directory", "it is no regular file")),
+        *((None, reason) for reason in ("No such file or directory", "it is not a regular file")),
         *((content, "have no agreed range") for content in DEEP),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 from onnx import ModelProto
 
 from van_deploy.config import BatchRange, BuildOptions, HardwareCompatibility
-from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, backend_named
+from van_deploy.engine.backend import RTX, TENSORRT, Backend, Host, load_backend
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.model.preprocess import OFFICIAL
@@ -43,7 +43,7 @@ def rtx() -> Backend:
     """Return TensorRT for RTX, which builds on any machine."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)")
-    return backend_named(RTX)
+    return load_backend(RTX)
 
 
 @pytest.fixture(scope="session")

@@ -22,15 +22,14 @@ from van_deploy.config import (
 from van_deploy.engine import backend as backend_module
 from van_deploy.engine.backend import (
     RTX,
-    RTX_TARGETS,
     TENSORRT,
     Backend,
-    backend_named,
     choose_backend,
-    device_number,
-    host_here,
+    detect_host,
+    device_index,
+    load_backend,
 )
-from van_deploy.environment.hardware import Driver, Gpu
+from van_deploy.environment.hardware import RTX_TARGETS, Driver, Gpu
 from van_deploy.errors import MissingDependency
 from van_deploy.schema import validate
 
@@ -68,8 +67,8 @@ def test_a_backend_that_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     (tmp_path / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.11: cannot open')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(MissingDependency, match=r"does not load: libnvinfer\.so\.11"):
-        backend_named(TENSORRT)
+    with pytest.raises(MissingDependency, match=r"cannot be loaded: libnvinfer\.so\.11"):
+        load_backend(TENSORRT)
 
 
 @each(
@@ -123,9 +122,9 @@ def test_the_configuration_gets_what_is_asked(rtx: Backend) -> None:
 def test_the_host_is_one_of_the_drivers_gpus() -> None:
     gpus = (Gpu("NVIDIA L4", (8, 9), 24 << 30), Gpu("NVIDIA A100", (8, 0), None))
     driver = Driver("580.65.06", (13, 0), gpus)
-    assert host_here(driver) == ADA
-    assert host_here(driver, device_number("cuda:1")).target == "sm_80"
-    assert host_here(driver, 2).gpu is host_here(Driver("580.65.06", (13, 0), ())).gpu is None
+    assert detect_host(driver) == ADA
+    assert detect_host(driver, device_index("cuda:1")).target == "sm_80"
+    assert detect_host(driver, 2).gpu is detect_host(Driver("580.65.06", (13, 0), ())).gpu is None
 
 
 def test_a_table_becomes_the_options_of_each_plan_and_survives_json() -> None:

@@ -24,10 +24,10 @@ from tests.engine.conftest import ADA, PLUS, RTX_17, SM89, TENSORRT_11, Build, P
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Backend, Host
-from van_deploy.engine.build import engine_name, has_weights_beside
+from van_deploy.engine.build import engine_name, has_external_weights
 from van_deploy.engine.messages import BuildLog
-from van_deploy.engine.sidecar import verified_sidecar
-from van_deploy.engine.worker import ONNX, save_timings, timing_cache_
+from van_deploy.engine.sidecar import load_sidecar
+from van_deploy.engine.worker import ONNX, load_timing_cache, save_timing_cache
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import OFFICIAL
@@ -70,7 +70,7 @@ def test_builds_side_by_side_give_the_same_bytes_for_the_same_inputs_only(
     asked: Any = [(near, named), (far, named, far.with_suffix(".onnx")), (other, more)]
     with ThreadPoolExecutor() as pool:
         first, same, larger = pool.map(lambda arguments: build(*arguments), asked)
-    assert [verified_sidecar(path) for path, *_ in asked] == [first, same, larger]
+    assert [load_sidecar(path) for path, *_ in asked] == [first, same, larger]
     assert len({plan.sidecar.plan_sha256, first.plan_sha256, larger.plan_sha256}) == 3
     sizes = [one.device_memory["activation_bytes"] for one in (plan.sidecar, larger)]
     assert sizes[0] < sizes[1]
@@ -127,10 +127,10 @@ def test_what_the_graph_does_not_serve_or_tensorrt_would_misread(
         spoil(graph)
     path.write_bytes(spoil if isinstance(spoil, bytes) else graph.SerializeToString())
     if not words:
-        assert not has_weights_beside(path, options)
+        assert not has_external_weights(path, options)
         return
     with pytest.raises(InputError, match=words):
-        has_weights_beside(path, options)
+        has_external_weights(path, options)
 
 
 def test_a_plan_that_was_there_survives_a_failed_build(
@@ -139,7 +139,7 @@ def test_a_plan_that_was_there_survives_a_failed_build(
     folder = Path(shutil.copytree(plan.path.parent, tmp_path / "plans"))
     with pytest.raises(ConversionError, match="no kernel fits into the workspace"):
         build(folder / plan.path.name, SM89.with_changes(workspace_bytes=1024))
-    assert verified_sidecar(folder / plan.path.name) == plan.sidecar
+    assert load_sidecar(folder / plan.path.name) == plan.sidecar
     assert len(list(folder.iterdir())) == 3
 
 
@@ -147,7 +147,7 @@ def test_a_plan_that_was_there_survives_a_failed_build(
     ("number", "kind", "words"),
     [
         (None, KeyboardInterrupt, None),
-        (signal.SIGKILL, MissingDependency, "was killed, most likely for want of memory"),
+        (signal.SIGKILL, MissingDependency, "was killed, most likely because memory ran out"),
         (signal.SIGSEGV, ConversionError, "ended the build with signal SIGSEGV"),
     ],
 )
@@ -178,7 +178,7 @@ def test_a_cancelled_build_stops_at_tensorrts_next_step(
     rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
     (tmp_path / ONNX).symlink_to(digits_onnx)
-    job = dict.fromkeys(("timing_cache", "weights_beside"))
+    job = dict.fromkeys(("timing_cache", "external_weights"))
     asked = json.dumps({**job, "backend": rtx.name, "options": SM89.as_dict()})
     folder = os.open(tmp_path, os.O_RDONLY)
     words = [sys.executable, "-m", "van_deploy.engine.worker", str(folder)]
@@ -194,7 +194,7 @@ def test_the_worker_stops_when_its_parent_is_gone(
 ) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.engine.conftest import *\n"
-        "engine_from_onnx(Path(sys.argv[1]), Path(sys.argv[2]), backend=backend_named(RTX),\n"
+        "engine_from_onnx(Path(sys.argv[1]), Path(sys.argv[2]), backend=load_backend(RTX),\n"
         "    options=SM89, precision='fp32', progress=lambda *_: print('building', flush=True))"
     )
     words = [sys.executable, "-c", program, str(digits_onnx), str(tmp_path / "e.plan")]
@@ -242,9 +242,13 @@ def test_builds_that_share_a_timing_cache_lose_nothing(rtx: Backend, tmp_path: P
     """On RTX it does nothing, but the calls are those that TensorRT has."""
     path, own = tmp_path / "caches" / "timing.cache", tmp_path / "own.cache"
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: save_timings(Config(), Timings(name), path), (b"a", b"b", b"c")))
+        list(
+            pool.map(
+                lambda name: save_timing_cache(Config(), Timings(name), path), (b"a", b"b", b"c")
+            )
+        )
     assert sorted(path.read_bytes()) == sorted(b"abc")
     builder, _logger = rtx.builder(BuildLog())
     config = builder.create_builder_config()
-    save_timings(config, timing_cache_(config, own), own)
+    save_timing_cache(config, load_timing_cache(config, own), own)
     assert own.exists()

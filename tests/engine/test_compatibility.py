@@ -17,11 +17,11 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.engine.conftest import ADA, PLUS, SM89, TENSORRT_11, Build, Plan
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import Backend, Host, host_here
+from van_deploy.engine.backend import Backend, Host, detect_host
 from van_deploy.engine.compatibility import (
-    obstacles,
-    refuse_impossible,
+    find_obstacles,
     require_compatible,
+    require_supported,
     torch_version,
 )
 from van_deploy.engine.inspect import Layer, layers_from_json
@@ -29,9 +29,9 @@ from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
     Sidecar,
+    load_package_sidecar,
+    load_sidecar,
     sidecar_path,
-    verified_package,
-    verified_sidecar,
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu, nvidia_driver
@@ -74,11 +74,11 @@ ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
         ({}, ADA, "", ""),
         ({"targets": ("sm_80", "sm_89")}, A100, "", ""),
         ({}, A100, "for sm_89 with {label}; this machine has sm_80 (NVIDIA A100)", "t sm_80`."),
-        ({}, NO_GPU, "; this machine has no NVIDIA GPU that answers", "Run it on a machine"),
+        ({}, NO_GPU, "; no NVIDIA GPU was found on this machine", "Run it on a machine"),
         ({"backend_version": "1.2.0.54"}, ADA, "RTX 1.2.0; installed is {label}", "RTX 1.2.0."),
         # another build of one release
         ({"backend_version": "{release}.1"}, ADA, "; installed is TensorRT for RTX {version}", ""),
-        ({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 runs CUDA up to 11.8", "Update"),
+        ({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 supports CUDA up to 11.8", "Update"),
         ({**ELEVEN, **PLUS}, A100, "", ""),
         ({**ELEVEN, **PLUS}, TURING, "for sm_80 and newer with", "this machine."),
         (ELEVEN, A100, "this machine has sm_80", "Rebuild on this machine."),
@@ -89,7 +89,7 @@ ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
         ({**ON_CPU, "cpu_features": cpu().features}, NO_GPU, "", ""),
         ({"torch": "2.0.1"}, H100, "PyTorch 2.0.1; installed is {torch}", "install torch==2.0.1"),
         ({"device": "cuda"}, ADA, "it was compiled for sm_90; this machine has sm_89", "Rebuild"),
-        ({"device": "cuda"}, NO_GPU, "compiled for sm_90; this machine has no NVIDIA GPU", ""),
+        ({"device": "cuda"}, NO_GPU, "compiled for sm_90; no NVIDIA GPU was found", ""),
         ({**ON_CPU, "cpu_features": ("amx_fp8",)}, NO_GPU, "and may use amx_fp8, which", ""),
         ({**ON_CPU, "targets": ("riscv64",)}, NO_GPU, "and may use riscv64, which", ""),
     ],
@@ -103,14 +103,14 @@ def test_where_a_plan_or_a_package_runs(
     facts["torch"] = torch_version()
     given = {k: v.format(**facts) if isinstance(v, str) else v for k, v in changes.items()}
     if version := given.pop("tensorrt", None):
-        stand_in = "van_deploy.engine.compatibility.backend_named"
+        stand_in = "van_deploy.engine.compatibility.load_backend"
         monkeypatch.setattr(stand_in, lambda _: TENSORRT_11)
         sidecar: Any = of_tensorrt(plan.sidecar, version, **given)
     elif given.keys() & {"device", "torch"}:
         sidecar = package(**given)
     else:
         sidecar = plan.sidecar.model_copy(update=given)
-    found = obstacles(sidecar, host)
+    found = find_obstacles(sidecar, host)
     monkeypatch.undo()
     assert len(found) == bool(problem)
     for one in found:
@@ -127,7 +127,7 @@ def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPat
     with pytest.raises(MissingDependency, match="The package 'p' does not run here"):
         require_compatible(package(), NO_GPU)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    first, *_ = obstacles(of_tensorrt(plan.sidecar, "11.4.0.106"), ADA)
+    first, *_ = find_obstacles(of_tensorrt(plan.sidecar, "11.4.0.106"), ADA)
     assert first.problem.startswith("TensorRT is not installed")
 
 
@@ -146,10 +146,10 @@ def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPat
 def test_what_tensorrt_refuses(options: BuildOptions, host: Host, refused: str) -> None:
     """What RTX refuses is in ``tests/cli/test_build.py``."""
     if not refused:
-        refuse_impossible(TENSORRT_11, options, host)
+        require_supported(TENSORRT_11, options, host)
         return
     with pytest.raises((UsageError, MissingDependency)) as caught:
-        refuse_impossible(TENSORRT_11, options, host)
+        require_supported(TENSORRT_11, options, host)
     assert refused in str(caught.value)
     assert isinstance(caught.value, UsageError) == (host is ADA)
 
@@ -158,7 +158,7 @@ def test_what_tensorrt_refuses(options: BuildOptions, host: Host, refused: str) 
 def test_what_rtx_is_refused_it_really_cannot_do(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("van_deploy.engine.build.refuse_impossible", lambda *_: None)
+    monkeypatch.setattr("van_deploy.engine.build.require_supported", lambda *_: None)
     with pytest.raises(MissingDependency):
         build(tmp_path / "e.plan", SM89.with_changes(version_compatible=True))
     assert list(tmp_path.iterdir()) == []
@@ -185,7 +185,7 @@ def in_middle(file: Path) -> None:
     [
         (lambda file: sidecar_path(file).unlink(), "has no sidecar"),
         (Path.unlink, "There is no engine"),
-        (in_middle, "is not the (plan|package) its sidecar speaks of"),
+        (in_middle, "is not the (plan|package) of its sidecar"),
         (with_(targets=["sm_90"]), "was edited after it was written"),
         (with_(sidecar_sha256="0" * 64), "was edited after it was written"),
         (with_(schema="van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
@@ -194,18 +194,18 @@ def in_middle(file: Path) -> None:
 )
 def test_what_is_not_vouched_for(plan: Plan, tmp_path: Path, spoil: Spoil, message: str) -> None:
     copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
-    assert verified_sidecar(copy) == plan.sidecar
+    assert load_sidecar(copy) == plan.sidecar
     file = tmp_path / "p-1.7.pt2"
     file.write_bytes(b"native code")
     known = write_sidecar(file, package(targets=("sm_89",), file_sha256=file_sha256(file)))
-    assert verified_package(file) == known
-    for path, verified in ((copy, verified_sidecar), (file, verified_package)):
+    assert load_package_sidecar(file) == known
+    for path, verified in ((copy, load_sidecar), (file, load_package_sidecar)):
         spoil(path)
         with pytest.raises(InputError, match=message):
             verified(path)
 
 
-@pytest.mark.skipif(host_here().gpu is not None, reason="on a GPU the plan may load")
+@pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")
 def test_inspect_tells_what_sidecar_and_log_know(cli: Cli, plan: Plan) -> None:
     sidecar, text = plan.sidecar, " ".join(cli("inspect", plan.path).stdout.split())
     for words in (
@@ -220,7 +220,7 @@ def test_inspect_tells_what_sidecar_and_log_know(cli: Cli, plan: Plan) -> None:
         assert words in text, words
     (document,) = json.loads(cli("inspect", plan.path, "--json").stdout)
     assert (document["plan_sha256"], document["layers"]) == (sidecar.plan_sha256, [])
-    assert document["layers_skipped"].endswith("this machine has no NVIDIA GPU that answers")
+    assert document["layers_skipped"].endswith("no NVIDIA GPU was found on this machine")
 
 
 def test_trust_is_for_a_plan_without_a_sidecar_only(cli: Cli, plan: Plan, tmp_path: Path) -> None:

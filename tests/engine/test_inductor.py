@@ -18,7 +18,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.backend import Host
 from van_deploy.engine.compatibility import torch_version
-from van_deploy.engine.inductor import packages_asked
+from van_deploy.engine.inductor import package_settings
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.metrics import compare
 from van_deploy.runners.network import PYTORCH, Network
@@ -32,8 +32,8 @@ FUSED: dict[str, Any] = {"backend": "inductor", "fused_kernels": True}
     ("words", "code", "message"),
     [
         ("--precision int8", 5, "An Inductor package computes in fp32, fp16, bf16"),
-        ("--target sm_90", 2, "--target is TensorRT's, and a package is asked for"),
-        ("--batch 1:1:1 --batch 2:4:8", 2, "A package serves one range of batches"),
+        ("--target sm_90", 2, "--target is an option of TensorRT, and --backend is inductor"),
+        ("--batch 1:1:1 --batch 2:4:8", 2, "A package supports one range of batches"),
         ("--device cuda:7", 3, "A package for cuda:7 is compiled on the GPU that will run it"),
         ("--device tpu", 2, "'--device' is 'tpu'"),
         ("--device cpu --fused-kernels", 2, "The fused kernels run on a GPU, in fp16 or"),
@@ -41,7 +41,7 @@ FUSED: dict[str, Any] = {"backend": "inductor", "fused_kernels": True}
         ("--backend auto --device cpu", 2, "--device cpu is Inductor's"),
         ("--backend auto --max-autotune", 2, "--max-autotune is Inductor's"),
         ("--backend auto --fused-kernels", 2, "--fused-kernels is Inductor's"),
-        ("--device cpu no-such-compiler", 3, "'no-such-compiler', which is not here"),
+        ("--device cpu no-such-compiler", 3, "'no-such-compiler', which is not installed"),
     ],
 )
 def test_what_cannot_be_asked_of_inductor_or_of_others(
@@ -59,11 +59,11 @@ def test_what_cannot_be_asked_of_inductor_or_of_others(
 def test_where_the_fused_kernels_run(digits_bundle: Bundle) -> None:
     one, some = (BatchRange(8, 8, 8),), (BatchRange(1, 4, 8),)
     served = BuildSettings(**FUSED, precisions=("fp16",), profiles=one)
-    assert packages_asked(digits_bundle, served, GPU)[0].device == "cuda:0"
+    assert package_settings(digits_bundle, served, GPU)[0].device == "cuda:0"
     for precision, batches in (("fp16", some), ("fp32", one)):
         refused = BuildSettings(**FUSED, precisions=(precision,), profiles=batches)
         with pytest.raises(UsageError, match="fused kernels"):
-            packages_asked(digits_bundle, refused, GPU)
+            package_settings(digits_bundle, refused, GPU)
 
 
 @pytest.fixture(scope="module")

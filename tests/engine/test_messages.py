@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tests.each import each
 from tests.engine.conftest import Build
 from van_deploy.engine.backend import Backend
-from van_deploy.engine.messages import CATALOGUE, entry_for, failure
+from van_deploy.engine.messages import KNOWN_ERRORS, error_from_log, find_known_error
 from van_deploy.errors import ConversionError, InputError, VanDeployError
 from van_deploy.errors import MissingDependency as Missing
 
@@ -74,8 +74,8 @@ def test_what_the_parser_and_the_builder_refuse(
     with pytest.raises(VanDeployError) as caught:
         build(plan, source=source)
     assert list(plan.parent.iterdir()) == [], "something was left behind"
-    error, entry = caught.value, next(entry for entry in CATALOGUE if entry.name == name)
-    did = "built no plan from" if name == "frozen batch" else "cannot take"
+    error, entry = caught.value, next(entry for entry in KNOWN_ERRORS if entry.name == name)
+    did = "built no plan from" if name == "frozen batch" else "cannot parse"
     assert error.message.startswith(f"{rtx.label} {did} 'model.onnx':")
     assert entry.cause in error.message
     assert where in error.message
@@ -98,17 +98,19 @@ def test_what_the_parser_and_the_builder_refuse(
 def test_what_the_builder_and_the_loader_say(
     said: str, name: str, kind: type[VanDeployError]
 ) -> None:
-    entry = entry_for(f"Error Code 1: {said}, please rebuild.")
+    entry = find_known_error(f"Error Code 1: {said}, please rebuild.")
     assert entry is not None
     assert entry.name == name
-    error = failure("TensorRT 11.4.0 does not load 'e.plan'", ["noise", said])
+    error = error_from_log("TensorRT 11.4.0 cannot load 'e.plan'", ["noise", said])
     assert type(error) is kind
-    assert error.message.startswith(f"TensorRT 11.4.0 does not load 'e.plan': {entry.cause}. ")
+    assert error.message.startswith(f"TensorRT 11.4.0 cannot load 'e.plan': {entry.cause}. ")
 
 
 def test_the_most_particular_cause_wins_and_an_unknown_one_is_shown() -> None:
     noise = "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
     cause = "no tactics to implement the operation within workspace limit"
-    assert "no kernel fits into the workspace" in failure("no plan", [noise, cause]).message
-    assert "It says: The moon is full." in failure("no plan", ["The moon is full."]).message
-    assert "nothing at all" in failure("no plan", []).message
+    assert "no kernel fits into the workspace" in error_from_log("no plan", [noise, cause]).message
+    assert (
+        "It reports: The moon is full." in error_from_log("no plan", ["The moon is full."]).message
+    )
+    assert "no error message" in error_from_log("no plan", []).message

@@ -16,14 +16,25 @@ import pytest
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.environment import packages
-from van_deploy.environment.doctor import CUDA, NEEDS, TRIALS, Environment, missing, tried
+from van_deploy.environment.doctor import (
+    CUDA,
+    PROBES,
+    REQUIREMENTS,
+    Environment,
+    check_requirements,
+    run_probes,
+)
 from van_deploy.environment.hardware import Driver, Gpu
-from van_deploy.environment.packages import components_here, imported_quietly, pip_command
+from van_deploy.environment.packages import (
+    find_components,
+    import_without_telemetry,
+    pip_command,
+)
 
 L4 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),))
 H100 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA H100", (9, 0), 80 * 2**30),))
 NO_GPUS, HIDDEN = Driver("580.65.06", (13, 0), ()), Driver("580.65.06", (13, 0), (), hidden=2)
-NO_DRIVER = "no NVIDIA driver answers"
+NO_DRIVER = "no NVIDIA driver was found"
 PIP = pip_command()
 
 
@@ -65,16 +76,21 @@ RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ON
     [
         ("onnxruntime", None, {}, None),
         ("gpu", L4, {}, None),
-        ("gpu", NO_GPUS, {}, "the NVIDIA driver sees no GPU"),
+        ("gpu", NO_GPUS, {}, "the NVIDIA driver found no GPU"),
         ("gpu", HIDDEN, {}, "CUDA_VISIBLE_DEVICES ('7') hides every GPU (2)"),
-        ("gpu", L4, {"trials": {"gpu": "in use"}}, "gpu, tried here, failed: in use"),
+        (
+            "gpu",
+            L4,
+            {"trials": {"gpu": "in use"}},
+            "the test of gpu on this machine failed: in use",
+        ),
         ("cuda-ep", L4, {}, None),
         ("cuda-ep", None, {}, NO_DRIVER),
         ("cuda-ep", L4, {"providers": ()}, "ONNX Runtime has no CUDAExecutionProvider"),
         ("build engines with TensorRT for RTX", None, {}, None),
         (RUN_RTX, None, {}, NO_DRIVER),
         (RUN_RTX, L4, {}, None),
-        (RUN_RTX, H100, {}, "TensorRT for RTX does not serve NVIDIA H100 (sm_90)"),
+        (RUN_RTX, H100, {}, "TensorRT for RTX does not support NVIDIA H100 (sm_90)"),
         ("run PyTorch on a GPU", L4, {"trials": {"torch-gpu": "no CUDA"}}, "failed: no CUDA"),
         ("export ONNX files", L4, {"trials": {"torch-gpu": "no CUDA"}}, None),
         (RUN_ORT, L4, {"trials": {"cuda-ep": "libcudnn.so.9"}}, "failed: libcudnn.so.9"),
@@ -93,18 +109,20 @@ def test_what_can_be_required_and_done(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     monkeypatch.setenv("CXX", "no-such-compiler")
     found = varied(here, driver, **changes)
-    lack = found.lacks(wanted) if wanted in NEEDS else found.abilities[wanted]
+    lack = found.find_issue(wanted) if wanted in REQUIREMENTS else found.abilities[wanted]
     assert (problem is None) == (lack is None)
     assert lack is None or (str(problem) in lack.problem and lack.remedy)
 
 
 def test_doctor_tells_everything_and_what_is_missing_at_once(cli: Cli, here: Environment) -> None:
     broken = {"onnxruntime": {"fault": "libcudart.so.13: not found"}}
-    error = missing(varied(here, None, faults=broken), ["ray", "gpu", "onnxruntime", "ray"])
+    error = check_requirements(
+        varied(here, None, faults=broken), ["ray", "gpu", "onnxruntime", "ray"]
+    )
     assert error is not None
     assert error.message == (
-        f"Required but not here: ray is not installed; {NO_DRIVER}; onnxruntime is installed but "
-        "does not load (libcudart.so.13: not found)."
+        f"Requirements not met: ray is not installed; {NO_DRIVER}; onnxruntime is installed but "
+        "cannot be loaded (libcudart.so.13: not found)."
     )
     assert error.remedy.splitlines()[0] == f"Run `{PIP} install ray`."
     lines = cli("doctor").stdout.splitlines()
@@ -115,8 +133,8 @@ def test_doctor_tells_everything_and_what_is_missing_at_once(cli: Cli, here: Env
     assert result["abilities"]["export ONNX files"] is None
     unknown = cli("doctor", "--require", "tensorflow")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
-    assert all(need in unknown.stderr for need in NEEDS)
-    if here.lacks("tensorrt"):
+    assert all(need in unknown.stderr for need in REQUIREMENTS)
+    if here.find_issue("tensorrt"):
         lacking = cli("doctor", "--require", "tensorrt")
         assert (lacking.exit_code, "export ONNX files" in lacking.stdout) == (3, True)
         assert f"`{PIP} install tensorrt`." in lacking.stderr
@@ -130,14 +148,14 @@ def test_trials_say_why_they_failed(here: Environment) -> None:
         "logs": ("sys", f"m.exit('{log}')"),
         "dies": ("os", "m._exit(7)"),
     }
-    assert tried(trials) == {
+    assert run_probes(trials) == {
         "fine": "",
         "raises": "TypeError: factory function returned nullptr",
         "logs": "libcuda.so.1: missing",
         "dies": "exit code 7",
     }
     if here.driver is None:  # they fail for want of a GPU, and not of what they import
-        reasons = tried({name: TRIALS[name] for name in ("gpu", "torch-gpu", "cuda-ep")})
+        reasons = run_probes({name: PROBES[name] for name in ("gpu", "torch-gpu", "cuda-ep")})
         assert reasons["gpu"].startswith("CUDA finds no GPU here")
         assert not any("import" in why.lower() or "module" in why for why in reasons.values())
 
@@ -169,9 +187,9 @@ def test_what_does_not_go_together(
     problem: str,
     remedy: str,
 ) -> None:
-    monkeypatch.setattr(packages, "version_of", dict.fromkeys(installed.split(), "1.0").get)
-    monkeypatch.setattr(packages, "import_fault", lambda module: None)
-    found = replace(here, components=components_here(), driver=L4)
+    monkeypatch.setattr(packages, "installed_version", dict.fromkeys(installed.split(), "1.0").get)
+    monkeypatch.setattr(packages, "import_error", lambda module: None)
+    found = replace(here, components=find_components(), driver=L4)
     clashes = replace(found, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
     assert len(clashes) == bool(problem)
     for clash in clashes:
@@ -187,8 +205,8 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
         "import sys, time\n"
         "asked = []\n"
         "sys.addaudithook(lambda e, d: asked.append(d[0]) if e == 'socket.getaddrinfo' else None)\n"
-        "from van_deploy.environment.packages import imported_quietly\n"
-        "print(bool(imported_quietly('openvino').__version__))\n"
+        "from van_deploy.environment.packages import import_without_telemetry\n"
+        "print(bool(import_without_telemetry('openvino').__version__))\n"
         "time.sleep(0.5)\n"  # reports are sent from a thread
         "print(asked, 'openvino_telemetry' in sys.modules)\n"
     )
@@ -199,11 +217,11 @@ def test_openvino_is_imported_with_a_stand_in_for_its_reporter() -> None:
 def test_a_reporter_that_is_loaded_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
     with pytest.raises(ImportError):
-        imported_quietly("there_is_no_such_module")
+        import_without_telemetry("there_is_no_such_module")
     assert "openvino_telemetry" not in sys.modules
     mine = ModuleType("openvino_telemetry")
     monkeypatch.setitem(sys.modules, "openvino_telemetry", mine)
-    assert imported_quietly("json").__name__ == "json"
+    assert import_without_telemetry("json").__name__ == "json"
     assert sys.modules["openvino_telemetry"] is mine
 
 

@@ -14,9 +14,10 @@ import pytest
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildOptions, BuildSettings
-from van_deploy.engine.backend import RTX_TARGETS, Backend, choose_backend, host_here
+from van_deploy.engine.backend import Backend, choose_backend, detect_host
 from van_deploy.engine.build import engine_from_onnx
-from van_deploy.engine.inductor import build_package, packages_asked
+from van_deploy.engine.inductor import build_package, package_settings
+from van_deploy.environment.hardware import RTX_TARGETS
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
 
@@ -99,7 +100,7 @@ def _inductor(
 
         how: Any = {"backend": "inductor", "device": device, "fused_kernels": fused}
         settings = BuildSettings(precisions=(precision,), profiles=(batches,), **how)
-        (asked,) = packages_asked(bundle, settings, host_here())
+        (asked,) = package_settings(bundle, settings, detect_host())
         package, _ = build_package(bundle.path, asked)
         return InductorRunner(bundle.path / "engines" / f"{package.name}.pt2")
 
@@ -115,12 +116,12 @@ def plan_of(
     profiles: tuple[BatchRange, ...] = (BatchRange(1, 1, 1), BatchRange(2, 4, 8)),
 ) -> tuple[Path, Backend]:
     """Return a plan for the GPU here and what built it, or skip the test where nothing does."""
-    host = host_here()
+    host = detect_host()
     try:
         backend = choose_backend("auto", (), host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    named = backend.builds_for_absent_gpus and host.target in RTX_TARGETS
+    named = backend.cross_compiles and host.target in RTX_TARGETS
     targets = (str(host.target),) if named else ()
     plan = folder / f"{artifact}{'-tf32' * tf32}.plan"
     options = BuildOptions(profiles=profiles, targets=targets, tf32=tf32)

@@ -18,10 +18,10 @@ import pytest
 import van_deploy
 from tests.gpu.cases import Digits
 from van_deploy.bundle import Bundle
-from van_deploy.engine.backend import host_here
+from van_deploy.engine.backend import detect_host
 
 IMAGES = 8
-HAS_GPU = host_here().gpu is not None
+HAS_GPU = detect_host().gpu is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:

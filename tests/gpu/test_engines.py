@@ -11,7 +11,7 @@ import pytest
 import van_deploy
 from tests.gpu.cases import Digits, need_cuda_provider, plan_of
 from van_deploy.config import BatchRange
-from van_deploy.engine.backend import RTX, Backend, host_here
+from van_deploy.engine.backend import RTX, Backend, detect_host
 from van_deploy.engine.inspect import describe_engine
 from van_deploy.runners.tensorrt import TensorRtRunner
 
@@ -21,7 +21,7 @@ def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
     bundle = van_deploy.open_bundle(digits.bundle.path)
     first, second = (bundle.build(backend="inductor", precisions=["fp16"]) for _ in range(2))
     assert first.outcomes[0].package is not None
-    assert first.outcomes[0].package.targets == (host_here().target,)
+    assert first.outcomes[0].package.targets == (detect_host().target,)
     assert second.outcomes[0].outcome == "reused"
     report = bundle.verify(artifacts=[first.outcomes[0].engine])
     assert report.passed

@@ -216,7 +216,7 @@ def test_what_is_no_regular_file(tmp_path: Path) -> None:
     assert "cannot be read: No such file" in refusal(tmp_path / "no.pth").message
     assert "cannot be read: Is a directory" in refusal(tmp_path).message
     os.mkfifo(tmp_path / "w.pth")  # which would be waited for
-    assert "it is no regular file" in refusal(tmp_path / "w.pth").message
+    assert "it is not a regular file" in refusal(tmp_path / "w.pth").message
 
 
 def test_what_is_no_state_dict(tmp_path: Path) -> None:

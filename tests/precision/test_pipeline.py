@@ -173,7 +173,7 @@ def test_nothing_changed_is_reused_and_what_changed_is_named(
 ) -> None:
     asked = PLAIN.with_changes(calibration=few)
     first = quantize_bundle(bundle, asked)
-    assert (first.reused, first.reason) == (False, "not there yet")
+    assert (first.reused, first.reason) == (False, "new")
     second = quantize_bundle(bundle, asked.with_changes(threads=2))
     assert (second.reused, second.facts) == (True, first.facts)
     (tmp_path / "other.toml").write_text(Path(few).read_text() + "seed = 5\n")
@@ -224,7 +224,7 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
 @each(
     ("asked", "message"),
     [
-        ({"precision": "fp16", "target": "cpu"}, "FP16 makes no sense for"),
+        ({"precision": "fp16", "target": "cpu"}, "FP16 is not useful for"),
         ({"precision": "fp16", "max_drop": 1.0}, "max_drop= is for INT8"),
         ({"precision": "bf16", "strict": True}, "strict= is for FP16"),
         ({"target": "cpu", "rest": "fp16"}, "rest= fp16 is for FP16"),
@@ -233,7 +233,7 @@ def test_what_is_refused_leaves_the_bundle_as_it_was(
         ({"bias_correction": False}, "equalize= shifts channels"),
         ({"scope": ("auto", "all")}, "other scopes were"),
         ({"scope": ("auto",), "max_drop": 1.0}, "auto times whole scopes, and max_drop="),
-        ({"noise": True, "images": Path("x")}, "noise= and images= are both given"),
+        ({"noise": True, "images": Path("x")}, "noise= and images= conflict"),
     ],
 )
 def test_contradictions_say_why(asked: dict[str, Any], message: str) -> None:

@@ -15,11 +15,11 @@ import pytest
 from tests.artifacts import ArtifactCache
 from tests.each import each
 from van_deploy.config import BatchRange, BuildOptions
-from van_deploy.engine.backend import RTX_TARGETS, Backend, Host, choose_backend, host_here
+from van_deploy.engine.backend import Backend, Host, choose_backend, detect_host
 from van_deploy.engine.build import engine_from_onnx
 from van_deploy.engine.messages import BuildLog
-from van_deploy.engine.sidecar import verified_sidecar, write_sidecar
-from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.engine.sidecar import load_sidecar, write_sidecar
+from van_deploy.environment.hardware import RTX_TARGETS, nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, VanDeployError
 from van_deploy.runners.base import profile_for, require_served
 from van_deploy.runners.tensorrt import TensorRtRunner, admit
@@ -39,12 +39,12 @@ class Made:
 @pytest.fixture(scope="module")
 def made(artifact_cache: ArtifactCache, digits_onnx: Path) -> Made:
     """Return an FP32 engine for the GPU here, or for an L4 where there is none."""
-    host = host_here()
+    host = detect_host()
     try:
         backend = choose_backend("auto", () if host.target else ("sm_89",), host.target)
     except MissingDependency as error:
         pytest.skip(error.message)
-    targets = (host.target or "sm_89",) if backend.builds_for_absent_gpus else ()
+    targets = (host.target or "sm_89",) if backend.cross_compiles else ()
     options = BuildOptions(profiles=PROFILES, targets=targets, tf32=False)
 
     def make(folder: Path) -> None:
@@ -96,13 +96,13 @@ def test_what_is_not_admitted(made: Made, tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InputError, match="has no sidecar"):
         admit(plan)
     assert admit(plan, trust_engine=True) is None
-    sidecar = verified_sidecar(made.plan)
+    sidecar = load_sidecar(made.plan)
     write_sidecar(plan, sidecar)
     with pytest.raises(InputError, match="damaged or swapped"):
         admit(plan, trust_engine=True)
     other = next(target for target in RTX_TARGETS if target not in sidecar.targets)
     stranger = Host("a GPU", other, None, "999.0", (99, 0))
-    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: stranger)
+    monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: stranger)
     with pytest.raises(MissingDependency) as caught:
         admit(made.plan)
     assert f"this machine has {other} (a GPU)" in caught.value.message
@@ -111,7 +111,7 @@ def test_what_is_not_admitted(made: Made, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.skipif(not NO_DRIVER, reason="there is an NVIDIA driver here")
 def test_without_a_gpu_the_reason_is_given(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(MissingDependency, match="has no NVIDIA GPU that answers"):
+    with pytest.raises(MissingDependency, match="no NVIDIA GPU was found"):
         TensorRtRunner(made.plan).__enter__()
     plan = Path(shutil.copy(made.plan, tmp_path))  # without its sidecar
     trusting = TensorRtRunner(plan, trust_engine=True, backend=made.backend.name)
@@ -134,7 +134,7 @@ def test_a_runtime_that_cannot_be_made_is_the_projects_error(made: Made) -> None
 
     backend = replace(made.backend, module=Module("tensorrt"))
     for make in (backend.runtime, backend.builder):
-        with pytest.raises(MissingDependency, match="none answers here"):
+        with pytest.raises(MissingDependency, match="no NVIDIA GPU with a recent"):
             make(BuildLog())
 
 
@@ -154,13 +154,13 @@ def test_host_code_is_allowed_for_a_plan_whose_sidecar_says_it_has_some(
 ) -> None:
     plan = tmp_path / "e.plan"
     plan.write_bytes(made.plan.read_bytes())
-    sidecar = verified_sidecar(made.plan)
+    sidecar = load_sidecar(made.plan)
     options = sidecar.options.with_changes(version_compatible=version_compatible)
     write_sidecar(plan, sidecar.model_copy(update={"options": options}))
     here = Host("a GPU", sidecar.targets[0], None, "999.0", (99, 0))
-    monkeypatch.setattr("van_deploy.runners.tensorrt.host_here", lambda **_: here)
+    monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: here)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
     monkeypatch.setattr(Backend, "runtime", lambda *_: (Engine(), None))
-    with pytest.raises(VanDeployError, match="does not load"):
+    with pytest.raises(VanDeployError, match="cannot load"):
         TensorRtRunner(plan).__enter__()
     assert Engine.allowed is version_compatible

@@ -526,12 +526,12 @@ def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     settings = ServiceSettings(api_key_file=file)
     with pytest.raises(UsageError, match="cannot be read"):
         settings.api_key()
-    for content, message in ((b"two words", "holds no key"), (b"\xff", "cannot be read")):
+    for content, message in ((b"two words", "is not a key"), (b"\xff", "cannot be read")):
         file.write_bytes(content)
         with pytest.raises(UsageError, match=message):
             settings.api_key()
     monkeypatch.setenv("VAN_DEPLOY_API_KEY", "")
-    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' holds no key"):
+    with pytest.raises(UsageError, match="'VAN_DEPLOY_API_KEY' is not a key"):
         ServiceSettings().api_key()
 
 

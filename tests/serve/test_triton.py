@@ -161,7 +161,7 @@ def test_plans_that_triton_could_not_serve_are_refused(
 @each(
     ("words", "message"),
     [
-        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for processors"),
+        (["--backend", "python", "--gpu"], "--backend python brings ONNX Runtime for CPUs"),
         (
             ["--triton-release", "23.04"],
             f"Triton 23.04 is not known to load '{NAME}': Triton 23.04 has ONNX Runtime 1.14.1; it "

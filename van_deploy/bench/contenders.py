@@ -1,10 +1,10 @@
-"""Who can be timed: every artifact of a bundle in every runtime here, and why not others."""
+"""List the contenders of a benchmark: every artifact of a bundle in every available runtime."""
 
 from __future__ import annotations
 
 import fnmatch
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ from van_deploy.runners.network import original_network
 from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, OpenVinoRunner
 from van_deploy.runners.tensorrt import TensorRtRunner
 
-# Eager PyTorch, the network as it came: what ratios are given against on a CPU. Its process
-# keeps the memory it frees, as every other's. On a GPU they are against PyTorch's fastest mode.
+# Reference of the ratios on a CPU: the original network in eager PyTorch, with malloc trimming
+# disabled, as for every contender. On a GPU the reference is PyTorch's fastest mode.
 REFERENCE = "pytorch"
 
-# The mode of an engine that is recorded once and launched as one piece.
+# Mode of an engine that is captured and launched as a CUDA graph.
 CUDA_GRAPH = "cuda-graph"
 
-# Mode and precision by name.
+# Mode and precision of PyTorch contenders by name.
 PYTORCH = {
     REFERENCE: ("eager", "fp32"),
     "pytorch-channels-last": ("channels-last", "fp32"),
@@ -45,23 +45,22 @@ PYTORCH_ON_GPU = {
     "pytorch-compile-bf16": ("compile", "bf16"),
 }
 
-# Of ONNX Runtime: NCHW, NHWC, and NCHW as one CUDA graph: on an H200 NCHW was the faster layout
+# ONNX Runtime with NCHW, NHWC, and NCHW in a CUDA graph: on an H200 NCHW was the faster layout
 # for van_b0 in FP32, TF32 and FP16 at batch 128 (docs/gpu-results.md).
-ON_CUDA: Mapping[str, Mapping[str, Any]] = {
+ORT_CUDA_VARIANTS: dict[str, Any] = {
     "ort-cuda": {},
     "ort-cuda-nhwc": {"prefer_nhwc": True},
     "ort-cuda-graph": {"cuda_graph": True},
 }
 
-# How an artifact runs: what to call it, and what is special of the contender.
-Changes = Mapping[str, Any]
-ON_CPU: Mapping[str, Changes] = {
+# Ways to run an artifact, by the prefix of the contender's name: fields of the contender.
+CPU_RUNTIMES: dict[str, Any] = {
     "ort-cpu": {"runtime": "onnxruntime", "mode": "ort-cpu"},
     "openvino": {"runtime": "openvino"},
-    "openvino-bf16": {"runtime": "openvino", "precision": "bf16"},  # of what is not quantised
+    "openvino-bf16": {"runtime": "openvino", "precision": "bf16"},  # non-quantised precision
     "ort-cuda": {},
 }
-COMPILED: Mapping[str, Mapping[str, Changes]] = {
+COMPILED_RUNTIMES: dict[str, Any] = {
     "engine": {
         "tensorrt": {"runtime": "tensorrt"},
         "tensorrt-graph": {"runtime": "tensorrt", "mode": CUDA_GRAPH},
@@ -69,43 +68,45 @@ COMPILED: Mapping[str, Mapping[str, Changes]] = {
     "package": {"inductor": {"runtime": "inductor"}},
 }
 
-FOR_GPUS = {
+GPU_PRECISIONS = {
     "fp16": "FP16 is for GPUs: CPUs cast it to FP32 and back",
     "bf16": "ONNX Runtime has no BF16 convolution for CPUs: the file is for GPUs",
 }
 NO_BF16 = "this processor has no bfloat16 instructions"
 
-# Contenders by name, and of those that cannot start the reasons, one phrase each.
+# Contenders by name, and the reasons of those that cannot start by name.
 Entries = tuple[dict[str, Contender], dict[str, str]]
 
 
-def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
+def list_contenders(bundle: Bundle, settings: BenchSettings) -> Entries:
     """Return every contender of a bundle on a device, and why others cannot start.
 
     Args:
-        bundle: the digests of its files are checked.
-        settings: the device, and what all variants of ONNX Runtime's CUDA provider have in common.
+        bundle: whose files are verified.
+        settings: the device, and the options of ONNX Runtime's CUDA provider.
 
     Raises:
-        BundleError: there is no artifact, or a file is not the manifest's.
+        BundleError: the bundle has no artifact, or a file differs from the manifest.
     """
     if not bundle.artifacts:
         raise BundleError(
             f"The bundle '{bundle.path}' has no artifact to time.",
-            "Make one with `van-deploy export`.",
+            "Create one with `van-deploy export`.",
         )
-    found, skipped, device = dict[str, Contender](), dict[str, str](), settings.device or "cpu"
+    contenders, skipped, device = dict[str, Contender](), dict[str, str](), settings.device or "cpu"
     folder, digest = str(bundle.path), bundle.manifest.weights.sha256
     for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
-        given = (name, "pytorch", precision, folder, mode)
-        found[name] = Contender(*given, sha256=digest, device=device)
+        arguments = (name, "pytorch", precision, folder, mode)
+        contenders[name] = Contender(*arguments, sha256=digest, device=device)
         if mode == "autocast" and not cpu().has_bfloat16:
             skipped[name] = NO_BF16
-    ways = ON_CPU
+    runtimes = CPU_RUNTIMES
     cuda = CudaOptions(False, settings.tf32, settings.conv_search, settings.fuse_conv_bias)
     if device != "cpu":
-        options = {way: asdict(replace(cuda, **own)) for way, own in ON_CUDA.items()}
-        ways = {w: {"mode": "ort-cuda", "options": given} for w, given in options.items()}
+        variants = {name: replace(cuda, **own) for name, own in ORT_CUDA_VARIANTS.items()}
+        runtimes = {
+            name: {"mode": "ort-cuda", "options": asdict(o)} for name, o in variants.items()
+        }
     for artifact in bundle.artifacts.values():
         profiles = artifact.engine.profiles if artifact.engine else ()
         plain = Contender(
@@ -119,69 +120,69 @@ def contenders_of(bundle: Bundle, settings: BenchSettings) -> Entries:
             max_batch=max((p.max for p in profiles), default=None),
             device=device,
         )
-        for way, changes in COMPILED.get(artifact.kind, ways).items():
-            name = f"{way}/{artifact.name}"
-            found[name] = replace(plain, name=name, **changes)
-            if obstacle := _obstacle(way, artifact, device):
-                skipped[name] = obstacle
-    return {name: one for name, one in found.items() if name not in skipped}, skipped
+        for prefix, changes in COMPILED_RUNTIMES.get(artifact.kind, runtimes).items():
+            name = f"{prefix}/{artifact.name}"
+            contenders[name] = replace(plain, name=name, **changes)
+            if reason := _skip_reason(prefix, artifact, device):
+                skipped[name] = reason
+    return {name: one for name, one in contenders.items() if name not in skipped}, skipped
 
 
-def _obstacle(way: str, artifact: Artifact, device: str) -> str:
-    """Return why an artifact does not run in some way on a device; "" if it does."""
+def _skip_reason(name: str, artifact: Artifact, device: str) -> str:
+    """Return why an artifact does not run in a runtime on a device; "" if it does."""
     targets = artifact.engine.targets if artifact.engine else ()
-    for_gpu = way.startswith(("ort-cuda", "tensorrt")) or any(t.startswith("sm_") for t in targets)
+    for_gpu = name.startswith(("ort-cuda", "tensorrt")) or any(t.startswith("sm_") for t in targets)
     target = artifact.made_with.get("settings", {}).get("target", "cpu")
     if device != "cpu" and not for_gpu:
         return "compiled for a CPU: time it with --device cpu"
     if device != "cpu":
-        no_provider = way.startswith("ort-cuda") and CUDA not in execution_providers()
+        no_provider = name.startswith("ort-cuda") and CUDA not in execution_providers()
         return f"no {CUDA} in ONNX Runtime" if no_provider else ""
     if for_gpu:
-        driver, there = nvidia_driver(), "it runs on a GPU: time it with --device cuda:0"
-        return there if driver and driver.gpus else "no NVIDIA GPU answers here"
-    if artifact.kind in COMPILED:
+        driver, remedy = nvidia_driver(), "it runs on a GPU: time it with --device cuda:0"
+        return remedy if driver and driver.gpus else "no NVIDIA GPU was found"
+    if artifact.kind in COMPILED_RUNTIMES:
         return ""
     if artifact.precision == "int8" and target != "cpu":
         return f"quantised for {target}; for a CPU use `van-deploy quantize --target cpu`"
-    if way.startswith("openvino") and importlib.util.find_spec("openvino") is None:
+    if name.startswith("openvino") and importlib.util.find_spec("openvino") is None:
         return "OpenVINO is not installed: `pip install 'van-deploy[openvino]'`"
-    no_bf16 = way == "openvino-bf16" and not cpu().has_bfloat16
-    return FOR_GPUS.get(artifact.precision, NO_BF16 if no_bf16 else "")
+    no_bf16 = name == "openvino-bf16" and not cpu().has_bfloat16
+    return GPU_PRECISIONS.get(artifact.precision, NO_BF16 if no_bf16 else "")
 
 
-def chosen(entries: Entries, patterns: Sequence[str]) -> Entries:
-    """Return the entries whose names match one of the patterns, in the entries' order.
+def select_contenders(entries: Entries, patterns: Sequence[str]) -> Entries:
+    """Return the entries whose names match one of the patterns, in the order of the entries.
 
-    A pattern is a name, the start of one before a ``/``, or holds ``*``. No
-    pattern chooses all. A runner asked for that cannot start is an error.
+    A pattern is a name, the part of a name before ``/``, or has ``*`` as a wildcard. Without a
+    pattern all are selected.
 
     Raises:
-        UsageError: a pattern matches nothing.
-        MissingDependency: all a pattern matches cannot start.
+        UsageError: a pattern matches no name.
+        MissingDependency: no contender that a pattern matches can start.
     """
     ready, skipped = entries
-    picked = set[str]() if patterns else {*ready, *skipped}
+    selected = set[str]() if patterns else {*ready, *skipped}
     for pattern in patterns:
         names = [n for n in (*ready, *skipped) if fnmatch.filter((n, n.split("/")[0]), pattern)]
         if not names:
             known = ", ".join((*ready, *skipped))
-            raise UsageError(f"There is no runner '{pattern}' here.", f"Runners: {known}.")
+            raise UsageError(f"There is no runner '{pattern}'.", f"Choose one of: {known}.")
         if names[0] in skipped:
             raise MissingDependency(
                 f"The runner '{names[0]}' cannot start: {skipped[names[0]]}.",
-                "Install what it needs, or leave it out of --runners.",
+                "Install what it needs, or remove it from --runners.",
             )
-        picked.update(names)
-    here = {name: contender for name, contender in ready.items() if name in picked}
-    return here, {name: reason for name, reason in skipped.items() if name in picked}
+        selected.update(names)
+    contenders = {name: contender for name, contender in ready.items() if name in selected}
+    return contenders, {name: reason for name, reason in skipped.items() if name in selected}
 
 
-def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
-    """Return a contender whose ONNX file, in ``folder``, is declared for another image size.
+def resize(contender: Contender, size: ImageSize, folder: Path) -> Contender:
+    """Return a contender whose ONNX file, a copy in ``folder``, has another image size.
 
-    After the rewrites nothing in a VAN's graph depends on the size of its input but the input's
-    own declaration. PyTorch takes any size, and an engine refuses what is outside its profile.
+    After the rewrites only the declaration of the input in a VAN's graph depends on the image
+    size. PyTorch accepts any size, and an engine rejects sizes outside its profile.
     """
     source = Path(contender.file)
     if source.suffix != ".onnx":
@@ -191,15 +192,15 @@ def resized(contender: Contender, size: ImageSize, folder: Path) -> Contender:
     axes = (1, 2) if contender.embedded == "uint8" else (2, 3)
     for axis, side in zip(axes, height_width(size), strict=True):
         dims[axis].dim_value = side
-    for value in model.graph.output:  # a backbone's maps have other sides then
+    for value in model.graph.output:  # the sizes of a backbone's feature maps change, too
         value.type.tensor_type.ClearField("shape")
-    del model.graph.value_info[:]  # shapes inferred for the old size
+    del model.graph.value_info[:]  # inferred for the previous size
     save_onnx(model, target)
     return replace(contender, file=str(target))
 
 
-def runner_of(contender: Contender, threads: int) -> Any:
-    """Return the runner of a contender, to be opened by the process that times it."""
+def create_runner(contender: Contender, threads: int) -> Any:
+    """Return the runner of a contender; the process that times it opens it."""
     file, device, mode = Path(contender.file), contender.device, contender.mode
     if contender.runtime == "onnxruntime":
         cuda = CudaOptions(**contender.options)
@@ -209,7 +210,7 @@ def runner_of(contender: Contender, threads: int) -> Any:
         return OpenVinoRunner(file, threads=threads, precision=precision)
     if contender.runtime == "tensorrt":
         return TensorRtRunner(file, device=device, cuda_graph=mode == CUDA_GRAPH)
-    import torch  # by a process that needs it, and no other
+    import torch  # only in a process that needs it
 
     from van_deploy.runners.pytorch import InductorRunner, TorchRunner
 

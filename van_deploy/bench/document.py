@@ -1,6 +1,6 @@
-"""A benchmark's document: what was measured, and everything needed to measure it again.
+"""The report of a benchmark: results, and everything needed to repeat it.
 
-Times are in milliseconds where nothing else is said.
+Times are in milliseconds unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import Field
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import BenchSettings
 from van_deploy.config.sizes import ImageSize
+from van_deploy.documents import Verdict
 from van_deploy.environment.hardware import Cpu, Gpu
 from van_deploy.errors import InputError, UsageError
 from van_deploy.intervals import median_interval
@@ -25,27 +26,27 @@ from van_deploy.model.variants import WeightsSource
 from van_deploy.schema import VersionedSchema, read_document
 
 BENCH_FILE = "bench.json"
-# Two runs of the same files agree on a ratio that changed by no more.
-AGREE_WITHIN_PERCENT = 5.0
+# Maximum change of a ratio between two runs of the same files.
+REPEATABILITY_PERCENT = 5.0
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One network in one runtime, described so that another process can open it.
+    """One network in one runtime, with everything another process needs to open it.
 
     Attributes:
-        name: what reports call it, such as ``ort-cpu/fp32``.
+        name: name in reports, such as ``ort-cpu/fp32``.
         runtime: ``pytorch``, ``onnxruntime``, ``openvino``, ``tensorrt`` or ``inductor``.
         precision: of the arithmetic: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
-        file: the ONNX file, plan or package to open; of PyTorch the bundle.
-        mode: how PyTorch runs it (``eager``, ``channels-last``, ``compile``, ``autocast``), ONNX
-            Runtime's runner, or :data:`~.contenders.CUDA_GRAPH`; "" otherwise.
-        embedded: what preprocessing the graph has inside: ``none``, ``normalize`` or ``uint8``.
+        file: path of the ONNX file, plan or package; for PyTorch of the bundle.
+        mode: PyTorch's mode (``eager``, ``channels-last``, ``compile``, ``autocast``), the name of
+            ONNX Runtime's runner, or :data:`~.contenders.CUDA_GRAPH`; "" otherwise.
+        embedded: preprocessing in the graph: ``none``, ``normalize`` or ``uint8``.
         sha256: digest of ``file``, or of the weights.
-        min_batch: smallest batch it takes.
-        max_batch: largest batch it takes, or None where it is dynamic.
+        min_batch: smallest supported batch.
+        max_batch: largest supported batch, or None if it is not limited.
         device: ``cpu`` or ``cuda:N``.
-        options: of the runtime, as :class:`~van_deploy.runners.base.CudaOptions` has them.
+        options: fields of :class:`~van_deploy.runners.base.CudaOptions`.
     """
 
     name: str
@@ -63,10 +64,10 @@ class Contender:
 
 @dataclass(frozen=True)
 class Latency:
-    """What many calls took.
+    """Statistics of the latencies of many calls.
 
     Attributes:
-        calls: how many.
+        calls: number of calls.
         p50_ms: median.
         p90_ms: 90th percentile.
         p99_ms: 99th percentile.
@@ -85,7 +86,7 @@ class Latency:
 
     @classmethod
     def of(cls, milliseconds: Sequence[float]) -> Latency:
-        """Return the figures of one or more calls; a percentile is one of them, the next above."""
+        """Return the statistics of one or more calls; a percentile is one of the latencies."""
         p90, p99 = np.quantile(milliseconds, [0.90, 0.99], method="inverted_cdf").tolist()
         mean = statistics.fmean(milliseconds)
         ends = (p90, p99, mean, min(milliseconds))
@@ -95,13 +96,13 @@ class Latency:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than the reference, paired by round.
+    """Speed relative to the reference, paired by round; 2 is twice as fast.
 
     Attributes:
         median: over the rounds.
-        low: lower end of the median's 95 % interval; of fewer than six rounds the least.
-        high: upper end of it.
-        rounds: how many.
+        low: lower end of the median's 95 % interval; the minimum of fewer than six rounds.
+        high: upper end of the interval.
+        rounds: number of rounds.
     """
 
     median: float
@@ -111,7 +112,7 @@ class Ratio:
 
     @classmethod
     def of(cls, rounds: Sequence[float]) -> Ratio | None:
-        """Return the median of each round's ratio, and its interval; None without a round.
+        """Return the median of the rounds' ratios and its interval, or None without a round.
 
         >>> Ratio.of([2.0, 3.0, 2.0])
         Ratio(median=2.0, low=2.0, high=3.0, rounds=3)
@@ -122,21 +123,21 @@ class Ratio:
 
     @property
     def uncertainty_percent(self) -> float:
-        """How far the interval reaches from the median, in percent of it."""
+        """Largest distance of an end of the interval from the median, in percent of the median."""
         return 100 * max(self.high / self.median - 1, 1 - self.low / self.median)
 
 
 @dataclass(frozen=True)
 class GpuState:
-    """What NVML says of a GPU at one time; None where it does not say.
+    """State of a GPU from NVML; values that NVML does not report are None.
 
     Attributes:
         sm_mhz: clock of the multiprocessors.
         memory_mhz: clock of the memory.
-        power_w: what the board draws, in watts.
-        temperature_c: of the processor, in degrees Celsius.
-        throttled: why the clocks are held down; empty where they are not.
-        memory_used_bytes: taken on the whole GPU, by everybody.
+        power_w: power draw of the board in watts.
+        temperature_c: temperature of the GPU in degrees Celsius.
+        throttled: reasons for reduced clocks; empty without throttling.
+        memory_used_bytes: memory in use on the whole GPU, by all processes.
     """
 
     sm_mhz: int | None = None
@@ -149,29 +150,29 @@ class GpuState:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one batch size. On a GPU all times are the device's, by CUDA events.
+    """One contender at one batch size. On a GPU all times are measured with CUDA events.
 
     Attributes:
-        contender: which one.
-        batch: images a call.
+        contender: name of the contender.
+        batch: images per call.
         image_size: of the input in pixels: a side, or height and width.
-        load_s: seconds to import its runtime and to open the file, once a stream.
-        latency: of all calls; on a GPU of one launch alone. None where it failed.
-        images_per_s: over all streams; on a GPU of launches queued ahead. None where it failed.
-        ratio: times faster than the reference at this batch, over the quiet rounds, or over
-            all where those were too few; None where one of the two failed.
-        settled: whether the ratio's interval came within the budget's tolerance; None without
-            a ratio, on a GPU, and for the reference's own, which is 1.
-        rounds: in how many it was timed.
-        quiet_rounds: in how many of them the machine was left alone.
-        first_call_ms: the first call with this batch.
-        peak_rss_bytes: largest resident memory of the process at this batch.
-        queued_ms: on a GPU, a launch among queued ones.
-        upload_ms: on a GPU, the images from pinned memory to it.
-        download_ms: on a GPU, the outputs from it to pinned memory.
-        gpu: its state while this ran.
-        throttled: why the GPU was slowed down, or that its clock was not steady.
-        error: why there are no figures; "" where there are.
+        load_s: seconds to import its runtime and open the file, once for each stream.
+        latency: of all calls; on a GPU of single launches. None after a failure.
+        images_per_s: over all streams; on a GPU of queued launches. None after a failure.
+        ratio: speed relative to the reference at this batch, over the quiet rounds, or over all
+            rounds if too few were quiet; None if either failed.
+        settled: whether the ratio's interval is within the budget's tolerance; None without a
+            ratio, on a GPU, and for the reference.
+        rounds: number of rounds.
+        quiet_rounds: number of rounds without a disturbance by other processes.
+        first_call_ms: time of the first call at this batch.
+        peak_rss_bytes: peak resident memory of the process at this batch.
+        queued_ms: on a GPU, time per launch of queued launches.
+        upload_ms: on a GPU, time to copy the images from pinned memory.
+        download_ms: on a GPU, time to copy the outputs to pinned memory.
+        gpu: state of the GPU during the measurement.
+        throttled: why the GPU was throttled, or that its clock was not steady.
+        error: reason of a failure; "" otherwise.
     """
 
     contender: str
@@ -196,14 +197,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a timing depends on.
+    """The machine that ran a benchmark.
 
     Attributes:
-        cpu: the processor.
-        gpus: that answer.
-        driver: NVIDIA's, or None.
-        other_load_cores: cores that others kept busy meanwhile.
-        under_load: whether that was more than a tenth of the cores.
+        cpu: the CPU.
+        gpus: the NVIDIA GPUs.
+        driver: version of the NVIDIA driver, or None.
+        other_load_cores: cores used by other processes during the benchmark.
+        under_load: whether that was more than 10 % of the cores.
     """
 
     cpu: Cpu
@@ -215,14 +216,14 @@ class Machine:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """A device's limits.
+    """The limits of a device for a roofline model.
 
     Attributes:
-        ops_per_s: operations a second (a multiply-add is two) of large matrix products, by
-            precision; what was not measured is absent. ``vector`` is outside of products, where
-            that is other silicon (of CPUs float32's figure is used).
-        bytes_per_s: memory traffic a second of a large copy, reads and writes both counted.
-        source: ``measured``, or where figures on paper come from.
+        ops_per_s: operations per second (a multiply-add counts as two) of large matrix products,
+            by precision, as far as measured. ``vector`` is the rate of other operations on a GPU
+            (on a CPU it is that of float32).
+        bytes_per_s: memory traffic per second of a large copy, reads and writes counted.
+        source: ``measured``, or the source of published figures.
     """
 
     ops_per_s: dict[str, float]
@@ -231,20 +232,20 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """A network's least possible time, and how near a row of the benchmark came to it.
+class RooflineEntry:
+    """Minimum time of a network on a device, and the share of it that a row reaches.
 
     Attributes:
-        contender: which one; on paper the artifact.
+        contender: name of the contender; with published limits, of the artifact.
         precision: of the arithmetic.
-        batch: images a call.
+        batch: images per call.
         image_size: of the input in pixels.
-        operations: of one batch; a multiply-add is two.
-        least_ms: no runtime can be faster: all operations at the device's rates, or the weights,
-            the input and the output once through memory, with everything between in caches.
-        bound: which of the two takes longer.
-        unfused_ms: what one kernel a step moves through memory.
-        percent_of_limit: 100 is the least possible time; None on paper.
+        operations: of one batch; a multiply-add counts as two.
+        least_ms: lower bound of the time: the longer of all operations at the device's rates, and
+            one transfer of weights, input and output, with all other values in caches.
+        bound: which of the two is longer.
+        unfused_ms: time of the memory traffic with one kernel per operator.
+        percent_of_limit: ``least_ms`` in percent of the measured time; None without measurement.
     """
 
     contender: str
@@ -260,28 +261,28 @@ class Reached:
 
 @dataclass(frozen=True)
 class PaperLimits:
-    """What a bundle could do at best on a GPU that is not at hand; nothing here was measured.
+    """Minimum times of a bundle on a GPU from published figures; nothing was measured.
 
     Attributes:
-        device: the GPU.
-        ceilings: dense peaks at boost clock, and where they come from.
-        limits: one a graph, precision and batch.
+        device: name of the GPU.
+        ceilings: dense peak rates at boost clock, with their source.
+        limits: one for each graph, precision and batch.
     """
 
     device: str
     ceilings: Ceilings
-    limits: tuple[Reached, ...]
+    limits: tuple[RooflineEntry, ...]
 
 
 @dataclass(frozen=True)
 class ProfileLine:
-    """One part of a network's time.
+    """Time of one kind of layer.
 
     Attributes:
-        kind: what kind of module or kernel.
-        ms: of one run.
-        percent: of all kinds.
-        calls: kernels or operators in one run.
+        kind: kind of module or kernel.
+        ms: milliseconds per run.
+        percent: of the sum of all kinds.
+        calls: kernels or operators per run.
     """
 
     kind: str
@@ -291,20 +292,19 @@ class ProfileLine:
 
 
 @dataclass(frozen=True)
-class Change:
-    """One row in two benchmarks.
+class RowChange:
+    """Change of one row between two benchmarks.
 
     Attributes:
-        contender: which one.
-        batch: images a call.
+        contender: name of the contender.
+        batch: images per call.
         image_size: of the input.
-        before_ms: median latency in the old file.
-        after_ms: median latency in the new one.
-        ratio_change_percent: of times faster than the reference, from the one to the other: what
-            two runs should agree on; None without one.
-        uncertainty_percent: how much of that the two 95 % intervals leave open.
-        moved: whether the ratio changed by more than that and by more than 5 %.
-        same_file: whether both timed the same bytes.
+        before_ms: median latency in the old report.
+        after_ms: median latency in the new report.
+        ratio_change_percent: change of the ratio to the reference; None without a ratio.
+        uncertainty_percent: uncertainty of that change from both 95 % intervals.
+        moved: whether the ratio changed by more than the uncertainty and by more than 5 %.
+        same_file: whether both reports timed the same file.
     """
 
     contender: str
@@ -318,30 +318,30 @@ class Change:
     same_file: bool
 
 
-class BenchReport(VersionedSchema):
-    """What was measured, and everything needed to measure it again.
+class BenchReport(VersionedSchema, Verdict):
+    """Results of a benchmark, and everything needed to repeat it.
 
     Attributes:
-        date: when (ISO 8601, UTC).
-        model: what was timed.
-        weights: where its weights came from.
-        settings: what was asked, with the device, threads and reference that were taken.
-        images: what the inputs are, in words.
-        machine: where it ran.
-        versions: of Python, this program and the runtimes.
-        environment: variables that change how fast things run.
+        date: start in UTC (ISO 8601).
+        model: name of the bundle.
+        weights: source of its weights.
+        settings: the settings, with device, threads and reference filled in.
+        images: description of the inputs.
+        machine: the machine that ran it.
+        versions: of Python, van-deploy and the runtimes.
+        environment: environment variables that affect the speed.
         contenders: by name.
-        reference: what ratios are against; None where there is none.
-        rows: one a contender, batch and image size.
-        skipped: of who did not start by name why, one phrase each.
-        ceilings: what the device can do; None where it was not measured.
-        roofline: each row against them.
-        profiles: time by kind of layer at the largest batch, by contender, where asked for.
-        best_under_p99: by contender, the row of most images a second under the limit that was
-            asked for, if one was; None where no batch keeps it.
-        seconds: from the first to the last (``wall``), and in timed calls (``timed``).
-        warnings: what to keep in mind, one sentence each.
-        changes: since an older benchmark that this one is compared with.
+        reference: reference of the ratios; None without one.
+        rows: one for each contender, batch and image size.
+        skipped: reasons why contenders were skipped, by name.
+        ceilings: limits of the device; None if they were not measured.
+        roofline: comparison of each row with the limits.
+        profiles: time by kind of layer at the largest batch, by contender, if requested.
+        best_under_p99: by contender, the row with the highest throughput under the p99 limit;
+            None if no batch is below the limit, or for all without a limit.
+        seconds: of the whole benchmark (``wall``) and of the timed calls (``timed``).
+        warnings: one sentence each.
+        changes: differences from an older benchmark, if compared.
     """
 
     schema_: Literal["van-deploy/bench/5"] = Field(alias="schema")
@@ -358,35 +358,31 @@ class BenchReport(VersionedSchema):
     rows: tuple[Row, ...]
     skipped: dict[str, str]
     ceilings: Ceilings | None
-    roofline: tuple[Reached, ...]
+    roofline: tuple[RooflineEntry, ...]
     profiles: dict[str, tuple[ProfileLine, ...]]
     best_under_p99: dict[str, Row | None] | None
     seconds: dict[str, float]
     warnings: tuple[str, ...]
-    changes: tuple[Change, ...] = ()
+    changes: tuple[RowChange, ...] = ()
 
     @property
     def passed(self) -> bool:
-        """Whether every contender that started could be timed."""
+        """Whether every contender was timed without an error."""
         return bool(self.rows) and not any(row.error for row in self.rows)
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
 
 def read_report(path: Path) -> BenchReport:
-    """Return a benchmark's JSON file.
+    """Read a benchmark report from a JSON file.
 
     Raises:
-        InputError: it cannot be read, is something else, or is of another version.
+        InputError: the file cannot be read, is not a report, or has another version.
     """
-    remedy = "Measure one with `van-deploy bench BUNDLE --output FILE` of this version."
+    remedy = "Create one with `van-deploy bench BUNDLE --output FILE` of this version."
     return read_document(BenchReport, path, "benchmark", InputError, remedy)
 
 
-def record(report: BenchReport, bundle: Bundle) -> None:
-    """Keep a report in a bundle as ``bench.json``, and its figures in the manifest's ``checks``.
+def save_to_bundle(report: BenchReport, bundle: Bundle) -> None:
+    """Save a report in a bundle as ``bench.json``, and its results in the manifest's ``checks``.
 
     Raises:
         BundleError: the bundle cannot be written.
@@ -411,41 +407,41 @@ def record(report: BenchReport, bundle: Bundle) -> None:
         }
 
 
-def compared(old: BenchReport, new: BenchReport) -> BenchReport:
-    """Return ``new`` with what changed since ``old``, row by row.
+def compare_reports(old: BenchReport, new: BenchReport) -> BenchReport:
+    """Return ``new`` with the changes of each row since ``old``.
 
     Raises:
-        UsageError: they come from different devices, TensorRT majors or numbers of
-            threads or streams, have different references, or no row in common.
+        UsageError: device, TensorRT's major version, threads, streams or reference differ, or
+            the reports have no row in common.
     """
-    now = _comparable(new)
-    for what, before in _comparable(old).items():
-        if before != (after := now[what]):
+    current = _comparison_key(new)
+    for what, before in _comparison_key(old).items():
+        if before != (after := current[what]):
             raise UsageError(
                 f"The two benchmarks cannot be compared: {what} was {before}, now it is {after}.",
-                "Measure both on the same machine, with the same settings.",
+                "Run both on the same machine, with the same settings.",
             )
     rows = {(row.contender, row.batch, row.image_size): row for row in old.rows}
     changes = []
     for row in new.rows:
-        place = (row.contender, row.batch, row.image_size)
-        before = rows.get(place)
+        key = (row.contender, row.batch, row.image_size)
+        before = rows.get(key)
         if before and before.latency and row.latency:
-            percent, left_open = _ratio_change(before.ratio, row.ratio)
-            moved = abs(percent or 0.0) > max(AGREE_WITHIN_PERCENT, left_open or 0.0)
+            percent, uncertainty = _ratio_change(before.ratio, row.ratio)
+            moved = abs(percent or 0.0) > max(REPEATABILITY_PERCENT, uncertainty or 0.0)
             same = old.contenders[row.contender].sha256 == new.contenders[row.contender].sha256
             times = (before.latency.p50_ms, row.latency.p50_ms)
-            changes.append(Change(*place, *times, percent, left_open, moved, same))
+            changes.append(RowChange(*key, *times, percent, uncertainty, moved, same))
     if not changes:
         raise UsageError(
             "The two benchmarks have no row in common.",
-            "Measure the same runners at the same batch sizes.",
+            "Time the same runners at the same batch sizes.",
         )
     return new.model_copy(update={"changes": tuple(changes)})
 
 
-def _comparable(report: BenchReport) -> dict[str, object]:
-    """Return what two benchmarks must have in common, by what it is called."""
+def _comparison_key(report: BenchReport) -> dict[str, object]:
+    """Return the properties that two comparable benchmarks share, by name."""
     cpu, settings = report.machine.cpu, report.settings
     gpus = "".join(f", {gpu.name}" for gpu in report.machine.gpus)
     return {
@@ -458,9 +454,9 @@ def _comparable(report: BenchReport) -> dict[str, object]:
 
 
 def _ratio_change(old: Ratio | None, new: Ratio | None) -> tuple[float | None, float | None]:
-    """Return a ratio's change in percent, and how much of it the two intervals leave open.
+    """Return the change of a ratio and its uncertainty, both in percent.
 
-    The ends that face each other count, added as independent errors are.
+    The uncertainty combines the interval ends that face each other, as independent errors.
     """
     if old is None or new is None:
         return None, None

@@ -1,10 +1,10 @@
-"""Time on the device itself: inputs and outputs stay there, CUDA events mark the time.
+"""GPU timing with resident buffers: inputs and outputs stay on the device, CUDA events mark time.
 
-What is timed is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three numbers
-come out, and none of them holds another: the latency of one batch alone, the time of a batch
-when the next ones are queued behind it (throughput), and the transfers through pinned memory.
-Meanwhile NVML is asked for the GPU's clocks, power, temperature and memory. No rounds as on a
-CPU: CUDA events see nothing of what disturbs the host.
+The network is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three times are
+measured separately: the latency of a single batch, the time of a batch while further batches are
+queued behind it (throughput), and the transfers through pinned memory. Meanwhile NVML reports the
+GPU's clocks, power, temperature and memory. Rounds are interleaved only on a CPU: other load on
+the host does not affect CUDA events.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any
 
 from van_deploy.bench.document import Contender, GpuState, Latency, Ratio, Row
 from van_deploy.config.sizes import ImageSize
-from van_deploy.environment.hardware import nvidia_driver, nvml_answer
+from van_deploy.environment.hardware import nvidia_driver, query_nvml
 from van_deploy.runners.base import Resident, gpu_index
 
-# The clock is steady when this many looks in a row lie within this many percent.
-STEADY_LOOKS, STEADY_PERCENT = 3, 2.0
+# The clock is steady when this many samples in a row are within this many percent.
+STEADY_SAMPLES, STEADY_PERCENT = 3, 2.0
 
-# Seconds of unmeasured launches: at least, at most, and between two looks at the clock.
-WARM_LEAST_S, WARM_MOST_S, WARM_LOOK_S = 0.3, 3.0, 0.05
+# Seconds of unmeasured launches: minimum, maximum, and between two samples of the clock.
+WARMUP_MIN_S, WARMUP_MAX_S, WARMUP_INTERVAL_S = 0.3, 3.0, 0.05
 
-# One group of queued launches lasts about this long, and holds no more than this many.
-QUEUE_S, QUEUE_MOST = 0.05, 512
+# Duration of a group of queued launches, and the maximum number of launches in it.
+QUEUE_S, QUEUE_MAX_LAUNCHES = 0.05, 512
 
-# Copies each way of which the median counts.
+# Copies in each direction, of which the median is reported.
 TRANSFERS = 20
 
 # Bits of NVML's clock event reasons (``nvml.h``, ``nvmlClocksEventReason*``) that slow a GPU
-# down. The others say that it is idle, or that somebody has set its clocks.
+# down. The other bits mean that it is idle, or that its clocks are set by the user.
 THROTTLING = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -47,89 +47,89 @@ THROTTLING = {
 
 
 Call = Callable[[], object]
-Watch = Callable[[], GpuState]  # reads the state of a GPU
+Monitor = Callable[[], GpuState]  # reads the state of a GPU
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Marks on a stream of the device, and the time between two of them.
+class Timer:
+    """Events on a stream of the device, and the time between two of them.
 
-    By default the host's clock, where launching is running: on a CPU.
+    The default is the host's clock, for a CPU, where a launch returns when it is done.
 
     Attributes:
-        mark: puts a mark on the stream and returns it.
-        wait: waits until the device has reached a mark.
-        ms: returns the milliseconds between two marks that were reached.
+        record: records an event on the stream and returns it.
+        synchronize: waits until the device has reached an event.
+        elapsed_ms: returns the milliseconds between two events that were reached.
     """
 
-    mark: Callable[[], Any] = time.perf_counter
-    wait: Callable[[Any], object] = lambda _: None
-    ms: Callable[[Any, Any], float] = lambda start, end: 1e3 * (end - start)
+    record: Callable[[], Any] = time.perf_counter
+    synchronize: Callable[[Any], object] = lambda _: None
+    elapsed_ms: Callable[[Any, Any], float] = lambda start, end: 1e3 * (end - start)
 
-    def span_ms(self, launch: Call, times: int = 1, meanwhile: Call = lambda: None) -> float:
-        """Launch something some times, and return the milliseconds until it was done."""
-        start = self.mark()
+    def time_ms(self, launch: Call, times: int = 1, meanwhile: Call = lambda: None) -> float:
+        """Return the milliseconds until ``times`` launches are done."""
+        start = self.record()
         for _ in range(times):
             launch()
-        end = self.mark()
+        end = self.record()
         meanwhile()
-        self.wait(end)
-        return self.ms(start, end)
+        self.synchronize(end)
+        return self.elapsed_ms(start, end)
 
 
-def torch_clock(stream: int = 0, device: int = 0) -> Clock:
-    """Return CUDA events of PyTorch.
+def torch_timer(stream: int = 0, device: int = 0) -> Timer:
+    """Return a timer that uses PyTorch's CUDA events.
 
     Args:
-        stream: handle of the stream to mark; 0 is the default one.
-        device: CUDA's number of the GPU.
+        stream: handle of the CUDA stream; 0 is the default stream.
+        device: CUDA index of the GPU.
     """
     import torch
 
-    place: Any = torch.cuda.default_stream(device)
+    cuda_stream: Any = torch.cuda.default_stream(device)
     if stream:
-        place = torch.cuda.ExternalStream(stream, device=device)
+        cuda_stream = torch.cuda.ExternalStream(stream, device=device)
 
-    def mark() -> Any:
+    def record() -> Any:
         event = torch.cuda.Event(enable_timing=True)
-        event.record(place)
+        event.record(cuda_stream)
         return event
 
-    return Clock(mark, lambda event: event.synchronize(), lambda a, b: float(a.elapsed_time(b)))
+    return Timer(record, lambda event: event.synchronize(), lambda a, b: float(a.elapsed_time(b)))
 
 
-def cuda_clock(stream: int = 0, device: int = 0) -> Clock:
-    """Return CUDA events of NVIDIA's cuda-python, for a process without PyTorch."""
+def cuda_timer(stream: int = 0, device: int = 0) -> Timer:
+    """Return a timer that uses cuda-python's events, for a process without PyTorch."""
     from van_deploy.runners.cuda import require_cuda
 
     cuda = require_cuda(device)
     free: list[Any] = []
 
-    def mark() -> Any:
+    def record() -> Any:
         event = free.pop() if free else cuda.call("cudaEventCreate")
         cuda.call("cudaEventRecord", event, stream)
         return event
 
-    def elapsed(start: Any, end: Any) -> float:
+    def elapsed_ms(start: Any, end: Any) -> float:
         free.extend((start, end))
         return float(cuda.call("cudaEventElapsedTime", start, end))
 
-    return Clock(mark, lambda event: cuda.call("cudaEventSynchronize", event), elapsed)
+    return Timer(record, lambda event: cuda.call("cudaEventSynchronize", event), elapsed_ms)
 
 
-def clock_of(resident: Resident, device: str) -> Clock:
-    """Return the clock of a network on a GPU: PyTorch's where PyTorch is imported already."""
-    clock = torch_clock if "torch" in sys.modules else cuda_clock
-    return clock(resident.stream, gpu_index(device) or 0)
+def timer_for(resident: Resident, device: str) -> Timer:
+    """Return the timer for a network on a GPU: PyTorch's events if PyTorch is imported."""
+    create = torch_timer if "torch" in sys.modules else cuda_timer
+    return create(resident.stream, gpu_index(device) or 0)
 
 
-def gpu_watch(device: str) -> Watch:
-    """Return what reads the state of one GPU; without NVML every state is empty.
+def gpu_monitor(device: str) -> Monitor:
+    """Return a function that reads the state of one GPU; without NVML every state is empty.
 
-    NVML numbers the GPUs by itself: the one that CUDA uses is found by its identifier.
+    NVML numbers the GPUs differently from CUDA, so the GPU is identified by its UUID.
 
     Args:
-        device: CUDA's name of the GPU, such as ``cuda:0``; of ``cpu`` nothing is read.
+        device: CUDA's name of the GPU, such as ``cuda:0``; for ``cpu`` every state is empty.
     """
     index, driver = gpu_index(device), nvidia_driver()
     if index is None or driver is None or index >= len(driver.gpus):
@@ -141,35 +141,35 @@ def gpu_watch(device: str) -> Watch:
         gpu = nvml.nvmlDeviceGetHandleByUUID(driver.gpus[index].uuid)
     except nvml.NVMLError:
         return GpuState
-    ask = functools.partial(nvml_answer, gpu)
+    query = functools.partial(query_nvml, gpu)
 
-    def state() -> GpuState:
-        power, memory = ask("nvmlDeviceGetPowerUsage"), ask("nvmlDeviceGetMemoryInfo")
-        reasons = ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+    def read_state() -> GpuState:
+        power, memory = query("nvmlDeviceGetPowerUsage"), query("nvmlDeviceGetMemoryInfo")
+        reasons = query("nvmlDeviceGetCurrentClocksEventReasons") or 0
         return GpuState(
-            sm_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
-            memory_mhz=ask("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
+            sm_mhz=query("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_SM),
+            memory_mhz=query("nvmlDeviceGetClockInfo", nvml.NVML_CLOCK_MEM),
             power_w=None if power is None else power / 1e3,
-            temperature_c=ask("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
-            throttled=tuple(words for bit, words in THROTTLING.items() if reasons & bit),
+            temperature_c=query("nvmlDeviceGetTemperature", nvml.NVML_TEMPERATURE_GPU),
+            throttled=tuple(reason for bit, reason in THROTTLING.items() if reasons & bit),
             memory_used_bytes=None if memory is None else int(memory.used),
         )
 
-    return state
+    return read_state
 
 
-def timed(
-    resident: Resident, batch: int, clock: Clock, watch: Watch, seconds: float, calls: int = 20
+def time_resident(
+    resident: Resident, batch: int, timer: Timer, monitor: Monitor, seconds: float, calls: int = 20
 ) -> dict[str, Any]:
-    """Return what ``resident`` takes, once it is warm and the clocks are steady.
+    """Time ``resident`` after a warm-up that lasts until the clocks are steady.
 
     Args:
         resident: the network with its buffers.
-        batch: images a launch.
-        clock: of its stream.
-        watch: of its GPU.
-        seconds: of measured launches, one half alone and one half queued.
-        calls: launches alone, at least.
+        batch: images per launch.
+        timer: of its stream.
+        monitor: of its GPU.
+        seconds: of measured launches, half of them single and half queued.
+        calls: minimum number of single launches.
 
     Returns:
         Fields of :class:`~van_deploy.bench.document.Row`.
@@ -177,104 +177,104 @@ def timed(
     start = time.perf_counter()
     resident.upload()
     resident.launch()
-    clock.wait(clock.mark())
+    timer.synchronize(timer.record())
     first_call_ms = 1e3 * (time.perf_counter() - start)
-    looks = _warm(resident, clock, watch)
-    unsteady = ["clock not steady"] * _wanders(looks)
-    alone = repeated(seconds / 2, calls, lambda: clock.span_ms(resident.launch))
-    count = max(2, min(QUEUE_MOST, round(QUEUE_S / max(median(alone) / 1e3, 1e-6))))
+    states = _warm_up(resident, timer, monitor)
+    unsteady = ["clock not steady"] * _is_unsteady(states)
+    single_ms = repeat_for(seconds / 2, calls, lambda: timer.time_ms(resident.launch))
+    count = max(2, min(QUEUE_MAX_LAUNCHES, round(QUEUE_S / max(median(single_ms) / 1e3, 1e-6))))
 
-    def group() -> float:
-        return clock.span_ms(resident.launch, count, lambda: looks.append(watch())) / count
+    def queued_launch_ms() -> float:
+        return timer.time_ms(resident.launch, count, lambda: states.append(monitor())) / count
 
-    queued_ms = median(repeated(seconds / 2, STEADY_LOOKS, group))
+    queued_ms = median(repeat_for(seconds / 2, STEADY_SAMPLES, queued_launch_ms))
     return {
-        "latency": Latency.of(alone),
+        "latency": Latency.of(single_ms),
         "queued_ms": queued_ms,
         "images_per_s": 1e3 * batch / queued_ms,
-        "upload_ms": median(clock.span_ms(resident.upload) for _ in range(TRANSFERS)),
-        "download_ms": median(clock.span_ms(resident.download) for _ in range(TRANSFERS)),
+        "upload_ms": median(timer.time_ms(resident.upload) for _ in range(TRANSFERS)),
+        "download_ms": median(timer.time_ms(resident.download) for _ in range(TRANSFERS)),
         "first_call_ms": first_call_ms,
-        "gpu": looks[-1],
-        "throttled": (*sorted({why for state in looks for why in state.throttled}), *unsteady),
+        "gpu": states[-1],
+        "throttled": (*sorted({reason for s in states for reason in s.throttled}), *unsteady),
     }
 
 
-def _warm(resident: Resident, clock: Clock, watch: Watch) -> list[GpuState]:
-    """Launch until the SM clock is steady, or for long enough; return the looks at it."""
+def _warm_up(resident: Resident, timer: Timer, monitor: Monitor) -> list[GpuState]:
+    """Launch until the SM clock is steady or the maximum time is over; return the GPU states."""
     start, states = time.perf_counter(), list[GpuState]()
     while True:
-        look = time.perf_counter()
-        while time.perf_counter() - look < WARM_LOOK_S:
+        interval_start = time.perf_counter()
+        while time.perf_counter() - interval_start < WARMUP_INTERVAL_S:
             resident.launch()
-            clock.wait(clock.mark())
-        states.append(watch())
-        if time.perf_counter() - start >= (WARM_MOST_S if _wanders(states) else WARM_LEAST_S):
+            timer.synchronize(timer.record())
+        states.append(monitor())
+        if time.perf_counter() - start >= (WARMUP_MAX_S if _is_unsteady(states) else WARMUP_MIN_S):
             return states
 
 
-def _wanders(states: Sequence[GpuState]) -> bool:
-    """Return whether the last looks at a clock differ, or are too few; not where one saw nothing.
+def _is_unsteady(states: Sequence[GpuState]) -> bool:
+    """Return whether the last clock samples differ or are too few; False without clock samples.
 
-    >>> _wanders([GpuState(1980), GpuState(1965), GpuState(1980)]), _wanders([GpuState()])
+    >>> _is_unsteady([GpuState(1980), GpuState(1965), GpuState(1980)]), _is_unsteady([GpuState()])
     (False, False)
-    >>> _wanders([GpuState(1980), GpuState(1980)])  # too few
+    >>> _is_unsteady([GpuState(1980), GpuState(1980)])  # too few
     True
     """
-    clocks = [state.sm_mhz or 0 for state in states[-STEADY_LOOKS:]]
+    clocks = [state.sm_mhz or 0 for state in states[-STEADY_SAMPLES:]]
     steady = max(clocks) - min(clocks) <= STEADY_PERCENT / 100 * max(clocks)
-    return all(clocks) and not (steady and len(clocks) == STEADY_LOOKS)
+    return all(clocks) and not (steady and len(clocks) == STEADY_SAMPLES)
 
 
-def repeated(seconds: float, least: int, measure: Callable[[], float]) -> list[float]:
-    """Return what was measured until the seconds are over, ``least`` times at least."""
+def repeat_for(seconds: float, min_count: int, measure: Callable[[], float]) -> list[float]:
+    """Return measurements taken for ``seconds``, at least ``min_count``."""
     samples: list[float] = []
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds or len(samples) < least:
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(samples) < min_count:
         samples.append(measure())
     return samples
 
 
-def with_ratios(
+def add_ratios(
     rows: Sequence[Row], contenders: Iterable[Contender], reference: str
 ) -> tuple[str | None, list[Row]]:
-    """Return what ratios are against, in words, and the rows with their ratios.
+    """Return a description of the reference, and the rows with their ratios to it.
 
     Args:
-        rows: of one or several batches and image sizes.
+        rows: of any batch sizes and image sizes.
         contenders: of the rows.
-        reference: a contender; one of PyTorch's modes stands for the fastest of them.
+        reference: name of a contender; a PyTorch mode stands for the fastest PyTorch mode.
     """
     modes = {c.name for c in contenders if c.runtime == "pytorch"}
-    best = _fastest(rows, modes if reference in modes else {reference})
+    best = _fastest_ms(rows, modes if reference in modes else {reference})
     result = []
     for row in rows:
         times = best.get((row.batch, row.image_size), 0.0) / (row.queued_ms or math.inf)
         result.append(replace(row, ratio=Ratio(times, times, times, 1) if times else None))
-    words = "the fastest of PyTorch's modes" if reference in modes else reference
-    return words if best else None, result
+    description = "the fastest of PyTorch's modes" if reference in modes else reference
+    return description if best else None, result
 
 
-def int8_not_worth_it(rows: Sequence[Row], contenders: Iterable[Contender]) -> list[str]:
-    """Return a warning for each batch at which no INT8 file is faster than FP16 on this GPU."""
+def int8_warnings(rows: Sequence[Row], contenders: Iterable[Contender]) -> list[str]:
+    """Return a warning for each batch size at which no INT8 file is faster than FP16."""
     files = [contender for contender in contenders if contender.runtime != "pytorch"]
     fp16, int8 = (
-        _fastest(rows, {file.name for file in files if file.precision == precision})
+        _fastest_ms(rows, {file.name for file in files if file.precision == precision})
         for precision in ("fp16", "int8")
     )
     return [
-        f"INT8 is not faster than FP16 here at batch {place[0]} ({ms:.3f} ms against "
-        f"{fp16[place]:.3f} ms): deploy FP16 on this GPU"
-        for place, ms in int8.items()
-        if fp16.get(place, math.inf) <= ms
+        f"INT8 is not faster than FP16 here at batch {key[0]} ({ms:.3f} ms against "
+        f"{fp16[key]:.3f} ms): deploy FP16 on this GPU"
+        for key, ms in int8.items()
+        if fp16.get(key, math.inf) <= ms
     ]
 
 
-def _fastest(rows: Sequence[Row], names: Container[str]) -> dict[tuple[int, ImageSize], float]:
-    """Return the least queued ms of some contenders by batch and image size."""
+def _fastest_ms(rows: Sequence[Row], names: Container[str]) -> dict[tuple[int, ImageSize], float]:
+    """Return the shortest queued time of the named contenders by batch and image size."""
     best: dict[tuple[int, ImageSize], float] = {}
     for row in rows:
         if row.queued_ms and row.contender in names:
-            place = row.batch, row.image_size
-            best[place] = min(best.get(place, math.inf), row.queued_ms)
+            key = row.batch, row.image_size
+            best[key] = min(best.get(key, math.inf), row.queued_ms)
     return best

@@ -1,4 +1,4 @@
-"""Where the time of a network goes, summed by the kind of PyTorch module that asked for it."""
+"""Profile a network: time by kind of PyTorch module, layer or kernel."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.contenders import runner_of
+from van_deploy.bench.contenders import create_runner
 from van_deploy.bench.document import Contender, ProfileLine
 from van_deploy.errors import UsageError
 
-LABEL = "van:"
-OTHER = "elementwise (gate, residual, scale)"
-# How many are averaged.
+LABEL_PREFIX = "van:"
+ELEMENTWISE = "elementwise (gate, residual, scale)"
+# Number of runs that are averaged.
 RUNS = 5
 
-# What a kernel's name tells of it; the first match counts. Names do not tell 3x3 from 5x5.
+# Kinds of GPU kernels by name; the first match counts. Names do not distinguish 3x3 from 5x5.
 KERNEL_KINDS = (
     (r"^triton_poi.*(gelu|erf)", "elementwise with GELU"),
     (r"^triton_poi", "elementwise"),
@@ -35,8 +35,8 @@ KERNEL_KINDS = (
     (r"", "other"),
 )
 
-# What the name of a PyTorch module tells, which the graph's nodes bear, too; the first counts.
-# The kernel sizes are the published variants'.
+# Kinds of layers by the name of the PyTorch module, which is also the name of the graph's node;
+# the first match counts. The kernel sizes are those of the published variants.
 LAYER_KINDS = (
     (r"Quantize|\.int8|\.dequantized", "quantise"),
     (r"Reorder|Reformat|Cast|\.cast|Transpose", "reformat"),
@@ -49,66 +49,67 @@ LAYER_KINDS = (
     (r"block.*norm", "BatchNorm"),
     (r"norm", "LayerNorm"),
     (r"head", "head"),
-    (r"", OTHER),
+    (r"", ELEMENTWISE),
 )
 
 
-def kind_of(name: str, kinds: Sequence[tuple[str, str]] = LAYER_KINDS) -> str:
-    """Return what a name tells of a layer of a session or an engine, or of a GPU's kernel.
+def layer_kind(name: str, kinds: Sequence[tuple[str, str]] = LAYER_KINDS) -> str:
+    """Return the kind of a layer or a GPU kernel from its name.
 
-    A fused layer's name holds those of all its parts; the first counts.
+    The name of a fused layer contains those of all its parts; the first part counts.
 
-    >>> kind_of("block1.0.attn.proj_1 + block1.0.attn.activation"), kind_of("block1.0")
+    >>> layer_kind("block1.0.attn.proj_1 + block1.0.attn.activation"), layer_kind("block1.0")
     ('1x1', 'elementwise (gate, residual, scale)')
-    >>> kind_of("sm90_xmma_gemm_f16", KERNEL_KINDS)
+    >>> layer_kind("sm90_xmma_gemm_f16", KERNEL_KINDS)
     'matrix product'
     """
     first = name.partition(" + ")[0]
-    return next(kind for sign, kind in kinds if re.search(sign, first))
+    return next(kind for pattern, kind in kinds if re.search(pattern, first))
 
 
-def profile_of(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:
-    """Return where the time of a contender's opened runner goes, by kind of layer.
+def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:
+    """Return the time of a contender's open runner by kind of layer.
 
-    PyTorch is profiled by module where it is eager, by kernel where it is compiled; ONNX
-    Runtime and TensorRT by the layers they report, found again in the ONNX graph by name.
+    Eager PyTorch is profiled by module, compiled PyTorch by kernel, ONNX Runtime and TensorRT by
+    the layers they report, whose names are those of the ONNX nodes.
 
     Raises:
-        UsageError: its runtime tells nothing, or nothing true: on a GPU ONNX Runtime reports how
-            long the host took to launch each node (4.6 of 16.7 ms on an H200).
+        UsageError: the runtime has no profiler, or a wrong one: on a GPU ONNX Runtime reports the
+            time in which the host launches each node (4.6 of 16.7 ms on an H200).
     """
     runtime, on_gpu = contender.runtime, contender.device != "cpu"
     if runtime == "tensorrt":
-        return _by_layer(runner, batch)
+        return _profile_tensorrt(runner, batch)
     if runtime == "onnxruntime" and not on_gpu:
-        return _by_node(contender, batch)
+        return _profile_onnxruntime(contender, batch)
     if runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
         import torch
 
-        return by_module(runner.model, torch.from_numpy(batch).to(runner.device, runner.dtype))
+        images = torch.from_numpy(batch).to(runner.device, runner.dtype)
+        return profile_modules(runner.model, images)
     if runtime in ("pytorch", "inductor") and on_gpu:
         resident = runner.resident(batch)
         resident.launch()
-        return by_kernel(resident.launch)
+        return profile_kernels(resident.launch)
     raise UsageError(
-        f"'{contender.name}' does not say where its time goes.",
+        f"'{contender.name}' cannot be profiled.",
         "Profile PyTorch, TensorRT, or ONNX Runtime on a CPU.",
     )
 
 
-def by_module(model: Any, images: Any) -> list[ProfileLine]:
-    """Return an eager network's time by kind of layer: of its kernels, or of the processor.
+def profile_modules(model: Any, images: Any) -> list[ProfileLine]:
+    """Return the time of an eager network by kind of layer: kernel time, or CPU time on a CPU.
 
     Args:
-        model: a VAN in eval mode.
-        images: its input, on the device it runs on.
+        model: a VAN in eval mode, which is not changed.
+        images: its input, on the device of the model.
     """
     import torch
     from torch.profiler import record_function
 
-    def labelled(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def with_label(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            with record_function(LABEL + kind_of(name)):
+            with record_function(LABEL_PREFIX + layer_kind(name)):
                 return forward(*arguments)
 
         return run
@@ -116,54 +117,52 @@ def by_module(model: Any, images: Any) -> list[ProfileLine]:
     model = copy.deepcopy(model)
     for name, layer in model.named_modules():
         if not [*layer.children()]:
-            layer.forward = labelled(name, layer.forward)
+            layer.forward = with_label(name, layer.forward)
     with torch.no_grad():
         model(images)
-        events = _profiled(lambda: model(images))
+        events = _torch_events(lambda: model(images))
     times: list[tuple[str, float]] = []
     for event in events:
         own = [kernel.duration for kernel in event.kernels]
         if not images.is_cuda:
             own = [event.self_cpu_time_total] * bool(event.self_cpu_time_total)
-        above = event
-        while above is not None and not above.name.startswith(LABEL):
-            above = above.cpu_parent
-        if above is not event:
-            kind = OTHER if above is None else str(above.name[len(LABEL) :])
+        label = event
+        while label is not None and not label.name.startswith(LABEL_PREFIX):
+            label = label.cpu_parent
+        if label is not event:
+            kind = ELEMENTWISE if label is None else str(label.name[len(LABEL_PREFIX) :])
             times += [(kind, float(microseconds)) for microseconds in own]
-    return _summed(times)
+    return _sum_by_kind(times)
 
 
-def by_kernel(launch: Callable[[], object]) -> list[ProfileLine]:
-    """Return what runs on the GPU in a launch, by kind of kernel.
+def profile_kernels(launch: Callable[[], object]) -> list[ProfileLine]:
+    """Return the GPU time of a launch by kind of kernel.
 
-    It sees into CUDA graphs and compiled networks, whose kernels belong to no one module.
+    This includes CUDA graphs and compiled networks, whose kernels are not those of one module.
     """
-    return _summed(
-        (kind_of(event.name.lower(), KERNEL_KINDS), float(event.time_range.elapsed_us()))
-        for event in _profiled(launch)
+    return _sum_by_kind(
+        (layer_kind(event.name.lower(), KERNEL_KINDS), float(event.time_range.elapsed_us()))
+        for event in _torch_events(launch)
         if event.device_type.name != "CPU" and not event.is_user_annotation
     )
 
 
-def _profiled(launch: Callable[[], object]) -> Iterable[Any]:
+def _torch_events(launch: Callable[[], object]) -> Iterable[Any]:
     import torch
-    from torch.profiler import ProfilerActivity, profile
+    from torch.profiler import profile
 
-    on_gpu = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-    with profile(activities=activities) as profiler:
+    with profile() as profiler:  # of the CPU, and of CUDA where it is available
         for _ in range(RUNS):
             launch()
-        if on_gpu:
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
     return profiler.events() or ()
 
 
-def _by_node(contender: Contender, batch: Any) -> list[ProfileLine]:
-    """Return ONNX Runtime's own profile of a graph, from a session like the contender's."""
+def _profile_onnxruntime(contender: Contender, batch: Any) -> list[ProfileLine]:
+    """Return ONNX Runtime's profile of a graph, from a new session with the same options."""
     with tempfile.TemporaryDirectory() as folder:
-        runner = runner_of(contender, 1)
+        runner = create_runner(contender, 1)
         runner.profile, runner.threads = Path(folder), None
         with runner:
             for _ in range(RUNS + 1):
@@ -171,12 +170,12 @@ def _by_node(contender: Contender, batch: Any) -> list[ProfileLine]:
         (file,) = Path(folder).glob("*.json")
         events = json.loads(file.read_text(encoding="utf-8"))
     nodes = [event for event in events if event.get("cat") == "Node"]
-    nodes = nodes[len(nodes) // (RUNS + 1) :]  # the first run prepares
-    return _summed((kind_of(node["name"]), node["dur"]) for node in nodes)
+    nodes = nodes[len(nodes) // (RUNS + 1) :]  # without the first run
+    return _sum_by_kind((layer_kind(node["name"]), node["dur"]) for node in nodes)
 
 
-def _by_layer(runner: Any, batch: Any) -> list[ProfileLine]:
-    """Return an engine's time by kind of layer, by TensorRT's ``IProfiler``."""
+def _profile_tensorrt(runner: Any, batch: Any) -> list[ProfileLine]:
+    """Return the time of an engine by kind of layer, from TensorRT's ``IProfiler``."""
     times: list[tuple[str, float]] = []
 
     class Profiler(runner.trt.IProfiler):  # type: ignore[misc]
@@ -184,7 +183,7 @@ def _by_layer(runner: Any, batch: Any) -> list[ProfileLine]:
             runner.trt.IProfiler.__init__(self)
 
         def report_layer_time(self, name: str, ms: float) -> None:
-            times.append((kind_of(name), 1e3 * ms))
+            times.append((layer_kind(name), 1e3 * ms))
 
     runner.run_all(batch)
     profiler = Profiler()
@@ -192,11 +191,11 @@ def _by_layer(runner: Any, batch: Any) -> list[ProfileLine]:
         context.profiler = profiler
     for _ in range(RUNS):
         runner.run_all(batch)
-    return _summed(times)
+    return _sum_by_kind(times)
 
 
-def _summed(times: Iterable[tuple[str, float]]) -> list[ProfileLine]:
-    """Return the kinds and microseconds of all calls, a run's share of each, longest first."""
+def _sum_by_kind(times: Iterable[tuple[str, float]]) -> list[ProfileLine]:
+    """Sum the microseconds of all calls by kind; return the average of a run, longest first."""
     parts: dict[str, list[float]] = defaultdict(list)
     for kind, microseconds in times:
         parts[kind].append(microseconds)

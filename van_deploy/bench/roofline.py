@@ -1,9 +1,8 @@
-"""The least time a network can take: its operations and bytes against a device's limits.
+"""The roofline model: the minimum time of a network from its operations and bytes.
 
-The limits are measured by large matrix products and a large copy, in a worker, on a CPU with the
-same number of threads as the contenders of that run. On paper, for GPUs that are not at hand:
-dense figures (NVIDIA often prints twice that, with structured sparsity), at boost clock, from
-NVIDIA's data sheets.
+The limits of a device are measured with large matrix products and a large copy, in a worker, on a
+CPU with as many threads as the contenders. For other GPUs they are the dense rates at boost clock
+of NVIDIA's data sheets, which often print twice that, with structured sparsity.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from van_deploy.bench.document import Ceilings, Contender, PaperLimits, Reached, Row
-from van_deploy.bench.gpu import Clock, repeated, torch_clock
+from van_deploy.bench.document import Ceilings, Contender, PaperLimits, RooflineEntry, Row
+from van_deploy.bench.gpu import Timer, repeat_for, torch_timer
 from van_deploy.bundle import Bundle
 from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
 from van_deploy.model.variants import VanConfig
 
-# Source, and T operations a second in FP32, TF32, FP16 and INT8, and GB/s. Before Ampere (TF32:
-# 0) there is no BF16 either. Matrix products run at these rates; everything else, the depth-wise
+# Source, tera-operations per second in FP32, TF32, FP16 and INT8, and GB/s. GPUs before Ampere
+# (TF32: 0) have no BF16 either. Matrix products run at these rates; everything else, the depth-wise
 # convolutions included, at FP32's.
 DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "t4": ("NVIDIA T4 data sheet (2019)", 8.1, 0, 65, 130, 320),
@@ -36,20 +35,22 @@ DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "rtx4090": ("NVIDIA Ada architecture white paper (2022)", 82.6, 82.6, 165.2, 660.6, 1008),
 }
 
-Place = tuple[str, str, int, ImageSize]
+# Contender, precision of the arithmetic, batch size, and image size in pixels.
+Workload = tuple[str, str, int, ImageSize]
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
-# On paper, the floating-point arithmetic an engine made from an artifact may use; FP16 where
-# nothing else is listed. The 1x1 convolutions of an INT8 graph run at the INT8 rate.
-ASSUMED = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
+# Precisions of an engine built from an artifact, for published limits; FP16 if not listed. The
+# 1x1 convolutions of an INT8 graph run at the INT8 rate.
+ENGINE_PRECISIONS = {"fp32": ("fp32", "tf32", "fp16"), "bf16": ("bf16",)}
 
 
-def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:
-    """Return a device's own limits, by PyTorch on random data: fastest of ``seconds`` of calls.
+def measure_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ceilings:
+    """Measure the limits of a device with PyTorch: the fastest of ``seconds`` of calls.
 
-    On a GPU products are of 8192^3 and the copy is 2 GiB, forty times an H100's second-level
-    cache; on a CPU 1536^3 (27 MB in float32, past the caches of most cores) and 256 MiB. A CPU
-    is measured in bfloat16 where it has instructions for it: elsewhere one product takes seconds.
+    On a GPU a matrix product has 8192^3 multiply-adds and the copy 2 GiB, forty times an H100's
+    L2 cache; on a CPU 1536^3 (27 MB in float32, more than the caches of most cores) and 256 MiB.
+    bfloat16 is measured only on a CPU that has instructions for it, because otherwise one product
+    takes seconds.
     """
     import torch
 
@@ -65,11 +66,11 @@ def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ce
 
     def fastest_s(call: Callable[..., object], *arguments: Any) -> float:
         place = arguments[0].device
-        clock = torch_clock(device=place.index or 0) if on_gpu else Clock()
+        timer = torch_timer(device=place.index or 0) if on_gpu else Timer()
         call(*arguments)
         if on_gpu:
             torch.cuda.synchronize(place)
-        return min(repeated(seconds, 1, lambda: clock.span_ms(lambda: call(*arguments)))) / 1e3
+        return min(repeat_for(seconds, 1, lambda: timer.time_ms(lambda: call(*arguments)))) / 1e3
 
     rates: dict[str, float] = {}
     for precision, kind in kinds.items():
@@ -84,74 +85,74 @@ def measured_ceilings(device: str, threads: int = 1, seconds: float = 0.5) -> Ce
 
 
 def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLimits:
-    """Return the least time of each ONNX artifact on ``device``, on paper.
+    """Return the minimum time of each ONNX artifact on ``device`` from published figures.
 
     Raises:
-        UsageError: there are no figures for the device.
+        UsageError: the device is not in :data:`DEVICES`.
     """
-    known = DEVICES.get(device.lower().replace(" ", "").replace("-", ""))
-    if known is None:
+    published = DEVICES.get(device.lower().replace(" ", "").replace("-", ""))
+    if published is None:
         names = ", ".join(DEVICES)
         raise UsageError(f"There are no figures for the device '{device}'.", f"Known: {names}.")
-    source, fp32, tf32, fp16, int8, gigabytes = known
+    source, fp32, tf32, fp16, int8, gigabytes = published
     ops = {"fp32": fp32, "fp16": fp16, "int8": int8, "vector": fp32}
     if tf32:
         ops |= {"bf16": fp16, "tf32": tf32}
     rates = {kind: 1e12 * rate for kind, rate in ops.items()}
-    ceilings, limits = Ceilings(rates, 1e9 * gigabytes, source), list[Reached | None]()
+    ceilings, limits = Ceilings(rates, 1e9 * gigabytes, source), list[RooflineEntry | None]()
     config, size = bundle.manifest.architecture, bundle.manifest.preprocessing.image_size
     files = [artifact for artifact in bundle.artifacts.values() if artifact.kind == "onnx"]
     for artifact, batch in itertools.product(files, sorted(set(batches))):
-        for kind in ASSUMED.get(artifact.precision, ("fp16",)):
+        for kind in ENGINE_PRECISIONS.get(artifact.precision, ("fp16",)):
             precision = f"int8 + {kind}" if artifact.precision == "int8" else kind
-            place = (artifact.name, precision, batch, size)
-            limits.append(least_time(config, ceilings, place))
+            workload = (artifact.name, precision, batch, size)
+            limits.append(minimum_time(config, ceilings, workload))
     return PaperLimits(device, ceilings, tuple(filter(None, limits)))
 
 
-def measured_limits(
+def measure_limits(
     config: VanConfig, contenders: Mapping[str, Contender], rows: Sequence[Row], ceilings: Ceilings
-) -> tuple[Reached, ...]:
-    """Return each row's time over the least possible time for the same network.
+) -> tuple[RooflineEntry, ...]:
+    """Return the minimum time for each row, and the share of it that the row reaches.
 
     Args:
-        config: the network.
+        config: of the network.
         contenders: of the rows, by name.
-        rows: those that failed are passed over.
-        ceilings: of the device, measured.
+        rows: failed rows are ignored.
+        ceilings: measured limits of the device.
     """
-    result = list[Reached]()
+    result = list[RooflineEntry]()
     for row in rows:
-        place = (row.contender, contenders[row.contender].precision, row.batch, row.image_size)
-        if row.images_per_s and (least := least_time(config, ceilings, place)):
+        workload = (row.contender, contenders[row.contender].precision, row.batch, row.image_size)
+        if row.images_per_s and (minimum := minimum_time(config, ceilings, workload)):
             ms = 1e3 * row.batch / row.images_per_s
-            result.append(replace(least, percent_of_limit=100 * least.least_ms / ms))
+            result.append(replace(minimum, percent_of_limit=100 * minimum.least_ms / ms))
     return tuple(result)
 
 
-def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached | None:
-    """Return the least time for one batch, from the shapes alone; None without its rate.
+def minimum_time(config: VanConfig, ceilings: Ceilings, workload: Workload) -> RooflineEntry | None:
+    """Return the minimum time of one batch from the shapes; None without a rate for its precision.
 
-    A step is a convolution with what follows it element by element: bias, GELU, gate or
-    residual. In a block the C wide maps cross memory 15 times (``proj_1`` 2, ``conv0`` 2,
-    ``conv_spatial`` 2, ``conv1`` with the gate 3, ``proj_2`` with the residual 3, ``fc1`` 1,
-    ``fc2`` with the residual 2), the hidden ones 4 times (``fc1`` 1, ``dwconv`` with the GELU
-    2, ``fc2`` 1). The weights are read once a batch.
+    For the unfused time, one kernel is a convolution with the elementwise operators after it: bias,
+    GELU, gate or residual. In a block the maps of C channels are transferred 15 times (``proj_1``
+    2, ``conv0`` 2, ``conv_spatial`` 2, ``conv1`` with the gate 3, ``proj_2`` with the residual 3,
+    ``fc1`` 1, ``fc2`` with the residual 2), the hidden maps 4 times (``fc1`` 1, ``dwconv`` with
+    the GELU 2, ``fc2`` 1). The weights are read once per batch.
 
     Args:
-        config: the network.
+        config: of the network.
         ceilings: of the device.
-        place: contender, precision of the arithmetic, images and their size in pixels. The 1x1
-            convolutions of ``int8 + fp16`` run at the INT8 rate, the rest at that of FP16; of
-            ``int8`` the rest is FP16 on a GPU and FP32 on a CPU. A GPU's FP32 is TF32.
+        workload: see :data:`Workload`. The 1x1 convolutions of ``int8 + fp16`` run at the INT8
+            rate, all else at the FP16 rate; for ``int8`` the non-quantised precision is FP16 on a
+            GPU and FP32 on a CPU. FP32 is TF32 on a GPU.
 
     >>> from van_deploy.model.variants import VARIANTS
     >>> config, ceilings = VARIANTS["van_b0"].config, Ceilings({"fp16": 1e15}, 1e12, "")
-    >>> least = least_time(config, ceilings, ("", "fp16", 1000, 224))
-    >>> int(least.unfused_ms)  # MB an image, at 1 TB/s
+    >>> minimum = minimum_time(config, ceilings, ("", "fp16", 1000, 224))
+    >>> int(minimum.unfused_ms)  # MB per image, at 1 TB/s
     55
     """
-    (k0, k1), (_, precision, batch, size) = config.lka_kernels, place
+    (k0, k1), (_, precision, batch, size) = config.lka_kernels, workload
     rates, int8 = ceilings.ops_per_s, "int8" in precision
     kind = precision.removeprefix("int8 + ")
     if kind == "int8":
@@ -169,14 +170,16 @@ def least_time(config: VanConfig, ceilings: Ceilings, place: Place) -> Reached |
         pixels = math.prod(sides)
         pointwise += depth * pixels * dim * (3 * dim + 2 * hidden)
         depthwise += depth * pixels * (dim * (k0**2 + k1**2) + 9 * hidden)
-        # it writes its maps; the LayerNorm reads and writes them; then the blocks
+        # the embedding writes its maps; the LayerNorm reads and writes them; then the blocks
         values += pixels * (3 * dim + depth * (15 * dim + 4 * hidden))
     macs, weights, width = config.mac_count(size), config.parameter_count(), BYTES[kind]
     compute_s = 2 * batch * (macs - pointwise - depthwise) / rates[kind]
     compute_s += 2 * batch * pointwise / rates["int8" if int8 else kind]
     compute_s += 2 * batch * depthwise / (rates.get("vector") or rates.get("fp32") or rates[kind])
-    memory_s = (width * weights + 4 * batch * ends) / ceilings.bytes_per_s  # both ends stay float32
+    memory_s = (
+        width * weights + 4 * batch * ends
+    ) / ceilings.bytes_per_s  # input and output are float32
     unfused_ms = 1e3 * width * (batch * values + weights) / ceilings.bytes_per_s
     bound: Literal["compute", "memory"] = "compute" if compute_s >= memory_s else "memory"
     least_ms = 1e3 * max(compute_s, memory_s)
-    return Reached(*place, 2 * batch * macs, least_ms, bound, unfused_ms)
+    return RooflineEntry(*workload, 2 * batch * macs, least_ms, bound, unfused_ms)

@@ -1,8 +1,8 @@
-"""A contender in a process of its own, stopped whenever it is not asked something.
+"""The process of one contender, suspended between requests.
 
 The process reads requests from a pipe, each the name of a method of :class:`Worker` and its
-arguments, and answers each with what that returns. Between two requests it is stopped by its
-parent, so no thread of it can spin.
+arguments, and sends back the result. Its parent suspends it between two requests, so that none of
+its threads can spin.
 """
 
 from __future__ import annotations
@@ -24,47 +24,47 @@ from typing import Any
 
 import numpy as np
 
-from van_deploy.bench.contenders import runner_of
+from van_deploy.bench.contenders import create_runner
 from van_deploy.bench.document import Contender
-from van_deploy.bench.gpu import clock_of, gpu_watch, timed
-from van_deploy.bench.profile import profile_of
-from van_deploy.bench.roofline import measured_ceilings
+from van_deploy.bench.gpu import gpu_monitor, time_resident, timer_for
+from van_deploy.bench.profile import profile_contender
+from van_deploy.bench.roofline import measure_ceilings
 from van_deploy.environment.hardware import peak_memory_bytes
 from van_deploy.errors import VanDeployError
 
-# Longer than any compilation of a VAN; past it a worker hangs.
-ANSWER_WITHIN_S = 900.0
+# Longer than any compilation of a VAN; a worker that takes longer hangs.
+REQUEST_TIMEOUT_S = 900.0
 
-# Tells glibc to keep what a process frees. It gives large blocks back to the system otherwise,
-# and takes them again page by page at the next call: so eager PyTorch spends a third of its time.
-# See mallopt(3). Other C libraries ignore it; who sets these variables is not overruled.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+# Disables malloc trimming in glibc. Otherwise it returns large blocks to the system and requests
+# them again page by page at the next call, which takes a third of eager PyTorch's time. See
+# mallopt(3). Other C libraries ignore these variables; values that the user set have priority.
+MALLOC_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 
-SERVE = "from van_deploy.bench.worker import serve; serve({})"
-ONE_THREAD_POOLS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+SERVER_CODE = "from van_deploy.bench.worker import serve; serve({})"
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 PR_SET_PDEATHSIG = 1
-# Unmeasured seconds after a process was woken: its threads start, its weights come back into
-# the caches. The first measured call is then as long as those after it.
+# Unmeasured seconds after a process is resumed, in which its threads start and its weights return
+# to the caches. The first measured call then takes as long as the following ones.
 REWARM_S = 0.02
 
-WARM_CALLS = 3  # the fastest of them tells how long a call takes
+WARM_CALLS = 3  # the fastest of them estimates the time of a call
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
 
 
 class WorkerError(VanDeployError):
-    """A worker answered with an error."""
+    """A worker returned an error."""
 
 
-class WorkerGoneError(WorkerError):
-    """A worker's process is gone."""
+class WorkerExitError(WorkerError):
+    """A worker's process exited or hung."""
 
 
 class WorkerProcess:
-    """A process that answers :meth:`ask`, and sleeps otherwise. Open it with ``with``.
+    """A process that handles requests and is suspended between them; use it as a context manager.
 
     Args:
-        threads: how many its runtime may use, over all streams; set in its environment too.
+        threads: threads of its runtime, over all streams; also set in its environment.
     """
 
     def __init__(self, threads: int) -> None:
@@ -72,59 +72,59 @@ class WorkerProcess:
 
     def __enter__(self) -> WorkerProcess:
         """Start the process."""
-        pools = dict.fromkeys(ONE_THREAD_POOLS, str(self.threads))
+        pools = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
         quiet: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-        self._pipe, theirs = Pipe()
+        self._pipe, child = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE.format(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env={**KEEP_MEMORY, **os.environ, **pools},
+            [sys.executable, "-c", SERVER_CODE.format(child.fileno())],
+            pass_fds=[child.fileno()],
+            env={**MALLOC_SETTINGS, **os.environ, **pools},
             **quiet,
         )
-        theirs.close()
+        child.close()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process, whatever it is doing."""
-        self.process.kill()  # also ends a stopped process
+        """Kill the process."""
+        self.process.kill()  # also ends a suspended process
         self.process.wait()
         self._pipe.close()
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Wake the process, return its answer to one request, and stop it again.
+    def request(self, method: str, **arguments: Any) -> Any:
+        """Resume the process, return the result of one request, and suspend the process again.
 
         Raises:
-            WorkerError: it answered with an error, died or hung.
+            WorkerError: the process returned an error, exited or hung.
         """
         try:
             self.process.send_signal(signal.SIGCONT)
-            self._pipe.send((do, arguments))
-            if not self._pipe.poll(ANSWER_WITHIN_S):
+            self._pipe.send((method, arguments))
+            if not self._pipe.poll(REQUEST_TIMEOUT_S):
                 self.process.kill()
-                raise WorkerGoneError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
-            answer = self._pipe.recv()
+                raise WorkerExitError(f"no result within {REQUEST_TIMEOUT_S:.0f} s")
+            result = self._pipe.recv()
         except (OSError, EOFError):
             code = self.process.wait()
-            what = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             memory = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-            raise WorkerGoneError(f"{what} during '{do}'{memory}") from None
+            raise WorkerExitError(f"{how} during '{method}'{memory}") from None
         self.process.send_signal(signal.SIGSTOP)
-        if isinstance(answer, WorkerError):
-            raise answer
-        return answer
+        if isinstance(result, WorkerError):
+            raise result
+        return result
 
 
 class Worker:
-    """One contender, opened once a stream, answering requests."""
+    """Handler of requests: one contender with a runner for each stream."""
 
     def __init__(self) -> None:
         self.opened = contextlib.ExitStack()
         self._runners: list[Any] = []
 
-    def answer(self, do: str, arguments: dict[str, Any]) -> Any:
-        """Return what a method returns, or a :class:`WorkerError` that a user can act on."""
+    def handle(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Return the result of a method, or a :class:`WorkerError` for the user."""
         try:
-            return getattr(self, do)(**arguments)
+            return getattr(self, method)(**arguments)
         except VanDeployError as error:
             return WorkerError(error.message, error.remedy)
         except Exception as error:
@@ -134,68 +134,66 @@ class Worker:
             return WorkerError(text.splitlines()[0][:300])
 
     def load(self, contender: Contender, threads: int, streams: int) -> float:
-        """Open the contender once a stream; return the seconds that took."""
+        """Open a runner of the contender for each stream; return the seconds it took."""
         start, self._contender = time.perf_counter(), contender
         for _ in range(streams):
-            runner = runner_of(contender, max(1, threads // streams))
+            runner = create_runner(contender, max(1, threads // streams))
             self._runners.append(self.opened.enter_context(runner))
         return time.perf_counter() - start
 
-    def take(self, images: Path, batch: int) -> None:
-        """Take a batch of a file of images. The peak of resident memory starts afresh here."""
-        with contextlib.suppress(OSError):  # the peak is then that of the process's whole life
+    def load_batch(self, images: Path, batch: int) -> None:
+        """Load the first ``batch`` images of a file, and reset the peak of resident memory."""
+        with contextlib.suppress(OSError):  # not permitted: the peak then includes loading
             Path("/proc/self/clear_refs").write_text("5")
         self._batch = np.ascontiguousarray(np.load(images, mmap_mode="r")[:batch])
 
-    def feed(self, images: Path, batch: int, warmup_s: float) -> tuple[float, float]:
-        """Take a batch and warm up; return the ms of the first call and of the fastest."""
-        self.take(images, batch)
+    def warm_up(self, images: Path, batch: int, warmup_s: float) -> tuple[float, float]:
+        """Load a batch and warm up; return the ms of the first call and of the fastest."""
+        self.load_batch(images, batch)
         start = time.perf_counter()
         for runner in self._runners:
             runner.run_all(self._batch)
         first_ms = 1e3 * (time.perf_counter() - start) / len(self._runners)
         gc.collect()
-        gc.freeze()  # what is there now stays: later collections have next to nothing to look at
-        return first_ms, min(self._timed(warmup_s, WARM_CALLS))
+        gc.freeze()  # later collections skip the objects that exist now
+        return first_ms, min(self._time_calls(warmup_s, WARM_CALLS))
 
-    def time(self, seconds: float) -> tuple[list[float], float, int]:
-        """Return every call's latency in ms, their wall seconds, and the peak memory in bytes."""
-        self._timed(REWARM_S, 1)
+    def time_calls(self, seconds: float) -> tuple[list[float], float, int]:
+        """Return the latency of each call in ms, their wall seconds, and peak memory in bytes."""
+        self._time_calls(REWARM_S, 1)
         gc.collect()
         gc.disable()
         start = time.perf_counter()
         try:
-            latencies = self._timed(seconds, 1)
+            latencies = self._time_calls(seconds, 1)
         finally:
             gc.enable()
         return latencies, time.perf_counter() - start, peak_memory_bytes()
 
-    def resident(self, images: Path, batch: int, seconds: float, calls: int) -> Any:
-        """Take a batch; return what it takes on the GPU; see :func:`~.gpu.timed`."""
-        self.take(images, batch)
+    def time_resident(self, images: Path, batch: int, seconds: float, calls: int) -> Any:
+        """Load a batch and time it with buffers on the GPU; see :func:`~.gpu.time_resident`."""
+        self.load_batch(images, batch)
         device = self._contender.device
-        watch = gpu_watch(device)
-        with contextlib.closing(self._runners[0].resident(self._batch)) as held:
-            return timed(held, batch, clock_of(held, device), watch, seconds, calls)
+        with contextlib.closing(self._runners[0].resident(self._batch)) as resident:
+            timer = timer_for(resident, device)
+            return time_resident(resident, batch, timer, gpu_monitor(device), seconds, calls)
 
     def profile(self) -> Any:
         """Return the time of the batch by kind of layer."""
-        return profile_of(self._contender, self._runners[0], self._batch)
+        return profile_contender(self._contender, self._runners[0], self._batch)
 
-    def ceilings(self, **given: Any) -> Any:
-        """Return what the device itself can do; it needs no contender."""
-        return measured_ceilings(**given)
+    ceilings = staticmethod(measure_ceilings)  # of the device; no contender is needed
 
-    def _timed(self, seconds: float, calls: int) -> list[float]:
-        """Return the ms of each call, until the seconds have passed and the calls were made.
+    def _time_calls(self, seconds: float, calls: int) -> list[float]:
+        """Return the ms of each call, for at least ``seconds`` and ``calls``.
 
-        Each stream has a thread of its own, and they begin together.
+        Each stream has its own thread; all start at the same time.
         """
-        together = threading.Barrier(len(self._runners))
+        barrier = threading.Barrier(len(self._runners))
 
         def run(runner: Any) -> list[float]:
             latencies: list[float] = []
-            together.wait()
+            barrier.wait()
             start = previous = time.perf_counter()
             while previous - start < seconds or len(latencies) < calls:
                 runner.run_all(self._batch)
@@ -204,18 +202,18 @@ class Worker:
                 previous = now
             return latencies
 
-        if len(self._runners) == 1:  # needs no thread
+        if len(self._runners) == 1:
             return run(self._runners[0])
         with ThreadPoolExecutor(len(self._runners)) as pool:
             return [ms for stream in pool.map(run, self._runners) for ms in stream]
 
 
 def serve(handle: int) -> None:
-    """Answer the requests of a pipe until there are no more, or the parent is gone."""
-    if sys.platform == "linux":  # the kernel kills it with its parent, even while it is stopped
+    """Handle the requests of a pipe until it is closed."""
+    if sys.platform == "linux":  # the kernel kills it with its parent, even while suspended
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     worker, pipe = Worker(), Connection(handle)
     with worker.opened, contextlib.suppress(EOFError):
         while True:
-            pipe.send(worker.answer(*pipe.recv()))
+            pipe.send(worker.handle(*pipe.recv()))

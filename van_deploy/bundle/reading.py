@@ -121,7 +121,7 @@ class Bundle:
             artifact = self.artifact(name)
             self.verified_path(name)
         except BundleError as error:
-            return error.message if name in self.artifacts else "not there yet"
+            return error.message if name in self.artifacts else "new"
         wanted, had = json.loads(json.dumps(made_with)), artifact.made_with
         changed = [key for key in {**wanted, **had} if wanted.get(key) != had.get(key)]
         return f"changed since: {', '.join(changed)}" if changed else ""

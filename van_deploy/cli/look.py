@@ -9,7 +9,7 @@ import typer
 
 from van_deploy.cli.console import CommandOutput
 from van_deploy.cli.options import RequireSignature, opened
-from van_deploy.environment.doctor import NEEDS
+from van_deploy.environment.doctor import REQUIREMENTS
 from van_deploy.stopwatch import no_progress
 
 
@@ -69,9 +69,9 @@ def doctor(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            autocompletion=lambda: list(NEEDS),
+            autocompletion=lambda: list(REQUIREMENTS),
             help="Exit with code 3 unless NAME is here and usable; may be repeated. "
-            f"One of {', '.join(NEEDS)}.",
+            f"One of {', '.join(REQUIREMENTS)}.",
         ),
     ] = None,
 ) -> CommandOutput:
@@ -79,10 +79,10 @@ def doctor(
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
-    from van_deploy.environment.doctor import Environment, missing
+    from van_deploy.environment.doctor import Environment, check_requirements
     from van_deploy.report.sections_model import environment_blocks
 
     environment = Environment()
     return CommandOutput(
-        environment, environment_blocks, failure=missing(environment, require or ())
+        environment, environment_blocks, failure=check_requirements(environment, require or ())
     )

@@ -71,8 +71,8 @@ def quantize(
     result = bundle.quantize(force=force, **options)
     from van_deploy.report.sections_checks import quantize_blocks
 
-    said = f"{result.artifact}: {'reused' if result.reused else 'made anew'}: {result.reason}"
-    return CommandOutput(result, quantize_blocks, [said], None if result else typer.Exit(1))
+    remark = f"{result.artifact}: {'reused' if result.reused else 'built'}: {result.reason}"
+    return CommandOutput(result, quantize_blocks, [remark], None if result else typer.Exit(1))
 
 
 def build(
@@ -127,7 +127,7 @@ def _build_matrix(
         fleet,
         force=force,
         progress=progress,
-        each=lambda count, total, outcome: print_note(
+        on_outcome=lambda count, total, outcome: print_note(
             f"[{count}/{total}] {cell_name(plain(outcome.cell))}: {outcome.outcome}"
         ),
     )

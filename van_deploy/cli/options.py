@@ -158,12 +158,12 @@ def _filled(schema: Any, options: Mapping[str, NamedOption], written: Mapping[st
     }
     if schema is None:
         return changes
-    given, spelling = (
+    given, key_names = (
         OptionValues(values),
         {option.place: option.flags[0] for option in options.values()},
     )
-    spelling |= {place: change.source for place, change in changes.items()}
-    given.table = validate(schema, apply_changes({}, changes), spelling=spelling)
+    key_names |= {place: change.source for place, change in changes.items()}
+    given.table = validate(schema, apply_changes({}, changes), key_names=key_names)
     return given
 
 

@@ -76,7 +76,7 @@ def bench(
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
-    from van_deploy.bench.document import compared, read_report
+    from van_deploy.bench.document import compare_reports, read_report
     from van_deploy.report.files import write_text
     from van_deploy.report.sections_bench import bench_blocks, limits_blocks
 
@@ -91,7 +91,7 @@ def bench(
     if output is not None:
         write_text(output, report.text())
     if old is not None:
-        report = compared(old, report)
+        report = compare_reports(old, report)
     return CommandOutput(
         report, bench_blocks, [f"warning: {warning}" for warning in report.warnings]
     )

@@ -1,4 +1,4 @@
-"""The options of commands: how a bundle is judged, timed, asked, served and packaged."""
+"""Options of the commands that check, time, run, serve and package a bundle."""
 
 from __future__ import annotations
 
@@ -15,59 +15,59 @@ from van_deploy.config.recipe_tables import LEAVE_OUT, ClassOrder, EvaluateSetti
 from van_deploy.config.sizes import ImageSizeOption
 from van_deploy.errors import UsageError
 
-WHAT, HOW = "What is measured", "How it is done"
+MEASUREMENT, EXECUTION = "Measurement", "Execution"
 QUEUE, CUDA = "Queue", "ONNX Runtime on a GPU"
 
 MIN_ROUNDS = 6
-"""Fewer rounds have no 95 % interval of their median (2 x 0.5^5 is more than 5 %)."""
+"""With fewer rounds the median has no 95 % interval (2 x 0.5^5 is more than 5 %)."""
 
 
 class RunnerSettings(Table):
-    """What runs the artifacts of a bundle.
+    """The runtime that runs the artifacts of a bundle.
 
     Attributes:
-        runner: What runs ONNX artifacts; engines are run by TensorRT, packages by PyTorch.
-        device: Which GPU (cuda:N), where something runs on one.
-        trust_engine: Run an engine whose sidecar is gone. An engine is code: only one you built
+        runner: Runtime of ONNX artifacts; TensorRT runs engines, PyTorch runs packages.
+        device: GPU (cuda:N), for runtimes that use one.
+        trust_engine: Run an engine without its sidecar. An engine is code: only one you built
             yourself.
     """
 
-    PANEL = HOW
+    PANEL = EXECUTION
 
     runner: Literal["ort-cpu", "ort-cuda"] = option("ort-cpu")
     device: str = option("cuda:0", pattern=r"^cuda(:\d+)?$")
     trust_engine: bool = option(False)
 
 
-class _Original(Table):
-    """The network that a bundle was made from.
+class _Weights(Table):
+    """The original weights of a bundle.
 
     Attributes:
-        weights: Where the original weights are now, if they have moved.
+        weights: Path of the original weights, if they have moved.
     """
 
-    PANEL = HOW
+    PANEL = EXECUTION
 
     weights: Path | None = option(None)
 
 
-class _Judged(_Original, RunnerSettings):
-    """What a judgement needs besides the artifacts.
+class _Check(_Weights, RunnerSettings):
+    """Options of every check.
 
     Attributes:
-        recipe: Recipe whose [gates] apply; the defaults without one.
+        recipe: Recipe with the [gates] to apply; the default limits without one.
     """
 
     recipe: str = option("")
 
 
-class _Allowed(Table):
-    """What is let pass although it was not shown.
+class _Allowances(Table):
+    """Results that pass although a check could not run or decide.
 
     Attributes:
-        allow_skip: Let a kind of skip pass: engines (their GPU is not here), runtimes (not
+        allow_skip: Pass what was skipped: engines (their GPU is not available), runtimes (not
             installed), accuracy or speed (in the baseline, not measured now).
-        allow_inconclusive: Let pass what the data cannot decide.
+        allow_inconclusive: Pass what the data cannot decide.
     """
 
     allow_skip: tuple[Literal["engines", "runtimes", "accuracy", "speed"], ...] = option(())
@@ -75,66 +75,63 @@ class _Allowed(Table):
 
 
 class _Artifacts(Table):
-    """Which artifacts.
+    """The artifacts to check.
 
     Attributes:
-        artifacts: Which to judge; all by default.
+        artifacts: Artifacts to check; all by default.
     """
 
     artifacts: tuple[str, ...] = option((), flags=["--artifact"])
 
 
 class _Samples(Table):
-    """What the artifacts are compared on and with.
+    """The reference and the images of a comparison.
 
     Attributes:
-        against: What to compare with: the golden samples in the bundle, or the original network
-            (PyTorch and the weights).
+        against: Reference: the golden samples in the bundle, or the original network (PyTorch and
+            the weights).
         images: Folder or .npz of images to compare on, with --against weights.
-        count: How many of these images; 16 by default.
+        count: Number of these images; 16 by default.
     """
 
-    PANEL = WHAT
+    PANEL = MEASUREMENT
 
     against: Literal["golden", "weights"] = option("golden")
     images: Path | None = option(None)
     count: int | None = option(None, ge=1)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield images that the golden samples have no answers for."""
-        given = self.first_set("images", "count")
-        if given and self.against != "weights":
-            message = (
-                f"{given} is given, and other images than the golden samples can only be "
-                "compared with the original network."
-            )
+        """Yield images without the original network: only golden samples have saved outputs."""
+        name = self.first_set("images", "count")
+        if name and self.against != "weights":
+            message = f"{name} needs the original network: the bundle has golden samples only."
             yield message, "Add {against} weights."
 
 
-class VerifySettings(_Judged, _Artifacts, _Samples, _Allowed):
+class VerifySettings(_Check, _Artifacts, _Samples, _Allowances):
     """The options of ``van-deploy verify``.
 
     Attributes:
-        modules: Also judge each module by itself.
+        modules: Also check each module by itself.
     """
 
-    PANEL = WHAT
+    PANEL = MEASUREMENT
 
     modules: bool = option(True)
 
 
-class EvaluationSettings(EvaluateSettings, _Judged, _Artifacts, _Allowed):
+class EvaluationSettings(EvaluateSettings, _Check, _Artifacts, _Allowances):
     """The options of ``van-deploy evaluate``.
 
     Attributes:
-        images: Labelled images: one folder a class, ImageNet's own layout, or an .npz.
-        batch: Images a batch.
-        workers: Threads that decode; 0 for one a core.
+        images: Labelled images: one folder per class, ImageNet's own layout, or an .npz.
+        batch: Images per batch.
+        workers: Threads that decode images; 0 for one per core.
         on: This machine, or a Ray cluster.
-        ray_address: Of the Ray cluster; by default the local one.
+        ray_address: Address of the Ray cluster; by default the local one.
     """
 
-    PANEL = HOW
+    PANEL = EXECUTION
 
     images: Path = option(..., panel="")
     batch: int = option(32, ge=1)
@@ -143,18 +140,18 @@ class EvaluationSettings(EvaluateSettings, _Judged, _Artifacts, _Allowed):
     ray_address: str = option("")
 
 
-class DriftSettings(_Original, _Artifacts):
+class DriftSettings(_Weights, _Artifacts):
     """The options of ``van-deploy drift``.
 
     Attributes:
-        against: What to compare parts with: the original network (PyTorch and the weights), or
-            model.onnx once that holds on the golden samples.
-        level: How finely the network is cut.
+        against: Reference: the original network (PyTorch and the weights), or model.onnx if it
+            passes its gate on the golden samples.
+        level: Parts of the network to compare.
         images: Folder or .npz of images to compare on, with --against weights.
-        count: How many images.
+        count: Number of images.
     """
 
-    PANEL = WHAT
+    PANEL = MEASUREMENT
 
     against: Literal["weights", "golden"] = option("weights")
     level: Literal["stage", "block", "module"] = option("block", panel="")
@@ -162,18 +159,18 @@ class DriftSettings(_Original, _Artifacts):
     count: int = option(4, ge=1)
 
 
-class CheckSettings(_Judged, _Samples, _Allowed):
+class CheckSettings(_Check, _Samples, _Allowances):
     """The options of ``van-deploy check``.
 
     Attributes:
         evaluate: Folder of labelled images to evaluate on.
         labels: Labels file for the labelled images.
-        class_order: How training numbered the class folders, where nothing names the classes:
+        class_order: How training numbered the class folders, if nothing names the classes:
             strings (torchvision), natural (timm), index (of a number), names.
-        speed: Also compare speed, as ratios only.
+        speed: Also compare speed ratios.
     """
 
-    PANEL = WHAT
+    PANEL = MEASUREMENT
 
     evaluate: Path | None = option(None)
     labels: Path | None = option(None)
@@ -181,19 +178,19 @@ class CheckSettings(_Judged, _Samples, _Allowed):
     speed: bool = option(False)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield labels of images that are not there, too."""
+        """Yield labels without images, besides the base's conflicts."""
         yield from super().conflicts()
         if self.labels is not None and self.evaluate is None:
-            yield "{labels} is given, and {evaluate} is not.", "Name the folder of images, too."
+            yield "{labels} needs {evaluate}.", "Give the folder of images, too."
 
 
-class RunSettings(RunnerSettings, _Allowed):
-    """How a run is done; *what* is done stands in the recipe.
+class RunSettings(RunnerSettings, _Allowances):
+    """How to run a recipe.
 
     Attributes:
         images: Folder of images to check on; sample photographs by default.
         offline: Never use the network.
-        force: Make everything anew even if nothing changed.
+        force: Rebuild everything even if nothing changed.
     """
 
     PANEL = ""
@@ -208,8 +205,8 @@ class FleetSettings(Table):
 
     Attributes:
         matrix: Build bundles x precisions x targets of this TOML file.
-        on: Where the matrix is built.
-        ray_address: Of the Ray cluster; by default the local one.
+        on: Build the matrix on this machine, or on a Ray cluster.
+        ray_address: Address of the Ray cluster; by default the local one.
     """
 
     PANEL = "Many engines"
@@ -219,28 +216,28 @@ class FleetSettings(Table):
     ray_address: str = option("")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield a place to build where there is nothing to share out."""
+        """Yield a Ray cluster without a matrix."""
         if self.matrix is None and self.on != "here":
-            yield "{on} is for {matrix}.", "Write a fleet file, and give it with {matrix}."
+            yield "{on} needs {matrix}.", "Write a fleet file, and give it with {matrix}."
 
 
 class Budget(Table):
-    """How long to time one contender at one batch size.
+    """How long to time one model at one batch size.
 
-    A contender is done when it has been timed for ``seconds`` and ``calls`` and its
-    ratio's interval is within ``tolerance_percent``; or when it has been timed for
-    ``limit_s`` (no less than ``seconds``), and its row then says that it did not settle.
+    Timing ends after ``seconds`` and ``calls`` once the ratio's interval is within
+    ``tolerance_percent``; or after ``limit_s`` (no less than ``seconds``), and the row then
+    reports that the result did not settle.
 
     Attributes:
-        seconds: Timed at least, a runner and batch.
-        calls: Calls at least.
-        limit_s: Seconds at most, settled or not; one slice in each of six rounds may take longer.
-        rounds: Rounds the seconds are spread over.
-        tolerance_percent: Go on until a ratio's 95 % interval is within this many percent.
+        seconds: Minimum timed seconds per runner and batch.
+        calls: Minimum calls.
+        limit_s: Maximum seconds, settled or not; one slice in each of six rounds may take longer.
+        rounds: Rounds that the seconds are spread over.
+        tolerance_percent: Continue until a ratio's 95 % interval is within this many percent.
         warmup_s: Unmeasured seconds before the first round.
     """
 
-    PANEL = "How long"
+    PANEL = "Duration"
 
     seconds: float = option(3.0, gt=0)
     calls: int = option(100, ge=1)
@@ -250,9 +247,9 @@ class Budget(Table):
     warmup_s: float = option(1.0, key="warmup", ge=0)
 
     def slice_s(self, reference_call_s: float = 0.0) -> float:
-        """Return the seconds of one slice: all of a round are as long as the reference's one call.
+        """Return the seconds of one slice: at least one call of the reference.
 
-        Slices of unequal length would meet unequal shares of what disturbs the machine.
+        All slices of a round have the same length, so that interference affects all alike.
 
         >>> Budget(seconds=3, rounds=30).slice_s(), Budget(seconds=3, rounds=30).slice_s(0.5)
         (0.1, 0.5)
@@ -260,36 +257,36 @@ class Budget(Table):
         return max(self.seconds / self.rounds, reference_call_s)
 
     def is_exhausted(self, timed_s: float, rounds: int) -> bool:
-        """Return whether a contender may not be timed any longer."""
+        """Return whether the maximum time is used up."""
         limit = max(self.limit_s, self.seconds)
         return timed_s >= limit and rounds >= min(MIN_ROUNDS, self.rounds)
 
     def is_complete(self, timed_s: float, calls: int, rounds: int) -> bool:
-        """Return whether a contender was timed for as long as it has to be."""
+        """Return whether the minimum time, calls and rounds are reached."""
         is_enough = timed_s >= self.seconds and calls >= self.calls
         return is_enough and rounds >= min(MIN_ROUNDS, self.rounds)
 
 
 class BenchSettings(Table):
-    """What to measure: the options of ``van-deploy bench``.
+    """The options of ``van-deploy bench``.
 
     Attributes:
-        device: Where: cuda:N, or cpu; by default cuda:0, without a GPU cpu.
+        device: cuda:N, or cpu; by default cuda:0, or cpu without a GPU.
         batches: Batch sizes.
-        runners: Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * is any text. All that
-            are here by default.
-        reference: What ratios are against; if it does not run, the first that does. On a GPU,
+        runners: Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * matches any text. All
+            available runners by default.
+        reference: Runner that ratios compare with; the first that runs if it does not. On a GPU,
             pytorch is the fastest of PyTorch's modes.
         threads: Threads of each runner; all cores by default.
         streams: Calls in flight at the same time.
-        image_sizes: Other sizes of the input than the bundle's own, such as 192,224x320.
+        image_sizes: Input sizes besides the bundle's own, such as 192,224x320.
         p99_ms: Find each runner's best batch with p99 below this.
         roofline: Measure the device's limits and compare.
-        profile: Add the time by kind of layer.
+        profile: Add the time by layer type.
         tf32: Let FP32 compute in TF32.
-        conv_search: How cuDNN's algorithms are chosen.
+        conv_search: How cuDNN chooses convolution algorithms.
         fuse_conv_bias: Fuse convolution, bias and activation.
-        budget: How long.
+        budget: How long to measure.
     """
 
     PANEL = "What to run"
@@ -313,10 +310,10 @@ class BenchSettings(Table):
 
 
 class _Threads(RunnerSettings):
-    """A runner and its threads.
+    """A runtime and its threads.
 
     Attributes:
-        threads: Processor threads; by default the runtime's own choice.
+        threads: CPU threads; by default the runtime's own choice.
     """
 
     PANEL = ""
@@ -328,9 +325,9 @@ class PredictSettings(_Threads):
     """The options of ``van-deploy predict``.
 
     Attributes:
-        artifact: Which one: fp32, int8, fp32-uint8, pytorch, ...
-        top_k: Classes an image.
-        batch: Images a batch; by default the bundle's optimum.
+        artifact: Artifact to run: fp32, int8, fp32-uint8, pytorch, ...
+        top_k: Classes per image.
+        batch: Images per batch; by default the bundle's optimum.
     """
 
     artifact: str = option("fp32")
@@ -339,17 +336,17 @@ class PredictSettings(_Threads):
 
 
 class _RequestLimits(Table):
-    """What the server refuses.
+    """Limits of the server.
 
     Attributes:
-        queue_limit: Images of a model in the server, by whatever route; more get 429. By default
-            256, or two batches an instance.
+        queue_limit: Maximum images of one model in the server, over all protocols; more get 429.
+            By default 256, or two batches per instance.
         max_body_mib: Largest request.
         max_json_mib: Largest JSON: numbers as text take thirty times their size to parse.
-        max_held_mib: All requests held at once; more get 503.
-        read_timeout_s: Longest a request may take to come.
+        max_held_mib: Maximum memory for request bodies; more get 503.
+        read_timeout_s: Maximum time to receive a request.
         max_pixels: Largest image.
-        max_connections: More get 503.
+        max_connections: Maximum connections; more get 503.
     """
 
     PANEL = "Limits"
@@ -364,15 +361,15 @@ class _RequestLimits(Table):
 
 
 class ServiceSettings(_RequestLimits, _Threads):
-    """How a bundle is served.
+    """How to serve a bundle.
 
     Attributes:
-        artifacts: Which to serve; the first answers the page. By default fp32-uint8 where the
-            bundle has it, else fp32.
-        instances: Batches at the same time, a model.
-        max_delay_ms: How long a lone request waits for others.
-        compare: Let the page ask PyTorch too.
-        log_requests: Log every request, not only faults.
+        artifacts: Artifacts to serve; the page uses the first. By default fp32-uint8 if the bundle
+            has it, else fp32.
+        instances: Batches that run at the same time, per model.
+        max_delay_ms: How long a single request waits for others to batch with.
+        compare: Let the page compare with PyTorch.
+        log_requests: Log every request, not only errors.
         api_key_file: File with the key that clients must send as 'Authorization: Bearer KEY'; by
             default VAN_DEPLOY_API_KEY in the environment, else no key.
     """
@@ -387,20 +384,23 @@ class ServiceSettings(_RequestLimits, _Threads):
     api_key_file: Path | None = option(None)
 
     def api_key(self) -> str:
-        """Return what clients must send; "" for no key.
+        """Return the key that clients must send; "" for no key.
 
         Raises:
-            UsageError: the key cannot be read, or is none that a header can hold.
+            UsageError: the key cannot be read, or is not valid in a header.
         """
         file, name = self.api_key_file, "VAN_DEPLOY_API_KEY"
         try:
             key = os.environ.get(name) if file is None else file.read_text("utf-8").strip()
         except (OSError, ValueError) as error:
-            raise UsageError(f"The key in '{file}' cannot be read: {error}.", "Check it.") from None
+            raise UsageError(
+                f"The key in '{file}' cannot be read: {error}.",
+                "Check the path and the permissions.",
+            ) from None
         if key is not None and not re.fullmatch("[!-~]{1,4096}", key):
             raise UsageError(
-                f"'{file or name}' holds no key: one word of printable ASCII characters.",
-                "Make one: `openssl rand -hex 32`.",
+                f"'{file or name}' is not a key: one word of printable ASCII characters.",
+                "Create one with `openssl rand -hex 32`.",
             )
         return key or ""
 
@@ -410,7 +410,7 @@ class ServeSettings(ServiceSettings):
 
     Attributes:
         host: Address to listen on.
-        port: Port; 0 takes a free one.
+        port: Port; 0 for a free one.
     """
 
     host: str = option("127.0.0.1")
@@ -418,20 +418,20 @@ class ServeSettings(ServiceSettings):
 
 
 class TritonSettings(Table):
-    """How Triton is to run the models: options of ``van-deploy package triton``.
+    """How Triton runs the models: options of ``van-deploy package triton``.
 
     Attributes:
-        backend: What runs ONNX artifacts; python brings an ONNX Runtime of its own.
-        instances: Batches at the same time, a model.
-        threads: Inside one operator on a processor; 0 leaves it to the runtime.
-        gpu: Run ONNX models on a GPU; plans always are.
-        model_version: Number of the models' version.
-        triton_release: Of the container image, such as 25.08; by default the newest that is known
-            to load the models.
+        backend: Triton backend of ONNX artifacts; python brings its own ONNX Runtime.
+        instances: Batches that run at the same time, per model.
+        threads: CPU threads within one operator; 0 for the runtime's choice.
+        gpu: Run ONNX models on a GPU; plans always run on one.
+        model_version: Version number of the models.
+        triton_release: Release of the container image, such as 25.08; by default the newest that
+            is known to load the models.
         triton_python: Python of the Python backend, such as 3.12; by default the release's.
-        queue_delay_us: Longest wait for other requests.
-        queue_limit: Requests waiting, at most.
-        queue_timeout_ms: Refuse what waited longer; 0 for never.
+        queue_delay_us: Maximum wait for other requests to batch with.
+        queue_limit: Maximum waiting requests.
+        queue_timeout_ms: Maximum time in the queue; 0 for no limit.
     """
 
     backend: Literal["onnxruntime", "python"] = option("onnxruntime")
@@ -446,9 +446,9 @@ class TritonSettings(Table):
     queue_timeout_ms: int = option(0, panel=QUEUE, ge=0)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield a GPU for a runtime that has none."""
+        """Yield a GPU for a backend that runs on CPUs."""
         if self.gpu and self.backend == "python":
-            message = "{backend} python brings ONNX Runtime for processors, and {gpu} is given."
+            message = "{backend} python brings ONNX Runtime for CPUs, and {gpu} is given."
             yield message, LEAVE_OUT
 
 
@@ -456,7 +456,7 @@ class PackageSettings(TritonSettings):
     """The options of ``van-deploy package``.
 
     Attributes:
-        artifacts: Which to package; by default fp32-uint8 where the bundle has it, else fp32.
+        artifacts: Artifacts to package; by default fp32-uint8 if the bundle has it, else fp32.
     """
 
     artifacts: tuple[str, ...] = option((), flags=["--artifact"])

@@ -123,9 +123,9 @@ def recipe_from_tables(tables: dict[str, Any], changes: Changes, where: str = ""
         RecipeError: a key or value in the tables is invalid; begins with ``where``.
         UsageError: a change is invalid; names the option as the user wrote it.
     """
-    spelling = {place: change.source for place, change in changes.items()}
+    key_names = {place: change.source for place, change in changes.items()}
     tables = apply_changes(tables, changes)
-    return validate(Recipe, tables, where=where, error=RecipeError, spelling=spelling)
+    return validate(Recipe, tables, where=where, error=RecipeError, key_names=key_names)
 
 
 def settings_from_kwargs(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
@@ -136,7 +136,7 @@ def settings_from_kwargs(schema: type[AnySettings], values: Mapping[str, Any]) -
     """
     options = named_options(schema)
     tree = apply_changes({}, changes_from_kwargs(options, values))
-    return validate(schema, tree, spelling={o.place: f"{o.name}=" for o in options.values()})
+    return validate(schema, tree, key_names={o.place: f"{o.name}=" for o in options.values()})
 
 
 def explicit_values(settings: Settings) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Engines: from an ONNX file to a TensorRT plan, and everything that vouches for the plan.
+"""TensorRT engines and Inductor packages: build, describe and check them.
 
-``backend`` is TensorRT 10, 11 and TensorRT for RTX behind one face; ``compatibility`` says what
-each of them cannot build, and where a plan does not run; ``source`` looks at the ONNX file
-first; ``build`` runs ``worker`` in a process of its own; ``catalogue`` explains what TensorRT
-said; ``sidecar`` guards the plan afterwards; ``inspect`` describes one; ``fleet`` says which
-engines are asked for, ``bundled`` and ``on_ray`` build them; ``inductor`` compiles packages with
-PyTorch instead.
+``backend`` gives TensorRT 10, TensorRT 11 and TensorRT for RTX one interface; ``compatibility``
+lists what each cannot build and where a plan does not run; ``build`` builds a plan by running
+``worker`` in a subprocess; ``messages`` maps TensorRT's errors to causes and remedies;
+``sidecar`` reads and verifies the JSON file next to each plan; ``inspect`` describes a plan;
+``fleet`` builds the engines of bundles, locally or on Ray; ``inductor`` compiles packages with
+PyTorch.
 """

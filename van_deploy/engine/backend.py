@@ -1,8 +1,8 @@
-"""TensorRT 10, TensorRT 11 and TensorRT for RTX behind one face, and the machine they run on.
+"""One interface to TensorRT 10, TensorRT 11 and TensorRT for RTX, and the host they run on.
 
-Nothing outside this module asks which of them it has in hand: what differs is an
-attribute of :class:`Backend` or one of its methods. A test compares every name of the
-bindings that is used with those of 10.16, 11.4 and RTX 1.7 (``tests/engine/test_backend.py``).
+Other modules do not distinguish the backends: the differences are attributes and methods of
+:class:`Backend`. A test compares every name used from the bindings with those of 10.16, 11.4 and
+RTX 1.7 (``tests/engine/test_backend.py``).
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from van_deploy.config import BuildOptions, HardwareCompatibility
-from van_deploy.engine.messages import BuildLog, failure, trt_logger
-from van_deploy.environment.hardware import RTX_TARGETS as RTX_TARGETS  # also for callers
-from van_deploy.environment.hardware import Driver, nvidia_driver
-from van_deploy.environment.packages import pip_command, version_of
+from van_deploy.engine.messages import BuildLog, error_from_log, trt_logger
+from van_deploy.environment.hardware import RTX_TARGETS, Driver, nvidia_driver
+from van_deploy.environment.packages import installed_version, pip_command
 from van_deploy.errors import MissingDependency, UsageError
 
 TENSORRT = "tensorrt"
 RTX = "tensorrt-rtx"
+# Names in messages, by the name of the backend, which is that of its Python module.
 TITLES: Mapping[str, str] = {TENSORRT: "TensorRT", RTX: "TensorRT for RTX"}
-"""How messages call them. Their modules are called as they are, and their packages have the
-CUDA behind the name."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """What decides whether a plan runs on a machine.
+    """The properties of a machine that determine whether a plan runs on it.
 
     Attributes:
-        gpu: the GPU's name, or None where there is none.
+        gpu: name of the GPU, or None without a GPU.
         target: its compute capability, such as ``sm_89``, or None.
         gpu_memory_bytes: its memory, or None if unknown.
-        driver: the driver's version, or None.
-        cuda: the newest CUDA the driver runs, or None.
+        driver: version of the driver, or None.
+        cuda: newest CUDA version the driver supports, or None.
     """
 
     gpu: str | None = None
@@ -46,12 +44,12 @@ class Host:
     cuda: tuple[int, int] | None = None
 
 
-def host_here(driver: Driver | None = None, device: int = 0) -> Host:
-    """Return this machine as engines see it, with one of its GPUs.
+def detect_host(driver: Driver | None = None, device: int = 0) -> Host:
+    """Return this machine with one of its GPUs.
 
     Args:
-        driver: what was found out before; None asks the driver now.
-        device: CUDA's number of the GPU. One that is not there leaves the host without a GPU.
+        driver: of this machine; None queries it.
+        device: CUDA index of the GPU; an index without a GPU returns a host without a GPU.
     """
     driver = driver or nvidia_driver()
     if driver is None:
@@ -62,10 +60,10 @@ def host_here(driver: Driver | None = None, device: int = 0) -> Host:
     return Host(gpu.name, gpu.target, gpu.memory_bytes, driver.version, driver.cuda_version)
 
 
-def device_number(device: str | None) -> int:
-    """Return CUDA's number of a device such as ``cuda:1``; 0 for everything without one.
+def device_index(device: str | None) -> int:
+    """Return the CUDA index of a device such as ``cuda:1``; 0 if it has none.
 
-    >>> device_number("cuda:1"), device_number("cpu"), device_number(None)
+    >>> device_index("cuda:1"), device_index("cpu"), device_index(None)
     (1, 0, 0)
     """
     return int((device or "").partition(":")[2] or 0)
@@ -73,13 +71,13 @@ def device_number(device: str | None) -> int:
 
 @dataclass(frozen=True)
 class Backend:
-    """One TensorRT, loaded.
+    """A TensorRT that is installed and imported.
 
     Attributes:
         name: ``tensorrt`` or ``tensorrt-rtx``.
-        version: all four numbers, such as ``1.7.1.116``.
-        cuda: the major version of CUDA it was made for, or None if its package does not say.
-        module: the bindings.
+        version: four numbers, such as ``1.7.1.116``.
+        cuda: major version of CUDA it was built for, or None if its package does not say.
+        module: the Python bindings.
     """
 
     name: str
@@ -89,12 +87,12 @@ class Backend:
 
     @property
     def title(self) -> str:
-        """How messages call it."""
+        """Name in messages."""
         return TITLES[self.name]
 
     @property
     def release(self) -> str:
-        """The version people speak of: three numbers."""
+        """The first three numbers of the version."""
         return release_of(self.version)
 
     @property
@@ -103,32 +101,32 @@ class Backend:
         return f"{self.title} {self.release}"
 
     @property
-    def builds_for_absent_gpus(self) -> bool:
-        """Whether targets are chosen rather than found in the machine."""
+    def cross_compiles(self) -> bool:
+        """Whether it builds for GPUs that are not in this machine."""
         return self.name == RTX
 
     def builder(self, log: BuildLog) -> tuple[Any, Any]:
-        """Return a builder and its logger, which has to be kept alive.
+        """Return a builder and its logger; keep a reference to the logger.
 
         Raises:
-            VanDeployError: TensorRT makes none: there is no driver, as a rule.
+            VanDeployError: TensorRT creates none, usually because there is no driver.
         """
-        return self._made("Builder", log)
+        return self._create("Builder", log)
 
     def runtime(self, log: BuildLog) -> tuple[Any, Any]:
-        """Return a runtime and its logger. Lifetime and errors are :meth:`builder`'s."""
-        return self._made("Runtime", log)
+        """Return a runtime and its logger, with the lifetime and errors of :meth:`builder`."""
+        return self._create("Runtime", log)
 
-    def _made(self, kind: str, log: BuildLog) -> tuple[Any, Any]:
+    def _create(self, kind: str, log: BuildLog) -> tuple[Any, Any]:
         logger = trt_logger(self.module, log)
         try:
             return getattr(self.module, kind)(logger), logger
-        except TypeError as error:  # "factory function returned nullptr": it never returns None
-            said = [*log.errors, str(error)]
-            raise failure(f"{self.label} does not make a {kind.lower()}", said) from error
+        except TypeError as error:  # "factory function returned nullptr"; it never returns None
+            what = f"{self.label} cannot create a {kind.lower()}"
+            raise error_from_log(what, [*log.errors, str(error)]) from error
 
     def configure_(self, config: Any, options: BuildOptions) -> None:
-        """Set everything of ``options`` but the profiles on a builder's configuration."""
+        """Apply ``options``, except the profiles, to a builder configuration."""
         trt = self.module
         if options.workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
@@ -145,7 +143,7 @@ class Backend:
             levels = trt.HardwareCompatibilityLevel
             name = options.hardware_compatibility.name
             config.hardware_compatibility_level = getattr(levels, name)
-        if self.builds_for_absent_gpus:
+        if self.cross_compiles:
             config.num_compute_capabilities = len(options.targets)
             for index, target in enumerate(options.targets):
                 capability = getattr(trt.ComputeCapability, target.replace("sm_", "SM"))
@@ -155,22 +153,22 @@ class Backend:
 def engine_from_plan(
     runtime: Any, backend: Backend, plan: Path, log: BuildLog, *, host_code: bool = False
 ) -> Any:
-    """Return the engine in a plan; its code is loaded, so its digest has been checked before.
+    """Return the deserialised engine of a plan. This runs its code: verify its digest first.
 
     Args:
         runtime: from :meth:`Backend.runtime`.
         backend: of the runtime.
-        plan: the file.
-        log: what the runtime's logger writes into.
-        host_code: let the plan bring code for the processor, as version-compatible plans do.
+        plan: path of the plan.
+        log: of the runtime's logger.
+        host_code: permit code for the CPU in the plan, which version-compatible plans contain.
 
     Raises:
-        VanDeployError: TensorRT does not load it.
+        VanDeployError: TensorRT cannot load the plan.
     """
     runtime.engine_host_code_allowed = host_code
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
-        raise failure(f"{backend.label} does not load '{plan}'", log.errors)
+        raise error_from_log(f"{backend.label} cannot load '{plan}'", log.errors)
     return engine
 
 
@@ -183,12 +181,12 @@ def release_of(version: str) -> str:
     return ".".join(version.split(".")[:3])
 
 
-def backend_named(name: str) -> Backend:
-    """Return the backend called ``name``, loaded.
+def load_backend(name: str) -> Backend:
+    """Import and return the backend ``name``.
 
     Raises:
-        UsageError: there is no backend of that name.
-        MissingDependency: it is not installed, or its libraries do not load.
+        UsageError: no backend has that name.
+        MissingDependency: it is not installed, or its libraries cannot be loaded.
     """
     if name not in TITLES:
         raise UsageError(f"There is no backend '{name}'.", f"Choose one of: {', '.join(TITLES)}.")
@@ -202,42 +200,42 @@ def backend_named(name: str) -> Backend:
         ) from error
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingDependency(
-            f"{title} is installed but does not load: {error}.",
-            f"A library of it is missing or too old: reinstall it with {install}, and see "
-            "`van-deploy doctor` for packages of two CUDA versions.",
+            f"{title} is installed but cannot be loaded: {error}.",
+            f"One of its libraries is missing or too old: reinstall it with {install}, and run "
+            "`van-deploy doctor` to find packages of two CUDA versions.",
         ) from error
-    cuda = next((major for major in (13, 12) if version_of(f"{name}-cu{major}")), None)
+    cuda = next((major for major in (13, 12) if installed_version(f"{name}-cu{major}")), None)
     return Backend(name, str(module.__version__), cuda, module)
 
 
 def choose_backend(wanted: str, targets: tuple[str, ...], gpu: str | None) -> Backend:
     """Return the backend to build with.
 
-    ``auto`` takes TensorRT where it is installed and the GPU in this machine is
-    all that is asked for, and TensorRT for RTX, which needs no GPU, otherwise.
+    ``auto`` selects TensorRT if it is installed and this machine's GPU is the only target, and
+    otherwise TensorRT for RTX, which needs no GPU.
 
     Args:
         wanted: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
-        targets: compute capabilities asked for; empty for the GPU present.
-        gpu: the compute capability of the GPU present, or None.
+        targets: requested compute capabilities; empty for this machine's GPU.
+        gpu: compute capability of this machine's GPU, or None.
 
     Raises:
-        MissingDependency: it is not installed.
-        UsageError: there is no backend of that name.
+        MissingDependency: the backend is not installed.
+        UsageError: no backend has that name.
     """
     if wanted != "auto":
-        return backend_named(wanted)
-    here = (gpu,) if gpu else ()
-    unserved = [target for target in targets or here if target not in RTX_TARGETS]
-    if not unserved and not (gpu and set(targets) <= {gpu}):
-        return backend_named(RTX)
+        return load_backend(wanted)
+    requested = targets or ((gpu,) if gpu else ())
+    unsupported = [target for target in requested if target not in RTX_TARGETS]
+    if not unsupported and not (gpu and set(targets) <= {gpu}):
+        return load_backend(RTX)
     try:
-        return backend_named(TENSORRT)
+        return load_backend(TENSORRT)
     except MissingDependency as error:
-        if not unserved:
-            return backend_named(RTX)
+        if not unsupported:
+            return load_backend(RTX)
         raise MissingDependency(
-            f"TensorRT for RTX does not build for {', '.join(unserved)}, and TensorRT is not "
+            f"TensorRT for RTX does not build for {', '.join(unsupported)}, and TensorRT is not "
             "installed.",
             f"{error.remedy} It builds on a machine with that GPU.",
         ) from error

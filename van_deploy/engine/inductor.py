@@ -1,8 +1,8 @@
 """Inductor packages (``.pt2``): the rewritten network, compiled ahead of time by PyTorch.
 
-What TensorRT is not there for. ``torch.export`` records the network with a dynamic batch and
-AOTInductor compiles it, for the GPU or the processor it is built on, into a file that PyTorch
-of the same version loads without the network's Python code. It is native code: see
+They replace engines on machines without TensorRT. ``torch.export`` traces the network with a
+dynamic batch, and AOTInductor compiles it for this machine's GPU or CPU into a file that PyTorch
+of the same version loads without the Python code of the network. A package is native code: see
 :mod:`van_deploy.engine.sidecar`.
 """
 
@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings
-from van_deploy.engine.backend import Host, host_here
-from van_deploy.engine.bundled import enter, existing
+from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import torch_version
+from van_deploy.engine.fleet import add_to_bundle, find_existing
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
-    verified_package,
+    load_package_sidecar,
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
@@ -46,18 +46,18 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 SOURCE = "fp32"
 
 
-def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[BuildSettings]:
-    """Return the settings of each package asked for: of one precision, device and batch range.
+def package_settings(bundle: Bundle, settings: BuildSettings, host: Host) -> list[BuildSettings]:
+    """Return the settings of each requested package: one precision, device and batch range.
 
     Args:
-        bundle: with the FP32 graph that the network is read from.
-        settings: what the user asks. Without a device it is the GPU here, or else the CPU.
+        bundle: has the FP32 graph from which the network is read.
+        settings: the user's settings. The default device is this machine's GPU, or the CPU.
         host: this machine.
 
     Raises:
-        InputError: nothing is compiled in a precision.
-        MissingDependency: PyTorch or a compiler is missing; the GPU asked for is not here.
-        UsageError: something is asked that Inductor or the fused kernels cannot do.
+        InputError: a precision is not supported.
+        MissingDependency: PyTorch, a C++ compiler or the requested GPU is missing.
+        UsageError: Inductor or the fused kernels do not support the settings.
     """
     device = settings.device or ("cpu" if host.gpu is None else "cuda:0")
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
@@ -68,78 +68,78 @@ def packages_asked(bundle: Bundle, settings: BuildSettings, host: Host) -> list[
         )
     if device != "cpu" and host.gpu is None:
         raise MissingDependency(
-            f"A package for {device} is compiled on the GPU that will run it, and none answers "
-            "here.",
-            "Build there, or for this processor with --device cpu.",
+            f"A package for {device} is compiled on the GPU that will run it, and no NVIDIA GPU "
+            "was found.",
+            "Build on that machine, or for this CPU with --device cpu.",
         )
     compiler, manifest = os.environ.get("CXX", "g++"), bundle.manifest
     needed = {"PyTorch": torch_version(), f"the C++ compiler '{compiler}'": shutil.which(compiler)}
-    for name in (name for name, found in needed.items() if not found):
+    for name in (name for name, available in needed.items() if not available):
         raise MissingDependency(
-            f"Inductor needs {name}, which is not here.",
+            f"Inductor needs {name}, which is not installed.",
             f"Install it: `{pip_command()} install torch`; a compiler such as Debian's g++, or "
             "name another in the environment variable CXX.",
         )
     if manifest.architecture.out_indices or manifest.sizes:
         raise UsageError(
-            "Inductor packages are of classifiers at one image size; "
-            f"'{bundle.path}' is of feature maps or dynamic sizes.",
+            "Inductor packages support classifiers with one image size; "
+            f"'{bundle.path}' has feature maps or dynamic sizes.",
             "Build an engine, with --backend tensorrt or tensorrt-rtx.",
         )
     fusable = device != "cpu" and "fp32" not in settings.precisions and batch.min == batch.max
     if settings.fused_kernels and not fusable:
         raise UsageError(
-            "The fused kernels run on a GPU, in fp16 or bf16, and for one batch size; "
-            f"{', '.join(settings.precisions)} for {device} and batches {batch} is asked for.",
-            "Give --precision fp16 --batch N:N:N on a GPU, or leave --fused-kernels out.",
+            "The fused kernels run on a GPU, in fp16 or bf16, and for one batch size; requested: "
+            f"{', '.join(settings.precisions)} for {device} and batches {batch}.",
+            "Give --precision fp16 --batch N:N:N on a GPU, or omit --fused-kernels.",
         )
-    one = {"device": device, "profiles": (batch,)}
-    return [settings.model_copy(update={**one, "precisions": (p,)}) for p in settings.precisions]
+    resolved = settings.model_copy(update={"device": device, "profiles": (batch,)})
+    return [resolved.model_copy(update={"precisions": (p,)}) for p in settings.precisions]
 
 
 def build_package(
     path: Path, settings: BuildSettings, host: Host | None = None, *, force: bool = False
 ) -> tuple[PackageSidecar, bool]:
-    """Return the package asked for, and whether the bundle held it already.
+    """Return the sidecar of a package, and whether the bundle already had the package.
 
     Args:
-        path: the bundle.
-        settings: from :func:`packages_asked`.
-        host: this machine; None looks.
-        force: compile it even if it is there.
+        path: folder of the bundle.
+        settings: from :func:`package_settings`.
+        host: this machine; None detects it.
+        force: compile the package even if the bundle already has it.
 
     Raises:
-        BundleError: the bundle's FP32 graph is missing or was changed.
-        ConversionError: the graph is not of a folded network, or PyTorch cannot compile it.
+        BundleError: the FP32 graph of the bundle is missing or was changed.
+        ConversionError: the graph is not a folded VAN, or PyTorch cannot compile it.
         MissingDependency: the GPU is out of memory.
     """
-    host, processor = host or host_here(), cpu()
+    host, processor = host or detect_host(), cpu()
     bundle, on_gpu, (batch,) = Bundle.open(path), settings.device != "cpu", settings.profiles
     source, onnx, manifest = bundle.artifact(SOURCE), bundle.verified_path(SOURCE), bundle.manifest
     target = (host.target or "cuda") if on_gpu else platform.machine()
-    decided = {
+    options = {
         "torch": torch_version(),
         "cpu_features": [] if on_gpu else list(processor.features),
         "precision": settings.precisions[0],
         "max_autotune": settings.max_autotune,
     }
-    made_with = {
-        **decided,
+    inputs = {
+        **options,
         "tf32": settings.tf32,
         "onnx": source.files,
         "target": target,
         "batch": str(batch),
         "fused_kernels": settings.fused_kernels,
     }
-    if not force and (present := existing(bundle, made_with, verified_package)):
-        return present, True
-    name, start = _name(bundle, settings, target), time.perf_counter()
+    if not force and (existing := find_existing(bundle, inputs, load_package_sidecar)):
+        return existing, True
+    name, start = _package_name(bundle, settings, target), time.perf_counter()
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
         file = Path(folder) / f"{name}.pt2"
-        _compile(_network(onnx, bundle, settings), settings, row, file)
+        _compile(_load_network(onnx, bundle, settings), settings, row, file)
         facts = {
-            **decided,
+            **options,
             "schema": PACKAGE_SCHEMA,
             "name": name,
             "file_sha256": file_sha256(file),
@@ -155,19 +155,19 @@ def build_package(
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validate(PackageSidecar, facts))
-        enter(path, source, file, sidecar, made_with)
+        add_to_bundle(path, source, file, sidecar, inputs)
     return sidecar, False
 
 
-def _name(bundle: Bundle, settings: BuildSettings, target: str) -> str:
-    """Return what a package is called: network, precision, target, PyTorch, and how."""
-    marks = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
+def _package_name(bundle: Bundle, settings: BuildSettings, target: str) -> str:
+    """Return the name of a package: network, precision, target, PyTorch version, and options."""
+    suffix = "-tuned" * settings.max_autotune + "-fused" * settings.fused_kernels
     served = f"{target.replace('sm_', 'sm')}-{INDUCTOR}{torch_version()}"
-    return f"{bundle.name}-{settings.precisions[0]}-{served}{marks}"
+    return f"{bundle.name}-{settings.precisions[0]}-{served}{suffix}"
 
 
-def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
-    """Return the folded network in its precision; the last norm and the head stay in FP32."""
+def _load_network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
+    """Return the folded network in its precision; the last LayerNorm and the head stay FP32."""
     import torch
     from onnx import load
     from torch import nn
@@ -200,13 +200,13 @@ def _network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
 def _compile(
     network: nn.Module, settings: BuildSettings, row: tuple[int, int, int], file: Path
 ) -> None:
-    """Write the package of ``network``, whose input is ``(N, *row)`` float32."""
+    """Compile ``network``, whose input is ``(N, *row)`` float32, and write the package."""
     import torch
 
     device, (batch,) = torch.device(str(settings.device)), settings.profiles
     configs: dict[str, Any] = {"cpp.dynamic_threads": True}
     if device.type == "cuda":
-        # Without Inductor's templates for convolutions: see AUTOTUNE in runners/pytorch.py.
+        # Inductor's convolution templates are disabled: see AUTOTUNE in runners/pytorch.py.
         configs = {"max_autotune": settings.max_autotune, "max_autotune_conv_backends": "ATEN"}
         configs |= {"coordinate_descent_tuning": settings.max_autotune}
     dynamic = {}
@@ -214,7 +214,7 @@ def _compile(
         dynamic = {0: torch.export.Dim("batch", min=batch.min, max=batch.max)}
     rows = min(max(2, batch.opt), batch.max)
     try:
-        with quietly(), torch.no_grad(), cudnn_tf32(settings.tf32):
+        with compile_environment(), torch.no_grad(), cudnn_tf32(settings.tf32):
             network = network.to(device).eval()
             example = torch.zeros(rows, *row, device=device)
             program = torch.export.export(network, (example,), dynamic_shapes=(dynamic,))
@@ -224,24 +224,24 @@ def _compile(
     except torch.OutOfMemoryError as error:
         raise MissingDependency(
             "The GPU is out of memory (compiling the package).",
-            "Close what else uses the GPU, or give a smaller --batch.",
+            "Close other programs that use the GPU, or give a smaller --batch.",
         ) from error
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ConversionError(
             f"PyTorch {torch.__version__} cannot compile the network for {settings.device}: "
-            f"{said[0][:300]}",
-            "Nothing was written. Try --precision fp32; if that does not help, please report it.",
+            f"{lines[0][:300]}",
+            "Nothing was written. Try --precision fp32; if that fails too, please report it.",
         ) from error
 
 
 @contextlib.contextmanager
 def cudnn_tf32(allowed: bool) -> Iterator[None]:
-    """Let cuDNN's FP32 convolutions compute in TF32, or not, and put it back at the end."""
+    """Enable or disable TF32 in cuDNN's FP32 convolutions, and restore the setting at the end."""
     import torch
 
     def allow(value: bool) -> None:
-        with warnings.catch_warnings():  # PyTorch 2.9 names a newer setting
+        with warnings.catch_warnings():  # PyTorch 2.9 warns about a newer setting
             warnings.simplefilter("ignore")
             torch.backends.cudnn.allow_tf32 = value
 
@@ -254,14 +254,14 @@ def cudnn_tf32(allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Keep PyTorch's warnings to itself, and show it CUDA's headers in NVIDIA's wheels."""
+def compile_environment() -> Iterator[None]:
+    """Suppress PyTorch's warnings, and set CUDA_HOME to the CUDA headers of NVIDIA's wheels."""
     spec = importlib.util.find_spec("nvidia")
-    places = [Path(p) / "cu13" for p in (spec.submodule_search_locations or ())] if spec else []
-    found = next((place for place in places if (place / "include" / "cuda.h").exists()), None)
-    lacking = "CUDA_HOME" not in os.environ and shutil.which("nvcc") is None
-    if lacking and found is not None and not Path("/usr/local/cuda").exists():
-        os.environ["CUDA_HOME"] = str(found)
+    folders = [Path(p) / "cu13" for p in (spec.submodule_search_locations or ())] if spec else []
+    headers = next((f for f in folders if (f / "include" / "cuda.h").exists()), None)
+    has_toolkit = Path("/usr/local/cuda").exists() or shutil.which("nvcc") is not None
+    if headers is not None and "CUDA_HOME" not in os.environ and not has_toolkit:
+        os.environ["CUDA_HOME"] = str(headers)
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What an engine or a package is, without running it."""
+"""Describe engines and Inductor packages without running them."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.engine.backend import TITLES, backend_named, engine_from_plan, host_here
-from van_deploy.engine.compatibility import Obstacle, obstacles
+from van_deploy.engine.backend import TITLES, detect_host, engine_from_plan, load_backend
+from van_deploy.engine.compatibility import Obstacle, find_obstacles
 from van_deploy.engine.messages import BuildLog
 from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
+    load_package_sidecar,
+    load_sidecar,
     log_path,
     sidecar_path,
-    verified_package,
-    verified_sidecar,
 )
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
 
-NOTES = re.compile(
+BUILD_NOTES = re.compile(
     r"(?m)^\[[VI]\] ((?:After .*layers|(?:Total|Max) .*Memory:|Layer\(|Engine generation compl).*)"
 )
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a plan, as the engine inspector names it.
+    """One layer of a plan, from TensorRT's engine inspector.
 
     Attributes:
-        name: joined from the ONNX nodes fused into it.
-        kind: TensorRT's layer type; "" where the plan does not say.
-        precision: data type of its first output; "" where the plan does not say.
-        nodes: ONNX nodes in it, that is PyTorch modules, where its metadata names them.
+        name: joined names of the ONNX nodes fused into it.
+        kind: TensorRT's layer type; "" if unknown.
+        precision: data type of its first output; "" if unknown.
+        nodes: the ONNX nodes in it, which are named after PyTorch modules, from its metadata.
     """
 
     name: str
@@ -47,19 +47,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class EngineDescription:
-    """An engine as far as this machine can tell.
+    """Description of an engine; the layers need a machine on which it runs.
 
     Attributes:
-        file: the plan.
-        plan_sha256: its digest.
-        plan_bytes: its size.
-        sidecar: what was recorded at the build; None where nothing vouches for the plan.
-        obstacles: why it does not run here; empty if it does, or if nothing is known.
-        layers: from the engine inspector; empty where that cannot run.
+        file: path of the plan.
+        plan_sha256: SHA-256 of the plan.
+        plan_bytes: size of the plan.
+        sidecar: its sidecar; None for a trusted plan without one.
+        obstacles: reasons why it does not run here; empty if it does, or without a sidecar.
+        layers: from the engine inspector; empty if the plan cannot be loaded.
         layers_skipped: why there are no layers, or "".
-        log: the build log, or None if it is not beside the plan.
-        build_notes: what the build log tells about fusion, for plans that cannot be loaded here.
-        kind: says what this describes.
+        log: path of the build log, or None if it is not in the same folder.
+        build_notes: lines of the build log about fusion, for plans that cannot be loaded here.
+        kind: type of this description.
     """
 
     file: Path
@@ -76,13 +76,13 @@ class EngineDescription:
 
 @dataclass(frozen=True)
 class PackageDescription:
-    """A package, without loading it.
+    """Description of an Inductor package, which is not loaded.
 
     Attributes:
-        file: the package.
-        sidecar: what was recorded when it was compiled.
-        obstacles: why it does not run here; empty if it does.
-        kind: says what this describes.
+        file: path of the package.
+        sidecar: its sidecar.
+        obstacles: reasons why it does not run here; empty if it does.
+        kind: type of this description.
     """
 
     file: Path
@@ -92,43 +92,43 @@ class PackageDescription:
 
 
 def describe_package(path: Path) -> PackageDescription:
-    """Return what is known about the package at ``path``, its digest checked.
+    """Return the description of the package at ``path`` after verifying its digest.
 
     Raises:
-        InputError: package or sidecar is missing, damaged, edited or swapped.
+        InputError: the package or its sidecar is missing, damaged, edited or swapped.
     """
-    sidecar = verified_package(path)
-    return PackageDescription(path, sidecar, obstacles(sidecar, host_here()))
+    sidecar = load_package_sidecar(path)
+    return PackageDescription(path, sidecar, find_obstacles(sidecar, detect_host()))
 
 
 def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescription:
-    """Return what is known about the engine at ``path``.
+    """Return the description of the engine at ``path``.
 
-    The plan's digest is checked first; the plan is deserialised only where it
-    runs, to ask the engine inspector.
+    The digest of the plan is verified first. The plan is deserialised, for the engine inspector,
+    only on a machine where it runs.
 
     Args:
-        path: the plan.
-        trust_engine: load a plan without a sidecar, to see what is in it. That runs its code.
+        path: path of the plan.
+        trust_engine: load a plan that has no sidecar. This runs the code in it.
 
     Raises:
-        InputError: plan or sidecar is missing, damaged, edited or swapped.
+        InputError: the plan or its sidecar is missing, damaged, edited or swapped.
     """
     sidecar: Sidecar | None = None
-    found: tuple[Obstacle, ...] = ()
+    obstacles: tuple[Obstacle, ...] = ()
     layers: tuple[Layer, ...] = ()
     backends, host_code = [*TITLES], False
     if not (trust_engine and path.is_file() and not sidecar_path(path).exists()):
-        sidecar = verified_sidecar(path)
-        found = obstacles(sidecar, host_here())
+        sidecar = load_sidecar(path)
+        obstacles = find_obstacles(sidecar, detect_host())
         backends, host_code = [sidecar.backend], sidecar.options.version_compatible
-    skipped = [obstacle.problem for obstacle in found]
-    for name in () if found else backends:
+    skipped = [obstacle.problem for obstacle in obstacles]
+    for name in () if obstacles else backends:
         try:
-            backend, said = backend_named(name), BuildLog()
-            runtime, _logger = backend.runtime(said)
-            engine = engine_from_plan(runtime, backend, path, said, host_code=host_code)
-        except VanDeployError as error:  # noqa: PERF203 - each backend on its own
+            backend, messages = load_backend(name), BuildLog()
+            runtime, _logger = backend.runtime(messages)
+            engine = engine_from_plan(runtime, backend, path, messages, host_code=host_code)
+        except VanDeployError as error:  # noqa: PERF203 - try the next backend
             skipped.append(f"{name}: {error.message.rstrip('.')}")
         else:
             kind = backend.module.LayerInformationFormat.JSON
@@ -142,19 +142,19 @@ def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescript
         plan_sha256=sidecar.plan_sha256 if sidecar else file_sha256(path),
         plan_bytes=path.stat().st_size,
         sidecar=sidecar,
-        obstacles=found,
+        obstacles=obstacles,
         layers=layers,
         layers_skipped="; ".join(skipped),
         log=log if log.is_file() else None,
-        build_notes=tuple(dict.fromkeys(note[:200] for note in NOTES.findall(text))),
+        build_notes=tuple(dict.fromkeys(note[:200] for note in BUILD_NOTES.findall(text))),
     )
 
 
 def layers_from_json(text: str) -> tuple[Layer, ...]:
-    """Return the layers in the engine inspector's JSON, of any version.
+    """Return the layers in the JSON of the engine inspector of any TensorRT version.
 
-    With little profiling a layer is its name alone; with ``detailed`` it is an
-    object, whose keys changed between 10 and 11. What is not there stays empty.
+    A layer is a name, or with ``detailed`` profiling an object, whose keys differ between
+    TensorRT 10 and 11. Missing values are empty.
 
     >>> layers_from_json('{"Layers": ["conv"]}')[0].name
     'conv'

@@ -1,9 +1,9 @@
-"""What TensorRT says while it works, what that means, and what to do about it.
+"""TensorRT's log messages, and the errors with cause and remedy that they become.
 
-An entry of ``messages.toml`` is a pattern, its cause in plain words and a remedy. The
-patterns of the parser and of the builder were collected from TensorRT for RTX 1.7.1 on
-files made wrong on purpose (``tests/engine/test_messages.py`` does it again); those with a
-number come from issue threads, because they need a GPU or another release.
+An entry of ``messages.toml`` has a pattern, a cause in plain words and a remedy. The patterns of
+the parser and the builder were collected from TensorRT for RTX 1.7.1 on invalid files, which
+``tests/engine/test_messages.py`` builds again; those with an issue number need a GPU or another
+release.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from van_deploy import errors
 from van_deploy.documents import read_toml_file
 from van_deploy.errors import ConversionError, VanDeployError
 
-_MEMORY = {
+_MEMORY_PATTERNS = {
     "weights_bytes": r"Total Weights Memory: (\d+) bytes",
     "activation_bytes": r"Total Activation Memory: (\d+) bytes",
     "scratch_bytes": r"Max Scratch Memory: (\d+) bytes",
 }
-SHOWN = 3  # parser problems shown in full
+MAX_PARSER_ERRORS = 3  # shown in full
 
 
 @dataclass
 class BuildLog:
-    """Every message, in order.
+    """All messages of a TensorRT logger, in order.
 
     Attributes:
-        entries: severity (``INTERNAL_ERROR``, ``ERROR``, ``WARNING``, ``INFO``,
+        entries: pairs of severity (``INTERNAL_ERROR``, ``ERROR``, ``WARNING``, ``INFO``,
             ``VERBOSE``) and text.
     """
 
@@ -40,21 +40,21 @@ class BuildLog:
 
     @property
     def errors(self) -> list[str]:
-        """The errors, each once."""
+        """The error messages without duplicates."""
         return list(dict.fromkeys(text for kind, text in self.entries if kind.endswith("ERROR")))
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings as they came."""
+        """The warnings, duplicates included."""
         return [text for kind, text in self.entries if kind == "WARNING"]
 
     def text(self) -> str:
-        """Return the log as a file holds it: one letter for the severity, then the message."""
+        """Return the content of the log file: the severity's first letter and the message."""
         return "".join(f"[{severity[0]}] {text}\n" for severity, text in self.entries)
 
 
 def trt_logger(trt: Any, log: BuildLog) -> Any:
-    """Return a logger of the bindings ``trt`` that writes into ``log``. Keep it alive."""
+    """Return a logger for the bindings ``trt`` that appends to ``log``; keep a reference to it."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -66,20 +66,21 @@ def trt_logger(trt: Any, log: BuildLog) -> Any:
     return Logger()
 
 
-def memory_facts(log: BuildLog) -> dict[str, int]:
-    """Return what the builder said about memory on the GPU, in bytes; no GPU is needed.
+def device_memory(log: BuildLog) -> dict[str, int]:
+    """Return the GPU memory in bytes that the builder logged; no GPU is needed.
 
-    ``weights_bytes``, ``activation_bytes`` and ``scratch_bytes`` (part of the
-    activations) at the largest batch.
+    ``weights_bytes``, ``activation_bytes`` and ``scratch_bytes`` (part of the activations) at the
+    largest batch.
     """
-    found = {name: [int(size) for size in re.findall(p, log.text())] for name, p in _MEMORY.items()}
-    return {name: max(sizes) for name, sizes in found.items() if sizes}
+    text = log.text()
+    sizes = {name: re.findall(p, text) for name, p in _MEMORY_PATTERNS.items()}
+    return {name: max(map(int, values)) for name, values in sizes.items() if values}
 
 
-def warnings_summary(warnings: list[str]) -> Mapping[str, int]:
-    """Return each different warning and how often it came, numbers in it left out.
+def count_warnings(warnings: list[str]) -> Mapping[str, int]:
+    """Return how often each warning occurred; warnings that differ only in numbers count as one.
 
-    >>> dict(warnings_summary(["a.cpp:12: odd 1", "a.cpp:14: odd 2", "other"]))
+    >>> dict(count_warnings(["a.cpp:12: odd 1", "a.cpp:14: odd 2", "other"]))
     {'odd N': 2, 'other': 1}
     """
     plain = (re.sub(r"^\S+\.cpp:\d+: ", "", text) for text in warnings)
@@ -87,15 +88,15 @@ def warnings_summary(warnings: list[str]) -> Mapping[str, int]:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One known failure.
+class KnownError:
+    """One known TensorRT error.
 
     Attributes:
-        name: what tests and documentation call it.
-        pattern: a regular expression that finds it in TensorRT's message.
-        cause: what it means, in words for people.
-        remedy: what to do.
-        error: the class of error it becomes.
+        name: used in tests and documentation.
+        pattern: regular expression that matches TensorRT's message.
+        cause: explanation in plain words.
+        remedy: what the user can do.
+        error: exception class raised for it.
     """
 
     name: str
@@ -105,68 +106,66 @@ class Entry:
     error: type[VanDeployError] = ConversionError
 
 
-CATALOGUE = tuple(
-    Entry(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
+# The most specific error comes first.
+KNOWN_ERRORS = tuple(
+    KnownError(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
     for row in read_toml_file(Path(__file__).with_name("messages.toml"))["entry"]
 )
-"""Known failures, the most particular first."""
-
-UNKNOWN = Entry(
-    "unknown", "", "not a failure this program knows", "Look into the log beside the plan."
-)
+UNKNOWN = KnownError("unknown", "", "not a known error", "See the log next to the plan.")
 
 
-def entry_for(text: str) -> Entry | None:
-    """Return what a message of TensorRT's means, or None if it is not known.
+def find_known_error(text: str) -> KnownError | None:
+    """Return the known error that matches a message of TensorRT, or None.
 
-    >>> entry_for("Scale coefficients must all be positive").name
+    >>> find_known_error("Scale coefficients must all be positive").name
     'scale not positive'
     """
-    return next((entry for entry in CATALOGUE if re.search(entry.pattern, text)), None)
+    return next((known for known in KNOWN_ERRORS if re.search(known.pattern, text)), None)
 
 
-def parser_failure(what: str, parser: Any, said: Sequence[str]) -> VanDeployError:
-    """Return the error for a file that the parser refused.
+def error_from_parser(what: str, parser: Any, logged: Sequence[str]) -> VanDeployError:
+    """Return the error for a file that the ONNX parser rejected.
 
     Args:
-        what: that it did, such as ``TensorRT 11.4.0 cannot take 'model.onnx'``.
+        what: start of the message, such as ``TensorRT 11.4.0 cannot parse 'model.onnx'``.
         parser: an ``OnnxParser`` of the bindings. A node's name is its PyTorch module's path.
-        said: errors that the logger heard, for causes the parser does not pass on.
+        logged: errors from the logger, for causes that the parser does not report.
     """
     lines, known = [], []
-    for problem in (parser.get_error(i) for i in range(min(SHOWN, parser.num_errors))):
+    count = parser.num_errors
+    for problem in (parser.get_error(i) for i in range(min(MAX_PARSER_ERRORS, count))):
         text, node = problem.desc(), problem.node_name()
-        heard = f"{problem.code().name} {' '.join(said)}"
-        known.append(entry_for(text) or entry_for(heard) or UNKNOWN)
+        context = f"{problem.code().name} {' '.join(logged)}"
+        known.append(find_known_error(text) or find_known_error(context) or UNKNOWN)
         where = f"{node} ({problem.node_operator()})" if node else "the file"
-        lines.append(f"{where}: {known[-1].cause}. TensorRT says: {_short(text)}")
+        lines.append(f"{where}: {known[-1].cause}. TensorRT reports: {_shorten(text)}")
     if not known:
-        return failure(what, said)
-    if parser.num_errors > SHOWN:
-        lines.append(f"and {parser.num_errors - SHOWN} more.")
-    remedies = dict.fromkeys(entry.remedy for entry in known)
+        return error_from_log(what, logged)
+    if count > MAX_PARSER_ERRORS:
+        lines.append(f"and {count - MAX_PARSER_ERRORS} more.")
+    remedies = dict.fromkeys(one.remedy for one in known)
     return known[0].error("\n".join([f"{what}:", *lines]), "\n".join(remedies))
 
 
-def failure(what: str, said: Sequence[str]) -> VanDeployError:
-    """Return the error for something TensorRT did not do.
+def error_from_log(what: str, logged: Sequence[str]) -> VanDeployError:
+    """Return the error for a TensorRT call that failed.
 
     Args:
-        what: that it did not, such as ``TensorRT 11.4.0 built no plan from 'model.onnx'``.
-        said: what the logger heard.
+        what: start of the message, such as ``TensorRT 11.4.0 built no plan from 'model.onnx'``.
+        logged: errors from the logger.
     """
-    known = [(entry, text) for text in said if (entry := entry_for(text))]
-    if known:  # the most particular entry, wherever it was said
-        entry, text = min(known, key=lambda pair: CATALOGUE.index(pair[0]))
-        return entry.error(f"{what}: {entry.cause}. It says: {_short(text)}", entry.remedy)
-    text = _short(said[-1]) if said else "nothing at all"
+    matches = [(known, text) for text in logged if (known := find_known_error(text))]
+    if matches:  # the most specific error, whatever the order of the messages
+        known, text = min(matches, key=lambda match: KNOWN_ERRORS.index(match[0]))
+        return known.error(f"{what}: {known.cause}. It reports: {_shorten(text)}", known.remedy)
+    text = _shorten(logged[-1]) if logged else "no error message"
     return ConversionError(
-        f"{what}, for a reason this program does not know. It says: {text}",
-        "Look into the log; if the graph is one of `van-deploy export`, please report it.",
+        f"{what}, for an unknown reason. It reports: {text}",
+        "See the log; if `van-deploy export` wrote the graph, please report the problem.",
     )
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     """Return a message without source positions and internal prefixes, at most 240 characters."""
     plain = " ".join(text.split())
     plain = re.sub(r"\[?\w+\.(?:cpp|h)::?\w+(?:::\d+|: \w+)?\]\s*", "", plain)

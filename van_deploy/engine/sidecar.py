@@ -1,8 +1,8 @@
-"""The sidecar: a JSON file beside a plan or an Inductor package that says what it is.
+"""The sidecar: a JSON file next to a plan or an Inductor package that describes it.
 
-Both are native code. The file itself stays as TensorRT or PyTorch wrote it, so that trtexec
-and Triton load it. The sidecar carries its SHA-256, which is checked before anything is
-loaded, and a digest of its own, so that an edit shows.
+Plans and packages are native code. They stay as TensorRT or PyTorch wrote them, so that trtexec
+and Triton load them. The sidecar contains the SHA-256 of the file, which is verified before the
+file is loaded, and a digest of itself, which reveals edits.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Tensor(Schema):
     """One input or output of an engine.
 
     Attributes:
-        name: as in the ONNX file.
-        shape: -1 for the batch.
-        dtype: TensorRT's name in lower case: ``float``, ``half``, ``int8``.
+        name: name in the ONNX file.
+        shape: dimensions; the batch is -1.
+        dtype: TensorRT's data type in lower case: ``float``, ``half``, ``int8``.
     """
 
     name: Text
@@ -47,11 +47,14 @@ class Tensor(Schema):
     dtype: Text
 
 
-class _Vouching(VersionedSchema):
-    """A sidecar of any kind: what both have, and where the digest of the file it speaks of is."""
+class SidecarBase(VersionedSchema):
+    """Common fields of the sidecars of plans and packages.
 
-    WHAT: ClassVar[str]
-    DIGEST: ClassVar[str]
+    ``FILE_KIND`` names the file in messages; ``DIGEST_FIELD`` is the field with its SHA-256.
+    """
+
+    FILE_KIND: ClassVar[str]
+    DIGEST_FIELD: ClassVar[str]
     name: FileName
     onnx_file: Text
     onnx_sha256: Text
@@ -61,46 +64,46 @@ class _Vouching(VersionedSchema):
     sidecar_sha256: Text = ""
 
     def digest(self) -> str:
-        """Return what :attr:`sidecar_sha256` has to be."""
+        """Return the correct value of :attr:`sidecar_sha256`."""
         return content_key(plain(self.model_copy(update={"sidecar_sha256": ""})))
 
 
-Vouching = TypeVar("Vouching", bound=_Vouching)
+SidecarT = TypeVar("SidecarT", bound=SidecarBase)
 
 
-class Sidecar(_Vouching):
-    """Everything there is to know about a plan without loading it.
+class Sidecar(SidecarBase):
+    """Description of a TensorRT plan, which does not have to be loaded.
 
     Attributes:
-        name: the engine's.
-        plan_sha256: digest of the plan.
-        plan_bytes: its size.
-        onnx_file: the file it was built from.
-        onnx_sha256: that file's digest.
+        name: name of the engine.
+        plan_sha256: SHA-256 of the plan.
+        plan_bytes: size of the plan.
+        onnx_file: name of the ONNX file it was built from.
+        onnx_sha256: SHA-256 of that file.
         backend: ``tensorrt`` or ``tensorrt-rtx``.
-        backend_version: all four numbers.
-        cuda: major version of CUDA the backend was made for, or None if unknown.
-        precision: of the ONNX file.
-        targets: compute capabilities it serves, such as ``sm_89``.
+        backend_version: version of the backend, four numbers.
+        cuda: major version of CUDA the backend was built for, or None if unknown.
+        precision: precision of the ONNX file.
+        targets: compute capabilities it runs on, such as ``sm_89``.
         built_on: the GPU it was built on; None for TensorRT for RTX, which uses none.
-        options: what was asked of the build.
-        inputs: what goes in.
-        outputs: what comes out.
-        parser_layers: layers TensorRT's parser made of the graph.
+        options: the build options.
+        inputs: the input tensors.
+        outputs: the output tensors.
+        parser_layers: number of layers after TensorRT's parser.
         parse_seconds: time to parse.
         build_seconds: time to build.
-        peak_memory_bytes: most main memory the build held.
-        device_memory: bytes of weights, activations and scratch on the GPU at the
-            largest batch, as the builder said.
-        warnings: what the builder warned of, and how often.
-        fixed_addresses: whether the build ran without address randomisation, without
-            which two builds differ in a few bytes (see :mod:`van_deploy.engine.build`).
-        preprocessing: of the model; None where nobody said.
-        sidecar_sha256: digest of all the rest.
+        peak_memory_bytes: peak main memory of the build process.
+        device_memory: bytes of weights, activations and scratch on the GPU at the largest batch,
+            from the builder's log.
+        warnings: the builder's warnings, and how often each occurred.
+        fixed_addresses: whether the build ran without address space randomisation; with it, two
+            builds differ in a few bytes (see :mod:`van_deploy.engine.build`).
+        preprocessing: preprocessing of the model; None if unknown.
+        sidecar_sha256: digest of all other fields.
     """
 
-    WHAT = "plan"
-    DIGEST = "plan_sha256"
+    FILE_KIND = "plan"
+    DIGEST_FIELD = "plan_sha256"
     schema_: Literal["van-deploy/engine/2"] = Field(alias="schema")
     plan_sha256: Text
     plan_bytes: Count
@@ -121,43 +124,43 @@ class Sidecar(_Vouching):
 
     @property
     def profiles(self) -> tuple[BatchRange, ...]:
-        """The batch sizes it serves."""
+        """The supported batch ranges."""
         return self.options.profiles
 
     @property
-    def made_by(self) -> str:
+    def backend_label(self) -> str:
         """Backend and version."""
         return f"{self.backend} {self.backend_version}"
 
 
-class PackageSidecar(_Vouching):
-    """Everything there is to know about an Inductor package (``.pt2``) without loading it.
+class PackageSidecar(SidecarBase):
+    """Description of an Inductor package (``.pt2``), which does not have to be loaded.
 
     Attributes:
-        name: the package's.
-        file_sha256: digest of the package.
-        file_bytes: its size.
-        onnx_file: the FP32 graph that its network was read from.
-        onnx_sha256: that file's digest.
-        torch: the PyTorch that compiled it, without the local part of the version. Its code
-            calls that PyTorch's libraries.
+        name: name of the package.
+        file_sha256: SHA-256 of the package.
+        file_bytes: size of the package.
+        onnx_file: the FP32 graph from which the network was read.
+        onnx_sha256: SHA-256 of that file.
+        torch: version of the PyTorch that compiled it, without the local part. The code in the
+            package calls libraries of that version.
         device: ``cpu`` or ``cuda``.
-        targets: the compute capability it serves, such as ``sm_90``, or the processor's
-            architecture, such as ``x86_64``.
-        cpu_features: instruction sets of the processor it was compiled on: its code may use all
-            of them. Empty on a GPU.
-        built_on: the GPU or the processor.
-        precision: what it computes in.
-        tf32: whether FP32 convolutions may compute in TF32.
-        max_autotune: whether kernels were chosen by timing them.
-        batch: the batch sizes it serves.
-        input_shape: -1 for the batch.
-        build_seconds: time to export and to compile.
-        sidecar_sha256: digest of all the rest.
+        targets: the compute capability it runs on, such as ``sm_90``, or the CPU architecture,
+            such as ``x86_64``.
+        cpu_features: instruction sets of the CPU it was compiled on, all of which its code may
+            use. Empty on a GPU.
+        built_on: name of the GPU or the CPU.
+        precision: precision of the computation.
+        tf32: whether FP32 convolutions may use TF32.
+        max_autotune: whether kernels were selected by timing them.
+        batch: the supported batch range.
+        input_shape: shape of the input; the batch is -1.
+        build_seconds: time to export and compile.
+        sidecar_sha256: digest of all other fields.
     """
 
-    WHAT = "package"
-    DIGEST = "file_sha256"
+    FILE_KIND = "package"
+    DIGEST_FIELD = "file_sha256"
     schema_: Literal["van-deploy/inductor/1"] = Field(alias="schema")
     file_sha256: Text
     file_bytes: Count
@@ -173,61 +176,57 @@ class PackageSidecar(_Vouching):
 
     @property
     def profiles(self) -> tuple[BatchRange, ...]:
-        """The batch sizes it serves."""
+        """The supported batch ranges."""
         return (self.batch,)
 
     @property
-    def made_by(self) -> str:
+    def backend_label(self) -> str:
         """Backend and version."""
         return f"inductor {self.torch}"
 
 
 def sidecar_path(plan: Path) -> Path:
-    """Return where the sidecar of ``plan`` is."""
-    # Names hold dots, so with_suffix will not do.
+    """Return the path of the sidecar of ``plan``."""
+    # Not with_suffix, because the names contain dots.
     return plan.with_name(plan.name.removesuffix(".plan").removesuffix(".pt2") + ".json")
 
 
 def log_path(plan: Path) -> Path:
-    """Return where the build log of ``plan`` is."""
+    """Return the path of the build log of ``plan``."""
     return sidecar_path(plan).with_suffix(".log")
 
 
-def write_sidecar(plan: Path, sidecar: Vouching) -> Vouching:
-    """Write the sidecar of ``plan``, all of it or nothing, and return it with its digest."""
+def write_sidecar(plan: Path, sidecar: SidecarT) -> SidecarT:
+    """Write the sidecar of ``plan`` atomically, and return it with its digest."""
     complete = sidecar.model_copy(update={"sidecar_sha256": sidecar.digest()})
     write_atomic(sidecar_path(plan), complete.text())
     return complete
 
 
-def verified_sidecar(plan: Path) -> Sidecar:
-    """Return the sidecar of ``plan`` after making sure that the plan is the one it speaks of.
+def load_sidecar(plan: Path) -> Sidecar:
+    """Return the sidecar of a plan after verifying both digests.
 
     Raises:
-        InputError: plan or sidecar is missing, damaged, edited or swapped.
+        InputError: the plan or its sidecar is missing, damaged, edited or swapped.
     """
-    return _verified(plan, Sidecar)
+    return _load_verified(plan, Sidecar)
 
 
-def verified_package(package: Path) -> PackageSidecar:
-    """Return the sidecar of a package after making sure that it speaks of this one.
-
-    Raises:
-        InputError: package or sidecar is missing, damaged, edited or swapped.
-    """
-    return _verified(package, PackageSidecar)
+def load_package_sidecar(package: Path) -> PackageSidecar:
+    """Return the sidecar of an Inductor package; errors are those of :func:`load_sidecar`."""
+    return _load_verified(package, PackageSidecar)
 
 
-def _verified(file: Path, model: type[Vouching]) -> Vouching:
+def _load_verified(file: Path, model: type[SidecarT]) -> SidecarT:
     path = sidecar_path(file)
     if not file.is_file():
         raise InputError(f"There is no engine '{file}'.", REBUILD)
     if not path.is_file():
         raise InputError(
-            f"'{file}' has no sidecar: '{path.name}' is not beside it. Loading it runs the "
-            "code in it, and nothing says where this one comes from.",
-            "Copy the sidecar along with it, or build it again. "
-            "Only for a plan you made yourself: --trust-engine, in Python "
+            f"'{file}' has no sidecar '{path.name}' in the same folder. Loading an engine runs the "
+            "code in it, and without a sidecar its origin is unknown.",
+            "Copy the sidecar to the same folder, or build the engine again. "
+            "Only for a plan you built yourself: --trust-engine, in Python "
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
     sidecar = read_document(model, path, "sidecar", InputError, REBUILD)
@@ -235,11 +234,11 @@ def _verified(file: Path, model: type[Vouching]) -> Vouching:
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD
         )
-    actual, expected = file_sha256(file), str(getattr(sidecar, model.DIGEST))
+    actual, expected = file_sha256(file), str(getattr(sidecar, model.DIGEST_FIELD))
     if actual != expected:
         raise InputError(
-            f"'{file}' is not the {model.WHAT} its sidecar speaks of: its SHA-256 is "
-            f"{actual[:12]}..., the sidecar says {expected[:12]}.... It was damaged or swapped.",
+            f"'{file}' is not the {model.FILE_KIND} of its sidecar: its SHA-256 is "
+            f"{actual[:12]}..., the sidecar has {expected[:12]}.... It was damaged or swapped.",
             REBUILD,
         )
     return sidecar

@@ -1,8 +1,8 @@
-"""This machine as a whole: what is installed, what runs when it is tried, what it is up to.
+"""Inspect this machine: installed packages, hardware, and what van-deploy can do with them.
 
-A package's metadata says what was meant to work. ONNX Runtime lists providers whose libraries
-do not load, PyTorch may be built without CUDA, and bindings import without a driver. So each is
-tried, in a process of its own.
+Package metadata is not sufficient: ONNX Runtime lists providers whose libraries cannot be loaded,
+PyTorch may be built without CUDA, and bindings can be imported without a driver. Each is therefore
+probed in its own process.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from van_deploy.errors import MissingDependency, UsageError
 CUDA = "CUDAExecutionProvider"
 ONNXRUNTIME_GPU = "onnxruntime-gpu[cuda,cudnn]"
 NO_GPU = "Run this where `nvidia-smi` lists a GPU that CUDA_VISIBLE_DEVICES does not hide."
-WAIT_S = 120.0
+PROBE_TIMEOUT_S = 120.0
 
-_MEMORY = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
-_SESSION = "assert m.provider_starts(m.require_onnxruntime(), m.CUDA, quiet=False)"
-# By what they are needed for: a module ``m``, and what is tried of it.
-TRIALS: Mapping[str, tuple[str, str]] = {
-    "gpu": ("van_deploy.runners.cuda", _MEMORY),
+_ALLOCATE = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
+_CREATE_SESSION = "assert m.provider_starts(m.require_onnxruntime(), m.CUDA, quiet=False)"
+# Probes by requirement: a module, imported as ``m``, and code that must succeed.
+PROBES: Mapping[str, tuple[str, str]] = {
+    "gpu": ("van_deploy.runners.cuda", _ALLOCATE),
     "torch-gpu": ("torch", "m.ones(1, device='cuda').item()"),
-    "cuda-ep": ("van_deploy.runners.onnxruntime", _SESSION),
+    "cuda-ep": ("van_deploy.runners.onnxruntime", _CREATE_SESSION),
     "tensorrt": ("tensorrt", "m.Runtime(m.Logger(m.Logger.ERROR))"),
     "tensorrt-rtx": ("tensorrt_rtx", "m.Builder(m.Logger(m.Logger.ERROR))"),
 }
 
-# What somebody may want to do, and what it needs; see :meth:`Environment.lacks`.
+# Tasks of van-deploy and their requirements; see :meth:`Environment.find_issue`.
 TASKS: Mapping[str, str] = {
     "export ONNX files": "torch timm onnx onnxscript onnxsim",
     "check them against PyTorch": "torch timm onnx onnxscript onnxsim onnxruntime",
@@ -56,20 +56,20 @@ TASKS: Mapping[str, str] = {
     "sign bundles and check signatures": "cryptography",
 }
 
-# What only brings another package, beside which it is no second one of a kind.
+# Packages that only install another package, with which they do not conflict.
 METAPACKAGES = ("tensorrt", "tensorrt-rtx")
 
-# What a script can require of a machine before it starts.
-NEEDS = ("onnxruntime", "cuda-ep", "tensorrt", "tensorrt-rtx", "openvino", "ray", "gpu")
+# Requirements that ``doctor --require`` accepts.
+REQUIREMENTS = ("onnxruntime", "cuda-ep", "tensorrt", "tensorrt-rtx", "openvino", "ray", "gpu")
 
 
 @dataclass(frozen=True)
-class Shortfall:
-    """What is missing here, or does not go together.
+class Issue:
+    """A missing or broken requirement, or a conflict between packages.
 
     Attributes:
-        problem: a sentence, without a full stop.
-        remedy: what to do about it, a sentence.
+        problem: a sentence without a full stop.
+        remedy: what the user can do, a sentence.
     """
 
     problem: str
@@ -78,48 +78,48 @@ class Shortfall:
 
 @dataclass(frozen=True)
 class Environment:
-    """Everything ``van-deploy doctor`` knows: of this machine, but for what is given.
+    """Result of ``van-deploy doctor``; fields that are not given describe this machine.
 
     Attributes:
-        van_deploy: this program's version.
-        python: the interpreter's version.
+        van_deploy: version of van-deploy.
+        python: version of Python.
         system: operating system and architecture.
-        components: every package this program works with, installed or not.
-        providers: ONNX Runtime's execution providers, best first; empty without it.
-        torch_cuda: the CUDA that PyTorch was built for, or None for a CPU build.
-        onnxruntime_cuda: the CUDA that ONNX Runtime was built for, or None for a CPU build.
-        cpu: the processor.
+        components: all packages that van-deploy uses, installed or not.
+        providers: ONNX Runtime's execution providers by priority; empty if it is not installed.
+        torch_cuda: CUDA version of PyTorch, or None for a CPU build.
+        onnxruntime_cuda: CUDA version of ONNX Runtime, or None for a CPU build.
+        cpu: the CPU.
         memory: main memory.
         driver: the NVIDIA driver and its GPUs, or None.
-        trials: what was tried (names of :data:`TRIALS`), and why it failed; "" where it did not.
+        trials: errors of the probes by name (see :data:`PROBES`); "" after a success.
     """
 
     van_deploy: str = __version__
     python: str = platform.python_version()
     system: str = f"{platform.system()} {platform.machine()}"
-    components: tuple[packages.Component, ...] = field(default_factory=packages.components_here)
+    components: tuple[packages.Component, ...] = field(default_factory=packages.find_components)
     providers: tuple[str, ...] = field(default_factory=packages.execution_providers)
     torch_cuda: str | None = field(default_factory=packages.torch_cuda)
     onnxruntime_cuda: str | None = field(default_factory=packages.onnxruntime_cuda)
     cpu: hardware.Cpu = field(default_factory=hardware.cpu)
     memory: hardware.Memory = field(default_factory=hardware.memory)
     driver: hardware.Driver | None = field(default_factory=hardware.nvidia_driver)
-    trials: Mapping[str, str] = field(default_factory=lambda: trials_here())
+    trials: Mapping[str, str] = field(default_factory=lambda: probe_errors())
 
     JSON_PROPERTIES: ClassVar = ("abilities", "clashes")
 
     @property
-    def abilities(self) -> dict[str, Shortfall | None]:
-        """What could be wanted of the machine, and why it is not up to that; None if it is."""
+    def abilities(self) -> dict[str, Issue | None]:
+        """The tasks, and for each the first issue that prevents it, or None."""
         return {
-            task: next(filter(None, map(self.lacks, needs.split())), None)
-            for task, needs in TASKS.items()
+            task: next(filter(None, map(self.find_issue, requirements.split())), None)
+            for task, requirements in TASKS.items()
         }
 
     @property
-    def clashes(self) -> tuple[Shortfall, ...]:
-        """What does not go together."""
-        pip, found = pip_command(), list[Shortfall]()
+    def clashes(self) -> tuple[Issue, ...]:
+        """Conflicts between installed packages."""
+        pip, issues = pip_command(), list[Issue]()
         major = (self.torch_cuda or "").partition(".")[0]
         for item in self.components:
             names = [name for name in item.installed if name not in METAPACKAGES]
@@ -130,88 +130,89 @@ class Environment:
             if len(names) > 1:
                 problem = "are both installed and overwrite each other's files"
             elif names and cuda and major and cuda.partition(".")[0] != major:
-                problem = f"is for CUDA {cuda}, PyTorch for {self.torch_cuda}: load one, not both"
+                problem = f"is for CUDA {cuda}, PyTorch for CUDA {self.torch_cuda}"
             else:
                 continue
             change = f"{pip} uninstall --yes {' '.join(names)} && {pip} install '{wanted}'"
-            remedy = f"Keep one, of the CUDA that PyTorch has: `{change}`."
-            found.append(Shortfall(f"{' and '.join(names)} {problem}", remedy))
-        return tuple(found)
+            remedy = f"Keep one package, with the CUDA version of PyTorch: `{change}`."
+            issues.append(Issue(f"{' and '.join(names)} {problem}", remedy))
+        return tuple(issues)
 
-    def lacks(self, need: str) -> Shortfall | None:
-        """Return why something is not here, or failed when tried; :data:`TASKS` shows the needs."""
+    def find_issue(self, name: str) -> Issue | None:
+        """Return why a requirement (see :data:`TASKS`) is not met, or None if it is."""
         pip, compiler = pip_command(), os.environ.get("CXX", "g++")
-        item = next((one for one in self.components if one.name == need), None)
-        if need == "c++" and not shutil.which(compiler):
-            return Shortfall(f"there is no C++ compiler '{compiler}'", "Install g++, or set CXX.")
-        if need == "cuda-ep" and CUDA not in self.providers:
+        item = next((one for one in self.components if one.name == name), None)
+        if name == "c++" and not shutil.which(compiler):
+            return Issue(f"there is no C++ compiler '{compiler}'", "Install g++, or set CXX.")
+        if name == "cuda-ep" and CUDA not in self.providers:
             change = f"{pip} uninstall --yes onnxruntime && {pip} install '{ONNXRUNTIME_GPU}'"
-            return Shortfall(f"ONNX Runtime has no {CUDA}", f"Install it: `{change}`.")
+            return Issue(f"ONNX Runtime has no {CUDA}", f"Install it: `{change}`.")
         if item and item.version is None:
-            return Shortfall(f"{need} is not installed", f"Run `{pip} install {item.install}`.")
+            return Issue(f"{name} is not installed", f"Run `{pip} install {item.install}`.")
         if item and item.fault:
             remedy = f"Try `{pip} install --force-reinstall {item.distribution}`."
-            return Shortfall(f"{need} is installed but does not load ({item.fault})", remedy)
-        if need in ("gpu", "cuda-ep", "rtx-gpu") and (problem := self._gpu_problem(need)):
-            return Shortfall(problem, NO_GPU)
-        if reason := self.trials.get(need):
-            problem = f"{need}, tried here, failed: {reason}"
-            return Shortfall(problem, "Mend that, or see what clashes.")
+            return Issue(f"{name} is installed but cannot be loaded ({item.fault})", remedy)
+        if name in ("gpu", "cuda-ep", "rtx-gpu") and (problem := self._gpu_problem(name)):
+            return Issue(problem, NO_GPU)
+        if error := self.trials.get(name):
+            remedy = "Fix that error, or a package conflict that `van-deploy doctor` lists."
+            return Issue(f"the test of {name} on this machine failed: {error}", remedy)
         return None
 
-    def _gpu_problem(self, need: str) -> str:
-        """Return why there is no GPU for a need; "" where there is one."""
+    def _gpu_problem(self, name: str) -> str:
+        """Return why no GPU meets a requirement; "" if one does."""
         if self.driver is None:
-            return "no NVIDIA driver answers"
+            return "no NVIDIA driver was found"
         gpus, hidden = self.driver.gpus, self.driver.hidden
         if not gpus and hidden:
-            listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-            return f"CUDA_VISIBLE_DEVICES ('{listed}') hides every GPU ({hidden})"
-        if need == "rtx-gpu" and not any(g.target in (None, *hardware.RTX_TARGETS) for g in gpus):
-            names = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in gpus)
-            return f"TensorRT for RTX does not serve {names}"
-        return "" if gpus else "the NVIDIA driver sees no GPU"
+            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            return f"CUDA_VISIBLE_DEVICES ('{devices}') hides every GPU ({hidden})"
+        if name == "rtx-gpu" and not any(g.target in (None, *hardware.RTX_TARGETS) for g in gpus):
+            models = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in gpus)
+            return f"TensorRT for RTX does not support {models}"
+        return "" if gpus else "the NVIDIA driver found no GPU"
 
 
-def missing(environment: Environment, needs: Iterable[str]) -> MissingDependency | None:
-    """Return the error that lists what is needed and not here or not usable; None if all is.
+def check_requirements(environment: Environment, names: Iterable[str]) -> MissingDependency | None:
+    """Return an error that lists all requirements that are not met, or None.
 
     Raises:
-        UsageError: a need is none of :data:`NEEDS`.
+        UsageError: a name is not in :data:`REQUIREMENTS`.
     """
-    if unknown := set(needs) - set(NEEDS):
-        raise UsageError(f"There is no '{min(unknown)}' to require.", f"Known: {', '.join(NEEDS)}.")
-    lacking = dict.fromkeys(filter(None, map(environment.lacks, needs)))
-    problems = "; ".join(lack.problem for lack in lacking)
-    remedies = "\n".join(lack.remedy for lack in lacking)
-    return MissingDependency(f"Required but not here: {problems}.", remedies) if lacking else None
+    known = ", ".join(REQUIREMENTS)
+    if unknown := set(names) - set(REQUIREMENTS):
+        raise UsageError(f"There is no requirement '{min(unknown)}'.", f"Choose one of: {known}.")
+    issues = dict.fromkeys(filter(None, map(environment.find_issue, names)))
+    problems = "; ".join(issue.problem for issue in issues)
+    remedies = "\n".join(issue.remedy for issue in issues)
+    return MissingDependency(f"Requirements not met: {problems}.", remedies) if issues else None
 
 
-def trials_here() -> dict[str, str]:
-    """Return why each of :data:`TRIALS` failed: all where there is a GPU, else only a builder."""
+def probe_errors() -> dict[str, str]:
+    """Run all of :data:`PROBES` with a GPU, otherwise that of a builder, and return the errors."""
     driver = hardware.nvidia_driver()
-    names = TRIALS if driver and driver.gpus else ("tensorrt-rtx",)
-    return tried({name: TRIALS[name] for name in names})
+    names = PROBES if driver and driver.gpus else ("tensorrt-rtx",)
+    return run_probes({name: PROBES[name] for name in names})
 
 
-def tried(programs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
-    """Return, for each module and what is tried of it, why it failed; "" where it did not.
+def run_probes(probes: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+    """Run probes in parallel processes; return the error of each by name, "" after a success.
 
-    They run at the same time; each gets :data:`WAIT_S` seconds.
+    Each has a time limit of :data:`PROBE_TIMEOUT_S` seconds.
     """
 
-    def failure(program: tuple[str, str]) -> str:
-        command = [sys.executable, "-c", "import {} as m; {}".format(*program)]
+    def run_probe(probe: tuple[str, str]) -> str:
+        command = [sys.executable, "-c", "import {} as m; {}".format(*probe)]
         try:
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return f"it did not answer within {WAIT_S:.0f} s"
-        if ran.returncode == 0:
+            return f"it took more than {PROBE_TIMEOUT_S:.0f} s"
+        if done.returncode == 0:
             return ""
-        cause = re.search(r"(?:with error|van_deploy\.errors\.\w+): (.*)", ran.stderr)
-        lines = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+        cause = re.search(r"(?:with error|van_deploy\.errors\.\w+): (.*)", done.stderr)
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         text = re.sub(r"\x1b\[[\d;]*m", "", cause[1] if cause else lines[-1])
         return " ".join(text.split())[:300].rstrip(".")
 
     with ThreadPoolExecutor() as pool:
-        return dict(zip(programs, pool.map(failure, programs.values()), strict=True))
+        return dict(zip(probes, pool.map(run_probe, probes.values()), strict=True))

@@ -1,7 +1,7 @@
-"""What the machine offers: processor, memory, disk, NVIDIA driver and GPUs.
+"""Hardware of this machine: CPU, memory, NVIDIA driver and GPUs.
 
-Asked of psutil, of the driver's own management library (NVML, through ``nvidia-ml-py``) and of
-CUDA: nothing is started on a GPU, and what cannot be found out is None.
+The sources are psutil, the driver's management library (NVML, through ``nvidia-ml-py``) and CUDA.
+No CUDA context is created, and unknown values are None.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from typing import Any
 
 import psutil
 
-# What decides how fast FP32, BF16 and INT8 run on a CPU; /proc/cpuinfo's names.
+# Instruction sets that determine the speed of FP32, BF16 and INT8, as in /proc/cpuinfo.
 CPU_FEATURES = (
     *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16"),
 )
-# What TensorRT for RTX 1.7 can build for: the members of its ``ComputeCapability``. On an H200
-# (sm_90) it built a plan without a target and did not load it (docs/gpu-results.md).
+# Targets of TensorRT for RTX 1.7: the members of its ``ComputeCapability``. On an H200 (sm_90) it
+# built a plan without a target, but could not load it (docs/gpu-results.md).
 RTX_TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """The processor as this process may use it.
+    """The CPU, as far as this process may use it.
 
     Attributes:
-        name: the model as the processor calls itself.
-        cores: logical cores in the machine.
-        cores_allowed: cores this process may run on (affinity and container quota).
-        features: those of its instruction sets that decide the speed of inference.
+        name: model name.
+        cores: logical cores of the machine.
+        cores_allowed: cores this process may use (affinity and container quota).
+        features: instruction sets that determine the speed of inference.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Cpu:
 
     @property
     def has_bfloat16(self) -> bool:
-        """Whether it has instructions for bfloat16; without them it is many times slower."""
+        """Whether it has instructions for bfloat16, which is many times slower without them."""
         return any(feature.endswith("bf16") for feature in self.features)
 
 
@@ -55,8 +55,8 @@ class Memory:
     """Main memory.
 
     Attributes:
-        total_bytes: what this process may use in all (the container's limit, if there is one).
-        available_bytes: what is free now.
+        total_bytes: memory of the machine, or the container's limit.
+        available_bytes: memory available now.
     """
 
     total_bytes: int
@@ -68,11 +68,11 @@ class Gpu:
     """One NVIDIA GPU.
 
     Attributes:
-        name: as the driver calls it.
-        compute_capability: such as ``(8, 9)``, or None on a driver that does not say.
+        name: name from the driver.
+        compute_capability: such as ``(8, 9)``, or None if the driver does not report it.
         memory_bytes: device memory.
-        bus: its place on the PCI bus, such as ``0000:3b:00.0``.
-        uuid: NVML's name of it, such as ``GPU-1b2c...``.
+        bus: PCI bus address, such as ``0000:3b:00.0``.
+        uuid: NVML's identifier, such as ``GPU-1b2c...``.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Gpu:
 
     @property
     def target(self) -> str | None:
-        """The compute capability as TensorRT's targets are written, such as ``sm_89``."""
+        """The compute capability as a target, such as ``sm_89``."""
         return "sm_{}{}".format(*self.compute_capability) if self.compute_capability else None
 
 
@@ -93,9 +93,9 @@ class Driver:
 
     Attributes:
         version: such as ``580.65.06``.
-        cuda_version: the newest CUDA it can run, such as ``(13, 0)``.
-        gpus: the GPUs that CUDA sees, ``cuda:0`` first.
-        hidden: how many others there are, which ``CUDA_VISIBLE_DEVICES`` hides.
+        cuda_version: newest supported CUDA version, such as ``(13, 0)``.
+        gpus: the GPUs visible to CUDA, ``cuda:0`` first.
+        hidden: number of GPUs hidden by ``CUDA_VISIBLE_DEVICES``.
     """
 
     version: str
@@ -105,13 +105,13 @@ class Driver:
 
 
 def cpu() -> Cpu:
-    """Return the processor, its instruction sets and the cores this process may use."""
-    info = _text("/proc/cpuinfo")  # psutil tells neither name nor features
+    """Return the CPU, its instruction sets and the cores this process may use."""
+    info = _read_text("/proc/cpuinfo")  # psutil has neither name nor features
     name = re.search(r"(?m)^model name\s*:\s*(.*)", info)
     flags = re.search(r"(?m)^(?:flags|Features)\s*:\s*(.*)", info)
     cores = psutil.cpu_count() or 1
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    quota = _text("/sys/fs/cgroup/cpu.max").split()
+    quota = _read_text("/sys/fs/cgroup/cpu.max").split()
     granted = int(quota[0]) // int(quota[1]) if quota and quota[0].isdigit() else affinity
     features = tuple(f for f in CPU_FEATURES if flags and f in flags[1].split())
     model = name[1].strip() if name else platform.processor() or platform.machine()
@@ -119,20 +119,20 @@ def cpu() -> Cpu:
 
 
 def memory() -> Memory:
-    """Return the machine's memory, or the container's limit (cgroup v2) where that is smaller."""
-    here = psutil.virtual_memory()
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    if not limit.isdigit() or int(limit) >= here.total:
-        return Memory(here.total, here.available)
-    left = max(0, int(limit) - int(_text("/sys/fs/cgroup/memory.current") or 0))
-    return Memory(int(limit), min(here.available, left))
+    """Return the memory of the machine, or the container's limit (cgroup v2) if it is smaller."""
+    machine = psutil.virtual_memory()
+    limit = _read_text("/sys/fs/cgroup/memory.max").strip()
+    if not limit.isdigit() or int(limit) >= machine.total:
+        return Memory(machine.total, machine.available)
+    free = max(0, int(limit) - int(_read_text("/sys/fs/cgroup/memory.current") or 0))
+    return Memory(int(limit), min(machine.available, free))
 
 
 def nvidia_driver() -> Driver | None:
-    """Return the NVIDIA driver and its GPUs as CUDA numbers them, or None where none answers.
+    """Return the NVIDIA driver and its GPUs in CUDA's order, or None without a driver.
 
-    NVML knows every GPU of the machine; which of them ``cuda:0`` is, only CUDA says. Nothing is
-    started on a GPU.
+    NVML lists all GPUs of the machine; only CUDA defines which of them is ``cuda:0``. No CUDA
+    context is created.
     """
     import pynvml
 
@@ -142,7 +142,7 @@ def nvidia_driver() -> Driver | None:
             number = int(pynvml.nvmlSystemGetCudaDriverVersion_v2())  # 1000 * major + 10 * minor
             count = pynvml.nvmlDeviceGetCount()
             gpus = [_gpu(pynvml, pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)]
-            visible = _in_cudas_order(gpus)
+            visible = _visible_to_cuda(gpus)
             version = str(pynvml.nvmlSystemGetDriverVersion())
             cuda = (number // 1000, number % 1000 // 10)
             return Driver(version, cuda, visible, len(gpus) - len(visible))
@@ -151,8 +151,8 @@ def nvidia_driver() -> Driver | None:
     return None
 
 
-def nvml_answer(gpu: Any, function: str, *arguments: Any) -> Any:
-    """Return NVML's answer about a GPU; None where it has none: MIG and virtual machines do not."""
+def query_nvml(gpu: Any, function: str, *arguments: Any) -> Any:
+    """Return a value from NVML, or None if it is not supported, as with MIG and virtual GPUs."""
     import pynvml
 
     with contextlib.suppress(pynvml.NVMLError, AttributeError):
@@ -161,50 +161,51 @@ def nvml_answer(gpu: Any, function: str, *arguments: Any) -> Any:
 
 
 def _gpu(nvml: Any, handle: Any) -> Gpu:
-    capability = nvml_answer(handle, "nvmlDeviceGetCudaComputeCapability")
-    installed = nvml_answer(handle, "nvmlDeviceGetMemoryInfo")
-    place = nvml_answer(handle, "nvmlDeviceGetPciInfo")
+    capability = query_nvml(handle, "nvmlDeviceGetCudaComputeCapability")
+    installed = query_nvml(handle, "nvmlDeviceGetMemoryInfo")
+    pci = query_nvml(handle, "nvmlDeviceGetPciInfo")
     return Gpu(
         str(nvml.nvmlDeviceGetName(handle)),
         tuple(capability) if capability else None,
         int(installed.total) if installed else None,
-        _bus(place.busId) if place else "",
-        str(nvml_answer(handle, "nvmlDeviceGetUUID") or ""),
+        _pci_address(pci.busId) if pci else "",
+        str(query_nvml(handle, "nvmlDeviceGetUUID") or ""),
     )
 
 
-def _bus(identifier: Any) -> str:
-    """Return ``0000:3b:00.0`` from what NVML and CUDA write differently."""
+def _pci_address(identifier: Any) -> str:
+    """Return an address such as ``0000:3b:00.0`` from the formats of NVML and CUDA."""
     text = identifier.decode() if isinstance(identifier, bytes) else str(identifier)
     return text.rstrip("\0").lower()[-12:]
 
 
-def _in_cudas_order(gpus: list[Gpu]) -> tuple[Gpu, ...]:
-    """Return the GPUs that CUDA sees, ``cuda:0`` first."""
-    known = {gpu.bus: gpu for gpu in gpus}
-    with contextlib.suppress(ImportError, RuntimeError, KeyError):  # KeyError: MIG, withheld
+def _visible_to_cuda(gpus: list[Gpu]) -> tuple[Gpu, ...]:
+    """Return the GPUs that are visible to CUDA, ``cuda:0`` first."""
+    gpu_at = {gpu.bus: gpu for gpu in gpus}
+    with contextlib.suppress(ImportError, RuntimeError, KeyError):  # KeyError: MIG, permissions
         from cuda.bindings import driver
 
         (status,) = driver.cuInit(0)
         if int(status) == int(driver.CUresult.CUDA_ERROR_NO_DEVICE):
             return ()
         _, count = driver.cuDeviceGetCount()
-        return tuple(known[_bus(driver.cuDeviceGetPCIBusId(16, i)[1])] for i in range(count or 0))
+        addresses = [driver.cuDeviceGetPCIBusId(16, index)[1] for index in range(count or 0)]
+        return tuple(gpu_at[_pci_address(address)] for address in addresses)
     return tuple(gpus)
 
 
-def _text(file: str) -> str:
-    """Return what one of the kernel's files says; "" where there is none."""
+def _read_text(file: str) -> str:
+    """Return the text of a file of the Linux kernel, or "" if it does not exist."""
     return Path(file).read_text(errors="replace") if Path(file).exists() else ""
 
 
 def peak_memory_bytes() -> int:
-    """Return the most main memory this process has held.
+    """Return the peak main memory of this process.
 
-    From ``VmHWM`` where there is one: ``ru_maxrss`` survives ``exec`` on Linux and
-    would count the program that started this one.
+    The source is ``VmHWM`` on Linux, where ``ru_maxrss`` is kept across ``exec`` and would include
+    the program that started this one.
     """
-    if peak := re.search(r"VmHWM:\s+(\d+)", _text("/proc/self/status")):
+    if peak := re.search(r"VmHWM:\s+(\d+)", _read_text("/proc/self/status")):
         return int(peak[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,7 +1,7 @@
-"""Which packages are installed, and whether they load.
+"""Installed packages, and whether they can be loaded.
 
-Versions come from the packages' metadata. Only the small runtimes (ONNX Runtime, TensorRT,
-OpenVINO) are imported, to see whether they load; PyTorch is not.
+Versions are from package metadata. Only small packages (ONNX Runtime, TensorRT, OpenVINO) are
+imported to test that they can be loaded; PyTorch is not.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from van_deploy.documents import read_toml_file
 
 @dataclass(frozen=True)
 class Component:
-    """A package this program works with, as it is here.
+    """A package that van-deploy uses.
 
     Attributes:
-        name: what people call it.
-        enables: what it is there for; what is missing without it.
-        install: what to pass to ``pip install``.
-        distribution: the package that brings it, or None if it is missing.
-        version: that package's version, or None.
-        fault: why it does not load although it is installed, or None.
-        installed: every package here that brings it: more than one overwrite each other.
+        name: common name.
+        enables: its use in van-deploy.
+        install: argument of ``pip install``.
+        distribution: the installed distribution that provides it, or None.
+        version: of that distribution, or None.
+        fault: why it cannot be loaded although it is installed, or None.
+        installed: all installed distributions that provide it, which overwrite each other.
     """
 
     name: str
@@ -42,90 +42,90 @@ class Component:
     installed: tuple[str, ...] = ()
 
 
-def components_here() -> tuple[Component, ...]:
-    """Return every component of ``components.toml`` as it is here; small ones are imported."""
-    found = []
+def find_components() -> tuple[Component, ...]:
+    """Return all components of ``components.toml``; small ones are imported."""
+    components = []
     for row in read_toml_file(Path(__file__).with_name("components.toml"))["component"]:
-        installed = tuple(filter(version_of, row["distributions"]))
-        here = next(iter(installed), None)
-        fault = import_fault(row["module"]) if here and "module" in row else None
-        version, install = here and version_of(here), row.get("install", row["distributions"][0])
-        given = (row["name"], row["enables"], install, here, version, fault)
-        found.append(Component(*given, installed))
-    return tuple(found)
+        installed = tuple(filter(installed_version, row["distributions"]))
+        first = next(iter(installed), None)
+        fault = import_error(row["module"]) if first and "module" in row else None
+        install = row.get("install", row["distributions"][0])
+        fields = (row["name"], row["enables"], install, first, first and installed_version(first))
+        components.append(Component(*fields, fault, installed))
+    return tuple(components)
 
 
-def version_of(distribution: str) -> str | None:
-    """Return the version of an installed package; None where it is not installed."""
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
     return None
 
 
-def of_onnxruntime(name: str) -> Any:
-    """Return an attribute of ONNX Runtime; None where it does not load, or has none such.
+def onnxruntime_attribute(name: str) -> Any:
+    """Return an attribute of ONNX Runtime, or None if it cannot be loaded or lacks the attribute.
 
-    Two ONNX Runtimes over each other can leave a module without its functions.
+    Two ONNX Runtime packages that overwrite each other can leave a module without functions.
     """
-    return None if import_fault("onnxruntime") else getattr(sys.modules["onnxruntime"], name, None)
+    return None if import_error("onnxruntime") else getattr(sys.modules["onnxruntime"], name, None)
 
 
 def execution_providers() -> tuple[str, ...]:
-    """Return the providers ONNX Runtime was built with; empty if it does not load.
+    """Return the execution providers of ONNX Runtime; empty if it cannot be loaded.
 
-    A provider listed here still needs its hardware and libraries.
+    A listed provider may still lack its hardware or libraries.
     """
-    return tuple((of_onnxruntime("get_available_providers") or tuple)())
+    return tuple((onnxruntime_attribute("get_available_providers") or tuple)())
 
 
 def onnxruntime_cuda() -> str | None:
-    """Return the CUDA that ONNX Runtime was built for (``13.0``); None for CPUs, or without it."""
-    return of_onnxruntime("cuda_version") or None
+    """Return the CUDA version of ONNX Runtime (``13.0``), or None for a CPU build or without it."""
+    return onnxruntime_attribute("cuda_version") or None
 
 
 def torch_cuda() -> str | None:
-    """Return the CUDA that PyTorch was built for (``13.0``), without importing it.
+    """Return the CUDA version of PyTorch (``13.0``) without importing it.
 
-    None where it is not installed, or built for CPUs.
+    None if it is not installed, or for a CPU build.
     """
     text = ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
-        place = importlib.metadata.distribution("torch").locate_file("torch/version.py")
-        text = Path(str(place)).read_text(encoding="utf-8")
+        path = importlib.metadata.distribution("torch").locate_file("torch/version.py")
+        text = Path(str(path)).read_text(encoding="utf-8")
     match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
     return match[1] if match else None
 
 
 def pip_command() -> str:
-    """Return how to call the pip of the Python that runs this program."""
+    """Return the command of the pip that belongs to this Python."""
     first = Path(shutil.which("pip") or "")
     return "pip" if first.parent == Path(sys.executable).parent else f"{sys.executable} -m pip"
 
 
-def imported_quietly(module: str) -> ModuleType:
-    """Return the module, imported without telling OpenVINO's makers.
+def import_without_telemetry(module: str) -> ModuleType:
+    """Import and return a module with OpenVINO's telemetry disabled.
 
-    OpenVINO reports its import to a web service. It takes its own stand-in where the reporter is
-    not installed, and for the time of the import it seems not to be. A reporter that was loaded
-    before stays.
+    OpenVINO reports its import to a web service through ``openvino_telemetry``, and uses a stub if
+    that package is not installed. The package is therefore hidden during the import, unless it
+    was imported before.
 
     Raises:
-        ImportError: the module is not there or does not load.
+        ImportError: the module is not installed or cannot be loaded.
     """
-    reporter = "openvino_telemetry"
-    if reporter in sys.modules:
+    telemetry = "openvino_telemetry"
+    if telemetry in sys.modules:
         return importlib.import_module(module)
-    sys.modules[reporter] = None  # type: ignore[assignment]
+    sys.modules[telemetry] = None  # type: ignore[assignment]
     try:
         return importlib.import_module(module)
     finally:
-        del sys.modules[reporter]
+        del sys.modules[telemetry]
 
 
-def import_fault(module: str) -> str | None:
-    """Return why the module cannot be imported, on one line, or None if it can."""
+def import_error(module: str) -> str | None:
+    """Return why a module cannot be imported, on one line, or None if it can."""
     try:
-        imported_quietly(module)
+        import_without_telemetry(module)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return " ".join(str(error).split())[:300] or type(error).__name__
     return None

@@ -77,7 +77,7 @@ class JobImages:
                 )
             if part.indices:
                 yield part.inputs, list(part.indices)
-                self.watch.reached(part.indices[-1] + 1, len(chosen))
+                self.watch.update(part.indices[-1] + 1, len(chosen))
 
     def few(self, chosen: ImageSet, count: int) -> Images:
         """Return network input of at most ``count`` images, spread evenly over ``chosen``."""

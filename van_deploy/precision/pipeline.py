@@ -35,7 +35,7 @@ from van_deploy.precision.plan import SCOPES, histogram_tensors, layers_in_scope
 from van_deploy.precision.scales import ChannelRange, observe_ranges, range_batch_size
 from van_deploy.provenance import code_digest, tool_versions
 from van_deploy.runners.onnxruntime import require_onnxruntime
-from van_deploy.stopwatch import Progress, Stopwatch
+from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def quantize_bundle(
     settings: QuantizeSettings | None = None,
     *,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> QuantizeResult:
     """Return a bundle that also holds its network in FP16, BF16 or INT8, and what that cost.
 
@@ -118,7 +118,7 @@ def quantize_bundle(
     watch = Stopwatch(progress)
     job = _Job(opened, asked, images_for(opened, asked, watch))
     name = asked.artifact
-    reason = "asked to (--force)" if force else opened.rebuild_reason(name, job.ingredients())
+    reason = "--force" if force else opened.rebuild_reason(name, job.ingredients())
     reused = not reason
     if reused:
         reason = "the weights, graph, images, settings and versions are those it was made from"

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from van_deploy.bundle import Artifact, Bundle
 from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
-from van_deploy.engine.backend import Host, host_here
-from van_deploy.engine.compatibility import obstacles
-from van_deploy.engine.sidecar import sidecar_path, verified_package, verified_sidecar
+from van_deploy.engine.backend import Host, detect_host
+from van_deploy.engine.compatibility import find_obstacles
+from van_deploy.engine.sidecar import load_package_sidecar, load_sidecar, sidecar_path
 from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -231,7 +231,7 @@ class Network:
         if self.runner in (PYTORCH, ORT_CPU):
             return None
         device = self._asked.device
-        host = host_here(device=gpu_index(device) or 0)
+        host = detect_host(device=gpu_index(device) or 0)
         if self.is_engine or self.is_package:
             return self._native_obstacle(host)
         provider, settings = PROVIDERS[self.runner], self._made.get("settings")
@@ -250,7 +250,9 @@ class Network:
             return Obstacle("engines", "engine not executed: no GPU")
         if self.is_engine and self._asked.trust_engine and not sidecar_path(path).exists():
             return None
-        found = obstacles((verified_package if self.is_package else verified_sidecar)(path), host)
+        found = find_obstacles(
+            (load_package_sidecar if self.is_package else load_sidecar)(path), host
+        )
         if not found:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"

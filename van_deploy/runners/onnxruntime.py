@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, parser
 
-from van_deploy.environment.packages import imported_quietly, pip_command
+from van_deploy.environment.packages import import_without_telemetry, pip_command
 from van_deploy.errors import (
     ConversionError,
     InputError,
@@ -400,7 +400,7 @@ class OpenVinoRunner(Runner):
             ConversionError: it refuses the graph.
         """
         with require_extra("OpenVINO", "openvino"):
-            ov: Any = imported_quietly("openvino")
+            ov: Any = import_without_telemetry("openvino")
         try:
             compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
         except RuntimeError as error:

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from van_deploy.engine.backend import host_here
+from van_deploy.engine.backend import detect_host
 from van_deploy.engine.compatibility import require_compatible
-from van_deploy.engine.inductor import cudnn_tf32, quietly
-from van_deploy.engine.sidecar import verified_package
+from van_deploy.engine.inductor import compile_environment, cudnn_tf32
+from van_deploy.engine.sidecar import load_package_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Logits, Outputs, Runner, gpu_index, require_served
@@ -127,8 +127,8 @@ class InductorRunner(Runner):
             MissingDependency: PyTorch, GPU or processor are others than it was compiled for.
             ConversionError: PyTorch does not load it.
         """
-        self.sidecar = verified_package(self.package)
-        require_compatible(self.sidecar, host_here(device=self._index))
+        self.sidecar = load_package_sidecar(self.package)
+        require_compatible(self.sidecar, detect_host(device=self._index))
         self.on_gpu = self.sidecar.device == "cuda"
         self.tf32 = self.on_gpu and self.sidecar.tf32
         self.device = torch_device(f"cuda:{self._index}" if self.on_gpu else "cpu")
@@ -139,7 +139,7 @@ class InductorRunner(Runner):
         # PyTorch before 2.8 loads on the first GPU only.
         where: dict[str, Any] = {"device_index": self._index} if self._index and self.on_gpu else {}
         try:
-            with torch_failures("loading the package"), quietly():
+            with torch_failures("loading the package"), compile_environment():
                 self._call = torch._inductor.aoti_load_package(str(self.package), **where)
         except (RuntimeError, OSError) as error:
             raise ConversionError(

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.config import BatchRange
-from van_deploy.engine.backend import RTX, Backend, backend_named, engine_from_plan, host_here
+from van_deploy.engine.backend import RTX, Backend, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import require_compatible
-from van_deploy.engine.messages import BuildLog, failure
-from van_deploy.engine.sidecar import Sidecar, sidecar_path, verified_sidecar
+from van_deploy.engine.messages import BuildLog, error_from_log
+from van_deploy.engine.sidecar import Sidecar, load_sidecar, sidecar_path
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, gpu_index, profile_for, require_served
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
@@ -49,8 +49,8 @@ def admit(plan: Path, *, trust_engine: bool = False, device: int = 0) -> Sidecar
     """
     if trust_engine and plan.is_file() and not sidecar_path(plan).exists():
         return None
-    sidecar = verified_sidecar(plan)
-    require_compatible(sidecar, host_here(device=device))
+    sidecar = load_sidecar(plan)
+    require_compatible(sidecar, detect_host(device=device))
     return sidecar
 
 
@@ -92,7 +92,7 @@ class TensorRtRunner(Runner):
             ConversionError: TensorRT does not load it.
         """
         sidecar = admit(self.plan, trust_engine=self.trust_engine, device=self._index)
-        self.backend: Backend = backend_named(sidecar.backend if sidecar else self._named)
+        self.backend: Backend = load_backend(sidecar.backend if sidecar else self._named)
         self.cuda = require_cuda(self._index)
         self.trt, self.log = self.backend.module, BuildLog()
         self.contexts: dict[int, Any] = {}
@@ -196,7 +196,7 @@ class TensorRtRunner(Runner):
             given = () if self._config is None else (self._config,)
             context = engine.create_execution_context(*given)
             if context is None:
-                raise failure(f"{self.backend.label} makes no context", self.log.errors)
+                raise error_from_log(f"{self.backend.label} makes no context", self.log.errors)
             self.contexts[key] = context
         return self.contexts[key]
 
@@ -238,4 +238,4 @@ class TensorRtRunner(Runner):
         ]
 
     def _refused(self, what: str) -> VanDeployError:
-        return failure(f"{self.backend.label} refused {what}", self.log.errors[-2:])
+        return error_from_log(f"{self.backend.label} refused {what}", self.log.errors[-2:])

@@ -21,7 +21,7 @@ from typing import Any
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.documents import read_toml_file
-from van_deploy.engine.sidecar import Sidecar, verified_sidecar
+from van_deploy.engine.sidecar import Sidecar, load_sidecar
 from van_deploy.errors import InputError, UsageError
 from van_deploy.runners.network import Network, runnable_artifacts
 
@@ -130,7 +130,7 @@ def models_of(
 def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonModel:
     """Return the model of plans of one graph; refuse what Triton cannot load or serve as one."""
     paths = [network.bundle.verified_path(name) for name in names]
-    sidecars = [verified_sidecar(path) for path in paths]
+    sidecars = [load_sidecar(path) for path in paths]
     first, both = sidecars[0], " and ".join(f"'{name}'" for name in names)
     same = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
     unlike = [what for what in same if len({str(getattr(s, what)) for s in sidecars}) > 1]

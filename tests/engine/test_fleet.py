@@ -14,10 +14,10 @@ from tests.manifest_parts import artifact_entry
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.backend import Backend, Host
-from van_deploy.engine.bundled import (
+from van_deploy.engine.fleet import (
+    BuildOutcome,
     Cell,
     FleetHost,
-    Outcome,
     build_cells,
     build_on_ray,
     read_fleet,
@@ -38,7 +38,7 @@ def cell_of(folder: Path, precision: str = "fp32", options: BuildOptions = SM89)
 
 def made(
     folder: Path, options: BuildOptions = SM89, precision: str = "fp32", **more: Any
-) -> Outcome:
+) -> BuildOutcome:
     (outcome,) = build_cells([cell_of(folder, precision, options)], host=Host(), **more)
     return outcome
 
@@ -146,7 +146,7 @@ def test_a_fleet_goes_on_after_a_failure_and_resumes(
     assert "[1/4] van_digits fp32 sm_86: built" in first.stderr
     assert "error: 2 of 4 engines failed." in first.stderr
     assert "Run the same command again to resume." in first.stderr
-    second = list(build_cells(read_fleet(fleet_file), host=Host(), go_on=True))
+    second = list(build_cells(read_fleet(fleet_file), host=Host(), keep_going=True))
     assert [outcome.outcome for outcome in second] == ["reused", "reused", "failed", "failed"]
     assert second[1].engine == f"van_digits-fp32-sm80+sm89-rtx{rtx.release}"
 

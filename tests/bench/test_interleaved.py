@@ -14,13 +14,14 @@ import psutil
 import pytest
 
 from tests.each import each
-from van_deploy.bench.benchmark import warnings_of
+from van_deploy.bench.benchmark import warnings_for
 from van_deploy.bench.document import Contender, Latency, Machine, Ratio, Row
-from van_deploy.bench.race import Lane, Race, with_reference
-from van_deploy.bench.worker import KEEP_MEMORY, Worker, WorkerError, WorkerProcess
+from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess, round_order
+from van_deploy.bench.worker import MALLOC_SETTINGS, Worker, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
+from van_deploy.stopwatch import no_progress
 
 QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
 SIX = Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0)
@@ -52,19 +53,19 @@ def sleeps(process: psutil.Process) -> bool:
 def test_a_worker_sleeps_between_requests_and_keeps_its_memory_unless_told_otherwise(
     graph: Contender, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in KEEP_MEMORY:
+    for name in MALLOC_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "9")
     with WorkerProcess(1) as worker:
         process = psutil.Process(worker.process.pid)
-        worker.ask("load", contender=graph, threads=1, streams=1)
+        worker.request("load", contender=graph, threads=1, streams=1)
         assert sleeps(process)
-        assert min(worker.ask("feed", images=inputs, batch=2, warmup_s=0.0)) > 0
+        assert min(worker.request("warm_up", images=inputs, batch=2, warmup_s=0.0)) > 0
         assert sleeps(process)
-        latencies, wall_s, peak = worker.ask("time", seconds=0.05)
+        latencies, wall_s, peak = worker.request("time_calls", seconds=0.05)
         assert peak > 10e6
         assert wall_s >= sum(latencies) / 1e3 >= 0.05
-        expected = {**KEEP_MEMORY, "MALLOC_MMAP_MAX_": "9", "OMP_NUM_THREADS": "1"}
+        expected = {**MALLOC_SETTINGS, "MALLOC_MMAP_MAX_": "9", "OMP_NUM_THREADS": "1"}
         assert expected.items() <= process.environ().items()
 
 
@@ -74,7 +75,7 @@ def test_exhausted_memory_is_recognised(text: str, monkeypatch: pytest.MonkeyPat
         raise RuntimeError(text) if text else MemoryError
 
     monkeypatch.setattr(Worker, "profile", fail)
-    assert Worker().answer("profile", {}).message == "out of memory"
+    assert Worker().handle("profile", {}).message == "out of memory"
 
 
 def test_what_fails_is_a_row_and_the_rest_goes_on(
@@ -84,10 +85,10 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     narrow = replace(graph, name="narrow", min_batch=2, max_batch=2)
     broken = replace(graph, name="broken", file=str(tmp_path / "model.onnx"))
     settings = BenchSettings(device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK)
-    lanes = [Lane(one, inputs, 64, settings) for one in (graph, narrow, broken)]
-    with Race(lanes, settings) as race:
+    lanes = [TimedProcess(one, inputs, 64, settings) for one in (graph, narrow, broken)]
+    with InterleavedBenchmark(lanes, settings, no_progress) as race:
         os.kill(lanes[0].process.pid, signal.SIGKILL)
-        first, second = ({row.contender: row for row in race.run(n, lanes)} for n in (1, 2))
+        first, second = ({row.contender: row for row in race.run_batch(n, lanes)} for n in (1, 2))
     assert "SIGKILL" in first["fp32"].error
     assert first["narrow"].error == "batch 1 is outside the engine's profile (2 to 2)"
     assert all("cannot load" in rows["broken"].error for rows in (first, second))
@@ -97,7 +98,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     assert second["fp32"].latency.calls >= 2 * QUICK.rounds
 
 
-class Scripted(Lane):
+class Scripted(TimedProcess):
     """A contender whose slices take what it is told, on a machine that gets slower by ``drift``."""
 
     def __init__(
@@ -107,8 +108,8 @@ class Scripted(Lane):
         self.ms, self.fails_at, self.noise, self.hurt, self.slices = ms, fails_at, noise, hurt, 0
         self.race = Neighbourhood(self)
 
-    def ask(self, do: str, **given: Any) -> Any:
-        if do == "feed":
+    def request(self, method: str, **arguments: Any) -> Any:
+        if method == "warm_up":
             return self.ms, self.ms
         self.slices += 1
         self.race.clock += 1
@@ -116,10 +117,10 @@ class Scripted(Lane):
             raise WorkerError("killed by SIGKILL")
         took = self.ms * self.race.drift**self.race.clock * self.noise ** (self.slices % 2)
         took *= self.hurt if self.race.disturbed else 1.0
-        return [took], given["seconds"], 0
+        return [took], arguments["seconds"], 0
 
 
-class Neighbourhood(Race):
+class Neighbourhood(InterleavedBenchmark):
     """A race of scripted contenders, with a neighbour from one look at the machine to another."""
 
     def __init__(
@@ -127,21 +128,21 @@ class Neighbourhood(Race):
     ) -> None:
         reference = lanes[0].contender.name
         settings = BenchSettings(device="cpu", reference=reference, budget=budget)
-        super().__init__([*lanes], settings)
+        super().__init__([*lanes], settings, no_progress)
         self.clock, self.drift, self.hurt = 0, drift, hurt
         for lane in lanes:
             lane.race = self
 
     @property
     def disturbed(self) -> bool:
-        return len(self.looks) in self.hurt
+        return len(self.probe_times) in self.hurt
 
-    def look(self) -> float:
-        self.looks.append(1.3 if self.disturbed else 1.0)
-        return self.looks[-1]
+    def time_probe(self) -> float:
+        self.probe_times.append(1.3 if self.disturbed else 1.0)
+        return self.probe_times[-1]
 
     def rows(self) -> dict[str, Row]:
-        return {row.contender: row for row in self.run(1, self.lanes)}
+        return {row.contender: row for row in self.run_batch(1, self.processes)}
 
 
 def ratio_of(row: Row) -> float | None:
@@ -157,9 +158,9 @@ def test_steady_drift_cancels_between_the_reference_before_and_after() -> None:
 
 def test_the_reference_comes_first_last_and_after_every_few() -> None:
     base, others = Scripted("r", 1.0), [Scripted(str(i), 1.0) for i in range(7)]
-    names = [lane.contender.name for lane in with_reference(others, base)]
+    names = [lane.contender.name for lane in round_order(others, base)]
     assert names == ["r", "0", "1", "2", "r", "3", "4", "5", "r", "6", "r"]
-    assert with_reference([], base) == [base]
+    assert round_order([], base) == [base]
 
 
 def test_one_that_fails_is_a_row_and_a_reference_that_fails_leaves_no_ratios() -> None:
@@ -206,9 +207,9 @@ def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said() -> None:
     assert rows["a"].ratio
     assert (rows["a"].ratio.rounds, rows["a"].settled) == (6, False)
     machine = Machine(cpu(), (), None, other_load_cores=0.5, under_load=True)
-    said = " ".join(warnings_of([*rows.values()], race.settings, machine))
+    said = " ".join(warnings_for([*rows.values()], race.settings, machine))
     assert "1 of 1 ratios did not settle" in said
-    assert "other work kept 0.5 of" in said
+    assert "other processes used 0.5 of" in said
 
 
 @each("count", [1, 5, 99, 100, 101])
