@@ -120,7 +120,7 @@ def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_p
     assert again["export"]["reused"] is True
     values = again["manifest"]["preprocessing"]
     changed = "image_size, mean, std, interpolation, crop_pct"
-    assert values["source"].endswith(f"except {changed} as asked for")
+    assert values["source"].endswith(f"except {changed} as requested")
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 

@@ -172,7 +172,7 @@ def test_imagenets_layouts_all_give_the_same_figures(
     (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
     layouts: dict[str, tuple[Path | str, ...]] = {
         "class folders by WordNet id": (tmp_path / "wnid",),
-        "in the order asked for (index)": (tmp_path / "index", "--class-order", "index"),
+        "in the requested order (index)": (tmp_path / "index", "--class-order", "index"),
         "LOC_val_solution.csv": (kaggle,),
     }
     figures = []

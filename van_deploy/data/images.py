@@ -244,7 +244,7 @@ def open_image(
     except Exception as error:  # damaged files make Pillow raise many types
         reason = getattr(error, "strerror", "") or " ".join(str(error).split()).rstrip(".")
         if isinstance(error, UnidentifiedImageError):
-            reason = "its format is unknown"
+            reason = "it is in no known image format"
         elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             reason = f"it is too large to open safely, {reason}"
         wrong = f"{name} cannot be read as an image: {reason or type(error).__name__}."

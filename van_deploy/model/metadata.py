@@ -237,7 +237,8 @@ def _read_preprocessing(
         return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
-        empty, ignored = (None, "", [], ()), {*overrides, "source"}
+        empty: tuple[Any, ...] = (None, "", [], ())
+        ignored = {*overrides, "source"}
         values = {k: v for k, v in read(content).items() if k not in ignored and v not in empty}
         if {"image_size", "crop_pct"} & overrides.keys():
             values.pop("resize_size", None)
