@@ -23,7 +23,7 @@ import torch
 from onnx import ModelProto
 
 from benchmarks.kinds import build_plan, input_shape
-from benchmarks.table import Table, options
+from benchmarks.table import Table, parse_options
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.samples import digits_set
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
@@ -137,7 +137,7 @@ def plan_kernels(model: ModelProto) -> Counter[str]:
 
 def main() -> int:
     """Measure every line on both networks, and count the kernels."""
-    given = options(__doc__, checkpoint="", calib="", eval="")
+    given = parse_options(__doc__, checkpoint="", calib="", eval="")
     digits, _ = split(choose_images(ImageSelection(source="digits")), 0.2, 0)
     networks = {"van_digits": Network(load_van(EMBEDDED_NAME), digits, digits_set("heldout"))}
     if given.checkpoint:
@@ -149,7 +149,7 @@ def main() -> int:
         figures = [network.figures(method, techniques) for network in networks.values()]
         table.row(what, *(cell for pair in figures for cell in pair))
     table.notes += [*networks.values()][-1].kernels()
-    return table.printed()
+    return table.print_json()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from benchmarks.table import Table, options, van_deploy
+from benchmarks.table import Table, parse_options, run_van_deploy
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import decoded_batches, image_set
 from van_deploy.environment.hardware import peak_memory_bytes
@@ -52,7 +52,7 @@ Images = npt.NDArray[np.float32]
 
 def main() -> int:
     """Measure everything, or record in this process."""
-    given = options(__doc__, checkpoint="", calib="", eval="", record="")
+    given = parse_options(__doc__, checkpoint="", calib="", eval="", record="")
     if given.record:
         print(json.dumps(_record(*given.record.split(","))))
         return 0
@@ -63,15 +63,15 @@ def main() -> int:
         folder = Path(name)
         if given.checkpoint:
             bundle, images = folder / "network", (Path(given.calib), Path(given.eval))
-            van_deploy("export", given.checkpoint, "--output", bundle)
+            run_van_deploy("export", given.checkpoint, "--output", bundle)
             _forms(table, bundle, FORMS, images)
             _onnxruntime(table, Bundle.open(bundle), *images, folder / "target.onnx")
-        van_deploy("export", EMBEDDED_NAME, "--output", folder / "digits")
+        run_van_deploy("export", EMBEDDED_NAME, "--output", folder / "digits")
         calib = write_digits_folder(folder / "calib", "train", 512)
         judge = write_digits_folder(folder / "eval", "heldout")
         forms = [form for form in FORMS if "--max-drop" not in form]
         _forms(table, folder / "digits", forms, (calib, judge))
-        van_deploy("export", "van_b0", "--weights", "random", "--output", folder / "at_224")
+        run_van_deploy("export", "van_b0", "--weights", "random", "--output", folder / "at_224")
         for who, count in RECORDINGS:
             words = [sys.executable, "-m", "benchmarks.precision", "--record"]
             command = [*words, f"{folder / 'at_224'},{who},{count}"]
@@ -82,7 +82,7 @@ def main() -> int:
                 f"{1e3 * seconds:.0f} ms an image."
             )
     os.dup2(channel, 1)
-    return table.printed()
+    return table.print_json()
 
 
 def _forms(table: Table, bundle: Path, forms: Iterable[str], images: tuple[Path, Path]) -> None:
@@ -90,7 +90,7 @@ def _forms(table: Table, bundle: Path, forms: Iterable[str], images: tuple[Path,
     for form in forms:
         start, (calib, judge) = time.perf_counter(), images
         words = (*form.split(), "--images", calib, "--eval", judge, "--force")
-        facts = van_deploy("quantize", bundle, *words, codes=(0, 1))["facts"]
+        facts = run_van_deploy("quantize", bundle, *words, codes=(0, 1))["facts"]
         seconds = time.perf_counter() - start
         reference, row = (
             next(r for r in facts["comparison"] if r["requested"] == wanted)

@@ -48,7 +48,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.table import Table
-from reliability.load import Load, drive, exported, infer_requests, started
+from reliability.load import Load, drive, export_test_bundle, infer_requests, started
 from reliability.tritonserver import PYTHON, triton_running
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
@@ -75,15 +75,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
         wanted = [(given.measure, given.bundle, given.requests)]
         if not given.measure:
-            small = exported(Path(name) / "van_digits", "van_digits")
-            large = exported(Path(name) / "van_b0", "van_b0", "--weights", "random")
+            small = export_test_bundle(Path(name) / "van_digits", "van_digits")
+            large = export_test_bundle(Path(name) / "van_b0", "van_b0", "--weights", "random")
             wanted = [("load", small, 10_000), ("load", large, 2000)]
             wanted += [("triton", large, 1200), ("worst", large, 0)]
         for measure, given.bundle, given.requests in wanted:
             start = time.monotonic()
             MEASURES[measure](given, table)
             print(f"{measure}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return table.printed()
+    return table.print_json()
 
 
 def load(given: argparse.Namespace, table: Table) -> None:

@@ -65,7 +65,7 @@ class Requests:
     expected: npt.NDArray[np.float32]
 
 
-def exported(folder: Path, *words: str) -> Path:
+def export_test_bundle(folder: Path, *words: str) -> Path:
     """Return a bundle whose artifacts also take bytes."""
     command = [sys.executable, "-m", "van_deploy", "export", *words, "--output", str(folder)]
     command += ["--embed-preprocess", "uint8", "--json"]
@@ -164,7 +164,7 @@ def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
         count: of images and of requests; None for 50,000 and 10,000.
     """
     with tempfile.TemporaryDirectory(prefix="van-deploy-load-") as name:
-        bundle = exported(Path(name) / "bundle", "van_digits")
+        bundle = export_test_bundle(Path(name) / "bundle", "van_digits")
         rows = evaluate_and_quantize(Path(name), bundle, count or IMAGES)
         rows.append(serve_killed(bundle, count or REQUESTS))
     faults = [" | ".join(row) for row in rows if row[3] != "yes"]

@@ -141,8 +141,8 @@ def test_a_bundle_is_judged_at_its_batch_and_every_size(made: Bundle) -> None:
 def test_the_network_fills_the_batch(made: Bundle) -> None:
     images = np.random.default_rng(0).standard_normal((4, 3, 64, 96)).astype(np.float32)
     with Network(made, "fp32") as network:
-        assert [network.serves(3), network.serves(2)] == [True, False]
-        assert [network.serves_size((96, 64)), network.serves_size((96, 160))] == [True, False]
+        assert [network.supports_batch(3), network.supports_batch(2)] == [True, False]
+        assert [network.supports_size((96, 64)), network.supports_size((96, 160))] == [True, False]
         together = network.run(images)["logits"]
         apart = np.concatenate([network.run(images[i : i + 1])["logits"] for i in range(4)])
     assert np.allclose(together, apart, atol=1e-4)

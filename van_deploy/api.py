@@ -32,9 +32,9 @@ from van_deploy.documents import Verdict
 from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
-from van_deploy.runners.network import Network, original_network, require_classes
+from van_deploy.runners.network import Network, original_network, require_classifier
 from van_deploy.serve.package import PackageReport, package
-from van_deploy.serve.predict import Prediction, predict, sources_from
+from van_deploy.serve.predict import Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
 from van_deploy.stopwatch import Progress, no_progress
 
@@ -318,8 +318,8 @@ class Bundle:
         """
         asked = settings_from_kwargs(config.PredictSettings, options)
         opened = self.opened()
-        require_classes(opened, "predict")
-        sources = sources_from([images] if isinstance(images, Image) else images)
+        require_classifier(opened, "predict")
+        sources = find_sources([images] if isinstance(images, Image) else images)
         batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
         with Network(opened, asked.artifact, asked, threads=asked.threads) as network:
             answers = predict(network, sources, top=asked.top_k, batch=batch)

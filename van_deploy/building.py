@@ -300,7 +300,7 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _call_seconds(network.opened, images)
+        seconds = _call_seconds(network.loaded_runner, images)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
     return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
@@ -311,7 +311,7 @@ def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
     with contextlib.ExitStack() as stack:
         buffers = None
         if runner.on_gpu:
-            buffers = stack.enter_context(contextlib.closing(runner.resident(images)))
+            buffers = stack.enter_context(contextlib.closing(runner.resident_batch(images)))
             buffers.upload()
 
         def calls(count: int) -> float:
@@ -323,7 +323,7 @@ def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
                     buffers.launch()
             if buffers is not None:
                 buffers.download()
-                buffers.outputs()
+                buffers.logits()
             return (time.perf_counter() - start) / count
 
         calls(MIN_CALLS)  # compiles, tunes, records

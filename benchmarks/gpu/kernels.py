@@ -32,9 +32,9 @@ import torch
 from tiles import candidates
 
 from van_deploy.files import write_atomic
-from van_deploy.kernels import launch, network, plain, steps
-from van_deploy.kernels.launch import TILES, Launch, Tile, recorded
-from van_deploy.kernels.network import FusedVan, fused
+from van_deploy.kernels import launch, network, ops, reference
+from van_deploy.kernels.launch import TILES, Launch, Tile, record_launches
+from van_deploy.kernels.network import FusedVan, fuse_van
 from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -90,7 +90,7 @@ def images(name: str, batch: int, size: int) -> torch.Tensor:
 
 def built(name: str, dtype: torch.dtype) -> FusedVan:
     """Return the fused network, on no device's terms yet."""
-    model = fused(random_van(CONFIGURATIONS[name]), dtype, fallback=True)
+    model = fuse_van(random_van(CONFIGURATIONS[name]), dtype, fallback=True)
     model.fallbacks = ()
     return model
 
@@ -116,20 +116,20 @@ def calls_of(model: FusedVan, x: torch.Tensor) -> tuple[dict[str, Call], Counter
 
     def noted(step: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            with recorded(run=x.device.type != "meta") as launches:
-                out = getattr(steps, step)(*arguments)
+            with record_launches(run=x.device.type != "meta") as launches:
+                out = getattr(ops, step)(*arguments)
             calls.setdefault(launches[-1].key, Call(step, arguments, launches[-1]))
             counts[launches[-1].key] += 1
             return out
 
         return run
 
-    network.steps = SimpleNamespace(**{step: noted(step) for step in steps.__all__})
+    network.ops = SimpleNamespace(**{step: noted(step) for step in ops.__all__})
     try:
         with torch.no_grad():
             model(x)
     finally:
-        network.steps = steps
+        network.ops = ops
     return calls, counts
 
 
@@ -222,9 +222,9 @@ def tune(args: Any, log: Log, model: FusedVan, batch: int, bandwidth: float) -> 
 
 def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
     """Check and time one kernel with its tiles; keep the best one and return its figures."""
-    run = getattr(steps, call.step)
+    run = getattr(ops, call.step)
     doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in call.arguments]
-    expected = getattr(plain, call.step)(*doubles).float()
+    expected = getattr(reference, call.step)(*doubles).float()
     del doubles
     guarded = tuple(walled(a) for a in call.arguments)
     copies = max(1, min(12, L2_BYTES // max(call.launch.bytes, 1)))

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from van_deploy.kernels.launch import FEW, Launch, Tile, power_block
+from van_deploy.kernels.launch import FEW, Launch, Tile, power_of_two_block
 
 
 def candidates(made: Launch) -> list[Tile]:
@@ -32,7 +32,7 @@ def candidates(made: Launch) -> list[Tile]:
     elif kind == "pointwise":
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "REPEAT", "num_warps", "num_stages")
         inner = shapes[1][1]
-        k, n, whole = own["BLOCK_K"], own["BLOCK_N"], power_block(inner, 64)
+        k, n, whole = own["BLOCK_K"], own["BLOCK_N"], power_of_two_block(inner, 64)
         if few:
             tries = [(16, 32, k, 1, 2, 4), (16, 64, k, 1, 4, 4), (32, 32, k, 1, 4, 4)]
             tries += [(64, 32, k, 1, 4, 4), (16, 16, k, 1, 1, 4)]

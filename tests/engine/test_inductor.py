@@ -102,7 +102,7 @@ def test_logits_at_several_batches(packaged: Path) -> None:
             with pytest.raises(InputError, match="does not serve a batch of 9"):
                 runner.run(images)
             with pytest.raises(UsageError, match="runs on no GPU"):
-                runner.resident(images[:1])
+                runner.resident_batch(images[:1])
         with Network(bundle, names[precision]) as network:  # which splits what is too large
             assert next(iter(network.run(images).values())).shape[0] == 9
 

@@ -18,7 +18,7 @@ from tests.gpu.cases import Case, Digits, need_cuda_provider, params
 from van_deploy.checks.gates import sqnr_floor
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.metrics import compare
-from van_deploy.runners.base import Resident
+from van_deploy.runners.base import ResidentBatch
 from van_deploy.runners.cuda import require_cuda
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 from van_deploy.runners.pytorch import torch_device
@@ -54,20 +54,20 @@ def test_every_batch_holds_the_floor_of_its_class(held: Held, digits: Digits) ->
 def test_a_resident_batch_answers_as_run_does(held: Held, digits: Digits) -> None:
     case, runner = held
     for batch in sorted(set(case.batches), reverse=True):
-        resident = runner.resident(digits.images[:batch])
-        assert isinstance(resident, Resident)
+        resident = runner.resident_batch(digits.images[:batch])
+        assert isinstance(resident, ResidentBatch)
         assert resident.stream != 0
         for _ in range(3):  # the first may tune or record, the others replay
             resident.upload()
             resident.launch()
             resident.download()
-            logits = resident.outputs()
+            logits = resident.logits()
             found = compare(digits.expected[:batch], logits)
             assert found.sqnr_db >= floor_of(case, digits), (batch, found.sqnr_db)
         for _ in range(3):
             resident.launch()
         resident.download()
-        assert compare(logits, resident.outputs()).sqnr_db >= 60
+        assert compare(logits, resident.logits()).sqnr_db >= 60
         resident.close()
     count = case.batches[0]
     again = runner.run(digits.images[:count])
@@ -91,7 +91,7 @@ def test_a_batch_that_is_not_served(held: Held, digits: Digits) -> None:
     with pytest.raises(InputError, match="does not serve a batch of 9"):
         runner.run(nine)
     with pytest.raises(InputError, match="does not serve a batch of 9"):
-        runner.resident(nine)
+        runner.resident_batch(nine)
     with pytest.raises(InputError, match=r"not \(1, 3"):
         runner.run(digits.images[:1, :, 1:])
     assert runner.run(digits.images[:1]).shape == digits.expected[:1].shape

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 from van_deploy.graph.fold import fold_van
-from van_deploy.kernels import plain, steps
+from van_deploy.kernels import ops, reference
 from van_deploy.kernels.launch import TILES
-from van_deploy.kernels.network import fused
+from van_deploy.kernels.network import fuse_van
 from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VanConfig
 
@@ -48,8 +48,8 @@ def poison() -> None:
 def error(step: str, *arguments: Any) -> float:
     """Return the relative error of a step against float64."""
     doubles = [a.double() if isinstance(a, Tensor) else a for a in arguments]
-    expected = getattr(plain, step)(*doubles)
-    found = getattr(steps, step)(*arguments)
+    expected = getattr(reference, step)(*doubles)
+    found = getattr(ops, step)(*arguments)
     expected = expected if isinstance(expected, list) else [expected]
     found = found if isinstance(found, list) else [found]
     pairs = zip(found, expected, strict=True)
@@ -68,7 +68,7 @@ def depthwise(
 def gelu_past_its_bound() -> float:
     """Return by how much GELU is off beyond 5e-6 and float16's rounding: 0 where it keeps to it."""
     x = torch.linspace(-9, 9, 1024 * 16).half().view(1, 32, 32, 16)
-    found = steps.depthwise(x, torch.ones(1, 1, 16), torch.zeros(16), 1, True).double()
+    found = ops.depthwise(x, torch.ones(1, 1, 16), torch.zeros(16), 1, True).double()
     expected = torch.nn.functional.gelu(x.double())
     past = (found - expected).abs() - 5e-6 - expected.abs() * 2**-11 - 2**-25
     return float(past.max().clamp(min=0))
@@ -113,7 +113,7 @@ def whole(dtype: torch.dtype, kept: int = 0) -> float:
         scale = block.norm1.weight / torch.sqrt(block.norm1.running_var + block.norm1.eps)
         block.layer_scale_1.data[3] = 1e-6 / scale[3] - 1 / scale[3]
     assert fold_van(model, x).multiplies_kept == kept
-    found = fused(model, dtype)(x).double()
+    found = fuse_van(model, dtype)(x).double()
     expected = model.double()(x.double())
     return float((found - expected).norm() / expected.norm())
 
@@ -180,14 +180,14 @@ def refused() -> dict[str, str]:
     whole = torch.ones(1, 3, 8, 8, dtype=torch.int32)
     last = x.permute(0, 3, 1, 2)
     calls: dict[str, Callable[[], Any]] = {
-        "(4, 4, 16), where the kernel takes 4 dim": lambda: steps.depthwise(x[0], weight, bias),
-        "takes shape (3, 3, 16)": lambda: steps.depthwise(x, tensor(2, 2, 16), bias),
-        "'x' is not contiguous": lambda: steps.depthwise(last, tensor(3, 3, 4), tensor(4)),
-        "'x' is torch.float64": lambda: steps.depthwise(x.double(), weight, bias),
-        "'bias' is torch.float16": lambda: steps.depthwise(x, weight, bias.half()),
-        "'x' has shape (0, 4, 4, 16)": lambda: steps.depthwise(x[:0], weight, bias),
-        "epilogue 'add' and": lambda: steps.pointwise(x, tensor(16, 16), bias, "add"),
-        "'x' is torch.int32": lambda: steps.patches(whole, tensor(3, 3, 3, 16), bias, 2),
+        "(4, 4, 16), where the kernel takes 4 dim": lambda: ops.depthwise(x[0], weight, bias),
+        "takes shape (3, 3, 16)": lambda: ops.depthwise(x, tensor(2, 2, 16), bias),
+        "'x' is not contiguous": lambda: ops.depthwise(last, tensor(3, 3, 4), tensor(4)),
+        "'x' is torch.float64": lambda: ops.depthwise(x.double(), weight, bias),
+        "'bias' is torch.float16": lambda: ops.depthwise(x, weight, bias.half()),
+        "'x' has shape (0, 4, 4, 16)": lambda: ops.depthwise(x[:0], weight, bias),
+        "epilogue 'add' and": lambda: ops.pointwise(x, tensor(16, 16), bias, "add"),
+        "'x' is torch.int32": lambda: ops.patches(whole, tensor(3, 3, 3, 16), bias, 2),
     }
     return {words: _message(call) for words, call in calls.items()}
 

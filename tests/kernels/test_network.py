@@ -13,9 +13,9 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from tests.each import each
 from tests.kernels.compiled import compiled
 from van_deploy.errors import UsageError
-from van_deploy.kernels import plain, steps
-from van_deploy.kernels.launch import Launch, nearest, recorded, tuned_tiles
-from van_deploy.kernels.network import FusedVan, fused
+from van_deploy.kernels import ops, reference
+from van_deploy.kernels.launch import Launch, nearest, record_launches, tuned_tiles
+from van_deploy.kernels.network import FusedVan, fuse_van
 from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
@@ -25,14 +25,14 @@ TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
 @pytest.fixture(scope="module")
 def van_b0() -> FusedVan:
     """van_b0 on the meta device: it launches nothing."""
-    model = fused(random_van(VARIANTS["van_b0"].config), fallback=True)
+    model = fuse_van(random_van(VARIANTS["van_b0"].config), fallback=True)
     model.fallbacks = ()
     return model.to("meta")
 
 
 def launches(model: FusedVan, batch: int) -> list[Launch]:
     """Return what the network would launch."""
-    with recorded(run=False) as found, torch.no_grad():
+    with record_launches(run=False) as found, torch.no_grad():
         model(torch.empty(batch, 3, 224, 224, dtype=torch.float16, device="meta"))
     return found
 
@@ -78,7 +78,7 @@ def test_no_kernel_of_van_b0_spills(van_b0: FusedVan, capability: int, batch: in
 
 def test_plain_pytorch_computes_the_same_network() -> None:
     model, x = random_van(TINY), smooth_images(2, 3, 33)
-    plain = fused(model, torch.float32, fallback=True)
+    plain = fuse_van(model, torch.float32, fallback=True)
     if not torch.cuda.is_available():
         assert plain.fallbacks == ("there is no GPU",)
     plain.fallbacks = plain.fallbacks or ("asked",)
@@ -88,9 +88,9 @@ def test_plain_pytorch_computes_the_same_network() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_has_to_be_chosen_and_another_network_is_refused() -> None:
     with pytest.raises(UsageError, match=r"there is no GPU\.\nPass fallback=True to run"):
-        fused(random_van(TINY))
+        fuse_van(random_van(TINY))
     with pytest.raises(UsageError, match="Only a VAN in eval mode"):
-        fused(nn.Linear(2, 2))
+        fuse_van(nn.Linear(2, 2))
 
 
 @pytest.mark.gpu
@@ -107,11 +107,11 @@ def test_each_kernel_on_a_gpu_against_float64(dtype: torch.dtype) -> None:
         "patches": (x.permute(0, 3, 1, 2), random(3, 3, 40, 70, kept=dtype), random(70), 2),
         "layer_norm": (x, random(40), random(40)),
     }
-    assert sorted(calls) == sorted(steps.__all__)
+    assert sorted(calls) == sorted(ops.__all__)
     for name, arguments in calls.items():
         doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-        expected = getattr(plain, name)(*doubles)
-        found = getattr(steps, name)(*arguments).double()
+        expected = getattr(reference, name)(*doubles)
+        found = getattr(ops, name)(*arguments).double()
         limit = 2e-3 if dtype == torch.float16 else 1.6e-2
         assert (found - expected).norm() / expected.norm() <= limit, name
 
@@ -121,7 +121,7 @@ def test_each_kernel_on_a_gpu_against_float64(dtype: torch.dtype) -> None:
 def test_the_network_on_a_gpu() -> None:
     model = random_van(VARIANTS["van_b0"].config)
     x = smooth_images(2, 3, 224)
-    found = fused(model, torch.float16).cuda()(x.cuda()).cpu().double()
+    found = fuse_van(model, torch.float16).cuda()(x.cuda()).cpu().double()
     expected = model.double()(x.double())
     noise = (found - expected).square().sum()
     assert 10 * torch.log10(expected.square().sum() / noise) >= 45

@@ -16,7 +16,7 @@ from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.errors import BundleError, MissingDependency
 from van_deploy.manifest import EngineInfo
-from van_deploy.runners.network import Network, Obstacle
+from van_deploy.runners.network import Network, SkipReason
 
 CUDA, TRUSTING = RunnerSettings(runner="ort-cuda"), RunnerSettings(trust_engine=True)
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
@@ -49,7 +49,7 @@ def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
 
 def test_an_embedded_graph_and_an_engine_take_bytes(bundle: Bundle) -> None:
     with Network(bundle, "fp32") as plain, Network(bundle, "fp32-uint8") as bytes_in:
-        assert plain.serves(3)
+        assert plain.supports_batch(3)
         np.testing.assert_allclose(
             bytes_in.logits(PIXELS), plain.logits(PIXELS), rtol=1e-5, atol=1e-5
         )
@@ -57,7 +57,7 @@ def test_an_embedded_graph_and_an_engine_take_bytes(bundle: Bundle) -> None:
     assert (engine.runner, engine.is_engine, engine.embedding) == ("tensorrt", True, "uint8")
     assert (engine.input.dtype, engine.input.shape) == ("uint8", (64, 64, 3))
     assert engine.max_batch == 6
-    assert [n for n in range(9) if engine.serves(n)] == [1, 4, 5, 6]
+    assert [n for n in range(9) if engine.supports_batch(n)] == [1, 4, 5, 6]
 
 
 class Recorder:
@@ -67,7 +67,7 @@ class Recorder:
         self.engine, self.batches = engine, list[int]()
 
     def run_all(self, batch: Any) -> dict[str, Any]:
-        assert self.engine.serves(len(batch))
+        assert self.engine.supports_batch(len(batch))
         self.batches.append(len(batch))
         return {"logits": batch.reshape(len(batch), -1)[:, :5].astype(np.float32)}
 
@@ -77,7 +77,7 @@ def test_batches_an_engine_does_not_serve_are_filled_or_split(
     bundle: Bundle, rows: int, batches: list[int]
 ) -> None:
     engine = Network(bundle, "e")
-    engine.opened = recorder = Recorder(engine)
+    engine.loaded_runner = recorder = Recorder(engine)
     found = engine.logits(PIXELS[:rows])
     assert recorder.batches == batches
     np.testing.assert_array_equal(found, PIXELS[:rows].reshape(rows, -1)[:, :5])
@@ -85,9 +85,11 @@ def test_batches_an_engine_does_not_serve_are_filled_or_split(
 
 @pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
 def test_what_keeps_it_from_running_here(bundle: Bundle, cli: Cli) -> None:
-    assert Network(bundle, "fp32").obstacle() is None
-    assert Network(bundle, "e").obstacle() == Obstacle("engines", "engine not executed: no GPU")
-    cuda = Network(bundle, "fp32", CUDA).obstacle()
+    assert Network(bundle, "fp32").skip_reason() is None
+    assert Network(bundle, "e").skip_reason() == SkipReason(
+        "engines", "engine not executed: no GPU"
+    )
+    cuda = Network(bundle, "fp32", CUDA).skip_reason()
     assert cuda is not None
     assert cuda.kind == "runtimes"
     assert cuda.reason in {

@@ -71,7 +71,7 @@ def test_what_onnxruntime_raises_becomes_the_projects_error(digits_onnx: Path) -
     """Its exceptions derive from Exception, and a GPU's failures come as RuntimeError."""
     with OnnxRuntimeRunner(digits_onnx) as runner:
         with pytest.raises(UsageError, match="runs on no GPU"):
-            runner.resident(np.zeros((1, 1, 32, 32), np.float32))
+            runner.resident_batch(np.zeros((1, 1, 32, 32), np.float32))
         for shape in ((1, 2, 32, 32), (1, 1, 32)):
             with pytest.raises(InputError, match="ONNX Runtime failed on a batch of 1: ") as caught:
                 runner.run(np.zeros(shape, np.float32))
@@ -112,7 +112,7 @@ import onnxruntime as ort
 from pathlib import Path
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
-from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, preload, provider_starts
+from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, preload, is_provider_usable
 
 assert ort.__file__.startswith({folder!r}), ort.__file__
 capi = Path(ort.__file__).parent / "capi"
@@ -126,7 +126,7 @@ def lacking():
 print(lacking())
 preload(ort)
 print(lacking())
-print(provider_starts(ort, CUDA))
+print(is_provider_usable(ort, CUDA))
 try:
     OnnxRuntimeRunner(Path({model!r}), name="ort-cuda").__enter__()
 except MissingDependency as error:

@@ -24,7 +24,7 @@ from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.serve import embedded
 from van_deploy.serve.embedded import embed_artifacts
-from van_deploy.serve.predict import sources_from
+from van_deploy.serve.predict import find_sources
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
@@ -65,7 +65,7 @@ def test_standard_input(digits: Bundle, original: Path) -> None:
 
 def test_what_is_not_possible(digits: Bundle, original: Path, cli: Cli) -> None:
     with pytest.raises(ImageError, match=r"There is no image 'nowhere\.jpg'"):
-        sources_from(["nowhere.jpg"])
+        find_sources(["nowhere.jpg"])
     for code, *words in (
         (2, original, "--batch", "9"),
         (2, original, "--top-k", "0"),

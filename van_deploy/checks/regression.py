@@ -131,10 +131,10 @@ def speed_ratios(
     For the gate only: a ratio within one run on one machine is all that can be compared between
     runs; ``bench`` measures properly. One thread each. What does not run here is left out.
     """
-    from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
+    from van_deploy.runners.pytorch import TorchRunner, single_torch_thread
 
     few, ratios = samples.first(bundle.manifest.batch.opt), {}
-    with one_torch_thread():
+    with single_torch_thread():
         for name in bundle.artifacts:
             opened = open_artifact(bundle, name, asked, 1, spin=False)
             if isinstance(opened, Finding):

@@ -146,7 +146,7 @@ def verify_bundle(
         else:
             progress(f"'{name}' at every batch size")
             numeric, said = _judged(opened, artifact, samples, rules)
-            runner = opened.described
+            runner = opened.runner_description
         findings, modules = [*said.findings], tuple[DriftRow, ...]()
         if said.comparison is not None and name in outputs.plain_onnx_artifacts(bundle):
             progress(f"'{name}', its tensors")
@@ -183,14 +183,14 @@ def _judged(
     numeric, bundle = numeric_class(artifact.precision), opened.bundle
     records = artifact.golden_sqnr_db if samples.golden else {}
     first, *more = outputs.batch_sizes(bundle.manifest.batch)
-    served = [one for one in samples.others if opened.serves_size(one.inputs.shape[2:])]
+    served = [one for one in samples.others if opened.supports_size(one.inputs.shape[2:])]
     try:
         with opened:
             numeric = numeric_class(artifact.precision, tf32=opened.tf32)
             return numeric, outputs.check_outputs(
                 lambda of, rows: opened.run(outputs.inputs_for(opened, of, rows)),
                 replace(samples, others=tuple(served)),
-                [first, *(size for size in more if opened.serves(size))],
+                [first, *(size for size in more if opened.supports_batch(size))],
                 gates.sqnr_floor(numeric, samples.noise_db, rules.of(numeric)),
                 records.get(outputs.record_key(opened.runner, numeric)),
             )

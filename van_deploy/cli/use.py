@@ -207,7 +207,7 @@ def serve(
         app = App(service)
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
-        keyless = "" if app.keyed else ", and nobody is asked for a key"
+        keyless = "" if app.requires_key else ", and nobody is asked for a key"
         print_note(f"note: {settings.host} is reachable from other machines{keyless}")
 
     def ready(_: object) -> None:

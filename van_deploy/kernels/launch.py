@@ -59,7 +59,7 @@ _records: list[tuple[list[Launch], bool]] = []
 
 
 @contextmanager
-def recorded(run: bool = True) -> Iterator[list[Launch]]:
+def record_launches(run: bool = True) -> Iterator[list[Launch]]:
     """Yield a list that every launch inside is added to.
 
     Args:
@@ -184,10 +184,10 @@ def tuned_tiles(major: int, minor: int) -> dict[str, Tile]:
     return json.loads(stored.read_text()) if stored.is_file() else {}
 
 
-def power_block(count: int, largest: int) -> int:
+def power_of_two_block(count: int, largest: int) -> int:
     """Return the smallest power of two that holds ``count``, at least 16 and at most ``largest``.
 
-    >>> power_block(33, 64), power_block(3, 64), power_block(512, 64)
+    >>> power_of_two_block(33, 64), power_of_two_block(3, 64), power_of_two_block(512, 64)
     (64, 16, 64)
     """
     return max(16, min(triton.next_power_of_2(count), largest))
@@ -196,10 +196,10 @@ def power_block(count: int, largest: int) -> int:
 def divisor_block(count: int, largest: int) -> int:
     """Return the largest power of two from 16 to ``largest`` that divides ``count``, if any.
 
-    A whole number of blocks needs no masks over channels; else :func:`power_block`.
+    A whole number of blocks needs no masks over channels; else :func:`power_of_two_block`.
 
     >>> divisor_block(160, 64), divisor_block(20, 64)
     (32, 32)
     """
     block = min(count & -count, largest)  # the largest power of two in both
-    return block if block >= 16 else power_block(count, largest)
+    return block if block >= 16 else power_of_two_block(count, largest)

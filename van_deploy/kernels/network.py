@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import RewrittenBlock, RewrittenVan, fold_van
-from van_deploy.kernels import plain, steps
+from van_deploy.kernels import ops, reference
 from van_deploy.kernels.launch import DTYPES, INTERPRETED
 from van_deploy.model.van import VAN, smooth_images
 from van_deploy.model.variants import STAGES
@@ -83,31 +83,33 @@ class FusedVan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``(N, in_chans, H, W)`` to float32 logits ``(N, num_classes)``."""
-        ops = plain if self.fallbacks else steps
+        kernels: Any = reference if self.fallbacks else ops
         for stage in range(1, STAGES + 1):
             embed: Any = self.get_submodule(f"patch_embed{stage}")
-            x = ops.patches(x, embed.weight, embed.bias, self.strides[stage - 1])  # (N, h, w, C)
+            x = kernels.patches(
+                x, embed.weight, embed.bias, self.strides[stage - 1]
+            )  # (N, h, w, C)
             for block in cast("nn.ModuleList", self.get_submodule(f"block{stage}")):
-                x = _block(ops, block, x)
+                x = _block(kernels, block, x)
             norm: Any = self.get_submodule(f"norm{stage}")
-            x = ops.layer_norm(x, norm.weight, norm.bias, self.eps).permute(0, 3, 1, 2)
+            x = kernels.layer_norm(x, norm.weight, norm.bias, self.eps).permute(0, 3, 1, 2)
         return self.head(x.mean(dim=(2, 3))).float()
 
 
-def _block(ops: Any, block: Any, x: Tensor) -> Tensor:
+def _block(kernels: Any, block: Any, x: Tensor) -> Tensor:
     """Map ``(N, h, w, C)`` to the same shape."""
-    act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
-    y = ops.depthwise(act, block.conv0.weight, block.conv0.bias)
-    y = ops.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation)
-    y = ops.pointwise(y, block.conv1.weight, block.conv1.bias, "multiply", act)
+    act = kernels.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
+    y = kernels.depthwise(act, block.conv0.weight, block.conv0.bias)
+    y = kernels.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation)
+    y = kernels.pointwise(y, block.conv1.weight, block.conv1.bias, "multiply", act)
     skip = x if block.carry is None else x * block.carry
-    x = ops.pointwise(y, block.proj_2.weight, block.proj_2.bias, "add", skip)
-    y = ops.pointwise(x, block.fc1.weight, block.fc1.bias)
-    y = ops.depthwise(y, block.dwconv.weight, block.dwconv.bias, 1, True)
-    return ops.pointwise(y, block.fc2.weight, block.fc2.bias, "add", x)
+    x = kernels.pointwise(y, block.proj_2.weight, block.proj_2.bias, "add", skip)
+    y = kernels.pointwise(x, block.fc1.weight, block.fc1.bias)
+    y = kernels.depthwise(y, block.dwconv.weight, block.dwconv.bias, 1, True)
+    return kernels.pointwise(y, block.fc2.weight, block.fc2.bias, "add", x)
 
 
-def fused(
+def fuse_van(
     model: nn.Module, dtype: torch.dtype = torch.float16, *, fallback: bool = False
 ) -> FusedVan:
     """Return a loaded VAN on the fused kernels, folded, in eval mode, on the CPU.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import FEW, chosen, launched, power_block, require
+from van_deploy.kernels.launch import FEW, chosen, launched, power_of_two_block, require
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Te
     require(scale, "scale", (channels,), like=x, dtype=torch.float32)
     require(shift, "shift", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
-    pixels, block_c = batch * height * width, power_block(channels, 2**30)
+    pixels, block_c = batch * height * width, power_of_two_block(channels, 2**30)
     default = {"BLOCK_M": max(1, (1024 if pixels < FEW else 2048) // block_c), "num_warps": 4}
     key, tile = chosen("layer_norm", (channels,), pixels, default, out)
     launched(

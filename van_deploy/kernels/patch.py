@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import chosen, divisor_block, launched, power_block, require
+from van_deploy.kernels.launch import chosen, divisor_block, launched, power_of_two_block, require
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
     pixels, few = batch * out_h * out_w, batch * out_h * out_w < 4096
     default = {
         "BLOCK_M": 16 if few else 64,
-        "BLOCK_N": power_block(outer, 32) if few else divisor_block(outer, 128),
+        "BLOCK_N": power_of_two_block(outer, 32) if few else divisor_block(outer, 128),
         "BLOCK_K": divisor_block(side * inner, 64),
         "num_warps": 4,
         "num_stages": 3,

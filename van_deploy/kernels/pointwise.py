@@ -9,7 +9,14 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 from van_deploy.kernels.depthwise import gelu
-from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, power_block, require
+from van_deploy.kernels.launch import (
+    FEW,
+    chosen,
+    divisor_block,
+    launched,
+    power_of_two_block,
+    require,
+)
 
 EPILOGUES = ("none", "gelu", "multiply", "add")
 """After the bias: nothing, the exact GELU, the product with or the sum with another tensor."""
@@ -104,7 +111,7 @@ def pointwise(
     few = pixels < FEW
     default = {
         "BLOCK_M": 16 if pixels < 1024 else 32 if few else 64,
-        "BLOCK_N": power_block(outer, 32) if few else divisor_block(outer, 128),
+        "BLOCK_N": power_of_two_block(outer, 32) if few else divisor_block(outer, 128),
         "BLOCK_K": divisor_block(inner, 64 if x.dtype != torch.float32 else 32),
         "REPEAT": 4 if not few and inner <= 64 and outer > 64 else 1,
         "num_warps": 4,

@@ -27,7 +27,7 @@ Outputs = dict[str, npt.NDArray[Any]]
 
 
 @runtime_checkable
-class Resident(Protocol):
+class ResidentBatch(Protocol):
     """One batch whose input and output stay in the GPU's memory from call to call.
 
     ``upload``, ``launch`` and ``download`` only enqueue on :attr:`stream` and return; in that
@@ -50,7 +50,7 @@ class Resident(Protocol):
     def download(self) -> None:
         """Enqueue the copy of the outputs from the GPU to pinned host memory."""
 
-    def outputs(self) -> Logits:
+    def logits(self) -> Logits:
         """Wait for the stream, and return the logits that :meth:`download` brought."""
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ class Runner:
         """
         raise NotImplementedError
 
-    def resident(self, images: npt.NDArray[Any]) -> Resident:
+    def resident_batch(self, images: npt.NDArray[Any]) -> ResidentBatch:
         """Return a batch that stays on the GPU, in the network's own input type; not uploaded yet.
 
         It belongs to the runner and has to be closed before it.

@@ -124,7 +124,7 @@ class Cuda:
 
 
 class DeviceBatch:
-    """Room for one batch in pinned memory and on the GPU: a :class:`~.base.Resident`.
+    """Room for one batch in pinned memory and on the GPU: a :class:`~.base.ResidentBatch`.
 
     Args:
         cuda: the runtime.
@@ -196,14 +196,14 @@ class DeviceBatch:
         for name in self._outputs:
             self._copy(name, to_gpu=False)
 
-    def values(self) -> Outputs:
+    def outputs(self) -> Outputs:
         """Wait, and return every output by name; the arrays are the caller's."""
         self.cuda.synchronize(self.stream)
         return {name: self._host[name][: self.rows].copy() for name in self._outputs}
 
-    def outputs(self) -> Logits:
+    def logits(self) -> Logits:
         """Wait, and return the logits ``(N, K)`` float32."""
-        return next(iter(self.values().values())).astype(np.float32)
+        return next(iter(self.outputs().values())).astype(np.float32)
 
     def answers(self, images: npt.NDArray[Any]) -> Outputs:
         """Return every output for some images: all steps, one after the other."""
@@ -212,7 +212,7 @@ class DeviceBatch:
         self.upload()
         self.launch()
         self.download()
-        return self.values()
+        return self.outputs()
 
     def close(self) -> None:
         """Wait, and give everything back."""

@@ -58,7 +58,7 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class SkipReason:
     """What keeps an artifact from running on this machine.
 
     Attributes:
@@ -91,7 +91,7 @@ def task_of(bundle: Bundle) -> Task:
     return Task.of(network.num_classes, network.problem_type)
 
 
-def require_classes(bundle: Bundle, command: str) -> None:
+def require_classifier(bundle: Bundle, command: str) -> None:
     """Return if a bundle's network gives classes.
 
     Args:
@@ -132,13 +132,13 @@ class Network:
         max_batch: images a batch, at most.
         runner: what runs it, for reports.
         task: how its logits become labels.
-        opened: the runner of a network that is open; None before.
+        loaded_runner: the runner of a network that is open; None before.
 
     Raises:
         BundleError: there is no such artifact.
     """
 
-    opened: Any = None
+    loaded_runner: Any = None
 
     def __init__(
         self,
@@ -191,12 +191,12 @@ class Network:
             MissingDependency: its runtime is not here.
             ConversionError: the runtime refuses it.
         """
-        self.opened = self._runner().__enter__()
+        self.loaded_runner = self._runner().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Release it."""
-        self.opened.__exit__(*error)
+        self.loaded_runner.__exit__(*error)
 
     def _runner(self) -> Runner:
         """Return what runs the artifact, not yet open."""
@@ -222,7 +222,7 @@ class Network:
         how: dict[str, Any] = {"threads": self._threads, "spin": self._spin}
         return OnnxRuntimeRunner(path, name=self.runner, device=device, **how)
 
-    def obstacle(self) -> Obstacle | None:
+    def skip_reason(self) -> SkipReason | None:
         """Return what keeps the artifact from running on this machine; None is good.
 
         Raises:
@@ -233,7 +233,7 @@ class Network:
         device = self._asked.device
         host = detect_host(device=gpu_index(device) or 0)
         if self.is_engine or self.is_package:
-            return self._native_obstacle(host)
+            return self._native_skip_reason(host)
         provider, settings = PROVIDERS[self.runner], self._made.get("settings")
         reason = ""
         if provider not in require_onnxruntime().get_available_providers():
@@ -242,12 +242,12 @@ class Network:
             reason = f"{provider} finds no GPU {device}"
         elif isinstance(settings, Mapping) and settings.get("target") == "cpu":
             reason = f"quantised for CPUs: {provider} has not all its operators"
-        return Obstacle("runtimes", reason) if reason else None
+        return SkipReason("runtimes", reason) if reason else None
 
-    def _native_obstacle(self, host: Host) -> Obstacle | None:
+    def _native_skip_reason(self, host: Host) -> SkipReason | None:
         path = self.bundle.path / self.bundle.artifact(self.name).file
         if self.is_engine and host.gpu is None:
-            return Obstacle("engines", "engine not executed: no GPU")
+            return SkipReason("engines", "engine not executed: no GPU")
         if self.is_engine and self._asked.trust_engine and not sidecar_path(path).exists():
             return None
         found = find_obstacles(
@@ -257,12 +257,12 @@ class Network:
             return None
         kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
         what = "package" if self.is_package else "engine"
-        return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
+        return SkipReason(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
 
     @property
-    def described(self) -> str:
+    def runner_description(self) -> str:
         """What runs it, for reports."""
-        emulated = getattr(self.opened, "emulated", False)
+        emulated = getattr(self.loaded_runner, "emulated", False)
         return f"{self.runner}, {BF16_EMULATED}" if emulated else self.runner
 
     @property
@@ -275,7 +275,9 @@ class Network:
     @property
     def tf32(self) -> bool:
         """Whether FP32 layers may compute in TF32; of a network that is open."""
-        return bool(self._built("tf32", True)) and getattr(self.opened, "tf32", self.is_engine)
+        return bool(self._built("tf32", True)) and getattr(
+            self.loaded_runner, "tf32", self.is_engine
+        )
 
     def _built(self, name: str, default: Any) -> Any:
         """Return an option that an engine was built with."""
@@ -294,24 +296,26 @@ class Network:
         """
         if self.name == PYTORCH:
             names = [output.name for output in self.outputs]
-            return dict(zip(names, self.opened.run_all(batch).values(), strict=True))
+            return dict(zip(names, self.loaded_runner.run_all(batch).values(), strict=True))
         if not self._profiles:
-            outputs: Outputs = self.opened.run_all(batch)
+            outputs: Outputs = self.loaded_runner.run_all(batch)
             return outputs
         starts = range(0, len(batch), self.max_batch)
         pieces = [self._run_filled(batch[i : i + self.max_batch]) for i in starts]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
     def _run_filled(self, batch: npt.NDArray[Any]) -> Outputs:
-        rows = next(n for n in range(len(batch), self.max_batch + 1) if self.serves(n))
+        rows = next(n for n in range(len(batch), self.max_batch + 1) if self.supports_batch(n))
         filled = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), axis=0)])
-        return {name: value[: len(batch)] for name, value in self.opened.run_all(filled).items()}
+        return {
+            name: value[: len(batch)] for name, value in self.loaded_runner.run_all(filled).items()
+        }
 
-    def serves(self, batch: int) -> bool:
+    def supports_batch(self, batch: int) -> bool:
         """Return whether a batch of that many images is run as it is."""
         return not self._profiles or any(p.min <= batch <= p.max for p in self._profiles)
 
-    def serves_size(self, sides: Sequence[int]) -> bool:
+    def supports_size(self, sides: Sequence[int]) -> bool:
         """Return whether images of that height and width are run as they are."""
         sizes, (height, width) = self.bundle.manifest.sizes, sides
         if self.is_engine:

@@ -74,7 +74,7 @@ def require_onnxruntime(provider: str = "") -> Any:
     return ort
 
 
-def inference_session(
+def create_session(
     model: Path | ModelProto, options: Any, providers: Sequence[Any]
 ) -> tuple[Any, bool]:
     """Return an ONNX Runtime session, and whether BF16 is emulated in it.
@@ -122,10 +122,10 @@ class OnnxRuntimeRunner(Runner):
         cuda: how the CUDA provider runs it.
 
     Attributes:
-        profile: folder for ONNX Runtime's own profile, written when the runner is closed.
+        profile_folder: folder for ONNX Runtime's own profile, written when the runner is closed.
     """
 
-    profile: Path | None = None
+    profile_folder: Path | None = None
 
     def __init__(
         self,
@@ -158,9 +158,9 @@ class OnnxRuntimeRunner(Runner):
         options.enable_cpu_mem_arena = self.arena
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        if self.profile is not None:
+        if self.profile_folder is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(self.profile / "ort")
+            options.profile_file_prefix = str(self.profile_folder / "ort")
         if not self.spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.on_gpu:
@@ -178,9 +178,9 @@ class OnnxRuntimeRunner(Runner):
             providers = [(CUDA, texts)]
         try:
             with silent(ort) if self.on_gpu else contextlib.nullcontext():
-                self._session, self.emulated = inference_session(self.model, options, providers)
+                self._session, self.emulated = create_session(self.model, options, providers)
         except Exception as error:
-            if self.on_gpu and not provider_starts(ort, CUDA):
+            if self.on_gpu and not is_provider_usable(ort, CUDA):
                 raise MissingDependency(
                     f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it.",
                     f"It needs CUDA {getattr(ort, 'cuda_version', '')} and cuDNN 9: "
@@ -193,7 +193,7 @@ class OnnxRuntimeRunner(Runner):
         self._late = stack.enter_context(ExitStack())  # what is kept is closed first
 
     def _forget(self) -> None:
-        if self.profile is not None:
+        if self.profile_folder is not None:
             self._session.end_profiling()
         del self._session
 
@@ -213,10 +213,10 @@ class OnnxRuntimeRunner(Runner):
             names = [output.name for output in self._session.get_outputs()]
             return dict(zip(names, self._session.run(names, {name: batch}), strict=True))
 
-    def resident(self, images: npt.NDArray[Any]) -> DeviceBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
+        """Return a batch that stays on the GPU; see :meth:`Runner.resident_batch`."""
         if not self.on_gpu:
-            super().resident(images)
+            super().resident_batch(images)
         batch = self._room(len(images))
         batch.fill(images)
         return batch
@@ -291,7 +291,7 @@ def _failed(
     return kind(f"ONNX Runtime {what}: {error}", remedy)
 
 
-def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
+def is_provider_usable(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     """Return whether a session of one operator runs on the provider.
 
     A listed provider whose libraries do not load is left out of a session with a warning only,

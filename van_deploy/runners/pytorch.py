@@ -88,10 +88,10 @@ class TorchRunner(Runner):
             outputs = self._infer(given.contiguous(memory_format=self._layout))
             return {str(i): found.float().cpu().numpy() for i, found in enumerate(outputs)}
 
-    def resident(self, images: npt.NDArray[Any]) -> TorchBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> TorchBatch:
+        """Return a batch that stays on the GPU; see :meth:`Runner.resident_batch`."""
         if not self.on_gpu:
-            super().resident(images)
+            super().resident_batch(images)
         return TorchBatch(
             lambda given: self._infer(given)[0], images, self.device, self.dtype, self._layout
         )
@@ -157,11 +157,11 @@ class InductorRunner(Runner):
             given = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
             return {OUTPUT_NAME: self._call(given).cpu().numpy()}
 
-    def resident(self, images: npt.NDArray[Any]) -> TorchBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> TorchBatch:
+        """Return a batch that stays on the GPU; see :meth:`Runner.resident_batch`."""
         self._check(images)
         if not self.on_gpu:
-            super().resident(images)
+            super().resident_batch(images)
         return TorchBatch(self._call, images, self.device)
 
     def _check(self, images: npt.NDArray[Any]) -> None:
@@ -170,7 +170,7 @@ class InductorRunner(Runner):
 
 
 class TorchBatch:
-    """One batch of a PyTorch network on the GPU: a :class:`~.base.Resident`.
+    """One batch of a PyTorch network on the GPU: a :class:`~.base.ResidentBatch`.
 
     Args:
         call: maps the images on the GPU to logits there.
@@ -226,7 +226,7 @@ class TorchBatch:
         with torch.cuda.stream(self._stream):
             self._host_output.copy_(self._output, non_blocking=True)
 
-    def outputs(self) -> Logits:
+    def logits(self) -> Logits:
         """Wait, and return the logits ``(N, K)`` float32 of the last :meth:`download`."""
         self._stream.synchronize()
         logits: Logits = self._host_output.float().numpy().copy()
@@ -275,7 +275,7 @@ def torch_failures(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
+def single_torch_thread() -> Iterator[None]:
     """Hold PyTorch to one thread, here and in threads that are started inside.
 
     On a busy machine several wait for each other, and small operations on several take

@@ -133,8 +133,8 @@ class TensorRtRunner(Runner):
             self._late.callback(self._whole.close)
         return self._whole.answers(batch)
 
-    def resident(self, images: npt.NDArray[Any]) -> DeviceBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
+        """Return a batch that stays on the GPU; see :meth:`Runner.resident_batch`."""
         self._check(images)
         room = self._room(len(images))
         room.fill(images)

@@ -74,7 +74,7 @@ class App:
 
     Attributes:
         service: likewise.
-        keyed: whether clients must send a key.
+        requires_key: whether clients must send a key.
 
     Raises:
         UsageError: the key cannot be had.
@@ -82,7 +82,7 @@ class App:
 
     def __init__(self, service: Service) -> None:
         self.service, key = service, service.settings.api_key()
-        self.keyed, self._authorization = bool(key), f"Bearer {key}".encode()
+        self.requires_key, self._authorization = bool(key), f"Bearer {key}".encode()
         models, metrics = service.models, service.metrics
         self._routes: dict[str, Callable[[Request], Any]] = {
             f"{MODEL}/infer": self._infer,
@@ -134,7 +134,7 @@ class App:
     def _handler(self, request: Request) -> Callable[[Request], Any]:
         """Return what answers a request; it may do so at once, or in its own time."""
         path, given = request.path, request.headers.get("authorization", "").encode()
-        allowed = not self.keyed or hmac.compare_digest(given, self._authorization)
+        allowed = not self.requires_key or hmac.compare_digest(given, self._authorization)
         if path not in KEYLESS and not allowed:
             raise RequestError("Send the key: 'Authorization: Bearer KEY'.", status=401)
         match = MODEL_PATH.fullmatch(path)

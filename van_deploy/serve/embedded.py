@@ -36,7 +36,7 @@ choose other kernels. The limit is that of simplification.
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbedResult:
     """One artifact that has its preprocessing inside.
 
     Attributes:
@@ -54,7 +54,7 @@ class Embedded:
 
 def embed_artifacts(
     bundle: Bundle, how: ExportSettings, images: Sequence[Pixels]
-) -> list[Embedded]:
+) -> list[EmbedResult]:
     """Return the embedded form of every plain graph of ``bundle``, made and proved where missing.
 
     Args:
@@ -65,7 +65,7 @@ def embed_artifacts(
     Raises:
         GateFailed: an embedded graph does not answer as its plain one; nothing was written.
     """
-    preprocessing, made = bundle.manifest.preprocessing, list[Embedded]()
+    preprocessing, made = bundle.manifest.preprocessing, list[EmbedResult]()
     embedding, outputs = how.embed_preprocess, list(how.outputs)
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
     made_with: dict[str, Any] = {**inside, "code": code_digest("graph")}
@@ -76,7 +76,7 @@ def embed_artifacts(
             kind, path = "outputs" if embedding == "none" else embedding, bundle.verified_path(base)
             name, made_with = f"{base}-{kind}", {**made_with, "base": source.sha256}
             if not bundle.rebuild_reason(name, made_with):
-                made.append(Embedded(name, base, reused=True, agreement=None))
+                made.append(EmbedResult(name, base, reused=True, agreement=None))
                 continue
             plain, task = onnx.load(path), task_of(bundle)
             model = embed_preprocessing(plain, preprocessing, embedding, outputs, task)
@@ -97,7 +97,7 @@ def embed_artifacts(
                     embedded=embedding,
                 )
             )
-            made.append(Embedded(name, base, reused=False, agreement=report))
+            made.append(EmbedResult(name, base, reused=False, agreement=report))
     return made
 
 

@@ -26,7 +26,7 @@ from van_deploy.data.images import FORMATS, open_image
 from van_deploy.errors import UsageError, VanDeployError, require_extra
 from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
-from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classes
+from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classifier
 from van_deploy.serve.requests import MIB, Allowance, Intake, Values
 from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artifacts
 
@@ -217,7 +217,7 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self._stack, self._large = contextlib.ExitStack(), threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
-        require_classes(bundle, "serve")
+        require_classifier(bundle, "serve")
         for artifact in settings.artifacts or usual_artifacts(bundle):
             network = Network(bundle, artifact, settings, threads=settings.threads, spin=False)
             served = ServedModel(network, settings, self.metrics)

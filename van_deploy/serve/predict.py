@@ -30,7 +30,7 @@ class Prediction:
     error: str | None = None
 
 
-def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
+def find_sources(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
     """Return the images asked for, in their order.
 
     Args:

@@ -1,4 +1,4 @@
-"""The kernels, under the names that :mod:`van_deploy.kernels.plain` has them in PyTorch."""
+"""The kernels, under the names that :mod:`van_deploy.kernels.reference` has them in PyTorch."""
 
 from van_deploy.kernels.depthwise import depthwise
 from van_deploy.kernels.norm import layer_norm
