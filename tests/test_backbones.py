@@ -159,9 +159,7 @@ def test_outputs_in_the_manifest(exported: Bundle) -> None:
     assert exported.artifact("fp32").golden_sqnr_db.popitem()[1] >= 120
 
 
-def test_golden_samples_are_sketches_of_the_feature_maps(
-    exported: Bundle, checkpoint: Path
-) -> None:
+def test_golden_samples_sketch_the_maps(exported: Bundle, checkpoint: Path) -> None:
     samples = golden_samples(exported)
     assert [other.size for other in samples.others] == ["32x32", "49x65", "64x96"]
     model = load_van(str(checkpoint)).model.double()
@@ -182,7 +180,7 @@ def test_verify_checks_every_stage_and_size(exported: Bundle, copy_bundle: Copy,
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage4"])
-def test_verify_detects_an_incorrect_stage(
+def test_verify_detects_changed_maps(
     exported: Bundle, copy_bundle: Copy, cli: Cli, stage: str
 ) -> None:
     path: Path = copy_bundle(exported)

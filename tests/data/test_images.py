@@ -292,9 +292,7 @@ DEEP = [encode(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.i
         *((content, "is undefined") for content in DEEP),
     ],
 )
-def test_other_files_are_refused(
-    content: Any, reason: str, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_invalid_files(content: Any, reason: str, tmp_path: Path, monkeypatch: Any) -> None:
     def ran(*arguments: object, **_: object) -> None:
         raise AssertionError(arguments)
 

@@ -58,9 +58,8 @@ def test_container_detection(tmp_path: Path, tiny: VAN, key: str) -> None:
     more: dict[str, Any] = {"state": {0: {"step": torch.tensor(1.0)}}}
     first, _, inner = key.partition(".")
     state = {inner: tiny.state_dict()} if inner else tiny.state_dict()
-    found = read_weights(
-        save({first: state, "epoch": 3, "optimizer": more, "n": WEIGHTS}, tmp_path / "w.pth")
-    )
+    content = {first: state, "epoch": 3, "optimizer": more, "n": WEIGHTS}
+    found = read_weights(save(content, tmp_path / "w.pth"))
     parameters = [n for n in tiny.state_dict() if not n.endswith("num_batches_tracked")]
     assert (list(found.tensors), found.container, found.notes) == (parameters, key, ())
     assert found.content["epoch"] == 3

@@ -56,9 +56,7 @@ def with_prefix(prefix: str, state: State) -> State:
 
 @each("target", FORMATS, fresh="state")
 @each("prefix", PREFIXES, fresh="state")
-def test_formats_and_prefixes(
-    path: Path, state: State, tiny: VAN, prefix: str, target: str
-) -> None:
+def test_name_formats(path: Path, state: State, tiny: VAN, prefix: str, target: str) -> None:
     wrapped = with_prefix(prefix, rename(state, target))
     wrapped |= {"n_averaged": torch.tensor(9), "criterion.weight": torch.ones(5)}
     wrapped |= {f"{prefix}total_ops": torch.zeros(1), "val_accuracy.tp": torch.zeros(5)}
@@ -143,9 +141,7 @@ def mixed(state: State, other: str) -> State:
     ],
     fresh="state",
 )
-def test_unknown_or_ambiguous_names_are_refused(
-    path: Path, state: State, wrap: Any, message: str
-) -> None:
+def test_unknown_or_ambiguous_names(path: Path, state: State, wrap: Any, message: str) -> None:
     with pytest.raises(VanDeployError) as error:
         load(path, {"state_dict": wrap(state)})
     assert message in " ".join(str(error.value).split())
@@ -176,9 +172,7 @@ def test_unknown_or_ambiguous_names_are_refused(
     ],
     fresh="state",
 )
-def test_missing_or_invalid_tensors_are_refused(
-    path: Path, state: State, changes: Any, message: str
-) -> None:
+def test_missing_or_invalid_tensors(path: Path, state: State, changes: Any, message: str) -> None:
     for name, tensor in changes.items():
         state = {n: t for n, t in state.items() if tensor is not None or not n.startswith(name)}
         state |= {} if tensor is None else {name: tensor}
@@ -245,9 +239,7 @@ LONG = (nn.Flatten(), nn.Linear(24, 9), nn.BatchNorm1d(9), nn.GELU(), nn.Linear(
         ),
     ],
 )
-def test_sequential_head(
-    path: Path, tiny: VAN, layers: Any, head: str | None, expected: Any
-) -> None:
+def test_sequential_head(path: Path, tiny: VAN, layers: Any, head: Any, expected: Any) -> None:
     module = nn.Sequential(*layers).eval()
     for layer in module:
         if isinstance(layer, nn.BatchNorm1d):

@@ -30,7 +30,7 @@ Content = dict[str, Any]
 
 
 @pytest.fixture
-def load_with(tmp_path: Path, tiny: VAN) -> Load:
+def load(tmp_path: Path, tiny: VAN) -> Load:
     """Return a function that loads the tiny network with metadata in and beside its file."""
 
     def load(
@@ -76,9 +76,9 @@ def pipeline(*steps: str, model: str = "dict()") -> Content:
     return {"meta": {"cfg": f"model = {model}\ntest_pipeline = [{', '.join(steps)}]"}}
 
 
-def load_error(load_with: Load, content: Content) -> CheckpointError:
+def load_error(load: Load, content: Content) -> CheckpointError:
     with pytest.raises(CheckpointError) as error:
-        load_with(**content)
+        load(**content)
     return error.value
 
 
@@ -112,19 +112,17 @@ def load_error(load_with: Load, content: Content) -> CheckpointError:
         (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "has block_cfgs {'a': 1}"),
     ],
 )
-def test_metadata_that_contradicts_the_tensors(
-    load_with: Load, content: Content, message: str
-) -> None:
-    error = load_error(load_with, content)
+def test_contradictory_metadata(load: Load, content: Content, message: str) -> None:
+    error = load_error(load, content)
     assert message in error.message
     assert ("config.json beside the weights" in error.message) == ("config" in content)
     assert "move the weights out of its folder" in error.remedy or "config" not in content
 
 
-def test_valid_metadata(load_with: Load, tiny_config: VanConfig) -> None:
+def test_valid_metadata(load: Load, tiny_config: VanConfig) -> None:
     tensors = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1], "mlp_ratios": [4, 4, 2, 2]}
     more = {"strides": [4, 2, 1, 1], "drop_path_rate": 0.1, "dilation": 3, "se_ratio": 4}
-    loaded = load_with(**hf(**tensors, **more))
+    loaded = load(**hf(**tensors, **more))
     assert loaded.model.forward_features(torch.randn(1, 3, 64, 64)).shape[2:] == (8, 8)
     assert loaded.config == replace(tiny_config, strides=(4, 2, 1, 1))
     assert loaded.config.mac_count(64) > tiny_config.mac_count(64)
@@ -134,12 +132,12 @@ def test_valid_metadata(load_with: Load, tiny_config: VanConfig) -> None:
     )
     stated = {"input_size": [3, 64, 64], "num_classes": 1000, "tag": "in1k", "pad_mode": None}
     timms = {"num_classes": 5, "num_features": 24, "global_pool": "avg", "pretrained_cfg": stated}
-    loaded = load_with(**timm(model_args={"drop_rate": 0.1, "img_size": 64}, **timms))
+    loaded = load(**timm(model_args={"drop_rate": 0.1, "img_size": 64}, **timms))
     assert loaded.config == tiny_config
-    (note,) = load_with(config={"compilerOptions": {}}).source.notes
+    (note,) = load(config={"compilerOptions": {}}).source.notes
     assert "the config.json beside the weights does not describe a network" in note
     arguments = {"gp": "avg", "bn_eps": 1e-5, "bn_tf": False, "model_kwargs": {}, "num_classes": 9}
-    loaded = load_with(args={**arguments, "bce_loss": True, "class_map": "map.txt"})
+    loaded = load(args={**arguments, "bce_loss": True, "class_map": "map.txt"})
     assert [note[:20] for note in loaded.source.notes] == [
         "trained with --bce-l",
         "trained with --class",
@@ -147,14 +145,14 @@ def test_valid_metadata(load_with: Load, tiny_config: VanConfig) -> None:
 
 
 @each("key", ["cfg", "config"])
-def test_problem_type_and_mmpretrain_config(load_with: Load, key: str) -> None:
+def test_problem_type_and_mmpretrain_config(load: Load, key: str) -> None:
     kind = "multi_label_classification"
-    assert load_with().config.problem_type == "single_label_classification"
-    assert load_with(**hf(problem_type=kind)).config.problem_type == kind
+    assert load().config.problem_type == "single_label_classification"
+    assert load(**hf(problem_type=kind)).config.problem_type == kind
     text = "model = dict(head=dict(type='MultiLabelLinearClsHead'))"
-    assert load_with(meta={key: text}).config.problem_type == kind
+    assert load(meta={key: text}).config.problem_type == kind
     text = "model = dict(backbone=dict(type='VAN', norm_cfg=dict(type='LN', eps=1e-3)))"
-    assert load_with(meta={key: text}).config.layer_norm_eps == 1e-3
+    assert load(meta={key: text}).config.layer_norm_eps == 1e-3
 
 
 # --- the preprocessing -----------------------------------------------------------------------
@@ -199,15 +197,13 @@ test_pipeline = [
         ),
     ],
 )
-def test_preprocessing_sources(load_with: Load, content: Content, text: str) -> None:
-    preprocessing = load_with(**content).preprocessing
-    assert str(preprocessing).startswith(text)
+def test_preprocessing_sources(load: Load, content: Content, text: str) -> None:
+    actual = load(**content).preprocessing
+    assert str(actual).startswith(text)
     places = {"processor": "the preprocessor_config.json beside", "config": "the config.json"}
     places["meta"] = "the checkpoint's own configuration"
     (kind,) = content
-    assert preprocessing.source.startswith(
-        places.get(kind, "the checkpoint's own training arguments")
-    )
+    assert actual.source.startswith(places.get(kind, "the checkpoint's own training arguments"))
 
 
 @each(
@@ -242,11 +238,11 @@ def test_preprocessing_sources(load_with: Load, content: Content, text: str) -> 
         (processor(crop_pct=2), "crop_pct is 2, not in (0, 1]"),
     ],
 )
-def test_unsupported_preprocessing(load_with: Load, content: Content, message: str) -> None:
-    error = load_error(load_with, content)
+def test_unsupported_preprocessing(load: Load, content: Content, message: str) -> None:
+    error = load_error(load, content)
     assert message in error.message
     assert "--image-size --mean --std" in error.remedy
-    assert load_with(**content, overrides=OVERRIDES).preprocessing.image_size == 64
+    assert load(**content, overrides=OVERRIDES).preprocessing.image_size == 64
 
 
 def nested_lists(levels: int) -> Any:
@@ -267,8 +263,8 @@ def test_exponentially_nested_lists(tiny_config: VanConfig, name: str) -> None:
     assert time.monotonic() - start < 10
 
 
-def test_unused_sources_are_listed(load_with: Load) -> None:
-    loaded = load_with(args={"img_size": 96}, **processor())
+def test_unused_sources_are_listed(load: Load) -> None:
+    loaded = load(args={"img_size": 96}, **processor())
     assert loaded.preprocessing.image_size == 96
     (note,) = loaded.source.notes
     assert note.endswith("; not from the preprocessor_config.json beside the weights")
@@ -293,8 +289,8 @@ def test_unused_sources_are_listed(load_with: Load) -> None:
         ({"classes": [1, 2, 3, 4, 5]}, list("12345")),
     ],
 )
-def test_class_names(load_with: Load, inside: Content, names: list[str] | None) -> None:
-    loaded = load_with(**inside)
+def test_class_names(load: Load, inside: Content, names: list[str] | None) -> None:
+    loaded = load(**inside)
     assert loaded.class_names == (tuple(names) if names else None)
     assert any(note.startswith("class names from ") for note in loaded.source.notes) == bool(names)
 
@@ -318,8 +314,8 @@ def test_class_names(load_with: Load, inside: Content, names: list[str] | None) 
         ),
     ],
 )
-def test_contradictory_class_names(load_with: Load, inside: Content, message: str) -> None:
-    error = load_error(load_with, inside)
+def test_contradictory_class_names(load: Load, inside: Content, message: str) -> None:
+    error = load_error(load, inside)
     assert message in error.message
     assert "--labels FILE" in error.remedy
 

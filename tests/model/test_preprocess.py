@@ -123,14 +123,11 @@ def assert_same(image: Image.Image, preprocessing: Preprocessing, reference: Any
 @each("interpolation", get_args(Interpolation))
 @each(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0), ((64, 96), 0.9), ((65, 50), 0.87)])
 def test_bit_identical_to_timm(interpolation: str, size: ImageSize, crop: float, mode: str) -> None:
-    preprocessing = OFFICIAL.override(
-        image_size=size, crop_pct=crop, interpolation=interpolation, crop_mode=mode, **IMAGENET
-    )
+    sizes = {"image_size": size, "crop_pct": crop, "crop_mode": mode}
+    preprocessing = OFFICIAL.override(interpolation=interpolation, **sizes, **IMAGENET)
     reference = timm_transform(preprocessing)
     for image in sample_images():
-        if (
-            mode != "border" or min(image.size) > 1
-        ):  # timm resizes a 1 pixel wide image to a width of 0
+        if mode != "border" or min(image.size) > 1:  # there timm resizes to a width of 0
             assert_same(image, preprocessing, reference)
 
 
@@ -162,14 +159,12 @@ def test_bit_identical_to_torchvision(args: dict[str, Any], size: int, crop: int
 @each(("channels", "mode"), list(itertools.product((1, 3, 4), ("RGB", "L", "RGBA", "P", "CMYK"))))
 def test_channels_and_modes(channels: int, mode: str) -> None:
     preprocessing = Preprocessing(64, (0.4,) * channels, (0.2,) * channels, "bicubic", 0.9, "test")
-    converted = sample_images()[1].convert(mode)
-    assert pixels_from_image(converted, preprocessing).shape == (64, 64, channels)
-    image = converted.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    source = sample_images()[1].convert(mode)
+    assert pixels_from_image(source, preprocessing).shape == (64, 64, channels)
+    image = source.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     for crop_mode in ("center", "squash", "border"):
         changed = preprocessing.override(crop_mode=crop_mode)
-        assert np.array_equal(
-            preprocess(converted, changed), timm_transform(changed)(image).numpy()
-        )
+        assert np.array_equal(preprocess(source, changed), timm_transform(changed)(image).numpy())
 
 
 def test_crop_rounding() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +172,11 @@ def test_embedded_network_matches_its_card() -> None:
         assert json.loads(metadata[name]) == card[name]
     assert metadata["licence"] == card["data"]["licence"] == "CC BY 4.0"
     assert "Alpaydin" in metadata["attribution"]
-    loaded = load_van("van_digits")
+    loaded = load_van("van_digits", expect_sha256=card["sha256"]["van_digits.safetensors"].upper())
+    assert (loaded.name, loaded.source.format) == ("van_digits", "embedded")
     assert loaded.class_names == tuple(card["classes"])
     assert loaded.config.parameter_count() == card["parameters"]
-    stated: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()
-    }
-    assert loaded.config == VanConfig(**stated)
+    assert json.loads(json.dumps(asdict(loaded.config))) == card["config"]
     listed = list_variants()[-1]
     assert (listed.parameters, listed.image_size) == (card["parameters"], 64)
     assert listed.here == str(EMBEDDED_WEIGHTS)

@@ -245,9 +245,7 @@ def read_lines(path: Path) -> Lines:
         text = read_text_file(path).removeprefix("\ufeff")
     except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"The labels '{path}' cannot be read: {reason}.", "Check the file."
-        ) from error
+        raise InputError(f"The labels '{path}' cannot be read: {reason}.", "Check it.") from error
     lines = enumerate(text.splitlines(), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 

@@ -86,7 +86,7 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
     is_file = path.exists() or (WEIGHTS_SUFFIX.search(spec) and not (repo and repo["file"]))
     if path.is_dir():
         stem = path.resolve().name
-        path /= _select_weights_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
+        path /= _select_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
     elif is_file or spec.startswith((".", "/", "~")):
         stem = path.resolve().parent.name if stem.lower() in _GENERIC_STEMS else stem
     elif repo is None:
@@ -117,7 +117,7 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
     return WeightsFile(name, path, digest, contents, official, notes)
 
 
-def _select_weights_file(names: Iterable[str], folder: str) -> str:
+def _select_file(names: Iterable[str], folder: str) -> str:
     """Return ``model.safetensors``, else ``pytorch_model.bin``, else the only weights file."""
     names = sorted(names)
     candidates = [name for name in _DEFAULT_FILES if name in names][:1]
@@ -157,9 +157,7 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
                 raise
             offline, reason = True, str(error).strip().partition("\n")[0]
             note = f"the cached copy is used, since the hub is not available: {reason}"
-        selected = file or (
-            _select_weights_file(names, f"{repo_id}:") if names else _DEFAULT_FILES[0]
-        )
+        selected = file or (_select_file(names, f"{repo_id}:") if names else _DEFAULT_FILES[0])
         folder = selected[: selected.rfind("/") + 1]
         configs = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
         get = partial(api.hf_hub_download, repo_id, revision=revision, local_files_only=offline)

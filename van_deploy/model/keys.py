@@ -130,10 +130,8 @@ def find_network(
     """
     mappings = dict(_tensor_mappings(content))
     if container not in (None, TOP_LEVEL):
-        every = [
-            (f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()
-        ]
-        prefixed = {name: t for full, name, t in every if full.startswith(f"{container}.")}
+        rows = [(f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()]
+        prefixed = {name: t for full, name, t in rows if full.startswith(f"{container}.")}
         selected = mappings.get(container) or prefixed
         if not selected:
             available = (f"{path or TOP_LEVEL} ({len(ts)})" for path, ts in mappings.items())

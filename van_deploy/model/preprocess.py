@@ -81,15 +81,13 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Set the default ``resize_size`` and check that the values are consistent."""
         if not self.resize_size:
-            object.__setattr__(
-                self, "resize_size", _timm_resize_size(self.image_size, self.crop_pct)
-            )
+            object.__setattr__(self, "resize_size", _timm_resize(self.image_size, self.crop_pct))
         if len(self.mean) != len(self.std):
             raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
         resized, crop = height_width(self.resize_size), height_width(self.image_size)
         if resized[0] < crop[0] or resized[1] < crop[1]:
-            image = f"an image resized to {self.resize_size}"
-            raise ValueError(f"crops {self.image_size} pixels from {image}")
+            sizes = f"{self.image_size} pixels from an image resized to {self.resize_size}"
+            raise ValueError(f"crops {sizes}")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -148,24 +146,22 @@ class Preprocessing:
 
         It raises the errors of :func:`pixels_from_image`.
         """
-        import torch
+        from torch import from_numpy
 
-        return lambda image: torch.from_numpy(
-            normalise(pixels_from_image(image, self)[None], self)[0]
-        )
+        return lambda image: from_numpy(normalise(pixels_from_image(image, self)[None], self)[0])
 
     def __str__(self) -> str:
         """Return the values on one line, without their source."""
         side, pct = self.resize_size, f"{self.crop_pct:g}"
         resize = f"resize {side if isinstance(side, int) else format_size(side)}"
-        crop = f"crop {pct}" if _timm_resize_size(self.image_size, float(pct)) == side else resize
+        crop = f"crop {pct}" if _timm_resize(self.image_size, float(pct)) == side else resize
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
         size = format_size(self.image_size)
         return f"{size} {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
-def _timm_resize_size(size: ImageSize, crop_pct: float) -> ImageSize:
+def _timm_resize(size: ImageSize, crop_pct: float) -> ImageSize:
     """Return timm's size to resize to before a crop of ``crop_pct``."""
     height, width = (math.floor(side / crop_pct) for side in height_width(size))
     return height if isinstance(size, int) else (height, width)
