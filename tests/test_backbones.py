@@ -111,8 +111,8 @@ def test_backbone_of_a_segmenter(checkpoint: Path) -> None:
     images = torch.randn(2, 3, 64, 96)
     expected = feature_maps(random_van(TINY, seed=7), images)
     with torch.no_grad():
-        found = dict(zip(STAGES, loaded.model(images), strict=True))
-    assert all(np.allclose(expected[n], found[n].numpy(), atol=1e-5) for n in STAGES)
+        actual = dict(zip(STAGES, loaded.model(images), strict=True))
+    assert all(np.allclose(expected[n], actual[n].numpy(), atol=1e-5) for n in STAGES)
 
 
 def test_export_needs_features_option(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
@@ -240,8 +240,8 @@ def test_dynamic_size(exported: Bundle, checkpoint: Path) -> None:
     expected = feature_maps(load_van(str(checkpoint)).model, torch.from_numpy(images))
     for name, least in (("fp32", 110), ("fp16", 50), ("bf16", 35)):
         with Network(exported, name) as network:
-            found = network.run(images)
-        assert all(sqnr_db(expected[stage], found[stage]) > least for stage in STAGES)
+            actual = network.run(images)
+        assert all(sqnr_db(expected[stage], actual[stage]) > least for stage in STAGES)
 
 
 @each("command", ["predict {} x.png", "evaluate {} --images x"])
@@ -297,14 +297,11 @@ def test_int8(tmp_path: Path, cli: Cli) -> None:
         ("--features --labels x.txt", "--features exports feature maps, and --labels needs"),
         ("--image-size 224x", "'--image-size' is '224x': it should be a side or height x wid"),
         ("--image-size 16x64", "should be greater than or equal to 32"),
-        ("--dynamic-size 96:64:128", "size range 96:64:128 is not min <= opt <= max"),
         ("--dynamic-size 64x96:96x64:128", "size range 64x96:96x64:128 is not min <= op"),
         ("--dynamic-size 64:big:128", "should be a side or height x width in pixels: 224"),
         ("--dynamic-size 64:128", "it should be min:opt:max, such as 192:224:512"),
         ("--dynamic-size 16:64:128", "should be greater than or equal to 32"),
         ("--dynamic-size 64:96:128 --image-size 224", "224x224 is outside --dynamic-size 64:96"),
-        ("--batch 8:4:2", "The batch range 8:4:2 is not min <= opt <= max."),
-        ("--batch 0", "'--batch.min' is 0: it should be greater than or equal to 1"),
     ],
 )
 def test_invalid_options(cli: Cli, tmp_path: Path, options: str, message: str) -> None:

@@ -231,7 +231,7 @@ LABEL_FILES = {
     "no suffix": "a 2\nb c 0\nd, e 1\n",
     "paths": "./a.png 2\nval/b c.png 0\nC:\\data\\d, e.png 1\n",
     "other files": "z.png 1\na.png 2\nb c.png 0\nd, e.png 1\ny.png 7\n",
-    "twice the same": "a.png 2\nb c.png 0\nd, e.png 1\na.png 2\n",
+    "a repeated line": "a.png 2\nb c.png 0\nd, e.png 1\na.png 2\n",
     "one a line, with a mark": "\ufeff2\n0\n1\n",
     "carriage returns": "a.png 2\r\nb c.png 0\r\nd, e.png 1\r\n",
     "names": "a.png third\nb c.png The First\nd, e.png second, or other\n",
@@ -310,8 +310,8 @@ def test_class_names_from_file(tmp_path: Path) -> None:
 def test_multi_label_targets(make: Make, tmp_path: Path) -> None:
     images, file = image_set(make(*FLAT)), tmp_path / "sets.txt"
     file.write_text("a.png\tcat, dog\nb c.png\nd, e.png\t2\n")
-    found = multi_label_targets(images, file, 3, ["cat", "dog", "emu"])
-    assert found.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    targets = multi_label_targets(images, file, 3, ["cat", "dog", "emu"])
+    assert targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
     file.write_text("a.png\tcow\nb c.png\nd, e.png\n")
     with pytest.raises(InputError, match="'cow' in line 1 of"):
         multi_label_targets(images, file, 3, ["cat", "dog", "emu"])
@@ -319,7 +319,7 @@ def test_multi_label_targets(make: Make, tmp_path: Path) -> None:
         multi_label_targets(images, None, 3, None)
 
 
-# --- files found beside the images -----------------------------------------------------------
+# --- ground-truth files beside the images--------------------------------------------------------
 
 
 def test_ground_truth_file_in_parent_folders(make: Make) -> None:
@@ -369,5 +369,5 @@ def test_ground_truth_file_for_class_folders(make: Make) -> None:
         label_images(root, 2)
     (root / "val.txt").write_text(text)
     assert by_folder(label_images(root, 2)) == {"class2": 1, "class10": 0}
-    asked = label_images(root, 2, class_order="natural")
-    assert by_folder(asked) == {"class2": 0, "class10": 1}
+    requested = label_images(root, 2, class_order="natural")
+    assert by_folder(requested) == {"class2": 0, "class10": 1}

@@ -111,8 +111,8 @@ def test_images_are_spread_evenly_and_distinct(tmp_path: Path) -> None:
     assert batch.description == f"4 of 40 images of '{tmp_path}'"
     values = [np.full((32, 32), shade, np.uint8) for shade in (9, 77, 9, 9)]
     items = tuple(ImageItem(str(number), value) for number, value in enumerate(values))
-    twice = verification_images("", for_channels(1), 2, ImageSet(items, "4 images"))
-    assert twice.names == ("0", "1")
+    distinct = verification_images("", for_channels(1), 2, ImageSet(items, "4 images"))
+    assert distinct.names == ("0", "1")
 
 
 def test_synthetic_samples_with_other_channels() -> None:

@@ -123,95 +123,78 @@ class _Handler(BaseHTTPRequestHandler):
         """Log nothing."""
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        self.hub.log.append((self.command, self.path, self.headers.get("Range")))
+        hub = self.hub
+        hub.log.append((self.command, self.path, self.headers.get("Range")))
         path = self.path.partition("?")[0].strip("/")
-        if path.startswith("api/models/"):
+        is_api, name = path.startswith("api/models/"), ""
+        if is_api:
             repo_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
-            if self._check_access(repo_id):
-                self._send_info(self._key(repo_id, revision or "main"))
-            return
-        repo_id, _, rest = path.partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        if self._check_access(repo_id):
-            self._send_file(self._key(repo_id, revision), name, body=body)
-
-    def _key(self, repo_id: str, revision: str) -> str:
-        """Return the key of a repository at a revision, which is a name or a commit."""
-        keys = [key for key in self.hub.repos if key.partition("@")[0] == repo_id]
-        by_name = {key.partition("@")[2] or "main": key for key in keys}
-        by_commit = {self.hub.commit(key): key for key in keys}
-        return {**by_name, **by_commit}.get(revision, "")
-
-    def _check_access(self, repo_id: str) -> bool:
-        if repo_id in self.hub.gated:
-            self._error(403, "GatedRepo", "Access to this model is restricted.")
-        elif repo_id not in self.hub.repos:
-            self._error(404, "RepoNotFound", "Repository not found")
         else:
-            return True
-        return False
+            repo_id, _, file = path.partition("/resolve/")
+            revision, _, name = file.partition("/")
+        # a revision is a name or a commit
+        keys = [key for key in hub.repos if key.partition("@")[0] == repo_id]
+        revisions = {key.partition("@")[2] or "main": key for key in keys}
+        revisions |= {hub.commit(key): key for key in keys}
+        key = revisions.get(revision or "main", "")
+        if repo_id in hub.gated:
+            self._error(403, "GatedRepo")
+        elif not keys:
+            self._error(404, "RepoNotFound")
+        elif is_api and not key:
+            self._error(404, "RevisionNotFound")
+        elif is_api:
+            siblings = [{"rfilename": file} for file in hub.repos[key]]
+            info = {"id": repo_id, "modelId": repo_id, "sha": hub.commit(key), "siblings": siblings}
+            self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        elif name not in hub.repos.get(key, {}):
+            self._error(404, "EntryNotFound")
+        else:
+            self._send_file(key, name)
 
-    def _send_info(self, repo_id: str) -> None:
-        if not repo_id:
-            self._error(404, "RevisionNotFound", "Invalid rev id")
-            return
-        siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
-        name, commit = repo_id.partition("@")[0], self.hub.commit(repo_id)
-        info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
-        self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-
-    def _send_file(self, repo_id: str, name: str, *, body: bool) -> None:
-        content = self.hub.repos.get(repo_id, {}).get(name)
-        if content is None:
-            self._error(404, "EntryNotFound", "Entry not found")
-            return
-        digest = self.hub.announce.get(name, hashlib.sha256(content).hexdigest())
+    def _send_file(self, key: str, name: str) -> None:
+        hub, content = self.hub, self.hub.repos[key][name]
+        digest = hub.announce.get(name, hashlib.sha256(content).hexdigest())
         headers = {
             "ETag": f'"{digest}"',
             "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(self.hub.length.get(name, len(content))),
-            "X-Repo-Commit": self.hub.commit(repo_id),
+            "X-Linked-Size": str(hub.length.get(name, len(content))),
+            "X-Repo-Commit": hub.commit(key),
             "Accept-Ranges": "bytes",
         }
         start = int(re.sub(r"\D", "", (self.headers.get("Range") or "0").split("-")[0]) or 0)
-        part, status = content[start:], 206 if start else 200
+        status, limit, stalls = 206 if start else 200, hub.stall, hub.stall is not None
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if body and self.hub.drop_after is not None and len(content) > self.hub.drop_after:
-            cut, self.hub.drop_after = self.hub.drop_after, None
-            self._send(status, part, headers, only=cut)
+        is_download = self.command == "GET"
+        if is_download and hub.drop_after is not None and len(content) > hub.drop_after:
+            limit, hub.drop_after, self.close_connection = hub.drop_after, None, True
+        elif name in hub.length:
+            headers["Content-Length"] = str(hub.length[name] - start)
             self.close_connection = True
-            return
-        if name in self.hub.length:
-            headers["Content-Length"] = str(self.hub.length[name] - start)
-            self.close_connection = True
-        stall = self.hub.stall if body else None
-        self._send(status, part, headers, only=stall if body else 0)
-        if stall is not None:
+        self._send(status, content[start:], headers, limit)
+        if is_download and stalls:
             self.wfile.flush()
             with contextlib.suppress(OSError):
                 self.connection.settimeout(20)
                 self.connection.recv(1)  # returns when the client closes it
             self.close_connection = True
 
-    def _error(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message}
-        self._send(status, b"{}", headers, only=0 if self.command == "HEAD" else None)
+    def _error(self, status: int, code: str) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def _send(
-        self, status: int, content: bytes, headers: Mapping[str, str], only: int | None = None
+        self, status: int, content: bytes, headers: Mapping[str, str], limit: int | None = None
     ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content if only is None else content[:only])
+        if self.command == "GET":
+            self.wfile.write(content[:limit])
 
 
 @pytest.fixture

@@ -66,13 +66,13 @@ def test_load_from_path(checkpoint: Path, tiny: VAN, tiny_config: VanConfig) -> 
 
 
 def test_safetensors_metadata(tmp_path: Path, tiny: VAN) -> None:
-    wanted = OFFICIAL.override(image_size=96, crop_pct=1.0, crop_mode="squash")
+    expected = OFFICIAL.override(image_size=96, crop_pct=1.0, crop_mode="squash")
     names = ("a", "b", "c", "d", "e")
-    metadata = {"preprocessing": json.dumps(wanted.as_dict()), "classes": json.dumps(names)}
+    metadata = {"preprocessing": json.dumps(expected.as_dict()), "classes": json.dumps(names)}
     save_file(tiny.state_dict(), tmp_path / "w.safetensors", metadata=metadata)
     loaded = load_van(str(tmp_path / "w.safetensors"))
     assert has_equal_outputs(loaded, tiny)
-    assert (loaded.preprocessing, loaded.class_names) == (wanted, names)
+    assert (loaded.preprocessing, loaded.class_names) == (expected, names)
     flat = {"mean": "[0.1, 0.2, 0.3]", "interpolation": "bilinear"}
     save_file(tiny.state_dict(), tmp_path / "w.safetensors", metadata=flat)
     assert load_van(str(tmp_path / "w.safetensors")).preprocessing.mean == (0.1, 0.2, 0.3)
@@ -250,8 +250,8 @@ def test_layer_norm_eps(checkpoint: Path, tiny: VAN, form: str, eps: float) -> N
 
 def test_overridden_metadata_is_not_validated(checkpoint: Path, tiny: VAN) -> None:
     arguments = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
-    whole = {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}
-    torch.save(whole, checkpoint)
+    content = {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}
+    torch.save(content, checkpoint)
     with pytest.raises(CheckpointError, match=r"image_size \[64, 96, 9\]"):
         load_van(str(checkpoint), own_labels=True)
     overrides = {"image_size": 64, "interpolation": "bilinear", "mean": None}

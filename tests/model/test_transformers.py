@@ -90,8 +90,8 @@ def test_pixels_equal_transformers(transformers: dict[str, str], tmp_path: Path)
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     (tmp_path / "processors.json").write_text(json.dumps(PROCESSORS))
-    words = [sys.executable, "-c", PIXELS, str(tmp_path), str(len(images))]
-    subprocess.run(words, check=True, env=transformers | {"USE_TORCH": "0"})
+    command = [sys.executable, "-c", PIXELS, str(tmp_path), str(len(images))]
+    subprocess.run(command, check=True, env=transformers | {"USE_TORCH": "0"})
     for index, (kind, config) in enumerate(PROCESSORS):
         values = from_processor({"image_processor_type": kind, **config})
         for key in ("mean", "std"):
@@ -105,8 +105,8 @@ def test_pixels_equal_transformers(transformers: dict[str, str], tmp_path: Path)
 
 
 def test_logits_equal_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
-    words = [sys.executable, "-c", NETWORK, str(tmp_path)]
-    subprocess.run(words, check=True, env=transformers | {"USE_TORCH": "1"})
+    command = [sys.executable, "-c", NETWORK, str(tmp_path)]
+    subprocess.run(command, check=True, env=transformers | {"USE_TORCH": "1"})
     images, logits = torch.load(tmp_path / "run.pt")
     (tmp_path / "run.pt").unlink()
     loaded = load_van(str(tmp_path))

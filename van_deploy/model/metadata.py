@@ -142,7 +142,7 @@ def _check_values(where: str, values: Values, allowed: Mapping[str, tuple[Any, .
     for key, expected in allowed.items():
         if values.get(key) not in (None, *expected):
             options, value = " or ".join(map(str, expected)), reprlib.repr(values[key])
-            wrong = f"T{where[1:]} has {key} {value}; this network needs {options}."
+            wrong = f"{key} is {value} in {where}; this network needs {options}."
             move = ", or move the weights out of its folder" if _BESIDE in where else ""
             raise CheckpointError(wrong, f"Correct or remove '{key}'{move}.")
 
