@@ -327,14 +327,6 @@ def test_decompression_bomb(side: int, filtered: Any) -> None:
         open_image(data, max_pixels=383)
 
 
-@each("channels", [2, 5, 13])
-def test_unsupported_number_of_channels(channels: int, tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(encode(gradient()))
-    with pytest.raises(UsageError, match=f"takes {channels} channels, and image files") as error:
-        list(decoded_batches(image_set(tmp_path).items, for_channels(channels), 1))
-    assert f"uint8 (N, H, W, {channels})" in error.value.remedy
-
-
 # --- batches ---------------------------------------------------------------------------------
 
 

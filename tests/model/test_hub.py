@@ -56,7 +56,7 @@ def test_interrupted_download_is_resumed(hub: FakeHub, monkeypatch: Any) -> None
 
 
 @pytest.mark.parametrize(
-    "fault", [{"length": {"w.pth": 10**6}}, {"length": {"w.pth": 9}}, {"stall": 0}]
+    ("name", "value"), [("length", {"w.pth": 10**6}), ("length", {"w.pth": 9}), ("stall", 0)]
 )
 def test_incorrect_sizes_and_stalled_downloads(
     hub: FakeHub, monkeypatch: Any, name: str, value: Any

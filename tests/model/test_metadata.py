@@ -300,7 +300,7 @@ def test_class_names(load: Load, inside: Content, names: list[str] | None) -> No
     [
         (
             {"classes": NAMES[:4]},
-            "classes in the file has 4 entries, but the network has 5 classes",
+            "classes in the file has 4 entries; the network has 5 classes",
         ),
         ({"classes": [*NAMES[:4], None]}, "classes in the file has 5 entries"),
         ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx in the file has 2 entries"),

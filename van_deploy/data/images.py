@@ -166,14 +166,14 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
         paths = [Path(parent, name) for name in files if name[0] != "." and not is_visited]
         images += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not images:
-        wrong = f"There is no image in '{folder}' or its subfolders."
-        raise ImageError(wrong, f"Pass a folder with files ending in {', '.join(SUFFIXES)}.")
+        message = f"There is no image in '{folder}' or its subfolders."
+        raise ImageError(message, f"Pass a folder with files ending in {', '.join(SUFFIXES)}.")
     return tuple(sorted(images))
 
 
 def _raise_read_error(error: OSError) -> NoReturn:
-    wrong = f"'{error.filename}' cannot be read: {error.strerror}."
-    raise ImageError(wrong, "Check the path and its permissions.") from error
+    message = f"'{error.filename}' cannot be read: {error.strerror}."
+    raise ImageError(message, "Check the path and its permissions.") from error
 
 
 def _load_npz_items(path: Path) -> tuple[ImageItem, ...]:
@@ -247,8 +247,8 @@ def open_image(
             reason = "it is in no known image format"
         elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             reason = f"it is too large to open safely, {reason}"
-        wrong = f"{name} cannot be read as an image: {reason or type(error).__name__}."
-        raise ImageError(wrong, "Replace the file, make it smaller, or remove it.") from error
+        message = f"{name} cannot be read as an image: {reason or type(error).__name__}."
+        raise ImageError(message, "Replace the file, make it smaller, or remove it.") from error
 
 
 def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:

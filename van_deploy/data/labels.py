@@ -146,8 +146,8 @@ def label_images(
                 unused_file = f" ('{file}' is not used: {error.message.rstrip('.')})"
     if "" in groups:
         first = next(item.name for item in images.items if not item.group)
-        wrong = f"The class of '{first}' is unknown{unused_file}."
-        raise ImageError(wrong, "Sort the images into one folder per class, or give --labels FILE.")
+        message = f"The class of '{first}' is unknown{unused_file}."
+        raise ImageError(message, "Sort the images into a folder per class, or give --labels FILE.")
     return _label_by_order(images, groups, names, class_order, unused_file)
 
 
@@ -164,8 +164,8 @@ def _label_by_name(images: ImageSet, names: ClassNames) -> ImageSet | None:
     by_class: dict[int, str] = {}
     for label, (index,) in matches.items():
         if by_class.setdefault(index, label) != label:
-            wrong = f"The folders '{by_class[index]}' and '{label}' are both class {index}."
-            raise ImageError(wrong, "Merge the two folders, or rename one of them.")
+            message = f"The folders '{by_class[index]}' and '{label}' are both class {index}."
+            raise ImageError(message, "Merge the two folders, or rename one of them.")
     kind = "WordNet id" if all(map(WORDNET_ID.fullmatch, matches)) else "class name"
     source = "class folders" if any(item.group for item in images.items) else "files"
     return images.with_labels([matches[label][0] for label in labels], f"{source} by {kind}")
@@ -212,20 +212,20 @@ def _label_by_order(
         by_group = dict(zip(groups, orders[order or "strings"], strict=True))
         labels = [by_group[item.group] for item in images.items]
         return images.with_labels(labels, f"class folders {how}{unused_file}")
-    wrong = (
+    message = (
         f"{f'--class-order {order} is not possible: ' if order else ''}{len(unmatched)} of the "
         f"{len(groups)} folders in '{images.root}' do not match one of the network's "
         f"{names.count} class names: {', '.join(unmatched[:5])}{unused_file}."
     )
     if use_order and orders and not order:
-        wrong += " The order of the network's classes is unknown. Possible orders:"
+        message += " The order of the network's classes is unknown. Possible orders:"
         rows = [*zip(groups, *orders.values(), strict=True)]
         rows.sort(key=lambda row: len({*row[1:]}) == 1)  # folders with different labels first
         for column, name in enumerate(orders, 1):
             examples = ", ".join(f"{row[0]!r} is class {row[column]}" for row in rows[:3])
-            wrong += f"\n  {name}: {examples} ({CLASS_ORDERS[name]})"
+            message += f"\n  {name}: {examples} ({CLASS_ORDERS[name]})"
     raise ImageError(
-        wrong,
+        message,
         f"Give --class-order {' or '.join(orders or CLASS_ORDERS)}, --labels FILE, or export "
         "again with --labels NAMES.txt: one folder name per line in the order of the logits "
         "(including empty folders for classes without images).",
@@ -258,8 +258,8 @@ def class_names_from_file(path: Path, classes: int) -> tuple[str, ...]:
     """
     names = tuple(line for _, line in read_lines(path))
     if len(names) != classes:
-        wrong = f"'{path}' has {len(names)} class names; the network has {classes} classes."
-        raise InputError(wrong, "Write one name per line, in the order of the logits.")
+        message = f"'{path}' has {len(names)} class names; the network has {classes} classes."
+        raise InputError(message, "Write one name per line, in the order of the logits.")
     return names
 
 
@@ -271,11 +271,11 @@ def _label_by_file(images: ImageSet, file: Path, names: ClassNames, order: str |
         UsageError: the order is for folders.
     """
     if order in {"strings", "natural"}:
-        wrong = f"--class-order {order} is for class folders, but the labels are in '{file}'."
-        raise UsageError(wrong, "Omit it, or give names or index.")
+        message = f"--class-order {order} is for class folders, but the labels are in '{file}'."
+        raise UsageError(message, "Omit it, or give names or index.")
     if file.name == KIT_FILE:
-        wrong = f"The numbers in '{file}' are the development kit's ids, not the network's classes."
-        raise InputError(wrong, "Give --labels with ImageNet's val.txt or LOC_val_solution.csv.")
+        message = f"The numbers in '{file}' are the development kit's ids, not class indices."
+        raise InputError(message, "Give --labels with ImageNet's val.txt or LOC_val_solution.csv.")
     lines = read_lines(file)
     if lines and lines[0][1].replace(" ", "") == KAGGLE_HEADER:
         lines = [(number, line.split()[0]) for number, line in lines]
@@ -300,9 +300,9 @@ def multi_label_targets(
         InputError: there is no file, it cannot be read, or it does not match the images.
     """
     if file is None:
-        wrong = "A multi-label network needs a labels file; class folders are not enough."
+        message = "A multi-label network needs a labels file; class folders are not enough."
         remedy = "Give --labels FILE with a line for each image: 'file<TAB>label,label'."
-        raise InputError(wrong, remedy)
+        raise InputError(message, remedy)
     names, targets = ClassNames(classes, class_names), np.zeros((len(images), classes), np.int64)
     lines = [(number, f"{line}\t") for number, line in read_lines(file)]
     for row, (number, text) in enumerate(_match_lines(images, file, lines)):
@@ -335,8 +335,8 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
             first = entries.setdefault(index, (number, label))
             if first[1] != label:
                 pair = f"'{first[1]}' in line {first[0]}, '{label}' in line {number}"
-                wrong = f"'{file}' has two labels for '{images.items[index].name}': {pair}."
-                raise InputError(wrong, "Remove the incorrect line.")
+                message = f"'{file}' has two labels for '{images.items[index].name}': {pair}."
+                raise InputError(message, "Remove the incorrect line.")
             break
     if not entries and len(lines) == len(images):
         return [(number, _unquote(line)) for number, line in lines]

@@ -90,8 +90,8 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
     elif is_file or spec.startswith((".", "/", "~")):
         stem = path.resolve().parent.name if stem.lower() in _GENERIC_STEMS else stem
     elif repo is None:
-        wrong = f"'{spec}' is not an existing file, a repository (owner/name) or 'random'."
-        raise UsageError(wrong, "Give a path, a Hugging Face repository (owner/name), or random.")
+        message = f"'{spec}' is not an existing file, a repository (owner/name) or 'random'."
+        raise UsageError(message, "Give a path, a Hugging Face repository (owner/name), or random.")
     else:
         owner, _, stem = repo["repo"].partition("/")
         path, note = _download(repo["repo"], repo["revision"] or "main", repo["file"], offline)
@@ -106,11 +106,11 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
     if digest and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         with contextlib.suppress(OSError):  # the cache may be read-only
             blob.unlink()
-        wrong = f"{source} is damaged: its SHA-256 is {digest}, the hub announced {blob.name}."
-        raise DownloadError(wrong, f"Remove {blob} if it still exists, and try again.")
+        message = f"{source} is damaged: its SHA-256 is {digest}, the hub announced {blob.name}."
+        raise DownloadError(message, f"Remove {blob} if it still exists, and try again.")
     if digest and expect_sha256 and digest != expect_sha256.lower():
-        wrong = f"{source} is another file: its SHA-256 is {digest}, expected: {expect_sha256}."
-        raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or download the file again.")
+        message = f"{source} is another file: its SHA-256 is {digest}, expected: {expect_sha256}."
+        raise DownloadError(message, "Check the digest and HF_ENDPOINT, or download it again.")
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
     notes = tuple(filter(None, (note, LICENCE if official else "")))
     contents = {file.name: _read_json_object(file) for file in configs}
@@ -124,9 +124,9 @@ def _select_file(names: Iterable[str], folder: str) -> str:
     candidates = candidates or [name for name in names if WEIGHTS_SUFFIX.search(name)]
     if len(candidates) != 1:
         files = ", ".join((candidates or names)[:10])
-        wrong = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
+        message = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
         example = folder + (candidates or ["weights.pth"])[0]
-        raise UsageError(wrong, f"Select one, such as {example}.")
+        raise UsageError(message, f"Select one, such as {example}.")
     return candidates[0]
 
 
@@ -134,8 +134,8 @@ def _read_json_object(file: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(read_text_file(file)))
     except (OSError, ValueError, TypeError) as error:
-        wrong = f"The file {file} cannot be read: {error}."
-        raise CheckpointError(wrong, "Correct it, or remove it from the folder.") from None
+        message = f"The file {file} cannot be read: {error}."
+        raise CheckpointError(message, "Correct it, or remove it from the folder.") from None
 
 
 # --- the hub ---------------------------------------------------------------------------------
@@ -203,9 +203,9 @@ def load_file(path: Path) -> Mapping[Any, Any]:
     if head[8:9] == b"{":
         return _load_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
-        wrong = f"The file {path} is not a checkpoint: it begins with {head!r}."
+        message = f"The file {path} is not a checkpoint: it begins with {head!r}."
         hint = "b'<' begins a web page, b'version https://git-lfs' a Git LFS pointer"
-        raise CheckpointError(wrong, f"Pass a file of torch.save or safetensors ({hint}).")
+        raise CheckpointError(message, f"Pass a file of torch.save or safetensors ({hint}).")
     content = _load_pickle(path, mmap=head.startswith(b"PK") and _is_uncompressed_zip(path))
     if isinstance(content, Mapping):
         return content
@@ -282,5 +282,5 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     if not unsafe:
         raise _read_error(path, "its pickle was not written by torch.save")
     names = ", ".join(unsafe[:3])
-    wrong = f"{path} is refused: its pickle imports {names}, so loading it would execute code."
-    raise CheckpointError(wrong, f"If you trust it, open it in its own program. {_SAVE_HINT}")
+    message = f"{path} is refused: its pickle imports {names}, so loading it would execute code."
+    raise CheckpointError(message, f"If you trust it, open it in its own program. {_SAVE_HINT}")

@@ -142,9 +142,9 @@ def _check_values(where: str, values: Values, allowed: Mapping[str, tuple[Any, .
     for key, expected in allowed.items():
         if values.get(key) not in (None, *expected):
             options, value = " or ".join(map(str, expected)), reprlib.repr(values[key])
-            wrong = f"{key} is {value} in {where}; this network needs {options}."
+            message = f"{key} is {value} in {where}; this network needs {options}."
             move = ", or move the weights out of its folder" if _BESIDE in where else ""
-            raise CheckpointError(wrong, f"Correct or remove '{key}'{move}.")
+            raise CheckpointError(message, f"Correct or remove '{key}'{move}.")
 
 
 def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         return ", ".join(others[:10])
 
     if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
-        wrong = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
-        raise CheckpointError(wrong, "Correct it, or move the weights out of its folder.")
+        message = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
+        raise CheckpointError(message, "Correct it, or move the weights out of its folder.")
     used = {k: values[k] for k in ("strides", "layer_norm_eps", "problem_type") if k in values}
     texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
     texts["unknown keys in"] = unknown(content)
@@ -248,8 +248,8 @@ def _read_preprocessing(
     except (UsageError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         if not overrides.keys() >= set(_OPTIONS):
             reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
-            wrong = f"{source[0].upper()}{source[1:]} cannot be used: {reason}"
-            raise CheckpointError(wrong, _PREPROCESSING_HINT) from None
+            message = f"{source[0].upper()}{source[1:]} cannot be used: {reason}"
+            raise CheckpointError(message, _PREPROCESSING_HINT) from None
         result = default
     if source.endswith(_BESIDE) and file.is_official:
         if str(result) != str(default):
@@ -277,8 +277,8 @@ def _read_class_names(
     if len(sources) > 1:
         (one, where), (two, other), *_ = sources.items()
         index = next(i for i, name in enumerate(one) if name != two[i])
-        wrong = f"Class {index} is '{one[index]}' in {where}, but '{two[index]}' in {other}."
-        raise CheckpointError(wrong, _LABELS_HINT)
+        message = f"Class {index} is '{one[index]}' in {where}, but '{two[index]}' in {other}."
+        raise CheckpointError(message, _LABELS_HINT)
     notes += [f"class names from {where}" for where in sources.values()]
     return next(iter(sources), None)
 
@@ -301,6 +301,6 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
     if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's
         return names[1:]
     if len(names) != classes:
-        wrong = f"{key} in {table} has {len(value)} entries, but the network has {classes} classes."
-        raise CheckpointError(wrong, _LABELS_HINT)
+        message = f"{key} in {table} has {len(value)} entries; the network has {classes} classes."
+        raise CheckpointError(message, _LABELS_HINT)
     return names

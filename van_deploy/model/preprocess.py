@@ -116,8 +116,8 @@ class Preprocessing:
         for name in {"mean", "std"} & values.keys():
             value = values[name] if isinstance(values[name], list | tuple) else (values[name],)
             if len(value) not in (1, self.channels):
-                wrong = f"The {name} has {len(value)} values for {self.channels} channels."
-                raise UsageError(wrong, f"Give one value, or {self.channels}.")
+                message = f"The {name} has {len(value)} values for {self.channels} channels."
+                raise UsageError(message, f"Give one value, or {self.channels}.")
             values[name] = tuple(value) * (self.channels // len(value))
         return self.from_dict({**self.as_dict(), **resize, "source": source, **values})
 
@@ -138,8 +138,8 @@ class Preprocessing:
             detail = error.errors(include_url=False)[0]
         text = detail["msg"].removeprefix("Value error, ")
         value = f"{detail['loc'][0]} {reprlib.repr(detail['input'])}: " if detail["loc"] else "it "
-        wrong = f"The preprocessing is invalid: {value}{text}."
-        raise UsageError(wrong, "Correct it: mean and std are of values in 0..1, not 0..255.")
+        message = f"The preprocessing is invalid: {value}{text}."
+        raise UsageError(message, "Correct it: mean and std are of values in 0..1, not 0..255.")
 
     def transform(self) -> Callable[[Image.Image], torch.Tensor]:
         """Return the evaluation transform, from an image to ``(C, H, W)`` float32, normalised.
@@ -193,9 +193,9 @@ def image_mode(channels: int) -> str:
         UsageError: ``channels`` is not 1, 3 or 4.
     """
     if channels not in _MODES:
-        wrong = f"The network takes {channels} channels, and image files have 1, 3 or 4."
+        message = f"The network takes {channels} channels, and image files have 1, 3 or 4."
         arrays = f"uint8 (N, H, W, {channels}) or normalised float32 (N, {channels}, H, W)"
-        raise UsageError(wrong, f"Give an .npz with 'images', {arrays}; a server takes tensors.")
+        raise UsageError(message, f"Give an .npz with 'images', {arrays}; a server takes tensors.")
     return _MODES[channels]
 
 
@@ -258,8 +258,8 @@ def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[
     else:
         resized = _divide_size(size, min(ratios))
     if resized[0] * resized[1] > MAX_PIXELS:
-        wrong = f"An image of {width} x {height} pixels resizes to {max(resized)} pixels."
-        raise ImageError(wrong, "Crop the image to the relevant part first.")
+        message = f"An image of {width} x {height} pixels resizes to {max(resized)} pixels."
+        raise ImageError(message, "Crop the image to the relevant part first.")
     return resized
 
 

@@ -80,8 +80,8 @@ class VanConfig:
         indices = tuple(index for index in range(len(self.depths)) if index in out_indices)
         if not indices or len(indices) != len(out_indices):
             requested = ", ".join(map(str, out_indices)) or "(none)"
-            wrong = f"The stages {requested} are not distinct numbers of 0 to {STAGES - 1}."
-            raise UsageError(wrong, "Give --out-indices as in timm, such as 0,1,2,3.")
+            message = f"The stages {requested} are not distinct numbers of 0 to {STAGES - 1}."
+            raise UsageError(message, "Give --out-indices as in timm, such as 0,1,2,3.")
         return replace(self, num_classes=0, head=(), out_indices=indices)
 
     @property
