@@ -49,71 +49,77 @@ def by_folder(images: ImageSet) -> dict[str, int | None]:
     return {item.group: item.label for item in images.items}
 
 
-def by_file(images: ImageSet) -> dict[str, int | None]:
-    return {item.name: item.label for item in images.items}
-
-
 def label_source(images: ImageSet) -> str:
     """Return the source of the labels."""
     return images.description.partition("', ")[2]
 
 
-# --- class folders by name -------------------------------------------------------------------
+# --- class folders ---------------------------------------------------------------------------
 
 EXACT = ("A", "a", "B", "b_c", "b c", "B-C", "+", "-", "_", "=")
+IMAGENET = [text.split(",")[0].upper() for text in ImageNetInfo().label_descriptions()]
+TWELVE = [str(number) for number in range(12)]
+UNKNOWN_ORDER = "The order of the network's classes is unknown"
 
 
 @each(
-    ("folders", "names"),
+    ("folders", "classes", "names", "labels", "source"),
     [
-        (EXACT, EXACT),  # exact names come first
-        (("Great_White-shark", "b"), ("great white  shark", "b")),
-        (("TENCH", "b"), ("tench, Tinca tinca", "b")),
-        (("u\u0308ber", "b"), ("\u00fcber", "b")),  # macOS writes decomposed Unicode
-        (("\uff21\uff22", "b"), ("AB", "b")),  # full-width letters
-        (("stra\u00dfe", "b"), ("STRASSE", "b")),
-        (("hot dog", "b"), (" hot dog", "b")),
+        (EXACT, 10, EXACT, range(10), "class name"),  # exact names come first
+        (("Great_White-shark", "b"), 2, ("great white  shark", "b"), (0, 1), "class name"),
+        (("TENCH", "b"), 2, ("tench, Tinca tinca", "b"), (0, 1), "class name"),
+        (("u\u0308ber", "b"), 2, ("\u00fcber", "b"), (0, 1), "class name"),  # as on macOS
+        (("\uff21\uff22", "b"), 2, ("AB", "b"), (0, 1), "class name"),  # full-width letters
+        (("stra\u00dfe", "b"), 2, ("STRASSE", "b"), (0, 1), "class name"),
+        (("hot dog", "b"), 2, (" hot dog", "b"), (0, 1), "class name"),
+        (("class1", "class2", "class10"), 3, ("class10", "class2", "class1"), (2, 1, 0), "name"),
+        (sorted(TWELVE), 12, sorted(TWELVE), range(12), "class name"),  # an ImageFolder's classes
+        (("n01440764", "n02123045"), 1000, None, (0, 281), "WordNet id"),
+        (("n01440764", "tabby"), 1000, IMAGENET, (0, 281), "class name"),
+        (("n02123045",), 1000, [f"{name}, x" for name in IMAGENET], (281,), "WordNet id"),
+        (("airplane", "bird", "cat"), 3, None, range(3), "(the weights have no class names)"),
+        ([f"{number:03}" for number in range(1, 103)], 102, None, range(102), "by number"),
+        (("0", "1", "2"), 3, None, range(3), "by number"),
+        (("00", "01", "02"), 3, None, range(3), "by number"),
+        (("0", "1", "2"), 3, ("cat", "dog", "emu"), range(3), "by number"),
+        (("bad", "good"), 1, None, (0, 1), "(the weights have no class names)"),
+        (("0", "1"), 1, None, (0, 1), "by number"),
     ],
 )
-def test_class_folders_by_name(folders: Sequence[str], names: list[str], make: Make) -> None:
-    images = label_images(make(*folders), len(names), names)
-    assert by_folder(images) == {folder: index for index, folder in enumerate(folders)}
-    assert label_source(images) == "class folders by class name"
+def test_class_folders(
+    folders: Any, classes: int, names: Any, labels: Any, source: str, make: Make
+) -> None:
+    images = label_images(make(*folders), classes, names)
+    assert by_folder(images) == dict(zip(folders, labels, strict=True))
+    assert label_source(images).endswith(source)
 
 
 @each(
-    ("folders", "names", "message"),
+    ("folders", "classes", "names", "message"),
     [
-        (("Crane", "dog"), ["crane", "CRANE", "dog"], "1 of the 2 folders"),  # two share this form
-        (("cat", "dgo"), ["cat", "dog"], "do not match one of the network's 2 class names: dgo"),
-        (("x", "y"), ["cat", "dog"], "do not match one of the network's 2 class names: x, y"),
-        (("a", "A", "b"), ["a", "b"], "The folders 'A' and 'a' are both class 0"),
-        (("a", "b", "stray.png"), None, "The class of 'stray.png' is unknown"),
+        (("Crane", "dog"), 3, ["crane", "CRANE", "dog"], "1 of the 2 folders"),  # ambiguous
+        (("cat", "dgo"), 2, ["cat", "dog"], "match one of the network's 2 class names: dgo"),
+        (("x", "y"), 2, ["cat", "dog"], "do not match one of the network's 2 class names: x, y"),
+        (("a", "A", "b"), 2, ["a", "b"], "The folders 'A' and 'a' are both class 0"),
+        (("a", "b", "stray.png"), 3, None, "The class of 'stray.png' is unknown"),
+        *(
+            (("n01440764", "n02123045"), 1000, [first, *map(str, range(999))], "2 of the 2 folders")
+            for first in ("plankton", "tench, Tinca tinca")
+        ),
+        (list(map(str, range(11))), 11, list("abcdefghijk"), UNKNOWN_ORDER),
     ],
 )
-def test_unknown_class_folders(folders: Any, names: Any, message: str, make: Make) -> None:
+def test_unknown_class_folders(
+    folders: Any, classes: int, names: Any, message: str, make: Make
+) -> None:
     with pytest.raises(ImageError, match=message):
-        label_images(make(*folders), len(names or folders), names)
+        label_images(make(*folders), classes, names)
 
 
-def test_wordnet_ids(make: Make) -> None:
-    folders = label_images(make("n01440764", "n02123045"), 1000)
-    assert by_folder(folders) == {"n01440764": 0, "n02123045": 281}
-    files = label_images(make("n02123045_tabby.png", "n01440764_1.png", folder="flat"), 1000)
-    assert by_file(files) == {"n01440764_1.png": 0, "n02123045_tabby.png": 281}
-    assert label_source(files) == "files by WordNet id"
-    names = [text.split(",")[0].upper() for text in ImageNetInfo().label_descriptions()]
-    images = label_images(make("n01440764", "tabby"), 1000, names)
-    assert by_folder(images) == {"n01440764": 0, "tabby": 281}
-    longer = [f"{name}, another name" for name in names]  # any part is enough
-    images = label_images(make("n02123045", folder="more"), 1000, longer)
-    assert by_folder(images) == {"n02123045": 281}
-
-
-@each("first", ["plankton", "tench, Tinca tinca"])
-def test_wordnet_ids_need_imagenet_classes(first: str, make: Make) -> None:
-    with pytest.raises(ImageError, match="2 of the 2 folders"):
-        label_images(make("n01440764", "n02123045"), 1000, [first, *map(str, range(999))])
+def test_wordnet_ids_of_files(make: Make) -> None:
+    images = label_images(make("n02123045_tabby.png", "n01440764_1.png"), 1000)
+    assert [item.label for item in images.items] == [0, 281]
+    assert label_source(images) == "files by WordNet id"
 
 
 # --- the order of class folders --------------------------------------------------------------
@@ -121,7 +127,7 @@ def test_wordnet_ids_need_imagenet_classes(first: str, make: Make) -> None:
 FOLDERS = {
     "natural": [f"class{number}" for number in range(1, 11)],
     "case": list("AbCdEfGhIj"),
-    "numbers": [str(number) for number in range(12)],
+    "numbers": TWELVE,
     "from one": [str(number) for number in range(1, 13)],
 }
 
@@ -141,42 +147,20 @@ def test_orders_equal_torchvision_and_timm(names: list[str], make: Make) -> None
     ("names", "classes", "orders"),
     [
         *((n, len(n), "strings or natural") for k, n in FOLDERS.items() if k != "numbers"),
-        (FOLDERS["numbers"], 12, "index or strings or natural"),
+        (TWELVE, 12, "index or strings or natural"),
         (["1", "2", "3"], 10, "index"),  # 1 is the first of 1..10, or index 1
         (["0", "5", "11"], 12, "index"),
     ],
 )
 def test_ambiguous_orders(names: list[str], classes: int, orders: str, make: Make) -> None:
     root = make(*names)
-    with pytest.raises(ImageError, match="The order of the network's classes is unknown") as error:
+    with pytest.raises(ImageError, match=UNKNOWN_ORDER) as error:
         label_images(root, classes)
     assert error.value.remedy.startswith(f"Give --class-order {orders}, ")
     for order in orders.split(" or "):
         [row] = [r for r in error.value.message.splitlines() if r.startswith(f"  {order}: ")]
         for folder, label in by_folder(label_images(root, classes, class_order=order)).items():
             assert f"'{folder}' is class" not in row or f"'{folder}' is class {label}" in row
-
-
-def test_class_names_from_file_set_the_order(make: Make, tmp_path: Path) -> None:
-    root, order = make("class1", "class2", "class10"), ["class10", "class2", "class1"]
-    (tmp_path / "names.txt").write_text("\n".join(order))
-    names = class_names_from_file(tmp_path / "names.txt", 3)
-    assert by_folder(label_images(root, 3, names)) == {n: i for i, n in enumerate(order)}
-
-
-@each(
-    ("names", "source"),
-    [
-        (["airplane", "bird", "cat"], "in sorted order (the weights have no class names)"),
-        ([f"{number:03}" for number in range(1, 103)], "by number"),
-        (["0", "1", "2"], "by number"),
-        (["00", "01", "02"], "by number"),
-    ],
-)
-def test_unambiguous_orders(names: list[str], source: str, make: Make) -> None:
-    images = label_images(make(*names), len(names))
-    assert by_folder(images) == {name: index for index, name in enumerate(names)}
-    assert label_source(images) == f"class folders {source}"
 
 
 @each(
@@ -195,25 +179,10 @@ def test_empty_class_folders(names: Any, empty: Any, classes: int, labels: Any, 
         assert by_folder(part) == {names[1]: labels[names[1]]}
 
 
-def test_numeric_folders_of_named_classes(make: Make) -> None:
-    images = label_images(make("0", "1", "2"), 3, ["cat", "dog", "emu"])
-    assert by_folder(images) == {"0": 0, "1": 1, "2": 2}
-    names = sorted(str(number) for number in range(12))  # of an ImageFolder's ``class_to_idx``
-    images = label_images(make(*names, folder="twelve"), 12, names)
-    assert by_folder(images) == {name: index for index, name in enumerate(names)}
-    with pytest.raises(ImageError, match="The order of the network's classes is unknown"):
-        label_images(make(*map(str, range(11)), folder="eleven"), 11, list("abcdefghijk"))
-
-
 @each("order", ["strings", "natural", "index", "names"])
 def test_impossible_order(order: str, make: Make) -> None:
     with pytest.raises(ImageError, match=f"--class-order {order} is not possible: 2 of the 2"):
         label_images(make("x", "y"), 3, class_order=order)
-
-
-def test_one_logit_has_two_classes(make: Make) -> None:
-    assert by_folder(label_images(make("bad", "good"), 1)) == {"bad": 0, "good": 1}
-    assert by_folder(label_images(make("0", "1", folder="numbers"), 1)) == {"0": 0, "1": 1}
 
 
 # --- labels files ----------------------------------------------------------------------------
@@ -247,13 +216,7 @@ NUMBERS = "a.png 2\nb c.png 0\nd, e.png 1\n"
         (FLAT, NUMBERS, ["2", "0", "1"], "names", [0, 1, 2]),
         (FLAT, NUMBERS, ["2", "0", "1"], "index", [2, 0, 1]),
         (FLAT, NUMBERS, ["0", "1", "2"], None, [2, 0, 1]),
-        (
-            ("a 1.png", "a.png"),
-            "a 1 x\na y\n",
-            ["x", "1 x", "y"],
-            None,
-            [0, 2],
-        ),  # the longest file name
+        (("a 1.png", "a.png"), "a 1 x\na y\n", ["x", "1 x", "y"], None, [0, 2]),  # longest match
         (("a/1.png", "b/1.png", "b/2.png"), "c/a/1 2\nb/1 0\n2.png 1", None, None, [2, 0, 1]),
         (("1.png", "b/1.png"), "1.png 0\nb/1.png 1\n", None, None, [0, 1]),
     ],
@@ -319,7 +282,7 @@ def test_multi_label_targets(make: Make, tmp_path: Path) -> None:
         multi_label_targets(images, None, 3, None)
 
 
-# --- ground-truth files beside the images--------------------------------------------------------
+# --- ground-truth files beside the images ----------------------------------------------------
 
 
 def test_ground_truth_file_in_parent_folders(make: Make) -> None:
@@ -365,7 +328,7 @@ def test_unusable_ground_truth_file_is_reported(make: Make) -> None:
 def test_ground_truth_file_for_class_folders(make: Make) -> None:
     root, text = make("class2", "class10"), "class2/x.png 1\nclass10/x.png 0\n"
     (root.parent / "val.txt").write_text(text)  # parent folders of class folders are not searched
-    with pytest.raises(ImageError, match="The order of the network's classes is unknown"):
+    with pytest.raises(ImageError, match=UNKNOWN_ORDER):
         label_images(root, 2)
     (root / "val.txt").write_text(text)
     assert by_folder(label_images(root, 2)) == {"class2": 1, "class10": 0}

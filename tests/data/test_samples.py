@@ -145,10 +145,7 @@ def test_unusable_images(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 7).save(tmp_path / "flat.png")
     with pytest.raises(ImageError, match="Only 1 of 4 distinct inputs could be made from the 1 im"):
         verification_images("", for_channels(), 4, tmp_path)
-    with pytest.raises(
-        UsageError,
-        match=r"takes 2 channels, and image files have 1, 3 or 4\.\n.*uint8 \(N, H, W, 2\)",
-    ):
+    with pytest.raises(UsageError, match=r"takes 2 channels.*\n.*uint8 \(N, H, W, 2\)"):
         verification_images("", for_channels(2), 4, tmp_path)
     (tmp_path / "flat.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"Only 0 of 4 .* 1 could not be read, the first: '"):

@@ -106,20 +106,20 @@ def load_van(
     variant = get_variant(spec) if is_variant or not (is_path or spec == EMBEDDED_NAME) else None
     if variant and weights == "random" and not (expect_sha256 or container or head):
         loaded = _load_random(spec, variant, seed, overrides)
-        return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
-    if weights == "random" or (weights and not variant):
+    elif weights == "random" or (weights and not variant):
         message = f"'{spec}' cannot be combined with --weights {weights} and the other options"
         reason = "only variants take --weights; random weights have no digest, container or head"
         raise UsageError(f"{message}: {reason}.", "Give a checkpoint, or a variant and --weights.")
-    if variant and not weights:
-        weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
-        if not weights:
-            message = f"{variant.name} has no public ImageNet-1K weights."
-            raise UsageError(message, variant.weights_note)
-    location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
-    file = find_weights(location, expect_sha256, offline)
-    checkpoint = read_weights(file.path, container)
-    loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
+    elif variant and not (weights or variant.weights):
+        message = f"{variant.name} has no public ImageNet-1K weights."
+        raise UsageError(message, variant.weights_note)
+    else:
+        if variant and not weights:
+            weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
+        location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
+        file = find_weights(location, expect_sha256, offline)
+        checkpoint = read_weights(file.path, container)
+        loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
     return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 
 

@@ -97,11 +97,10 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
         path, note = _download(repo["repo"], repo["revision"] or "main", repo["file"], offline)
         official = owner.lower() == "visual-attention-network"
         source = f"{repo['repo']}/{path.name}"
-    digest, blob, configs = "", path.resolve(), list[Path]()
+    digest, blob, files = "", path.resolve(), list[Path]()
     with contextlib.suppress(OSError):  # load_file reports the error
         digest = file_sha256(path)
-        files = (path.parent / CONFIG, path.parent / PROCESSOR)
-        configs = [file for file in files if file.exists()]
+        files = [f for f in (path.parent / CONFIG, path.parent / PROCESSOR) if f.exists()]
     # The hub names large files' blobs by their SHA-256.
     if digest and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         with contextlib.suppress(OSError):  # the cache may be read-only
@@ -113,8 +112,7 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
         raise DownloadError(message, "Check the digest and HF_ENDPOINT, or download it again.")
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
     notes = tuple(filter(None, (note, LICENCE if official else "")))
-    contents = {file.name: _read_json_object(file) for file in configs}
-    return WeightsFile(name, path, digest, contents, official, notes)
+    return WeightsFile(name, path, digest, {f.name: _read_json(f) for f in files}, official, notes)
 
 
 def _select_file(names: Iterable[str], folder: str) -> str:
@@ -125,12 +123,11 @@ def _select_file(names: Iterable[str], folder: str) -> str:
     if len(candidates) != 1:
         files = ", ".join((candidates or names)[:10])
         message = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
-        example = folder + (candidates or ["weights.pth"])[0]
-        raise UsageError(message, f"Select one, such as {example}.")
+        raise UsageError(message, f"Select one, such as {folder}{[*candidates, 'weights.pth'][0]}.")
     return candidates[0]
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(read_text_file(file)))
     except (OSError, ValueError, TypeError) as error:

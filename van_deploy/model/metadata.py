@@ -237,9 +237,8 @@ def _read_preprocessing(
         return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
-        empty: tuple[Any, ...] = (None, "", [], ())
-        ignored = {*overrides, "source"}
-        values = {k: v for k, v in read(content).items() if k not in ignored and v not in empty}
+        items, ignored = read(content).items(), {*overrides, "source"}
+        values = {k: v for k, v in items if k not in ignored and v not in (None, "", [], ())}
         if {"image_size", "crop_pct"} & overrides.keys():
             values.pop("resize_size", None)
         assumed = ", ".join(k for k in _OPTIONS if k not in values and k not in overrides)

@@ -28,7 +28,6 @@ from van_deploy.errors import ImageError, UsageError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
     from PIL import Image
 
 # timm's names of Pillow's filters.
@@ -141,7 +140,7 @@ class Preprocessing:
         message = f"The preprocessing is invalid: {value}{text}."
         raise UsageError(message, "Correct it: mean and std are of values in 0..1, not 0..255.")
 
-    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
+    def transform(self) -> Callable[[Image.Image], Any]:
         """Return the evaluation transform, from an image to ``(C, H, W)`` float32, normalised.
 
         It raises the errors of :func:`pixels_from_image`.
@@ -152,12 +151,11 @@ class Preprocessing:
 
     def __str__(self) -> str:
         """Return the values on one line, without their source."""
-        side, pct = self.resize_size, f"{self.crop_pct:g}"
+        size, side, pct = format_size(self.image_size), self.resize_size, f"{self.crop_pct:g}"
         resize = f"resize {side if isinstance(side, int) else format_size(side)}"
         crop = f"crop {pct}" if _timm_resize(self.image_size, float(pct)) == side else resize
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        size = format_size(self.image_size)
         return f"{size} {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
