@@ -52,12 +52,14 @@ def test_write_and_read(bundle: Path) -> None:
     assert Bundle.open(bundle / MANIFEST).path == bundle
     with pytest.raises(BundleError, match="has no artifact 'int8'; it has: fp32") as caught:
         opened.artifact("int8")
-    assert caught.value.remedy == f"Make it with `van-deploy quantize {bundle} --precision int8`."
+    assert caught.value.remedy == f"Create it with `van-deploy quantize {bundle} --precision int8`."
     (bundle / "fp32.onnx").write_text("changed")
     with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
         opened.verified_path("fp32")
     (bundle / "fp32.onnx").unlink()
-    assert opened.problems() == [f"'{bundle}/fp32.onnx' is named in the manifest and missing."]
+    assert opened.problems() == [
+        f"'{bundle}/fp32.onnx' is in the manifest, but the file is missing."
+    ]
 
 
 def test_error_while_writing_keeps_the_old_bundle(bundle: Path, tmp_path: Path) -> None:
@@ -239,8 +241,8 @@ def test_rewriting_changes_only_the_date(bundle: Path, monkeypatch: pytest.Monke
 @each(
     ("folder", "name", "message"),
     [
-        ("thesis", "m", "thesis' holds something else (thesis.tex) and no bundle."),
-        ("b", "other", "holds the bundle of 'm', not of 'other'"),
+        ("thesis", "m", "thesis' is not a bundle and contains thesis.tex."),
+        ("b", "other", "contains the bundle of 'm', not of 'other'"),
         ("thesis/thesis.tex", "m", "is a file, not a folder"),
         (os.fsdecode(b"b\xff"), "m", "is not UTF-8"),
     ],
@@ -308,11 +310,11 @@ def pipe(name: str) -> Callable[[Path, Path], None]:
         (gone("engines/mine"), r"engines' is a link"),
         (lambda b, outside: (b / ".pending").symlink_to(outside), r"\.pending' is a link"),
         *((pending(".gone", text), "interrupted comm.*damaged") for text in ("", "{", "3", "null")),
-        (gone("sub"), "does not fit the bundle: .*Is a directory"),
-        (gone("fp32.onnx/x"), "does not fit the bundle: .*Not a directory"),
+        (gone("sub"), "do not fit the bundle: .*Is a directory"),
+        (gone("fp32.onnx/x"), "do not fit the bundle: .*Not a directory"),
         (gone("a" * 300), "is not a file name"),
         (gone("a\nb"), "is not a file name"),
-        (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
+        (pending("sub", "a file where a folder is"), r"\.pending' do not fit the bundle"),
         (pipe(MANIFEST), "damaged: .*not a regular file"),
         (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
         (pipe(".pending/.gone"), "damaged: .*not a regular file"),

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from tests.conftest import Cli
 from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
-from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, edit_bundle
+from van_deploy.bundle import MANIFEST, Bundle, edit_bundle
+from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError
 from van_deploy.signing import PASSWORD_VARIABLE, open_signed_bundle, sign_bundle
 

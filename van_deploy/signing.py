@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
+from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError, require_extra
 from van_deploy.files import write_atomic
 from van_deploy.manifest import parse_manifest

@@ -88,7 +88,7 @@ def test_missing_precision_is_made_first(
     refused = cli(*words, "int8")
     assert refused.exit_code == 5
     assert "has no artifact 'int8'; it has: fp32." in refused.stderr
-    assert f"Make it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
+    assert f"Create it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
     assert "Or give --images DIR to make it in this command." in refused.stderr
     made = cli(*words, "fp16")
     assert made.exit_code == 0

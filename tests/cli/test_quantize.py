@@ -48,7 +48,7 @@ def test_result_below_its_gate_exits_with_1(
     monkeypatch.setitem(gates.CLASSES, "int8", limits)
     result = cli("quantize", bundle, "--method", "minmax", *FAST)
     assert result.exit_code == 1
-    assert "INT8 does not hold its gate: " in " ".join(result.stdout.split())
+    assert "INT8 fails its gate: " in " ".join(result.stdout.split())
 
 
 @each(
@@ -57,8 +57,8 @@ def test_result_below_its_gate_exits_with_1(
         ("--precision int4", 2, "error: '--precision' is 'int4': it should be 'fp16', 'bf16' or"),
         ("--target cpu --precision fp16", 2, "error: FP16 is not useful for --target cpu: ONNX"),
         ("--calibration none", 5, "error: There is no calibration set called 'none'."),
-        ("--scope resnet", 2, "error: The scope 'resnet' is neither pointwise"),
-        ("--keep block9", 2, "error: There is nothing called 'block9' to keep in FP32."),
+        ("--scope resnet", 2, "error: The scope 'resnet' is none of pointwise"),
+        ("--keep block9", 2, "error: 'block9' matches no module or node to keep in FP32."),
         ("--images /nowhere", 5, "error: '/nowhere' cannot be read: No such file"),
     ],
 )

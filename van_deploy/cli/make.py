@@ -108,7 +108,7 @@ def build(
     from van_deploy.report.sections_model import build_blocks
 
     warnings = [
-        f"{outcome.engine}: {sum(outcome.sidecar.warnings.values())} warnings, all in its .log"
+        f"{outcome.engine}: warnings: {sum(outcome.sidecar.warnings.values())}, see its .log"
         for outcome in report.outcomes
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings
     ]
