@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from benchmarks.ablation import plan_kernels
+from benchmarks.ablation import count_kernels
 from tests.each import each
 from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing
@@ -94,4 +94,4 @@ def test_other_outputs_are_refused_and_these_build_in_tensorrt(plain: onnx.Model
     with pytest.raises(ConversionError, match="the graph outputs 'stage4', not 'logits'"):
         embed_preprocessing(maps, PREPROCESSING, "uint8")
     pytest.importorskip("tensorrt_rtx")
-    assert plan_kernels(embed_preprocessing(plain, PREPROCESSING, "uint8", ALL))["total"] > 10
+    assert count_kernels(embed_preprocessing(plain, PREPROCESSING, "uint8", ALL))["total"] > 10

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import ModelProto, checker, numpy_helper
 
-from benchmarks.ablation import plan_kernels
+from benchmarks.ablation import count_kernels
 from tests.each import each
 from tests.precision.conftest import Digits, batches, run
 from van_deploy.errors import ConversionError, ImageError, UsageError
@@ -202,7 +202,7 @@ def test_an_added_node_adds_no_kernel(
     kept = default_fp32_nodes(digits.graph)
     graphs = [qdq_for_tensorrt(digits.graph, made, kept=kept) for made in (plain, plan)]
     half = fp16_from_fp32(digits.graph, kept)
-    before, added, fp16 = (plan_kernels(graph)["block2.0"] for graph in (*graphs, half))
+    before, added, fp16 = (count_kernels(graph)["block2.0"] for graph in (*graphs, half))
     assert len(graphs[1].graph.node) > len(graphs[0].graph.node)
     assert before == added > fp16
 

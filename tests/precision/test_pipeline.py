@@ -116,7 +116,7 @@ def test_bf16_is_run_verified_and_built_and_said_to_be_emulated(
     assert bundle.artifact("bf16").golden_sqnr_db["ort-cpu/bf16"] > 50
     samples = golden_samples(bundle)
     with Network(bundle, "bf16") as network:
-        assert network.described == "ort-cpu, BF16 emulated"
+        assert network.runner_description == "ort-cpu, BF16 emulated"
         assert sqnr_db(samples.logits, network.run(samples.inputs)["logits"]) > 50
     verified = cli("verify", bundle.path, "--artifact", "bf16")
     assert verified.exit_code == 0, verified.stdout

@@ -28,7 +28,7 @@ from van_deploy.manifest import (
     Artifact,
     Manifest,
     NetworkInfo,
-    manifest_from,
+    parse_manifest,
     read_manifest,
     require_relative_path,
 )
@@ -142,7 +142,7 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
                 yield draft
                 _list_other_files(draft)
                 # Parsing the text before the commit ensures that the manifest can be read.
-                manifest = manifest_from(draft.manifest().text(), folder / MANIFEST)
+                manifest = parse_manifest(draft.manifest().text(), folder / MANIFEST)
                 old_files = _artifact_files(present.artifacts if present else {})
                 removed = old_files - _artifact_files(manifest.artifacts)
                 commit(folder, staging, manifest.text(), sorted(removed))

@@ -33,7 +33,7 @@ from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.scales import Images
-from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
+from van_deploy.runners.onnxruntime import create_session, require_onnxruntime
 
 if TYPE_CHECKING:
     from van_deploy.precision.int8 import Int8Model
@@ -250,7 +250,7 @@ def logits_session(
         model.CopyFrom(static)
         make_batch_dynamic_(model)
     try:
-        session, _ = inference_session(model, options, providers)
+        session, _ = create_session(model, options, providers)
     except Exception as error:
         raise ConversionError(
             f"ONNX Runtime cannot load the converted graph: {error}",
