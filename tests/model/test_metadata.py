@@ -106,10 +106,16 @@ def load_error(load: Load, content: Content) -> CheckpointError:
         (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
         (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
         (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
+        (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
+        (hf(pretrained_cfg="a"), "pretrained_cfg is 'a'; this network needs a table"),
+        (hf(input_size=5), "in_chans is 5; this network needs 3"),
         (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
         (args(gp="max"), "gp is 'max'; this network needs avg or fast or"),
         (args(model_kwargs={"a": 1}), "model_kwargs is {'a': 1}; this"),
         (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "block_cfgs is {'a': 1}"),
+        (pipeline(model="dict(backbone=[1])"), "backbone is [1]; this network needs a table"),
+        (pipeline(model="dict(backbone=dict(norm_cfg=dict(eps=-1.0)))"), "eps is -1.0; this"),
+        (pipeline(model="dict(backbone=dict(norm_cfg=dict(eps='x')))"), "eps is 'x'; this"),
     ],
 )
 def test_contradictory_metadata(load: Load, content: Content, message: str) -> None:
