@@ -64,7 +64,7 @@ def test_corrupt_images_are_left_out(cli: Cli, digits: Subject, path: Path, tmp_
     shutil.copy(images / "5" / "torn.png", tmp_path / "torn" / "5")
     refused = cli("evaluate", path, "--images", tmp_path / "torn")
     assert refused.exit_code == 5
-    assert "Not one of the 1 images could be read" in refused.stderr
+    assert "None of the 1 images could be read" in refused.stderr
 
 
 @pytest.mark.parametrize("images", [5, 50])
