@@ -150,8 +150,7 @@ def _check_values(where: str, values: Values, allowed: Mapping[str, tuple[Any, .
 def _table(where: str, values: Values, key: str) -> Values:
     """Return the table at ``key``, empty if there is none; any other value is an error."""
     table = values.get(key) or {}
-    options = (table if isinstance(table, Mapping) else "a table",)
-    _check_values(where, {key: table}, {key: options})
+    _check_values(where, {key: table}, {key: (table if isinstance(table, Mapping) else "a table",)})
     return table
 
 
@@ -196,7 +195,8 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
         message = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
         raise CheckpointError(message, "Correct it, or move the weights out of its folder.")
-    used = {k: values[k] for k in ("strides", "layer_norm_eps", "problem_type") if k in values}
+    keys = ("strides", "layer_norm_eps", "problem_type")
+    used = {key: values[key] for key in keys if key in values}
     texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
     texts["unknown keys in"] = unknown(content)
     notes += [f"{prefix} {where}: {text}" for prefix, text in texts.items() if text]
@@ -208,8 +208,7 @@ def _read_openmmlab(config: Values) -> dict[str, Any]:
     model = _table(where, config, "model")
     backbone, head = _table(where, model, "backbone"), _table(where, model, "head")
     eps = _table(where, backbone, "norm_cfg").get("eps")
-    options = {"block_cfgs": ({},), "eps": _valid_eps(eps)}
-    _check_values(where, {**backbone, "eps": eps}, options)
+    _check_values(where, {**backbone, "eps": eps}, {"block_cfgs": ({},), "eps": _valid_eps(eps)})
     values: dict[str, Any] = {"layer_norm_eps": eps} if eps else {}
     if str(head.get("type")).startswith("MultiLabel"):
         values["problem_type"] = "multi_label_classification"
@@ -307,8 +306,7 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
             pairs = [(i, n) if key != "class_to_idx" else (n, i) for i, n in value.items()]
             by_index = {int(index): name for index, name in pairs}
             items = [by_index[index] for index in range(len(value))]
-        if all(isinstance(item, str | int) for item in items):
-            names = tuple(map(str, items))
+        names = tuple(map(str, items)) if all(isinstance(n, str | int) for n in items) else ()
     if names and names == tuple(f"LABEL_{index}" for index in range(len(names))):
         return ()
     if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's
