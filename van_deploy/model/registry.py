@@ -48,12 +48,10 @@ def _register(variant: Variant) -> None:
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
 
     def create(pretrained: bool = False, **options: Any) -> Any:
-        overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
-        if pretrained and not {"file", "url", "state_dict"} & overlay.keys():
-            overlay["state_dict"] = load_van(variant.name).model.state_dict()
-        options.update(
-            model_cfg=variant.config, feature_cfg=features, pretrained_cfg_overlay=overlay
-        )
+        extra = dict(options.pop("pretrained_cfg_overlay", None) or {})
+        if pretrained and not {"file", "url", "state_dict"} & extra.keys():
+            extra["state_dict"] = load_van(variant.name).model.state_dict()
+        options.update(model_cfg=variant.config, feature_cfg=features, pretrained_cfg_overlay=extra)
         return build_model_with_cfg(_van, variant.name, pretrained, **options)
 
     create.__name__, create.__doc__ = variant.name, f"Return {variant.name}."
