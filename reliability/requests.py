@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from reliability.load import export_test_bundle, start_server
+from reliability.load import run_export, start_server
 from reliability.spoiled import Draw, first_fault, one_of, spoiled_bytes, spoiled_json
 
 TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
@@ -116,7 +116,7 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
 def table(count: int | None, seed: int = 0) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the columns, one row for each status, and the faults."""
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
-        bundle, log = export_test_bundle(Path(name) / "bundle", "van_digits"), Path(name) / "log"
+        bundle, log = run_export(Path(name) / "bundle", "van_digits"), Path(name) / "log"
         server, url = start_server(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
         image = (bundle / "golden/0.png").read_bytes()
         try:

@@ -213,16 +213,10 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
 ]
 
 
-@each(("path", "body", "headers", "status", "message"), REFUSED)
-def test_invalid_requests_are_refused(
-    server: Running,
-    path: str,
-    body: bytes | None,
-    headers: Mapping[str, str],
-    status: int,
-    message: str,
-) -> None:
-    actual, answer, _ = send(server, path, body, headers)
+@each("case", REFUSED)
+def test_invalid_requests_are_refused(server: Running, case: Any) -> None:
+    *request, status, message = case
+    actual, answer, _ = send(server, *request)
     assert (actual, message in answer["error"]) == (status, True), answer
 
 
