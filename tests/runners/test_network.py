@@ -107,7 +107,7 @@ def test_missing_artifacts_sidecars_and_backends(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no artifact 'fp8'"):
         Network(bundle, "fp8")
     (bundle.path / "engines/e.json").unlink()
-    with pytest.raises(BundleError, match=r"e\.json' is named in the manifest and missing"):
+    with pytest.raises(BundleError, match=r"e\.json' is in the manifest, but the file is missing"):
         Network(bundle, "e").__enter__()
     with pytest.raises(MissingDependency):  # the plan is accepted; its backend is missing
         Network(bundle, "e", TRUSTING).__enter__()

@@ -583,7 +583,7 @@ def test_serve_command_ends_with_its_parser_process(
     wait_until(lambda: not any(Path("/proc", child).exists() for child in children))
     if number != signal.SIGKILL:
         assert process.returncode == 0
-        assert errors == "Stopped; every request that was begun is answered.\n"
+        assert errors == "Stopped; all requests in progress were completed.\n"
 
 
 @pytest.mark.slow

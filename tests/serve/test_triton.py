@@ -154,7 +154,7 @@ def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> 
     message = "Triton 24.11 has TensorRT 10.6.0.26; the plan needs 10.9.0.34."
     refused(message, sound, triton_release="24.11")
     (sound.path / "engines/plan-sm_89.json").unlink()
-    refused("plan-sm_89.json' is named in the manifest and missing", sound)
+    refused("plan-sm_89.json' is in the manifest, but the file is missing", sound)
 
 
 @each(
@@ -258,7 +258,7 @@ def test_package_command_and_detection_of_changes(
         assert failed(digits) == expected
         result = cli(*words, "--check")
         assert result.exit_code == 1
-        assert "is not what the bundle says: files." in " ".join(result.stderr.split())
+        assert "does not match the bundle: files." in " ".join(result.stderr.split())
         path.write_bytes(before)
     (package / "models/package.json").write_text("{}")
     assert failed(digits) == {"files": "models/package.json: missing, changed or added"}
