@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from reliability.corruption import Draw, corrupt_bytes, corrupt_json, find_failure, one_of
 from reliability.load import run_export, start_server
 
 TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
@@ -76,8 +77,8 @@ def draw_connections(draw: Draw, image: bytes) -> list[bytes]:
     connections = []
     for _ in range(draw(st.integers(MAX_CONNECTIONS // 2, MAX_CONNECTIONS))):
         raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
-        mutation = one_of(draw, "whole", "whole", "whole", "spoiled", "cut")
-        raw = corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "spoiled" else raw
+        mutation = one_of(draw, "whole", "whole", "whole", "corrupt", "cut")
+        raw = corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "corrupt" else raw
         connections.append(raw[: draw(st.integers(0, len(raw)))] if mutation == "cut" else raw)
     return connections
 
