@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reliability.load import export_test_bundle
+from reliability.load import run_export
 
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
@@ -120,7 +120,7 @@ def interrupt_every_step(
     kinds: Sequence[str] = tuple(INTERRUPTIONS),
 ) -> Iterator[FaultResult]:
     """Kill commands before each of their steps, or fill the disk from there on."""
-    base = export_test_bundle(folder / "base", "van_digits")
+    base = run_export(folder / "base", "van_digits")
     FORKS.set_forkserver_preload(PRELOADED)  # ignores packages that are not installed
     for kind, name in itertools.product(kinds, commands):
         result = FaultResult(f"{INTERRUPTIONS[kind]} every step of `{name}`, on the bundle's files")
@@ -207,7 +207,7 @@ def full_disk(
     folder: Path, commands: Sequence[str] = ("export", "quantize", "build"), sizes: Any = SIZES_KIB
 ) -> Iterator[FaultResult]:
     """Run commands that write on disks of increasing size."""
-    base, disk = export_test_bundle(folder / "full-base", "van_digits"), folder / "disk"
+    base, disk = run_export(folder / "full-base", "van_digits"), folder / "disk"
     used = 64 + sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) // 1024
     for name in commands:
         result = FaultResult(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
@@ -227,7 +227,7 @@ def full_disk(
 def read_only_disk(folder: Path) -> Iterator[FaultResult]:
     """Run commands that read, and commands that write, on a read-only bundle."""
     result, disk = FaultResult("a bundle on a read-only file system"), folder / "ro"
-    base = export_test_bundle(folder / "base", "van_digits")
+    base = run_export(folder / "base", "van_digits")
     lines: dict[tuple[int, ...], tuple[str, ...]] = {
         (0,): ("info {bundle}", "inspect {bundle}", "predict {bundle} {bundle}/golden/0.png"),
         (0, 3, 5): ("verify {bundle} --no-modules", "drift {bundle} --level stage"),
@@ -247,7 +247,7 @@ def read_only_disk(folder: Path) -> Iterator[FaultResult]:
 def concurrent_writers(folder: Path) -> Iterator[FaultResult]:
     """Run three commands that write one bundle at the same time, five times."""
     result = FaultResult("three processes writing one bundle")
-    bundle = export_test_bundle(folder / "shared", "van_digits")
+    bundle = run_export(folder / "shared", "van_digits")
     lines = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(5):
