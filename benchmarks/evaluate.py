@@ -66,7 +66,7 @@ def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
 
 def _fed(bundle: vd.Bundle, images: Path) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
-    artifact = bundle.opened()
+    artifact = bundle.load()
     loaded = original_network(artifact)
     labelled = label_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]

@@ -60,7 +60,7 @@ def main() -> int:
             made = api.export(given.checkpoint, place, images=given.calib or None)
             made.quantize(precision="fp16")
             made.quantize(precision="int8", images=given.calib or None)
-        bundle = api.open_bundle(place).opened()
+        bundle = api.open_bundle(place).load()
         loaded = original_network(bundle, None)
         images = label_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
         asked = EvaluationSettings(images=Path(given.eval))

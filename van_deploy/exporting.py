@@ -149,7 +149,9 @@ def export_bundle(
             artifact, samples = _write_checked_graph(draft, loaded, recipe, batch, clock)
             files, info = dict(artifact.files), None
             if recipe.export.golden != "none":
-                info = golden.write_golden(draft, samples, originals, users=source is not None)
+                info = golden.write_golden(
+                    draft, samples, originals, user_images=source is not None
+                )
                 files |= dict.fromkeys((golden.GOLDEN_FILE, *info.originals), "")
             if loaded.class_names:
                 text = "\n".join(loaded.class_names) + "\n"

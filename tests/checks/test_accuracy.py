@@ -21,7 +21,7 @@ from van_deploy.checks.evaluate import (
     measure_accuracy,
 )
 from van_deploy.checks.gates import Outcome
-from van_deploy.checks.regression import ROUNDS, WARM_UPS, paired_ratio
+from van_deploy.checks.regression import ROUNDS, WARMUP_ROUNDS, paired_ratio
 from van_deploy.metrics import Task, probabilities
 
 SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
@@ -153,7 +153,7 @@ def test_the_calibration_error_is_its_definition(found: list[tuple[int, bool]]) 
 def test_a_restless_machine_gets_more_paired_rounds(
     monkeypatch: pytest.MonkeyPatch, slow: list[float]
 ) -> None:
-    now, times, rounds = [0.0], itertools.cycle(slow), [-WARM_UPS]
+    now, times, rounds = [0.0], itertools.cycle(slow), [-WARMUP_ROUNDS]
 
     def takes(seconds: float, round_: int) -> None:
         now[0] += seconds

@@ -56,7 +56,7 @@ def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_bundle: Co
     bundle = Bundle.open(path)
     found = check_originals(bundle, golden_samples(bundle))
     assert {f.outcome for f in found} == {Outcome.FAIL}
-    wrong = "from the golden sample 0: another decoder, or other preprocessing"
+    wrong = "from golden sample 0: the decoder or the preprocessing differs"
     assert found[0].message.endswith(wrong)
 
 
@@ -112,7 +112,7 @@ def test_golden_samples_that_are_damaged(
     with pytest.raises(BundleError) as error:
         golden_samples(Bundle.open(path))
     assert said in error.value.message
-    assert error.value.remedy == "Export the model again; nothing made it from here."
+    assert error.value.remedy == "Export the model again with `van-deploy export --force`."
 
 
 def test_a_changed_file(digits: Subject, copy_bundle: Copy) -> None:

@@ -112,7 +112,7 @@ def test_on_sample_images_one_scale_decides_nothing_and_all_do(judged: Subject) 
     for model, samples, outcome, word in (
         (one, general, Outcome.INCONCLUSIVE, "--images"),
         (one, judged.samples, Outcome.FAIL, "is allowed"),
-        (every, general, Outcome.FAIL, "times the best"),
+        (every, general, Outcome.FAIL, "times the optimal"),
     ):
         findings, _ = check_graph(model, "int8", samples, INT8)
         assert outcome_of(findings) is outcome

@@ -43,7 +43,9 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(digits: 
     report = verify_bundle(digits.bundle, digits.samples)
     assert report.passed
     assert report.against == "the golden samples"
-    assert report.modules == "model.onnx in ONNX Runtime, which holds on the golden samples"
+    assert (
+        report.modules == "model.onnx in ONNX Runtime, which passes its gate on the golden samples"
+    )
     for verdict in report.artifacts.values():
         assert verdict.outcome is PASS, verdict.reason
         assert [row.batch for row in verdict.batches] == [1, 2, 3, 4, 5, 6]
@@ -148,7 +150,7 @@ def test_a_frozen_batch(digits: Subject, broken: Broken) -> None:
     assert failed == [2, 3, 4, 5, 6]
     assert verdict.reason.startswith("batch 2: it does not run: ")
     said = verdict.findings[-1].message
-    assert said.startswith("they cannot be compared: does not run at batch 2")
+    assert said.startswith("modules cannot be compared: does not run at batch 2")
 
 
 def test_a_graph_that_does_not_load_fails_alone(digits: Subject, broken: Broken) -> None:
@@ -201,7 +203,7 @@ def test_model_onnx_stands_in_for_the_network(digits: Subject, broken: Broken) -
 def test_a_model_onnx_that_does_not_hold_is_no_reference(digits: Subject, broken: Broken) -> None:
     model = faults.perturbed(digits.graph("fp32"), "block1.0")
     bundle = broken(digits, "fp32", "fp32", model)
-    with pytest.raises(GateFailed, match=r"model\.onnx does not hold on the golden samples"):
+    with pytest.raises(GateFailed, match=r"model\.onnx fails its gate on the golden samples"):
         drift(digits, bundle, known=False)
     report = verify_bundle(bundle, digits.samples, VerifySettings(artifacts=("fp16",)))
     assert report.artifacts["fp16"].outcome is PASS, "its logits are right"
@@ -218,4 +220,4 @@ def test_a_wrong_scale_is_named_though_its_error_is_small(digits: Subject, broke
     ]
     assert found.worst_names[0] == layer
     faults_of = {row.name: row.fault for row in found.rows}
-    assert "times the one of least error on the golden images" in faults_of[layer]
+    assert "times the scale of least error on the golden images" in faults_of[layer]

@@ -64,7 +64,7 @@ def test_a_broken_artifact_ends_with_1_and_is_named(cli: Cli, path: Path) -> Non
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-2:] == [
         "error: Failed: 'fp16'.",
-        "  See the rows above; `van-deploy drift` names the module.",
+        "  See the rows above; `van-deploy drift` finds the module.",
     ]
     lines = result.stdout.splitlines()
     assert any(line.startswith("FAIL") and "fp16: SQNR" in line for line in lines)
@@ -264,7 +264,7 @@ def test_a_deleted_artifact_fails_whatever_may_be_skipped(
     result = cli("check", path, "--baseline", baseline, *leave)
     assert result.exit_code == 1
     assert "error: Failed: 'baseline/fp16'." in result.stderr
-    said = "the baseline has this artifact and the bundle lacks it"
+    said = "this artifact is in the baseline and not in the bundle"
     assert said in words_of(result.stdout)
 
 
@@ -308,11 +308,11 @@ def test_the_wrong_baseline_is_refused(
     )
     other = "The baseline was measured with other images to verify on: "
     for written, words, said in (
-        (None, (), "Write one with --update, look at it, and commit it."),
+        (None, (), "Write one with --update, review it, and commit it."),
         (text, FEW, other),
         (text, ("--evaluate", images), "was measured with another evaluation set: "),
-        (name, (), "another model: van_b1, and now van_digits."),
-        (weights, (), "other weights: 000000000000, and now "),
+        (name, (), "another model: van_b1, this run has van_digits."),
+        (weights, (), "other weights: 000000000000, this run has "),
         (schema, (), "this version reads 'van-deploy/baseline/4'."),
         ('{"stranger": 1, ' + text[1:], (), "the key 'stranger' is unknown."),
         (text[:-10], (), "is damaged: "),

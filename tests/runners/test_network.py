@@ -1,4 +1,4 @@
-"""One face for every artifact: what it takes, what it serves, what keeps it from running."""
+"""Network: inputs of each kind of artifact, supported batch sizes, and reasons to skip."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def has_gpu() -> bool:
 
 @pytest.fixture
 def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
-    """Return a copy of the digits with an entry of an engine of the byte graph."""
+    """Return a copy of the digits bundle with the entry of an engine of the uint8 graph."""
     folder = copy_bundle(uint8_bundle)
     profiles = (BatchRange(1, 1, 1), BatchRange(4, 4, 6))
     backend = "tensorrt 10.16.1.11"
@@ -47,7 +47,7 @@ def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
     return Bundle.open(folder)
 
 
-def test_an_embedded_graph_and_an_engine_take_bytes(bundle: Bundle) -> None:
+def test_embedded_graphs_and_their_engines_take_bytes(bundle: Bundle) -> None:
     with Network(bundle, "fp32") as plain, Network(bundle, "fp32-uint8") as bytes_in:
         assert plain.supports_batch(3)
         np.testing.assert_allclose(
@@ -61,7 +61,7 @@ def test_an_embedded_graph_and_an_engine_take_bytes(bundle: Bundle) -> None:
 
 
 class Recorder:
-    """Stands where TensorRT would, with its rule: no batch outside the profiles."""
+    """Records batch sizes instead of TensorRT, which accepts no batch outside the profiles."""
 
     def __init__(self, engine: Network) -> None:
         self.engine, self.batches = engine, list[int]()
@@ -73,18 +73,16 @@ class Recorder:
 
 
 @each(("rows", "batches"), [(1, [1]), (2, [4]), (4, [4]), (6, [6]), (7, [6, 1]), (9, [6, 4])])
-def test_batches_an_engine_does_not_serve_are_filled_or_split(
-    bundle: Bundle, rows: int, batches: list[int]
-) -> None:
+def test_engine_batches_are_padded_or_split(bundle: Bundle, rows: int, batches: list[int]) -> None:
     engine = Network(bundle, "e")
     engine.loaded_runner = recorder = Recorder(engine)
-    found = engine.logits(PIXELS[:rows])
+    logits = engine.logits(PIXELS[:rows])
     assert recorder.batches == batches
-    np.testing.assert_array_equal(found, PIXELS[:rows].reshape(rows, -1)[:, :5])
+    np.testing.assert_array_equal(logits, PIXELS[:rows].reshape(rows, -1)[:, :5])
 
 
 @pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
-def test_what_keeps_it_from_running_here(bundle: Bundle, cli: Cli) -> None:
+def test_skip_reasons_without_a_gpu(bundle: Bundle, cli: Cli) -> None:
     assert Network(bundle, "fp32").skip_reason() is None
     assert Network(bundle, "e").skip_reason() == SkipReason(
         "engines", "engine not executed: no GPU"
@@ -93,7 +91,7 @@ def test_what_keeps_it_from_running_here(bundle: Bundle, cli: Cli) -> None:
     assert cuda is not None
     assert cuda.kind == "runtimes"
     assert cuda.reason in {
-        "no CUDAExecutionProvider in the ONNX Runtime that is installed",
+        "no CUDAExecutionProvider in the installed ONNX Runtime",
         "CUDAExecutionProvider finds no GPU cuda:0",
     }
     with pytest.raises(MissingDependency), Network(bundle, "fp32", CUDA):
@@ -105,13 +103,13 @@ def test_what_keeps_it_from_running_here(bundle: Bundle, cli: Cli) -> None:
         assert "CUDAExecutionProvider" in result.stderr
 
 
-def test_what_there_is_not(bundle: Bundle) -> None:
+def test_missing_artifacts_sidecars_and_backends(bundle: Bundle) -> None:
     with pytest.raises(BundleError, match="has no artifact 'fp8'"):
         Network(bundle, "fp8")
     (bundle.path / "engines/e.json").unlink()
-    with pytest.raises(BundleError, match=r"e\.json' is named in the manifest and missing"):
+    with pytest.raises(BundleError, match=r"e\.json' is in the manifest, but the file is missing"):
         Network(bundle, "e").__enter__()
-    with pytest.raises(MissingDependency):  # the plan is admitted; its backend is not here
+    with pytest.raises(MissingDependency):  # the plan is accepted; its backend is missing
         Network(bundle, "e", TRUSTING).__enter__()
     (bundle.path / "engines/e.plan").write_bytes(b"other")
     with pytest.raises(BundleError, match=r"e\.plan"):

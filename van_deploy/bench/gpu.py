@@ -159,12 +159,7 @@ def gpu_monitor(device: str) -> Monitor:
 
 
 def time_resident(
-    resident: ResidentBatch,
-    batch: int,
-    timer: Timer,
-    monitor: Monitor,
-    seconds: float,
-    calls: int = 20,
+    resident: ResidentBatch, batch: int, timer: Timer, monitor: Monitor, seconds: float, calls: int
 ) -> dict[str, Any]:
     """Time ``resident`` after a warm-up that lasts until the clocks are steady.
 

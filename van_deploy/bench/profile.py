@@ -63,8 +63,7 @@ def layer_kind(name: str, kinds: Sequence[tuple[str, str]] = LAYER_KINDS) -> str
     >>> layer_kind("sm90_xmma_gemm_f16", KERNEL_KINDS)
     'matrix product'
     """
-    first = name.partition(" + ")[0]
-    return next(kind for pattern, kind in kinds if re.search(pattern, first))
+    return next(kind for pattern, kind in kinds if re.search(pattern, name.partition(" + ")[0]))
 
 
 def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:

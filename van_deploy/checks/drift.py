@@ -1,21 +1,20 @@
-"""Where an artifact leaves the network it was made from.
+"""Drift: the error of each part of an artifact against the original network.
 
-Two figures for each part (stage, block or module) of each plain ONNX artifact:
+Two values for each part (stage, block or module) of each plain ONNX artifact:
 
-* ``sqnr_db``: the part's result in the running artifact against the reference,
-  so with the error of everything before it;
-* ``isolated_db``: the same when the part is fed the *reference's* tensors, so only
-  the error it adds itself. Parts are ranked by this one: an error is named
-  where it arises, not where it is first seen or grows.
+* ``sqnr_db``: accumulated SQNR: the part's output in the running artifact against the reference,
+  including the error of all parts before it;
+* ``isolated_db``: isolated SQNR: the same when the part is fed the *reference's* tensors, so only
+  the error of the part itself. Parts are ranked by this value, so an error is reported where it
+  arises and not where it becomes visible.
 
-Parts with a fault that the error does not show are ranked before the others: an INT8 scale
-out of its bounds, and a tensor that overflows FP16, which a CPU does not notice.
+Parts with a fault that the error does not show are ranked first: an INT8 scale out of its bounds,
+and a tensor that overflows FP16, which a CPU does not show.
 
-Parts are compared with the *rewritten* network's: an artifact's residual stream is re-scaled
-by the rewrites, so its blocks can be compared with no other. Where PyTorch is not,
-``model.onnx`` stands in for it once it holds on the golden samples. Tensors are named after
-PyTorch modules (:mod:`van_deploy.graph.export`), and the precision passes keep those names,
-so the same cuts fit every artifact.
+Parts are compared with those of the *rewritten* network, because the rewrites change the scale of
+the residual stream. Without PyTorch ``model.onnx`` is the reference, after it has passed its gate
+on the golden samples. Tensors are named after PyTorch modules (:mod:`van_deploy.graph.export`) and
+keep these names in all precisions.
 """
 
 from __future__ import annotations
@@ -47,11 +46,11 @@ from van_deploy.stopwatch import Progress
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-NOT_OPENED = (
-    "extra outputs would keep its runtime from fusing: see its logits in `van-deploy verify`"
+NOT_INSTRUMENTED = (
+    "extra outputs would prevent fusion in its runtime: see its logits in `van-deploy verify`"
 )
-IMAGES_AT_ONCE = 2  # more than one, so that a batch frozen at one shows
-SHOWN_ROWS = 10
+IMAGES_AT_ONCE = 2  # more than one, to detect a graph with a fixed batch of one
+MAX_ROWS = 10
 
 Array = npt.NDArray[np.float64]
 Level = Literal["stage", "block", "module"]
@@ -59,20 +58,20 @@ Level = Literal["stage", "block", "module"]
 _UNIT = re.compile(r"(patch_embed(?P<embed>\d)|block(?P<block>\d)\.\d+|norm(?P<norm>\d)|head)\b")
 
 
-# --- what modules are compared with ----------------------------------------------------------
+# --- reference -------------------------------------------------------------------------------
 
 
 class Reference(NamedTuple):
-    """What modules are compared with.
+    """Reference outputs of the modules.
 
     Attributes:
-        described: what it is.
-        modules: paths of the modules whose results are known.
-        outputs: from images ``(N, C, S, S)`` to every module's result, float64, by path.
-        folding: relative error of the rewrites that PyTorch's network got; None without it.
+        description: description of the reference.
+        modules: paths of the modules with known outputs.
+        outputs: maps images ``(N, C, S, S)`` to every module's output, float64, by path.
+        folding: relative error of the rewrites of the PyTorch network; None without PyTorch.
     """
 
-    described: str
+    description: str
     modules: list[str]
     outputs: Callable[[Images], Mapping[str, Array]]
     folding: float | None = None
@@ -84,37 +83,37 @@ def module_reference(
     loaded: LoadedVan | None,
     profile: GateProfile = DEFAULT_PROFILE,
 ) -> Reference | str:
-    """Return what modules are compared with: the original network, else ``model.onnx``.
+    """Return the reference: the original network, else ``model.onnx``.
 
-    Or why there is nothing: no original network, and a ``model.onnx`` that does not hold.
+    Returns a message if there is none: no original network, and ``model.onnx`` fails its gate.
 
     Args:
-        bundle: the bundle; it says which rewrites were made.
-        samples: what it is judged on; the rewriting is proved on the first of them.
+        bundle: the bundle, whose manifest names the rewrites.
+        samples: samples; the rewrites are checked on the first.
         loaded: the original network, or None.
-        profile: what a recipe sets otherwise for FP32.
+        profile: limits of the recipe for FP32, which take precedence.
 
     Raises:
-        BundleError: the manifest does not say how the network was rewritten.
+        BundleError: the manifest does not name the rewrites.
     """
     if loaded is not None:
-        return _rewritten(bundle, samples, loaded)
+        return _rewritten_network(bundle, samples, loaded)
     model = onnx.load(bundle.verified_path("fp32"))
-    judged, _ = check_new_graph(model, "fp32", samples, profile=profile)
-    if judged.outcome is not Outcome.PASS:
-        lacks = "model.onnx does not hold on the golden samples, so nothing can be compared with it"
-        return f"{lacks}: {judged.reason}"
-    made = [name for node in model.graph.node for name in node.output if name]
-    session = quiet_session(with_taps(model, made))
+    verdict, _ = check_new_graph(model, "fp32", samples, profile=profile)
+    if verdict.outcome is not Outcome.PASS:
+        problem = "model.onnx fails its gate on the golden samples and cannot be the reference"
+        return f"{problem}: {verdict.reason}"
+    tensors = [name for node in model.graph.node for name in node.output if name]
+    session = quiet_session(with_taps(model, tensors))
 
     def outputs(images: Images) -> Mapping[str, Array]:
         return {module_of(name): v for name, v in run_taps(session, {INPUT_NAME: images})}
 
-    described = "model.onnx in ONNX Runtime, which holds on the golden samples"
-    return Reference(described, [module_of(name) for name in made], outputs)
+    description = "model.onnx in ONNX Runtime, which passes its gate on the golden samples"
+    return Reference(description, [module_of(name) for name in tensors], outputs)
 
 
-def _rewritten(bundle: Bundle, samples: Samples, loaded: LoadedVan) -> Reference:
+def _rewritten_network(bundle: Bundle, samples: Samples, loaded: LoadedVan) -> Reference:
     """Return the original network, rewritten as the bundle's export was, in float64."""
     import torch
 
@@ -123,42 +122,42 @@ def _rewritten(bundle: Bundle, samples: Samples, loaded: LoadedVan) -> Reference
     names = bundle.manifest.checks.get("fold", {}).get("rewrites")
     if not isinstance(names, list | tuple):
         raise BundleError(
-            f"The bundle '{bundle.path}' does not say how its network was rewritten.",
-            "Export the model again.",
+            f"The manifest of '{bundle.path}' does not name the rewrites of its network.",
+            "Export the model again with `van-deploy export --force`.",
         )
     rewrites = Rewrites(**{field: field in names for field in Rewrites.__dataclass_fields__})
     fold = fold_van(loaded.model, torch.from_numpy(samples.inputs[:1]), rewrites)
-    # Folded in float64 and stored in float32: these are the weights the artifacts hold.
-    network, found = copy.deepcopy(fold.model).double().eval(), dict[str, Array]()
+    # Folded in float64 and stored in float32: these are the weights of the artifacts.
+    network, results = copy.deepcopy(fold.model).double().eval(), dict[str, Array]()
     modules = {name: module for name, module in network.named_modules() if name}
     for name, module in modules.items():
         module.register_forward_hook(
-            lambda *call, name=name: found.__setitem__(name, call[-1].numpy())
+            lambda *call, name=name: results.__setitem__(name, call[-1].numpy())
         )
 
     def outputs(images: Images) -> Mapping[str, Array]:
         with torch.inference_mode():
             network(torch.from_numpy(images).double())
-        return dict(found)
+        return dict(results)
 
-    described = "PyTorch, the rewritten network in float64"
-    return Reference(described, list(modules), outputs, fold.relative_error)
+    description = "PyTorch, the rewritten network in float64"
+    return Reference(description, list(modules), outputs, fold.relative_error)
 
 
-# --- the parts of one artifact ---------------------------------------------------------------
+# --- parts of one artifact -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DriftRow:
-    """One part of one artifact.
+    """Drift of one part of an artifact.
 
     Attributes:
-        name: PyTorch path, such as ``block3.4.attn.proj_2``, or ``stage2``; of the chain, the
+        name: PyTorch path such as ``block3.4.attn.proj_2``, or ``stage2``; in the chain, the
             artifact.
-        sqnr_db: so far; None where the artifact has no such tensor.
-        isolated_db: of what the part adds by itself; None likewise.
-        note: why there are no figures.
-        fault: what is wrong inside it beside the error: an INT8 scale, an FP16 overflow.
+        sqnr_db: accumulated SQNR; None if the artifact has no such tensor.
+        isolated_db: isolated SQNR; None if the artifact has no such tensor.
+        note: reason for missing values.
+        fault: fault inside the part: an INT8 scale out of bounds, an FP16 overflow.
     """
 
     name: str
@@ -169,7 +168,7 @@ class DriftRow:
 
     @property
     def level(self) -> float:
-        """The isolated SQNR in dB; infinite where there is none."""
+        """The isolated SQNR in dB; infinite if there is none."""
         return math.inf if self.isolated_db is None else self.isolated_db
 
 
@@ -179,34 +178,34 @@ def drift_of_artifact(
     """Return the drift of each part of one plain ONNX artifact, in the order of the network.
 
     Args:
-        bundle: of the artifact.
-        artifact: with the module names of the FP32 graph.
-        reference: gives the tensors to compare with and to feed.
+        bundle: bundle of the artifact.
+        artifact: the artifact, with the module names of the FP32 graph.
+        reference: tensors to compare with and to feed.
         images: ``(N, C, S, S)`` normalised.
-        level: how fine the parts are.
+        level: granularity of the parts.
     """
     model, last = onnx.load(bundle.verified_path(artifact.name)), dict[str, str]()
     for node in onnx.load(bundle.verified_path("fp32")).graph.node:
         module = module_of(node.output[0])
         name = module if level == "module" else part_name(node.name or module, level)
         if name and module in reference.modules:
-            last.pop(name, None)  # the order is that of the last tensors
+            last.pop(name, None)  # order by the last tensor of each part
             last[name] = node.output[0]
-    made = {output for node in model.graph.node for output in node.output}
-    tensors = [tensor for tensor in last.values() if tensor in made]
+    available = {output for node in model.graph.node for output in node.output}
+    tensors = [tensor for tensor in last.values() if tensor in available]
     sums = [{name: np.zeros(2) for name in tensors} for _ in range(2)]
 
-    def equalised(name: str, like: Array) -> list[Any]:
-        """Return factor and shift: a tensor of the artifact is ``(reference - shift) / factor``."""
+    def channel_affine(name: str, ndim: int) -> list[Any]:
+        """Return factor and shift: the artifact's tensor is ``(reference - shift) / factor``."""
         if f"{name}.factor" not in channels:
             return [1.0, 0.0]
-        shape = (1, -1, *(1,) * (like.ndim - 2))
-        return [channels[f"{name}.{what}"].reshape(shape) for what in ("factor", "shift")]
+        shape = (1, -1, *(1,) * (ndim - 2))
+        return [channels[f"{name}.{key}"].reshape(shape) for key in ("factor", "shift")]
 
     try:
-        channels: dict[str, Array] = {}  # as the quantiser recorded it
-        if place := artifact.quantization.get("channels"):
-            with np.load(bundle.path / str(place), allow_pickle=False) as arrays:
+        channels: dict[str, Array] = {}  # recorded by the quantiser
+        if file := artifact.quantization.get("channels"):
+            with np.load(bundle.path / str(file), allow_pickle=False) as arrays:
                 channels = {name: arrays[name].astype(np.float64) for name in arrays.files}
         sessions = [quiet_session(make(model, tensors)) for make in (with_taps, isolated)]
         for start in range(0, len(images), IMAGES_AT_ONCE):
@@ -214,25 +213,25 @@ def drift_of_artifact(
             results, feeds = reference.outputs(batch), {INPUT_NAME: batch}
             expected = {name: results[module_of(name)] for name in tensors}
             for name, exact in expected.items():
-                factor, shift = equalised(name, exact)
+                factor, shift = channel_affine(name, exact.ndim)
                 feeds[f"{name}{FED}"] = (exact - shift) / factor
-            for session, found in zip(sessions, sums, strict=True):
+            for session, totals in zip(sessions, sums, strict=True):
                 for name, value in run_taps(session, feeds):
-                    factor, shift = equalised(name, value)
-                    found[name] += signal_and_noise(expected[name], value * factor + shift)
-    except Exception as error:  # ONNX Runtime raises its own bare types
+                    factor, shift = channel_affine(name, value.ndim)
+                    totals[name] += signal_and_noise(expected[name], value * factor + shift)
+    except Exception as error:  # ONNX Runtime raises bare exception types
         note = f"does not run at batch {IMAGES_AT_ONCE}: {one_line(error)[:200]}"
         return tuple(DriftRow(name, note=note) for name in last)
     return tuple(
         DriftRow(name, decibels(*sums[0][tensor]), decibels(*sums[1][tensor]))
-        if tensor in made
+        if tensor in available
         else DriftRow(name, note="not in this graph")
         for name, tensor in last.items()
     )
 
 
 def part_name(node: str, level: Level, modules: Iterable[str] = ()) -> str:
-    """Return the stage, the block or the innermost of the modules that a node is in, or "".
+    """Return the stage, block or innermost module that contains a node, or "".
 
     >>> levels = ("stage", "block", "module")
     >>> [part_name("block1.0.mlp.fc2", level, ["block1.0.mlp"]) for level in levels]
@@ -247,15 +246,15 @@ def part_name(node: str, level: Level, modules: Iterable[str] = ()) -> str:
     return f"stage{stage}" if level == "stage" and stage else unit[0]
 
 
-# --- the whole bundle ------------------------------------------------------------------------
+# --- bundle ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ArtifactDrift:
-    """Every part of one artifact.
+    """Drift of one artifact.
 
     Attributes:
-        artifact: its name.
+        artifact: name of the artifact.
         rows: the parts, in the order of the network.
     """
 
@@ -266,24 +265,24 @@ class ArtifactDrift:
 
     @property
     def worst_names(self) -> list[str]:
-        """The parts with a fault first, then by the error they add, the largest first."""
-        placed = [row for row in self.rows if row.isolated_db is not None]
-        worst = sorted(placed, key=lambda row: (not row.fault, row.level))
-        return [row.name for row in worst[:SHOWN_ROWS]]
+        """Names of the worst parts: those with a fault first, then by isolated SQNR."""
+        measured = [row for row in self.rows if row.isolated_db is not None]
+        worst = sorted(measured, key=lambda row: (not row.fault, row.level))
+        return [row.name for row in worst[:MAX_ROWS]]
 
 
 @dataclass(frozen=True)
 class DriftReport:
-    """Where each artifact of a bundle drifts.
+    """Drift of the artifacts of a bundle.
 
     Attributes:
-        level: how fine the parts are.
-        images: what was fed.
-        reference: what the parts were compared with.
-        chain: the logits against the original network in float64, from float32 itself to the last
-            artifact.
-        artifacts: the parts of each plain ONNX artifact, by name.
-        schema: of the document.
+        level: granularity of the parts.
+        images: description of the images.
+        reference: description of the reference.
+        chain: the logits against the original network in float64: PyTorch in float32, the
+            rewritten network, and each artifact.
+        artifacts: drift of each plain ONNX artifact, by name.
+        schema: schema of the document.
     """
 
     level: Level
@@ -295,56 +294,60 @@ class DriftReport:
 
 
 def drift_of_bundle(
-    bundle: Bundle, samples: Samples, asked: DriftSettings, loaded: LoadedVan | None, say: Progress
+    bundle: Bundle,
+    samples: Samples,
+    settings: DriftSettings,
+    loaded: LoadedVan | None,
+    progress: Progress,
 ) -> DriftReport:
-    """Return where each plain ONNX artifact of ``bundle`` leaves the network.
+    """Return the drift of the plain ONNX artifacts of ``bundle``.
 
     Args:
         bundle: the bundle.
-        samples: images with the original network's answers.
-        asked: how fine, and which artifacts; by default all plain ONNX ones.
-        loaded: the original network; None compares with ``model.onnx`` once that holds.
-        say: told what is measured.
+        samples: images with the original network's outputs.
+        settings: granularity, and the artifacts; by default all plain ONNX artifacts.
+        loaded: the original network; None compares with ``model.onnx`` if that passes its gate.
+        progress: called with the current step.
 
     Raises:
-        BundleError: an artifact is not there, or is not the manifest's.
-        GateFailed: there is no original network, and ``model.onnx`` does not hold.
+        BundleError: an artifact is missing, or does not match the manifest.
+        GateFailed: there is no original network, and ``model.onnx`` fails its gate.
     """
     noise_db, outputs = samples.noise_db, samples.outputs
-    chain = [DriftRow("PyTorch float32", noise_db, note="the noise of float32 itself")]
-    say("What parts are compared with")
+    chain = [DriftRow("PyTorch float32", noise_db, note="float32 noise")]
+    progress("Reference outputs")
     reference = module_reference(bundle, samples, loaded)
     if isinstance(reference, str):
-        original = "Compare with the original network, where PyTorch and the weights are."
-        raise GateFailed(f"{reference}.", original)
+        remedy = "Compare with the original network, on a host with PyTorch: --against weights."
+        raise GateFailed(f"{reference}.", remedy)
     if reference.folding is not None:
-        found = reference.outputs(samples.inputs)
-        rows = outputs.rows({name: found[module_of(name)] for name in outputs.names})
-        note = f"folded weights in float32; folding itself is exact to {reference.folding:.0e}"
-        level = outputs.sqnr_db(samples.logits, rows)
-        chain.append(DriftRow("rewritten, float64", level, note=note))
+        results = reference.outputs(samples.inputs)
+        rows = outputs.rows({name: results[module_of(name)] for name in outputs.names})
+        note = f"folded weights in float32; relative error of folding {reference.folding:.0e}"
+        sqnr = outputs.sqnr_db(samples.logits, rows)
+        chain.append(DriftRow("rewritten, float64", sqnr, note=note))
     plain, entries = plain_onnx_artifacts(bundle), {}
-    for name in asked.artifacts or [n for n in plain if loaded is not None or n != "fp32"]:
-        say(f"Every {asked.level} of '{name}', alone and in the whole")
+    for name in settings.artifacts or [n for n in plain if loaded is not None or n != "fp32"]:
+        progress(f"Each {settings.level} of '{name}'")
         artifact = bundle.artifact(name)
-        parts = drift_of_artifact(bundle, artifact, reference, samples.inputs, asked.level)
+        parts = drift_of_artifact(bundle, artifact, reference, samples.inputs, settings.level)
         method = str(artifact.quantization.get("method", "mse"))
-        model, inside = onnx.load(bundle.verified_path(name)), dict[str, list[str]]()
+        model, faults = onnx.load(bundle.verified_path(name)), dict[str, list[str]]()
         floor = sqnr_floor(artifact.precision, noise_db)
         for module, fault in check_graph(model, artifact.precision, samples, floor, method)[1]:
-            part = part_name(module, asked.level, (part.name for part in parts))
-            inside.setdefault(part, []).append(fault)
-        told = (replace(one, fault="; ".join(inside.get(one.name, ()))) for one in parts)
-        entries[name] = ArtifactDrift(name, tuple(told))
+            part = part_name(module, settings.level, (part.name for part in parts))
+            faults.setdefault(part, []).append(fault)
+        rows_with_faults = (replace(r, fault="; ".join(faults.get(r.name, ()))) for r in parts)
+        entries[name] = ArtifactDrift(name, tuple(rows_with_faults))
     for name in bundle.artifacts:
-        link = DriftRow(name, note=NOT_OPENED)
+        row = DriftRow(name, note=NOT_INSTRUMENTED)
         if name in plain:
             try:
                 with Network(bundle, name) as network:
                     rows = outputs.rows(network.run(samples.inputs))
-                link = DriftRow(name, outputs.sqnr_db(samples.logits, rows))
-            except Exception as error:  # ONNX Runtime raises its own bare types
-                link = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
-        chain.append(link)
-    described = samples.description, reference.described
-    return DriftReport(asked.level, *described, tuple(chain), entries)
+                row = DriftRow(name, outputs.sqnr_db(samples.logits, rows))
+            except Exception as error:  # ONNX Runtime raises bare exception types
+                row = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
+        chain.append(row)
+    descriptions = samples.description, reference.description
+    return DriftReport(settings.level, *descriptions, tuple(chain), entries)

@@ -1,8 +1,8 @@
-"""Accuracy on labelled images: PyTorch's, each artifact's, and what was lost between them.
+"""Accuracy of PyTorch and each artifact on labelled images, and the loss between them.
 
-Every image goes through every network, on one machine or on Ray. What is kept of an evaluation
-set are a few dozen bytes an image, whatever the number of classes (:class:`Answers`). A metric
-that has no meaning is absent: top-5 of five classes or fewer, calibration of many labels.
+Every image goes through every network, on this machine or on Ray. A few dozen bytes per image are
+kept, for any number of classes (:class:`Predictions`). Metrics without a meaning are None: top-5
+with five classes or fewer, the calibration error of multi-label networks.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from van_deploy.stopwatch import Progress
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-BATCHES_A_TASK = 4  # so that decoding runs ahead of the networks inside a task of the cluster
+BATCHES_PER_TASK = 4  # so that decoding runs ahead of the networks inside a Ray task
 ECE_BINS = 15
 """Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural
 Networks", ICML 2017."""
 TOP = 5
-MOST_SHOWN = 20  # confusions, and classes that changed
+MAX_ROWS = 20  # confusions, and classes that changed
 
 Logits = npt.NDArray[np.floating[Any]]
 
 
 class GroundTruth(NamedTuple):
-    """What is right on an evaluation set, and what is allowed.
+    """Labels of an evaluation set, and what the limits depend on.
 
     Attributes:
-        labels: ``(N,)`` int64 classes, or ``(N, K)`` of 0 and 1 for many labels.
-        classes: how many logits the network gives.
-        task: how these become labels.
+        labels: ``(N,)`` int64 classes, or ``(N, K)`` of 0 and 1 for multi-label networks.
+        classes: number of logits.
+        task: how logits become labels.
         noise_db: SQNR of PyTorch's float32 against its float64.
-        rules: what a recipe sets otherwise.
+        rules: limits of the recipe, which take precedence.
     """
 
     labels: npt.NDArray[Any]
@@ -67,17 +67,17 @@ class GroundTruth(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What one network says of some images.
+    """Predictions of one network.
 
     Attributes:
-        classes: ``(n, k)`` int32. Of one of K classes: the first ``min(K, 5)``, most probable
-            first. Of one logit or many labels: 0 or 1 for each label. -1 for a NaN.
-        confidence: ``(n,)`` float32, probability of the top-1 class, or of the decision on one
-            logit; 0 for a NaN and for many labels.
-        margins: how far each decision is from another one, in logits
-            (:func:`~van_deploy.metrics.decision_margins`); ``(n, 0)`` but of the reference.
+        classes: ``(n, k)`` int32. Single-label: the top ``min(K, 5)`` classes. Binary and
+            multi-label: 0 or 1 for each label. -1 for a NaN.
+        confidence: ``(n,)`` float32, probability of the top-1 class or of the binary decision;
+            0 for a NaN and for multi-label networks.
+        margins: decision margins in logits (:func:`~van_deploy.metrics.decision_margins`) of the
+            reference; ``(n, 0)`` for other networks.
         power: ``(n,)`` float64, mean square of the logits.
-        noise: ``(n,)`` float64, mean square of the difference to the reference's.
+        noise: ``(n,)`` float64, mean square of the difference to the reference's logits.
     """
 
     classes: npt.NDArray[np.int32]
@@ -90,7 +90,7 @@ class Predictions(NamedTuple):
     def of(
         cls, logits: Logits, task: Task = Task.SINGLE_LABEL, reference: Logits | None = None
     ) -> Predictions:
-        """Return the answers in ``logits (n, K)``; without a ``reference`` they are its own."""
+        """Return the predictions from ``logits (n, K)``; without ``reference`` they are its own."""
         values = np.asarray(logits, np.float64)
         exact = values if reference is None else np.asarray(reference, np.float64)
         finite = np.isfinite(values).all(axis=1).reshape(-1, 1)
@@ -98,10 +98,10 @@ class Predictions(NamedTuple):
         classes = metrics.top_classes(safe, TOP) if single else metrics.decisions(safe, task)
         shares = metrics.probabilities(safe, task)
         confidence = shares.max(axis=1) if single else np.maximum(shares, 1 - shares)[:, 0]
-        known, margins = finite[:, 0], metrics.decision_margins(exact, task)
+        valid, margins = finite[:, 0], metrics.decision_margins(exact, task)
         return cls(
             np.where(finite, classes, -1).astype(np.int32),
-            np.where(known & (task is not Task.MULTI_LABEL), confidence, 0.0).astype(np.float32),
+            np.where(valid & (task is not Task.MULTI_LABEL), confidence, 0.0).astype(np.float32),
             margins if reference is None else margins[:, :0],
             np.square(values).mean(axis=1),
             np.square(values - exact).mean(axis=1),
@@ -110,15 +110,15 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often one network is right.
+    """Accuracy of one network.
 
     Attributes:
-        images: answered.
-        metric: ``top-1``; for many labels ``F1 (micro)``.
-        top1: share with the right top-1 class or decision, or the F1, 0 to 1.
-        top1_interval: its 95 % interval: Wilson's, or of resampled images.
-        top5: share with the right class among the first five, or None.
-        top5_interval: likewise.
+        images: number of images.
+        metric: ``top-1``, or ``F1 (micro)`` for multi-label networks.
+        top1: top-1 accuracy or F1, 0 to 1.
+        top1_interval: 95 % interval: Wilson's, or a bootstrap interval for F1.
+        top5: top-5 accuracy, 0 to 1, or None.
+        top5_interval: Wilson's 95 % interval, or None.
         ece: expected calibration error, 0 to 1, or None.
     """
 
@@ -133,17 +133,17 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class ArtifactLoss(gates.CheckResult):
-    """What an artifact lost against PyTorch on the same images, and what the gate says.
+    """Accuracy loss of an artifact against PyTorch on the same images, and the gate's findings.
 
     Attributes:
-        numeric: the numeric class it was judged in.
-        loss: with its interval, in points.
-        findings: of the gate.
-        sqnr_db: of its logits on these images.
-        flips: how many labels flipped.
-        confusions: ``(PyTorch's class, the artifact's, count)`` of flipped labels.
-        classes: the classes whose accuracy changed most: ``label``, ``images`` of it, and how many
-            PyTorch (``before``) and the artifact (``after``) get right.
+        numeric: numeric class of the artifact.
+        loss: the loss with its interval, in points.
+        findings: findings of the gate.
+        sqnr_db: SQNR of its logits on these images.
+        flips: number of label flips.
+        confusions: ``(PyTorch's class, artifact's class, count)`` of flipped labels.
+        classes: the classes whose accuracy changed most: ``label``, number of ``images``, and
+            how many of them PyTorch (``before``) and the artifact (``after``) classify correctly.
     """
 
     numeric: str
@@ -155,32 +155,32 @@ class ArtifactLoss(gates.CheckResult):
     classes: tuple[Mapping[str, int], ...]
 
 
-def measure_accuracy(answers: Predictions, truth: GroundTruth) -> Accuracy:
-    """Return how often ``answers`` are right."""
+def measure_accuracy(predictions: Predictions, truth: GroundTruth) -> Accuracy:
+    """Return the accuracy of ``predictions``."""
     labels, total = truth.labels, len(truth.labels)
     if truth.task is Task.MULTI_LABEL:
-        counts = _label_counts(answers, labels)
+        counts = _label_counts(predictions, labels)
         interval = bootstrap_interval(lambda rows: _f1(counts[rows]), total)
         return Accuracy(total, "F1 (micro)", _f1(counts), interval)
-    right = answers.classes[:, 0] == labels
-    first, ece = int(right.sum()), expected_calibration_error(answers.confidence, right)
-    found = Accuracy(total, "top-1", first / total, wilson_interval(first, total), ece=ece)
+    correct = predictions.classes[:, 0] == labels
+    top1, ece = int(correct.sum()), expected_calibration_error(predictions.confidence, correct)
+    accuracy = Accuracy(total, "top-1", top1 / total, wilson_interval(top1, total), ece=ece)
     if truth.task is not Task.SINGLE_LABEL or truth.classes <= TOP:
-        return found
-    among = int((answers.classes == labels[:, None]).any(axis=1).sum())
-    return replace(found, top5=among / total, top5_interval=wilson_interval(among, total))
+        return accuracy
+    top5 = int((predictions.classes == labels[:, None]).any(axis=1).sum())
+    return replace(accuracy, top5=top5 / total, top5_interval=wilson_interval(top5, total))
 
 
 def compare_predictions(
     before: Predictions, after: Predictions, truth: GroundTruth, numeric: str
 ) -> ArtifactLoss:
-    """Return what one artifact lost against PyTorch, and what the gate of its class says.
+    """Return an artifact's accuracy loss against PyTorch, and the findings of its gate.
 
     Args:
-        before: PyTorch's answers.
-        after: the artifact's, to the same images.
-        truth: of the images.
-        numeric: the artifact's numeric class.
+        before: PyTorch's predictions.
+        after: the artifact's predictions for the same images.
+        truth: labels of the images.
+        numeric: numeric class of the artifact.
     """
     profile = truth.rules.of(numeric)
     floor = gates.sqnr_floor(numeric, truth.noise_db, profile)
@@ -188,17 +188,17 @@ def compare_predictions(
     labels, total = truth.labels, len(truth.labels)
     changes: tuple[Mapping[str, int], ...] = ()
     if task is Task.MULTI_LABEL:
-        one, other = (_label_counts(answers, labels) for answers in (before, after))
+        reference, actual = (_label_counts(each, labels) for each in (before, after))
 
-        def lost(rows: npt.NDArray[np.int64]) -> float:
-            return 100 * (_f1(one[rows]) - _f1(other[rows]))
+        def f1_loss(rows: npt.NDArray[np.int64]) -> float:
+            return 100 * (_f1(reference[rows]) - _f1(actual[rows]))
 
-        loss = gates.Loss(total, lost(np.arange(total)), bootstrap_interval(lost, total))
+        loss = gates.Loss(total, f1_loss(np.arange(total)), bootstrap_interval(f1_loss, total))
     else:
-        right, still = (answers.classes[:, 0] == labels for answers in (before, after))
-        won = int((~right & still).sum())
-        loss = gates.paired_loss(int((right & ~still).sum()), won, total)
-        changes = _changes(labels, right, still)
+        correct, still_correct = (each.classes[:, 0] == labels for each in (before, after))
+        won = int((~correct & still_correct).sum())
+        loss = gates.paired_loss(int((correct & ~still_correct).sum()), won, total)
+        changes = _changed_classes(labels, correct, still_correct)
     signal = float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
@@ -208,60 +208,60 @@ def compare_predictions(
     if not gates.CLASSES[numeric].lossy:
         findings = gates.check_near_lossless(loss, allowed, sqnr, floor, flips, task)
     pairs = Counter((flip.expected, flip.found) for flip in flips)
-    commonest = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MOST_SHOWN]
-    confusions = tuple((*pair, count) for pair, count in commonest)
+    most_common = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MAX_ROWS]
+    confusions = tuple((*pair, count) for pair, count in most_common)
     return ArtifactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)
 
 
-def _label_counts(answers: Predictions, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Return each image's labels that are found, wanted, and both, ``(N, 3)``."""
-    found, wanted = answers.classes == 1, labels.astype(bool)
-    return np.stack([found.sum(1), wanted.sum(1), (found & wanted).sum(1)], axis=1)
+def _label_counts(predictions: Predictions, labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Return each image's numbers of predicted labels, true labels, and hits, ``(N, 3)``."""
+    predicted, expected = predictions.classes == 1, labels.astype(bool)
+    return np.stack([predicted.sum(1), expected.sum(1), (predicted & expected).sum(1)], axis=1)
 
 
 def _f1(counts: npt.NDArray[np.int64]) -> float:
-    """Return the micro F1 of images' counts: twice the hits over what is found and wanted."""
-    found, wanted, hits = counts.sum(axis=0).tolist()
-    return 2 * hits / (found + wanted) if found + wanted else 1.0
+    """Return the micro F1 of images' counts: twice the hits over predicted plus true labels."""
+    predicted, expected, hits = counts.sum(axis=0).tolist()
+    return 2 * hits / (predicted + expected) if predicted + expected else 1.0
 
 
 def expected_calibration_error(confidence: npt.ArrayLike, correct: npt.ArrayLike) -> float:
-    """Return how far confidence is from being right, 0 to 1: the ECE.
+    """Return the expected calibration error (ECE), 0 to 1.
 
     The mean over images of ``|accuracy - mean confidence|`` of each image's bin, one of
     :data:`ECE_BINS` of equal width ``(k/bins, (k+1)/bins]``.
 
     Args:
         confidence: ``(N,)`` probability of the top-1 class, 0 to 1.
-        correct: ``(N,)`` whether the top-1 class was right.
+        correct: ``(N,)`` whether the top-1 class is correct.
     """
-    scores, right = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
+    scores, hits = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     index = np.clip(np.ceil(scores * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
-    surplus = np.bincount(index, weights=scores - right, minlength=ECE_BINS)
+    surplus = np.bincount(index, weights=scores - hits, minlength=ECE_BINS)
     return float(np.abs(surplus).sum() / len(scores))
 
 
-def _changes(
-    labels: npt.NDArray[Any], right: npt.NDArray[Any], still: npt.NDArray[Any]
+def _changed_classes(
+    labels: npt.NDArray[Any], before: npt.NDArray[Any], after: npt.NDArray[Any]
 ) -> tuple[Mapping[str, int], ...]:
     """Return the classes whose accuracy changed, the largest change first.
 
     Args:
         labels: ``(N,)`` classes.
-        right: ``(N,)`` whether PyTorch is right.
-        still: whether the artifact is.
+        before: ``(N,)`` whether PyTorch is correct.
+        after: ``(N,)`` whether the artifact is correct.
     """
-    of_each = [np.bincount(labels, each, labels.max() + 1) for each in (None, right, still)]
-    rows = [(label, *map(int, counts)) for label, counts in enumerate(zip(*of_each, strict=True))]
+    columns = [np.bincount(labels, hits, labels.max() + 1) for hits in (None, before, after)]
+    rows = [(label, *map(int, counts)) for label, counts in enumerate(zip(*columns, strict=True))]
     changed = sorted((r for r in rows if r[2] != r[3]), key=lambda r: (-abs(r[3] - r[2]), r[0]))
     names = ("label", "images", "before", "after")
-    return tuple(dict(zip(names, row, strict=True)) for row in changed[:MOST_SHOWN])
+    return tuple(dict(zip(names, row, strict=True)) for row in changed[:MAX_ROWS])
 
 
 # --- the evaluation --------------------------------------------------------------------------
 
-Said = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Predictions]]
-"""Which images they are, index and reason of those left out, and what each network says."""
+BatchResult = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Predictions]]
+"""Indices of the images, index and reason of unreadable images, predictions of each network."""
 
 
 @dataclass(frozen=True)
@@ -269,18 +269,18 @@ class EvaluateReport(gates.GateReport):
     """Accuracy of PyTorch and each artifact.
 
     Attributes:
-        images: what they were evaluated on, and how the labels were found.
+        images: description of the evaluation set and the source of its labels.
         dataset_sha256: digest of the evaluation set: names, contents and labels.
         task: how logits become labels.
-        unreadable: file and reason of each image left out.
-        accuracy: by name, PyTorch first.
-        losses: by artifact, against PyTorch.
-        skipped: artifacts that did not run, with the reason.
-        runners: what ran each.
-        class_names: for the report, or None.
-        seconds: what it took.
-        allowed: what the user lets pass.
-        schema: of the document.
+        unreadable: file and reason of each image that could not be read.
+        accuracy: accuracy by network, PyTorch first.
+        losses: loss against PyTorch by artifact.
+        skipped: finding of each artifact that did not run.
+        runners: runner of each network.
+        class_names: class names for the report, or None.
+        seconds: duration.
+        allowed: the user's allow options.
+        schema: schema of the document.
     """
 
     JSON_PROPERTIES: ClassVar = ("count",)
@@ -300,55 +300,59 @@ class EvaluateReport(gates.GateReport):
 
     @property
     def count(self) -> int:
-        """How many images were answered."""
+        """Number of images that were classified."""
         return self.accuracy[PYTORCH].images
 
     def named_findings(self) -> list[tuple[str, gates.Finding]]:
-        """Return every finding and its artifact, those of skipped artifacts included."""
-        found = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
-        return [*found, *self.skipped.items()]
+        """Return every finding with its artifact, including skipped artifacts."""
+        findings = [(name, f) for name, loss in self.losses.items() for f in loss.findings]
+        return [*findings, *self.skipped.items()]
 
 
 def evaluate_bundle(
-    bundle: Bundle, loaded: LoadedVan, asked: EvaluationSettings, rules: GateSettings, say: Progress
+    bundle: Bundle,
+    loaded: LoadedVan,
+    settings: EvaluationSettings,
+    rules: GateSettings,
+    progress: Progress,
 ) -> EvaluateReport:
     """Return the accuracy of PyTorch and of each artifact of ``bundle`` on labelled images.
 
     Args:
         bundle: the bundle.
         loaded: its original network.
-        asked: which images, and how.
-        rules: what a recipe sets otherwise.
-        say: told how many images of how many are answered.
+        settings: images, labels and execution.
+        rules: limits of the recipe, which take precedence.
+        progress: called with the number of images that are done.
 
     Raises:
-        BundleError: an artifact is not there, or is not the manifest's.
-        ImageError: not one image can be read.
-        MissingDependency: Ray was asked for and is not here.
-        ConversionError: a machine of the cluster failed.
-        UsageError: the network gives feature maps.
+        BundleError: an artifact is missing, or does not match the manifest.
+        ImageError: no image can be read.
+        MissingDependency: Ray is requested and not installed.
+        ConversionError: a machine of the Ray cluster failed.
+        UsageError: the network outputs feature maps.
     """
     require_classifier(bundle, "evaluate")
-    images, labels = _labelled(asked, task_of(bundle), loaded)
+    images, labels = _labelled_set(settings, task_of(bundle), loaded)
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
-    started, total = time.perf_counter(), len(images)
-    with Networks(bundle, loaded, asked) as networks:
-        for indices, bad, said in _answered(networks, images, asked):
+    start, total = time.perf_counter(), len(images)
+    with Networks(bundle, loaded, settings) as networks:
+        for indices, failed, predicted in _predict(networks, images, settings):
             rows += indices
-            unreadable += bad
-            pieces += [said] if said else []
+            unreadable += failed
+            pieces += [predicted] if predicted else []
             done = len(rows) + len(unreadable)
-            say(f"{done} of {total} images", done, total)
+            progress(f"{done} of {total} images", done, total)
     unreadable.sort()
     if not rows:
         raise ImageError(
-            f"Not one of the {total} images could be read; the first: {unreadable[0][1]}",
-            "Give images that can be read.",
+            f"None of the {total} images could be read; the first: {unreadable[0][1]}",
+            "Give readable images with --images.",
         )
-    order, answers = np.argsort(rows), {}
+    order, predictions = np.argsort(rows), {}
     for name in networks.runners:
-        columns = zip(*(said[name] for said in pieces), strict=True)
-        answers[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
+        columns = zip(*(predicted[name] for predicted in pieces), strict=True)
+        predictions[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
     golden = bundle.manifest.golden is not None
     noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
     classes, task = loaded.config.num_classes, task_of(bundle)
@@ -358,48 +362,52 @@ def evaluate_bundle(
         dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),
         task=task,
         unreadable=tuple((images.items[index].name, reason) for index, reason in unreadable),
-        accuracy={name: measure_accuracy(found, truth) for name, found in answers.items()},
+        accuracy={name: measure_accuracy(own, truth) for name, own in predictions.items()},
         losses={
-            name: compare_predictions(answers[PYTORCH], answers[name], truth, numeric)
+            name: compare_predictions(predictions[PYTORCH], predictions[name], truth, numeric)
             for name, numeric in networks.numeric.items()
         },
         skipped=networks.skipped,
         runners=networks.runners,
         class_names=loaded.class_names,
-        seconds=time.perf_counter() - started,
-        allowed=gates.AllowOptions(asked.allow_skip, asked.allow_inconclusive),
+        seconds=time.perf_counter() - start,
+        allowed=gates.AllowOptions(settings.allow_skip, settings.allow_inconclusive),
     )
 
 
-def _labelled(
-    asked: EvaluationSettings, task: Task, loaded: LoadedVan
+def _labelled_set(
+    settings: EvaluationSettings, task: Task, loaded: LoadedVan
 ) -> tuple[ImageSet, npt.NDArray[Any]]:
     """Return the evaluation set and its labels."""
     classes, names = loaded.config.num_classes, loaded.class_names
     if task is Task.MULTI_LABEL:
-        every = image_set(asked.images)
-        chosen = every.subsample(asked.limit or len(every))
-        labels = multi_label_targets(chosen, asked.labels, classes, names)
-        described = f"{chosen.description}, labels from '{asked.labels}'"
-        return replace(chosen, description=described), labels
-    how: dict[str, Any] = {"labels_file": asked.labels, "find_labels": asked.label_files}
-    every = label_images(asked.images, classes, names, class_order=asked.class_order, **how)
-    chosen = every.subsample(asked.limit or len(every))
-    return chosen, np.asarray(chosen.labels)
+        images = image_set(settings.images)
+        images = images.subsample(settings.limit or len(images))
+        labels = multi_label_targets(images, settings.labels, classes, names)
+        description = f"{images.description}, labels from '{settings.labels}'"
+        return replace(images, description=description), labels
+    options: dict[str, Any] = {"labels_file": settings.labels, "find_labels": settings.label_files}
+    order = settings.class_order
+    images = label_images(settings.images, classes, names, class_order=order, **options)
+    images = images.subsample(settings.limit or len(images))
+    return images, np.asarray(images.labels)
 
 
-def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -> Iterator[Said]:
-    """Yield what the networks say, batch by batch."""
-    if asked.on == "here":
-        yield from _answers(networks, images, asked)
+def _predict(
+    networks: Networks, images: ImageSet, settings: EvaluationSettings
+) -> Iterator[BatchResult]:
+    """Yield the networks' predictions, batch by batch, computed here or on Ray."""
+    if settings.on == "here":
+        yield from _predict_here(networks, images, settings)
         return
-    step = asked.batch * BATCHES_A_TASK
+    step = settings.batch * BATCHES_PER_TASK
     tasks = [
         RayTask(start, (range(start, min(start + step, len(images))),), {"num_cpus": 1})
         for start in range(0, len(images), step)
     ]
-    shared = (str(networks.bundle.path.absolute()), tuple(networks.runners), images, asked)
-    for done in run_on_ray(_on_machine, tasks, shared=shared, address=asked.ray_address or None):
+    shared = (str(networks.bundle.path.absolute()), tuple(networks.runners), images, settings)
+    address = settings.ray_address or None
+    for done in run_on_ray(_predict_on_worker, tasks, shared=shared, address=address):
         if done.failure:
             raise ConversionError(
                 f"A machine of the Ray cluster failed: {done.failure}",
@@ -408,44 +416,44 @@ def _answered(networks: Networks, images: ImageSet, asked: EvaluationSettings) -
         yield from done.result
 
 
-def _answers(
-    networks: Networks, images: ImageSet, asked: EvaluationSettings, indices: Sequence[int] = ()
-) -> Iterator[Said]:
-    """Yield what every network says, batch by batch; nothing where no image can be read.
+def _predict_here(
+    networks: Networks, images: ImageSet, settings: EvaluationSettings, indices: Sequence[int] = ()
+) -> Iterator[BatchResult]:
+    """Yield the networks' predictions, batch by batch; none for batches without readable images.
 
     Args:
-        networks: which.
+        networks: PyTorch and the artifacts.
         images: the evaluation set.
-        asked: how many images a batch, and threads that decode.
-        indices: which of the images, by one thread; without any all.
+        settings: batch size and number of decoding threads.
+        indices: indices of the images, decoded by one thread; all images if empty.
     """
     preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
-    workers = 1 if indices else asked.workers or len(os.sched_getaffinity(0))
-    how: dict[str, Any] = {"indices": indices or None, "workers": workers}
-    for found in decoded_batches(images.items, preprocessing, asked.batch, **how):
-        logits = networks.logits(found) if found.indices else {}
-        said = {
+    workers = 1 if indices else settings.workers or len(os.sched_getaffinity(0))
+    options: dict[str, Any] = {"indices": indices or None, "workers": workers}
+    for batch in decoded_batches(images.items, preprocessing, settings.batch, **options):
+        logits = networks.logits(batch) if batch.indices else {}
+        predictions = {
             name: Predictions.of(y, task, None if name == PYTORCH else logits[PYTORCH])
             for name, y in logits.items()
         }
-        yield found.indices, found.unreadable, said
+        yield batch.indices, batch.unreadable, predictions
 
 
-def _on_machine(
+def _predict_on_worker(
     shared: tuple[str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
-) -> list[Said]:
-    """Return what the networks say of some images; a machine of the cluster loads them once."""
-    path, names, images, asked = shared
-    networks = _networks_here(path, asked)
-    if lost := set(names).difference(networks.runners):
-        raise ConversionError(f"It does not run {', '.join(sorted(lost))}.")
-    return list(_answers(networks, images, asked, indices))
+) -> list[BatchResult]:
+    """Return the predictions for some images on a Ray worker, which loads the networks once."""
+    path, names, images, settings = shared
+    networks = _worker_networks(path, settings)
+    if missing := set(names).difference(networks.runners):
+        raise ConversionError(f"It cannot run {', '.join(sorted(missing))}.")
+    return list(_predict_here(networks, images, settings, indices))
 
 
 @lru_cache(maxsize=1)
-def _networks_here(path: str, asked: EvaluationSettings) -> Networks:
+def _worker_networks(path: str, settings: EvaluationSettings) -> Networks:
     import torch
 
     torch.set_num_threads(1)
     bundle = Bundle.open(path)
-    return Networks(bundle, original_network(bundle, asked.weights), asked, threads=1)
+    return Networks(bundle, original_network(bundle, settings.weights), settings, threads=1)

@@ -1,26 +1,26 @@
-"""What artifacts are judged on: images with the original network's answers in float64.
+"""Golden samples: images with the original network's outputs in float64.
 
-Golden samples are made once, from the original network, when the bundle is exported. From
-then on any host judges any artifact without PyTorch and without the weights. ``golden.npz`` holds
+Golden samples are computed once, from the original network, when the bundle is exported. With
+them any host can check any artifact without PyTorch and without the weights. ``golden.npz`` has
 
 ============  ==============================================================================
-``pixels``    ``(N, H, W, C)`` uint8, resized and cropped; or, for a network that was given
+``pixels``    ``(N, H, W, C)`` uint8, resized and cropped; or, for images that were given as
               network input, ``inputs``: ``(N, C, H, W)`` float32, normalised
 ``logits``    ``(N, K)`` float64: the original network in float64
-``noise_db``  SQNR of the original network in float32 against that, which FP32 artifacts are
-              judged by
+``noise_db``  SQNR of the original network in float32 against ``logits``, from which the limit
+              of FP32 artifacts is computed
 ============  ==============================================================================
 
-Where height and width are dynamic there are ``logits 192x192`` of the first images at each other
-size, repeated side by side and cut. Beside it lie two encoded originals, of which the first two
-rows were read: decoding, resizing and cropping are checked too.
+With a dynamic height and width, ``logits 192x192`` are those of the first images at each other
+size, tiled and cropped. The same folder has the encoded files of the first two rows, so decoding,
+resizing and cropping are checked too.
 
-Feature maps are large (van_b0 at 224 x 224 gives 3 MB an image in float64), so what is kept and
-compared of a backbone's map is its *sketch*: the values, each with a sign that only its place
-decides, are summed into :data:`SKETCH` buckets (count sketch: M. Charikar, K. Chen and M.
-Farach-Colton, "Finding frequent items in data streams", 2002). A sketch is linear, so the
-difference of two is the sketch of the difference, and keeps sums of squares: of one image to 3 %,
-0.14 dB. ``logits`` holds the sketches of all maps side by side.
+Feature maps are large (van_b0 at 224 x 224 gives 3 MB per image in float64), so a backbone's maps
+are stored and compared as *sketches*: the values are multiplied by pseudo-random signs and summed
+into :data:`SKETCH` buckets (count sketch: M. Charikar, K. Chen and M. Farach-Colton, "Finding
+frequent items in data streams", 2002). A sketch is linear, so the difference of two sketches is
+the sketch of the difference, and it preserves sums of squares: to 3 % for one image, 0.14 dB.
+``logits`` has the sketches of all maps, concatenated.
 """
 
 from __future__ import annotations
@@ -62,95 +62,95 @@ GOLDEN_FILE = "golden.npz"
 GOLDEN_IMAGES = 16
 BACKBONE_BYTES = 6_000_000
 ORIGINALS = 2
-IMAGE_CHANNELS = (1, 3, 4)  # those that image files have
+IMAGE_CHANNELS = (1, 3, 4)  # numbers of channels in image files
 LONGEST_SIDE = 512  # pixels: large enough to be resized by the pipeline, small enough to ship
-REFERENCE_BATCH = 8  # images PyTorch sees at a time: enough to be fast, few enough to be lean
+REFERENCE_BATCH = 8  # images per call of PyTorch: fast, with little memory
 
-THEIRS = "the terms of the images given with --images"
-SAMPLES = (
+USER_LICENCE = "the terms of the images given with --images"
+SAMPLES_LICENCE = (
     "the terms of scikit-image's and scikit-learn's own photographs (see data/README.txt and "
     "datasets/images/README.txt in these packages); synthetic images and digits are free"
 )
 
 SKETCH = 2048
-"""Numbers that are kept of one feature map of one image."""
+"""Length of the sketch of one feature map of one image."""
 
-OTHER_IMAGES = 2
-"""Images that are compared at each other size."""
+IMAGES_AT_OTHER_SIZES = 2
+"""Number of images that are compared at each other size."""
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """How a network's outputs become rows of numbers that can be compared.
+    """Conversion of a network's outputs to rows that can be compared.
 
     Attributes:
-        widths: of a backbone, how many columns each map's sketch has, by its name; empty for a
-            classifier, whose logits are taken as they are.
+        widths: for a backbone, the sketch length of each map by output name; empty for a
+            classifier, whose rows are the logits.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: VanConfig, size: ImageSize) -> OutputLayout:
-        """Return those of a network and images of a size."""
+        """Return the layout for a network and an image size."""
         shapes = config.feature_map_shapes(height_width(size))
         return cls({name: min(SKETCH, math.prod(shape)) for name, shape in shapes.items()})
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the network gives."""
+        """Names of the network's outputs."""
         return tuple(self.widths) or (OUTPUT_NAME,)
 
-    def rows(self, given: Mapping[str, Array]) -> Array:
-        """Return the logits ``(N, K)``, or the sketches of all maps side by side.
+    def rows(self, outputs: Mapping[str, Array]) -> Array:
+        """Return the logits ``(N, K)``, or the sketches of all maps, concatenated.
 
         Raises:
             KeyError: an output is missing.
         """
         if not self.widths:
-            return given[OUTPUT_NAME]
-        return np.concatenate([sketch(given[name]) for name in self.widths], axis=1)
+            return outputs[OUTPUT_NAME]
+        return np.concatenate([sketch(outputs[name]) for name in self.widths], axis=1)
 
     def parts(self, rows: Array) -> dict[str, Array]:
-        """Return the columns of each output by its name."""
+        """Split rows into the columns of each output, by name."""
         ends = np.cumsum(list(self.widths.values()), dtype=np.int64)[:-1]
         return dict(zip(self.names, np.split(rows, ends, axis=1), strict=True))
 
-    def sqnr_db(self, expected: Array, found: Array) -> float:
+    def sqnr_db(self, expected: Array, actual: Array) -> float:
         """Return the SQNR of the logits, or of the worst map, in dB."""
-        actual = self.parts(found)
-        return min(sqnr_db(e, actual[name]) for name, e in self.parts(expected).items())
+        parts = self.parts(actual)
+        return min(sqnr_db(part, parts[name]) for name, part in self.parts(expected).items())
 
-    def compare(self, expected: Array, found: Array) -> Comparison:
-        """Return the figures of merit of the logits, or of the worst map."""
-        actual, classes = self.parts(found), not self.widths
-        pairs = [(part, actual[name]) for name, part in self.parts(expected).items()]
-        return min((compare(*pair, classes=classes) for pair in pairs), key=lambda c: c.sqnr_db)
+    def compare(self, expected: Array, actual: Array) -> Comparison:
+        """Return the metrics of the logits, or of the worst map."""
+        pairs = zip(self.parts(expected).values(), self.parts(actual).values(), strict=True)
+        results = [compare(*pair, classes=not self.widths) for pair in pairs]
+        return min(results, key=lambda result: result.sqnr_db)
 
 
 LOGITS_LAYOUT = OutputLayout()
-"""Those of a classifier."""
+"""The layout of a classifier."""
 
 ReferenceFunction = Callable[[str, Images, OutputLayout], tuple[Array, float]]
-"""From a size, images, and how outputs become rows, to a network's in float64 and its noise."""
+"""Maps size, images and output layout to the float64 rows and the noise of float32 in dB."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images with the original network's answers.
+    """Images with the original network's outputs.
 
     Attributes:
         inputs: ``(N, C, H, W)`` float32, normalised.
-        pixels: the same ``(N, H, W, C)`` uint8; None where there are only inputs.
-        logits: ``(N, K)`` float64, of the original network in float64; of a backbone, the
-            sketches of its maps side by side.
-        noise_db: SQNR of the same network in float32 against these; of a backbone, the least of
-            any map.
-        names: what each image is called.
-        description: all of them in one phrase.
+        pixels: the same images, ``(N, H, W, C)`` uint8; None if only the inputs are known.
+        logits: ``(N, K)`` float64, of the original network in float64; for a backbone, the
+            sketches of its maps, concatenated.
+        noise_db: SQNR of the same network in float32 against ``logits``; for a backbone, the
+            minimum over the maps.
+        names: name of each image.
+        description: description of the set.
         task: how logits become labels.
-        golden: whether they are those of the bundle.
-        outputs: how outputs become such rows.
+        golden: whether these are the bundle's golden samples.
+        outputs: layout of ``logits``.
         others: some of the images at other sizes.
     """
 
@@ -167,36 +167,36 @@ class Samples:
 
     @property
     def size(self) -> str:
-        """Height and width of the images, such as ``224x320``."""
+        """Height and width in pixels, such as ``224x320``."""
         return "x".join(map(str, self.inputs.shape[2:]))
 
     def __len__(self) -> int:
-        """Return how many images there are."""
+        """Return the number of images."""
         return len(self.inputs)
 
     def first(self, count: int) -> Samples:
-        """Return at most ``count`` of them."""
+        """Return the first ``count`` images, or all if there are fewer."""
         parts = {n: getattr(self, n)[:count] for n in ("inputs", "logits", "names")}
         pixels = None if self.pixels is None else self.pixels[:count]
-        described = "" if count >= len(self) else f"the first {count} of "
-        return replace(self, **parts, pixels=pixels, description=described + self.description)
+        prefix = "" if count >= len(self) else f"the first {count} of "
+        return replace(self, **parts, pixels=pixels, description=prefix + self.description)
 
 
 def sketch(maps: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the sketch ``(N, SKETCH)`` of maps ``(N, C, h, w)``; small ones as they are."""
+    """Return the sketch ``(N, SKETCH)`` of maps ``(N, C, h, w)``; small maps are only flattened."""
     rows = maps.reshape(len(maps), -1).astype(np.float64)
     if rows.shape[1] <= SKETCH:
         return rows
-    signs, buckets = _hashed(rows.shape[1])
+    signs, buckets = _signs_and_buckets(rows.shape[1])
     return np.stack([np.bincount(buckets, signs * row, SKETCH) for row in rows])
 
 
 @functools.cache
-def _hashed(count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    """Return a sign and a bucket for each of ``count`` places, the same on every machine.
+def _signs_and_buckets(count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return ``count`` pseudo-random signs and buckets, the same on every machine.
 
-    By SplitMix64 (G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom number
-    generators", OOPSLA 2014).
+    The generator is SplitMix64 (G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom
+    number generators", OOPSLA 2014).
     """
     state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -207,45 +207,43 @@ def _hashed(count: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]
 
 
 def other_sizes(sizes: SizeRange | None, native: ImageSize) -> tuple[ImageSize, ...]:
-    """Return the sizes to compare at besides the network's own."""
+    """Return the image sizes to compare at, in addition to the native one."""
     return tuple(size for size in sizes.sample_sizes() if size != native) if sizes else ()
 
 
 def samples_from(
-    images: Batch, config: VanConfig, sizes: Sequence[ImageSize], answers: ReferenceFunction
+    images: Batch, config: VanConfig, sizes: Sequence[ImageSize], reference: ReferenceFunction
 ) -> Samples:
-    """Return images with answers, the first of them at other sizes, too.
+    """Return images with the reference's outputs, also at other sizes.
 
-    Nothing is resized, so that every machine makes the same ones: there images are repeated
-    side by side and cut.
+    For other sizes the images are tiled and cropped, not resized, so that all machines use the
+    same pixels.
 
     Args:
-        images: at the network's own size.
-        config: of the network.
-        sizes: the others.
-        answers: gives the rows of the network in float64, and float32's noise. It is told the size,
-            such as ``192x192`` ("" for the network's own), the images, and how outputs become
-            rows.
+        images: images of the native size.
+        config: architecture of the network.
+        sizes: other sizes.
+        reference: returns the network's rows in float64 and the noise of float32 for a size such
+            as ``192x192`` ("" for the native one), images, and an output layout.
     """
 
     def at(size: ImageSize | None) -> Samples:
-        count = len(images) if size is None else min(OTHER_IMAGES, len(images))
-        inputs, label = _tiled(images.inputs[:count], size, 2), format_size(size) if size else ""
-        pixels = None if images.pixels is None else _tiled(images.pixels[:count], size, 1)
-        described = f"{count} images repeated to {label}" if label else images.description
+        count = len(images) if size is None else min(IMAGES_AT_OTHER_SIZES, len(images))
+        inputs, label = _tile(images.inputs[:count], size, 2), format_size(size) if size else ""
+        pixels = None if images.pixels is None else _tile(images.pixels[:count], size, 1)
+        description = f"{count} images tiled to {label}" if label else images.description
         outputs = OutputLayout.of(config, inputs.shape[2:])
-        answered = answers(label, inputs, outputs)
-        given = (inputs, pixels, *answered, images.names[:count], described)
-        task = Task.of(config.num_classes, config.problem_type)
-        return Samples(*given, task, outputs=outputs)
+        logits, noise_db = reference(label, inputs, outputs)
+        task, names = Task.of(config.num_classes, config.problem_type), images.names[:count]
+        return Samples(inputs, pixels, logits, noise_db, names, description, task, outputs=outputs)
 
     return replace(at(None), others=tuple(at(size) for size in sizes))
 
 
-def _tiled(values: npt.NDArray[Any], size: ImageSize | None, axis: int) -> npt.NDArray[Any]:
-    """Return images whose height is that axis, and the width behind it, repeated and cut."""
-    for place, side in enumerate(height_width(size) if size else (), axis):
-        values = values.take(np.arange(side) % values.shape[place], axis=place)
+def _tile(values: npt.NDArray[Any], size: ImageSize | None, axis: int) -> npt.NDArray[Any]:
+    """Tile and crop images to a size; ``axis`` is the height, the next axis the width."""
+    for dim, side in enumerate(height_width(size) if size else (), axis):
+        values = values.take(np.arange(side) % values.shape[dim], axis=dim)
     return values
 
 
@@ -253,9 +251,9 @@ def _tiled(values: npt.NDArray[Any], size: ImageSize | None, axis: int) -> npt.N
 
 
 def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
-    """Return how many golden samples a network has: fewer for a backbone of large images.
+    """Return the number of golden samples, which is smaller for a backbone with large images.
 
-    Its sketches take up to 100 kB an image, and all of it at most :data:`BACKBONE_BYTES`.
+    The sketches take up to 100 kB per image, and all samples at most :data:`BACKBONE_BYTES`.
     """
     if not config.out_indices:
         return GOLDEN_IMAGES
@@ -268,16 +266,16 @@ def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
 def golden_images(
     name: str, preprocessing: Preprocessing, source: Path | None, count: int = GOLDEN_IMAGES
 ) -> tuple[Batch, tuple[bytes, ...]]:
-    """Return the images of the golden samples, and the encoded originals of the first ones (PNG).
+    """Return the images of the golden samples, and the encoded files (PNG) of the first ones.
 
     Args:
-        name: of the network.
-        preprocessing: of the network.
+        name: name of the network.
+        preprocessing: preprocessing of the network.
         source: the user's folder or ``.npz``; None for sample photographs.
-        count: how many images.
+        count: number of images.
 
     Raises:
-        ImageError: not one image can be read, or they are too few and too small.
+        ImageError: no image can be read, or the images are too few and too small.
     """
     images = image_set(source) if source is not None else sample_set(name, preprocessing)
     chosen = verification_images(name, preprocessing, count, images if source else None)
@@ -292,8 +290,8 @@ def golden_images(
                 image.save(file, format="PNG", optimize=True)
                 originals.append(file.getvalue())
     first = [_pixels(data, preprocessing) for data in originals]
-    known = {pixels.tobytes() for pixels in first}
-    others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in known]
+    first_bytes = {pixels.tobytes() for pixels in first}
+    others = [row for row, p in enumerate(chosen.pixels) if p.tobytes() not in first_bytes]
     pixels = np.stack([*first, *chosen.pixels[others]])[:count]
     names = [f"golden/{row}.png" for row in range(len(first))]
     names = [*names, *(chosen.names[row] for row in others)][:count]
@@ -306,15 +304,15 @@ def _pixels(source: Path | bytes, preprocessing: Preprocessing) -> Pixels:
 
 
 def write_golden(
-    draft: Draft, samples: Samples, originals: Sequence[bytes], users: bool
+    draft: Draft, samples: Samples, originals: Sequence[bytes], user_images: bool
 ) -> GoldenInfo:
-    """Write the golden samples into a bundle's draft, and return what the manifest says of them.
+    """Write the golden samples into a bundle and return their entry for the manifest.
 
     Args:
-        draft: of the bundle.
-        samples: the images and the original network's answers.
-        originals: encoded images that the first of them were read from.
-        users: whether the images are the user's own.
+        draft: draft of the bundle.
+        samples: images with the original network's outputs.
+        originals: encoded files of the first images.
+        user_images: whether the images are the user's own.
     """
     arrays = {"inputs": samples.inputs} if samples.pixels is None else {"pixels": samples.pixels}
     arrays |= {"logits": samples.logits, "noise_db": np.array(samples.noise_db)}
@@ -328,7 +326,7 @@ def write_golden(
         count=len(samples),
         images=samples.description,
         originals=tuple(places),
-        licence=THEIRS if users else SAMPLES,
+        licence=USER_LICENCE if user_images else SAMPLES_LICENCE,
     )
 
 
@@ -336,7 +334,7 @@ def golden_samples(bundle: Bundle) -> Samples:
     """Return the golden samples of a bundle.
 
     Raises:
-        BundleError: it has none, or they were changed or are not of its network.
+        BundleError: it has none, or they were changed or belong to another network.
     """
     golden, manifest = bundle.manifest.golden, bundle.manifest
     if golden is None or golden.file not in bundle.digests:
@@ -353,37 +351,38 @@ def golden_samples(bundle: Bundle) -> Samples:
             inputs = arrays["inputs"] if pixels is None else normalise(pixels, preprocessing)
             first = golden.originals[: len(inputs)]
             names = (*first, *(f"golden {row}" for row in range(len(first), len(inputs))))
-            described = f"{len(inputs)} golden samples: {golden.images}"
-            images = Batch((), inputs, pixels, (), names, described)
+            description = f"{len(inputs)} golden samples: {golden.images}"
+            images = Batch((), inputs, pixels, (), names, description)
 
-            def answers(size: str, of: Images, outputs: OutputLayout) -> tuple[Array, float]:
+            def reference(size: str, _: Images, outputs: OutputLayout) -> tuple[Array, float]:
                 logits = arrays[f"logits {size}".rstrip()].astype(np.float64)
                 return logits, float(arrays["noise_db"])
 
-            return replace(samples_from(images, manifest.architecture, sizes, answers), golden=True)
+            samples = samples_from(images, manifest.architecture, sizes, reference)
+            return replace(samples, golden=True)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise BundleError(
             f"The golden samples '{path}' are damaged: {error}.",
-            "Export the model again; nothing made it from here.",
+            "Export the model again with `van-deploy export --force`.",
         ) from error
 
 
 def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
-    """Return whether this machine reads the encoded originals as the exporting one did.
+    """Return whether this machine decodes the encoded originals to the same pixels.
 
     Raises:
-        BundleError: one is missing or was changed.
-        ImageError: one cannot be read here.
+        BundleError: an original is missing or was changed.
+        ImageError: an original cannot be decoded.
     """
     findings, golden = [], bundle.manifest.golden
     for row, place in enumerate(golden.originals if golden else ()):
         path = bundle.path / place
         verify(path, bundle.digests[place])
-        found = _pixels(path, bundle.manifest.preprocessing).astype(int)
-        change = float(np.abs(found - np.asarray(samples.pixels)[row]).max())
+        pixels = _pixels(path, bundle.manifest.preprocessing).astype(int)
+        change = float(np.abs(pixels - np.asarray(samples.pixels)[row]).max())
         fault = (
-            f"'{path.name}', read and resized here, differs by {change:g} of 255 from the "
-            f"golden sample {row}: another decoder, or other preprocessing"
+            f"'{path.name}', decoded and resized on this machine, differs by {change:g} of 255 "
+            f"from golden sample {row}: the decoder or the preprocessing differs"
         ) * (change > RESIZE_LIMIT.value)
         findings.append(pass_or_fail(f"preprocessing/{path.name}", fault, change, RESIZE_LIMIT))
     return findings
@@ -393,49 +392,50 @@ def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
 
 
 def reference_samples(loaded: LoadedVan, images: Batch, sizes: Sequence[ImageSize]) -> Samples:
-    """Return images with the original network's answers in float64 and float32.
+    """Return images with the original network's float64 outputs and float32 noise.
 
     Args:
         loaded: the original network.
-        images: at its own size.
-        sizes: others, at which the first images are repeated and answered, too.
+        images: images of the native size.
+        sizes: other sizes, to which the first images are tiled.
     """
     import torch
 
     double, names = copy.deepcopy(loaded.model).double().eval(), loaded.config.output_names
 
-    def rows(model: nn.Module, given: torch.Tensor, outputs: OutputLayout) -> Array:
+    def rows(model: nn.Module, inputs: torch.Tensor, layout: OutputLayout) -> Array:
         pieces = []
-        for images in given.split(REFERENCE_BATCH):
-            found = model(images)
-            found = found if isinstance(found, tuple) else (found,)
-            pieces.append(outputs.rows({n: y.numpy() for n, y in zip(names, found, strict=True)}))
+        for batch in inputs.split(REFERENCE_BATCH):
+            result = model(batch)
+            maps = result if isinstance(result, tuple) else (result,)
+            pieces.append(layout.rows({n: y.numpy() for n, y in zip(names, maps, strict=True)}))
         return np.concatenate(pieces)
 
-    def answers(_: str, inputs: Images, outputs: OutputLayout) -> tuple[Array, float]:
-        given = torch.from_numpy(inputs)
+    def reference(_: str, images: Images, layout: OutputLayout) -> tuple[Array, float]:
+        inputs = torch.from_numpy(images)
         with torch.inference_mode():
-            exact = rows(double, given.double(), outputs)
-            single = rows(loaded.model, given, outputs).astype(np.float32)
-        return exact, outputs.sqnr_db(exact, single)
+            exact = rows(double, inputs.double(), layout)
+            single = rows(loaded.model, inputs, layout).astype(np.float32)
+        return exact, layout.sqnr_db(exact, single)
 
-    return samples_from(images, loaded.config, sizes, answers)
+    return samples_from(images, loaded.config, sizes, reference)
 
 
 def samples_for(
     bundle: Bundle, loaded: LoadedVan | None, images: Path | None, count: int = GOLDEN_IMAGES
 ) -> Samples:
-    """Return what a bundle is judged on.
+    """Return the samples that a bundle's artifacts are compared on.
 
     Args:
         bundle: the bundle.
-        loaded: its original network; None takes the golden samples as they are.
-        images: the user's folder or ``.npz``; None for the golden samples, or sample
-            photographs where the bundle has none.
-        count: how many of the images, where there is a network.
+        loaded: its original network; with None the golden samples are used.
+        images: the user's folder or ``.npz``; with None the images of the golden samples, or
+            sample photographs if the bundle has none.
+        count: number of images, if the network is given.
 
     Raises:
-        BundleError: there is no network and there are no golden samples, or they were changed.
+        BundleError: the bundle has no golden samples and no network is given, or the samples were
+            changed.
         ImageError: the images cannot be read.
     """
     if loaded is None:
@@ -445,5 +445,5 @@ def samples_for(
         chosen = verification_images(loaded.name, loaded.preprocessing, count, images)
         return reference_samples(loaded, chosen, sizes)
     golden = golden_samples(bundle).first(count)
-    same = Batch((), golden.inputs, golden.pixels, (), golden.names, golden.description)
-    return replace(reference_samples(loaded, same, sizes), golden=True)
+    batch = Batch((), golden.inputs, golden.pixels, (), golden.names, golden.description)
+    return replace(reference_samples(loaded, batch, sizes), golden=True)

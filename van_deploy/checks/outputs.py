@@ -1,4 +1,4 @@
-"""One network judged on samples: its answers at every batch size, and its graph."""
+"""Checks of one network on samples: its outputs at every batch size, and its graph."""
 
 from __future__ import annotations
 
@@ -40,55 +40,55 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
 OVERFLOW_IMAGES = 4
-ORDERS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
-"""Instruction sets for which ONNX Runtime has kernels that add in another order."""
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+"""Instruction sets for which ONNX Runtime has kernels with another order of summation."""
 
 Run = Callable[[Samples, npt.NDArray[np.int64]], Outputs]
-"""From samples and which of them to every output of a network for these."""
+"""Maps samples and row indices to the network's outputs for these rows."""
 
 
-# --- artifacts to be judged ------------------------------------------------------------------
+# --- artifacts -------------------------------------------------------------------------------
 
 
-def shared_settings(asked: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
-    """Return what runs the artifacts and what may pass, for other settings."""
+def shared_settings(settings: config.CheckSettings | config.RunSettings) -> dict[str, Any]:
+    """Return the runner and allow options, which the settings of all checks share."""
     names = ("runner", "device", "trust_engine", "allow_skip", "allow_inconclusive")
-    return {name: getattr(asked, name) for name in names}
+    return {name: getattr(settings, name) for name in names}
 
 
 def plain_onnx_artifacts(bundle: Bundle) -> list[str]:
-    """Return the ONNX artifacts that take normalised images and give logits."""
+    """Return the names of the ONNX artifacts from normalised images to logits."""
     entries = bundle.artifacts.items()
     return [name for name, one in entries if one.kind == "onnx" and one.embedded == "none"]
 
 
 def select_artifacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
-    """Return the artifacts called ``names``, or all of them.
+    """Return ``names``, or the names of all artifacts if it is empty.
 
     Raises:
-        BundleError: one of the names is not in the bundle.
+        BundleError: the bundle has no artifact of that name.
     """
     return [bundle.artifact(name).name for name in names] or list(bundle.artifacts)
 
 
 def open_artifact(
-    bundle: Bundle, name: str, asked: config.RunnerSettings, threads: int = 0, spin: bool = True
+    bundle: Bundle, name: str, settings: config.RunnerSettings, threads: int = 0, spin: bool = True
 ) -> Network | Finding:
-    """Return the artifact called ``name`` to be opened with ``with``, or why it does not run here.
+    """Return an artifact, to be opened with ``with``, or SKIPPED if it cannot run here.
 
     Args:
         bundle: the bundle.
-        name: of the artifact.
-        asked: what runs it.
-        threads: inside one operator; 0 lets the runtime choose.
-        spin: whether threads that wait keep their cores busy.
+        name: name of the artifact.
+        settings: selects the runner.
+        threads: intra-op threads; 0 for the runtime's default.
+        spin: whether waiting threads spin.
 
     Raises:
-        BundleError: there is no such artifact, or its files are not the manifest's.
+        BundleError: the artifact does not exist, or its files do not match the manifest.
         MissingDependency: ONNX Runtime is not installed.
     """
-    network = Network(bundle, name, asked, threads=threads or None, spin=spin)
-    bundle.verified_path(name, only_file=network.is_engine and asked.trust_engine)
+    network = Network(bundle, name, settings, threads=threads or None, spin=spin)
+    bundle.verified_path(name, only_file=network.is_engine and settings.trust_engine)
     obstacle = network.skip_reason()
     if obstacle is not None:
         return gates.skipped_finding("runs", obstacle.reason, obstacle.kind)
@@ -96,38 +96,42 @@ def open_artifact(
 
 
 def inputs_for(network: Network, samples: Samples, rows: slice | npt.NDArray[np.int64]) -> Array:
-    """Return some of the samples as an artifact takes them.
+    """Return some of the samples in an artifact's input format.
 
     Raises:
-        UsageError: the artifact takes pixels and there are none.
+        UsageError: the artifact takes pixels, and the samples have only normalised inputs.
     """
     if network.embedding == "none":
         return samples.inputs[rows]
     if samples.pixels is None:
         raise UsageError(
-            f"'{network.name}' takes pixels, and the images at hand are network input.",
-            "Give images as files, or as uint8 arrays.",
+            f"'{network.name}' takes pixels, and the samples are normalised network input.",
+            "Give image files or uint8 arrays.",
         )
     return network.prepare(samples.pixels[rows])
 
 
 class Networks(ExitStack):
-    """PyTorch and some artifacts, loaded; closed by ``with``.
+    """PyTorch and the selected artifacts, loaded; a context manager.
 
     Args:
-        bundle: of the artifacts.
+        bundle: bundle of the artifacts.
         loaded: the original network.
-        asked: which artifacts, and what runs them.
-        threads: inside one operator; 0 lets the runtime choose.
+        settings: selects the artifacts and the runner.
+        threads: intra-op threads; 0 for the runtime's default.
 
     Attributes:
-        numeric: the numeric class of each artifact.
-        runners: what runs each network, PyTorch first.
-        skipped: artifacts that do not run here.
+        numeric: numeric class of each artifact.
+        runners: runner of each network, PyTorch first.
+        skipped: findings of the artifacts that cannot run here.
     """
 
     def __init__(
-        self, bundle: Bundle, loaded: LoadedVan, asked: config.EvaluationSettings, threads: int = 0
+        self,
+        bundle: Bundle,
+        loaded: LoadedVan,
+        settings: config.EvaluationSettings,
+        threads: int = 0,
     ) -> None:
         from van_deploy.runners.pytorch import TorchRunner
 
@@ -135,41 +139,41 @@ class Networks(ExitStack):
         self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
         self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
         self._artifacts: dict[str, Network] = {}
-        for name in select_artifacts(bundle, asked.artifacts):
-            # Idle threads must not spin: the next image is being decoded on that core.
-            opened = open_artifact(bundle, name, asked, threads, spin=False)
-            if isinstance(opened, Finding):
-                self.skipped[name] = opened
-            elif OUTPUT_NAME not in {output.name for output in opened.outputs}:
-                self.skipped[name] = gates.skipped_finding("runs", "it gives no logits")
+        for name in select_artifacts(bundle, settings.artifacts):
+            # Idle threads must not spin: the next image is decoded on that core.
+            network = open_artifact(bundle, name, settings, threads, spin=False)
+            if isinstance(network, Finding):
+                self.skipped[name] = network
+            elif OUTPUT_NAME not in {output.name for output in network.outputs}:
+                self.skipped[name] = gates.skipped_finding("runs", "it has no output 'logits'")
             else:
-                self._artifacts[name] = self.enter_context(opened)
-                kind = bundle.artifact(name).precision
-                self.numeric[name] = gates.numeric_class(kind, tf32=opened.tf32)
+                self._artifacts[name] = self.enter_context(network)
+                precision = bundle.artifact(name).precision
+                self.numeric[name] = gates.numeric_class(precision, tf32=network.tf32)
         self.runners = {PYTORCH: PYTORCH, **{n: a.runner for n, a in self._artifacts.items()}}
 
     def logits(self, batch: Batch) -> dict[str, Logits]:
         """Return each network's logits ``(n, K)``, PyTorch's first; n is 1 or more."""
-        found = {PYTORCH: self._torch.run(batch.inputs)}
-        for name, opened in self._artifacts.items():
-            # Normalised once for all that take it so.
-            given = batch.inputs if opened.embedding == "none" else batch.values
-            found[name] = opened.logits(given)
-        return found
+        logits = {PYTORCH: self._torch.run(batch.inputs)}
+        for name, network in self._artifacts.items():
+            # Images are normalised once for all networks that take normalised input.
+            values = batch.inputs if network.embedding == "none" else batch.values
+            logits[name] = network.logits(values)
+        return logits
 
 
-# --- what is found ---------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One batch size.
+    """Result at one batch size.
 
     Attributes:
-        batch: images in the batch.
-        outcome: what the rules say at this size.
-        sqnr_db: of the logits against the reference; None where there are none.
-        invariance_db: SQNR of the worst image against itself alone; None likewise.
+        batch: the batch size.
+        outcome: outcome of the rules at this size.
+        sqnr_db: SQNR of the logits against the reference; None without logits.
+        invariance_db: SQNR of the worst image against the same image alone; None without logits.
     """
 
     batch: int
@@ -180,14 +184,14 @@ class BatchRow:
 
 @dataclass(frozen=True)
 class NetworkVerdict(gates.CheckResult):
-    """What was found of one network.
+    """Result of the checks of one network.
 
     Attributes:
-        findings: one a rule.
-        comparison: of the logits, or of the worst feature map, one image at a time; None where
-            there are none.
+        findings: results of the rules.
+        comparison: metrics of the logits, or of the worst feature map, at the first batch size;
+            None without logits.
         flips: decisions that changed, the widest margin first.
-        batches: one row a batch size.
+        batches: one row per batch size.
     """
 
     findings: tuple[Finding, ...]
@@ -197,18 +201,19 @@ class NetworkVerdict(gates.CheckResult):
 
 
 def record_key(runner: str, numeric: str) -> str:
-    """Return under which name an artifact's SQNR on the golden samples is recorded.
+    """Return the key under which an artifact's SQNR on the golden samples is recorded.
 
-    On a CPU, float32's noise and what INT8 kernels saturate depend on the instruction set.
+    On a CPU, the noise of float32 and the saturation of INT8 kernels depend on the instruction
+    set.
     """
     exact = runner == ORT_CPU and numeric in ("fp32", "int8")
-    return "/".join([runner, numeric, *(f for f in cpu().features if exact and f in ORDERS)])
+    return "/".join([runner, numeric, *(f for f in cpu().features if exact and f in CPU_FEATURES)])
 
 
 def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:
-    """Return the batch sizes to try: 1, 2, 3, the optimum, the maximum and another odd one.
+    """Return the batch sizes to check: 1, 2, 3, the optimum, the maximum and another odd one.
 
-    A static graph has one.
+    A static batch has one size.
 
     >>> profiles = config.BatchRange(min=1, opt=8, max=32), config.BatchRange(min=1, opt=1, max=2)
     >>> [batch_sizes(profile) for profile in profiles]
@@ -216,9 +221,9 @@ def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:
     """
     if batch.fixed:
         return (batch.fixed,)
-    wanted = {1, 2, 3, batch.opt, batch.max}
-    wanted.add(next(odd for odd in range(5, 99, 2) if odd not in wanted))
-    return tuple(sorted(size for size in wanted if size <= batch.max))
+    sizes = {1, 2, 3, batch.opt, batch.max}
+    sizes.add(next(odd for odd in range(5, 99, 2) if odd not in sizes))
+    return tuple(sorted(size for size in sizes if size <= batch.max))
 
 
 def check_new_graph(
@@ -230,133 +235,133 @@ def check_new_graph(
     method: str = "mse",
     profile: config.GateProfile = gates.DEFAULT_PROFILE,
 ) -> tuple[NetworkVerdict, dict[str, float]]:
-    """Return what a graph that was just made says, and the SQNR to record of it.
+    """Return the verdict on a new graph, and the SQNR to record for it.
 
     Args:
-        model: the graph, which takes normalised images, or its file.
-        precision: of the graph.
+        model: the graph, or its file; its input is normalised images.
+        precision: precision of the graph.
         samples: the golden samples.
-        sizes: batch sizes to try where the batch is dynamic.
-        method: of calibration, for INT8.
-        profile: what a recipe sets otherwise.
+        sizes: batch sizes to check if the batch is dynamic.
+        method: calibration method, for INT8.
+        profile: limits of the recipe, which take precedence.
 
     Raises:
         MissingDependency: ONNX Runtime is not installed.
-        ConversionError: it refuses the graph.
+        ConversionError: ONNX Runtime rejects the graph.
     """
     graph, record = onnx.load(model) if isinstance(model, Path) else model, {}
     floor, fixed = gates.sqnr_floor(precision, samples.noise_db, profile), fixed_batch(graph)
     with OnnxRuntimeRunner(model, arena=False) as runner:
         sizes = (fixed,) if fixed else sizes
-        judged = check_outputs(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)
-    if judged.comparison is not None:
-        record[record_key(ORT_CPU, precision)] = min(judged.comparison.sqnr_db, gates.ROUNDOFF_DB)
+        verdict = check_outputs(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)
+    if verdict.comparison is not None:
+        record[record_key(ORT_CPU, precision)] = min(verdict.comparison.sqnr_db, gates.ROUNDOFF_DB)
     findings, _ = check_graph(graph, precision, samples, floor, method)
-    return replace(judged, findings=(*judged.findings, *findings)), record
+    return replace(verdict, findings=(*verdict.findings, *findings)), record
 
 
 def check_outputs(
     run: Run, samples: Samples, sizes: Sequence[int], floor: Limit, recorded_db: float | None = None
 ) -> NetworkVerdict:
-    """Return what the answers of a network say, at every batch size and image size.
+    """Return the verdict on a network's outputs at every batch size and image size.
 
     Args:
         run: the network.
-        samples: with the reference's logits.
-        sizes: batch sizes to try, the one that the others are compared with first: 1, or the
-            one of a static graph; every size gets all samples.
-        floor: least SQNR of the logits.
+        samples: samples with the reference's logits.
+        sizes: batch sizes. The others are compared with the first, which is 1 or the one of a
+            static graph. All samples are run at every size.
+        floor: minimum SQNR of the logits.
         recorded_db: SQNR recorded on the same samples, or None.
 
     Raises:
-        Exception: the runtime's own, where the network does not run one image at a time.
+        Exception: the runtime's own, if the network does not run at the first size.
     """
-    least, static, level = sizes[0], sizes[0] > 1, samples.outputs.sqnr_db
-    outputs = _answers(run, samples, least)
+    smallest, static, level = sizes[0], sizes[0] > 1, samples.outputs.sqnr_db
+    outputs = _run_batches(run, samples, smallest)
     if OUTPUT_NAME not in outputs:
         return _check_probabilities(run, samples, sizes, floor)
     alone = outputs[OUTPUT_NAME]
     findings, flips = _check_rows(samples, alone, floor, recorded_db)
     if alone.shape != samples.logits.shape:
         return NetworkVerdict(tuple(findings))
-    rows = [BatchRow(least, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
-    tried = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
-    tried += [(other, least, f"{other.size}: ") for other in samples.others]
-    for of, size, where in tried:
-        # A static graph gets the same images at the same batch size, in other places.
-        own, moved, known = of is samples, int(static and of is samples), len(findings)
+    rows = [BatchRow(smallest, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
+    runs = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
+    runs += [(other, smallest, f"{other.size}: ") for other in samples.others]
+    for of, size, where in runs:
+        # A static graph gets the same images at the same batch size, shifted within the batch.
+        native, shift, start = of is samples, int(static and of is samples), len(findings)
         row = BatchRow(size, Outcome.FAIL)
         try:
-            found = _answers(run, of, size, moved)[OUTPUT_NAME]
-        except Exception as error:  # the runtimes raise their own bare types
+            actual = _run_batches(run, of, size, shift)[OUTPUT_NAME]
+        except Exception as error:  # the runtimes raise bare exception types
             findings.append(pass_or_fail("runs", f"{where}it does not run: {one_line(error)}"))
         else:
-            if not moved:
-                record = recorded_db if own else None
-                findings += _check_rows(of, found, floor, record, where)[0]
-            if own and found.shape == alone.shape:
-                findings.append(check_batch_invariance(alone, found, floor, size))
-                said = gates.outcome_of(findings[0 if moved else known :])
-                row = BatchRow(size, said, level(of.logits, found), findings[-1].value)
-        if own:
-            rows = [row] if moved else [*rows, row]
+            if not shift:
+                record = recorded_db if native else None
+                findings += _check_rows(of, actual, floor, record, where)[0]
+            if native and actual.shape == alone.shape:
+                findings.append(check_batch_invariance(alone, actual, floor, size))
+                outcome = gates.outcome_of(findings[0 if shift else start :])
+                row = BatchRow(size, outcome, level(of.logits, actual), findings[-1].value)
+        if native:
+            rows = [row] if shift else [*rows, row]
     comparison = samples.outputs.compare(samples.logits, alone)
     return NetworkVerdict(tuple(findings), comparison, tuple(flips), tuple(rows))
 
 
-def _answers(run: Run, samples: Samples, batch: int, moved: int = 0) -> Outputs:
-    """Return the answers to all images, ``batch`` at a time, as one output.
+def _run_batches(run: Run, samples: Samples, batch: int, shift: int = 0) -> Outputs:
+    """Run all images in full batches and return the rows of the reference's outputs.
 
-    Where the network gives other outputs than the reference, these. Every batch is full: the
-    last one is filled up with other images, and a batch of more images than there are repeats
-    them in another order. Images are ``moved`` by so many places within their batches.
+    If the network has other outputs than the reference, these are returned. The last batch is
+    filled with other images, and a batch larger than the number of images repeats them in another
+    order. ``shift`` moves the images within their batches.
     """
     count, pieces = len(samples), []
     for start in range(0, count, batch):
         places = np.arange(start, start + batch)
-        outputs = run(samples, (places + places // count - moved) % count)
+        outputs = run(samples, (places + places // count - shift) % count)
         if outputs.keys() >= set(samples.outputs.names):
             outputs = {OUTPUT_NAME: samples.outputs.rows(outputs)}
         pieces.append(outputs)
     whole = {name: np.concatenate([p[name] for p in pieces])[:count] for name in pieces[0]}
-    return {name: np.roll(rows, -moved, axis=0) for name, rows in whole.items()}
+    return {name: np.roll(rows, -shift, axis=0) for name, rows in whole.items()}
 
 
 def _check_rows(
-    samples: Samples, found: Array, floor: Limit, recorded_db: float | None, where: str = ""
+    samples: Samples, actual: Array, floor: Limit, recorded_db: float | None, where: str = ""
 ) -> tuple[list[Finding], list[Flip]]:
     """Return the findings on the logits, or on each feature map, and the label flips."""
-    how = (floor, recorded_db, samples.task)
-    if not samples.outputs.widths or found.shape != samples.logits.shape:
-        return check_logits(samples.logits, found, *how, where)
-    findings, actual = [], samples.outputs.parts(found)
+    options = (floor, recorded_db, samples.task)
+    if not samples.outputs.widths or actual.shape != samples.logits.shape:
+        return check_logits(samples.logits, actual, *options, where)
+    findings, maps = [], samples.outputs.parts(actual)
     for name, expected in samples.outputs.parts(samples.logits).items():
-        findings += check_logits(expected, actual[name], *how, f"{where}{name}: ")[0]
+        findings += check_logits(expected, maps[name], *options, f"{where}{name}: ")[0]
     return findings, []
 
 
 def _check_probabilities(
     run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
 ) -> NetworkVerdict:
-    """Return what a network says that gives probabilities or top-k classes, and no logits.
+    """Return the verdict on a network that outputs probabilities or top-k classes, not logits.
 
-    A probability moves by a quarter of what a difference of logits does, at most.
+    A probability changes by at most a quarter of the change of a difference of logits.
     """
     noise = rms(samples.logits) * 10 ** (-floor.value / 20)
-    limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"what noise at {floor.value:.1f} dB explains")
+    limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"explained by noise at {floor.value:.1f} dB")
     expected, findings = probabilities(samples.logits, samples.task), []
     for size in sizes:
-        found = _answers(run, samples, size)
-        pairs = [(expected, found["probabilities"])] if "probabilities" in found else []
-        if TOP_CLASSES in found:
-            chosen = np.take_along_axis(expected, found[TOP_CLASSES], axis=1)
+        actual = _run_batches(run, samples, size)
+        pairs = [(expected, actual["probabilities"])] if "probabilities" in actual else []
+        if TOP_CLASSES in actual:
+            chosen = np.take_along_axis(expected, actual[TOP_CLASSES], axis=1)
             best = -np.sort(-expected, axis=1)[:, : chosen.shape[1]]
-            pairs += [(best, chosen), (best, found[TOP_PROBABILITIES])]  # the right ones, in order
+            pairs += [(best, chosen), (best, actual[TOP_PROBABILITIES])]  # classes and their order
         changes = [np.abs(one - other).max() for one, other in pairs] or [math.inf]
         change = float(np.max(changes))  # or NaN
         change = change if math.isfinite(change) else math.inf
         fault = (
-            f"batch {size}: a probability is off by {change:.1e}, more than {limit.value:.1e} "
+            f"batch {size}: a probability differs by {change:.1e}, more than {limit.value:.1e} "
             f"({limit.origin})"
         ) * (change > limit.value)
         findings.append(pass_or_fail("probabilities", fault, change, limit))
@@ -367,26 +372,25 @@ def _check_probabilities(
 def check_graph(
     model: onnx.ModelProto, numeric: str, samples: Samples, floor: Limit, method: str = "mse"
 ) -> tuple[list[Finding], list[Fault]]:
-    """Return what a plain graph's tensors say: FP16 that overflows, and INT8 scales.
-
-    And each fault with the module or node that it is in.
+    """Return the findings on FP16 overflows and INT8 scales, and each fault with its node.
 
     Args:
-        model: the graph, which takes normalised images.
-        numeric: its numeric class.
+        model: the graph; its input is normalised images.
+        numeric: numeric class of the graph.
         samples: the golden samples.
-        floor: least SQNR of the logits.
-        method: of calibration, for INT8.
+        floor: minimum SQNR of the logits.
+        method: calibration method, for INT8.
     """
     findings: list[Finding] = []
     try:
         faults = overflows_of_graph(model, samples.inputs[:OVERFLOW_IMAGES])
         if numeric in ("fp16", "int8") or faults:
-            findings.append(pass_or_fail("FP16 range", "; ".join(said for _, said in faults[:4])))
+            messages = "; ".join(message for _, message in faults[:4])
+            findings.append(pass_or_fail("FP16 range", messages))
         if numeric == "int8":
-            found, wrong = check_scales(model, samples, floor, method)
-            return findings + found, faults + wrong
-    except Exception as error:  # ONNX Runtime raises its own bare types
-        said = f"its tensors cannot be looked at: {one_line(error)}"
-        return [*findings, pass_or_fail("graph", said)], [("", said)]
+            scale_findings, scale_faults = check_scales(model, samples, floor, method)
+            return findings + scale_findings, faults + scale_faults
+    except Exception as error:  # ONNX Runtime raises bare exception types
+        message = f"its tensors cannot be computed: {one_line(error)}"
+        return [*findings, pass_or_fail("graph", message)], [("", message)]
     return findings, faults

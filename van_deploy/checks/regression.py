@@ -1,7 +1,7 @@
-"""A bundle against its gates and a baseline: every row, and whether it got worse.
+"""Regression check of a bundle against its gates and a baseline.
 
-A baseline is what was measured when somebody said it was good: a document to commit beside
-the recipe.
+A baseline has the values that were measured on an accepted bundle; it is committed next to the
+recipe.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ from van_deploy.schema import Count, Schema, Text, VersionedSchema, read_documen
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-ANEW = "Write one with --update, look at it, and commit it."
-SAME = {
+UPDATE_REMEDY = "Write one with --update, review it, and commit it."
+MUST_MATCH = {
     "model": "another model",
     "weights_sha256": "other weights",
     "samples_sha256": "other images to verify on",
     "against": "another reference",
     "evaluation_sha256": "another evaluation set",
-    "evaluation_images": "another number of images that can be read",
+    "evaluation_images": "another number of readable images",
 }
-MOST_DB = 300.0  # what "no error at all" is written as
-WARM_UPS = 2
-ROUNDS = (25, 200)  # at least, and at most where the interval stays wide
+MAX_DB = 300.0  # written for an infinite SQNR
+WARMUP_ROUNDS = 2
+ROUNDS = (25, 200)  # minimum, and maximum while the interval is too wide
 
 
 class Measurement(Schema):
-    """What was measured of one artifact.
+    """Measured value of one artifact.
 
-    ``SQNR`` in dB, ``top-1``, ``top-5`` and ``F1`` in percent, ``speed`` as the original
-    network's time over the artifact's, the median of paired rounds: above 1 it is faster.
+    ``SQNR`` in dB; ``top-1``, ``top-5`` and ``F1`` in percent; ``speed`` as the ratio of the
+    original network's time to the artifact's, the median of paired rounds: above 1 is faster.
     """
 
     value: float
     interval: tuple[PositiveFloat, PositiveFloat] | None = None
-    """Of a speed, 95 %."""
+    """95 % interval of a speed."""
     by: Text = ""
-    """Runner and numeric class, which an SQNR depends on."""
+    """Runner and numeric class of an SQNR."""
 
 
 class Baseline(VersionedSchema):
-    """Figures that were good once."""
+    """Accepted values of a bundle."""
 
     schema_: Literal["van-deploy/baseline/4"] = Field("van-deploy/baseline/4", alias="schema")
     model: Text
     weights_sha256: Text
     samples_sha256: Text
-    """Of the images that the artifacts were verified on."""
+    """Digest of the images that the artifacts were verified on."""
     against: Text
-    """What artifacts were compared with."""
+    """Reference of the verification."""
     evaluation_sha256: Text = ""
-    """Of the labelled images' names, contents and labels; "" where there were none."""
+    """Digest of the labelled images' names, contents and labels; "" without evaluation."""
     evaluation_images: Count = 0
-    """How many of them could be read."""
+    """Number of readable images."""
     artifacts: dict[Text, dict[Text, Measurement]]
 
 
@@ -84,21 +84,21 @@ def baseline_from(
     evaluate: EvaluateReport | None,
     speed: Mapping[str, Measurement],
 ) -> Baseline:
-    """Return the baseline that says what was measured is good."""
-    figures: dict[str, dict[str, Measurement]] = {}
+    """Return a baseline with the measured values."""
+    artifacts: dict[str, dict[str, Measurement]] = {}
     for name, verdict in verify.artifacts.items():
-        found = figures.setdefault(name, {})
+        values = artifacts.setdefault(name, {})
         if verdict.comparison is not None:
-            level = max(-MOST_DB, min(MOST_DB, round(verdict.comparison.sqnr_db, 3)))
-            found["SQNR"] = Measurement(value=level, by=f"{verdict.runner}, {verdict.numeric}")
+            sqnr = max(-MAX_DB, min(MAX_DB, round(verdict.comparison.sqnr_db, 3)))
+            values["SQNR"] = Measurement(value=sqnr, by=f"{verdict.runner}, {verdict.numeric}")
         if evaluate is not None and (accuracy := evaluate.accuracy.get(name)) is not None:
-            # Rounded, so that a share is the same number however it was come by.
+            # Rounded, so that equal shares are equal numbers.
             metric = accuracy.metric.partition(" ")[0]
-            found[metric] = Measurement(value=round(100 * accuracy.top1, 9))
+            values[metric] = Measurement(value=round(100 * accuracy.top1, 9))
             if accuracy.top5 is not None:
-                found["top-5"] = Measurement(value=round(100 * accuracy.top5, 9))
+                values["top-5"] = Measurement(value=round(100 * accuracy.top5, 9))
         if name in speed:
-            found["speed"] = speed[name]
+            values["speed"] = speed[name]
     return Baseline(
         schema="van-deploy/baseline/4",
         model=bundle.name,
@@ -107,56 +107,56 @@ def baseline_from(
         against=verify.against,
         evaluation_sha256="" if evaluate is None else evaluate.dataset_sha256,
         evaluation_images=0 if evaluate is None else evaluate.count,
-        artifacts=figures,
+        artifacts=artifacts,
     )
 
 
 def read_baseline(path: Path) -> Baseline:
-    """Return the baseline in a file.
+    """Read a baseline from a file.
 
     Raises:
-        InputError: it cannot be read, is of another version, or is none.
+        InputError: the file cannot be read, has another version, or is not a baseline.
     """
-    return read_document(Baseline, path, "baseline", InputError, ANEW)
+    return read_document(Baseline, path, "baseline", InputError, UPDATE_REMEDY)
 
 
 # --- speed -----------------------------------------------------------------------------------
 
 
 def speed_ratios(
-    bundle: Bundle, loaded: LoadedVan, samples: Samples, asked: RunnerSettings
+    bundle: Bundle, loaded: LoadedVan, samples: Samples, settings: RunnerSettings
 ) -> dict[str, Measurement]:
-    """Return PyTorch's time over each artifact's, at the bundle's optimal batch.
+    """Return the ratio of PyTorch's time to each artifact's, at the bundle's optimal batch.
 
-    For the gate only: a ratio within one run on one machine is all that can be compared between
-    runs; ``bench`` measures properly. One thread each. What does not run here is left out.
+    For the gate only, because only ratios within one run on one machine can be compared between
+    runs; use ``bench`` for benchmarks. Each runner has one thread; artifacts that cannot run here
+    are left out.
     """
     from van_deploy.runners.pytorch import TorchRunner, single_torch_thread
 
-    few, ratios = samples.first(bundle.manifest.batch.opt), {}
+    batch, ratios = samples.first(bundle.manifest.batch.opt), {}
     with single_torch_thread():
         for name in bundle.artifacts:
-            opened = open_artifact(bundle, name, asked, 1, spin=False)
-            if isinstance(opened, Finding):
+            artifact = open_artifact(bundle, name, settings, 1, spin=False)
+            if isinstance(artifact, Finding):
                 continue
-            with opened as network, TorchRunner(loaded.model) as original:
-                given = inputs_for(network, few, slice(None))
-                slow = partial(original.run, few.inputs)
-                ratios[name] = paired_ratio(slow, partial(network.run, given))
+            with artifact as network, TorchRunner(loaded.model) as original:
+                inputs = inputs_for(network, batch, slice(None))
+                slow = partial(original.run, batch.inputs)
+                ratios[name] = paired_ratio(slow, partial(network.run, inputs))
     return ratios
 
 
 def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Measurement:
-    """Return how many times longer ``slow`` takes than ``fast``, over paired rounds.
+    """Return the median ratio of the time of ``slow`` to that of ``fast``, over paired rounds.
 
-    Each round times both, one right after the other, so that what slows the machine slows both.
-    Who begins alternates, so that neither always runs in what the other left in the caches.
-    Rounds continue until the median's interval is within :data:`~gates.SPEED_INTERVAL_WIDTH`, or
-    the maximum number is reached.
+    Each round times both calls, one directly after the other, so that load on the machine affects
+    both. Their order alternates because of the caches. Rounds continue until the interval of the
+    median is within :data:`~gates.SPEED_INTERVAL_WIDTH`, or the maximum number is reached.
     """
     ratios: list[float] = []
     low, high, middle = 0.0, 1.0, 0.0
-    for number in range(-WARM_UPS, ROUNDS[1]):
+    for number in range(-WARMUP_ROUNDS, ROUNDS[1]):
         if number >= ROUNDS[0] and high - low <= 2 * gates.SPEED_INTERVAL_WIDTH * middle:
             break
         seconds = {}
@@ -175,12 +175,12 @@ def paired_ratio(slow: Callable[[], object], fast: Callable[[], object]) -> Meas
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One line of the check.
+    """One row of the check.
 
     Attributes:
-        name: what it is about, such as ``gate/verify/fp16`` or ``baseline/int8/top-1``.
-        finding: what was found.
-        baseline: what it was, or None.
+        name: name of the row, such as ``gate/verify/fp16`` or ``baseline/int8/top-1``.
+        finding: result.
+        baseline: value in the baseline, or None.
     """
 
     name: str
@@ -190,16 +190,16 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class CheckReport(gates.GateReport):
-    """The verdict of a check.
+    """Result of a regression check.
 
     Attributes:
-        model: what was checked.
-        rows: every gate, and every figure of the baseline.
-        new: artifacts that the baseline does not know.
-        images: what was verified on.
-        allowed: what the user lets pass.
-        measured: the baseline that says what was measured now is good.
-        schema: of the document.
+        model: name of the model.
+        rows: all gates and all values of the baseline.
+        new: artifacts that are not in the baseline.
+        images: description of the images.
+        allowed: the user's allow options.
+        measured: a baseline with the values measured in this run.
+        schema: schema of the document.
     """
 
     JSON_PROPERTIES: ClassVar = ("counts",)
@@ -214,100 +214,102 @@ class CheckReport(gates.GateReport):
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many rows have each outcome."""
+        """Number of rows by outcome."""
         outcomes = [row.finding.outcome for row in self.rows]
         return {outcome.value: outcomes.count(outcome) for outcome in Outcome}
 
     def named_findings(self) -> list[tuple[str, Finding]]:
-        """Return the name of each row, and what was found."""
+        """Return the name and finding of each row."""
         return [(row.name, row.finding) for row in self.rows]
 
 
 def compare_with_baseline(
     now: Baseline, then: Baseline | None, verify: VerifyReport, evaluate: EvaluateReport | None
 ) -> CheckReport:
-    """Return every gate, and every figure against the baseline.
+    """Return all gates, and all values compared with the baseline.
 
     Args:
-        now: what was measured.
-        then: what was good; None while a new one is being written.
-        verify: what verifying found.
-        evaluate: what evaluating found, if there were labelled images.
+        now: values measured in this run.
+        then: the baseline; None while a new one is written.
+        verify: report of the verification.
+        evaluate: report of the evaluation, if there were labelled images.
 
     Raises:
-        InputError: the baseline is of another model, other weights, or other images.
+        InputError: the baseline has another model, other weights, or other images.
     """
     rows, new = [CheckRow(f"gate/{f.rule}", f) for f in verify.findings], tuple[str, ...]()
     for name, verdict in verify.artifacts.items():
         value = None if verdict.comparison is None else verdict.comparison.sqnr_db
-        said, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
-        whole = Finding("SQNR", *said, value, verdict.limit, "dB", skip)
-        rows.append(CheckRow(f"gate/verify/{name}", whole))
+        outcome, skip = (verdict.outcome, verdict.reason), verdict.findings[0].skip
+        finding = Finding("SQNR", *outcome, value, verdict.limit, "dB", skip)
+        rows.append(CheckRow(f"gate/verify/{name}", finding))
     if evaluate is not None:
         for name, loss in evaluate.losses.items():
-            itself = loss.findings[-1]
-            whole = replace(itself, outcome=loss.outcome, message=loss.reason)
-            rows.append(CheckRow(f"gate/evaluate/{name}", whole))
-        not_run = evaluate.skipped.items()
-        rows += [CheckRow(f"gate/evaluate/{name}", finding) for name, finding in not_run]
+            finding = replace(loss.findings[-1], outcome=loss.outcome, message=loss.reason)
+            rows.append(CheckRow(f"gate/evaluate/{name}", finding))
+        skipped = evaluate.skipped.items()
+        rows += [CheckRow(f"gate/evaluate/{name}", finding) for name, finding in skipped]
     if then is not None:
         evaluated = then.evaluation_sha256 and now.evaluation_sha256
-        for name, what in SAME.items():
-            before, here = (str(getattr(baseline, name)) for baseline in (then, now))
-            if before != here and (evaluated or not name.startswith("evaluation")):
-                shown = slice(12 if name.endswith("sha256") else None)
+        for name, difference in MUST_MATCH.items():
+            before, after = (str(getattr(baseline, name)) for baseline in (then, now))
+            if before != after and (evaluated or not name.startswith("evaluation")):
+                part = slice(12 if name.endswith("sha256") else None)
                 raise InputError(
-                    f"The baseline was measured with {what}: {before[shown]}, and now "
-                    f"{here[shown]}.",
-                    "Give the same ones, or write the baseline anew with --update.",
+                    f"The baseline was measured with {difference}: {before[part]}, this run has "
+                    f"{after[part]}.",
+                    "Use those of the baseline, or write a new baseline with --update.",
                 )
         kinds = {name: finding.skip for name, finding in verify.named_findings() if finding.skip}
-        for name, figures in then.artifacts.items():
+        for name, values in then.artifacts.items():
             if name not in now.artifacts:
-                lacks = "the baseline has this artifact and the bundle lacks it"
-                rows.append(CheckRow(f"baseline/{name}", gates.pass_or_fail("artifact", lacks)))
+                missing = "this artifact is in the baseline and not in the bundle"
+                rows.append(CheckRow(f"baseline/{name}", gates.pass_or_fail("artifact", missing)))
                 continue
-            for rule, old in figures.items():
-                new_one, images = now.artifacts[name].get(rule), then.evaluation_images
-                found = _against(rule, old, new_one, images, kinds.get(name, ""))
-                rows.append(CheckRow(f"baseline/{name}/{rule}", found, old.value))
+            for rule, old in values.items():
+                current, images = now.artifacts[name].get(rule), then.evaluation_images
+                finding = _compare_value(rule, old, current, images, kinds.get(name, ""))
+                rows.append(CheckRow(f"baseline/{name}/{rule}", finding, old.value))
         new = tuple(name for name in now.artifacts if name not in then.artifacts)
     return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
 
 
-def _against(
+def _compare_value(
     rule: str, then: Measurement, now: Measurement | None, images: int, kind: str
 ) -> Finding:
-    """Return whether a figure is as good as the baseline's.
+    """Compare a value with the baseline.
 
     Args:
-        rule: what it is.
-        then: the baseline's.
-        now: of this run; None where it was not measured.
-        images: of the evaluation set.
-        kind: of skip, where the artifact was not run.
+        rule: name of the value.
+        then: value in the baseline.
+        now: value of this run; None if it was not measured.
+        images: size of the evaluation set.
+        kind: kind of skip, if the artifact was not run.
     """
     if rule == "SQNR" and (now is None or now.by != then.by):
-        why = "it was not run here" if now is None else f"run by {now.by}"
-        return skipped_finding(rule, f"{why}; the baseline is of {then.by}", kind or "runtimes")
+        runner = "the artifact was not run" if now is None else f"run by {now.by}"
+        message = f"{runner}; the baseline was measured with {then.by}"
+        return skipped_finding(rule, message, kind or "runtimes")
     if now is None:
-        own = "speed" if rule == "speed" else "accuracy"
-        why = f"the baseline has it, and this run measured no {own} of this artifact"
-        return skipped_finding(rule, f"{why}: add --speed" if rule == "speed" else why, kind or own)
+        missing = "speed" if rule == "speed" else "accuracy"
+        message = f"in the baseline, but this run did not measure this artifact's {missing}"
+        option = ": add --speed" if rule == "speed" else ""
+        return skipped_finding(rule, message + option, kind or missing)
     least, drop = 1 - gates.SPEED_TOLERANCE, gates.RECORD_MARGIN_DB
     if then.interval and now.interval:
         low, high = now.interval[0] / then.interval[1], now.interval[1] / then.interval[0]
         limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_TOLERANCE:g} %")
-        said = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
+        message = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
         outcome = Outcome.PASS if low >= least else Outcome.FAIL
         if low < least <= high:
-            outcome, said = Outcome.INCONCLUSIVE, f"{said}: a quieter machine would decide"
-        return Finding(rule, outcome, said, now.value, limit, "x")
+            outcome = Outcome.INCONCLUSIVE
+            message += ": measure again on an idle machine"
+        return Finding(rule, outcome, message, now.value, limit, "x")
     if rule == "SQNR":
         return gates.check_minimum(
             rule, now.value, Limit(then.value - drop, f"baseline minus {drop:g}")
         )
     slack = gates.chance_label_changes(images)
-    origin = f"baseline minus {slack} of {images} images, which chance may change"
+    origin = f"baseline minus {slack} of {images} images, which may change by chance"
     fewest = round(then.value - 100 * slack / max(images, 1), 9)
     return gates.check_minimum(rule, now.value, Limit(fewest, origin), "%")

@@ -123,9 +123,9 @@ class Environment:
         major = (self.torch_cuda or "").partition(".")[0]
         for item in self.components:
             names = [name for name in item.installed if name not in METAPACKAGES]
-            wanted, cuda = f"{item.name}-cu{major or 13}", "".join(names).partition("-cu")[2]
+            package, cuda = f"{item.name}-cu{major or 13}", "".join(names).partition("-cu")[2]
             if item.name == "onnxruntime":
-                wanted = ONNXRUNTIME_GPU if self.driver else item.name
+                package = ONNXRUNTIME_GPU if self.driver else item.name
                 cuda = self.onnxruntime_cuda or ""
             if len(names) > 1:
                 problem = "are both installed and overwrite each other's files"
@@ -133,7 +133,7 @@ class Environment:
                 problem = f"is for CUDA {cuda}, PyTorch for CUDA {self.torch_cuda}"
             else:
                 continue
-            change = f"{pip} uninstall --yes {' '.join(names)} && {pip} install '{wanted}'"
+            change = f"{pip} uninstall --yes {' '.join(names)} && {pip} install '{package}'"
             remedy = f"Keep one package, with the CUDA version of PyTorch: `{change}`."
             issues.append(Issue(f"{' and '.join(names)} {problem}", remedy))
         return tuple(issues)

@@ -274,12 +274,14 @@ def build_blocks(report: Entry) -> list[Block]:
     """Return one line an engine, below it why any failed, and what was tuned before them."""
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
     rows, failed = [], []
+    has_several_bundles = len({one["cell"]["bundle"] for one in report["outcomes"]}) > 1
     for one in report["outcomes"]:
         made, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
         size = made.get("plan_bytes", made.get("file_bytes"))
         batch = made["options"]["profiles"] if one["sidecar"] else made.get("batch")
         row = {"state": words[one["outcome"]], "name": one["engine"] or name}
-        rows.append({**made, **row, "size": size, "batch": batch})
+        bundle = one["cell"]["bundle"] if has_several_bundles else None
+        rows.append({**made, **row, "bundle": bundle, "size": size, "batch": batch})
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
@@ -294,8 +296,8 @@ def build_blocks(report: Entry) -> list[Block]:
         ),
         *table(
             rows,
-            "state state; engine = name name; batch name; size bytes; build s = build_seconds .1f; "
-            "memory = peak_memory_bytes bytes",
+            "state state; bundle name; engine = name name; batch name; size bytes; "
+            "build s = build_seconds .1f; memory = peak_memory_bytes bytes",
         ),
         *notices("FAIL", failed),
     ]
