@@ -1,4 +1,4 @@
-"""This project's files against those of other exporters (``peer:``); ratios below 1 are slower.
+"""This project's files against the files of other exporters, in the same runtimes.
 
 The measurement is that of ``van-deploy bench``: each file in its own process, and the ratio is
 paired by round. The other files are created from the same random weights:
