@@ -147,7 +147,7 @@ def test_the_command_refuses_in_words(
 
 def test_limits_on_paper_are_labelled_so(digits_bundle: Bundle, cli: Cli) -> None:
     result = cli("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
-    assert "Limits on paper of L4 (NVIDIA L4 data sheet (2023)); nothing here was measured" in (
+    assert "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured" in (
         " ".join(result.stdout.split())
     )
     values = json.loads(cli("bench", digits_bundle.path, "--paper-limits", "h100", "--json").stdout)

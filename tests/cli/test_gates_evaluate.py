@@ -89,7 +89,7 @@ def test_too_few_images_are_inconclusive(
     result = cli("evaluate", path, *words)
     assert result.exit_code == 1
     assert (
-        "error: The data cannot decide: 'int8'; --allow-inconclusive would let that pass."
+        "error: The data cannot decide: 'int8'; --allow-inconclusive accepts that."
         in words_of(result.stderr)
     )
     text = words_of(result.stdout)

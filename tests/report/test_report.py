@@ -140,7 +140,7 @@ def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_bund
     assert document.state == "FAIL"
     text = markdown_from_document(document)
     assert "| ❌ FAIL | preprocessing/0.png | another decoder |" in text
-    assert "| fp32 | left out by `van-deploy verify` |" in text
+    assert "| fp32 | not selected in `van-deploy verify` |" in text
 
 
 def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_bundle: Copy) -> None:
@@ -214,7 +214,7 @@ def test_the_command_writes_both_files(full: Bundle, cli: Cli, copy_bundle: Copy
     assert cli("report", folder / "nothing").exit_code == 5
     result = cli("report", folder, "--output", folder / "report.md")
     assert result.exit_code == 5
-    assert "is where the Markdown would go" in result.stderr
+    assert "is the name of the Markdown file" in result.stderr
     assert cli("report", folder, "--output", folder / "model.onnx/report.html").exit_code == 5
 
 
