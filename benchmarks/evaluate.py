@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import van_deploy as vd
-from benchmarks.table import Table, options
+from benchmarks.table import Table, parse_options
 from van_deploy.data.images import decode_item, decoded_batches, image_set
 from van_deploy.data.labels import label_images
 from van_deploy.data.samples import sample_set
@@ -32,7 +32,7 @@ SHORT_SIDE = 288  # pixels: ImageNet's usual copies are of this size
 
 def main() -> int:
     """Run both in turns and compare."""
-    arguments = options(__doc__, variant="van_b0", images="", count=128, rounds=3)
+    arguments = parse_options(__doc__, variant="van_b0", images="", count=128, rounds=3)
     table = Table(("round", "evaluate images/s", "ready tensors images/s", "ratio"))
     shares = []
     with tempfile.TemporaryDirectory() as name:
@@ -51,7 +51,7 @@ def main() -> int:
         f"{arguments.variant} in PyTorch and ONNX Runtime, {arguments.count} JPEG files, batches "
         f"of {BATCH}, {torch.get_num_threads()} threads. Opening the networks counts in both."
     )
-    return table.printed()
+    return table.print_json()
 
 
 def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
@@ -66,7 +66,7 @@ def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
 
 def _fed(bundle: vd.Bundle, images: Path) -> float:
     """Return the seconds the same networks take for the same batches, ready in memory."""
-    artifact = bundle.opened()
+    artifact = bundle.load()
     loaded = original_network(artifact)
     labelled = label_images(images, loaded.config.num_classes, class_order="index")
     ready = [b.inputs for b in decoded_batches(labelled.items, loaded.preprocessing, BATCH)]

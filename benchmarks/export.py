@@ -1,9 +1,9 @@
-"""What ``van-deploy export`` costs against a bare torch.onnx.export + onnxsim.
+"""The cost of ``van-deploy export`` against a bare torch.onnx.export + onnxsim.
 
-Both start from random weights, each run in a fresh process, in turns. Wall time and peak
-memory are those of the whole process.
+Both start from random weights, each in a new process, alternating. Wall time and peak memory are
+those of the whole process.
 
-    python -m benchmarks.export                    # van_b1, and van_b6's memory
+    python -m benchmarks.export                    # van_b1, and the memory of van_b6
     python -m benchmarks.export --variant van_b0 --skip-b6
 """
 
@@ -13,9 +13,9 @@ import statistics
 import sys
 import tempfile
 
-from benchmarks.table import Table, options, process_cost
+from benchmarks.table import Table, measure_process, parse_options
 
-BARE = """
+BARE_EXPORT = """
 import sys, torch, onnx, onnxsim
 from van_deploy.model.van import random_van
 from van_deploy.model.variants import get_variant
@@ -31,32 +31,32 @@ onnx.save(simplified, sys.argv[2] + ".onnx")
 
 
 def main() -> int:
-    """Run both in turns and compare."""
-    given = options(__doc__, variant="van_b1", rounds=3, skip_b6=False)
-    table = Table(("variant", "what", "wall s", "peak memory GB"))
-    turns = [(_cost(True, given.variant), _cost(False, given.variant)) for _ in range(given.rounds)]
-    ratio = statistics.median(ours[0] / bare[0] for bare, ours in turns)
-    rows = {
-        (given.variant, "bare"): [bare for bare, _ in turns],
-        (given.variant, f"van-deploy, {ratio:.2f} x bare"): [ours for _, ours in turns],
+    """Run both alternately and compare."""
+    options = parse_options(__doc__, variant="van_b1", rounds=3, skip_b6=False)
+    table, variant = Table(("variant", "command", "wall s", "peak memory GB")), options.variant
+    rounds = [(_cost(variant, bare=True), _cost(variant)) for _ in range(options.rounds)]
+    ratio = statistics.median(ours[0] / bare[0] for bare, ours in rounds)
+    costs = {
+        (variant, "bare"): [bare for bare, _ in rounds],
+        (variant, f"van-deploy, {ratio:.2f} x bare"): [ours for _, ours in rounds],
     }
-    if not given.skip_b6:
-        rows["van_b6", "van-deploy"] = [_cost(False, "van_b6")]
-    for (variant, what), costs in rows.items():
-        seconds, peak = statistics.median(s for s, _ in costs), max(peak for _, peak in costs)
-        table.row(variant, what, f"{seconds:.1f}", f"{peak / 1e9:.2f}")
+    if not options.skip_b6:
+        costs["van_b6", "van-deploy"] = [_cost("van_b6")]
+    for names, processes in costs.items():
+        seconds, peaks = zip(*processes, strict=True)
+        table.row(*names, f"{statistics.median(seconds):.1f}", f"{max(peaks) / 1e9:.2f}")
     table.notes.append(
-        f"Median of {given.rounds} fresh processes each, in turns; the ratio is paired by round. "
-        "Ours also proves the rewrites in float64 and checks the result in ONNX Runtime."
+        f"Median of {options.rounds} new processes each, alternating; the ratio is paired by "
+        "round. van-deploy also checks the rewrites in float64 and the result in ONNX Runtime."
     )
-    return table.printed()
+    return table.print_json()
 
 
-def _cost(bare: bool, variant: str) -> tuple[float, int]:
+def _cost(variant: str, *, bare: bool = False) -> tuple[float, int]:
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
-        words = ["export", variant, "--weights", "random", "--output", f"{folder}/bundle"]
-        code = ["-c", BARE, variant, f"{folder}/bundle"]
-        return process_cost([sys.executable, *(code if bare else ["-m", "van_deploy", *words])])
+        export = f"-m van_deploy export {variant} --weights random --output".split()
+        code = ["-c", BARE_EXPORT, variant]
+        return measure_process([sys.executable, *(code if bare else export), f"{folder}/bundle"])
 
 
 if __name__ == "__main__":

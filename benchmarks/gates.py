@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.table import Table, options
+from benchmarks.table import Table, parse_options
 from van_deploy import api
 from van_deploy.checks.evaluate import ArtifactLoss, GroundTruth, Predictions, compare_predictions
 from van_deploy.checks.gates import allowed_loss
@@ -53,14 +53,14 @@ Fault = Callable[[Array, np.random.Generator], Array]
 
 def main() -> int:
     """Print both tables as one."""
-    given = options(__doc__, checkpoint="van_digits", calib="", eval="", bundle="")
+    given = parse_options(__doc__, checkpoint="van_digits", calib="", eval="", bundle="")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(given.bundle or f"{folder}/bundle")
         if not given.bundle:
             made = api.export(given.checkpoint, place, images=given.calib or None)
             made.quantize(precision="fp16")
             made.quantize(precision="int8", images=given.calib or None)
-        bundle = api.open_bundle(place).opened()
+        bundle = api.open_bundle(place).load()
         loaded = original_network(bundle, None)
         images = label_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
         asked = EvaluationSettings(images=Path(given.eval))
@@ -69,7 +69,7 @@ def main() -> int:
             logits = [networks.logits(batch) for batch in batches]
         found = {name: np.concatenate([y[name] for y in logits]) for name in logits[0]}
         labels = np.array([item.label for item in images.items], np.int64)
-        return measured(found, labels, golden_samples(bundle).noise_db).printed()
+        return measured(found, labels, golden_samples(bundle).noise_db).print_json()
 
 
 def measured(found: Mapping[str, Array], labels: Array, noise_db: float) -> Table:

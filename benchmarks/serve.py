@@ -1,25 +1,24 @@
-"""Measure the server: against a real Triton, against its own inference, under the worst bodies.
+"""Benchmark the server: its overhead, a comparison with Triton, and the most expensive requests.
 
     python -m benchmarks.serve load BUNDLE --requests 10000 --clients 64
     python -m benchmarks.serve triton BUNDLE --requests 1200
     python -m benchmarks.serve worst BUNDLE --seconds 30
-    python -m benchmarks.serve              # all of it, on bundles of its own
+    python -m benchmarks.serve              # everything, on newly exported bundles
 
-``load`` sends requests of one image over so many connections, in the binary protocol, and
-compares each answer with the artifact's own. With one thread an instance all of inference is in
-the threads that run batches, whose processor time the server counts: the rest of its processor
-time is its own.
+``load`` sends requests with one image from concurrent clients in the binary protocol, and compares
+each response with the artifact's own outputs. With one thread per instance, all inference runs in
+the batch threads, whose processor time the server measures; the rest is overhead.
 
-``triton`` gives the same requests in turns to this server and to a real Triton with the Python
+``triton`` sends the same requests alternately to this server and to a real Triton with the Python
 backend (:mod:`reliability.tritonserver`), with equal threads, instances and batching.
 
-``worst`` lets 16 clients in a process of their own send the worst bodies known, again and again,
-and asks ``/v2/health/live`` meanwhile; the memory is that of the server and its processes, above
-what they have after full batches of sound requests.
+``worst`` sends the most expensive known requests from 16 clients in another process, and measures
+``/v2/health/live`` meanwhile; the memory is that of the server and its processes, above their
+memory after full batches of valid requests.
 
-All of it is ``load`` with 10,000 requests on van_digits and with 2,000 on van_b0 at 224, and
-``triton`` and ``worst`` on van_b0. ``python -m reliability --only requests`` sends the
-10,000 spoiled requests.
+Everything is ``load`` with 10,000 requests on van_digits and with 2,000 on van_b0 at 224, and
+``triton`` and ``worst`` on van_b0. ``python -m reliability --only requests`` sends 10,000 mutated
+requests.
 
 The result is one JSON document on standard output; progress goes to standard error.
 """
@@ -48,8 +47,14 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.table import Table
-from reliability.load import Load, drive, exported, infer_requests, started
-from reliability.tritonserver import PYTHON, triton_running
+from reliability.load import (
+    LoadResult,
+    export_test_bundle,
+    infer_requests,
+    send_requests,
+    start_server,
+)
+from reliability.tritonserver import PYTHON, run_tritonserver
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.runners.network import Network
@@ -59,7 +64,7 @@ DISTINCT, ROUNDS, ATTACKERS, INSTANCES = 64, 6, 16, 2
 
 
 def main() -> int:
-    """Run the asked measurement and return the exit code."""
+    """Run the requested benchmarks and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("measure", nargs="?", choices=list(MEASURES))
     parser.add_argument("bundle", type=Path, nargs="?")
@@ -67,94 +72,94 @@ def main() -> int:
     parser.add_argument("--requests", type=int, help="10,000, or 1,200 for triton")
     parser.add_argument("--clients", type=int, default=64, help="of load and triton")
     parser.add_argument("--seconds", type=float, default=30.0, help="of worst")
-    given = parser.parse_args()
-    if given.measure and given.bundle is None:
-        parser.error("name a bundle")
+    args = parser.parse_args()
+    if args.measure and args.bundle is None:
+        parser.error("give a bundle")
     table = Table(("measure", "figures"))
-    table.notes.append("Preprocessing inside, two instances of one thread, random weights.")
+    table.notes.append("Embedded preprocessing, two instances of one thread, random weights.")
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
-        wanted = [(given.measure, given.bundle, given.requests)]
-        if not given.measure:
-            small = exported(Path(name) / "van_digits", "van_digits")
-            large = exported(Path(name) / "van_b0", "van_b0", "--weights", "random")
-            wanted = [("load", small, 10_000), ("load", large, 2000)]
-            wanted += [("triton", large, 1200), ("worst", large, 0)]
-        for measure, given.bundle, given.requests in wanted:
+        runs = [(args.measure, args.bundle, args.requests)]
+        if not args.measure:
+            small = export_test_bundle(Path(name) / "van_digits", "van_digits")
+            large = export_test_bundle(Path(name) / "van_b0", "van_b0", "--weights", "random")
+            runs = [("load", small, 10_000), ("load", large, 2000)]
+            runs += [("triton", large, 1200), ("worst", large, 0)]
+        for measure, args.bundle, args.requests in runs:
             start = time.monotonic()
-            MEASURES[measure](given, table)
+            MEASURES[measure](args, table)
             print(f"{measure}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    return table.printed()
+    return table.print_json()
 
 
-def load(given: argparse.Namespace, table: Table) -> None:
-    """Measure whether every answer comes and is right, and what the server itself costs."""
-    count, found = given.requests or 10_000, Load()
-    requests = infer_requests(given.bundle, given.artifact, DISTINCT)
-    with ours(given) as (url, _):
-        drive(url, requests, Load(), DISTINCT, given.clients)  # warm
+def load(args: argparse.Namespace, table: Table) -> None:
+    """Measure throughput and overhead, and count lost and wrong responses."""
+    count, result = args.requests or 10_000, LoadResult()
+    requests = infer_requests(args.bundle, args.artifact, DISTINCT)
+    with run_server(args) as (url, _):
+        send_requests(url, requests, LoadResult(), DISTINCT, args.clients)  # warm-up
         before, start = server_metrics(url), time.perf_counter()
-        drive(url, requests, found, count, given.clients)
+        send_requests(url, requests, result, count, args.clients)
         seconds = time.perf_counter() - start
-        spent = {name: value - before[name] for name, value in server_metrics(url).items()}
-    rows, batches = (spent[f"van_deploy_batch_rows_{what}"] for what in ("sum", "count"))
-    cpu, infer = spent["process_cpu_seconds_total"], spent["van_deploy_infer_cpu_seconds_total"]
-    manifest = Bundle.open(given.bundle).manifest
-    p50, p99 = np.percentile(found.latencies_ms, [50, 99])
+        delta = {name: value - before[name] for name, value in server_metrics(url).items()}
+    rows, batches = (delta[f"van_deploy_batch_rows_{name}"] for name in ("sum", "count"))
+    cpu, infer = delta["process_cpu_seconds_total"], delta["van_deploy_infer_cpu_seconds_total"]
+    manifest = Bundle.open(args.bundle).manifest
+    p50, p99 = np.percentile(result.latencies_ms, [50, 99])
     table.row(
         f"{manifest.name} at {manifest.preprocessing.image_size} px, {count:,} requests, "
-        f"{given.clients} clients",
-        f"{found.answered / seconds:.1f} images/s, mean batch {rows / batches:.1f}, latency p50 "
+        f"{args.clients} clients",
+        f"{result.answered / seconds:.1f} images/s, mean batch {rows / batches:.1f}, latency p50 "
         f"{p50:.0f} ms and p99 {p99:.0f} ms, {1e3 * cpu / count:.2f} ms of processor time an "
         f"image, {100 * (1 - infer / cpu):.2f} % of it outside inference, "
-        f"{count - found.answered} lost, {found.wrong} wrong, largest relative difference "
-        f"{found.worst:.1e}",
+        f"{count - result.answered} lost, {result.wrong} wrong, largest relative difference "
+        f"{result.worst:.1e}",
     )
 
 
-def triton(given: argparse.Namespace, table: Table) -> None:
-    """Measure this server's throughput over a real Triton's, round by round."""
-    requests, found = infer_requests(given.bundle, given.artifact, DISTINCT), Load()
-    share, rates = (given.requests or 1200) // (2 * ROUNDS), {"ours": [], "triton": []}
+def triton(args: argparse.Namespace, table: Table) -> None:
+    """Measure the ratio of this server's throughput to Triton's in alternating rounds."""
+    requests, result = infer_requests(args.bundle, args.artifact, DISTINCT), LoadResult()
+    share, rates = (args.requests or 1200) // (2 * ROUNDS), {"van-deploy": [], "triton": []}
     with (
         tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name,
         contextlib.ExitStack() as stack,
     ):
-        package, how = Path(name) / "package", {"instances": INSTANCES, "threads": 1}
-        how |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
-        open_bundle(given.bundle).package(package, artifacts=(given.artifact,), **how)
-        running = stack.enter_context(triton_running(package / "models", Path(name) / "server"))
-        urls = {"ours": stack.enter_context(ours(given))[0], "triton": f"http://{running.http}"}
+        package, options = Path(name) / "package", {"instances": INSTANCES, "threads": 1}
+        options |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
+        open_bundle(args.bundle).package(package, artifacts=(args.artifact,), **options)
+        running = stack.enter_context(run_tritonserver(package / "models", Path(name) / "server"))
+        url, _ = stack.enter_context(run_server(args))
+        urls = {"van-deploy": url, "triton": f"http://{running.http}"}
         for url in urls.values():
-            drive(url, requests, Load(), DISTINCT, given.clients)
+            send_requests(url, requests, LoadResult(), DISTINCT, args.clients)
         for index in range(ROUNDS):
             for server in sorted(urls, reverse=bool(index % 2)):
                 start = time.perf_counter()
-                drive(urls[server], requests, found, share, given.clients)
+                send_requests(urls[server], requests, result, share, args.clients)
                 rates[server].append(share / (time.perf_counter() - start))
-            ours_now, theirs = (values[-1] for values in rates.values())
-            figures = f"{ours_now:.1f} images/s here, {theirs:.1f} in Triton"
-            table.row(f"beside Triton, round {index + 1}", figures)
-    low, ratio, high = np.percentile(np.divide(rates["ours"], rates["triton"]), [25, 50, 75])
-    wrong = found.wrong + len(found.latencies_ms) - found.answered
-    figures = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong answers"
-    table.row(
-        "throughput over Triton's Python backend: threads, instances, batching alike", figures
-    )
+            own, other = (values[-1] for values in rates.values())
+            figures = f"{own:.1f} images/s, Triton {other:.1f} images/s"
+            table.row(f"compared with Triton, round {index + 1}", figures)
+    low, ratio, high = np.percentile(np.divide(rates["van-deploy"], rates["triton"]), [25, 50, 75])
+    wrong = result.wrong + len(result.latencies_ms) - result.answered
+    figures = f"{ratio:.2f} x (quartiles {low:.2f} to {high:.2f}), {wrong} wrong responses"
+    table.row("throughput / Triton's Python backend, same threads, instances, batching", figures)
 
 
-def worst(given: argparse.Namespace, table: Table) -> None:
-    """Measure ``/v2/health/live`` and the server's memory while the worst bodies come."""
-    bodies, latencies, peak = worst_requests(given.bundle, given.artifact), [], 0.0
-    usual = infer_requests(given.bundle, given.artifact, DISTINCT)
-    with ours(given) as (url, pid):
-        drive(url, usual, Load(), 2 * DISTINCT, DISTINCT)  # full batches in every instance
+def worst(args: argparse.Namespace, table: Table) -> None:
+    """Measure ``/v2/health/live`` and the server's memory under the most expensive requests."""
+    bodies, latencies, peak = expensive_requests(args.bundle, args.artifact), [], 0.0
+    valid = infer_requests(args.bundle, args.artifact, DISTINCT)
+    with run_server(args) as (url, pid):
+        # Full batches in every instance.
+        send_requests(url, valid, LoadResult(), 2 * DISTINCT, DISTINCT)
         idle = memory_mib(pid)
         attacking = multiprocessing.get_context("spawn").Process(
             target=attack, args=(url, bodies), daemon=True
         )
         attacking.start()
         time.sleep(3)
-        end = time.perf_counter() + given.seconds
+        end = time.perf_counter() + args.seconds
         while time.perf_counter() < end:
             start = time.perf_counter()
             urllib.request.urlopen(f"{url}/v2/health/live", timeout=60).close()
@@ -163,16 +168,16 @@ def worst(given: argparse.Namespace, table: Table) -> None:
             time.sleep(0.02)
         attacking.kill()
         attacking.join()
-    p50, p99, most = np.percentile(latencies, [50, 99, 100])
+    p50, p99, largest = np.percentile(latencies, [50, 99, 100])
     table.row(
-        f"{ATTACKERS} clients with the worst bodies",
-        f"/v2/health/live p50 {p50:.0f}, p99 {p99:.0f}, most {most:.0f} ms of {len(latencies)}; "
+        f"{ATTACKERS} clients with the most expensive requests",
+        f"/v2/health/live p50 {p50:.0f}, p99 {p99:.0f}, max {largest:.0f} ms of {len(latencies)}; "
         f"memory {peak - idle:.0f} MiB above {idle:.0f}",
     )
 
 
 def attack(url: str, bodies: list[bytes]) -> None:
-    """Send the worst bodies from so many clients at once, until this process is ended."""
+    """Send the most expensive requests from concurrent clients until the process is killed."""
     host, port = url.removeprefix("http://").split(":")
 
     def client(first: int) -> None:
@@ -185,18 +190,18 @@ def attack(url: str, bodies: list[bytes]) -> None:
         list(pool.map(client, range(ATTACKERS)))
 
 
-def worst_requests(folder: Path, artifact: str) -> list[bytes]:
-    """Return requests that cost the most to refuse or to answer, by what was found."""
+def expensive_requests(folder: Path, artifact: str) -> list[bytes]:
+    """Return the known requests that are the most expensive to refuse or to answer."""
     network, mib = Network(Bundle.open(folder), artifact), 2**20
-    given, infer = network.input, f"/v2/models/{served_name(network.bundle, artifact)}/infer"
-    described = {"name": given.name, "datatype": DATATYPES[given.dtype]}
-    shape = [network.max_batch, *given.shape]
-    size = int(np.prod(shape)) * np.dtype(given.dtype).itemsize
-    tensor = {**described, "shape": shape, "parameters": {"binary_data_size": size}}
+    spec, infer = network.input, f"/v2/models/{served_name(network.bundle, artifact)}/infer"
+    description = {"name": spec.name, "datatype": DATATYPES[spec.dtype]}
+    shape = [network.max_batch, *spec.shape]
+    size = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
+    tensor = {**description, "shape": shape, "parameters": {"binary_data_size": size}}
     head = json.dumps({"inputs": [tensor]}).encode()
-    opening = json.dumps({"inputs": [{**described, "shape": [1]}]}).removesuffix("}]}")
+    opening = json.dumps({"inputs": [{**description, "shape": [1]}]}).removesuffix("}]}")
 
-    def listed(item: str, count: int = 0) -> bytes:
+    def json_list(item: str, count: int = 0) -> bytes:
         count = count or (mib - 1000) // (len(item) + 1)
         return f'{opening}, "data": [{",".join([item] * count)}]}}]}}'.encode()
 
@@ -204,9 +209,9 @@ def worst_requests(folder: Path, artifact: str) -> list[bytes]:
     Image.new("RGBA", (7000, 7000)).save(png, "PNG", compress_level=9)
     live = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
     return [
-        *(post(infer, listed(item)) for item in ("[]", "{}", '{"a":[1]}', "1.5", "7", '"ab"')),
+        *(post(infer, json_list(item)) for item in ("[]", "{}", '{"a":[1]}', "1.5", "7", '"ab"')),
         post(infer, f'{opening}, "data": '.encode() + b"[" * (mib - 1000)),
-        post(infer, listed(f'"{"x" * 100_000}"' + ",1" * 1000, 1)),
+        post(infer, json_list(f'"{"x" * 100_000}"' + ",1" * 1000, 1)),
         post(infer, head + bytes(size), f"Inference-Header-Content-Length: {len(head)}"),
         post("/predict", png.getvalue()),
         post("/predict", b"\r\n--" * (8 * mib), "Content-Type: multipart/form-data; boundary=x"),
@@ -218,7 +223,7 @@ def worst_requests(folder: Path, artifact: str) -> list[bytes]:
 
 
 def post(path: str, body: bytes, header: str = "X: y", *, length: bool = True) -> bytes:
-    """Return a whole POST request whose connection ends with it."""
+    """Return the bytes of a POST request that closes its connection."""
     lines = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", header]
     lines += [f"Content-Length: {len(body)}"] * length
     return "\r\n".join([*lines, "", ""]).encode() + body
@@ -228,10 +233,10 @@ MEASURES = {"load": load, "triton": triton, "worst": worst}
 
 
 @contextlib.contextmanager
-def ours(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """Serve the bundle with one thread an instance; give its address and process."""
-    words = ("--artifact", given.artifact, "--threads", "1", "--no-compare")
-    server, url = started(given.bundle, *words, "--instances", str(INSTANCES))
+def run_server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """Serve the bundle with one thread per instance; yield its URL and process id."""
+    options = ("--artifact", args.artifact, "--threads", "1", "--no-compare")
+    server, url = start_server(args.bundle, *options, "--instances", str(INSTANCES))
     try:
         yield url, server.pid
     finally:
@@ -240,17 +245,17 @@ def ours(given: argparse.Namespace) -> Iterator[tuple[str, int]]:
 
 
 def server_metrics(url: str) -> Counter[str]:
-    """Return the server's figures by their names, summed over their labels."""
-    found = Counter[str]()
+    """Return the server's metrics by name, summed over their labels."""
+    metrics = Counter[str]()
     with urllib.request.urlopen(f"{url}/metrics") as response:
         for family in text_string_to_metric_families(response.read().decode()):
             for sample in family.samples:
-                found[sample.name] += sample.value
-    return found
+                metrics[sample.name] += sample.value
+    return metrics
 
 
 def memory_mib(pid: int) -> float:
-    """Return the resident memory of a process and of those below it."""
+    """Return the resident memory of a process and its descendants."""
     server, total = psutil.Process(pid), 0
     for process in (server, *server.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,4 +1,4 @@
-"""How soon the command line answers, and how long loading a network takes.
+"""The start-up time of the command line, and the time to load a network.
 
 python -m benchmarks.startup --rounds 9
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.table import Table, options, process_cost
+from benchmarks.table import Table, measure_process, parse_options
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VARIANTS
@@ -23,35 +23,37 @@ VARIANT = "van_b2"
 
 
 def main() -> int:
-    """Time the commands, and both ways of loading in turns."""
-    rounds = options(__doc__, rounds=9).rounds
-    table = Table(("what", "median s", "fastest s"))
+    """Time the commands, and alternately both ways to load a network."""
+    rounds = parse_options(__doc__, rounds=9).rounds
+    table = Table(("command or call", "median s", "fastest s"))
     times: dict[str, list[float]] = {}
     for words in COMMANDS:
         command = [sys.executable, "-m", "van_deploy", *words.split()]
-        times[f"van-deploy {words}"] = [process_cost(command)[0] for _ in range(rounds + 1)]
+        times[f"van-deploy {words}"] = [measure_process(command)[0] for _ in range(rounds + 1)]
     model = VAN(VARIANTS[VARIANT].config)
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save({"state_dict": model.state_dict()}, file.name)
 
-        def bare() -> None:
-            network = VAN(model.config)
-            network.load_state_dict(torch.load(file.name, weights_only=True)["state_dict"])
+        def load_with_torch() -> None:
+            state = torch.load(file.name, weights_only=True)["state_dict"]
+            VAN(model.config).load_state_dict(state)
 
-        turns = [(_seconds(lambda: load_van(file.name)), _seconds(bare)) for _ in range(rounds + 1)]
-    times[f"load_van, {VARIANT}"] = [ours for ours, _ in turns]
-    times[f"VAN() + torch.load + load_state_dict, {VARIANT}"] = [theirs for _, theirs in turns]
-    for what, (_, *counted) in times.items():
-        table.row(what, f"{statistics.median(counted):.3f}", f"{min(counted):.3f}")
-    table.notes.append(f"Medians of {rounds} rounds; the first, which fills caches, left out.")
-    return table.printed()
-
-
-def _seconds(way: Callable[[], object]) -> float:
-    """Return the processor's seconds of a call."""
-    begun = time.process_time()
-    way()
-    return time.process_time() - begun
+        calls: dict[str, Callable[[], object]] = {
+            f"load_van, {VARIANT}": lambda: load_van(file.name),
+            f"VAN() + torch.load + load_state_dict, {VARIANT}": load_with_torch,
+        }
+        for _ in range(rounds + 1):
+            for name, call in calls.items():
+                start = time.process_time()
+                call()
+                times.setdefault(name, []).append(time.process_time() - start)
+    for name, (_, *counted) in times.items():
+        table.row(name, f"{statistics.median(counted):.3f}", f"{min(counted):.3f}")
+    table.notes.append(
+        f"{rounds} rounds, without the first, which fills caches. Commands: wall time; calls: "
+        "processor time."
+    )
+    return table.print_json()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every section is made of: a table with notes, options, and commands that are measured."""
+"""The table of a section, command-line options, and measured commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass
 class Table:
-    """One section of the page; rows go to stderr as they are known.
+    """One section of the page; each row is also printed to stderr when it is added.
 
     Attributes:
         columns: headings, with units.
@@ -33,18 +33,18 @@ class Table:
         self.rows.append([str(cell) for cell in (*cells, *empty)])
         print("  ".join(self.rows[-1]), file=sys.stderr, flush=True)
 
-    def printed(self) -> int:
+    def print_json(self) -> int:
         """Print the section as JSON; return 0, the exit code."""
         print(json.dumps(asdict(self), indent=1))
         return 0
 
 
-def options(text: str | None, **defaults: Any) -> argparse.Namespace:
-    """Return a command line's options: ``--skip-b6`` for ``skip_b6=False``.
+def parse_options(text: str | None, **defaults: Any) -> argparse.Namespace:
+    """Return the options of the command line: ``--skip-b6`` for ``skip_b6=False``.
 
     Args:
-        text: the module's own documentation.
-        defaults: the value of each option that is not given; its type is the option's.
+        text: docstring of the module, whose first line describes the command.
+        defaults: default value of each option, whose type is that of the option.
     """
     parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
     for name, value in defaults.items():
@@ -54,16 +54,15 @@ def options(text: str | None, **defaults: Any) -> argparse.Namespace:
         elif isinstance(value, tuple):
             parser.add_argument(flag, nargs="*", default=value)
         else:
-            kind = str if value is None else type(value)
-            parser.add_argument(flag, type=kind, default=value, help=f"default: {value}")
+            parser.add_argument(flag, type=type(value), default=value, help=f"default: {value}")
     return parser.parse_args()
 
 
-def van_deploy(*words: object, codes: Sequence[int] = (0,)) -> Any:
-    """Run a command with ``--json`` in a process of its own and return its document.
+def run_van_deploy(*words: object, codes: Sequence[int] = (0,)) -> Any:
+    """Run a van-deploy command with ``--json`` in a new process and return its document.
 
     Raises:
-        SystemExit: it ends with another code than one of ``codes``.
+        SystemExit: the exit code is not one of ``codes``.
     """
     command = [sys.executable, "-m", "van_deploy", *map(str, words), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,11 +71,11 @@ def van_deploy(*words: object, codes: Sequence[int] = (0,)) -> Any:
     return json.loads(done.stdout)
 
 
-def process_cost(command: Sequence[str]) -> tuple[float, int]:
-    """Return wall seconds and peak resident bytes of one process.
+def measure_process(command: Sequence[str]) -> tuple[float, int]:
+    """Return the wall seconds and the peak resident bytes of one process.
 
     Raises:
-        SystemExit: it fails.
+        SystemExit: the process fails.
     """
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

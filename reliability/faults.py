@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reliability.load import exported
+from reliability.load import export_test_bundle
 
 FORKS = multiprocessing.get_context("forkserver")
 IMPORTED = (
@@ -126,7 +126,7 @@ def stopped_at_every_step(
     folder: Path, only: Sequence[str] = tuple(COMMANDS), kinds: Sequence[str] = tuple(STOPS)
 ) -> Iterator[Trials]:
     """Kill commands before each of their steps, or let the disk be full from there on."""
-    base = exported(folder / "base", "van_digits")
+    base = export_test_bundle(folder / "base", "van_digits")
     FORKS.set_forkserver_preload(list(IMPORTED))  # what is not installed is left out
     for kind, name in itertools.product(kinds, only):
         trials = Trials(f"{STOPS[kind]} every step of `{name}`, on the bundle's files")
@@ -211,7 +211,7 @@ def full_disk(
     folder: Path, only: Sequence[str] = ("export", "quantize", "build"), sizes: Any = SIZES_KIB
 ) -> Iterator[Trials]:
     """Run commands that write where the disk fills up at ever later writes."""
-    base, disk = exported(folder / "full-base", "van_digits"), folder / "disk"
+    base, disk = export_test_bundle(folder / "full-base", "van_digits"), folder / "disk"
     used = 64 + sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) // 1024
     for name in only:
         trials = Trials(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
@@ -231,7 +231,7 @@ def full_disk(
 def read_only(folder: Path) -> Iterator[Trials]:
     """Run every command that reads, and every one that writes, on a read-only bundle."""
     trials, disk = Trials("a bundle on a read-only file system"), folder / "ro"
-    base = exported(folder / "base", "van_digits")
+    base = export_test_bundle(folder / "base", "van_digits")
     try:
         with small_disk(disk, 20_000):
             bundle = Path(shutil.copytree(base, disk / "bundle"))
@@ -250,7 +250,7 @@ def read_only(folder: Path) -> Iterator[Trials]:
 def two_writers(folder: Path) -> Iterator[Trials]:
     """Let three processes write one bundle at the same time, five times."""
     trials = Trials("three processes writing one bundle")
-    bundle = exported(folder / "shared", "van_digits")
+    bundle = export_test_bundle(folder / "shared", "van_digits")
     lines = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(5):

@@ -1,9 +1,9 @@
-"""Spoiled HTTP requests, thousands of them, sent to a server that must not mind.
+"""HTTP fuzzing: thousands of mutated requests to a server.
 
-Each case is some connections at once, with one or two requests on each: sound ones whose JSON,
-headers, tensors, images or raw bytes were spoiled. What comes back must be a status of 2xx, 4xx
-or 503, or nothing where the request was not complete. A traceback in the log, another status and
-a server that does not answer afterwards are faults.
+Each case opens some connections at once, with one or two requests on each: valid requests whose
+JSON, headers, tensors, images or raw bytes were mutated. The response must be a status of 2xx, 4xx
+or 503, or none where the request is incomplete. A traceback in the log, another status and a
+server that does not respond afterwards are faults.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from reliability.load import exported, started
+from reliability.load import export_test_bundle, start_server
 from reliability.spoiled import Draw, first_fault, one_of, spoiled_bytes, spoiled_json
 
-TOTAL, AT_ONCE, MEAN = 10_000, 64, 48  # requests, connections of a case at most and about
-SILENCE_S = 1.0  # then nothing more comes: the request was not complete
+TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
+SILENCE_S = 1.0  # without a response the request is incomplete
 NAME, ROW = "van_digits-fp32-uint8", 64 * 64 * 3
 HEADERS = (
     *("Inference-Header-Content-Length", "Content-Length", "Content-Encoding", "Content-Type"),
@@ -43,8 +43,8 @@ PATHS = (
 )
 
 
-def request(draw: Draw, image: bytes) -> bytes:
-    """Return what a client sends as one request."""
+def draw_request(draw: Draw, image: bytes) -> bytes:
+    """Draw one request."""
     kind = one_of(draw, "json", "binary", "image", "get")
     headers = {"Host": "x", "Connection": one_of(draw, "close", "keep-alive")}
     path, method, body = "/predict", "POST", image
@@ -57,8 +57,8 @@ def request(draw: Draw, image: bytes) -> bytes:
         tail = bytes(rows * ROW) if kind == "binary" else b""
         values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
         tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
-        wanted = [{"name": "logits", "parameters": {"binary_data": True}}]
-        document = {"id": "1", "inputs": [tensor], "outputs": wanted}
+        outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
+        document = {"id": "1", "inputs": [tensor], "outputs": outputs}
         head = json.dumps(spoiled_json(draw, document) if draw(st.booleans()) else document)
         headers |= {"Inference-Header-Content-Length": str(len(head))} if tail else {}
         body = head.encode() + tail
@@ -72,22 +72,22 @@ def request(draw: Draw, image: bytes) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def connections(draw: Draw, image: bytes) -> list[bytes]:
-    """Return what some clients send at once."""
-    found = []
-    for _ in range(draw(st.integers(AT_ONCE // 2, AT_ONCE))):
-        raw = b"".join(request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
-        way = one_of(draw, "whole", "whole", "whole", "spoiled", "cut")
-        raw = spoiled_bytes(draw, raw[:600]) + raw[600:] if way == "spoiled" else raw
-        found.append(raw[: draw(st.integers(0, len(raw)))] if way == "cut" else raw)
-    return found
+def draw_connections(draw: Draw, image: bytes) -> list[bytes]:
+    """Draw the data of some connections."""
+    connections = []
+    for _ in range(draw(st.integers(MAX_CONNECTIONS // 2, MAX_CONNECTIONS))):
+        raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
+        mutation = one_of(draw, "whole", "whole", "whole", "spoiled", "cut")
+        raw = spoiled_bytes(draw, raw[:600]) + raw[600:] if mutation == "spoiled" else raw
+        connections.append(raw[: draw(st.integers(0, len(raw)))] if mutation == "cut" else raw)
+    return connections
 
 
-def answers(address: tuple[str, int], raw: bytes) -> list[int]:
-    """Return the statuses that a server gives to what a client sends."""
+def send(address: tuple[str, int], raw: bytes) -> list[int]:
+    """Send data over a new connection, and return the statuses of all responses."""
     received = b""
     with contextlib.suppress(OSError), socket.create_connection(address, SILENCE_S) as client:
-        with contextlib.suppress(ConnectionError):  # the server may have had enough of it
+        with contextlib.suppress(ConnectionError):  # the server may close the connection first
             client.sendall(raw)
         while piece := client.recv(65536):
             received += piece
@@ -95,39 +95,39 @@ def answers(address: tuple[str, int], raw: bytes) -> list[int]:
 
 
 def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counter[int], list[str]]:
-    """Return how often each status came (0: no answer) and what must not have happened."""
+    """Return the number of responses by status (0: no response), and the faults."""
     host, port = url.removeprefix("http://").split(":")
     address, statuses = (host, int(port)), Counter[int]()
 
     def case(draw: Draw) -> None:
-        every = connections(draw, image)
-        for raw, codes in zip(every, pool.map(partial(answers, address), every), strict=True):
+        sent = draw_connections(draw, image)
+        for raw, codes in zip(sent, pool.map(partial(send, address), sent), strict=True):
             statuses.update(codes or [0])
             wrong = [code for code in codes if code // 100 not in {1, 2, 4} and code != 503]
             assert not wrong, f"status {wrong} to {raw[:300]!r}"
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        faults = [fault] if (fault := first_fault(case, seed, count // MEAN)) else []
-    if answers(address, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n") != [200]:
-        faults.append("the server does not answer any more")
+    with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
+        faults = [fault] if (fault := first_fault(case, seed, count // MEAN_CONNECTIONS)) else []
+    if send(address, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n") != [200]:
+        faults.append("the server does not respond any more")
     return statuses, faults
 
 
 def table(count: int | None, seed: int = 0) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, a row a status, and the faults of so many cases."""
+    """Return the columns, one row for each status, and the faults."""
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
-        bundle, log = exported(Path(name) / "bundle", "van_digits"), Path(name) / "log"
-        server, url = started(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
+        bundle, log = export_test_bundle(Path(name) / "bundle", "van_digits"), Path(name) / "log"
+        server, url = start_server(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
         image = (bundle / "golden/0.png").read_bytes()
         try:
             statuses, faults = fuzz_requests(url, seed, count or TOTAL, image)
         finally:
             server.terminate()
             code = server.wait(60)
-        said = log.read_text(encoding="utf-8")
-    faults += ["a traceback in the log"] * ("raceback" in said)
+        log_text = log.read_text(encoding="utf-8")
+    faults += ["a traceback in the log"] * ("raceback" in log_text)
     faults += [f"the server ended with {code}"] * (code != 0)
     if faults:
-        print(said[-3000:], file=sys.stderr)
+        print(log_text[-3000:], file=sys.stderr)
     rows = [[str(code) if code else "none", str(n)] for code, n in sorted(statuses.items())]
-    return ["status", "answers"], rows, faults
+    return ["status", "responses"], rows, faults

@@ -1,6 +1,6 @@
-"""A real Triton server, for tests and benchmarks: it comes out of a wheel and needs no container.
+"""A real Triton server from a wheel, without a container, for tests and benchmarks.
 
-The wheel ``nvidia-pytriton`` holds ``tritonserver`` 2.51 (release 24.10) with its libraries and
+The wheel ``nvidia-pytriton`` contains ``tritonserver`` 2.51 (release 24.10) with its libraries and
 the Python backend. It is unpacked into a cache folder, not installed: it pins NumPy below 2.
 """
 
@@ -26,23 +26,21 @@ from pathlib import Path
 
 from filelock import FileLock
 
-__all__ = ["PYTHON", "Triton", "triton_running", "tritonserver_folder"]
-
 WHEEL = "nvidia-pytriton==0.7.0"
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 LOAD_S = 120
 
 
 @dataclass(frozen=True)
-class Triton:
-    """A server that is running, or that ended by itself.
+class TritonServer:
+    """A server that is running or has exited.
 
     Attributes:
         http: host and port of HTTP.
         grpc: host and port of gRPC.
-        metrics: address of the metrics.
-        log: what it wrote.
-        process: itself.
+        metrics: URL of the metrics.
+        log: path of the log file.
+        process: the process.
     """
 
     http: str
@@ -51,16 +49,16 @@ class Triton:
     log: Path
     process: subprocess.Popen[bytes]
 
-    def said(self) -> str:
-        """Return its log."""
+    def log_text(self) -> str:
+        """Return the log."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def tritonserver_folder() -> Path:
-    """Return the folder of the unpacked wheel, which is fetched where it is not there.
+def install_tritonserver() -> Path:
+    """Return the folder of the unpacked wheel; download it first where it is missing.
 
     Raises:
-        RuntimeError: this is no 64-bit Linux on x86, or pip cannot get the wheel.
+        RuntimeError: this is not Linux on x86-64, or pip cannot download the wheel.
     """
     if platform.machine() != "x86_64" or sys.platform != "linux":
         raise RuntimeError(f"{WHEEL} is for Linux on x86-64 only")
@@ -86,23 +84,23 @@ def tritonserver_folder() -> Path:
 
 
 @contextlib.contextmanager
-def triton_running(repository: Path, folder: Path, *, threads: int = 2) -> Iterator[Triton]:
-    """Serve a model repository until the block ends; loaded, or ended by itself, before it begins.
+def run_tritonserver(repository: Path, folder: Path, *, threads: int = 2) -> Iterator[TritonServer]:
+    """Serve a model repository inside the block, which starts when Triton is ready or has exited.
 
     Args:
         repository: the folder ``models/`` of a package.
-        folder: for the log and the backends; made here.
-        threads: that answer HTTP.
+        folder: a new folder for the log and the backends.
+        threads: HTTP threads.
 
     Raises:
-        RuntimeError: the server cannot be had, or neither loads nor ends.
+        RuntimeError: the server cannot be downloaded, or is neither ready nor exits in time.
     """
-    wheel = tritonserver_folder()
+    wheel = install_tritonserver()
     server = wheel / "pytriton/tritonserver"
     folder.mkdir(parents=True)
     backends = Path(shutil.copytree(server / "backends", folder / "backends"))
     stub = server / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
-    shutil.copy(stub, backends / "python")  # as an image has the one for its own Python
+    shutil.copy(stub, backends / "python")  # as in images, for their own Python version
     with contextlib.ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
         http, grpc, metrics = (each.getsockname()[1] for each in free)
@@ -122,7 +120,7 @@ def triton_running(repository: Path, folder: Path, *, threads: int = 2) -> Itera
             start_new_session=True,
         )
     addresses = (f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"http://127.0.0.1:{metrics}/metrics")
-    triton, deadline = Triton(*addresses, log, process), time.monotonic() + LOAD_S
+    triton, deadline = TritonServer(*addresses, log, process), time.monotonic() + LOAD_S
     try:
         while process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
@@ -130,7 +128,7 @@ def triton_running(repository: Path, folder: Path, *, threads: int = 2) -> Itera
                 break
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"Triton is not ready after {LOAD_S} s:\n{triton.said()[-2000:]}"
+                    f"Triton is not ready after {LOAD_S} s:\n{triton.log_text()[-2000:]}"
                 )
             time.sleep(0.2)
         yield triton

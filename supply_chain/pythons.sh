@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job on every Python this project supports, each in an environment of its own.
-# An interpreter that is not here is skipped, and that is said. pyenv's are found with
+# A missing interpreter is reported as skipped. Use those of pyenv with
 # PYENV_VERSION=3.10.13:3.12.1:3.13.0 supply_chain/pythons.sh
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

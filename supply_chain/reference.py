@@ -88,18 +88,14 @@ def generated_files(root: Path) -> Mapping[Path, str]:
     page = root / "docs" / "recipe.md"
     table, text = f"{BEGIN}\n\n{key_table()}\n{END}", page.read_text(encoding="utf-8")
     schemas = {name: document_schema(name) for name in DOCUMENTS}
-    schemas |= {name: input_schema(name) for name in INPUTS}
+    inputs = {name: table.model_json_schema() for name, table in INPUTS.items()}
+    schemas |= {name: {"$schema": DIALECT, **schema} for name, schema in inputs.items()}
     folder = root / "docs" / "schemas"
     return {
         root / "van_deploy" / "option_types.pyi": option_types(),
         page: re.sub(f"{BEGIN}.*?{END}", lambda _: table, text, flags=re.DOTALL),
         **{folder / f"{n}.schema.json": json.dumps(s, indent=2) + "\n" for n, s in schemas.items()},
     }
-
-
-def input_schema(name: str) -> dict[str, Any]:
-    """Return the JSON Schema of a file that a user writes."""
-    return {"$schema": DIALECT, **INPUTS[name].model_json_schema()}
 
 
 def document_schema(name: str) -> dict[str, Any]:
@@ -233,40 +229,39 @@ def _keys(table: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
             yield key, value
 
 
-def _alternatives(value: JsonSchema) -> Iterator[JsonSchema]:
-    """Yield the types that a value may have, one schema each."""
-    if "anyOf" in value:
-        for alternative in value["anyOf"]:
-            yield from _alternatives(alternative)
-    else:
-        yield value
+def _alternatives(value: JsonSchema) -> list[JsonSchema]:
+    """Return the types that a value can have, one schema each."""
+    if "anyOf" not in value:
+        return [value]
+    return [kind for alternative in value["anyOf"] for kind in _alternatives(alternative)]
 
 
 def _python_type(value: JsonSchema) -> str:
-    kinds = []
-    for kind in _alternatives(value):
-        if "enum" in kind:
-            kinds.append(f"Literal[{', '.join(map(json.dumps, kind['enum']))}]")
-        elif kind["type"] == "array":
-            kinds.append(f"Sequence[{_python_type(kind['items'])}]")
-        else:
-            kinds.append("str | Path" if kind.get("format") == "path" else TYPES[kind["type"]])
-    return " | ".join(dict.fromkeys(kinds))
+    return " | ".join(dict.fromkeys(map(_python_alternative, _alternatives(value))))
+
+
+def _python_alternative(kind: JsonSchema) -> str:
+    if "enum" in kind:
+        return f"Literal[{', '.join(map(json.dumps, kind['enum']))}]"
+    if kind["type"] == "array":
+        return f"Sequence[{_python_type(kind['items'])}]"
+    return "str | Path" if kind.get("format") == "path" else TYPES[kind["type"]]
 
 
 def _value_text(value: JsonSchema) -> str:
     """Return the values of a key for the page: types, choices and limits."""
-    texts = []
-    for kind in _alternatives(value):
-        if "enum" in kind:
-            texts.append(" \\| ".join(f"`{name}`" for name in kind["enum"]))
-        elif kind["type"] == "array":
-            texts.append(f"list of {_value_text(kind['items'])}")
-        elif kind["type"] != "null":
-            limits = {word: kind[key] for word, key in LIMITS.items() if key in kind}
-            name = "path" if kind.get("format") == "path" else WORDS.get(kind["type"], "text")
-            texts.append(f"{name} {format_range(limits)}".strip())
-    return " or ".join(texts)
+    kinds = (kind for kind in _alternatives(value) if kind.get("type") != "null")
+    return " or ".join(map(_alternative_text, kinds))
+
+
+def _alternative_text(kind: JsonSchema) -> str:
+    if "enum" in kind:
+        return " \\| ".join(f"`{name}`" for name in kind["enum"])
+    if kind["type"] == "array":
+        return f"list of {_value_text(kind['items'])}"
+    limits = {word: kind[key] for word, key in LIMITS.items() if key in kind}
+    name = "path" if kind.get("format") == "path" else WORDS.get(kind["type"], "text")
+    return f"{name} {format_range(limits)}".strip()
 
 
 if __name__ == "__main__":

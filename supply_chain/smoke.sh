@@ -25,7 +25,7 @@ url="$(sed -n 's/.*"url": "\([^"]*\)".*/\1/p' serve.txt)"
 import sys, urllib.request
 with urllib.request.urlopen(sys.argv[1].rstrip("/") + "/v2/health/ready", timeout=10) as answer:
     assert answer.status == 200
-print("the server answers")
+print("the server is ready")
 PYTHON
 kill -INT "$server"
 wait "$server" || [ $? -eq 130 ]

@@ -1,8 +1,7 @@
-"""Artifacts that many tests read: each is made once in a test run, by whichever process is first.
+"""Artifacts that many tests read: each is made once per test run, by the first process.
 
-Exporting van_digits takes three seconds of a processor and importing PyTorch four, so
-no test makes its own where a copy does. :class:`ArtifactCache` holds a lock while it makes
-something, and at the end of the run it says which of them a test has changed.
+Exporting van_digits takes three seconds and importing PyTorch four, so tests use copies.
+:class:`ArtifactCache` has a lock for each artifact, and reports changed artifacts at the end.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ State = dict[str, tuple[int, int]]
 
 @dataclass
 class ArtifactCache:
-    """Makes files and folders once for all processes of a test run.
+    """Files and folders that all processes of a test run share.
 
     Attributes:
-        root: folder that all processes of the run share.
+        root: the shared folder.
     """
 
     root: Path
-    _lent: dict[Path, State] = field(default_factory=dict)
+    _states: dict[Path, State] = field(default_factory=dict)
 
     @classmethod
-    def beside(cls, base: Path) -> ArtifactCache:
-        """Return the one of this run, from the base temporary folder of this process."""
+    def in_folder(cls, base: Path) -> ArtifactCache:
+        """Return the cache of this run, from the base temporary folder of this process."""
         root = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
         (root / "artifact_cache").mkdir(exist_ok=True)
         return cls(root / "artifact_cache")
 
     def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the file or folder ``name``, made by ``make(path)`` if this is the first call."""
+        """Return the file or folder ``name``; the first call makes it with ``make(path)``."""
         path = self.root / name
         with FileLock(self.root / f"{name}.lock"):
             if not path.exists():
@@ -64,22 +63,22 @@ class ArtifactCache:
                 shutil.rmtree(partial, ignore_errors=True)
                 make(partial)
                 partial.rename(path)
-            self._lent.setdefault(path, _state(path))
+            self._states.setdefault(path, _state(path))
         return path
 
     def changed(self) -> list[str]:
-        """Return the files that differ from what this process was lent."""
+        """Return the files that changed since this process first used them."""
         return sorted(
             {
                 f"{path.name}/{name}"
-                for path, before in self._lent.items()
+                for path, before in self._states.items()
                 for name, _ in before.items() ^ _state(path).items()
             }
         )
 
 
 def _state(path: Path) -> State:
-    """Return size and time of change of every file in ``path``; bundles' locks are left out."""
+    """Return size and time of change of every file in ``path``, without locks of bundles."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     stats = {p.relative_to(path).as_posix(): p.stat() for p in files if p.name != ".lock"}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
@@ -87,7 +86,7 @@ def _state(path: Path) -> State:
 
 @dataclass(frozen=True)
 class Subject:
-    """A bundle and everything it is judged with.
+    """A bundle under test, with its reference and images.
 
     Attributes:
         bundle: with ``fp32``, ``fp16`` and ``int8``.
@@ -102,20 +101,17 @@ class Subject:
     labelled: Path
 
     def graph(self, name: str) -> ModelProto:
-        """Return an artifact's graph, free to be changed."""
+        """Return a new copy of an artifact's graph."""
         return onnx.load(self.bundle.verified_path(name))
 
 
 def load_subject(folder: Path, labelled: Path) -> Subject:
-    """Return a bundle that :func:`export_precisions` made, with its network and images."""
+    """Return a bundle of :func:`export_precisions` with its network and images."""
     from van_deploy.checks.golden import golden_samples
     from van_deploy.runners.network import original_network
 
     bundle = Bundle.open(folder)
     return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
-
-
-# --- what is made ----------------------------------------------------------------------------
 
 
 def digits_graph(path: Path, size: int) -> None:
@@ -143,20 +139,21 @@ def export_network(folder: Path, weights: str = "van_digits", images: Path | Non
 
 
 def export_uint8_graph(folder: Path, exported: Path) -> None:
-    """Write a copy of a bundle that also takes bytes, and gives every output."""
+    """Write a copy of a bundle with a uint8 graph that has every output."""
     from van_deploy.exporting import load_model
     from van_deploy.pipeline import export_recipe
+    from van_deploy.stopwatch import no_progress
 
     shutil.copytree(exported, folder)
     export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
     recipe = load_recipe("van_digits").with_changes(batch=BATCHES, export=export)
-    export_recipe(load_model(recipe), recipe, folder, RunSettings())
+    export_recipe(load_model(recipe), recipe, folder, RunSettings(), no_progress)
 
 
 def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     """Write a copy of a bundle with FP16 and INT8 graphs, calibrated on labelled images.
 
-    Its largest batch is 6, so that six images are enough to check it.
+    Its largest batch is 6: six images are enough to check it.
     """
     from van_deploy.checks.golden import golden_samples
     from van_deploy.checks.outputs import check_new_graph
@@ -184,7 +181,7 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
 def int8_graph(
     model: ModelProto, config: VanConfig, batches: Sequence[npt.NDArray[np.float32]]
 ) -> ModelProto:
-    """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT, and no more."""
+    """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT."""
     from van_deploy.graph.export import van_from_onnx
     from van_deploy.precision.equalize import Equalization
     from van_deploy.precision.fp16 import default_fp32_nodes
@@ -202,7 +199,7 @@ def int8_graph(
 def add_artifact(
     bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any
 ) -> Bundle:
-    """Return the bundle with a graph entered as an artifact, vouched for like any other."""
+    """Add a graph to the manifest of a bundle as an artifact."""
     from tests.manifest_parts import artifact_entry
     from van_deploy.graph.files import graph_facts, save_onnx
 
@@ -222,7 +219,7 @@ def add_artifact(
 
 
 def add_placeholder_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
-    """Return the bundle with a file entered as an engine: nothing without a GPU runs it."""
+    """Add a placeholder file as an engine, for tests without a GPU."""
     from tests.manifest_parts import artifact_entry
     from van_deploy.manifest import EngineInfo
 

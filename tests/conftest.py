@@ -1,4 +1,4 @@
-"""Fixtures for every test: the shared data, the command line, and whether there is a GPU."""
+"""Fixtures of all tests: shared artifacts, the command line, and skips without a GPU."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Return the folder of real weights and images that lies beside the checkout."""
+    """Return the folder of real weights and images next to the checkout."""
     folder = ROOT.parent / "shared"
     if not (folder / "checkpoints").is_dir():
-        pytest.skip("there is no folder of real weights and images (shared/) beside the checkout")
+        pytest.skip("there is no folder of real weights and images (shared/) next to the checkout")
     return folder
 
 
@@ -58,8 +58,8 @@ def shared() -> Path:
 def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Return a function that runs ``van-deploy`` in this process, 100 columns wide.
 
-    Its result has ``exit_code``, ``stdout`` and ``stderr``; a fault of the program
-    is raised. What it prints with ``--json`` is held against the command's JSON Schema.
+    Its result has ``exit_code``, ``stdout`` and ``stderr``; a bug in the program is raised.
+    Output with ``--json`` is validated with the command's JSON Schema.
     """
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
@@ -76,31 +76,31 @@ def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
 
 @pytest.fixture(scope="session")
 def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ArtifactCache]:
-    """Return what makes a file or folder once for all processes of this run.
+    """Return the cache of files and folders that all processes of this run share.
 
-    The fixtures below lend what it made. A test that writes takes a copy (``copy_bundle``);
-    the run fails at its end if one did not.
+    The fixtures below return cached artifacts. A test that writes needs a copy (``copy_bundle``);
+    otherwise the run fails at its end.
     """
-    made = ArtifactCache.beside(tmp_path_factory.getbasetemp())
-    yield made
-    assert made.changed() == [], "a test changed what all tests share; let it take a copy"
+    cache = ArtifactCache.in_folder(tmp_path_factory.getbasetemp())
+    yield cache
+    assert cache.changed() == [], "a test changed a shared artifact; use copy_bundle"
 
 
 @pytest.fixture
 def copy_bundle(tmp_path: Path) -> Copy:
     """Return a function that copies a bundle into ``tmp_path``, so that a test may write."""
 
-    def copied(whole: Bundle | Subject | Path, name: str = "bundle") -> Path:
-        bundle = whole.bundle if isinstance(whole, Subject) else whole
+    def copy(source: Bundle | Subject | Path, name: str = "bundle") -> Path:
+        bundle = source.bundle if isinstance(source, Subject) else source
         path = bundle.path if isinstance(bundle, Bundle) else bundle
         return Path(shutil.copytree(path, tmp_path / name))
 
-    return copied
+    return copy
 
 
 @pytest.fixture(scope="session")
 def wheel(artifact_cache: ArtifactCache) -> zipfile.ZipFile:
-    """Return the wheel, built from a copy of the tree, so that no stale build/ joins in."""
+    """Return the wheel, built from a copy of the tree, without a stale build/."""
 
     def build(out: Path) -> None:
         source = out / "source"
@@ -118,23 +118,23 @@ def wheel(artifact_cache: ArtifactCache) -> zipfile.ZipFile:
 
 @pytest.fixture(scope="session")
 def digits_bundle(artifact_cache: ArtifactCache) -> Bundle:
-    """Return van_digits as export leaves it, batches 1 to 8; not to be changed."""
+    """Return van_digits after the export, batches 1 to 8; read-only."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     return Bundle.open(artifact_cache("van_digits", export_network))
 
 
 @pytest.fixture(scope="session")
 def uint8_bundle(artifact_cache: ArtifactCache, digits_bundle: Bundle) -> Bundle:
-    """Return ``digits_bundle`` with a byte graph that gives every output; not to be changed."""
-    made = artifact_cache(
+    """Return ``digits_bundle`` with a uint8 graph that has every output; read-only."""
+    path = artifact_cache(
         "export_uint8_graph", lambda path: export_uint8_graph(path, digits_bundle.path)
     )
-    return Bundle.open(made)
+    return Bundle.open(path)
 
 
 @pytest.fixture(scope="session")
 def heldout_200(artifact_cache: ArtifactCache) -> Path:
-    """Return a folder of 200 labelled held-out digits, a folder a class; not to be changed."""
+    """Return a folder of 200 labelled held-out digits, a folder a class; read-only."""
     return _heldout(artifact_cache, 200)
 
 
@@ -142,7 +142,7 @@ def heldout_200(artifact_cache: ArtifactCache) -> Path:
 def precisions_bundle(
     artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path
 ) -> Path:
-    """Return ``digits_bundle`` with FP16 and INT8 graphs; not to be changed."""
+    """Return ``digits_bundle`` with FP16 and INT8 graphs; read-only."""
     return artifact_cache(
         "export_precisions", lambda path: export_precisions(path, digits_bundle.path, heldout_200)
     )
@@ -150,19 +150,19 @@ def precisions_bundle(
 
 @pytest.fixture(scope="session")
 def digits(artifact_cache: ArtifactCache, precisions_bundle: Path) -> Subject:
-    """Return the digits in FP32, FP16 and INT8 with 60 labelled images; not to be changed."""
+    """Return the digits in FP32, FP16 and INT8 with 60 labelled images; read-only."""
     return load_subject(precisions_bundle, _heldout(artifact_cache, 60))
 
 
 @pytest.fixture(scope="session")
 def shared_checkpoint(shared: Path) -> Path:
-    """Return a really trained van_b0 in the official format (CIFAR-10 at 64 x 64)."""
+    """Return a trained van_b0 in the official format (CIFAR-10 at 64 x 64)."""
     return shared / "checkpoints" / "van_b0_cifar10.pth.tar"
 
 
 @pytest.fixture(scope="session")
 def cifar_bundle(artifact_cache: ArtifactCache, shared_checkpoint: Path, shared: Path) -> Bundle:
-    """Return the bundle of the shared van_b0 as export leaves it; not to be changed."""
+    """Return the bundle of the shared van_b0 as export leaves it; read-only."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     images = shared / "data" / "cifar10" / "calib"
     return Bundle.open(
@@ -172,17 +172,17 @@ def cifar_bundle(artifact_cache: ArtifactCache, shared_checkpoint: Path, shared:
 
 @pytest.fixture(scope="session")
 def cifar(artifact_cache: ArtifactCache, cifar_bundle: Bundle, shared: Path) -> Subject:
-    """Return the shared van_b0 in FP32, FP16 and INT8, with its images; not to be changed."""
+    """Return the shared van_b0 in FP32, FP16 and INT8, with its images; read-only."""
     labelled = shared / "data" / "cifar10" / "eval"
-    made = artifact_cache(
+    path = artifact_cache(
         "cifar_with_precisions", lambda path: export_precisions(path, cifar_bundle.path, labelled)
     )
-    return load_subject(made, labelled)
+    return load_subject(path, labelled)
 
 
 @pytest.fixture(scope="session")
 def digits_onnx(artifact_cache: ArtifactCache) -> Path:
-    """Return the embedded network as an ONNX file, 32 pixels, dynamic batch; not to be changed."""
+    """Return the embedded network as an ONNX file, 32 pixels, dynamic batch; read-only."""
     return artifact_cache("digits32.onnx", lambda path: digits_graph(path, SMALL_SIZE))
 
 
@@ -195,10 +195,10 @@ def _heldout(artifact_cache: ArtifactCache, count: int) -> Path:
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """Skip what needs a GPU, with the reason, where there is none."""
+    """Skip tests that need a GPU if there is none."""
     driver = nvidia_driver()
     if driver is not None and driver.gpus:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and none answers here"))
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

@@ -1,9 +1,8 @@
-"""Many small cases in one test: ``@each`` is ``parametrize`` that makes a single item.
+"""Runs many small cases in one test: ``@each`` is ``parametrize`` with a single test item.
 
-For cases that take milliseconds and share their fixtures. All are tried; a failure names
-every case that failed and shows the first one's traceback. ``tmp_path`` is a new folder for
-each case, and a fixture named as ``fresh`` is copied for each; a case must leave others as they
-were.
+For cases that take milliseconds and share their fixtures. All cases run; a failure lists every
+failed case with the traceback of the first. ``tmp_path`` is a new folder for each case, and
+the fixture ``fresh`` is copied for each; a case must not change other fixtures.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ def each(
     """Return a decorator that runs a test once for each case, as one item.
 
     Args:
-        names: of the arguments that a case gives, as ``pytest.mark.parametrize`` takes them.
-        cases: one value each, or as many as there are names.
-        fresh: a fixture, a folder or an object, of which each case gets a copy of its own.
+        names: argument names, as for ``pytest.mark.parametrize``.
+        cases: one value each, or one for each name.
+        fresh: a fixture (a folder or an object) to copy for each case.
     """
     chosen = tuple(names.replace(" ", "").split(",")) if isinstance(names, str) else names
     listed = [case if len(chosen) > 1 else (case,) for case in cases]
@@ -38,33 +37,33 @@ def each(
         signature = inspect.signature(test)
 
         @functools.wraps(test)
-        def looped(*arguments: Any, **fixtures: Any) -> None:
+        def run_cases(*arguments: Any, **fixtures: Any) -> None:
             failed: list[tuple[Any, BaseException]] = []
             for number, values in enumerate(listed):
-                given = {**fixtures, **dict(zip(chosen, values, strict=True))}
-                if "tmp_path" in given:
-                    given["tmp_path"] = _folder(given["tmp_path"], number)
+                kwargs = {**fixtures, **dict(zip(chosen, values, strict=True))}
+                if "tmp_path" in kwargs:
+                    kwargs["tmp_path"] = _folder(kwargs["tmp_path"], number)
                 if fresh:
-                    given[fresh] = _copy(given[fresh], number)
+                    kwargs[fresh] = _copy(kwargs[fresh], number)
                 try:
-                    test(*arguments, **given)
+                    test(*arguments, **kwargs)
                 except (Exception, pytest.fail.Exception) as error:
                     failed.append((values, error))
             if failed:
                 lines = [f"{_short(values)}: {_short(error)}" for values, error in failed]
-                told = "\n".join([f"{len(failed)} of {len(listed)} cases failed", *lines])
-                raise AssertionError(told) from failed[0][1]
+                message = "\n".join([f"{len(failed)} of {len(listed)} cases failed", *lines])
+                raise AssertionError(message) from failed[0][1]
 
-        left = [p for name, p in signature.parameters.items() if name not in chosen]
-        looped.__signature__ = signature.replace(parameters=left)  # type: ignore[attr-defined]
-        return cast(Test, looped)
+        others = [p for name, p in signature.parameters.items() if name not in chosen]
+        run_cases.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+        return cast(Test, run_cases)
 
     assert listed, "there is no case"
     return decorate
 
 
 def _copy(value: object, number: int) -> object:
-    """Return a copy of a folder, beside it, or of an object."""
+    """Return a copy of a folder, next to it, or of an object."""
     if not isinstance(value, Path):
         return copy.deepcopy(value)
     target = value.with_name(f"{value.name}-{number}")

@@ -1,4 +1,4 @@
-"""Documents held against their JSON Schemas."""
+"""Validation of documents with their JSON Schemas."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ def _validator(name: str) -> Any:
 
 
 def validate_json_output(document: Any, command: str) -> None:
-    """Return if a document is what a command prints with ``--json``.
+    """Validate the output of a command with ``--json``.
 
     Args:
-        document: as JSON gave it.
-        command: a name in :data:`DOCUMENTS`; those that begin with it and a dash are
+        document: the parsed JSON.
+        command: a name in :data:`DOCUMENTS`; names that begin with it and a dash are
             other documents of the same command.
 
     Raises:
-        AssertionError: it is none of them; the first fault of the nearest one is told.
+        AssertionError: no schema matches; reports the first error of the nearest one.
     """
     names = [name for name in DOCUMENTS if name == command or name.startswith(f"{command}-")]
-    faults = [list(_validator(name).iter_errors(document)) for name in names]
-    if all(faults) and faults:
-        worst = jsonschema.exceptions.best_match(min(faults, key=len))
+    errors = [list(_validator(name).iter_errors(document)) for name in names]
+    if all(errors) and errors:
+        worst = jsonschema.exceptions.best_match(min(errors, key=len))
         raise AssertionError(f"{command} --json: {worst.json_path}: {worst.message[:300]}")

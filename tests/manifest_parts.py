@@ -1,4 +1,4 @@
-"""Parts of a manifest, for tests of what does not look into them."""
+"""Entries of a manifest with placeholder values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WEIGHTS = Origin(name="weights", sha256="0" * 64)
 
 
 def network_info(name: str = "m", **changes: Any) -> NetworkInfo:
-    """Return what a bundle says of a network called ``name``, but for ``changes``."""
+    """Return the description of a network with ``changes``."""
     values: dict[str, Any] = {
         "name": name,
         "weights": WeightsSource(name, "", "random", "0" * 64, 0, "top level", ()),
@@ -32,7 +32,7 @@ def network_info(name: str = "m", **changes: Any) -> NetworkInfo:
 def artifact_entry(
     name: str, kind: Any, precision: Any, file: str, files: Iterable[str] = (), **more: Any
 ) -> Artifact:
-    """Return an artifact whose ``files``, by default its one, are digested when it is recorded."""
+    """Return an artifact; the digests of its files are added when it is recorded."""
     more = {"made_from": WEIGHTS, "made_with": {}, **more}
     digests = dict.fromkeys(files or [file], "")
     return Artifact(name=name, kind=kind, precision=precision, file=file, files=digests, **more)

@@ -260,7 +260,7 @@ class TestBundle:
         result = cli(*command.format(exported.path).split())
         assert result.exit_code == 2, result.stderr
         told, name = " ".join(result.stderr.split()), command.split()[0]
-        assert f"gives feature maps (stage1, stage2, stage3, stage4), and `{name}` is of" in told
+        assert f"returns feature maps (stage1, stage2, stage3, stage4), and `{name}` needs" in told
 
     def test_engines_are_built_of_it(self, exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
         pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")

@@ -1,4 +1,4 @@
-"""Which settings ``--tune`` tries, and which of them is kept."""
+"""Candidates of ``--tune``, and the selection of the fastest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
 
 
 @each(
-    ("asked", "expected"),
+    ("options", "expected"),
     [
         ({}, [f"{precision}{level}" for precision in ("fp32", "fp16", "int8") for level in LEVELS]),
         (
@@ -39,15 +39,17 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
         ),
     ],
 )
-def test_what_is_tried(precisions_bundle: Path, asked: dict[str, Any], expected: list[str]) -> None:
-    found = tuning_candidates(Bundle.open(precisions_bundle), BuildSettings(tune=True, **asked))
-    assert [candidate.description for candidate in found] == expected
+def test_candidates(precisions_bundle: Path, options: dict[str, Any], expected: list[str]) -> None:
+    candidates = tuning_candidates(
+        Bundle.open(precisions_bundle), BuildSettings(tune=True, **options)
+    )
+    assert [candidate.description for candidate in candidates] == expected
 
 
-def test_the_fastest_that_holds_its_gate_is_kept(
+def test_fastest_passing_candidate_is_built(
     copy_bundle: Copy, precisions_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fastest of all fails its gate; one cannot be built."""
+    """The fastest candidate fails its gate, and another cannot be built."""
     times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
     folder, kept = copy_bundle(precisions_bundle), []
 
@@ -67,11 +69,11 @@ def test_the_fastest_that_holds_its_gate_is_kept(
     monkeypatch.setattr("van_deploy.engine.fleet.engine_cells", planned)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "measure_candidate", measure_candidate)
-    asked: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
-    rows = van_deploy.open_bundle(folder).build(**asked, images=folder).tuned
+    options: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
+    rows = van_deploy.open_bundle(folder).build(**options, images=folder).tuned
     assert [row.candidate for row in rows if row.kept] == ["int8 deep, level 3, tiling none"]
     assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
     assert kept == [("deep",), (("int8",), "none", False)]
     times.update(dict.fromkeys(times, (1.0, False)))
     with pytest.raises(ConversionError, match="No candidate passes its gate"):
-        van_deploy.open_bundle(folder).build(**asked, images=folder)
+        van_deploy.open_bundle(folder).build(**options, images=folder)

@@ -1,4 +1,4 @@
-"""A bundle is written whole or not at all, and believes only its digests."""
+"""Bundles: atomic writes, strict reading, and digests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bundle(tmp_path: Path) -> Path:
     return tmp_path / "b"
 
 
-def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
+def test_write_and_read(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     assert opened.name == "m"
     assert opened.verified_path("fp32").read_text() == "weights"
@@ -52,15 +52,17 @@ def test_what_was_written_is_read_back_and_verified(bundle: Path) -> None:
     assert Bundle.open(bundle / MANIFEST).path == bundle
     with pytest.raises(BundleError, match="has no artifact 'int8'; it has: fp32") as caught:
         opened.artifact("int8")
-    assert caught.value.remedy == f"Make it with `van-deploy quantize {bundle} --precision int8`."
+    assert caught.value.remedy == f"Create it with `van-deploy quantize {bundle} --precision int8`."
     (bundle / "fp32.onnx").write_text("changed")
     with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
         opened.verified_path("fp32")
     (bundle / "fp32.onnx").unlink()
-    assert opened.problems() == [f"'{bundle}/fp32.onnx' is named in the manifest and missing."]
+    assert opened.problems() == [
+        f"'{bundle}/fp32.onnx' is in the manifest, but the file is missing."
+    ]
 
 
-def test_an_error_half_way_leaves_the_old_bundle_or_none(bundle: Path, tmp_path: Path) -> None:
+def test_error_while_writing_keeps_the_old_bundle(bundle: Path, tmp_path: Path) -> None:
     before = contents(tmp_path)
 
     def fails(folder: Path, name: str | None) -> None:
@@ -82,17 +84,17 @@ def test_an_error_half_way_leaves_the_old_bundle_or_none(bundle: Path, tmp_path:
 
 
 class Killed(BaseException):
-    """Stands for the process ending at once."""
+    """Simulates a killed process."""
 
 
 @pytest.mark.parametrize("moves", range(4))
-def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
+def test_commit_is_completed_after_a_kill(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     # Three files are moved (two artifacts and the manifest) and then the folder goes.
     real, done, before = Path.replace, 0, (bundle / MANIFEST).read_text()
 
-    def dies(self: Path, target: Path) -> Path:
+    def kill(self: Path, target: Path) -> Path:
         nonlocal done
         if ".pending" in self.parts:
             if done == moves:
@@ -100,7 +102,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
             done += 1
         return real(self, target)
 
-    monkeypatch.setattr(Path, "replace", dies)
+    monkeypatch.setattr(Path, "replace", kill)
     try:
         with edit_bundle(bundle) as draft:
             for name, text in (("fp32", "new weights"), ("fp16", "half")):
@@ -116,7 +118,7 @@ def test_killed_while_committing_the_next_reader_sees_the_whole_new_bundle(
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx", "fp16.onnx"}
 
 
-def test_what_was_made_from_an_older_artifact_goes_with_it(bundle: Path) -> None:
+def test_artifacts_of_a_replaced_source_are_removed(bundle: Path) -> None:
     origin = Origin(name="fp32", sha256=Bundle.open(bundle).artifact("fp32").sha256)
     put(bundle, "fp16", "half", origin)
     put(bundle, "engine", "plan", Origin(name="fp16", sha256="0" * 64))
@@ -134,60 +136,61 @@ def nested(levels: int) -> list[Any]:
     return inner
 
 
-def fp32_file(file: str) -> Callable[[dict[str, Any]], object]:
+Edit = Callable[[dict[str, Any]], object]
+
+
+def fp32_file(file: str) -> Edit:
     return lambda m: m["artifacts"]["fp32"].update(file=file, files={file: "0" * 64})
 
 
-def entry_of(section: str, **values: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda m: m[section].update(values)
+def section(name: str, **values: Any) -> Edit:
+    return lambda m: m[name].update(values)
 
 
-CHANGED: list[tuple[Callable[[dict[str, Any]], object], str]] = [
-    *(
-        (fp32_file(name), "is outside the b")
-        for name in ("../x", "/etc/passwd", "a/../../b", "a\\b")
-    ),
-    *(
-        (lambda m, k=k: m.pop(k), f"damaged: '{k}' is missing.")
-        for k in ("written", "weights", "checks")
-    ),
-    (
-        lambda m: m.update(artefacts={}),
-        "the key 'artefacts' is unknown.\nDid you mean 'artifacts'?",
-    ),
+def file_table(file: str) -> Edit:
+    return lambda m: m["files"].update({file: ""})
+
+
+def top(**values: Any) -> Edit:
+    return lambda m: m.update(values)
+
+
+INVALID: list[tuple[Edit, str]] = [
+    *((fp32_file(n), "is outside the b") for n in ("../x", "/etc/passwd", "a/../../b", "a\\b")),
+    (lambda m: m.pop("written"), "damaged: 'written' is missing."),
+    (top(artefacts={}), "the key 'artefacts' is unknown.\nDid you mean 'artifacts'?"),
     (
         lambda m: m["artifacts"]["fp32"].update(precison="fp32"),
         "'artifacts.fp32.precison' is unknown.\nDid you mean 'artifacts.fp32.precision'?",
     ),
     (
-        entry_of("preprocessing", crop=0.9),
+        section("preprocessing", crop=0.9),
         "'preprocessing.crop' is unknown.\nDid you mean 'preprocessing.crop_pct'?",
     ),
-    (lambda m: m["files"].update({"a" * 300: ""}), "is no name of a file"),
-    (lambda m: m["files"].update({"a\x1b": ""}), "is no name of a file"),
-    (lambda m: m["files"].update({"": ""}), "is outside the bundle"),
-    (lambda m: m.update(name='x" } backend: "python'), "it is not a name"),
+    *((file_table(file), "is not a file name") for file in ("a" * 300, "a\x1b")),
+    (file_table(""), "is outside the bundle"),
+    (top(name='x" } backend: "python'), "it is not a name"),
     (
         lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
         "'artifacts.x/../../y' is 'x/../../y': it is not a name",
     ),
-    (lambda m: m.update(written="a" * 5000), "it has 5,000 characters"),
-    (lambda m: m.update(x=nested(50)), "nested more than 40 deep"),
-    (lambda m: m.update(name=float("nan")), "damaged: 'name' is nan"),
-    (entry_of("batch", max="4"), "'batch.max' is '4': it should be a whole number"),
-    (entry_of("batch", max=True), "'batch.max' is True: it should be a whole nu"),
-    (entry_of("batch", max=0), "'batch.max' is 0: it should be greater"),
-    (entry_of("preprocessing", image_size=3), "'preprocessing.image_size' is 3: it"),
-    (entry_of("architecture", out_indices=[9]), "out_indices"),
-    (entry_of("preprocessing", std=[0, 1, 1]), "greater than 0"),
-    (entry_of("preprocessing", mean=[10**400] * 3), "'preprocessing.mean.0' is"),
-    (entry_of("architecture", depths=[-1, 2, 2, 2]), "depths that no network has"),
-    (entry_of("architecture", num_classes=0), "num_classes that no network has"),
-    (lambda m: m.update(class_names=["a"]), "damaged: it has 1 class names for 1000 classes"),
-    (entry_of("architecture", in_chans=4), "it prepares 3 channels for a network"),
-    (entry_of("weights", spec="a\x1b[2J"), "control characters"),
+    (top(written="a" * 5000), "it has 5,000 characters"),
+    (top(x=nested(50)), "nested more than 40 deep"),
+    (top(name=float("nan")), "damaged: 'name' is nan"),
+    (section("batch", max="4"), "'batch.max' is '4': it should be a whole number"),
+    (section("batch", max=True), "'batch.max' is True: it should be a whole nu"),
+    (section("batch", max=0), "'batch.max' is 0: it should be greater"),
+    (section("preprocessing", image_size=3), "'preprocessing.image_size' is 3: it"),
+    (section("architecture", out_indices=[9]), "out_indices"),
+    (section("preprocessing", std=[0, 1, 1]), "greater than 0"),
+    (section("preprocessing", mean=[10**400] * 3), "'preprocessing.mean.0' is"),
+    (section("architecture", depths=[-1, 2, 2, 2]), "invalid depths"),
+    (section("architecture", num_classes=0), "invalid num_classes"),
+    (top(class_names=["a"]), "damaged: it has 1 class names for 1000 classes"),
+    (section("architecture", in_chans=4), "it has preprocessing to 3 channels for a network"),
+    (section("weights", spec="a\x1b[2J"), "control characters"),
     (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
-    (lambda m: m.update(checks={"x": "\ud800"}), "unpaired surrogate"),
+    (top(checks={"x": "\ud800"}), "unpaired surrogate"),
     (lambda m: m["artifacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
 ]
 
@@ -204,15 +207,13 @@ TEXTS = [
     (
         '{"schema": "van-deploy/bundle/1", "name": "m"}',
         f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"
-        "Make the bundle anew: `van-deploy export MODEL",
+        "Create the bundle again in another folder with `van-deploy export`",
     ),
 ]
 
 
-@each(("change", "message"), [*CHANGED, *TEXTS], fresh="bundle")
-def test_what_no_manifest_of_ours_says_is_refused(
-    bundle: Path, change: str | Callable[[dict[str, Any]], object], message: str
-) -> None:
+@each(("change", "message"), [*INVALID, *TEXTS], fresh="bundle")
+def test_invalid_manifests_are_refused(bundle: Path, change: str | Edit, message: str) -> None:
     text = change if isinstance(change, str) else (bundle / MANIFEST).read_text()
     if not isinstance(change, str):
         manifest = json.loads(text)
@@ -224,9 +225,7 @@ def test_what_no_manifest_of_ours_says_is_refused(
     assert message in str(caught.value)
 
 
-def test_what_is_written_again_is_the_same_but_for_its_date(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rewriting_changes_only_the_date(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = Bundle.open(bundle).manifest
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     with edit_bundle(bundle):
@@ -242,13 +241,13 @@ def test_what_is_written_again_is_the_same_but_for_its_date(
 @each(
     ("folder", "name", "message"),
     [
-        ("thesis", "m", "thesis' holds something else (thesis.tex) and no bundle."),
-        ("b", "other", "holds the bundle of 'm', not of 'other'"),
+        ("thesis", "m", "thesis' is not a bundle and contains thesis.tex."),
+        ("b", "other", "contains the bundle of 'm', not of 'other'"),
         ("thesis/thesis.tex", "m", "is a file, not a folder"),
         (os.fsdecode(b"b\xff"), "m", "is not UTF-8"),
     ],
 )
-def test_a_folder_of_something_else_is_left_alone(
+def test_other_folders_are_not_changed(
     tmp_path: Path, folder: str, name: str, message: str
 ) -> None:
     put(tmp_path / "b", "fp32", "weights")
@@ -262,7 +261,7 @@ def test_a_folder_of_something_else_is_left_alone(
     assert len(os.listdir(tmp_path)) == 2
 
 
-def test_two_processes_on_one_bundle_lose_nothing(bundle: Path) -> None:
+def test_concurrent_writers_lose_nothing(bundle: Path) -> None:
     context = multiprocessing.get_context("fork")
     names = [f"a{i}" for i in range(6)]
     workers = [context.Process(target=put, args=(bundle, name, name)) for name in names]
@@ -276,19 +275,19 @@ def test_two_processes_on_one_bundle_lose_nothing(bundle: Path) -> None:
     assert opened.problems() == []
 
 
-# --- folders that no command of ours makes ---------------------------------------------------
+# --- untrusted folders --------------------------------------------------------------------------
 
 
 def pending(name: str, text: str) -> Callable[[Path, Path], None]:
-    """Return what leaves a file of an interrupted commit; ``engines`` is a link that leads out."""
+    """Return a function that adds an interrupted commit; ``engines`` is a link elsewhere."""
 
-    def left(bundle: Path, outside: Path) -> None:
+    def add(bundle: Path, outside: Path) -> None:
         (bundle / "sub").mkdir()
         (bundle / "engines").symlink_to(outside)
         (bundle / ".pending" / name).parent.mkdir(parents=True)
         (bundle / ".pending" / name).write_text(text)
 
-    return left
+    return add
 
 
 def gone(*names: str) -> Callable[[Path, Path], None]:
@@ -296,45 +295,45 @@ def gone(*names: str) -> Callable[[Path, Path], None]:
 
 
 def pipe(name: str) -> Callable[[Path, Path], None]:
-    def made(bundle: Path, outside: Path) -> None:
+    def add(bundle: Path, outside: Path) -> None:
         (bundle / name).unlink(missing_ok=True)
         (bundle / name).parent.mkdir(exist_ok=True)
         os.mkfifo(bundle / name)
 
-    return made
+    return add
 
 
 @each(
-    ("leave", "message"),
+    ("add", "message"),
     [
         (pending("engines/mine", "theirs"), r"engines' is a link"),
         (gone("engines/mine"), r"engines' is a link"),
         (lambda b, outside: (b / ".pending").symlink_to(outside), r"\.pending' is a link"),
         *((pending(".gone", text), "interrupted comm.*damaged") for text in ("", "{", "3", "null")),
-        (gone("sub"), "does not fit the bundle: .*Is a directory"),
-        (gone("fp32.onnx/x"), "does not fit the bundle: .*Not a directory"),
-        (gone("a" * 300), "is no name of a file"),
-        (gone("a\nb"), "is no name of a file"),
-        (pending("sub", "a file where a folder is"), r"\.pending' does not fit the bundle"),
+        (gone("sub"), "do not fit the bundle: .*Is a directory"),
+        (gone("fp32.onnx/x"), "do not fit the bundle: .*Not a directory"),
+        (gone("a" * 300), "is not a file name"),
+        (gone("a\nb"), "is not a file name"),
+        (pending("sub", "a file where a folder is"), r"\.pending' do not fit the bundle"),
         (pipe(MANIFEST), "damaged: .*not a regular file"),
         (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
         (pipe(".pending/.gone"), "damaged: .*not a regular file"),
     ],
     fresh="bundle",
 )
-def test_what_lies_in_a_bundle_from_elsewhere_does_no_harm(
-    bundle: Path, tmp_path: Path, leave: Callable[[Path, Path], object], message: str
+def test_links_and_pipes_in_a_bundle_are_refused(
+    bundle: Path, tmp_path: Path, add: Callable[[Path, Path], object], message: str
 ) -> None:
     outside = tmp_path / "home"
     outside.mkdir()
     (outside / "mine").write_text("mine")
-    leave(bundle, outside)
+    add(bundle, outside)
     with pytest.raises(BundleError, match=message):
         Bundle.open(bundle)
     assert (outside / "mine").read_text() == "mine"
 
 
-def test_a_lock_that_is_held_a_link_or_a_folder_is_said(
+def test_invalid_locks_are_reported(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.bundle.commit.LOCK_WAIT_S", 0.1)
@@ -353,7 +352,7 @@ def test_a_lock_that_is_held_a_link_or_a_folder_is_said(
         put(bundle, "fp16", "x")
 
 
-def test_a_pipe_that_looks_like_a_dead_command_s_folder_is_let_alone(bundle: Path) -> None:
+def test_only_stale_staging_folders_are_removed(bundle: Path) -> None:
     os.mkfifo(bundle / ".staging-x")
     (bundle / ".staging-y").mkdir()
     (bundle / ".staging-y/fp32.onnx").write_text("half written")
@@ -363,8 +362,8 @@ def test_a_pipe_that_looks_like_a_dead_command_s_folder_is_let_alone(bundle: Pat
     assert Bundle.open(bundle).verified_path("fp32").read_text() == "weights"
 
 
-def test_a_first_writer_that_fails_takes_nothing_from_the_second(tmp_path: Path) -> None:
-    """The first made the folder, so it removes it; the second was waiting for its lock."""
+def test_failed_first_writer_keeps_the_second_one_s_bundle(tmp_path: Path) -> None:
+    """The first writer created the folder and removes it while the second waits for the lock."""
     folder, begun = tmp_path / "new", threading.Event()
 
     def fails() -> None:

@@ -1,4 +1,4 @@
-"""``@each`` tries every case, and says which ones failed."""
+"""``@each`` runs every case and lists the failed ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(test: Callable[..., Any], **fixtures: object) -> None:
     cast("Callable[..., None]", test)(**fixtures)
 
 
-def test_every_case_is_tried_in_folders_of_its_own(tmp_path: Path) -> None:
+def test_every_case_runs_in_its_own_folder(tmp_path: Path) -> None:
     seen: list[object] = []
     (tmp_path / "lent").mkdir()
     (tmp_path / "lent/there").touch()

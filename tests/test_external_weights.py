@@ -1,4 +1,4 @@
-"""Weights in other files are read from beside the graph, or not at all."""
+"""External weights are read only from the folder of the graph."""
 
 from __future__ import annotations
 
@@ -22,28 +22,27 @@ VALUES = np.arange(12, dtype=np.float32)
 
 
 def graph_with(location: str, where: str) -> ModelProto:
-    """Return a graph that adds a tensor of another file: an initializer, a constant or deeper."""
+    """Return a graph with an external initializer, constant, or constant in a branch."""
     tensor = numpy_helper.from_array(VALUES, "w")
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
-    given = [tensor] if where == "initializer" else []
-    nodes = (
-        [helper.make_node("Constant", [], ["w"], value=tensor)] if where != "initializer" else []
-    )
+    initializers, nodes = [tensor], []
+    if where != "initializer":
+        initializers, nodes = [], [helper.make_node("Constant", [], ["w"], value=tensor)]
     if where == "branch":
         result = helper.make_tensor_value_info("w", TensorProto.FLOAT, [12])
         branch = helper.make_graph(nodes, "branch", [], [result])
-        given = [numpy_helper.from_array(np.array(True), "yes")]
+        initializers = [numpy_helper.from_array(np.array(True), "yes")]
         nodes = [helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=branch)]
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 12]) for n in "xy")
     nodes.append(helper.make_node("Add", ["x", "w"], ["y"]))
-    graph = helper.make_graph(nodes, "g", [x], [y], given)
+    graph = helper.make_graph(nodes, "g", [x], [y], initializers)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
 
 
 @each("where", ["initializer", "constant", "branch"])
-def test_they_are_found_wherever_a_tensor_can_be(where: str, tmp_path: Path) -> None:
+def test_external_files_are_found_at_any_depth(where: str, tmp_path: Path) -> None:
     model = graph_with("there.bin", where)
     assert external_files_in(model) == ("there.bin",)
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
@@ -51,7 +50,7 @@ def test_they_are_found_wherever_a_tensor_can_be(where: str, tmp_path: Path) -> 
 
 
 @each("content", [b"", b"no graph", b"no graph, with a location"])
-def test_a_file_that_is_no_graph_names_none(content: bytes, tmp_path: Path) -> None:
+def test_invalid_onnx_has_no_external_files(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
     assert external_files(tmp_path / "m.onnx") == ()
 
@@ -69,7 +68,7 @@ def test_a_file_that_is_no_graph_names_none(content: bytes, tmp_path: Path) -> N
         *((name, "which is not a file in its folder") for name in ("pipe.bin", "")),
     ],
 )
-def test_no_engine_is_built_from_files_elsewhere(
+def test_weights_outside_the_folder_are_refused(
     location: str, message: str, where: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "b"
@@ -83,7 +82,7 @@ def test_no_engine_is_built_from_files_elsewhere(
         has_external_weights(folder / "m.onnx", BuildOptions())
 
 
-def test_a_bundle_vouches_for_the_weights_beside_a_graph(tmp_path: Path) -> None:
+def test_external_weights_must_be_in_the_manifest(tmp_path: Path) -> None:
     folder, model = tmp_path / "b", graph_with("w.bin", "constant")
     for files in (["m.onnx", "w.bin"], ["m.onnx"]):
         with edit_bundle(folder, name="m") as draft:

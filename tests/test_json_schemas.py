@@ -1,4 +1,4 @@
-"""The JSON Schemas of documents: current, strict, and what real documents are held against."""
+"""The JSON Schemas of documents: current, strict, and valid for real documents."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from van_deploy.documents import plain, read_toml_file
 from van_deploy.model.variants import list_variants
 
 
-def test_there_is_no_other_file(repository: Path) -> None:
+def test_schema_files_match_the_documents(repository: Path) -> None:
     there = {path.name for path in (repository / "docs/schemas").iterdir()}
     assert there == {f"{name}.schema.json" for name in (*DOCUMENTS, *INPUTS)}
 
 
 @each("name", DOCUMENTS)
-def test_each_is_a_schema_and_describes_what_it_is(name: str) -> None:
+def test_schemas_are_strict_and_described(name: str) -> None:
     schema = document_schema(name)
     jsonschema.Draft202012Validator.check_schema(schema)
-    tables = [found for found in schema.get("$defs", {}).values() if "properties" in found]
+    tables = [table for table in schema.get("$defs", {}).values() if "properties" in table]
     assert all(table["description"] for table in tables)
     assert all(table["required"] == list(table["properties"]) for table in tables)
-    assert all("additionalProperties" in table for table in tables)  # closed, or said to be open
+    assert all("additionalProperties" in table for table in tables)  # closed, or explicitly open
 
 
-def test_real_documents_are_valid_and_spoiled_ones_are_not(digits_bundle: Bundle) -> None:
+def test_real_documents_are_valid_and_changed_ones_are_not(digits_bundle: Bundle) -> None:
     manifest = json.loads((digits_bundle.path / MANIFEST).read_text())
     validate_json_output(manifest, "manifest")
     changes: tuple[dict[str, object], ...] = ({"parameters": "many"}, {"more": 1}, {"weights": {}})
@@ -48,7 +48,7 @@ def test_real_documents_are_valid_and_spoiled_ones_are_not(digits_bundle: Bundle
 
 
 @each(("name", "folder"), [("calibration-set", "calibration"), ("recipe", "export")])
-def test_a_file_that_ships_is_of_its_schema(repository: Path, name: str, folder: str) -> None:
+def test_built_in_files_match_their_schema(repository: Path, name: str, folder: str) -> None:
     validator = jsonschema.Draft202012Validator(INPUTS[name].model_json_schema())
     paths = sorted((repository / folder).glob("*.toml"))
     assert paths

@@ -94,7 +94,7 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
             skipped = result.exit_code == 1 and "SKIPPED" in result.output
             assert result.exit_code == 3 or skipped, (written, result.output)
             assert result.stderr.startswith("error: "), result.output
-        elif result.exit_code == 1 and "INCONCLUSIVE" in result.output:
+        elif result.exit_code == 1 and "inconclusive" in result.output.lower():  # few images
             assert not re.search(r"\bFAIL", result.output), (written, result.output)
         else:
             assert result.exit_code == 0, (written, result.output)

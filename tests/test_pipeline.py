@@ -1,4 +1,4 @@
-"""The main job, from weights to a bundle, and everything that may go wrong on the way."""
+"""Exports, from weights to a bundle, and their errors."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def loaded(recipe: Recipe) -> LoadedVan:
     return load_model(recipe)
 
 
-def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
-    digits_bundle: Bundle, cli: Cli
-) -> None:
+def test_export_writes_a_checked_graph_and_its_description(digits_bundle: Bundle, cli: Cli) -> None:
     manifest = digits_bundle.manifest
     assert digits_bundle.verified_path("fp32").name == "model.onnx"
     fold, agreement = manifest.checks["fold"], manifest.checks["agreement"]
@@ -57,10 +55,10 @@ def test_the_bundle_holds_a_checked_graph_and_says_what_it_is(
     assert description["weights"]["float"]["values"] > 100_000
 
 
-def test_a_second_export_reuses_the_first_and_another_says_what_changed(
+def test_export_is_reused_until_its_inputs_change(
     loaded: LoadedVan, recipe: Recipe, digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
-    """Nothing is folded, nothing simplified, and it is still the network."""
+    """The second graph is neither folded nor simplified."""
     before = digits_bundle.verified_path("fp32").stat().st_mtime_ns
     again = export_bundle(loaded, recipe, digits_bundle.path)
     assert (again.reused, again.reason) == (True, "nothing changed")
@@ -81,10 +79,10 @@ def test_a_second_export_reuses_the_first_and_another_says_what_changed(
     assert result.bundle.rebuild_reason("fp16", {}) == "new"
 
 
-def test_what_is_not_the_network_never_reaches_the_bundle(
+def test_incorrect_graphs_are_not_written(
     loaded: LoadedVan, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights changed after the proof, which the graph shows; then a rewrite that is not exact."""
+    """Weights are changed after the check of the rewrites; then a rewrite is not exact."""
     smaller = recipe.with_changes(batch=BatchRange(1, 1, 2))
 
     def slightly_wrong(model: VAN, images: Tensor, rewrites: Rewrites) -> FoldReport:
@@ -106,7 +104,7 @@ def test_what_is_not_the_network_never_reaches_the_bundle(
     assert not (tmp_path / "b").exists()
 
 
-def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_path: Path) -> None:
+def test_command_prints_verdicts_and_the_path(cli: Cli, tmp_path: Path) -> None:
     words = (
         f"export van_digits --output {tmp_path}/b --batch 1:2:3 --opset 17 --image-size 32 "
         "--mean 0.1 --std 0.2,0.3,0.4 --crop-pct 0.5 --interpolation bilinear"
@@ -120,14 +118,14 @@ def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_p
     assert again["export"]["reused"] is True
     values = again["manifest"]["preprocessing"]
     changed = "image_size, mean, std, interpolation, crop_pct"
-    assert values["source"].endswith(f"except {changed} as asked for")
+    assert values["source"].endswith(f"except {changed} as requested")
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
 
 
 @each(
     ("words", "code", "message"),
     [
-        ("van_b9", 2, "There is no VAN variant called 'van_b9'"),
+        ("van_b9", 2, "There is no VAN variant named 'van_b9'"),
         ("van_b5", 2, "van_b5 has no public ImageNet-1K weights"),
         ("./none.pth", 5, "none.pth"),
         ("van_digits --image-size 8", 2, "8"),
@@ -144,7 +142,7 @@ def test_the_command_prints_the_verdicts_and_where_the_bundle_is(cli: Cli, tmp_p
         ("WITHOUT van_digits", 3, "pip install 'van-deploy[cpu]'"),
     ],
 )
-def test_bad_requests_are_one_message_and_leave_nothing(
+def test_invalid_requests_write_nothing(
     cli: Cli, tmp_path: Path, words: str, code: int, message: str
 ) -> None:
     (tmp_path / "l.txt").write_text("cat\ndog\n")
@@ -158,7 +156,7 @@ def test_bad_requests_are_one_message_and_leave_nothing(
     assert not (tmp_path / "b").exists()
 
 
-def test_random_weights_are_labelled_everywhere(tmp_path: Path) -> None:
+def test_random_weights_are_labelled(tmp_path: Path) -> None:
     recipe = Recipe(
         model=ModelSettings(name="van_b0", weights="random", seed=3),
         batch=BatchRange(1, 1, 1),

@@ -1,4 +1,4 @@
-"""Recipes: every one that ships is valid; a mistake is told as its source spells the key."""
+"""Recipes: built-in recipes, changes, and messages with the key as the user wrote it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,8 @@ from supply_chain.reference import generated_files
 from tests.each import each
 from van_deploy import config
 from van_deploy.config import BatchRange, BenchSettings, Recipe, VerifySettings
-from van_deploy.config.named_options import (
-    EXPORT,
-    RUN,
-    changes_from_kwargs,
-    named_options,
-    settings_from_kwargs,
-)
+from van_deploy.config import named_options as named
+from van_deploy.config.named_options import EXPORT, RUN, Changes, parse_changes, parse_settings
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import builtin_files, parse_assignments, read_recipe, resolve_recipe
@@ -25,12 +20,12 @@ from van_deploy.schema import validate
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> Path:
-    """Return where a recipe is written."""
+def path(tmp_path: Path) -> Path:
+    """Return the path of a recipe."""
     return tmp_path / "mine.toml"
 
 
-def test_the_recipes_that_ship_name_their_model_and_nothing_that_is_the_default() -> None:
+def test_built_in_recipes_only_set_the_name() -> None:
     assert set(builtin_files()) == {*VARIANTS, "van_digits"}
     for name, file in builtin_files().items():
         for given in (name, Path(name), file):
@@ -38,7 +33,7 @@ def test_the_recipes_that_ship_name_their_model_and_nothing_that_is_the_default(
         assert re.findall(r"^\w+ *=", file.read_text(), re.MULTILINE) == ["name ="]
 
 
-MISTAKES = {  # what a file says, and what the message about it holds
+MISTAKES = {  # contents of a file, and a part of the message
     "[modle]\nname='x'": "the key 'modle' is unknown. Did you mean 'model'?",
     "[model]\nnam='x'": "the key 'model.nam' is unknown. Did you mean 'model.name'?",
     "[model\n": "is not TOML",
@@ -78,35 +73,33 @@ MISTAKES = {  # what a file says, and what the message about it holds
 }
 
 
-@each(("text", "said"), MISTAKES.items())
-def test_a_mistake_names_the_file_and_the_key(mine: Path, text: str, said: str) -> None:
-    mine.write_text(text)
+@each(("text", "message"), MISTAKES.items())
+def test_mistakes_name_the_file_and_the_key(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
     with pytest.raises(RecipeError) as caught:
-        read_recipe(mine)
-    assert caught.value.message.startswith(f"The recipe '{mine}'")
-    assert said in f"{caught.value.message} {caught.value.remedy}"
+        read_recipe(path)
+    assert caught.value.message.startswith(f"The recipe '{path}'")
+    assert message in f"{caught.value.message} {caught.value.remedy}"
     with pytest.raises(RecipeError, match="No such file"):
         resolve_recipe("none.toml")
 
 
-def test_whole_numbers_do_for_floats_and_lists_become_tuples(mine: Path) -> None:
-    mine.write_text("")
-    assert read_recipe(mine) == Recipe()
-    mine.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
-    settings = read_recipe(mine).preprocessing
+def test_integers_are_accepted_as_floats(path: Path) -> None:
+    path.write_text("")
+    assert read_recipe(path) == Recipe()
+    path.write_text("[preprocessing]\nmean=[0, 0.5, 1]\ncrop_pct=1")
+    settings = read_recipe(path).preprocessing
     assert (settings.mean, settings.crop_pct) == ((0.0, 0.5, 1.0), 1.0)
 
 
-def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
-    mine: Path, tmp_path: Path
-) -> None:
+def test_paths_are_relative_to_the_recipe(path: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.pth").touch()
     (tmp_path / "set.toml").touch()
-    mine.write_text(
+    path.write_text(
         "[model]\nweights='mine.pth'\n[precision]\nimages='/train'\ncalibration='set.toml'\n"
         "[evaluate]\nimages='val/../test'\nlabels='labels.txt'\n"
     )
-    recipe = read_recipe(mine, parse_assignments(["precision.evaluate=judges"]))
+    recipe = read_recipe(path, parse_assignments(["precision.evaluate=judges"]))
     assert recipe.model.weights == str(tmp_path / "mine.pth")
     assert recipe.precision.images == Path("/train")
     assert recipe.precision.calibration == str(tmp_path / "set.toml")
@@ -123,24 +116,24 @@ def test_paths_are_relative_to_the_recipe_and_those_of_changes_are_not(
         ("images='val'", {"calibration": "train"}, ("train", None)),
     ],
 )
-def test_a_folder_to_calibrate_on_takes_the_place_of_images_and_a_set_s_name_stays_a_name(
-    mine: Path, text: str, changes: dict[str, str], sources: tuple[str | None, ...]
+def test_calibration_is_a_folder_or_a_name(
+    path: Path, text: str, changes: dict[str, str], sources: tuple[str | None, ...]
 ) -> None:
-    (mine.parent / "train").mkdir(exist_ok=True)
-    mine.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
-    given = {name: str(mine.parent / folder) for name, folder in changes.items()}
-    recipe = read_recipe(mine, changes_from_kwargs(RUN, given))
+    (path.parent / "train").mkdir(exist_ok=True)
+    path.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
+    given = {name: str(path.parent / folder) for name, folder in changes.items()}
+    recipe = read_recipe(path, parse_changes(RUN, given))
     folder, name = sources
-    assert recipe.precision.sources == (folder and mine.parent / folder, name)
+    assert recipe.precision.sources == (folder and path.parent / folder, name)
     assert recipe.model.weights == "owner/name"
 
 
-def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
-    mine.write_text(
+def test_fp16_ignores_options_of_int8(path: Path) -> None:
+    path.write_text(
         "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
         "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
     )
-    precision = read_recipe(mine).precision
+    precision = read_recipe(path).precision
     int8, half = precision.of("int8"), precision.of("fp16")
     assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
     assert (half.precision, half.max_drop, half.rest, half.scope) == ("fp16", None, None, ())
@@ -148,16 +141,16 @@ def test_fp16_is_not_asked_what_is_for_int8(mine: Path) -> None:
 
 
 @each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8"])
-def test_a_batch_range_is_three_rising_numbers(text: str) -> None:
+def test_invalid_batch_ranges(text: str) -> None:
     with pytest.raises(UsageError, match=r"should be min:opt:max|is not min <= opt <= max"):
         validate(BatchRange, text)
 
 
-def test_every_key_can_be_set_by_text(mine: Path) -> None:
-    mine.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
+def test_assignments(path: Path) -> None:
+    path.write_text("[batch]\nmin=1\nopt=2\nmax=4\n[engines]\ntf32=true\n")
     assignments = ["engines.tf32=false", "batch.max=8", "model.weights=mine.pth"]
     assignments += ['precision.make=["int8"]', "gates.int8.top1_loss = 0.5"]
-    recipe = read_recipe(mine, parse_assignments(assignments))
+    recipe = read_recipe(path, parse_assignments(assignments))
     assert recipe.engines.tf32 is False
     assert recipe.batch == BatchRange(1, 2, 8)
     assert recipe.model.weights == "mine.pth"
@@ -165,10 +158,10 @@ def test_every_key_can_be_set_by_text(mine: Path) -> None:
     assert recipe.gates.int8.top1_loss == 0.5
 
 
-WRONG: list[tuple[str, object, str]] = [
+INVALID: list[tuple[str, object, str]] = [
     ("--set", "export.opset=40", "'--set export.opset' is 40: it should be less than or equal to"),
     ("--set", "engines.tf23=false", "unknown. Did you mean '--set engines.tf32'?"),
-    ("--set", "tf32", "--set 'tf32' is no assignment. Write KEY=VALUE, such as --set engines."),
+    ("--set", "tf32", "--set 'tf32' is not an assignment. Write KEY=VALUE, such as --set engines."),
     ("--set", "batch.max=8", "'batch.max' cannot be set: 'batch' is not a table. Set 'batch' as"),
     ("--set", "precision.calibrate_on_noise=true", "--set precision.calibrate_on_noise and precis"),
     ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
@@ -179,45 +172,45 @@ WRONG: list[tuple[str, object, str]] = [
 ]
 
 
-@each(("option", "value", "said"), WRONG)
-def test_a_change_that_is_wrong_is_told_as_it_was_written(
-    mine: Path, option: str, value: object, said: str
+@each(("option", "value", "message"), INVALID)
+def test_mistakes_in_changes_name_the_option(
+    path: Path, option: str, value: object, message: str
 ) -> None:
-    mine.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
+    path.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
 
-    def changed() -> Recipe:
+    def parse(value: object) -> Changes:
         if option == "--set":
-            return read_recipe(mine, parse_assignments([str(value)]))
-        return read_recipe(mine, changes_from_kwargs(EXPORT, {option: value}))
+            return parse_assignments([str(value)])
+        return parse_changes(EXPORT, {option: value})
 
     with pytest.raises(UsageError) as caught:
-        changed()
-    assert said in f"{caught.value.message} {caught.value.remedy}"
+        read_recipe(path, parse(value))
+    assert message in f"{caught.value.message} {caught.value.remedy}"
 
 
-def test_another_name_keeps_the_weights() -> None:
-    changes = changes_from_kwargs(EXPORT, {"name": "mine"})
+def test_new_name_keeps_the_weights() -> None:
+    changes = parse_changes(EXPORT, {"name": "mine"})
     renamed = resolve_recipe("van_b1", changes)
     assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
     assert resolve_recipe(resolve_recipe("van_b1"), changes) == renamed
 
 
-def test_options_fill_a_table_and_those_inside_it_and_stand_under_their_headings() -> None:
-    bench = settings_from_kwargs(BenchSettings, {"limit": 5, "streams": 2})
+def test_options_of_inner_tables_and_headings() -> None:
+    bench = parse_settings(BenchSettings, {"limit": 5, "streams": 2})
     assert (bench.streams, bench.budget.limit_s) == (2, 5.0)
-    found = {**named_options(VerifySettings), **EXPORT}
+    found = {**named.named_options(VerifySettings), **EXPORT}
     assert [found[name].panel for name in ("modules", "device", "opset", "name", "batch")] == [
         *("Measurement", "Execution", "Graph", "", "Graph"),
     ]
 
 
 @each("name", [name for name in vars(config) if name.endswith(("Settings", "Options", "Recipe"))])
-def test_every_option_says_what_it_does(name: str) -> None:
-    options = named_options(getattr(config, name))
+def test_every_option_has_a_description(name: str) -> None:
+    options = named.named_options(getattr(config, name))
     assert [option.name for option in options.values() if not option.field.description] == []
 
 
-def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None:
+def test_generated_files_are_current(repository: Path) -> None:
     stale = [
         path.relative_to(repository).as_posix()
         for path, text in generated_files(repository).items()
@@ -226,11 +219,9 @@ def test_what_is_written_from_the_tables_is_up_to_date(repository: Path) -> None
     assert stale == [], "run `python -m supply_chain.reference`"
 
 
-def test_the_page_about_recipes_shows_a_recipe_that_reads_with_every_table(
-    repository: Path, mine: Path
-) -> None:
+def test_example_of_the_page_is_valid(repository: Path, path: Path) -> None:
     page = (repository / "docs" / "recipe.md").read_text()
     (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    mine.write_text(block)
-    assert read_recipe(mine).precision.make == ("fp16", "int8")
+    path.write_text(block)
+    assert read_recipe(path).precision.make == ("fp16", "int8")
     assert set(re.findall(r"^\[(\w+)", block, re.MULTILINE)) == set(Recipe.model_fields)

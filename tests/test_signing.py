@@ -1,4 +1,4 @@
-"""A signed bundle is whole, of that key, and as it was signed; anything else is told."""
+"""Signatures of bundles: signing, verification, and every change that must be detected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from tests.conftest import Cli
 from tests.each import each
 from tests.manifest_parts import artifact_entry, network_info
-from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle, edit_bundle
+from van_deploy.bundle import MANIFEST, Bundle, edit_bundle
+from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError
 from van_deploy.signing import PASSWORD_VARIABLE, open_signed_bundle, sign_bundle
 
@@ -55,7 +56,7 @@ def key(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def check(tmp_path: Path) -> Path:
+def public_key(tmp_path: Path) -> Path:
     """Return the public key."""
     (tmp_path / "k.pem.pub").write_bytes(public())
     return tmp_path / "k.pem.pub"
@@ -67,20 +68,20 @@ def signed(bundle: Path, key: Path) -> Path:
     return bundle
 
 
-def test_a_signature_speaks_for_the_whole_bundle(signed: Path, key: Path, check: Path) -> None:
-    opened, found = open_signed_bundle(signed, check)
+def test_sign_and_verify(signed: Path, key: Path, public_key: Path) -> None:
+    opened, signature = open_signed_bundle(signed, public_key)
     assert opened.digests.keys() == set(FILES)
-    assert (found.bundle, found.files) == (signed, len(FILES))
+    assert (signature.bundle, signature.files) == (signed, len(FILES))
     der = OURS.public_key().public_bytes(pem.Encoding.DER, pem.PublicFormat.SubjectPublicKeyInfo)
-    assert found.key_id == hashlib.sha256(der).hexdigest()
+    assert signature.key_id == hashlib.sha256(der).hexdigest()
     rewrite(signed)
     assert (signed / SIGNATURE).exists()
-    sign_bundle(signed, key)  # mends what a rewrite made stale
-    open_signed_bundle(signed, check)
+    sign_bundle(signed, key)  # replaces the stale signature
+    open_signed_bundle(signed, public_key)
     key.write_bytes(private(ed25519.Ed25519PrivateKey.generate()))
     sign_bundle(signed, key)
     with pytest.raises(SignatureError, match="is signed with another key, "):
-        open_signed_bundle(signed, check)
+        open_signed_bundle(signed, public_key)
 
 
 def flip(path: Path) -> None:
@@ -90,7 +91,7 @@ def flip(path: Path) -> None:
 
 
 def edit_digest(signed: Path) -> None:
-    """Change a file and its digest in the manifest, as who wants not to be noticed would."""
+    """Change a file and its digest in the manifest, as an attacker would."""
     (signed / "model.onnx").write_text("another network")
     manifest = json.loads((signed / MANIFEST).read_text())
     digest = hashlib.sha256(b"another network").hexdigest()
@@ -104,55 +105,55 @@ def rewrite(signed: Path) -> None:
         draft.checks["verify"] = {"passed": True}
 
 
-def change(**values: object) -> Callable[[Path], None]:
-    def changed(signed: Path) -> None:
+def edit_signature(**values: object) -> Callable[[Path], None]:
+    def edit(signed: Path) -> None:
         document = json.loads((signed / SIGNATURE).read_text())
         (signed / SIGNATURE).write_text(json.dumps({**document, **values}))
 
-    return changed
+    return edit
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
-    def written(signed: Path) -> None:
+    def add(signed: Path) -> None:
         (signed / name).parent.mkdir(exist_ok=True)
         (signed / name).write_text(text)
 
-    return written
+    return add
 
 
-STALE, STRANGE = r"The signature of .* does not fit: key ", r"^1 files in .* are not in its manifes"
-SPOILED: list[tuple[Callable[[Path], object], str]] = [
+STALE, UNLISTED = "The signature of .* is not valid", "^1 files in .* are not in its manifest"
+CHANGES: list[tuple[Callable[[Path], object], str]] = [
     *((lambda b, n=n: flip(b / n), f"/{n}' was changed after the manifest") for n in FILES),
     *((lambda b, n=n: (b / n).unlink(), f"/{n}' is named in the manifest and") for n in FILES),
     (edit_digest, STALE),
     (rewrite, STALE),
     (lambda b: (b / MANIFEST).write_bytes((b / MANIFEST).read_bytes() + b" "), STALE),
-    (change(date="2099-01-01T00:00:00+00:00"), STALE),
-    (change(signature=base64.b64encode(bytes(64)).decode()), STALE),
+    (edit_signature(date="2099-01-01T00:00:00+00:00"), STALE),
+    (edit_signature(signature=base64.b64encode(bytes(64)).decode()), STALE),
     (lambda b: (b / SIGNATURE).unlink(), r"is not signed: it has no manifest\.json\.sig"),
-    (lambda b: (b / "more").symlink_to(b.parent), STRANGE),
-    (write(".hidden", "x"), STRANGE),
-    (write(".staging-x/model.onnx", "x"), STRANGE),
+    (lambda b: (b / "more").symlink_to(b.parent), UNLISTED),
+    (write(".hidden", "x"), UNLISTED),
+    (write(".staging-x/model.onnx", "x"), UNLISTED),
     *((write(SIGNATURE, text), "is damaged") for text in ("", "[]", "{}", "\0", "[" * 100_000)),
     (write(SIGNATURE, '{"schema": "van-deploy/signature/9", "algorithm": "none"}'), "has schema"),
-    (change(algorithm="none"), "is damaged"),
-    *((change(signature=text), "is damaged") for text in ("AAAA", "!")),
-    (change(more="x"), "is damaged"),
+    (edit_signature(algorithm="none"), "is damaged"),
+    *((edit_signature(signature=text), "is damaged") for text in ("AAAA", "!")),
+    (edit_signature(more="x"), "is damaged"),
 ]
 
 
-@each(("spoil", "message"), SPOILED, fresh="signed")
-def test_what_is_not_as_it_was_signed_is_told(
-    signed: Path, check: Path, spoil: Callable[[Path], object], message: str
+@each(("edit", "message"), CHANGES, fresh="signed")
+def test_changes_after_signing_are_detected(
+    signed: Path, public_key: Path, edit: Callable[[Path], object], message: str
 ) -> None:
-    spoil(signed)
+    edit(signed)
     with pytest.raises(SignatureError, match=message) as caught:
-        open_signed_bundle(signed, check)
+        open_signed_bundle(signed, public_key)
     assert caught.value.exit_code == 5
 
 
-def test_a_bundle_that_is_not_whole_is_not_signed(bundle: Path, key: Path) -> None:
-    for name, message in ((".hidden", STRANGE), ("model.onnx", "was changed after the manifest")):
+def test_incomplete_bundles_are_not_signed(bundle: Path, key: Path) -> None:
+    for name, message in ((".hidden", UNLISTED), ("model.onnx", "was changed after the manifest")):
         write(name, "other")(bundle)
         with pytest.raises(BundleError, match=message):
             sign_bundle(bundle, key)
@@ -165,11 +166,11 @@ def test_a_bundle_that_is_not_whole_is_not_signed(bundle: Path, key: Path) -> No
         *(("private", text, "PEM form") for text in (b"", b"\0" * 100_000, public())),
         ("private", private(form=pem.PrivateFormat.OpenSSH), "PEM form"),
         ("private", private(ec.generate_private_key(ec.SECP256R1())), "it is an EC"),
-        ("public", private(), "holds no public"),
+        ("public", private(), "is not a readable public"),
         ("public", None, "No such file or directory"),
     ],
 )
-def test_a_file_that_is_no_such_key(
+def test_invalid_keys(
     bundle: Path, tmp_path: Path, kind: str, content: bytes | None, words: str
 ) -> None:
     if content is not None:
@@ -180,8 +181,8 @@ def test_a_file_that_is_no_such_key(
     assert not (bundle / SIGNATURE).exists()
 
 
-def test_the_whole_way_on_the_command_line(
-    cli: Cli, bundle: Path, key: Path, check: Path, monkeypatch: pytest.MonkeyPatch
+def test_commands(
+    cli: Cli, bundle: Path, key: Path, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key.write_bytes(private(password="secret"))
     for password in ("", "wrong"):
@@ -194,10 +195,10 @@ def test_the_whole_way_on_the_command_line(
     signed = cli("sign", bundle, "--key", key, "--json")
     assert signed.exit_code == 0
     assert "others on this machine may read" in " ".join(signed.stderr.split())
-    result = cli("verify-signature", bundle, "--public-key", check, "--json")
+    result = cli("verify-signature", bundle, "--public-key", public_key, "--json")
     assert (result.exit_code, json.loads(result.stdout)["files"]) == (0, len(FILES))
-    table = cli("verify-signature", bundle, "--public-key", check).stdout
-    assert "5 files are what was signed, and there is no other" in table
+    table = cli("verify-signature", bundle, "--public-key", public_key).stdout
+    assert "5 files match the signature, and there are no others" in table
     assert cli("sign", bundle).exit_code == 2
 
 
@@ -209,15 +210,15 @@ CONSUMERS = [
 
 
 @each("command", CONSUMERS, fresh="bundle")
-def test_every_consumer_refuses_a_bundle_without_the_signature(
-    cli: Cli, bundle: Path, key: Path, check: Path, command: str
+def test_commands_refuse_unsigned_and_changed_bundles(
+    cli: Cli, bundle: Path, key: Path, public_key: Path, command: str
 ) -> None:
-    words = [*command.format(bundle).split(), "--require-signature", check]
+    words = [*command.format(bundle).split(), "--require-signature", public_key]
     missing = cli(*words)
     assert (missing.exit_code, missing.stdout) == (5, "")
     assert missing.stderr.startswith(f"error: The bundle '{bundle}' is not signed")
     sign_bundle(bundle, key)
-    if words[0] == "inspect":  # the files here are no ONNX: it is their reader that refuses them
+    if words[0] == "inspect":  # the signature is accepted, and the file is not ONNX
         assert "is not an ONNX file" in cli(*words).stderr
     (bundle / "labels.txt").write_text("cat\n")
     edited = cli(*words)
@@ -225,12 +226,12 @@ def test_every_consumer_refuses_a_bundle_without_the_signature(
     assert f"'{bundle}/labels.txt' was changed" in edited.stderr
 
 
-def test_without_cryptography_it_says_how_to_install_it(
-    cli: Cli, bundle: Path, check: Path, monkeypatch: pytest.MonkeyPatch
+def test_missing_cryptography(
+    cli: Cli, bundle: Path, public_key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.setitem(sys.modules, name, None)
     for words in (("sign", "--key"), ("inspect", "--require-signature")):
-        result = cli(words[0], bundle, words[1], check)
+        result = cli(words[0], bundle, words[1], public_key)
         assert result.exit_code == 3
         assert "pip install 'van-deploy[sign]'" in " ".join(result.stderr.split())

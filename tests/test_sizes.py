@@ -37,7 +37,7 @@ SIZES: dict[str, tuple[ImageSize, SizeRange | None]] = {
     "64x96": ((64, 96), None),
     "dynamic size": ((64, 96), SizeRange(32, (64, 96), (96, 128))),
 }
-LEAST_DB = {"fp32": 105.0, "fp16": 50.0, "bf16": 34.0, "int8": 20.0}
+MIN_DB = {"fp32": 105.0, "fp16": 50.0, "bf16": 34.0, "int8": 20.0}
 ALL = list(itertools.product((None, 2), SIZES, ((), (0, 1, 2, 3))))
 FAST = (
     *((None, "64x96", (0, 1, 2, 3)), (None, "dynamic size", ())),
@@ -54,7 +54,7 @@ def original() -> VAN:
     ("batch", "size", "indices"),
     [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in ALL],
 )
-def test_every_combination_answers_as_pytorch_does(
+def test_every_combination_agrees_with_pytorch(
     original: VAN, batch: int | None, size: str, indices: tuple[int, ...]
 ) -> None:
     native, sizes = SIZES[size]
@@ -81,18 +81,18 @@ def test_every_combination_answers_as_pytorch_does(
     network = network.double()
     for at in sizes.sample_sizes() if sizes else (native,):
         rows, columns = height_width(at)
-        shown = images[:2, :, :rows, :columns].contiguous()
+        crops = images[:2, :, :rows, :columns].contiguous()
         with torch.no_grad():
-            found = network(shown.double())
-        expected = found if isinstance(found, tuple) else (found,)
+            outputs = network(crops.double())
+        expected = outputs if isinstance(outputs, tuple) else (outputs,)
         for name, graph in graphs.items():
-            actual = onnxruntime_outputs(graph, shown.numpy())
+            actual = onnxruntime_outputs(graph, crops.numpy())
             assert list(actual) == list(config.output_names)
             for stage, value in zip(expected, actual.values(), strict=True):
-                assert sqnr_db(stage.numpy(), value) >= LEAST_DB[name], (name, at)
+                assert sqnr_db(stage.numpy(), value) >= MIN_DB[name], (name, at)
 
 
-def test_a_static_graph_refuses_other_batches(original: VAN) -> None:
+def test_static_graph_refuses_other_batches(original: VAN) -> None:
     graph = onnx_from_van(fold_van(original, torch.zeros(1, 3, 64, 64)).model, 64, batch=2)
     images = np.zeros((3, 3, 64, 64), np.float32)
     with pytest.raises(Exception, match="dimension"):
@@ -106,12 +106,8 @@ def test_ranges_of_sizes_and_batches() -> None:
     assert (sizes.contains((96, 64)), sizes.contains((97, 64))) == (True, False)
     assert str(sizes) == "64:64x96:96x128"
     assert SizeRange(64, 64, 64).sample_sizes() == (64,)
-    assert SizeRange((64, 32), (64, 48), (64, 64)).sample_sizes() == (
-        (64, 32),
-        (64, 48),
-        (64, 49),
-        64,
-    )
+    sizes = SizeRange((64, 32), (64, 48), (64, 64))
+    assert sizes.sample_sizes() == ((64, 32), (64, 48), (64, 49), 64)
     eight, rising = validate(BatchRange, "8"), validate(BatchRange, "1:8:8")
     assert (batch_sizes(eight), eight.fixed, rising.fixed) == ((8,), 8, None)
     assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
@@ -119,7 +115,7 @@ def test_ranges_of_sizes_and_batches() -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def dynamic_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Return the digits at 64x96 in batches of 3, sizes dynamic."""
     path = tmp_path_factory.mktemp("sizes") / "b"
     options: Any = {"batch": "3", "image_size": "64x96", "dynamic_size": "64:64x96:96x128"}
@@ -127,59 +123,57 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return Bundle.open(path)
 
 
-def test_a_bundle_is_judged_at_its_batch_and_every_size(made: Bundle) -> None:
-    agreement = made.manifest.checks["agreement"]
+def test_bundle_is_checked_at_its_batch_and_every_size(dynamic_bundle: Bundle) -> None:
+    agreement = dynamic_bundle.manifest.checks["agreement"]
     assert [row["batch"] for row in agreement["batches"]] == [3]
     rules = [finding["rule"] for finding in agreement["findings"]]
     assert rules.count("SQNR") == 1 + 3  # at its own size and the others
     assert agreement["outcome"] == "pass"
-    with np.load(made.path / "golden.npz") as arrays:
+    with np.load(dynamic_bundle.path / "golden.npz") as arrays:
         sizes = {name.split()[1] for name in arrays.files if " " in name}
     assert sizes == {"64x64", "81x97", "96x128"}
 
 
-def test_the_network_fills_the_batch(made: Bundle) -> None:
+def test_network_pads_to_the_fixed_batch(dynamic_bundle: Bundle) -> None:
     images = np.random.default_rng(0).standard_normal((4, 3, 64, 96)).astype(np.float32)
-    with Network(made, "fp32") as network:
-        assert [network.serves(3), network.serves(2)] == [True, False]
-        assert [network.serves_size((96, 64)), network.serves_size((96, 160))] == [True, False]
+    with Network(dynamic_bundle, "fp32") as network:
+        assert [network.supports_batch(3), network.supports_batch(2)] == [True, False]
+        assert [network.supports_size((96, 64)), network.supports_size((96, 160))] == [True, False]
         together = network.run(images)["logits"]
         apart = np.concatenate([network.run(images[i : i + 1])["logits"] for i in range(4)])
     assert np.allclose(together, apart, atol=1e-4)
 
 
-def test_the_other_precisions_and_engines_follow(
-    made: Bundle, digits_bundle: Bundle, cli: Cli
+def test_precisions_and_engines_of_dynamic_sizes(
+    dynamic_bundle: Bundle, digits_bundle: Bundle, cli: Cli
 ) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     for precision in ("fp16", "bf16"):
-        result = cli("quantize", made.path, "--precision", precision)
+        result = cli("quantize", dynamic_bundle.path, "--precision", precision)
         assert result.exit_code == 0, result.stdout
-    built = cli("build", made.path, "--precision", "fp16", "--target", "sm_89")
+    built = cli("build", dynamic_bundle.path, "--precision", "fp16", "--target", "sm_89")
     assert built.exit_code == 0, built.stderr
-    verified = cli("verify", made.path, "--allow-skip", "engines")
+    verified = cli("verify", dynamic_bundle.path, "--allow-skip", "engines")
     assert verified.exit_code == 0, verified.stdout
-    engine = next(a for a in made.open(made.path).artifacts.values() if a.kind == "engine")
-    sidecar = json.loads((made.path / engine.file).with_suffix(".json").read_text())
+    engine = next(
+        a for a in dynamic_bundle.open(dynamic_bundle.path).artifacts.values() if a.kind == "engine"
+    )
+    sidecar = json.loads((dynamic_bundle.path / engine.file).with_suffix(".json").read_text())
     assert sidecar["inputs"][0]["shape"] == [3, 3, -1, -1]
-    for bundle, option, asked, message in (
-        (made, "--batch", "1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
-        (made, "--dynamic-size", "64:32:96", "is not min <= opt <= max"),
-        (
-            digits_bundle,
-            "--dynamic-size",
-            "64:64:96",
-            "size, so it cannot serve 64:64:96",
-        ),
+    for bundle, option, value, message in (
+        (dynamic_bundle, "--batch", "1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
+        (dynamic_bundle, "--dynamic-size", "64:32:96", "is not min <= opt <= max"),
+        (digits_bundle, "--dynamic-size", "64:64:96", "size, so it cannot serve 64:64:96"),
     ):
-        result = cli("build", bundle.path, "--target", "sm_89", option, asked)
+        result = cli("build", bundle.path, "--target", "sm_89", option, value)
         assert result.exit_code in (2, 5)
         assert message in " ".join(result.stderr.split())
 
 
-def test_a_size_that_is_refused_is_shown_as_it_was_written(cli: Cli) -> None:
+def test_message_shows_the_size_as_written(cli: Cli) -> None:
     for words in (("export", "van_digits"), ("bench", "dist/none")):
         result = cli(*words, "--image-size", "64x30")
         assert result.exit_code == 2
-        said = " ".join(result.stderr.split())
-        assert "'64x30': it should be greater than or equal to 32" in said, said
+        assert "'64x30': it should be greater than or equal to 32" in " ".join(
+            result.stderr.split()
+        )

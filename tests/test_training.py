@@ -1,4 +1,4 @@
-"""The packaged network can be trained anew: one short epoch of it."""
+"""Training of the packaged network: one short epoch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_one_short_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert loaded.model(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
-def test_the_packaged_network_is_measured() -> None:
+def test_accuracy_of_the_packaged_network() -> None:
     card = json.loads(EMBEDDED_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     measured = evaluate(EMBEDDED_FOLDER)
     assert measured == card["heldout"]

@@ -1,7 +1,7 @@
-"""The public API: networks in, bundles out, and everything that is done with a bundle.
+"""The public Python API: export networks, and work with bundles.
 
-Functions and methods take the options of the command of their name as keyword arguments.
-``docs/api.md`` shows them at work.
+Functions and methods have the options of the command of the same name as keyword arguments.
+``docs/api.md`` has examples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from van_deploy import bundle as on_disk
+from van_deploy import bundle as disk
 from van_deploy import config
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.document import BenchReport, save_to_bundle
@@ -22,19 +22,14 @@ from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
 from van_deploy.checks.outputs import shared_settings
 from van_deploy.checks.verify import DEFAULT_GATES, VerifyReport, record_check, verify_bundle
-from van_deploy.config.named_options import (
-    EXPORT,
-    Change,
-    changes_from_kwargs,
-    settings_from_kwargs,
-)
+from van_deploy.config.named_options import EXPORT, Change, parse_changes, parse_settings
 from van_deploy.documents import Verdict
 from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
-from van_deploy.runners.network import Network, original_network, require_classes
+from van_deploy.runners.network import Network, original_network, require_classifier
 from van_deploy.serve.package import PackageReport, package
-from van_deploy.serve.predict import Prediction, predict, sources_from
+from van_deploy.serve.predict import Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
 from van_deploy.stopwatch import Progress, no_progress
 
@@ -53,13 +48,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Predictions(Verdict):
-    """The predictions for some images.
+    """Predictions of several images.
 
     Attributes:
-        bundle: whose network answered.
-        artifact: which of its artifacts.
-        images_per_s: answered, over the whole call.
-        predictions: one an image, in order.
+        bundle: path of the bundle.
+        artifact: name of the artifact.
+        images_per_s: over the whole call.
+        predictions: one per image, in order.
     """
 
     bundle: Path
@@ -69,8 +64,8 @@ class Predictions(Verdict):
 
     @property
     def unreadable(self) -> int:
-        """How many images could not be read."""
-        return sum(answer.error is not None for answer in self.predictions)
+        """Number of images that could not be read."""
+        return sum(prediction.error is not None for prediction in self.predictions)
 
     @property
     def passed(self) -> bool:
@@ -78,7 +73,7 @@ class Predictions(Verdict):
         return not self.unreadable
 
     def __len__(self) -> int:
-        """Return how many predictions there are."""
+        """Return the number of predictions."""
         return len(self.predictions)
 
     def __iter__(self) -> Iterator[Prediction]:
@@ -88,11 +83,11 @@ class Predictions(Verdict):
 
 @dataclass(frozen=True)
 class WrittenReport(Verdict):
-    """A bundle's report, as files.
+    """The files of a bundle's report.
 
     Attributes:
-        verdict: ``PASS``, ``FAIL``, ``INCONCLUSIVE`` or ``SKIPPED``, for all checks together.
-        checks: how many of each.
+        verdict: ``PASS``, ``FAIL``, ``INCONCLUSIVE`` or ``SKIPPED``, of all checks.
+        checks: number of checks with each verdict.
         files: the HTML, then the Markdown.
     """
 
@@ -114,21 +109,21 @@ class WrittenReport(Verdict):
 
 
 class Bundle:
-    """A bundle on disk. Each method opens it anew, so that it sees what another one wrote.
+    """A bundle on disk. Each method reads its manifest again, and sees changes by others.
 
     Args:
         path: its folder.
-        require_signature: a public key (a PEM file); the bundle is refused unless it is whole
-            and signed with that key, and nothing is recorded in it.
-        progress: told what the methods do.
+        require_signature: a public key (a PEM file); a bundle that is not signed with this key
+            or incomplete is refused, and results are not saved in the bundle.
+        progress: receives the progress of the methods.
 
     Attributes:
         path: its folder.
-        remarks: what the methods had to say that belongs to no result.
+        remarks: messages of the methods that are not part of a result.
 
     Raises:
         BundleError: there is no bundle.
-        SignatureError: it has no signature, one of another key, or was changed since.
+        SignatureError: it is not signed, is signed with another key, or was changed.
     """
 
     def __init__(
@@ -140,33 +135,33 @@ class Bundle:
     ) -> None:
         self.path, self.progress, self.remarks = Path(path), progress, list[str]()
         self._key = Path(require_signature) if require_signature else None
-        self.path = self.opened().path
+        self.path = self.load().path
 
-    def opened(self) -> on_disk.Bundle:
-        """Return the bundle as its manifest describes it now.
+    def load(self) -> disk.Bundle:
+        """Return the bundle with its current manifest.
 
         Raises:
             BundleError: there is no bundle, or its manifest cannot be read.
-            SignatureError: a signature is required, and this is not what was signed.
+            SignatureError: a signature is required, and is missing or not valid.
         """
         if self._key is None:
-            return on_disk.Bundle.open(self.path)
+            return disk.Bundle.open(self.path)
         return open_signed_bundle(self.path, self._key)[0]
 
     @property
     def name(self) -> str:
         """The model's name, such as ``van_b1``."""
-        return self.opened().name
+        return self.load().name
 
     @property
-    def manifest(self) -> on_disk.Manifest:
-        """What its manifest says now."""
-        return self.opened().manifest
+    def manifest(self) -> disk.Manifest:
+        """The current manifest."""
+        return self.load().manifest
 
     @property
     def artifacts(self) -> list[str]:
-        """The names of everything in it that can be run, in the order they were made."""
-        return list(self.opened().artifacts)
+        """Names of the artifacts, in the order they were made."""
+        return list(self.load().artifacts)
 
     def __repr__(self) -> str:
         """Return the class and the folder."""
@@ -175,48 +170,48 @@ class Bundle:
     def quantize(
         self, *, force: bool = False, **options: Unpack[kw.QuantizeOptions]
     ) -> QuantizeResult:
-        """Add an FP16 or INT8 graph, judged beside FP32; ``passed`` if it holds its gate.
+        """Add an FP16, BF16 or INT8 graph, compared with FP32; ``passed`` if it passes its gate.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.precision.pipeline.quantize_bundle`.
         """
         from van_deploy.precision.pipeline import quantize_bundle
 
-        asked = settings_from_kwargs(config.QuantizeSettings, options)
-        return quantize_bundle(self.opened().path, asked, force=force, progress=self.progress)
+        settings = parse_settings(config.QuantizeSettings, options)
+        return quantize_bundle(self.load().path, settings, force=force, progress=self.progress)
 
     def build(self, *, force: bool = False, **options: Unpack[kw.BuildOptions]) -> BuildReport:
-        """Build engines: TensorRT plans, or packages of Inductor (``backend="inductor"``).
+        """Build engines: TensorRT plans, or Inductor packages (``backend="inductor"``).
 
-        TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
+        TensorRT for RTX, and packages for a CPU, do not need a GPU.
 
         Raises:
-            UsageError: nothing builds what is asked.
-            MissingDependency: what builds it is not installed, or wants a GPU.
+            UsageError: no backend supports the request.
+            MissingDependency: a package is not installed, or the backend needs a GPU.
             BundleError: a graph to build from is missing, and there are no images to make it.
             ConversionError: an engine cannot be built.
         """
         from van_deploy.building import build_bundle
 
-        asked = settings_from_kwargs(config.BuildSettings, options)
-        report = build_bundle(self.opened(), asked, force=force, progress=self.progress)
+        settings = parse_settings(config.BuildSettings, options)
+        report = build_bundle(self.load(), settings, force=force, progress=self.progress)
         if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
             self.remarks.append(
-                "The bundle has new engines, which its signature does not cover: sign it again."
+                "The bundle has new engines that its signature does not cover: sign it again."
             )
         return report
 
     def verify(self, **options: Unpack[kw.VerifyOptions]) -> VerifyReport:
-        """Compare every artifact with PyTorch: logits, batch sizes, flips, modules.
+        """Compare every artifact with PyTorch: logits, batch sizes, label flips, modules.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.verify.verify_bundle`.
         """
-        opened, asked = self.opened(), settings_from_kwargs(config.VerifySettings, options)
-        gates = _gates(asked.recipe)
-        loaded, samples = self._compared(opened, asked)
-        report = verify_bundle(opened, samples, asked, loaded, gates, self.progress)
-        return self._recorded(opened, "verify", report)
+        bundle, settings = self.load(), parse_settings(config.VerifySettings, options)
+        gates = _load_gates(settings.recipe)
+        loaded, samples = self._load_reference(bundle, settings)
+        report = verify_bundle(bundle, samples, settings, loaded, gates, self.progress)
+        return self._record(bundle, "verify", report)
 
     def evaluate(
         self, images: str | Path | None = None, /, **options: Unpack[kw.EvaluationOptions]
@@ -226,71 +221,73 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
         """
-        opened, folder = self.opened(), {"images": images} if images else {}
-        asked = settings_from_kwargs(config.EvaluationSettings, {**options, **folder})
-        gates, loaded = _gates(asked.recipe), self._original(opened, asked.weights)
-        report = evaluate_bundle(opened, loaded, asked, gates, self.progress)
-        return self._recorded(opened, "evaluate", report)
+        bundle, folder = self.load(), {"images": images} if images else {}
+        settings = parse_settings(config.EvaluationSettings, {**options, **folder})
+        gates, loaded = _load_gates(settings.recipe), self._load_original(bundle, settings.weights)
+        report = evaluate_bundle(bundle, loaded, settings, gates, self.progress)
+        return self._record(bundle, "evaluate", report)
 
     def drift(self, **options: Unpack[kw.DriftOptions]) -> DriftReport:
-        """Measure what each stage, block or module of each ONNX artifact adds to the error.
+        """Measure the error of each stage, block or module of each ONNX artifact.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.drift.drift_of_bundle`.
         """
-        opened, asked = self.opened(), settings_from_kwargs(config.DriftSettings, options)
-        loaded, samples = self._compared(opened, asked)
-        report = drift_of_bundle(opened, samples.first(asked.count), asked, loaded, self.progress)
-        return self._recorded(opened, "drift", report)
+        bundle, settings = self.load(), parse_settings(config.DriftSettings, options)
+        loaded, samples = self._load_reference(bundle, settings)
+        samples = samples.first(settings.count)
+        report = drift_of_bundle(bundle, samples, settings, loaded, self.progress)
+        return self._record(bundle, "drift", report)
 
     def check(
         self, baseline: str | Path, *, update: bool = False, **options: Unpack[kw.CheckOptions]
     ) -> regression.CheckReport:
-        """Hold the bundle against its gates and a committed baseline.
+        """Compare the bundle with its gates and a committed baseline.
 
-        With ``update`` the baseline is written from what is measured, if the gates hold.
+        With ``update`` the measured values become the baseline, if the gates pass.
 
         Raises:
-            InputError: the baseline cannot be read, or is not this bundle's.
+            InputError: the baseline cannot be read, or is from another bundle.
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
-        opened, asked = self.opened(), settings_from_kwargs(config.CheckSettings, options)
-        gates, file, say = _gates(asked.recipe), Path(baseline), self.progress
-        known = None if update else regression.read_baseline(file)
-        loaded, samples = self._compared(opened, asked)
-        same = config.VerifySettings(**shared_settings(asked))
-        verified = verify_bundle(opened, samples, same, loaded, gates, say)
+        bundle, settings = self.load(), parse_settings(config.CheckSettings, options)
+        gates, file, progress = _load_gates(settings.recipe), Path(baseline), self.progress
+        saved = None if update else regression.read_baseline(file)
+        loaded, samples = self._load_reference(bundle, settings)
+        shared = shared_settings(settings)
+        verification = config.VerifySettings(**shared)
+        verified = verify_bundle(bundle, samples, verification, loaded, gates, progress)
         evaluated, ratios = None, {}
-        if asked.evaluate is not None or asked.speed:
-            loaded = loaded or self._original(opened, asked.weights)
-        if asked.evaluate is not None and loaded is not None:
-            table = {"images": asked.evaluate, "labels": asked.labels, **shared_settings(asked)}
-            settings = config.EvaluationSettings(**table, class_order=asked.class_order)
-            evaluated = evaluate_bundle(opened, loaded, settings, gates, say)
-        if asked.speed and loaded is not None:
-            say("Measuring ratios of speed")
-            ratios = regression.speed_ratios(opened, loaded, samples, asked)
-        measured = regression.baseline_from(opened, samples, verified, evaluated, ratios)
-        report = regression.compare_with_baseline(measured, known, verified, evaluated)
+        if settings.evaluate is not None or settings.speed:
+            loaded = loaded or self._load_original(bundle, settings.weights)
+        if settings.evaluate is not None and loaded is not None:
+            shared |= {"labels": settings.labels, "class_order": settings.class_order}
+            evaluation = config.EvaluationSettings(images=settings.evaluate, **shared)
+            evaluated = evaluate_bundle(bundle, loaded, evaluation, gates, progress)
+        if settings.speed and loaded is not None:
+            progress("Measuring speed ratios")
+            ratios = regression.speed_ratios(bundle, loaded, samples, settings)
+        measured = regression.baseline_from(bundle, samples, verified, evaluated, ratios)
+        report = regression.compare_with_baseline(measured, saved, verified, evaluated)
         if update and report:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, report.measured.text())  # one figure a line: a change is one line
+            write_atomic(file, report.measured.text())  # one value per line: a short diff
         return report
 
     def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:
-        """Time every artifact in every runtime that is here, each in a process of its own.
+        """Time every artifact in every available runtime, each in its own process.
 
         Args:
-            save: keep the result in the bundle (``bench.json``).
+            save: save the result in the bundle (``bench.json``).
             options: those of the command.
 
         Raises:
             VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
         """
-        opened, asked = self.opened(), settings_from_kwargs(config.BenchSettings, options)
-        report = benchmark_bundle(opened, asked, progress=self.progress)
+        bundle, settings = self.load(), parse_settings(config.BenchSettings, options)
+        report = benchmark_bundle(bundle, settings, progress=self.progress)
         if save:
-            save_to_bundle(report, opened)
+            save_to_bundle(report, bundle)
         return report
 
     def predict(
@@ -301,31 +298,32 @@ class Bundle:
         ``passed`` if every image could be read.
 
         Raises:
-            ImageError: there is no such file, or a folder holds no image.
-            BundleError: there is no such artifact, or its files are not the manifest's.
+            ImageError: a file does not exist, or a folder has no images.
+            BundleError: the artifact does not exist, or its files were changed.
         """
-        asked, start = settings_from_kwargs(config.PredictSettings, options), time.perf_counter()
-        answers = tuple(self.stream(images, **options))
-        rate = len(answers) / (time.perf_counter() - start)
-        return Predictions(self.path, asked.artifact, rate, answers)
+        settings, start = parse_settings(config.PredictSettings, options), time.perf_counter()
+        predictions = tuple(self.stream(images, **options))
+        rate = len(predictions) / (time.perf_counter() - start)
+        return Predictions(self.path, settings.artifact, rate, predictions)
 
     def stream(
         self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
     ) -> Iterator[Prediction]:
-        """Yield what :meth:`predict` returns, one image after the other.
+        """Yield predictions one by one.
 
-        Raises what :meth:`predict` raises.
+        Raises:
+            VanDeployError: as :meth:`predict`.
         """
-        asked = settings_from_kwargs(config.PredictSettings, options)
-        opened = self.opened()
-        require_classes(opened, "predict")
-        sources = sources_from([images] if isinstance(images, Image) else images)
-        batch = asked.batch or min(opened.manifest.batch.opt, len(sources))
-        with Network(opened, asked.artifact, asked, threads=asked.threads) as network:
-            answers = predict(network, sources, top=asked.top_k, batch=batch)
-            for done, answer in enumerate(answers, 1):
-                self.progress("Looking at images", done, len(sources))
-                yield answer
+        settings = parse_settings(config.PredictSettings, options)
+        bundle = self.load()
+        require_classifier(bundle, "predict")
+        sources = find_sources([images] if isinstance(images, Image) else images)
+        batch = settings.batch or min(bundle.manifest.batch.opt, len(sources))
+        with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
+            predictions = predict(network, sources, top=settings.top_k, batch=batch)
+            for done, prediction in enumerate(predictions, 1):
+                self.progress("Predicting", done, len(sources))
+                yield prediction
 
     def package(
         self,
@@ -338,19 +336,19 @@ class Bundle:
 
         Args:
             output: its folder; ``BUNDLE-triton`` by default.
-            only_check: write nothing; check the package that is there.
+            only_check: check the existing package, and write nothing.
             options: those of the command.
 
         Raises:
             InputError: there is no package to check, or Triton cannot load an artifact.
-            MissingDependency: ``only_check``, and what holds Triton's schema is not installed.
-            UsageError: ``output`` holds something else.
+            MissingDependency: ``only_check``, and Triton's schema is not installed.
+            UsageError: ``output`` contains something else.
         """
-        asked = settings_from_kwargs(config.PackageSettings, options)
-        return package(self.opened(), Path(output) if output else None, asked, only_check)
+        settings = parse_settings(config.PackageSettings, options)
+        return package(self.load(), Path(output) if output else None, settings, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
-        """Write everything known of the bundle as one HTML file, and as Markdown beside it.
+        """Write a report of the bundle as one HTML file, and as Markdown next to it.
 
         Args:
             output: the HTML file; ``report.html`` in the bundle by default.
@@ -358,29 +356,30 @@ class Bundle:
         Raises:
             InputError: ``output`` cannot be written.
         """
-        opened = self.opened()
-        document = document_of_bundle(opened)
-        files = write_report(document, opened, Path(output) if output else None)
+        bundle = self.load()
+        document = document_of_bundle(bundle)
+        files = write_report(document, bundle, Path(output) if output else None)
         return WrittenReport(document.state, document.note, tuple(files))
 
-    def _compared(
+    def _load_reference(
         self,
-        opened: on_disk.Bundle,
-        asked: config.VerifySettings | config.DriftSettings | config.CheckSettings,
+        bundle: disk.Bundle,
+        settings: config.VerifySettings | config.DriftSettings | config.CheckSettings,
     ) -> tuple[LoadedVan | None, Samples]:
-        """Return the original network, where it is asked for, and what is judged on."""
-        from_weights = asked.against == "weights"
-        loaded = self._original(opened, asked.weights) if from_weights else None
-        return loaded, samples_for(opened, loaded, asked.images, asked.count or GOLDEN_IMAGES)
+        """Return the original network, if it is the reference, and the samples to compare on."""
+        loaded = None
+        if settings.against == "weights":
+            loaded = self._load_original(bundle, settings.weights)
+        return loaded, samples_for(bundle, loaded, settings.images, settings.count or GOLDEN_IMAGES)
 
-    def _original(self, opened: on_disk.Bundle, weights: Path | None) -> LoadedVan:
+    def _load_original(self, bundle: disk.Bundle, weights: Path | None) -> LoadedVan:
         self.progress("Loading the original network")
-        return original_network(opened, weights)
+        return original_network(bundle, weights)
 
-    def _recorded(self, opened: on_disk.Bundle, name: str, result: Result) -> Result:
-        """Keep a result in the manifest; what was signed stays as it was signed."""
+    def _record(self, bundle: disk.Bundle, name: str, result: Result) -> Result:
+        """Save a result in the manifest, unless that would invalidate a signature."""
         if self._key is None:
-            self.remarks += filter(None, [record_check(opened, name, result)])
+            self.remarks += filter(None, [record_check(bundle, name, result)])
         return result
 
 
@@ -388,8 +387,8 @@ class Exported(Bundle):
     """A bundle that was just exported.
 
     Attributes:
-        done: what exporting did in every precision, and the manifest.
-        result: what it did in FP32: whether and why it was made anew, and how long it took.
+        done: the results of all precisions, and the manifest.
+        result: the result of FP32: whether and why it was built, and the time of each stage.
     """
 
     def __init__(self, done: ExportReport) -> None:
@@ -398,7 +397,7 @@ class Exported(Bundle):
 
     @property
     def passed(self) -> bool:
-        """Whether every precision holds its gate; an FP32 graph that does not is never written."""
+        """Whether every precision passes its gate; an FP32 graph that fails is never written."""
         return self.done.passed
 
     def __bool__(self) -> bool:
@@ -416,7 +415,7 @@ def export(
     progress: Progress = no_progress,
     **options: Unpack[kw.ExportOptions],
 ) -> Exported:
-    """Return a bundle with a VAN as ONNX, checked against PyTorch at every batch size.
+    """Export a VAN to ONNX in a bundle, checked against PyTorch at every batch size.
 
     Args:
         model: a variant (``van_b1``), ``van_digits``, a checkpoint's path, a repository
@@ -424,25 +423,25 @@ def export(
         output: the bundle's folder; ``dist/NAME`` by default.
         images: folder of images to check on; sample photographs by default.
         offline: never use the network.
-        force: make everything anew.
-        progress: told what is done.
+        force: rebuild everything.
+        progress: receives the current step.
         options: keys of the recipe to change.
 
     Raises:
-        UsageError: an option is unknown, is not of its kind, or contradicts another.
+        UsageError: an option is unknown, has the wrong type, or conflicts with another.
         InputError: the weights, the recipe or the images cannot be used.
-        GateFailed: the graph is not the network; nothing was written.
+        GateFailed: the graph differs from the network; nothing was written.
 
     >>> bool(export("van_digits", output=getfixture("tmp_path") / "digits"))
     True
     """
     from van_deploy import exporting, pipeline
 
-    recipe = resolve_recipe(model, changes_from_kwargs(EXPORT, options))
+    recipe = resolve_recipe(model, parse_changes(EXPORT, options))
     loaded = exporting.load_model(recipe, offline=offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
-    how = config.RunSettings(images=Path(images) if images else None, force=force)
-    return Exported(pipeline.export_recipe(loaded, recipe, folder, how, progress))
+    settings = config.RunSettings(images=Path(images) if images else None, force=force)
+    return Exported(pipeline.export_recipe(loaded, recipe, folder, settings, progress))
 
 
 def run_recipe(
@@ -453,13 +452,13 @@ def run_recipe(
     progress: Progress = no_progress,
     **options: Unpack[kw.RunOptions],
 ) -> RunResult:
-    """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
+    """Run a recipe: export, quantise, build engines, verify and evaluate.
 
     Args:
-        recipe: its name or path, or anything that :func:`export` takes.
+        recipe: its name or path, or a model as in :func:`export`.
         output: the bundle's folder; ``dist/NAME`` by default.
-        changes: keys of the recipe with other values, such as ``{"engines.tf32": False}``.
-        progress: told what is done.
+        changes: new values of keys of the recipe, such as ``{"engines.tf32": False}``.
+        progress: receives the current step.
         options: those of the command.
 
     Raises:
@@ -467,18 +466,17 @@ def run_recipe(
     """
     from van_deploy import exporting, pipeline
 
-    how = settings_from_kwargs(config.RunSettings, options)
-    values = {tuple(key.split(".")): Change(one, key) for key, one in (changes or {}).items()}
-    wanted = resolve_recipe(recipe, values)
-    loaded = exporting.load_model(wanted, offline=how.offline, progress=progress)
+    settings, values = parse_settings(config.RunSettings, options), (changes or {}).items()
+    recipe = resolve_recipe(recipe, {tuple(key.split(".")): Change(v, key) for key, v in values})
+    loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = Path(output) if output else Path("dist") / loaded.name
-    return pipeline.run_recipe(loaded, wanted, folder, how, progress)
+    return pipeline.run_recipe(loaded, recipe, folder, settings, progress)
 
 
 open_bundle = Bundle
 """Return the bundle at a path. Arguments and errors are those of :class:`Bundle`."""
 
 
-def _gates(recipe: str) -> config.GateSettings:
-    """Return the gates of the recipe called that, or the defaults."""
+def _load_gates(recipe: str) -> config.GateSettings:
+    """Return the gates of a recipe, or the defaults without one."""
     return load_recipe(recipe).gates if recipe else DEFAULT_GATES

@@ -27,6 +27,7 @@ from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
 from van_deploy.engine import fleet
 from van_deploy.engine.backend import Host, detect_host, device_index
+from van_deploy.engine.fleet import BUILT, REUSED, BuildOutcome
 from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
@@ -77,7 +78,7 @@ class BuildReport(Verdict):
         remarks: a sentence for each missing precision that was made first.
     """
 
-    outcomes: tuple[fleet.BuildOutcome, ...]
+    outcomes: tuple[BuildOutcome, ...]
     tuned: tuple[CandidateResult, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -93,11 +94,7 @@ class BuildReport(Verdict):
 
 
 def build_bundle(
-    bundle: Bundle,
-    settings: config.BuildSettings,
-    *,
-    force: bool = False,
-    progress: Progress = no_progress,
+    bundle: Bundle, settings: config.BuildSettings, *, force: bool, progress: Progress
 ) -> BuildReport:
     """Build the requested engines in the bundle; current ones are reused.
 
@@ -114,9 +111,8 @@ def build_bundle(
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
             package, reused = build_package(bundle.path, one, host, force=force)
             made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
-            cell = fleet.Cell(bundle.path, *made_of)
-            status = fleet.REUSED if reused else fleet.BUILT
-            packages.append(fleet.BuildOutcome(cell, status, package.name, package=package))
+            cell, outcome = fleet.Cell(bundle.path, *made_of), REUSED if reused else BUILT
+            packages.append(BuildOutcome(cell, outcome, package.name, package=package))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
@@ -132,9 +128,9 @@ def build_fleet(
     path: Path,
     settings: config.FleetSettings,
     *,
-    force: bool = False,
-    progress: Progress = no_progress,
-    on_outcome: Callable[[int, int, fleet.BuildOutcome], None],
+    force: bool,
+    progress: Progress,
+    on_outcome: Callable[[int, int, BuildOutcome], None],
 ) -> BuildReport:
     """Build every engine of a fleet file; a failure does not stop the others.
 
@@ -282,7 +278,8 @@ def _build_candidate(path: Path, candidate: Candidate) -> BuildReport:
         images = candidate.settings.images
         int8 = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
         quantize_bundle(path, int8, force=True)
-    return build_bundle(Bundle.open(path), candidate.settings)
+    bundle, progress = Bundle.open(path), no_progress
+    return build_bundle(bundle, candidate.settings, force=False, progress=progress)
 
 
 def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
@@ -300,7 +297,7 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
         shape = (batch.opt, *network.input.shape)
         images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _call_seconds(network.opened, images)
+        seconds = _call_seconds(network.loaded_runner, images)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
     return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
@@ -308,24 +305,26 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
 
 def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
     """Return the minimum mean time of a call: launches queued on the GPU, or runs on the CPU."""
-    with contextlib.ExitStack() as stack:
-        buffers = None
-        if runner.on_gpu:
-            buffers = stack.enter_context(contextlib.closing(runner.resident(images)))
-            buffers.upload()
+    if not runner.on_gpu:
+        return _min_mean_seconds(lambda: runner.run(images), lambda: None)
+    with contextlib.closing(runner.resident(images)) as buffers:
+        buffers.upload()
 
-        def calls(count: int) -> float:
-            start = time.perf_counter()
-            for _ in range(count):
-                if buffers is None:
-                    runner.run(images)
-                else:
-                    buffers.launch()
-            if buffers is not None:
-                buffers.download()
-                buffers.outputs()
-            return (time.perf_counter() - start) / count
+        def synchronize() -> None:
+            buffers.download()
+            buffers.outputs()
 
-        calls(MIN_CALLS)  # compiles, tunes, records
-        count = max(MIN_CALLS, round(MIN_S / calls(MIN_CALLS)))
-        return min(calls(count) for _ in range(ROUNDS))
+        return _min_mean_seconds(buffers.launch, synchronize)
+
+
+def _min_mean_seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
+    def mean_seconds(count: int) -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize()
+        return (time.perf_counter() - start) / count
+
+    mean_seconds(MIN_CALLS)  # compiles, tunes, records
+    count = max(MIN_CALLS, round(MIN_S / mean_seconds(MIN_CALLS)))
+    return min(mean_seconds(count) for _ in range(ROUNDS))

@@ -33,7 +33,7 @@ from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
 from van_deploy.schema import validate
-from van_deploy.serve.embedded import Embedded
+from van_deploy.serve.embedded import EmbedResult
 from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
 MODEL_FILE, LABELS_FILE = "model.onnx", "labels.txt"
@@ -60,7 +60,7 @@ class ExportResult:
     reason: str
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
-    embedded: tuple[Embedded, ...] = ()
+    embedded: tuple[EmbedResult, ...] = ()
 
 
 def load_model(

@@ -1,7 +1,7 @@
-"""What a bundle's manifest says, as one model: written with it, and read with it.
+"""Schema of a bundle's manifest, for reading and writing.
 
-A bundle from somewhere else is input like any other. So the manifest is checked once,
-when it is read; after that every section is there, and of its type.
+A bundle is untrusted input: its manifest is validated once, when it is read. After that every
+section exists and has its type.
 """
 
 from __future__ import annotations
@@ -32,36 +32,36 @@ from van_deploy.schema import (
 
 SCHEMA: Final = "van-deploy/bundle/3"
 MANIFEST = "manifest.json"
-REBUILD_REMEDY = "Make the bundle anew: `van-deploy export MODEL --output DIR`, in another folder."
-LONGEST_NAME_BYTES = 255  # of one file, on every file system in use
+REBUILD_REMEDY = "Create the bundle again in another folder with `van-deploy export`."
+MAX_NAME_BYTES = 255  # of one file name, on all common file systems
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 Embedding = Literal["none", "normalize", "uint8"]
-"""Which preprocessing a graph has inside (see :mod:`van_deploy.graph.embed`)."""
+"""Preprocessing inside a graph (see :mod:`van_deploy.graph.embed`)."""
 
 
 def require_relative_path(relative: str) -> str:
-    """Return the path of a file if it stays inside the bundle.
+    """Return the path of a file if it is inside the bundle.
 
     Raises:
-        ValueError: it is absolute, climbs out, or is no name of a file.
+        ValueError: it is absolute, leaves the bundle, or is not a valid file name.
     """
     path = PurePosixPath(relative)
-    too_long = any(len(part.encode(errors="replace")) > LONGEST_NAME_BYTES for part in path.parts)
+    too_long = any(len(part.encode(errors="replace")) > MAX_NAME_BYTES for part in path.parts)
     if too_long or len(relative) > MAX_TEXT_LENGTH or not relative.isprintable():
-        raise ValueError("is no name of a file")
+        raise ValueError("is not a file name")
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in relative:
         raise ValueError("is outside the bundle")
     return relative
 
 
 RelativePath = Annotated[str, AfterValidator(require_relative_path)]
-"""Path of a file, relative to the bundle and inside it."""
+"""Path of a file inside the bundle, relative to its folder."""
 
 
 class Origin(Schema):
-    """What an artifact was made from.
+    """Source of an artifact.
 
     Attributes:
         name: another artifact's name, or ``weights``.
@@ -77,7 +77,7 @@ class TensorInfo(Schema):
 
     Attributes:
         dtype: NumPy's name.
-        shape: numbers, and names where a dimension is free.
+        shape: numbers, and names of dynamic dimensions.
     """
 
     dtype: Text
@@ -85,22 +85,22 @@ class TensorInfo(Schema):
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """The shape without the batch; -1 where it is free."""
+        """The shape without the batch; -1 for dynamic dimensions."""
         return tuple(-1 if isinstance(length, str) else length for length in self.shape[1:])
 
 
 class GraphInfo(Schema):
-    """What an ONNX file holds.
+    """Contents of an ONNX file.
 
     Attributes:
         opset: ONNX operator set.
         ir_version: of the file's format.
-        nodes: operators in it.
-        operators: how many of each type.
-        weight_bytes: of its weights.
+        nodes: number of operators.
+        operators: number of each type.
+        weight_bytes: size of its weights.
         inputs: by name.
         outputs: by name.
-        exported_nodes: nodes before simplification; None where nothing was exported from PyTorch.
+        exported_nodes: nodes before simplification; None if not exported from PyTorch.
     """
 
     opset: Count
@@ -114,14 +114,14 @@ class GraphInfo(Schema):
 
 
 class EngineInfo(Schema):
-    """What a TensorRT engine or an Inductor package is; its sidecar says the rest.
+    """A TensorRT engine or an Inductor package; its sidecar has the details.
 
     Attributes:
         backend: name and version, such as ``tensorrt-rtx 1.7.1.2`` or ``inductor 2.14.1``.
-        targets: compute capabilities it serves, such as ``sm_89``; a package for CPUs has
-            their architecture, such as ``x86_64``.
-        profiles: batch sizes it serves.
-        parser_layers: layers TensorRT's parser made of the graph; 0 for a package.
+        targets: compute capabilities it runs on, such as ``sm_89``; for CPUs the architecture,
+            such as ``x86_64``.
+        profiles: batch sizes it supports.
+        parser_layers: layers that TensorRT's parser created; 0 for a package.
     """
 
     backend: Text
@@ -131,23 +131,23 @@ class EngineInfo(Schema):
 
 
 class Artifact(Schema):
-    """One thing in a bundle that can be run or read.
+    """A graph, engine or package in a bundle.
 
     Attributes:
-        name: what the manifest calls it: its precision, or an engine's name.
-        kind: ``onnx``; ``serving``, an ONNX file with more inside than the network; ``engine``,
+        name: its key in the manifest: its precision, or an engine's name.
+        kind: ``onnx``; ``serving``, an ONNX file with preprocessing or other outputs; ``engine``,
             a TensorRT plan; ``package``, an Inductor package.
         precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``.
         file: the file to open, relative to the bundle.
-        files: every file that belongs to it (external weights, a sidecar), and its SHA-256.
+        files: SHA-256 of every file of the artifact, also external weights and a sidecar.
         made_from: another artifact, or the weights.
-        made_with: everything that decided what is in it.
-        graph: what is in it, if it is ONNX.
+        made_with: the inputs that determined the contents.
+        graph: contents of an ONNX file.
         embedded: preprocessing inside it (see :mod:`van_deploy.graph.embed`).
-        engine: what it is, if it is an engine or a package.
-        quantization: how it was quantised and what that cost, as measured.
+        engine: facts of an engine or a package.
+        quantization: settings and measured accuracy of the quantisation.
         golden_sqnr_db: SQNR of its logits on the golden samples when it was made, by
-            runner, numeric class and what else it depends on.
+            runner, numeric class and other conditions.
     """
 
     name: FileName = Field(default="", exclude=True)
@@ -170,19 +170,19 @@ class Artifact(Schema):
 
     @property
     def key(self) -> str:
-        """Digest of :attr:`made_with`: equal where nothing that matters has changed."""
+        """Digest of :attr:`made_with`: equal if no relevant input changed."""
         return content_key(self.made_with)
 
 
 class GoldenInfo(Schema):
-    """Images in the bundle with PyTorch's own answers to them, to judge every artifact on.
+    """Golden samples: images in the bundle and PyTorch's outputs for them.
 
     Attributes:
         file: the arrays (see :mod:`van_deploy.checks.golden`).
-        count: how many images.
-        images: what they are, one phrase.
-        originals: encoded images that the first of them were read from.
-        licence: under which terms the images may be passed on.
+        count: number of images.
+        images: description in one phrase.
+        originals: the encoded files of the first images.
+        licence: terms for distributing the images.
     """
 
     file: RelativePath
@@ -192,39 +192,39 @@ class GoldenInfo(Schema):
     licence: Text
 
 
-def _positive(config: VanConfig) -> VanConfig:
+def _check_architecture(config: VanConfig) -> VanConfig:
     sides = {"in_chans": (config.in_chans,)}
     if not config.out_indices:
         sides["num_classes"] = (config.num_classes,)
     if set(config.out_indices) - set(range(len(config.embed_dims))):
-        raise ValueError("has out_indices that no network has")
+        raise ValueError("has invalid out_indices")
     for name in ("embed_dims", "depths", "mlp_ratios", "lka_kernels"):
         sides[name] = getattr(config, name)
     for name, numbers in sides.items():
         if any(not 0 < number < 2**31 for number in numbers):
-            raise ValueError(f"has {name} that no network has")
+            raise ValueError(f"has invalid {name}")
     return config
 
 
 class NetworkInfo(Schema):
-    """What a bundle says of the network it deploys.
+    """Description of the network in a bundle.
 
     Attributes:
-        name: the model's, such as ``van_b1``.
-        weights: where they came from.
+        name: of the model, such as ``van_b1``.
+        weights: their origin.
         architecture: of the network.
-        parameters: how many it has.
-        preprocessing: what its input must have gone through.
-        class_names: in the order of the logits; None where nobody says.
-        batch: the batch sizes the bundle is made for; where there is one, graphs are static.
-        sizes: the input sizes of graphs with dynamic height and width; None where they are fixed.
-        versions: of what made the bundle, by package.
-        golden: images and PyTorch's answers; None where they were left out.
+        parameters: number of parameters.
+        preprocessing: of the input.
+        class_names: in the order of the logits; None if unknown.
+        batch: supported batch sizes; one size makes static graphs.
+        sizes: input sizes of graphs with dynamic height and width; None if they are fixed.
+        versions: of the packages that made the bundle.
+        golden: golden samples; None if the bundle has none.
     """
 
     name: FileName
     weights: Annotated[WeightsSource, SafeDataclass]
-    architecture: Annotated[VanConfig, SafeDataclass, AfterValidator(_positive)]
+    architecture: Annotated[VanConfig, SafeDataclass, AfterValidator(_check_architecture)]
     parameters: Count
     preprocessing: Annotated[Preprocessing, SafeDataclass]
     class_names: Annotated[tuple[Label, ...], Field(min_length=1)] | None
@@ -234,24 +234,25 @@ class NetworkInfo(Schema):
     golden: GoldenInfo | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> NetworkInfo:
-        """Refuse names or preprocessing of another network."""
+    def _check_consistency(self) -> NetworkInfo:
+        """Refuse class names, sizes or preprocessing that do not match the network."""
         classes, channels = self.architecture.num_classes, self.architecture.in_chans
         if self.class_names is not None and len(self.class_names) != classes:
             raise ValueError(f"has {len(self.class_names)} class names for {classes} classes")
         if self.sizes is not None and not self.sizes.contains(self.preprocessing.image_size):
             raise ValueError(
-                f"prepares images of {self.preprocessing.image_size}, not in its sizes"
+                f"has preprocessing to {self.preprocessing.image_size}, outside its sizes"
             )
         if self.preprocessing.channels != channels:
             raise ValueError(
-                f"prepares {self.preprocessing.channels} channels for a network of {channels}"
+                f"has preprocessing to {self.preprocessing.channels} channels for a network with "
+                f"{channels}"
             )
         return self
 
 
-def _named(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
-    """Return the artifacts, each with its key as its name and the digest of its file."""
+def _set_names(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
+    """Return the artifacts with their keys as names; refuse one without the digest of its file."""
     for entry in artifacts.values():
         if entry.file not in entry.files:
             raise ValueError(f"has no digest of '{entry.file}'")
@@ -259,41 +260,41 @@ def _named(artifacts: dict[str, Artifact]) -> dict[str, Artifact]:
 
 
 class Manifest(NetworkInfo, VersionedSchema):
-    """Everything in ``manifest.json``.
+    """Contents of ``manifest.json``.
 
     Attributes:
-        written: when, by the clock of the machine (ISO 8601, UTC).
+        written: time of the last change, by the machine's clock (ISO 8601, UTC).
         artifacts: by name, in the order they were made.
-        checks: the newest result of each check, by its name.
-        files: SHA-256 of the files that belong to no artifact, such as a report.
+        checks: the latest result of each check, by its name.
+        files: SHA-256 of files that are not part of an artifact, such as a report.
     """
 
     schema_: Literal["van-deploy/bundle/3"] = Field(alias="schema")
     written: Text
-    artifacts: Annotated[dict[FileName, Artifact], AfterValidator(_named)]
+    artifacts: Annotated[dict[FileName, Artifact], AfterValidator(_set_names)]
     checks: dict[Text, JsonObject]
     files: dict[RelativePath, Text]
 
 
-def manifest_from(text: str, path: Path) -> Manifest:
-    """Return the manifest that the file at ``path`` holds; the files it names are not looked at.
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """Return the manifest in ``text``, the contents of ``path``; does not open the files in it.
 
     Raises:
-        BundleError: it is damaged, of another version, or names files outside of the bundle.
+        BundleError: it is damaged, of another version, or names files outside the bundle.
     """
     return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY, text)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of the bundle in ``folder``. Errors are :func:`manifest_from`'s.
+    """Return the manifest of the bundle in ``folder``.
 
     Raises:
-        BundleError: there is none.
+        BundleError: it does not exist, or as :func:`parse_manifest`.
     """
     path = folder / MANIFEST
     if not path.exists():
         raise BundleError(
             f"'{folder}' is not a bundle: it has no {MANIFEST}.",
-            "Make one with `van-deploy export MODEL --output DIR`.",
+            "Create one with `van-deploy export MODEL --output DIR`.",
         )
     return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY)

@@ -19,7 +19,7 @@ from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.serve.embedded import embed_artifacts
-from van_deploy.stopwatch import Progress, Stopwatch, no_progress
+from van_deploy.stopwatch import Progress, Stopwatch
 
 EMBED_PROOF_IMAGES = 8  # the graph is checked already, and the added nodes are known
 
@@ -85,11 +85,7 @@ class RunResult(Verdict):
 
 
 def export_recipe(
-    loaded: LoadedVan,
-    recipe: Recipe,
-    output: Path,
-    settings: RunSettings,
-    progress: Progress = no_progress,
+    loaded: LoadedVan, recipe: Recipe, output: Path, settings: RunSettings, progress: Progress
 ) -> ExportReport:
     """Export a recipe's network in all its precisions; without engines and gates.
 
@@ -135,11 +131,7 @@ def export_recipe(
 
 
 def run_recipe(
-    loaded: LoadedVan,
-    recipe: Recipe,
-    output: Path,
-    settings: RunSettings,
-    progress: Progress = no_progress,
+    loaded: LoadedVan, recipe: Recipe, output: Path, settings: RunSettings, progress: Progress
 ) -> RunResult:
     """Make the bundle of a recipe, and apply its gates.
 

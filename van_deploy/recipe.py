@@ -1,11 +1,11 @@
-"""Recipes, the version-controlled truth of how models are deployed, and calibration sets.
+"""Reads recipes and calibration sets.
 
-A recipe is a TOML file. It is read once, here, into the tables of
-:mod:`van_deploy.config`; a mistake is reported with the file and the key. Paths in it are
-relative to the file. ``export/`` holds one for each variant; a user copies one for a model
-of their own. ``docs/recipe.md`` shows every key.
+A recipe is a TOML file that describes a deployment, to keep under version control. It is read
+into the tables of :mod:`van_deploy.config`; a mistake is reported with the file and the key.
+Paths in it are relative to the file. ``export/`` has one for each variant to copy and adapt,
+and ``docs/recipe.md`` every key.
 
-A calibration set says which images calibrate INT8, and how many; ``calibration/`` holds some.
+A calibration set selects the images that calibrate INT8; ``calibration/`` has the built-in ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from van_deploy.config import Recipe
 from van_deploy.config.fields import PathOrNameMarker, Table, option
-from van_deploy.config.named_options import Change, Changes, explicit_values, recipe_from_tables
+from van_deploy.config.named_options import Change, Changes, explicit_values, parse_recipe
 from van_deploy.documents import tomllib
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.schema import (
@@ -34,18 +34,18 @@ NO_CHANGES: Changes = {}
 
 
 class ImageSelection(Table):
-    """Which images, and how many. Table ``[images]``.
+    """Selection of images. Table ``[images]``.
 
     Attributes:
-        source: A folder (one sub-folder a class, or flat), an .npz, the digits inside the package,
-            or noise.
-        path: The folder or file, relative to the set; empty for what --images gives.
-        count: How many at most.
-        seed: Of the choice.
-        balanced: The same number of every class folder, as far as there are that many.
-        held_out: Share of the chosen images that is not calibrated on but compares the methods,
-            and evaluates the result where there are no other images.
-        digest: Digest the chosen images must have; empty where it is not known.
+        source: A folder (one sub-folder per class, or flat), an .npz, the digits in the package, or
+            noise.
+        path: The folder or file, relative to the set; empty for the path of --images.
+        count: Maximum number of images.
+        seed: Seed of the selection.
+        balanced: Select the same number from every class folder, if there are enough.
+        held_out: Fraction of the images that is not used to calibrate: it compares methods, and
+            evaluates the result if there is no evaluation set.
+        digest: Required digest of the selected images; empty if unknown.
     """
 
     source: Literal["folder", "npz", "digits", "noise"] = option("folder")
@@ -58,11 +58,11 @@ class ImageSelection(Table):
 
 
 class CalibrationSet(Table):
-    """Which images calibrate INT8; one file of ``calibration/``.
+    """Images that calibrate INT8; one file of ``calibration/``.
 
     Attributes:
-        description: What it is for, one sentence.
-        images: Which images.
+        description: Purpose, in one sentence.
+        images: Selection of the images.
     """
 
     description: str = option("")
@@ -70,22 +70,22 @@ class CalibrationSet(Table):
 
 
 def builtin_files(package: str = RECIPES) -> dict[str, Path]:
-    """Return the TOML files inside a data package by name; by default the recipes."""
+    """Return the TOML files in a data package by name; by default the recipes."""
     folder = resources.files(package)
     names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".toml"))
     return {name.removesuffix(".toml"): Path(str(folder / name)) for name in names}
 
 
 def resolve_file(name: str, package: str, what: str) -> Path:
-    """Return the file inside a data package that ``name`` means, or the path that it is.
+    """Return the path of a built-in file or of the user's own file.
 
     Args:
         name: of a file in the package, or a path that ends in ``.toml``.
         package: the data package.
-        what: what errors call such a file, such as ``recipe``.
+        what: its name in messages, such as ``recipe``.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: ``name`` is neither.
     """
     known = builtin_files(package)
     if name in known:
@@ -95,102 +95,101 @@ def resolve_file(name: str, package: str, what: str) -> Path:
         guess = f"Did you mean {' or '.join(near)}? " if near else ""
         raise RecipeError(
             f"There is no {what} called '{name}'.",
-            f"{guess}Known {what}s: {', '.join(known)}; one of your own is given by its path.",
+            f"{guess}Known {what}s: {', '.join(known)}; your own needs a path to a .toml file.",
         )
     return Path(name)
 
 
 def load_recipe(name: str, changes: Changes = NO_CHANGES) -> Recipe:
-    """Return the built-in recipe ``name``, or the one in the file of that path.
+    """Return the built-in recipe ``name``, or the recipe in a file.
 
     Raises:
-        RecipeError: there is none, or it is wrong.
-        UsageError: a change is wrong.
+        RecipeError: it does not exist, or is invalid.
+        UsageError: a change is invalid.
     """
     return read_recipe(resolve_file(name, RECIPES, "recipe"), changes)
 
 
 def resolve_recipe(model: str | Path | Recipe, changes: Changes = NO_CHANGES) -> Recipe:
-    """Return the recipe for what the user gave: a recipe, its name, or anything with weights.
+    """Return the recipe for a recipe, its name or path, or for weights.
 
     Raises:
-        RecipeError: it is a recipe, and wrong.
-        UsageError: a change is wrong.
+        RecipeError: the recipe is invalid.
+        UsageError: a change is invalid.
     """
     if isinstance(model, Recipe):
-        return recipe_from_tables(explicit_values(model), changes)
+        return parse_recipe(explicit_values(model), changes)
     name = str(model)
     if name.endswith(".toml") or name in builtin_files():
         return load_recipe(name, changes)
-    return recipe_from_tables({"model": {"weights": name}}, changes)
+    return parse_recipe({"model": {"weights": name}}, changes)
 
 
 def read_recipe(path: Path, changes: Changes = NO_CHANGES) -> Recipe:
-    """Return the recipe in a TOML file, every key checked.
+    """Return the validated recipe in a TOML file.
 
     Args:
         path: the file.
-        changes: values that replace the file's; paths in them are not relative to it.
+        changes: values that replace the file's; paths in them are not relative to the file.
 
     Raises:
-        RecipeError: the file cannot be read, a key is unknown, or a value is
-            not of its kind; names the file and the key.
-        UsageError: a change is wrong; names the option as it was written.
+        RecipeError: the file cannot be read, a key is unknown, or a value has the wrong type;
+            names the file and the key.
+        UsageError: a change is invalid; names the option as the user wrote it.
     """
     tables = read_toml_tables(path, "recipe", RecipeError)
-    _find_files_(tables, Recipe, path.parent)
-    return recipe_from_tables(tables, changes, f"The recipe '{path}'")
+    _resolve_paths_(tables, Recipe, path.parent)
+    return parse_recipe(tables, changes, f"The recipe '{path}'")
 
 
 def parse_assignments(assignments: Iterable[str]) -> Changes:
-    """Return the changes of a recipe written ``KEY=VALUE``.
+    """Return the changes of ``KEY=VALUE`` assignments.
 
-    The value is TOML; what is none is taken as text, so that ``model.weights=mine.pth``
-    needs no quotation marks.
+    The value is TOML, else text: ``model.weights=mine.pth`` needs no quotation marks.
 
     Raises:
-        UsageError: one has no ``=``, or its key is none of a recipe.
+        UsageError: an assignment has no ``=`` or no key.
     """
     changes: Changes = {}
     for text in assignments:
-        key, equals, given = text.partition("=")
+        key, equals, text_value = text.partition("=")
         place = tuple(part.strip() for part in key.split("."))
         if not equals or not all(place):
             raise UsageError(
-                f"--set '{text}' is no assignment.",
+                f"--set '{text}' is not an assignment.",
                 "Write KEY=VALUE, such as --set engines.tf32=false.",
             )
         try:
-            value = tomllib.loads(f"value = {given}")["value"]
+            value = tomllib.loads(f"value = {text_value}")["value"]
         except tomllib.TOMLDecodeError:
-            value = given
+            value = text_value
         changes[place] = Change(value, f"--set {'.'.join(place)}")
     return changes
 
 
 def load_calibration_set(name: str) -> CalibrationSet:
-    """Return the built-in set ``name``, or the one in the TOML file of that path.
+    """Return the built-in calibration set ``name``, or the set in a TOML file.
 
     Raises:
-        RecipeError: there is none, or it is wrong.
+        RecipeError: it does not exist, or is invalid.
     """
     path = resolve_file(name, CALIBRATION_SETS, "calibration set")
-    found = read_toml_document(CalibrationSet, path, "calibration set", RecipeError)
-    if not found.images.path:
-        return found
-    place = str(path.parent / found.images.path)
-    return found.with_changes(images=found.images.with_changes(path=place))
+    calibration = read_toml_document(CalibrationSet, path, "calibration set", RecipeError)
+    images = calibration.images
+    if not images.path:
+        return calibration
+    return calibration.with_changes(images=images.with_changes(path=str(path.parent / images.path)))
 
 
-def _find_files_(values: Any, schema: type[Settings], folder: Path) -> None:
-    """Make the paths in a recipe's values relative to the working folder, in place."""
+def _resolve_paths_(values: Any, schema: type[Settings], folder: Path) -> None:
+    """Make the relative paths in a recipe's values relative to the working folder, in place."""
     for name, field in schema.model_fields.items() if isinstance(values, dict) else ():
         key = field_key(name, field)
         value, inner = values.get(key), nested_table(field.annotation)
         if inner is not None:
-            _find_files_(value, inner, folder)
+            _resolve_paths_(value, inner, folder)
         elif isinstance(value, str) and value:
             is_path = Path in (field.annotation, *get_args(field.annotation))
-            may_be_path = any(isinstance(mark, PathOrNameMarker) for mark in field.metadata)
-            if is_path or (may_be_path and (folder / value).exists()):
+            is_path_or_name = any(isinstance(one, PathOrNameMarker) for one in field.metadata)
+            if is_path or (is_path_or_name and (folder / value).exists()):
                 values[key] = str(folder / value)

@@ -100,7 +100,7 @@ class OpenSchema(Schema):
     model_config = pydantic.ConfigDict(extra="allow")
 
 
-@dataclass_transform(kw_only_default=True, field_specifiers=(pydantic.Field,))
+@dataclass_transform(field_specifiers=(pydantic.Field,))
 class _StrictInit(ModelMetaclass):
     """Validates ``Settings(...)`` as strictly as a file, with the same messages."""
 

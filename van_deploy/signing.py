@@ -1,10 +1,9 @@
 """Signing a bundle's manifest with Ed25519, and checking such a signature.
 
-The manifest names every file of the bundle with its SHA-256, so one signature
-over it speaks for all of them. It lies beside the manifest as a small JSON file.
-What is signed is the schema, the date and the manifest's bytes, each of the first
-two ended by a newline. Keys are ordinary PEM files (PKCS #8 and SubjectPublicKeyInfo),
-as OpenSSL makes and reads them.
+The manifest has the SHA-256 of every file of the bundle, so one signature of the manifest
+covers all files. The signature is a small JSON file next to the manifest. The signed bytes
+are the schema, the date and the manifest, with a newline after each of the first two. Keys
+are PEM files (PKCS #8 and SubjectPublicKeyInfo), as OpenSSL makes and reads them.
 
 Needs the package ``cryptography``.
 """
@@ -21,31 +20,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from van_deploy.bundle import MANIFEST, SIGNATURE, Bundle
+from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError, require_extra
 from van_deploy.files import write_atomic
-from van_deploy.manifest import manifest_from
+from van_deploy.manifest import parse_manifest
 from van_deploy.schema import Text, VersionedSchema, read_document
 
 SIGNATURE_BYTES = 64  # RFC 8032
 PASSWORD_VARIABLE = "VAN_DEPLOY_KEY_PASSWORD"
-LARGEST_KEY_BYTES = 64 * 2**10  # a PEM key of this kind has 120
-FETCH_AGAIN = "Do not use this bundle; fetch it again, or have it signed again."
+MAX_KEY_BYTES = 64 * 2**10  # an Ed25519 key in PEM has 120
+REPLACE = "Do not use this bundle; download it again, or have it signed again."
 
 
-def _signature(text: str) -> str:
+def _check_signature(text: str) -> str:
     if len(base64.b64decode(text, validate=True)) != SIGNATURE_BYTES:
-        raise ValueError(f"has not {SIGNATURE_BYTES} bytes")
+        raise ValueError(f"should have {SIGNATURE_BYTES} bytes")
     return text
 
 
 class Signature(VersionedSchema):
-    """What ``manifest.json.sig`` says.
+    """Contents of ``manifest.json.sig``.
 
     Attributes:
-        algorithm: the only one.
+        algorithm: always ``ed25519``.
         key_id: SHA-256 of the public key (DER, SubjectPublicKeyInfo), in hexadecimal.
-        date: when it was signed, by the clock of the signer (ISO 8601, UTC); signed too.
+        date: time of signing, by the signer's clock (ISO 8601, UTC); part of the signed bytes.
         signature: 64 bytes, in base64.
     """
 
@@ -53,18 +53,18 @@ class Signature(VersionedSchema):
     algorithm: Literal["ed25519"]
     key_id: Text
     date: Text
-    signature: Annotated[str, AfterValidator(_signature)]
+    signature: Annotated[str, AfterValidator(_check_signature)]
 
 
 @dataclass(frozen=True)
 class SignedBundle:
-    """A bundle, and whose signature it has.
+    """A signed bundle.
 
     Attributes:
         bundle: its folder.
         key_id: of the key that signed it.
-        date: when, by the clock of the signer.
-        files: how many the signature speaks for.
+        date: time of signing, by the signer's clock.
+        files: number of files that the signature covers.
     """
 
     bundle: Path
@@ -74,18 +74,17 @@ class SignedBundle:
 
 
 def sign_bundle(path: Path, key_file: Path) -> SignedBundle:
-    """Sign the bundle at ``path`` with a private key; the signature replaces an older one.
+    """Sign the bundle at ``path`` with a private key, and replace an older signature.
 
     Raises:
-        BundleError: a file of the bundle is missing, changed, or not in the manifest,
-            so that a signature would not hold or not cover it.
-        InputError: there is no such key in the file, or its password is missing or wrong.
+        BundleError: a file of the bundle is missing, changed, or not in the manifest.
+        InputError: the file is not such a key, or its password is missing or incorrect.
         MissingDependency: ``cryptography`` is not installed.
     """
-    key = _key_from(key_file, "private")
+    key = _read_key(key_file, "private")
     bundle = Bundle.open(path)
     content = (bundle.path / MANIFEST).read_bytes()
-    _require_whole(bundle, BundleError, "Nothing was signed. Make the bundle again.")
+    _require_complete(bundle, BundleError, "Nothing was signed. Create the bundle again.")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     signature = Signature(
         schema="van-deploy/signature/1",
@@ -99,62 +98,62 @@ def sign_bundle(path: Path, key_file: Path) -> SignedBundle:
 
 
 def open_signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, SignedBundle]:
-    """Return the bundle at ``path`` and whose signature it has, after checking both whole.
+    """Return the bundle at ``path`` and its signature, after verifying both.
 
-    The signature must be that of the public key's owner and fit the manifest, every file must
-    have the digest the manifest names, and there may be no file that the manifest does not name.
+    The signature must match the public key and the manifest, every file must have its digest in
+    the manifest, and every file must be in the manifest.
 
     Raises:
-        SignatureError: any of this is not so.
+        SignatureError: one of these conditions fails.
         BundleError: there is no bundle, or its manifest cannot be read.
-        InputError: there is no such key in the file.
+        InputError: the file is not such a key.
         MissingDependency: ``cryptography`` is not installed.
     """
-    key = _key_from(key_file, "public")
+    key = _read_key(key_file, "public")
     from cryptography.exceptions import InvalidSignature
 
-    bundle, wanted = Bundle.open(path), _key_id(key)
+    bundle, key_id = Bundle.open(path), _key_id(key)
     content, file = (bundle.path / MANIFEST).read_bytes(), bundle.path / SIGNATURE
     if not file.is_file():
         raise SignatureError(
             f"The bundle '{bundle.path}' is not signed: it has no {SIGNATURE}.",
-            f"Sign it where it was made, with `van-deploy sign {bundle.path} --key FILE`.",
+            f"Sign it on the machine that made it: `van-deploy sign {bundle.path} --key FILE`.",
         )
-    found = read_document(Signature, file, "signature", SignatureError, FETCH_AGAIN)
-    if found.key_id != wanted:
+    signature = read_document(Signature, file, "signature", SignatureError, REPLACE)
+    if signature.key_id != key_id:
         raise SignatureError(
-            f"The bundle '{bundle.path}' is signed with another key, {found.key_id[:16]}..., "
-            f"not with {wanted[:16]}....",
+            f"The bundle '{bundle.path}' is signed with another key, {signature.key_id[:16]}..., "
+            f"not with {key_id[:16]}....",
             "Do not use it, unless you trust that key: then give its public key.",
         )
     try:
-        key.verify(base64.b64decode(found.signature), _signed_bytes(found.date, content))
+        key.verify(base64.b64decode(signature.signature), _signed_bytes(signature.date, content))
     except InvalidSignature:
         raise SignatureError(
-            f"The signature of '{bundle.path}' does not fit: key {wanted[:16]}... signed it on "
-            f"{found.date}, and its manifest (written {bundle.manifest.written}) is not "
-            "what was signed.",
-            "If you changed the bundle yourself since (quantize, build, verify, report ... write "
-            "to its manifest), sign it again. If not, do not use it.",
+            f"The signature of '{bundle.path}' is not valid: key {key_id[:16]}... signed it on "
+            f"{signature.date}, and its manifest (written {bundle.manifest.written}) was changed "
+            "after that.",
+            "If you changed the bundle yourself (quantize, build, verify, report ... write to its "
+            "manifest), sign it again. Otherwise do not use it.",
         ) from None
-    # What was signed, whatever stands in the file by now.
-    bundle = replace(bundle, manifest=manifest_from(content.decode(), bundle.path / MANIFEST))
-    _require_whole(bundle, SignatureError, FETCH_AGAIN)
-    return bundle, SignedBundle(bundle.path, found.key_id, found.date, len(bundle.digests))
+    # Use the verified bytes: the file can change in between.
+    bundle = replace(bundle, manifest=parse_manifest(content.decode(), bundle.path / MANIFEST))
+    _require_complete(bundle, SignatureError, REPLACE)
+    return bundle, SignedBundle(bundle.path, key_id, signature.date, len(bundle.digests))
 
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:
     return f"{Signature.schema_name()}\n{date}\n".encode() + manifest
 
 
-def _require_whole(bundle: Bundle, kind: type[BundleError], remedy: str) -> None:
-    problems, strangers = bundle.problems(), bundle.unlisted_files()
+def _require_complete(bundle: Bundle, kind: type[BundleError], remedy: str) -> None:
+    problems, unlisted = bundle.problems(), bundle.unlisted_files()
     if problems:
         raise kind(" ".join(problems[:3]), remedy)
-    if strangers:
+    if unlisted:
         raise kind(
-            f"{len(strangers)} files in '{bundle.path}' are not in its manifest, so no signature "
-            f"covers them: {', '.join(strangers[:5])}.",
+            f"{len(unlisted)} files in '{bundle.path}' are not in its manifest, so no signature "
+            f"covers them: {', '.join(unlisted[:5])}.",
             "Remove them or move them elsewhere.",
         )
 
@@ -170,16 +169,16 @@ def _key_id(key: Any) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def _key_from(path: Path, wanted: Literal["private", "public"]) -> Any:
-    """Return the Ed25519 key in a PEM file, opened with the environment's password."""
+def _read_key(path: Path, kind: Literal["private", "public"]) -> Any:
+    """Return the Ed25519 key in a PEM file; the password is in the environment."""
     with require_extra("A signature", "sign"):
         from cryptography.hazmat.primitives import serialization as pem
         from cryptography.hazmat.primitives.asymmetric import ed25519
     key: object
     try:
         with path.open("rb") as file:
-            content = file.read(LARGEST_KEY_BYTES)
-        if wanted == "private":
+            content = file.read(MAX_KEY_BYTES)
+        if kind == "private":
             password = os.environ.get(PASSWORD_VARIABLE, "").encode() or None
             key = pem.load_pem_private_key(content, password if b"ENCRYPTED" in content else None)
         else:
@@ -187,12 +186,12 @@ def _key_from(path: Path, wanted: Literal["private", "public"]) -> Any:
         name = type(key).__name__.lstrip("_")
         if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
             raise TypeError(f"it is an {name}")  # noqa: TRY301 - one message for all
-    except Exception as error:  # of many types, one for each way in which a file can be none
+    except Exception as error:  # cryptography raises many types for invalid files
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"'{path}' holds no {wanted} Ed25519 key in PEM form that can be read: {reason}.",
-            "The private key signs and stays where it is, the public one checks; an encrypted one "
-            f"wants its password in the environment variable {PASSWORD_VARIABLE}. SECURITY.md "
-            "shows how OpenSSL makes a pair.",
+            f"'{path}' is not a readable {kind} Ed25519 key in PEM form: {reason}.",
+            "Sign with the private key and verify with the public key; set the password of an "
+            f"encrypted key in the environment variable {PASSWORD_VARIABLE}. SECURITY.md shows "
+            "how to create a pair with OpenSSL.",
         ) from error
     return key

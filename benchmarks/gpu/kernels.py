@@ -1,12 +1,12 @@
-"""The fused kernels on a GPU: checked, tuned one by one, and as a whole network.
+"""Check, tune and time the fused kernels on a GPU, one by one and as a whole network.
 
     python benchmarks/gpu/kernels.py all --variant van_b0,van_b2 --dtype fp16 --out K.json
 
-``check`` compares each kernel with float64 PyTorch, ``network`` times the network with the
-stored tiles, ``all`` tunes as well; ``count`` needs no GPU. ``store`` writes the tuned tiles of
-``--out`` where the package reads them. With ``TRITON_INTERPRET=1`` every step runs on the CPU,
-to rehearse it: ``--variant tiny --size 16 --batch 1 --tries 2``. Each row is written as soon as
-it is known; a kernel that fails is a note.
+``check`` compares each kernel with PyTorch in float64, ``network`` times the network with the
+stored tiles, ``all`` also tunes the tiles; ``count`` needs no GPU. ``store`` writes the tuned tiles
+of ``--out`` to the package. With ``TRITON_INTERPRET=1`` every step runs on the CPU as a rehearsal:
+``--variant tiny --size 16 --batch 1 --tries 2``. Each row is written at once; a kernel that fails
+is a note.
 """
 
 from __future__ import annotations
@@ -19,60 +19,59 @@ import itertools
 import json
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from tiles import candidates
 
+from van_deploy.bench.gpu import Timer, repeat_for, torch_timer
 from van_deploy.files import write_atomic
-from van_deploy.kernels import launch, network, plain, steps
-from van_deploy.kernels.launch import TILES, Launch, Tile, recorded
-from van_deploy.kernels.network import FusedVan, fused
+from van_deploy.kernels import launch, network, ops, reference
+from van_deploy.kernels.launch import TILES, Launch, Tile, record_launches
+from van_deploy.kernels.network import FusedVan, fuse_van
 from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-LIMITS = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
+MAX_RELATIVE_ERROR = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 TINY = VanConfig((16, 32, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
 CONFIGURATIONS = {"tiny": TINY, **{name: variant.config for name, variant in VARIANTS.items()}}
-L2_BYTES = 128 * 2**20  # buffers that are rotated hold at least this together
+L2_BYTES = 128 * 2**20  # minimum total size of rotating inputs, so that none stays in the L2 cache
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of one of the network's steps."""
+class Call(NamedTuple):
+    """One call of an operator of the network."""
 
-    step: str
+    op: str
     arguments: tuple[Any, ...]
     launch: Launch
 
 
-class Log:
-    """Rows, notes and facts in a file that is replaced whenever a row or a note is added."""
+class Results:
+    """Rows, notes and facts in a JSON file that is replaced at each new row or note."""
 
     def __init__(self, path: Path, **facts: Any) -> None:
-        """Begin with some facts."""
+        """Start without rows."""
         self._path, self.facts = path, facts
-        self._added: dict[str, list[Any]] = {"rows": [], "notes": []}
+        self._lists: dict[str, list[Any]] = {"rows": [], "notes": []}
 
     def add(self, kind: str, value: Any) -> None:
         """Add to the ``rows`` or the ``notes``, and print it."""
-        self._added[kind].append(value)
+        self._lists[kind].append(value)
         print(value if kind == "notes" else json.dumps(value)[1:-1].replace('"', ""), flush=True)
-        write_atomic(self._path, json.dumps({**self._added, "facts": self.facts}, indent=1))
+        write_atomic(self._path, json.dumps({**self._lists, "facts": self.facts}, indent=1))
 
     @contextlib.contextmanager
-    def guarded(self, what: str) -> Iterator[None]:
-        """Make a failure inside a note and go on."""
+    def note_failure(self, what: str) -> Iterator[None]:
+        """Add a note for an exception in the block, and continue after it."""
         try:
             yield
         except Exception as error:
@@ -88,17 +87,17 @@ def images(name: str, batch: int, size: int) -> torch.Tensor:
     return few.repeat(math.ceil(batch / len(few)), 1, 1, 1)[:batch]
 
 
-def built(name: str, dtype: torch.dtype) -> FusedVan:
-    """Return the fused network, on no device's terms yet."""
-    model = fused(random_van(CONFIGURATIONS[name]), dtype, fallback=True)
+def fused_network(name: str, dtype: torch.dtype) -> FusedVan:
+    """Return the fused network, which may run on any device."""
+    model = fuse_van(random_van(CONFIGURATIONS[name]), dtype, fallback=True)
     model.fallbacks = ()
     return model
 
 
-def operations(made: Launch) -> int:
-    """Return the floating-point operations of a launch, two a multiply-add."""
-    shapes = [tuple(a.shape) for a in made.arguments if isinstance(a, torch.Tensor)]
-    kind, x = made.key.split("/")[0], shapes[0]
+def operations(recorded: Launch) -> int:
+    """Return the floating-point operations of a launch; a multiply-add counts as two."""
+    shapes = [tuple(a.shape) for a in recorded.arguments if isinstance(a, torch.Tensor)]
+    kind, x = recorded.key.split("/")[0], shapes[0]
     pixels = x[0] * x[1] * x[2]
     if kind == "depthwise":
         return 2 * pixels * x[3] * shapes[1][0] ** 2
@@ -109,50 +108,45 @@ def operations(made: Launch) -> int:
     return 2 * math.prod(shapes[3][:3]) * math.prod(shapes[1])
 
 
-def calls_of(model: FusedVan, x: torch.Tensor) -> tuple[dict[str, Call], Counter[str]]:
+def record_calls(model: FusedVan, x: torch.Tensor) -> tuple[dict[str, Call], Counter[str]]:
     """Run the network once; return one call of each shape class, and their counts."""
     calls: dict[str, Call] = {}
     counts: Counter[str] = Counter()
 
-    def noted(step: str) -> Callable[..., Any]:
+    def recording(op: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            with recorded(run=x.device.type != "meta") as launches:
-                out = getattr(steps, step)(*arguments)
-            calls.setdefault(launches[-1].key, Call(step, arguments, launches[-1]))
+            with record_launches(run=x.device.type != "meta") as launches:
+                out = getattr(ops, op)(*arguments)
+            calls.setdefault(launches[-1].key, Call(op, arguments, launches[-1]))
             counts[launches[-1].key] += 1
             return out
 
         return run
 
-    network.steps = SimpleNamespace(**{step: noted(step) for step in steps.__all__})
-    try:
-        with torch.no_grad():
-            model(x)
-    finally:
-        network.steps = steps
+    stand_in = SimpleNamespace(**{op: recording(op) for op in ops.__all__})
+    with mock.patch.object(network, "ops", stand_in), torch.no_grad():
+        model(x)
     return calls, counts
 
 
-def timed(run: Callable[[int], Any], copies: int, span: float = 0.01) -> float:
-    """Return the median seconds of ``run(i)``, i going round ``copies`` sets of inputs.
+def call_seconds(run: Callable[[int], Any], copies: int, span: float = 0.01) -> float:
+    """Return the median seconds of ``run(i)``, where i cycles through ``copies`` sets of inputs.
 
-    On a GPU by replays of a CUDA graph that holds one run on every set.
+    On a GPU from replays of a CUDA graph that contains a run of each set.
     """
     if not ON_GPU:
-        start = time.perf_counter()
-        run(0)
-        return time.perf_counter() - start
+        return Timer().time_ms(lambda: run(0)) / 1e3
     repeats = copies * max(1, 8 // copies)
-    graph = captured(lambda: [run(number % copies) for number in range(repeats)], 1)
-    return replay_time(graph, span) / repeats
+    graph = capture(lambda: [run(number % copies) for number in range(repeats)], 1)
+    return replay_seconds(graph, span) / repeats
 
 
-def captured(run: Callable[[], Any], warm: int = 2) -> Any:
+def capture(run: Callable[[], Any], warmup: int = 2) -> Any:
     """Return a CUDA graph of ``run``."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.no_grad():
-        for _ in range(warm):
+        for _ in range(warmup):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
@@ -162,35 +156,25 @@ def captured(run: Callable[[], Any], warm: int = 2) -> Any:
     return graph
 
 
-def replay_time(graph: Any, span: float) -> float:
+def replay_seconds(graph: Any, span: float) -> float:
     """Return the median seconds of a CUDA graph's replay, over about ``span`` seconds."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    for event in events:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    once = events[0].elapsed_time(events[1]) / 1e3
-    count = max(5, min(200, int(span / max(once, 1e-6))))
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        graph.replay()
-        mark.record()
-    torch.cuda.synchronize()
-    spans = sorted(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
-    return spans[count // 2]
+    timer = torch_timer()
+    estimate_ms = timer.time_ms(graph.replay, 2) / 2
+    replays = max(1, min(20, round(1e3 * span / 5 / max(estimate_ms, 1e-3))))
+    groups_ms = repeat_for(span, 5, lambda: timer.time_ms(graph.replay, replays))
+    return median(groups_ms) / replays / 1e3
 
 
 def copy_bandwidth() -> float:
-    """Return bytes read and written a second by a large copy on the device."""
+    """Return the bytes read and written per second by a large copy on the device."""
     source = torch.randn(2**28 if ON_GPU else 2**16, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = timed(lambda _: torch.add(source, 1.0, out=target), 1, 0.05)
+    seconds = call_seconds(lambda _: torch.add(source, 1.0, out=target), 1, 0.05)
     return 2 * source.numel() * source.element_size() / seconds
 
 
-def poisoned() -> Any:
-    """Return a context in which kernels allocate NaN, so that what they do not write shows."""
+def nan_allocations() -> Any:
+    """Return a context in which outputs are allocated as NaN, which reveals missing writes."""
     empty, like = torch.empty, torch.empty_like
     return mock.patch.multiple(
         torch,
@@ -199,8 +183,8 @@ def poisoned() -> Any:
     )
 
 
-def walled(tensor: Any) -> Any:
-    """Return a tensor's copy with NaN before and behind it."""
+def pad_with_nan(tensor: Any) -> Any:
+    """Return a copy of a tensor with NaN before and after it, which reveals reads out of bounds."""
     if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
         return tensor
     flat = torch.full((tensor.numel() + 256,), math.nan, dtype=tensor.dtype, device=tensor.device)
@@ -208,104 +192,108 @@ def walled(tensor: Any) -> Any:
     return flat[128:-128].view(tensor.shape)
 
 
-def tune(args: Any, log: Log, model: FusedVan, batch: int, bandwidth: float) -> None:
-    """Check and time every kernel of the network, and keep its best tile."""
+def tune_network(
+    args: Any, results: Results, model: FusedVan, batch: int, bandwidth: float
+) -> None:
+    """Check and time each kernel of the network, and keep its best tile."""
     x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    calls, counts = calls_of(model, x)
+    calls, counts = record_calls(model, x)
     for key, call in calls.items():
-        place = {"network": args.variant, "batch": batch, "kernel": key, "calls": counts[key]}
-        with log.guarded(f"{args.variant}, batch {batch}, {key}"), torch.no_grad():
-            found = tuned(args, call, bandwidth)
-            log.facts["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
-            log.add("rows", {**place, **found})
+        labels = {"network": args.variant, "batch": batch, "kernel": key, "calls": counts[key]}
+        failure = results.note_failure(f"{args.variant}, batch {batch}, {key}")
+        with failure, torch.no_grad():
+            row = tune_kernel(args, call, bandwidth)
+            results.facts["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
+            results.add("rows", {**labels, **row})
 
 
-def tuned(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
-    """Check and time one kernel with its tiles; keep the best one and return its figures."""
-    run = getattr(steps, call.step)
+def tune_kernel(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
+    """Check and time a kernel with all tiles; keep the best tile and return its figures."""
+    run = getattr(ops, call.op)
     doubles = [a.double() if isinstance(a, torch.Tensor) else a for a in call.arguments]
-    expected = getattr(plain, call.step)(*doubles).float()
+    expected = getattr(reference, call.op)(*doubles).float()
     del doubles
-    guarded = tuple(walled(a) for a in call.arguments)
+    padded = tuple(pad_with_nan(a) for a in call.arguments)
     copies = max(1, min(12, L2_BYTES // max(call.launch.bytes, 1)))
     sets = [call.arguments] + [
         tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in call.arguments)
         for _ in range(copies - 1)
     ]
 
-    def attempt(tile: Tile) -> tuple[float, float, Tile]:
-        """Return microseconds, relative error, and the tile; what errs too much is an error."""
+    def try_tile(tile: Tile) -> tuple[float, float, Tile]:
+        """Return microseconds, relative error and the tile; raise if the error is too large."""
         with mock.patch.dict(TILES, {call.launch.key: tile}):
-            with poisoned():
-                found = run(*guarded).to(expected.dtype)
-            error = float((found - expected).norm() / expected.norm())  # NaN where it left a hole
-            if not error <= LIMITS[args.dtype]:
+            with nan_allocations():
+                actual = run(*padded).to(expected.dtype)
+            error = float((actual - expected).norm() / expected.norm())  # NaN after a missing write
+            if not error <= MAX_RELATIVE_ERROR[args.dtype]:
                 raise RuntimeError(f"relative error {error:.2g}")
-            return timed(lambda i: run(*sets[i]), copies, args.span) * 1e6, error, tile
+            return call_seconds(lambda i: run(*sets[i]), copies, args.span) * 1e6, error, tile
 
-    tiles, good, bad = candidates(call.launch)[: args.tries], [], list[str]()
+    tiles, passed, failed = candidates(call.launch)[: args.tries], [], list[str]()
     for tile in tiles:
         try:
-            good.append(attempt(tile))
-        except Exception as failure:  # noqa: PERF203 - each on its own
-            bad.append(f"{tile}: {type(failure).__name__}: {failure}"[:200])
-    if not good:
-        raise RuntimeError(f"no tile works: {'; '.join(bad)}")
-    us, error, tile = min(good, key=lambda one: one[0])
+            passed.append(try_tile(tile))
+        except Exception as error:  # noqa: PERF203 - try the next tile
+            failed.append(f"{tile}: {type(error).__name__}: {error}"[:200])
+    if not passed:
+        raise RuntimeError(f"no tile works: {'; '.join(failed)}")
+    us, error, tile = min(passed, key=lambda one: one[0])
     if len(tiles) > 1:
         TILES[call.launch.key] = tile
-    moved, done = call.launch.bytes, operations(call.launch)
+    size = call.launch.bytes
     return {
         "us": round(us, 2),
-        "default us": round(good[0][0], 2),
-        "MB": round(moved / 1e6, 2),
-        "of copy": round(moved / us * 1e6 / bandwidth, 3),
-        "TFLOP/s": round(done / us / 1e6, 2),
+        "default us": round(passed[0][0], 2),
+        "MB": round(size / 1e6, 2),
+        "of copy": round(size / us * 1e6 / bandwidth, 3),
+        "TFLOP/s": round(operations(call.launch) / us / 1e6, 2),
         "relative error": error,
-        "tiles that fail": len(tiles) - len(good),
+        "tiles that fail": len(failed),
     }
 
 
-def whole(args: Any, log: Log, model: FusedVan, batch: int, tiles: str) -> None:
-    """Time the network under a CUDA graph."""
+def time_network(args: Any, results: Results, model: FusedVan, batch: int, tiles: str) -> None:
+    """Time the network as a CUDA graph."""
     x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    with log.guarded(f"{args.variant}, batch {batch}, {tiles} tiles"), torch.no_grad():
-        graph = captured(lambda: model(x)) if ON_GPU else None
-        seconds = replay_time(graph, 0.25) if graph else timed(lambda _: model(x), 1)
-        place = {"network": args.variant, "batch": batch, "precision": args.dtype}
+    failure = results.note_failure(f"{args.variant}, batch {batch}, {tiles} tiles")
+    with failure, torch.no_grad():
+        graph = capture(lambda: model(x)) if ON_GPU else None
+        seconds = replay_seconds(graph, 0.25) if graph else call_seconds(lambda _: model(x), 1)
+        labels = {"network": args.variant, "batch": batch, "precision": args.dtype}
         what = f"the network as a CUDA graph, {tiles} tiles"
-        log.add("rows", {**place, "what": what, "ms": seconds * 1e3})
+        results.add("rows", {**labels, "what": what, "ms": seconds * 1e3})
 
 
 def count(args: Any, model: FusedVan, batch: int) -> None:
-    """Print launches, bytes and operations; needs no GPU."""
+    """Print launches, bytes and operations; no GPU is needed."""
     channels = model.patch_embed1.weight.shape[2]
     x = torch.empty(batch, channels, args.size, args.size, device="meta", dtype=model.dtype)
-    calls, counts = calls_of(copy.deepcopy(model).to("meta"), x)
-    made = [(calls[key].launch, times) for key, times in counts.items()]
-    moved = sum(one.bytes * n for one, n in made) / batch / 1e6
-    done = sum(operations(one) * n for one, n in made) / batch / 1e9
+    calls, counts = record_calls(copy.deepcopy(model).to("meta"), x)
+    launches = [(calls[key].launch, times) for key, times in counts.items()]
+    size = sum(one.bytes * n for one, n in launches) / batch / 1e6
+    flops = sum(operations(one) * n for one, n in launches) / batch / 1e9
     print(
-        f"{args.variant}, batch {batch}: {counts.total()} launches, {moved:.2f} MB and "
-        f"{done:.3f} GFLOP an image"
+        f"{args.variant}, batch {batch}: {counts.total()} launches, {size:.2f} MB and "
+        f"{flops:.3f} GFLOP per image"
     )
 
 
 def store(path: Path) -> int:
-    """Write the tuned tiles where the package reads them."""
+    """Write the tuned tiles to the file that the package reads."""
     facts = json.loads(path.read_text())["facts"]
-    folder = Path(launch.__file__).parent
-    target = folder / f"tuned_sm{facts['capability'].replace('.', '')}.json"
-    known = json.loads(target.read_text()) if target.is_file() else {}
-    both = sorted((known | facts["tuned"]).items())
-    lines = [f"{json.dumps(key)}: {json.dumps(tile)}" for key, tile in both]
+    name = f"tuned_sm{facts['capability'].replace('.', '')}.json"
+    target = Path(launch.__file__).with_name(name)
+    stored = json.loads(target.read_text()) if target.is_file() else {}
+    tiles = sorted((stored | facts["tuned"]).items())
+    lines = [f"{json.dumps(key)}: {json.dumps(tile)}" for key, tile in tiles]
     target.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"{len(lines)} tiles in {target}")
     return 0
 
 
 def main() -> int:
-    """Run the steps that were asked for."""
+    """Run the requested steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=["count", "check", "network", "all", "store"])
     parser.add_argument("--variant", default="van_b0", help="one or several, comma-separated")
@@ -320,23 +308,23 @@ def main() -> int:
         return store(args.out)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
-    models = {name: built(name, DTYPES[args.dtype]) for name in variants}
+    models = {name: fused_network(name, DTYPES[args.dtype]) for name in variants}
     if args.step == "count":
         for args.variant, batch in itertools.product(variants, batches):
             count(args, models[args.variant], batch)
         return 0
-    where = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
-    log, bandwidth = Log(args.out, capability=".".join(map(str, where))), copy_bandwidth()
+    capability = torch.cuda.get_device_capability() if ON_GPU else (0, 0)
+    results, bandwidth = Results(args.out, capability="{}.{}".format(*capability)), copy_bandwidth()
     args.tries = args.tries if args.step == "all" else 1
-    log.add("notes", f"Copying on this device: {bandwidth / 1e9:.1f} GB/s.")
+    results.add("notes", f"Copy bandwidth of this device: {bandwidth / 1e9:.1f} GB/s.")
     for args.variant, batch in itertools.product(variants, batches):
         model = models[args.variant].to(DEVICE)
         if args.step != "check":
-            whole(args, log, model, batch, "stored")
+            time_network(args, results, model, batch, "stored")
         if args.step != "network":
-            tune(args, log, model, batch, bandwidth)
+            tune_network(args, results, model, batch, bandwidth)
         if args.step == "all":
-            whole(args, log, model, batch, "tuned")
+            time_network(args, results, model, batch, "tuned")
     return 0
 
 

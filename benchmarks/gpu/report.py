@@ -1,14 +1,14 @@
-"""Runs on a GPU what a user would run there, and writes a page of it.
+"""Run a user's commands on a GPU, and write a page with their output.
 
     python benchmarks/gpu/report.py --part a --output DIR   # PyTorch's modes and our kernels
     python benchmarks/gpu/report.py --part b --output DIR   # every runtime, tests and gates
     python benchmarks/gpu/report.py --part b --output DIR --only doctor,verify-digits
 
-van-deploy has to be installed as a wheel: nothing is imported from the checkout. Each step is a
-command in a process of its own with a time limit; the next one starts whatever became of it. After
-every step ``results.json`` and ``results.md`` are written anew, so a run that is cut off leaves
-what it had. A step that does not fit the budget is not started, and says so. Without a GPU the
-commands run on van_digits on the CPU, and what needs a GPU is skipped with the reason.
+van-deploy must be installed as a wheel: nothing is imported from the checkout. Each step is a
+command in its own process with a time limit, and the next step runs even after a failure.
+``results.json`` and ``results.md`` are written after every step, so an interrupted run keeps its
+results. A step that does not fit into the remaining budget is skipped. Without a GPU the commands
+run on van_digits on the CPU, and steps that need a GPU are skipped with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -34,44 +34,43 @@ from van_deploy.report.render_markdown import markdown_table
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SCHEMA = "van-deploy/gpu-report/2"
-BUDGETS = {"a": 180.0, "b": 300.0}  # seconds; --budget gives more
-LEAST_S = 10.0  # a step is not started with less of the budget left
+BUDGETS = {"a": 180.0, "b": 300.0}  # seconds; --budget changes them
+MIN_STEP_S = 10.0  # a step needs at least this much of the budget
 OUTPUT_LIMIT = 20_000  # characters of a step on the page; results.json has all
-IMPORTS = "--import-mode=importlib"
-NO_GPU = "no NVIDIA driver answers here"
-# By van-deploy's exit codes: 3 is what is missing here, such as TensorRT.
+NO_GPU = "no NVIDIA GPU was found"
+# By exit code of van-deploy; 3 is a missing dependency, such as TensorRT.
 STATES = {0: "done", 1: "a gate failed", 3: "skipped"}
 
-VARIABLES = {
+ENVIRONMENT = {
     "COLUMNS": "180",
     "OMP_NUM_THREADS": "4",
     "PYTHONUNBUFFERED": "1",
     "PYTHONWARNINGS": "ignore",
-    # Inductor's own templates for convolutions cost minutes and never won: on an H200 cuDNN was
+    # Inductor's convolution templates take minutes and were never faster: on an H200 cuDNN was
     # 2.6 times faster for the stem, 80 and 400 times for two depth-wise ones.
     "TORCHINDUCTOR_MAX_AUTOTUNE_CONV_BACKENDS": "ATEN",
     "TORCHINDUCTOR_AUTOTUNE_NUM_CHOICES_DISPLAYED": "3",
 }
 INTRODUCTION = """# Results on a GPU
 
-Written by `{command}` on {date}, on {device}. Each block is what the command printed:
-docs/measuring.md says how `bench` measures. Weights are random with natural statistics.
+Written by `{command}` on {date}, on {device}. Each block is the output of the command;
+docs/measuring.md explains how `bench` measures. Weights are random with natural statistics.
 """
 
 
 @dataclass
 class Step:
-    """One command, and what became of it.
+    """One command and its result.
 
     Attributes:
-        name: what ``--only`` calls it.
+        name: name for ``--only``.
         words: the command; ``van-deploy`` is that of this Python.
-        limit_s: it is ended after so many seconds.
-        skip: why it does not run here; "" where it does.
+        limit_s: time limit in seconds.
+        skip: why it does not run on this machine; "" if it does.
         state: ``done``, ``a gate failed``, ``skipped``, ``failed`` or ``stopped``.
-        reason: of that; "" where it is done.
-        seconds: it took.
-        output: what it printed.
+        reason: of the state; "" if it is ``done``.
+        seconds: duration.
+        output: stdout and stderr.
     """
 
     name: str
@@ -84,17 +83,17 @@ class Step:
     output: str = ""
 
     def run(self, folder: Path, seconds: float) -> None:
-        """Run it in ``folder`` unless it has to be skipped, with at most ``seconds`` left."""
-        if self.skip or seconds < LEAST_S:
+        """Run the command in ``folder``, or skip it; ``seconds`` of the budget are left."""
+        if self.skip or seconds < MIN_STEP_S:
             self.state = "skipped"
             self.reason = self.skip or f"{max(seconds, 0):.0f} s of the budget were left"
             return
-        first, *words = self.words
-        module = ["-m", first.replace("-", "_")] if first in ("van-deploy", "pytest") else [first]
-        environment = {**os.environ, **VARIABLES, "TRITON_INTERPRET": str(int("tiny" in words))}
+        program, *words = self.words
+        arguments = [program] if program.endswith(".py") else ["-m", program.replace("-", "_")]
+        environment = {**os.environ, **ENVIRONMENT, "TRITON_INTERPRET": str(int("tiny" in words))}
         start = time.monotonic()
         process = subprocess.Popen(
-            [sys.executable, *module, *words],
+            [sys.executable, *arguments, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -108,10 +107,10 @@ class Step:
         try:
             self.output, _ = process.communicate(timeout=limit)
             self.state = STATES.get(process.returncode, "failed")
-            last = ([line for line in self.output.splitlines() if line.strip()] or ["no word"])[-1]
-            self.reason = "" if self.state == "done" else f"{last.strip()[:300]}"
-        except BaseException as error:  # too slow, or the report itself is ended
-            os.killpg(process.pid, signal.SIGKILL)  # and everything it started
+            last_line = self.output.strip().rpartition("\n")[2].strip() or "no output"
+            self.reason = "" if self.state == "done" else last_line[:300]
+        except BaseException as error:  # the time limit, or a signal to this process
+            os.killpg(process.pid, signal.SIGKILL)  # and its child processes
             self.output, _ = process.communicate()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
@@ -120,41 +119,41 @@ class Step:
 
 
 def steps_of(part: str, device: str) -> Iterator[Step]:
-    """Yield the steps of a part, the most valuable first."""
+    """Yield the steps of a part, the most important first."""
     on_gpu = device != "cpu"
     skip, on = ("", f"--device {device}") if on_gpu else (NO_GPU, "")
     quick = "--batches 1,2 --seconds 0.1 --limit 0.5 --rounds 6 --calls 2 --warmup 0"
     batches = "1,128 --limit 3" if part == "a" else "1,8,32,128 --limit 2"
-    timed = f"--device {device} --profile {f'--batches {batches}' if on_gpu else quick}"
+    bench = f"--device {device} --profile {f'--batches {batches}' if on_gpu else quick}"
 
     def run(name: str, words: str, limit_s: float = 120.0, skip: str = "") -> Step:
         return Step(name, ["van-deploy", *words.split()], limit_s, skip)
 
-    def made(variant: str) -> Step:
-        given = f"{variant} --weights random --batch 1:32:128" if on_gpu else "van_digits"
-        return run(f"export-{variant}", f"export {given} --output {variant}")
+    def export(variant: str) -> Step:
+        model = f"{variant} --weights random --batch 1:32:128" if on_gpu else "van_digits"
+        return run(f"export-{variant}", f"export {model} --output {variant}")
 
     yield run("doctor", "doctor")
     if part == "a":
         for variant in ("van_b0", "van_b2"):
             size = f"--variant {variant}" if on_gpu else "--variant tiny --size 32 --tries 1"
-            own = f"all {size} --batch {'128,1' if on_gpu else '1'} --out kernels-{variant}.json"
-            yield Step(f"kernels-{variant}", [str(HERE / "kernels.py"), *own.split()], 150)
-            yield made(variant)
-            yield run(f"bench-{variant}", f"bench {variant} --runners pytorch* {timed}", 280)
+            words = f"all {size} --batch {'128,1' if on_gpu else '1'} --out kernels-{variant}.json"
+            yield Step(f"kernels-{variant}", [str(HERE / "kernels.py"), *words.split()], 150)
+            yield export(variant)
+            yield run(f"bench-{variant}", f"bench {variant} --runners pytorch* {bench}", 280)
         return
     ort, engines = ("ort-cuda", "pytorch,ind*,tens*") if on_gpu else ("ort-cpu", "pytorch")
-    one = run("tests", f"-m gpu tests/gpu -q -rs -p no:cacheprovider -o addopts={IMPORTS}", 280)
-    yield replace(one, words=["pytest", *one.words[1:]], skip=skip)
-    yield made("van_b0")
+    tests = "-m gpu tests/gpu -q -rs -p no:cacheprovider -o addopts=--import-mode=importlib"
+    yield Step("tests", ["pytest", *tests.split()], 280, skip)
+    yield export("van_b0")
     yield run("export-digits", "export van_digits --output van_digits")
-    for bundle, how in (("van_b0", "--calibrate-on-noise"), ("van_digits", "")):
+    for bundle, images in (("van_b0", "--calibrate-on-noise"), ("van_digits", "")):
         yield run(f"fp16-{bundle}", f"quantize {bundle} --precision fp16")
-        yield run(f"int8-{bundle}", f"quantize {bundle} --precision int8 {how}")
+        yield run(f"int8-{bundle}", f"quantize {bundle} --precision int8 {images}")
     yield run("verify-digits", f"verify van_digits --runner {ort} {on}")
     yield run("evaluate-digits", f"evaluate van_digits --runner {ort} {on}")
-    yield run("bench-onnx", f"bench van_b0 --runners pytorch,{ort}* {timed}", 280)
-    yield run("bench-fp32", f"bench van_b0 --runners {ort}*/fp32 --no-tf32 {timed}", 120)
+    yield run("bench-onnx", f"bench van_b0 --runners pytorch,{ort}* {bench}", 280)
+    yield run("bench-fp32", f"bench van_b0 --runners {ort}*/fp32 --no-tf32 {bench}", 120)
     for name, words in {
         "inductor-fp16": "inductor --precision fp16",
         "inductor-fused": "inductor --precision fp16 --fused-kernels --batch 128:128:128",
@@ -163,14 +162,14 @@ def steps_of(part: str, device: str) -> Iterator[Step]:
     }.items():
         yield run(f"build-{name}", f"build van_b0 --backend {words} {on}", 280, skip)
     yield run("verify-engines", f"verify van_b0 --runner {ort} {on}", 280)
-    yield run("bench-engines", f"bench van_b0 --runners {engines} {timed}", 280)
+    yield run("bench-engines", f"bench van_b0 --runners {engines} {bench}", 280)
 
 
 def page(document: dict[str, Any]) -> str:
-    """Return a run as Markdown: what became of each step, then what each printed."""
+    """Return a run as Markdown: a table of the steps, then the output of each."""
     steps, lines = document["steps"], [INTRODUCTION.format(**document)]
     rows = [(s["name"], s["state"], f"{s['seconds']:.0f}", s["reason"]) for s in steps]
-    lines.append(markdown_table(("step", "", "s", "reason"), rows, {2}))
+    lines.append(markdown_table(("step", "state", "s", "reason"), rows, {2}))
     for step in steps:
         if step["output"]:
             command = " ".join(step["words"]).replace(f"{HERE}/", "benchmarks/gpu/")
@@ -184,9 +183,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=BUDGETS, default="a")
     parser.add_argument("--output", type=Path, default=Path("gpu-report"))
-    parser.add_argument("--only", default="", help="steps, with commas between")
-    parser.add_argument("--list", action="store_true", help="print the steps and end")
-    parser.add_argument("--budget", type=float, help="seconds of the whole run")
+    parser.add_argument("--only", default="", help="steps, comma-separated")
+    parser.add_argument("--list", action="store_true", help="print the steps and exit")
+    parser.add_argument("--budget", type=float, help="seconds for the whole run")
     parser.add_argument("--device", help="cuda:N or cpu (default: cuda:0 if there is one)")
     options = parser.parse_args()
     driver, folder = nvidia_driver(), options.output.resolve()

@@ -1,4 +1,4 @@
-"""Who races, who does not and why, and how they are select_contenders."""
+"""The contenders of a bundle, why others are skipped, and their selection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
 
-GPU = bool((driver := nvidia_driver()) and driver.gpus)
+HAS_GPU = bool((driver := nvidia_driver()) and driver.gpus)
 NAMES = ("pytorch", "pytorch-compile", "ort-cpu/fp32", "ort-cpu/int8-cpu")
 READY = {name: Contender(name, "onnxruntime", "fp32") for name in NAMES}
 SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
@@ -39,19 +39,17 @@ SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
         ("openvino", "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."),
     ],
 )
-def test_runners_are_chosen_by_name_runtime_or_pattern(
-    patterns: str, names: tuple[str, ...] | str
-) -> None:
+def test_contenders_are_selected_by_name_runtime_or_pattern(patterns: str, names: Any) -> None:
     try:
         ready, skipped = select_contenders((READY, SKIPPED), patterns.split())
-        told: object = (*ready, *skipped)
+        result: object = (*ready, *skipped)
     except (UsageError, MissingDependency) as error:
-        told = error.message
-    assert told == names
+        result = error.message
+    assert result == names
 
 
-def changed(copy: Path, artifacts: Callable[[dict[str, Any]], dict[str, Any]]) -> Bundle:
-    """Return a bundle's copy with other artifacts in its manifest, all the same file."""
+def with_artifacts(copy: Path, artifacts: Callable[[dict[str, Any]], dict[str, Any]]) -> Bundle:
+    """Return a copy of a bundle with other artifacts in its manifest, all of the same file."""
     manifest = json.loads((copy / MANIFEST).read_text())
     manifest["artifacts"] = artifacts(manifest["artifacts"]["fp32"])
     (copy / MANIFEST).write_text(json.dumps(manifest))
@@ -64,7 +62,7 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
     return {"kind": kind, "engine": {**engine, "parser_layers": 1}}
 
 
-def test_every_artifact_has_an_entry_and_what_cannot_run_has_a_reason(
+def test_each_artifact_is_a_contender_or_has_a_reason_to_be_skipped(
     digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     targets = [{"settings": {"target": target}} for target in ("tensorrt", "cpu")]
@@ -76,46 +74,49 @@ def test_every_artifact_has_an_entry_and_what_cannot_run_has_a_reason(
         "engine": compiled("engine", "sm_89", 2, 8),
         "package": compiled("package", "x86_64", 1, 128),
     }
-    bundle = changed(
+    bundle = with_artifacts(
         copy_bundle(digits_bundle), lambda own: {name: {**own, **kinds[name]} for name in kinds}
     )
-    (runs, said), (on_gpu, not_there) = (
+    (on_cpu, cpu_reasons), (on_gpu, gpu_reasons) = (
         list_contenders(bundle, BenchSettings(device=device)) for device in ("cpu", "cuda:0")
     )
-    assert {"pytorch", "ort-cpu/fp32", "ort-cpu/int8-cpu", "inductor/package"} <= set(runs)
-    for name, words in {
+    assert {"pytorch", "ort-cpu/fp32", "ort-cpu/int8-cpu", "inductor/package"} <= set(on_cpu)
+    for name, reason in {
         "ort-cpu/fp16": "FP16 is for GPUs",
         "ort-cpu/int8": "quantised for tensorrt",
         "openvino/int8": "quantised for tensorrt",
-        "tensorrt/engine": "it runs on a GPU" if GPU else "no NVIDIA GPU was found",
+        "tensorrt/engine": "it runs on a GPU" if HAS_GPU else "no NVIDIA GPU was found",
     }.items():
-        assert said[name].startswith(words)
+        assert cpu_reasons[name].startswith(reason)
     engine = on_gpu["tensorrt-graph/engine"]
     assert (engine.min_batch, engine.max_batch, engine.device) == (2, 8, "cuda:0")
-    assert "inductor/package" in not_there
+    assert "inductor/package" in gpu_reasons
 
 
-def test_the_cuda_provider_runs_each_file_in_three_ways_with_its_options_on_record(
+def test_variants_of_the_cuda_provider_record_their_options(
     digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
-    asked = BenchSettings(device="cuda:1", tf32=False, conv_search="DEFAULT", fuse_conv_bias=True)
-    found, _ = list_contenders(digits_bundle, asked)
-    assert list(found) == [
+    settings = BenchSettings(
+        device="cuda:1", tf32=False, conv_search="DEFAULT", fuse_conv_bias=True
+    )
+    contenders, _ = list_contenders(digits_bundle, settings)
+    assert list(contenders) == [
         *("pytorch", "pytorch-channels-last-fp16", "pytorch-compile-fp16", "pytorch-compile-bf16"),
         *("ort-cuda/fp32", "ort-cuda-nhwc/fp32", "ort-cuda-graph/fp32"),
     ]
-    assert {entry.device for entry in found.values()} == {"cuda:1"}
-    assert found["ort-cuda-nhwc/fp32"].options["prefer_nhwc"]
-    options = found["ort-cuda-graph/fp32"].options
+    assert {entry.device for entry in contenders.values()} == {"cuda:1"}
+    assert contenders["ort-cuda-nhwc/fp32"].options["prefer_nhwc"]
+    options = contenders["ort-cuda-graph/fp32"].options
     assert CudaOptions(**options) == CudaOptions(False, False, "DEFAULT", True, cuda_graph=True)
 
 
-def test_a_file_that_is_not_the_manifest_s_and_no_file_at_all_are_refused(
+def test_changed_files_and_bundles_without_artifacts_are_refused(
     digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
+    empty = with_artifacts(copy_bundle(digits_bundle, "empty"), lambda _: {})
     with pytest.raises(BundleError, match="has no artifact to time"):
-        list_contenders(changed(copy_bundle(digits_bundle, "empty"), lambda _: {}), BenchSettings())
+        list_contenders(empty, BenchSettings())
     folder = copy_bundle(digits_bundle)
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"!")

@@ -1,4 +1,4 @@
-"""Timing on a device, what ratios are against, and the least possible time."""
+"""Timing on a device, references of ratios, profiles, and the roofline model."""
 
 from __future__ import annotations
 
@@ -28,89 +28,81 @@ from van_deploy.model.variants import VARIANTS
 from van_deploy.stopwatch import no_progress
 
 
-class Device:
-    """A device with a queue, and its clock: launches take ``ms`` each, alone ``gap`` more."""
+class FakeDevice:
+    """A device with a queue: a launch takes 2.0 ms, a single one 2.5 ms, the first 100 ms more."""
 
-    stream = 7
-
-    def __init__(self, ms: float, gap: float = 0.5, cold: float = 100.0) -> None:
-        self.alone, self.queued, self.cold = ms + gap, ms, cold
-        self.now, self.waits = 0.0, True
-        self.clock = Timer(lambda: self.now, self.wait, lambda start, end: end - start)
+    def __init__(self) -> None:
+        self.now, self.is_idle, self.first_ms = 0.0, True, 100.0
+        self.timer = Timer(lambda: self.now, self.wait, lambda start, end: end - start)
 
     def upload(self) -> None:
         self.now += 3.0
 
     def launch(self) -> None:
-        self.now += self.cold + (self.alone if self.waits else self.queued)
-        self.cold, self.waits = 0.0, False
+        self.now += self.first_ms + (2.5 if self.is_idle else 2.0)
+        self.first_ms, self.is_idle = 0.0, False
 
     def download(self) -> None:
         self.now += 0.25
 
     def wait(self, mark: float) -> None:
-        self.waits = True
+        self.is_idle = True
 
 
 def clocks(*mhz: int) -> Callable[[], GpuState]:
-    """Return a GPU whose clock takes these values, the last one from then on; it is throttled."""
+    """Return a monitor with these SM clocks, the last one repeated, and a power cap."""
     values = itertools.chain(mhz, itertools.repeat(mhz[-1]))
     return lambda: GpuState(sm_mhz=next(values), throttled=("power cap",))
 
 
-def test_latency_throughput_and_transfers_are_columns_of_their_own() -> None:
-    device: Any = Device(ms=2.0)
-    seen = time_resident(device, 8, device.clock, gpu_monitor("cpu"), 0.02)
-    assert seen["latency"].p50_ms == seen["latency"].p99_ms == 2.5, "no transfer, no first call"
-    assert 2.0 < seen["queued_ms"] < 2.1, "the gap is paid once a group"
-    assert seen["images_per_s"] == pytest.approx(8e3 / seen["queued_ms"])
-    assert (seen["upload_ms"], seen["download_ms"]) == (3.0, 0.25)
-    assert seen["latency"].calls >= 20
-    assert seen["first_call_ms"] > 0
-    assert seen["throttled"] == ()
-    assert Row("x", 8, 224, **seen).queued_ms == seen["queued_ms"]
+def test_latency_throughput_and_transfers_are_measured_separately() -> None:
+    device: Any = FakeDevice()
+    fields = time_resident(device, 8, device.timer, gpu_monitor("cpu"), 0.02, 20)
+    latency = fields["latency"]
+    assert latency.p50_ms == latency.p99_ms == 2.5, "without transfers and the first call"
+    assert 2.0 < fields["queued_ms"] < 2.1, "one gap per group"
+    assert fields["images_per_s"] == pytest.approx(8e3 / fields["queued_ms"])
+    assert (fields["upload_ms"], fields["download_ms"]) == (3.0, 0.25)
+    assert latency.calls >= 20
+    assert fields["first_call_ms"] > 0
+    assert fields["throttled"] == ()
+    assert Row("x", 8, 224, **fields).queued_ms == fields["queued_ms"]
 
 
-def test_on_a_gpu_a_batch_is_one_request_and_a_failure_one_row(tmp_path: Path) -> None:
-    asked: list[Any] = []
+def test_each_gpu_batch_is_one_request_and_a_failure_is_a_row(tmp_path: Path) -> None:
+    requests: list[Any] = []
 
-    class Scripted(TimedProcess):
+    class FakeProcess(TimedProcess):
         def request(self, method: str, **arguments: Any) -> Any:
-            asked.append((method, arguments))
+            requests.append((method, arguments))
             if arguments["batch"] == 2:
                 raise WorkerError("out of memory")
             return {"queued_ms": 2.0, "images_per_s": 500.0}
 
     settings = BenchSettings(device="cuda:0", budget=Budget(seconds=0.5, calls=7))
     contender = Contender("x", "tensorrt", "fp16", max_batch=4)
-    lane = Scripted(contender, tmp_path / "none.npy", 224, settings)
-    lane.load_s = 1.0
-    race = InterleavedBenchmark([lane], settings, no_progress)
-    rows = [row for batch in (1, 2, 4, 8) for row in race.run_batch(batch, [lane])]
+    process = FakeProcess(contender, tmp_path / "none.npy", 224, settings)
+    process.load_s = 1.0
+    benchmark = InterleavedBenchmark([process], settings, no_progress)
+    rows = [row for batch in (1, 2, 4, 8) for row in benchmark.run_batch(batch, [process])]
     assert [row.queued_ms for row in rows] == [2.0, None, 2.0, None]
     assert [row.error[:13] for row in rows] == ["", "out of memory", "", "batch 8 is ou"]
     given = {"images": tmp_path / "none.npy", "batch": 1, "seconds": 0.5, "calls": 7}
-    assert asked[0] == ("time_resident", given)
-    assert len(asked) == 3
+    assert requests[0] == ("time_resident", given)
+    assert len(requests) == 3
 
 
-@each(
-    ("mhz", "reasons"),
-    [
-        ((345, 900, 1500, 1900, 1980), ("power cap",)),
-        ((345, 1980) * 200, ("power cap", "clock not steady")),
-    ],
-)
-def test_samples_wait_for_a_steady_clock_and_throttling_is_told(
-    mhz: tuple[int, ...], reasons: tuple[str, ...]
+@each("mhz", [(345, 900, 1500, 1900, 1980), (345, 1980) * 200])
+def test_timing_waits_for_a_steady_clock_and_reports_throttling(mhz: tuple[int, ...]) -> None:
+    device: Any = FakeDevice()
+    fields = time_resident(device, 1, device.timer, clocks(*mhz), 0.01, 20)
+    assert fields["throttled"] == ("power cap", *["clock not steady"] * (len(mhz) > 5))
+    assert fields["gpu"].sm_mhz in mhz[-2:]
+
+
+def test_gpu_monitor_uses_the_gpu_order_of_cuda(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    device: Any = Device(ms=2.0)
-    seen = time_resident(device, 1, device.clock, clocks(*mhz), 0.01)
-    assert seen["throttled"] == reasons
-    assert seen["gpu"].sm_mhz in mhz[-2:]
-
-
-def test_the_gpu_that_is_watched_is_cudas_and_not_nvmls(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = tuple(Gpu(name, (9, 0), None, uuid=name) for name in ("first", "second"))
     monkeypatch.setattr(gpu, "nvidia_driver", lambda: Driver("580.65.06", (13, 0), gpus))
     answers = {
@@ -140,7 +132,7 @@ def row(contender: str, ms: float | None, batch: int = 8) -> Row:
     return Row(contender, batch, 224, queued_ms=ms)
 
 
-def test_ratios_are_against_the_fastest_of_pytorchs_modes_at_the_same_batch() -> None:
+def test_reference_is_the_fastest_pytorch_mode_at_the_same_batch() -> None:
     names = ("pytorch", "pytorch-compile-fp16", "tensorrt/fp16")
     rows = [row(name, ms) for name, ms in zip(names, (20.0, 6.0, 3.0), strict=True)]
     rows += [row(name, ms, 1) for name, ms in zip(names, (4.0, None, 2.0), strict=True)]
@@ -152,33 +144,33 @@ def test_ratios_are_against_the_fastest_of_pytorchs_modes_at_the_same_batch() ->
 
 
 @each(
-    ("times", "warned"),
+    ("times", "has_warning"),
     [
         ({"fp16": 3.0, "int8": 3.5}, True),
         ({"fp16": 3.0, "int8": 2.0}, False),
         ({"int8": 2.0}, False),
     ],
 )
-def test_int8_is_recommended_only_where_it_measured_faster(
-    times: dict[str, float], warned: bool
+def test_warning_if_int8_is_not_faster_than_fp16(
+    times: dict[str, float], has_warning: bool
 ) -> None:
     rows = [row(f"tensorrt/{kind}", ms) for kind, ms in times.items()]
     words = "INT8 is not faster than FP16 here at batch 8 (3.500 ms against 3.000 ms): "
-    assert int8_warnings(rows, CONTENDERS) == [f"{words}deploy FP16 on this GPU"] * warned
+    assert int8_warnings(rows, CONTENDERS) == [f"{words}deploy FP16 on this GPU"] * has_warning
 
 
-def test_an_eager_profile_sums_to_the_kinds_of_layers() -> None:
+def test_profile_of_an_eager_network_sums_by_kind_of_layer() -> None:
     model = load_van(EMBEDDED_NAME).model
     lines = profile_modules(model, torch.zeros(1, 3, 64, 64))
-    assert not any("forward" in vars(layer) for layer in model.modules()), "it is left as it was"
+    assert not any("forward" in vars(layer) for layer in model.modules())  # not changed
     kinds = {line.kind: line for line in lines}
     assert {"dw 3x3", "dw 5x5", "dw 7x7 d3", "1x1", "GELU", "LayerNorm"} <= set(kinds)
     assert sum(line.percent for line in lines) == pytest.approx(100)
     assert lines == sorted(lines, key=lambda line: -line.ms)
 
 
-def test_onnx_runtimes_profile_of_a_gpu_is_not_shown() -> None:
-    """Its node times there are those of the launches on the host."""
+def test_onnxruntime_on_a_gpu_is_not_profiled() -> None:
+    """Its node times are those of the launches on the host."""
     contender = Contender("ort-cuda/fp16", "onnxruntime", "fp16", device="cuda:0")
     with pytest.raises(UsageError, match="cannot be profiled"):
         profile_contender(contender, None, None)
@@ -198,16 +190,16 @@ def test_onnx_runtimes_profile_of_a_gpu_is_not_shown() -> None:
         ({"fp32": 1e12}, 1e15, "int8", None, ""),
     ],
 )
-def test_the_least_time_is_the_slower_of_arithmetic_and_memory(
+def test_minimum_time_is_the_maximum_of_compute_and_memory_time(
     rates: dict[str, float], bytes_per_s: float, precision: str, ms: float | None, bound: str
 ) -> None:
     config, ceilings = VARIANTS["van_b0"].config, Ceilings(rates, bytes_per_s, "")
-    least = minimum_time(config, ceilings, ("x", precision, 10, 224))
-    assert (least.bound if least else "") == bound
-    if least:
-        assert least.least_ms == pytest.approx(ms, rel=0.002)
-        assert least.operations == 20 * config.mac_count(224)
-        rows = [Row("x", 10, 224, images_per_s=1e4 / (2 * least.least_ms))]
+    minimum = minimum_time(config, ceilings, ("x", precision, 10, 224))
+    assert (minimum.bound if minimum else "") == bound
+    if minimum:
+        assert minimum.least_ms == pytest.approx(ms, rel=0.002)
+        assert minimum.operations == 20 * config.mac_count(224)
+        rows = [Row("x", 10, 224, images_per_s=1e4 / (2 * minimum.least_ms))]
         contenders = {"x": Contender("x", "onnxruntime", precision)}
         (reached,) = measure_limits(config, contenders, rows, ceilings)
         assert reached.percent_of_limit == pytest.approx(50)

@@ -1,4 +1,4 @@
-"""The GPU report: commands in processes of their own, with limits, and what is kept of them."""
+"""The GPU report: steps in processes with time limits, and the saved results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.each import each
         ("print('fine')", 60, 60, "done", ""),
         ("raise SystemExit('no such kernel')", 60, 60, "a gate failed", "no such kernel"),
         ("print('TensorRT is missing'); raise SystemExit(3)", 60, 60, "skipped", "TensorRT is"),
-        ("raise SystemExit(4)", 60, 60, "failed", "no word"),
+        ("raise SystemExit(4)", 60, 60, "failed", "no output"),
         (
             "import subprocess, sys; print('begun', flush=True); "
             "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
@@ -27,7 +27,7 @@ from tests.each import each
         ("print('never')", 60, 5, "skipped", "5 s of the budget were left"),
     ],
 )
-def test_what_becomes_of_a_step(
+def test_states_of_a_step(
     tmp_path: Path, code: str, limit_s: float, left_s: float, state: str, reason: str
 ) -> None:
     (tmp_path / "step.py").write_text(code)
@@ -35,21 +35,21 @@ def test_what_becomes_of_a_step(
     step = report.Step("step", [str(tmp_path / "step.py")], limit_s)
     step.run(tmp_path, left_s)
     assert (step.state, reason in step.reason) == (state, True), step
-    assert time.monotonic() - start < 30, "what it started is ended, too"
+    assert time.monotonic() - start < 30, "child processes are killed, too"
     assert ("begun" in step.output) == (state == "stopped")
 
 
 @each("part", ["a", "b"])
-def test_every_step_has_a_command_and_a_reason_where_it_needs_a_gpu(part: str) -> None:
-    here, there = (list(report.steps_of(part, device)) for device in ("cpu", "cuda:0"))
-    names = [step.name for step in there]
+def test_steps_are_the_same_with_and_without_a_gpu(part: str) -> None:
+    on_cpu, on_gpu = (list(report.steps_of(part, device)) for device in ("cpu", "cuda:0"))
+    names = [step.name for step in on_gpu]
     assert len(names) == len(set(names))
-    assert names == [step.name for step in here]
-    assert not any(step.skip for step in there)
-    assert all("cuda" not in " ".join(step.words) for step in here if not step.skip)
+    assert names == [step.name for step in on_cpu]
+    assert not any(step.skip for step in on_gpu)
+    assert all("cuda" not in " ".join(step.words) for step in on_cpu if not step.skip)
 
 
-def test_a_run_keeps_results_and_a_page(tmp_path: Path) -> None:
+def test_results_are_saved_as_json_and_as_a_page(tmp_path: Path) -> None:
     words = ["--part", "a", "--device", "cpu", "--output", str(tmp_path), "--only", "doctor"]
     done = subprocess.run([sys.executable, report.__file__, *words], check=False)
     assert done.returncode == 0

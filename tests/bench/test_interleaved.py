@@ -1,4 +1,4 @@
-"""A race: its workers, the order of a round, what a ratio is taken against, and when it ends."""
+"""The interleaved benchmark: worker processes, order of a round, ratios, and stopping criteria."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu
 from van_deploy.stopwatch import no_progress
 
-QUICK = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
-SIX = Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0)
+SHORT = Budget(seconds=0.05, calls=2, limit_s=0.3, rounds=2, warmup_s=0.0)
+SIX_ROUNDS = Budget(seconds=0.6, calls=1, limit_s=0.6, rounds=6, warmup_s=0.0)
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> Path:
-    """Return a file of eight inputs for van_digits, noise of natural size."""
-    values = np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32)
-    np.save(tmp_path / "none.npy", values)
-    return tmp_path / "none.npy"
+    """Return a file of eight random inputs for van_digits."""
+    path = tmp_path / "none.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((8, 3, 64, 64)).astype(np.float32))
+    return path
 
 
 @pytest.fixture
@@ -41,16 +41,15 @@ def graph(digits_bundle: Bundle) -> Contender:
     return Contender("fp32", "onnxruntime", "fp32", file, mode="ort-cpu")
 
 
-def sleeps(process: psutil.Process) -> bool:
-    """Return whether a process is stopped within two seconds."""
-    for _ in range(100):
-        if process.status() == psutil.STATUS_STOPPED:
-            return True
+def is_suspended(process: psutil.Process) -> bool:
+    """Return whether a process is suspended within two seconds."""
+    deadline = time.monotonic() + 2
+    while process.status() != psutil.STATUS_STOPPED and time.monotonic() < deadline:
         time.sleep(0.02)
-    return False
+    return process.status() == psutil.STATUS_STOPPED
 
 
-def test_a_worker_sleeps_between_requests_and_keeps_its_memory_unless_told_otherwise(
+def test_worker_is_suspended_between_requests_and_disables_malloc_trimming_by_default(
     graph: Contender, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in MALLOC_SETTINGS:
@@ -59,9 +58,9 @@ def test_a_worker_sleeps_between_requests_and_keeps_its_memory_unless_told_other
     with WorkerProcess(1) as worker:
         process = psutil.Process(worker.process.pid)
         worker.request("load", contender=graph, threads=1, streams=1)
-        assert sleeps(process)
+        assert is_suspended(process)
         assert min(worker.request("warm_up", images=inputs, batch=2, warmup_s=0.0)) > 0
-        assert sleeps(process)
+        assert is_suspended(process)
         latencies, wall_s, peak = worker.request("time_calls", seconds=0.05)
         assert peak > 10e6
         assert wall_s >= sum(latencies) / 1e3 >= 0.05
@@ -78,67 +77,90 @@ def test_exhausted_memory_is_recognised(text: str, monkeypatch: pytest.MonkeyPat
     assert Worker().handle("profile", {}).message == "out of memory"
 
 
-def test_what_fails_is_a_row_and_the_rest_goes_on(
+def test_failed_contenders_have_an_error_and_the_others_continue(
     graph: Contender, inputs: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     narrow = replace(graph, name="narrow", min_batch=2, max_batch=2)
     broken = replace(graph, name="broken", file=str(tmp_path / "model.onnx"))
-    settings = BenchSettings(device="cpu", threads=2, streams=2, reference="narrow", budget=QUICK)
-    lanes = [TimedProcess(one, inputs, 64, settings) for one in (graph, narrow, broken)]
-    with InterleavedBenchmark(lanes, settings, no_progress) as race:
-        os.kill(lanes[0].process.pid, signal.SIGKILL)
-        first, second = ({row.contender: row for row in race.run_batch(n, lanes)} for n in (1, 2))
+    settings = BenchSettings(device="cpu", threads=2, streams=2, reference="narrow", budget=SHORT)
+    processes = [TimedProcess(one, inputs, 64, settings) for one in (graph, narrow, broken)]
+    with InterleavedBenchmark(processes, settings, no_progress) as benchmark:
+        os.kill(processes[0].process.pid, signal.SIGKILL)
+        first, second = (
+            {row.contender: row for row in benchmark.run_batch(n, processes)} for n in (1, 2)
+        )
     assert "SIGKILL" in first["fp32"].error
     assert first["narrow"].error == "batch 1 is outside the engine's profile (2 to 2)"
     assert all("cannot load" in rows["broken"].error for rows in (first, second))
     assert second["narrow"].latency
-    assert second["fp32"].latency, "it starts again at the next batch"
-    assert second["fp32"].ratio
-    assert second["fp32"].latency.calls >= 2 * QUICK.rounds
+    assert second["fp32"].ratio, "the process is restarted at the next batch size"
+    assert second["fp32"].latency
+    assert second["fp32"].latency.calls >= 2 * SHORT.rounds
 
 
-class Scripted(TimedProcess):
-    """A contender whose slices take what it is told, on a machine that gets slower by ``drift``."""
+class FakeProcess(TimedProcess):
+    """A contender with given latencies.
+
+    Args:
+        ms: latency of a call.
+        fails_at: number of the slice that fails.
+        noise: factor of the latency in every other slice.
+        slowdown: factor of the latency while the machine is disturbed.
+    """
+
+    benchmark: FakeBenchmark
 
     def __init__(
-        self, name: str, ms: float, *, fails_at: int = -1, noise: float = 1.0, hurt: float = 1.0
+        self, name: str, ms: float, *, fails_at: int = -1, noise: float = 1.0, slowdown: float = 1.0
     ) -> None:
         super().__init__(Contender(name, "onnxruntime", "fp32"), Path(), 64, BenchSettings())
-        self.ms, self.fails_at, self.noise, self.hurt, self.slices = ms, fails_at, noise, hurt, 0
-        self.race = Neighbourhood(self)
+        self.ms, self.fails_at, self.noise, self.slowdown = ms, fails_at, noise, slowdown
+        self.slices = 0
 
     def request(self, method: str, **arguments: Any) -> Any:
         if method == "warm_up":
             return self.ms, self.ms
         self.slices += 1
-        self.race.clock += 1
+        self.benchmark.total_slices += 1
         if self.slices == self.fails_at:
             raise WorkerError("killed by SIGKILL")
-        took = self.ms * self.race.drift**self.race.clock * self.noise ** (self.slices % 2)
-        took *= self.hurt if self.race.disturbed else 1.0
-        return [took], arguments["seconds"], 0
+        drift = self.benchmark.drift**self.benchmark.total_slices
+        ms = self.ms * drift * self.noise ** (self.slices % 2)
+        return (
+            [ms * (self.slowdown if self.benchmark.is_disturbed else 1.0)],
+            arguments["seconds"],
+            0,
+        )
 
 
-class Neighbourhood(InterleavedBenchmark):
-    """A race of scripted contenders, with a neighbour from one look at the machine to another."""
+class FakeBenchmark(InterleavedBenchmark):
+    """A benchmark of fake contenders, the first of which is the reference.
+
+    Args:
+        drift: factor of all latencies from one slice to the next.
+        disturbed: probes during which the machine is disturbed.
+    """
 
     def __init__(
-        self, *lanes: Scripted, drift: float = 1.0, hurt: range = range(0), budget: Budget = SIX
+        self,
+        *processes: FakeProcess,
+        drift: float = 1.0,
+        disturbed: range = range(0),
+        budget: Budget = SIX_ROUNDS,
     ) -> None:
-        reference = lanes[0].contender.name
-        settings = BenchSettings(device="cpu", reference=reference, budget=budget)
-        super().__init__([*lanes], settings, no_progress)
-        self.clock, self.drift, self.hurt = 0, drift, hurt
-        for lane in lanes:
-            lane.race = self
+        settings = BenchSettings(device="cpu", reference=processes[0].name, budget=budget)
+        super().__init__([*processes], settings, no_progress)
+        self.total_slices, self.drift, self.disturbed = 0, drift, disturbed
+        for process in processes:
+            process.benchmark = self
 
     @property
-    def disturbed(self) -> bool:
-        return len(self.probe_times) in self.hurt
+    def is_disturbed(self) -> bool:
+        return len(self.probe_times) in self.disturbed
 
     def time_probe(self) -> float:
-        self.probe_times.append(1.3 if self.disturbed else 1.0)
+        self.probe_times.append(1.3 if self.is_disturbed else 1.0)
         return self.probe_times[-1]
 
     def rows(self) -> dict[str, Row]:
@@ -149,71 +171,71 @@ def ratio_of(row: Row) -> float | None:
     return row.ratio.median if row.ratio else None
 
 
-def test_steady_drift_cancels_between_the_reference_before_and_after() -> None:
-    lanes = [Scripted(str(n), 4.0 / n) for n in (1, 2, 4, 8)]
-    rows = Neighbourhood(*lanes, drift=1.1).rows()  # 10 % slower from each slice to the next
-    found = {name: ratio_of(row) for name, row in rows.items()}
-    assert found == {str(n): pytest.approx(n) for n in (1, 2, 4, 8)}
+def test_constant_drift_cancels_in_the_ratios() -> None:
+    processes = [FakeProcess(str(n), 4.0 / n) for n in (1, 2, 4, 8)]
+    rows = FakeBenchmark(*processes, drift=1.1).rows()  # 10 % slower from each slice to the next
+    ratios = {name: ratio_of(row) for name, row in rows.items()}
+    assert ratios == {str(n): pytest.approx(n) for n in (1, 2, 4, 8)}
 
 
-def test_the_reference_comes_first_last_and_after_every_few() -> None:
-    base, others = Scripted("r", 1.0), [Scripted(str(i), 1.0) for i in range(7)]
-    names = [lane.contender.name for lane in round_order(others, base)]
+def test_round_order_has_the_reference_first_last_and_in_between() -> None:
+    reference, others = FakeProcess("r", 1.0), [FakeProcess(str(i), 1.0) for i in range(7)]
+    names = [process.name for process in round_order(others, reference)]
     assert names == ["r", "0", "1", "2", "r", "3", "4", "5", "r", "6", "r"]
-    assert round_order([], base) == [base]
+    assert round_order([], reference) == [reference]
 
 
-def test_one_that_fails_is_a_row_and_a_reference_that_fails_leaves_no_ratios() -> None:
-    dies = Scripted("dies", 2.0, fails_at=3)
-    rows = Neighbourhood(Scripted("r", 4.0), dies, Scripted("lives", 2.0), drift=1.1).rows()
-    assert ("SIGKILL" in rows["dies"].error, rows["dies"].latency) == (True, None)
-    assert ratio_of(rows["lives"]) == pytest.approx(2.0)
-    other = Scripted("a", 2.0)
-    rows = Neighbourhood(Scripted("r", 4.0, fails_at=3), other).rows()
+def test_failed_contender_has_no_latency_and_failed_reference_leaves_no_ratios() -> None:
+    fails = FakeProcess("fails", 2.0, fails_at=3)
+    rows = FakeBenchmark(FakeProcess("r", 4.0), fails, FakeProcess("ok", 2.0), drift=1.1).rows()
+    assert ("SIGKILL" in rows["fails"].error, rows["fails"].latency) == (True, None)
+    assert ratio_of(rows["ok"]) == pytest.approx(2.0)
+    other = FakeProcess("a", 2.0)
+    rows = FakeBenchmark(FakeProcess("r", 4.0, fails_at=3), other).rows()
     assert [row.ratio for row in rows.values()] == [None, None]
     assert rows["a"].latency
-    assert other.slices >= SIX.rounds
+    assert other.slices >= SIX_ROUNDS.rounds
 
 
-def test_a_race_goes_on_until_the_ratios_settle_or_the_limit_is_reached() -> None:
-    budget = SIX.with_changes(limit_s=2.0)
-    steady, noisy = Scripted("steady", 2.0), Scripted("noisy", 2.0, noise=1.5)
-    rows = Neighbourhood(Scripted("r", 4.0), steady, noisy, budget=budget).rows()
+def test_rounds_continue_until_ratios_settle_or_the_limit_is_reached() -> None:
+    budget = SIX_ROUNDS.with_changes(limit_s=2.0)
+    steady, noisy = FakeProcess("steady", 2.0), FakeProcess("noisy", 2.0, noise=1.5)
+    rows = FakeBenchmark(FakeProcess("r", 4.0), steady, noisy, budget=budget).rows()
     assert (steady.slices, rows["steady"].settled) == (6, True)
     assert (noisy.slices, rows["noisy"].settled) == (20, False), "slices of 0.1 s, 2 s at most"
-    assert rows["r"].settled is None, "the reference is 1 by definition"
+    assert rows["r"].settled is None, "the reference's own ratio is 1"
 
 
-def test_slices_are_as_long_as_one_call_of_a_slow_reference() -> None:
-    fast = Scripted("fast", 1.0)
-    Neighbourhood(Scripted("slow", 500.0), fast).rows()
+def test_slices_last_at_least_one_call_of_the_reference() -> None:
+    fast = FakeProcess("fast", 1.0)
+    FakeBenchmark(FakeProcess("slow", 500.0), fast).rows()
     assert fast.timed_s == pytest.approx(6 * 0.5)
 
 
-def test_disturbed_rounds_do_not_count_for_a_ratio() -> None:
-    budget = SIX.with_changes(seconds=1.0, limit_s=4.0, rounds=10)
-    lanes = (Scripted("r", 4.0, hurt=1.1), Scripted("a", 2.0, hurt=1.6))
-    row = Neighbourhood(*lanes, hurt=range(10, 23), budget=budget).rows()["a"]
+def test_disturbed_rounds_are_excluded_unless_too_few_rounds_remain() -> None:
+    def run(disturbed: range, budget: Budget) -> tuple[FakeBenchmark, dict[str, Row]]:
+        reference = FakeProcess("r", 4.0, slowdown=1.1)
+        fake = FakeBenchmark(
+            reference, FakeProcess("a", 2.0, slowdown=1.6), disturbed=disturbed, budget=budget
+        )
+        return fake, fake.rows()
+
+    row = run(range(10, 23), SIX_ROUNDS.with_changes(seconds=1.0, limit_s=4.0, rounds=10))[1]["a"]
     assert row.ratio
     assert row.ratio.median == pytest.approx(2.0)
     assert row.ratio.rounds == row.quiet_rounds < row.rounds
     assert row.settled is True
-
-
-def test_where_nothing_was_quiet_all_rounds_count_and_that_is_said() -> None:
-    lanes = (Scripted("r", 4.0, hurt=1.1), Scripted("a", 2.0, hurt=1.6))
-    race = Neighbourhood(*lanes, hurt=range(3, 1000))
-    rows = race.rows()
+    fake, rows = run(range(3, 1000), SIX_ROUNDS)
     assert rows["a"].ratio
     assert (rows["a"].ratio.rounds, rows["a"].settled) == (6, False)
     machine = Machine(cpu(), (), None, other_load_cores=0.5, under_load=True)
-    said = " ".join(warnings_for([*rows.values()], race.settings, machine))
-    assert "1 of 1 ratios did not settle" in said
-    assert "other processes used 0.5 of" in said
+    warnings = " ".join(warnings_for([*rows.values()], fake.settings, machine))
+    assert "1 of 1 ratios did not settle" in warnings
+    assert "other processes used 0.5 of" in warnings
 
 
 @each("count", [1, 5, 99, 100, 101])
-def test_percentiles_are_calls_that_were_measured(count: int) -> None:
+def test_percentiles_are_measured_latencies(count: int) -> None:
     values = list(np.random.default_rng(count).lognormal(size=count))
     latency, ordered = Latency.of(values), sorted(values)
     assert (latency.calls, latency.min_ms) == (count, ordered[0])
@@ -222,7 +244,7 @@ def test_percentiles_are_calls_that_were_measured(count: int) -> None:
     assert latency.cv_percent == pytest.approx(100 * np.std(values) / np.mean(values))
 
 
-def test_the_interval_narrows_with_the_rounds_and_leaves_single_outliers_out() -> None:
+def test_ratio_interval_is_narrow_with_many_rounds_and_robust_to_an_outlier() -> None:
     ratio = Ratio.of([*(2.0 + 0.001 * i for i in range(29)), 9.0])
     assert ratio is not None
     assert (ratio.low, ratio.high, ratio.rounds) == (2.009, 2.02, 30)

@@ -31,7 +31,7 @@ def bundle(digits_onnx: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
+def test_build_for_two_targets(cli: Cli, bundle: Path) -> None:
     result = cli("build", bundle, "--target", "sm_86,sm_89", "--json")
     assert result.exit_code == 0
     first, second = json.loads(result.stdout)["outcomes"]
@@ -49,52 +49,46 @@ def test_two_targets_in_one_go(cli: Cli, bundle: Path) -> None:
 
 
 @each(
-    ("asked", "code", "message"),
+    ("options", "message"),
     [
-        ("--target ada", 2, "error: '--target' is 'ada': it should be compute capabilities"),
-        (
-            "--batch 8:4:1",
-            2,
-            "error: The batch range 8:4:1 is not min <= opt <= max.\n  Giv",
-        ),
-        ("--workspace lots", 2, "error: '--workspace' is 'lots': it should be a number and a unit"),
-        ("--workspace 900TiB", 2, "is larger than the"),
-        ("--optimization-level 9", 2, "'--optimization-level' is 9: it should be less than or eq"),
-        ("--target sm_90 --backend tensorrt-rtx", 2, "does not build for sm_90"),
-        ("--version-compatible", 2, "has no --version-compatible"),
-        ("--timing-cache x", 2, "has no --timing-cache"),
-        ("--hardware-compatibility ampere-plus", 2, "has no --hardware-compatibility"),
-        ("--on ray", 2, "--on needs --matrix"),
+        ("--target ada", "error: '--target' is 'ada': it should be compute capabilities"),
+        ("--batch 8:4:1", "error: The batch range 8:4:1 is not min <= opt <= max.\n  Giv"),
+        ("--workspace lots", "error: '--workspace' is 'lots': it should be a number and a unit"),
+        ("--workspace 900TiB", "is larger than the"),
+        ("--optimization-level 9", "'--optimization-level' is 9: it should be less than or eq"),
+        ("--target sm_90 --backend tensorrt-rtx", "does not build for sm_90"),
+        ("--version-compatible", "has no --version-compatible"),
+        ("--timing-cache x", "has no --timing-cache"),
+        ("--hardware-compatibility ampere-plus", "has no --hardware-compatibility"),
+        ("--on ray", "--on needs --matrix"),
     ],
 )
-def test_requests_that_make_no_sense(
-    cli: Cli, bundle: Path, asked: str, code: int, message: str
-) -> None:
-    target = () if "--target" in asked else ("--target", "sm_89")
-    result = cli("build", bundle, *target, *asked.split())
-    assert (result.exit_code, result.stdout) == (code, "")
+def test_invalid_requests(cli: Cli, bundle: Path, options: str, message: str) -> None:
+    target = () if "--target" in options else ("--target", "sm_89")
+    result = cli("build", bundle, *target, *options.split())
+    assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert not (bundle / "engines").exists()
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
-def test_what_needs_a_gpu(cli: Cli, bundle: Path) -> None:
-    nothing = cli("build", bundle)
-    assert nothing.exit_code == 2
-    assert "needs a target GPU, and none is given" in nothing.stderr
+def test_build_without_target_needs_a_gpu(cli: Cli, bundle: Path) -> None:
+    result = cli("build", bundle)
+    assert result.exit_code == 2
+    assert "needs a target GPU, and none is given" in result.stderr
 
 
-def test_a_missing_precision_is_made_on_the_way(
+def test_missing_precision_is_made_first(
     cli: Cli, copy_bundle: Copy, digits_bundle: Bundle
 ) -> None:
     bundle = copy_bundle(digits_bundle)
-    manifest = bundle / "manifest.json"  # of a network that brings no images of its own
+    manifest = bundle / "manifest.json"  # of a network without built-in images
     manifest.write_text(manifest.read_text().replace('"name": "van_digits"', '"name": "mine"'))
     words = ("build", bundle, "--target", "sm_89", "--precision")
     refused = cli(*words, "int8")
     assert refused.exit_code == 5
     assert "has no artifact 'int8'; it has: fp32." in refused.stderr
-    assert f"Make it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
+    assert f"Create it with `van-deploy quantize {bundle} --precision int8`." in refused.stderr
     assert "Or give --images DIR to make it in this command." in refused.stderr
     made = cli(*words, "fp16")
     assert made.exit_code == 0

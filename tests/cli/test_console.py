@@ -1,4 +1,4 @@
-"""What commands print with: JSON that any reader takes, tables, and silence in pipes."""
+"""Output of commands: JSON, tables, notes and errors."""
 
 from __future__ import annotations
 
@@ -19,44 +19,39 @@ Colour = Enum("Colour", {"RED": "red"})
 HOSTILE = "\x1b]0;mine\x07\x1b[2J\x9b31mcat\u202egod\r"
 
 
-def test_plain_takes_what_results_are_made_of() -> None:
+def test_plain_converts_every_type_of_a_result() -> None:
     value = {
-        "figures": [math.inf, -math.inf, math.nan, np.float32(0.5), np.int64(3)],
+        "numbers": [math.inf, -math.inf, math.nan, np.float32(0.5), np.int64(3)],
         "logits": np.array([[1.0, math.nan]]),
-        Colour.RED: {"path": Path("a") / "b", "none": None, "yes": True},
-        "colour": (1, Colour.RED),
+        Colour.RED: (Path("a") / "b", None, True, 1, Colour.RED),
     }
-    assert json.loads(json.dumps(plain(value), allow_nan=False)) == {
-        "figures": ["inf", "-inf", "nan", 0.5, 3],
-        "logits": [[1.0, "nan"]],
-        "Colour.RED": {"path": "a/b", "none": None, "yes": True},
-        "colour": [1, "red"],
-    }
+    expected = {"numbers": ["inf", "-inf", "nan", 0.5, 3], "logits": [[1.0, "nan"]]}
+    expected["Colour.RED"] = ["a/b", None, True, 1, "red"]
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
     with pytest.raises(TypeError, match="object has no JSON form"):
         plain({"error": object()})
 
 
-def test_a_table_or_one_document_and_nothing_else(capsys: Printed) -> None:
+def test_output_is_a_table_or_one_json_document(capsys: Printed) -> None:
     result = {"name": "van_b1", "blocks": 10}
     print_result(result, as_json=True, blocks=list)
-    print_result(
-        result, as_json=False, blocks=lambda r: table([r], "name = name name; blocks = blocks d")
-    )
+    columns = "name = name name; blocks = blocks d"
+    print_result(result, as_json=False, blocks=lambda document: table([document], columns))
     checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
     print_result(checks, as_json=False, blocks=checks_table)
-    with progress_bar("Loading") as tell:  # silent where there is no terminal
-        tell("Downloading", 1, 2)
+    with progress_bar("Loading") as progress:  # prints nothing without a terminal
+        progress("Downloading", 1, 2)
     out, err = capsys.readouterr()
-    document, shown = out.split("}\n")
+    document, text = out.split("}\n")
     assert json.loads(document + "}") == result
-    lines = shown.splitlines()
+    lines = text.splitlines()
     assert lines[:3] == ["name    blocks", "──────────────", "van_b1      10"]
     assert [line.split()[0] for line in lines[-3:]] == ["PASS", "FAIL", "SKIPPED"]
     assert lines[-2].endswith("[bold]3 of 8 differ")
     assert err == ""
 
 
-def test_text_from_a_file_does_not_reach_a_terminal_as_commands(capsys: Printed) -> None:
+def test_control_characters_are_not_printed(capsys: Printed) -> None:
     print_result({"name": HOSTILE}, False, lambda result: table([result], "name = name"))
     print_error(HOSTILE, HOSTILE)
     print_note(HOSTILE)

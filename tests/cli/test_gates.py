@@ -64,7 +64,7 @@ def test_a_broken_artifact_ends_with_1_and_is_named(cli: Cli, path: Path) -> Non
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-2:] == [
         "error: Failed: 'fp16'.",
-        "  See the rows above; `van-deploy drift` names the module.",
+        "  See the rows above; `van-deploy drift` finds the module.",
     ]
     lines = result.stdout.splitlines()
     assert any(line.startswith("FAIL") and "fp16: SQNR" in line for line in lines)

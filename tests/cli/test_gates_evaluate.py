@@ -88,9 +88,8 @@ def test_too_few_images_are_inconclusive(
     words = ("--images", digits.labelled, "--artifact", "int8")
     result = cli("evaluate", path, *words)
     assert result.exit_code == 1
-    assert (
-        "error: The data cannot decide: 'int8'; --allow-inconclusive accepts that."
-        in words_of(result.stderr)
+    assert "error: The data cannot decide: 'int8'; --allow-inconclusive accepts that." in words_of(
+        result.stderr
     )
     text = words_of(result.stdout)
     assert "INCONCLUSIVE int8: -6.02 to +6.02 pp of top-1 lost on 60 images" in text

@@ -81,7 +81,7 @@ def test_everything_a_recipe_asks_for(cli: Cli, recipe: Path, tmp_path: Path) ->
     again = cli("run", recipe, "--output", output, *leave)
     assert again.exit_code == 0
     assert "Exported: nothing changed" in again.stdout
-    assert "nothing changed" in again.stdout
+    assert again.stdout.count("nothing changed") > 1  # the export and the engine
     assert "SKIPPED" in again.stdout
 
 

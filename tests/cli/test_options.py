@@ -1,4 +1,4 @@
-"""Commands made of functions and tables: what is written, how it is checked, and what help says."""
+"""Commands created from functions and tables: parsing, validation and help."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class Options(Table):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         if self.force and not self.fold:
-            yield "{always} and no {fold} exclude each other.", "Leave {fold} out."
+            yield "{always} and no {fold} conflict.", "Remove {fold}."
 
 
 def run(*words: str) -> tuple[Result, list[object]]:
-    """Run a program with one command made of the table; return what it was called with, too."""
+    """Run a program with one command; return its result and its arguments."""
     program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
     program.callback()(lambda: None)  # a program with sub-commands
     called: list[object] = []
@@ -81,7 +81,7 @@ def run(*words: str) -> tuple[Result, list[object]]:
     return result, called
 
 
-def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
+def test_every_type_of_option_is_parsed() -> None:
     assert run("here")[1] == ["here", Options(), {}, False]
     words = (
         "here --count 3 --kind good --no-fold --batch 1:2:4 --size 1GiB -n a,b --name c "
@@ -118,19 +118,16 @@ def test_every_kind_of_value_arrives_as_a_file_would_have_it() -> None:
         ("--sides 1,x", "'--sides' is 'x': it should be a whole number.\n"),
         ("--seconds nan", "'--seconds' is nan: it should be a finite number.\n"),
         ("--seconds 0", "'--seconds' is 0.0: it should be greater than 0.\n"),
-        (
-            "--always --no-fold",
-            "--always and no --no-fold exclude each other.\n  Leave --no-fold o",
-        ),
+        ("--always --no-fold", "--always and no --no-fold conflict.\n  Remove --no-fold."),
     ],
 )
-def test_a_mistake_is_told_with_the_option_s_name(words: str, message: str) -> None:
+def test_mistake_names_the_option(words: str, message: str) -> None:
     result, called = run("here", *words.split())
     assert (result.exit_code, called) == (2, [])
     assert result.stderr.startswith(f"error: {message}")
 
 
-def test_help_says_the_choices_the_default_and_the_limits() -> None:
+def test_help_shows_choices_default_and_limits() -> None:
     text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
     for words in (
         "--count INTEGER How many. [default: 20; from 1 up to 40]",

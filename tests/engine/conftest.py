@@ -1,4 +1,4 @@
-"""The real TensorRT for RTX, small real networks, a plan, and what builds one."""
+"""The real TensorRT for RTX, small networks, a plan, and a function that builds plans."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from van_deploy.model.preprocess import OFFICIAL
 
 SM89 = BuildOptions(targets=("sm_89",), profiles=(BatchRange(1, 2, 4),))
 ADA = Host("NVIDIA L4", "sm_89", 24 << 30, "580.65.06", (13, 0))
-PLUS: dict[str, Any] = {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS}
+AMPERE_PLUS: dict[str, Any] = {"hardware_compatibility": HardwareCompatibility.AMPERE_PLUS}
+# Backends without bindings, for checks of options and for names.
 RTX_17 = Backend(RTX, "1.7.1.116", 13, None)
 TENSORRT_11 = Backend(TENSORRT, "11.4.0.106", 13, None)
-"""Backends as far as refusals and names look at it: they never call the bindings."""
 
 Build = Callable[..., Sidecar]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plan of the embedded network, its sidecar and what was told while it was built."""
+    """A plan of the embedded network, its sidecar, and the progress calls of its build."""
 
     path: Path
     sidecar: Sidecar
-    told: list[tuple[str, int, int | None]]
+    progress: list[tuple[str, int, int | None]]
 
 
 @pytest.fixture(scope="session")
@@ -48,24 +48,24 @@ def rtx() -> Backend:
 
 @pytest.fixture(scope="session")
 def build(rtx: Backend, digits_onnx: Path) -> Build:
-    """Return what builds a plan for real: of the embedded network for an L4, if nothing is said."""
+    """Return a function that builds a plan, by default of the embedded network for an L4."""
 
-    def built(
+    def build_plan(
         plan: Path, options: BuildOptions = SM89, source: Path = digits_onnx, **more: Any
     ) -> Sidecar:
-        asked: dict[str, Any] = {"backend": rtx, "options": options, "precision": "fp32", **more}
-        return engine_from_onnx(source, plan, **asked)
+        required: dict[str, Any] = {"backend": rtx, "options": options, "precision": "fp32"}
+        return engine_from_onnx(source, plan, **required, **more)
 
-    return built
+    return build_plan
 
 
 @pytest.fixture(scope="session")
 def plan(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Plan:
-    """Return a plan for an L4, with sidecar and log; not to be changed."""
+    """Return a plan for an L4, with sidecar and log; tests must not change it."""
     path = tmp_path_factory.mktemp("plan") / "van_digits-fp32-sm89-rtx1.7.1.plan"
-    told: list[tuple[str, int, int | None]] = []
-    sidecar = build(path, preprocessing=OFFICIAL, progress=lambda *at: told.append(at))
-    return Plan(path, sidecar, told)
+    calls: list[tuple[str, int, int | None]] = []
+    sidecar = build(path, preprocessing=OFFICIAL, progress=lambda *call: calls.append(call))
+    return Plan(path, sidecar, calls)
 
 
 @pytest.fixture(scope="session")
@@ -76,5 +76,5 @@ def digits_graph(digits_onnx: Path) -> ModelProto:
 
 @pytest.fixture
 def graph(digits_graph: ModelProto) -> ModelProto:
-    """Return a copy of that graph to spoil."""
+    """Return a copy of that graph, which tests may change."""
     return copy.deepcopy(digits_graph)

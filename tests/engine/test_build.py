@@ -1,4 +1,4 @@
-"""Real plans from the real builder: what is written, what is not, and twice the same."""
+"""Plans built by the real builder: files, reproducibility, cancelled builds and crashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 from tests.each import each
-from tests.engine.conftest import ADA, PLUS, RTX_17, SM89, TENSORRT_11, Build, Plan
+from tests.engine.conftest import ADA, AMPERE_PLUS, RTX_17, SM89, TENSORRT_11, Build, Plan
 from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Backend, Host
@@ -33,8 +33,8 @@ from van_deploy.files import file_sha256
 from van_deploy.model.preprocess import OFFICIAL
 
 
-def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> None:
-    """The plan stays as TensorRT wrote it: its own look finds it sound, and a header would not."""
+def test_plan_has_a_complete_sidecar_and_a_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> None:
+    """The plan is the file that TensorRT wrote: its own validity check accepts it."""
     sidecar, name, data = plan.sidecar, plan.sidecar.name, plan.path.read_bytes()
     assert {path.suffix for path in plan.path.parent.iterdir()} == {".json", ".log", ".plan"}
     assert sidecar.plan_sha256 == file_sha256(plan.path)
@@ -44,33 +44,33 @@ def test_plan_sidecar_and_log(rtx: Backend, digits_onnx: Path, plan: Plan) -> No
     tensors = [(t.name, t.shape[0]) for t in (*sidecar.inputs, *sidecar.outputs)]
     assert tensors == [("images", -1), ("logits", -1)]
     assert 100 << 20 < sidecar.peak_memory_bytes < 2 << 30
-    assert sidecar.parser_layers <= 1.2 * (13 * 9 + 17), "hardly more than the graph has nodes"
+    assert sidecar.parser_layers <= 1.2 * (13 * 9 + 17), "about as many as the graph has nodes"
     assert set(sidecar.device_memory) == {"weights_bytes", "activation_bytes", "scratch_bytes"}
     assert sidecar.preprocessing == OFFICIAL
     assert "patch_embed1.proj" in plan.path.with_name(f"{name}.log").read_text()
-    assert plan.told[0][:2] == (f"{name}: Building engine", 0)
-    assert all(total is None or 0 <= done <= total for _, done, total in plan.told)
-    assert any(done for _, done, _ in plan.told)
+    assert plan.progress[0][:2] == (f"{name}: Building engine", 0)
+    assert all(total is None or 0 <= done <= total for _, done, total in plan.progress)
+    assert any(done for _, done, _ in plan.progress)
     runtime, _logger = rtx.runtime(BuildLog())
     malformed = int(rtx.module.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
-    found = [int(runtime.get_engine_validity(d)[1]) & malformed for d in (data, b"header" + data)]
-    assert found == [0, malformed]
+    flags = [int(runtime.get_engine_validity(d)[1]) & malformed for d in (data, b"header" + data)]
+    assert flags == [0, malformed]
     assert str(plan.path.parent).encode() not in data
 
 
-def test_builds_side_by_side_give_the_same_bytes_for_the_same_inputs_only(
+def test_parallel_builds_are_reproducible(
     build: Build, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
-    named = SM89.with_changes(profiling=Profiling.DETAILED)  # holds names, which could be of places
+    named = SM89.with_changes(profiling=Profiling.DETAILED)  # layer names
     far = tmp_path / "a folder with a much longer name than the first" / "other.plan"
     far.parent.mkdir()
     shutil.copy(digits_onnx, far.with_suffix(".onnx"))
     more = SM89.with_changes(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16)))
     near, other = tmp_path / "near.plan", tmp_path / "other.plan"
-    asked: Any = [(near, named), (far, named, far.with_suffix(".onnx")), (other, more)]
+    builds: Any = [(near, named), (far, named, far.with_suffix(".onnx")), (other, more)]
     with ThreadPoolExecutor() as pool:
-        first, same, larger = pool.map(lambda arguments: build(*arguments), asked)
-    assert [load_sidecar(path) for path, *_ in asked] == [first, same, larger]
+        first, same, larger = pool.map(lambda arguments: build(*arguments), builds)
+    assert [load_sidecar(path) for path, *_ in builds] == [first, same, larger]
     assert len({plan.sidecar.plan_sha256, first.plan_sha256, larger.plan_sha256}) == 3
     sizes = [one.device_memory["activation_bytes"] for one in (plan.sidecar, larger)]
     assert sizes[0] < sizes[1]
@@ -79,25 +79,25 @@ def test_builds_side_by_side_give_the_same_bytes_for_the_same_inputs_only(
     assert first.plan_sha256 == same.plan_sha256
 
 
-def test_weights_beside_the_file(build: Build, graph: ModelProto, tmp_path: Path) -> None:
+def test_external_weights(build: Build, graph: ModelProto, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(graph, path, save_as_external_data=True, location="model.bin", size_threshold=0)
     sidecar = build(tmp_path / "out" / "e.plan", source=path)
     assert sidecar.device_memory["weights_bytes"] > 100_000
 
 
-def for_cpus(model: ModelProto) -> None:
+def quantise_for_cpus(model: ModelProto) -> None:
     scale = numpy_helper.from_array(np.ones((), np.float32), "s")
     model.graph.initializer.extend([scale, numpy_helper.from_array(np.zeros((), np.uint8), "z")])
     model.graph.node.insert(0, helper.make_node("QuantizeLinear", ["images", "s", "z"], ["q"]))
 
 
-def dynamic(model: ModelProto) -> None:
+def make_size_dynamic(model: ModelProto) -> None:
     for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
         dim.dim_param = "side"
 
 
-def fixed(model: ModelProto) -> None:
+def fix_batch(model: ModelProto) -> None:
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
 
 
@@ -105,37 +105,35 @@ SIZES = SM89.with_changes(dynamic_size=SizeRange(32, 64, 96))
 
 
 @each(
-    ("spoil", "options", "words"),
+    ("change", "options", "message"),
     [
         (None, SM89, ""),
         (None, SIZES, "takes one image size, so it cannot serve 32:64:96"),
-        (for_cpus, SM89, "UINT8 zero-points, which TensorRT would read as INT8"),
+        (quantise_for_cpus, SM89, "UINT8 zero-points, which TensorRT would read as INT8"),
         (ModelProto.Clear, SM89, "is not an ONNX file"),
-        (dynamic, SM89, "has dynamic height and width, and no sizes"),
-        (dynamic, SIZES, ""),
-        (fixed, SM89, "has a fixed batch of 4, so it cannot serve 1:2:4"),
-        (fixed, SM89.with_changes(profiles=(BatchRange(4, 4, 4),)), ""),
-        (b"hello world, this is no protobuf", SM89, "is not an ONNX file"),
+        (make_size_dynamic, SM89, "has dynamic height and width, and no sizes"),
+        (make_size_dynamic, SIZES, ""),
+        (fix_batch, SM89, "has a fixed batch of 4, so it cannot serve 1:2:4"),
+        (fix_batch, SM89.with_changes(profiles=(BatchRange(4, 4, 4),)), ""),
+        (b"hello world, not a protobuf", SM89, "is not an ONNX file"),
     ],
     fresh="graph",
 )
-def test_what_the_graph_does_not_serve_or_tensorrt_would_misread(
-    graph: ModelProto, tmp_path: Path, spoil: Any, options: BuildOptions, words: str
+def test_graphs_that_do_not_match_the_options_or_are_misread_by_tensorrt_are_refused(
+    graph: ModelProto, tmp_path: Path, change: Any, options: BuildOptions, message: str
 ) -> None:
     path = tmp_path / "model.onnx"
-    if callable(spoil):
-        spoil(graph)
-    path.write_bytes(spoil if isinstance(spoil, bytes) else graph.SerializeToString())
-    if not words:
+    if callable(change):
+        change(graph)
+    path.write_bytes(change if isinstance(change, bytes) else graph.SerializeToString())
+    if not message:
         assert not has_external_weights(path, options)
         return
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         has_external_weights(path, options)
 
 
-def test_a_plan_that_was_there_survives_a_failed_build(
-    build: Build, plan: Plan, tmp_path: Path
-) -> None:
+def test_existing_plan_survives_a_failed_build(build: Build, plan: Plan, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(plan.path.parent, tmp_path / "plans"))
     with pytest.raises(ConversionError, match="no kernel fits into the workspace"):
         build(folder / plan.path.name, SM89.with_changes(workspace_bytes=1024))
@@ -144,52 +142,52 @@ def test_a_plan_that_was_there_survives_a_failed_build(
 
 
 @each(
-    ("number", "kind", "words"),
+    ("signal_number", "error", "message"),
     [
         (None, KeyboardInterrupt, None),
         (signal.SIGKILL, MissingDependency, "was killed, most likely because memory ran out"),
         (signal.SIGSEGV, ConversionError, "ended the build with signal SIGSEGV"),
     ],
 )
-def test_a_build_that_is_stopped_leaves_nothing(
-    build: Build, tmp_path: Path, number: int | None, kind: type[BaseException], words: str | None
+def test_interrupted_and_crashed_builds_leave_no_files(
+    build: Build, tmp_path: Path, **case: Any
 ) -> None:
-    """Ctrl-C stops TensorRT, too; a worker that is killed becomes an error."""
+    signal_number, error, message = case.values()
     workers: set[psutil.Process] = set()
-    others = set(psutil.Process().children())  # of the tests before this one
+    others = set(psutil.Process().children())  # of other tests
 
     def stop(phase: str, done: int, total: int | None) -> None:
         workers.update(set(psutil.Process().children()) - others)
         for worker in workers:
-            assert os.getsid(worker.pid) == worker.pid, "Ctrl-C would reach it"
-            if number is not None:
-                worker.send_signal(number)
-        if number is None and done:
+            assert os.getsid(worker.pid) == worker.pid, "Ctrl-C would reach the worker"
+            if signal_number is not None:
+                worker.send_signal(signal_number)
+        if signal_number is None and done:
             raise KeyboardInterrupt
 
-    with pytest.raises(kind, match=words):
+    with pytest.raises(error, match=message):
         build(tmp_path / "e.plan", progress=stop)
     assert list(tmp_path.iterdir()) == []
     assert workers
     assert not [worker for worker in workers if worker.is_running()]
 
 
-def test_a_cancelled_build_stops_at_tensorrts_next_step(
+def test_end_of_stdin_cancels_the_build_at_the_next_step(
     rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
 ) -> None:
     (tmp_path / ONNX).symlink_to(digits_onnx)
     job = dict.fromkeys(("timing_cache", "external_weights"))
-    asked = json.dumps({**job, "backend": rtx.name, "options": SM89.as_dict()})
+    text = json.dumps({**job, "backend": rtx.name, "options": SM89.as_dict()})
     folder = os.open(tmp_path, os.O_RDONLY)
     words = [sys.executable, "-m", "van_deploy.engine.worker", str(folder)]
     with subprocess.Popen(words, pass_fds=[folder], stdin=-1, stdout=-1, text=True) as worker:
-        events = worker.communicate(asked)[0].splitlines()
+        events = worker.communicate(text)[0].splitlines()
     os.close(folder)
-    assert 0 < len(events) < len(plan.told) / 2, "the end of stdin cancels it"
+    assert 0 < len(events) < len(plan.progress) / 2
     assert not any('"built"' in event for event in events)
 
 
-def test_the_worker_stops_when_its_parent_is_gone(
+def test_worker_exits_and_removes_its_folder_when_the_parent_is_killed(
     rtx: Backend, digits_onnx: Path, tmp_path: Path
 ) -> None:
     program = (
@@ -204,8 +202,8 @@ def test_the_worker_stops_when_its_parent_is_gone(
         workers = parent.children()
         parent.kill()
     assert workers
-    assert psutil.wait_procs(workers, timeout=20)[1] == [], "the worker outlived its parent"
-    assert list(tmp_path.iterdir()) == [], "the parent was killed and could not tidy up"
+    assert psutil.wait_procs(workers, timeout=20)[1] == [], "the worker is still running"
+    assert list(tmp_path.iterdir()) == []
 
 
 @each(
@@ -213,17 +211,17 @@ def test_the_worker_stops_when_its_parent_is_gone(
     [
         (SM89.with_changes(targets=("sm_86", "sm_89")), "sm86+sm89-rtx1.7.1"),
         (BuildOptions(), "sm89-trt11.4.0"),
-        (BuildOptions(**PLUS), "ampere-plus-trt11.4.0"),
+        (BuildOptions(**AMPERE_PLUS), "ampere-plus-trt11.4.0"),
         (BuildOptions(version_compatible=True), "sm89-trt11.4.0-vc"),
     ],
 )
-def test_names(options: BuildOptions, name: str) -> None:
+def test_engine_names(options: BuildOptions, name: str) -> None:
     backend, host = (RTX_17, Host()) if "rtx" in name else (TENSORRT_11, ADA)
     assert engine_name("van_b1", "fp16", backend, options, host) == f"van_b1-fp16-{name}"
 
 
 class Timings(bytearray):
-    """Timings as TensorRT has them: made of a file's bytes, combined, serialised."""
+    """A timing cache with TensorRT's methods."""
 
     def serialize(self) -> bytes:
         return bytes(self)
@@ -238,8 +236,8 @@ class Config:
 
 
 @pytest.mark.filterwarnings("ignore:Use Deprecated:DeprecationWarning")
-def test_builds_that_share_a_timing_cache_lose_nothing(rtx: Backend, tmp_path: Path) -> None:
-    """On RTX it does nothing, but the calls are those that TensorRT has."""
+def test_parallel_builds_merge_a_shared_timing_cache(rtx: Backend, tmp_path: Path) -> None:
+    """RTX has no timings, but the same methods as TensorRT."""
     path, own = tmp_path / "caches" / "timing.cache", tmp_path / "own.cache"
     with ThreadPoolExecutor() as pool:
         list(

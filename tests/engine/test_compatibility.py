@@ -1,4 +1,4 @@
-"""What is vouched for, where it does not run, what cannot be built, and what `inspect` tells."""
+"""Incompatible machines, unsupported options, verified sidecars, and `inspect`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,12 @@ import pytest
 
 from tests.conftest import Cli
 from tests.each import each
-from tests.engine.conftest import ADA, PLUS, SM89, TENSORRT_11, Build, Plan
+from tests.engine.conftest import ADA, AMPERE_PLUS, SM89, TENSORRT_11, Build, Plan
 from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.engine import compatibility, sidecar
 from van_deploy.engine.backend import Backend, Host, detect_host
-from van_deploy.engine.compatibility import (
-    find_obstacles,
-    require_compatible,
-    require_supported,
-    torch_version,
-)
 from van_deploy.engine.inspect import Layer, layers_from_json
-from van_deploy.engine.sidecar import (
-    PACKAGE_SCHEMA,
-    PackageSidecar,
-    Sidecar,
-    load_package_sidecar,
-    load_sidecar,
-    sidecar_path,
-    write_sidecar,
-)
+from van_deploy.engine.sidecar import PACKAGE_SCHEMA, PackageSidecar, Sidecar, sidecar_path
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
@@ -47,22 +34,23 @@ VC = {"version_compatible": True}
 TEN, ELEVEN, LATER = (
     {"tensorrt": f"{version}"} for version in ("10.16.1.11", "11.4.0.106", "11.5.0.1")
 )
-Spoil = Callable[[Path], object]
+Edit = Callable[[Path], object]
 
 
-def of_tensorrt(sidecar: Sidecar, version: str, **options: object) -> Sidecar:
-    asked = BuildOptions().with_changes(**options)
-    changes = {"backend": "tensorrt", "backend_version": version, "options": asked}
-    return sidecar.model_copy(update=changes)
+def tensorrt_sidecar(plan: Plan, version: str, **options: object) -> Sidecar:
+    changed = BuildOptions().with_changes(**options)
+    changes = {"backend": "tensorrt", "backend_version": version, "options": changed}
+    return plan.sidecar.model_copy(update=changes)
 
 
-def package(**changes: Any) -> PackageSidecar:
-    texts = dict.fromkeys(("name", "onnx_file", "onnx_sha256", "file_sha256", "built_on"), "p")
-    flags: Any = {"tf32": True, "max_autotune": False, "cpu_features": (), "file_bytes": 1}
-    served: Any = {"batch": BatchRange(1, 4, 8), "input_shape": (-1, 3, 32, 32)}
-    made: Any = {"schema": PACKAGE_SCHEMA, "precision": "fp16", "build_seconds": 1.0}
-    made |= {"torch": torch_version(), "device": "cuda", "targets": ("sm_90",)}
-    return PackageSidecar(**{**texts, **flags, **served, **made, **changes})
+def package_sidecar(**changes: Any) -> PackageSidecar:
+    names = ("name", "onnx_file", "onnx_sha256", "file_sha256", "built_on")
+    fields: dict[str, Any] = dict.fromkeys(names, "p")
+    fields |= {"tf32": True, "max_autotune": False, "cpu_features": (), "file_bytes": 1}
+    fields |= {"batch": BatchRange(1, 4, 8), "input_shape": (-1, 3, 32, 32)}
+    fields |= {"schema": PACKAGE_SCHEMA, "precision": "fp16", "build_seconds": 1.0}
+    fields |= {"torch": compatibility.torch_version(), "device": "cuda", "targets": ("sm_90",)}
+    return PackageSidecar(**{**fields, **changes})
 
 
 ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
@@ -79,8 +67,8 @@ ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
         # another build of one release
         ({"backend_version": "{release}.1"}, ADA, "; installed is TensorRT for RTX {version}", ""),
         ({}, OLD, "it needs CUDA {cuda}, and driver 535.129.03 supports CUDA up to 11.8", "Update"),
-        ({**ELEVEN, **PLUS}, A100, "", ""),
-        ({**ELEVEN, **PLUS}, TURING, "for sm_80 and newer with", "this machine."),
+        ({**ELEVEN, **AMPERE_PLUS}, A100, "", ""),
+        ({**ELEVEN, **AMPERE_PLUS}, TURING, "for sm_80 and newer with", "this machine."),
         (ELEVEN, A100, "this machine has sm_80", "Rebuild on this machine."),
         ({**TEN, **VC}, ADA, "", ""),
         ({**LATER, **VC}, ADA, "never on earlier ones)", "install TensorRT 11.5.0."),
@@ -94,68 +82,70 @@ ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
         ({**ON_CPU, "targets": ("riscv64",)}, NO_GPU, "and may use riscv64, which", ""),
     ],
 )
-def test_where_a_plan_or_a_package_runs(
+def test_machines_on_which_a_plan_or_a_package_runs(
     rtx: Backend, plan: Plan, monkeypatch: pytest.MonkeyPatch, **case: Any
 ) -> None:
-    """TensorRT's own rules with a stand-in where only its version is looked at."""
+    """TensorRT is replaced by a stand-in that has only a version."""
     changes, host, problem, remedy = case.values()
     facts = {name: getattr(rtx, name) for name in ("label", "version", "cuda", "release")}
-    facts["torch"] = torch_version()
-    given = {k: v.format(**facts) if isinstance(v, str) else v for k, v in changes.items()}
-    if version := given.pop("tensorrt", None):
+    facts["torch"] = compatibility.torch_version()
+    fields = {k: v.format(**facts) if isinstance(v, str) else v for k, v in changes.items()}
+    if version := fields.pop("tensorrt", None):
         stand_in = "van_deploy.engine.compatibility.load_backend"
         monkeypatch.setattr(stand_in, lambda _: TENSORRT_11)
-        sidecar: Any = of_tensorrt(plan.sidecar, version, **given)
-    elif given.keys() & {"device", "torch"}:
-        sidecar = package(**given)
+        tested: Any = tensorrt_sidecar(plan, version, **fields)
+    elif fields.keys() & {"device", "torch"}:
+        tested = package_sidecar(**fields)
     else:
-        sidecar = plan.sidecar.model_copy(update=given)
-    found = find_obstacles(sidecar, host)
+        tested = plan.sidecar.model_copy(update=fields)
+    obstacles = compatibility.find_obstacles(tested, host)
     monkeypatch.undo()
-    assert len(found) == bool(problem)
-    for one in found:
-        assert problem.format(**facts) in one.problem
-        assert remedy in one.remedy
+    assert len(obstacles) == bool(problem)
+    for obstacle in obstacles:
+        assert problem.format(**facts) in obstacle.problem
+        assert remedy in obstacle.remedy
 
 
-def test_every_reason_is_given_at_once(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_lists_every_obstacle(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     older = plan.sidecar.model_copy(update={"backend_version": "1.2.0.54"})
     with pytest.raises(MissingDependency) as caught:
-        require_compatible(older, replace(A100, cuda=(11, 8)))
+        compatibility.require_compatible(older, replace(A100, cuda=(11, 8)))
     assert caught.value.message.count(";") >= 3
     assert len(caught.value.remedy.splitlines()) == 3
     with pytest.raises(MissingDependency, match="The package 'p' does not run here"):
-        require_compatible(package(), NO_GPU)
+        compatibility.require_compatible(package_sidecar(), NO_GPU)
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    first, *_ = find_obstacles(of_tensorrt(plan.sidecar, "11.4.0.106"), ADA)
+    first, *_ = compatibility.find_obstacles(tensorrt_sidecar(plan, "11.4.0.106"), ADA)
     assert first.problem.startswith("TensorRT is not installed")
 
 
 @each(
-    ("options", "host", "refused"),
+    ("options", "host", "message"),
     [
         (SM89, ADA, ""),
-        (BuildOptions(**PLUS, workspace_bytes=24 << 30), ADA, ""),
+        (BuildOptions(**AMPERE_PLUS, workspace_bytes=24 << 30), ADA, ""),
         (SM89.with_changes(targets=()), NO_GPU, "builds on the GPU that will run the engine"),
         (SM89.with_changes(workspace_bytes=25 << 30), ADA, "of memory that NVIDIA L4 has"),
-        # A level covers other GPUs only where no target is named, and RTX only those it serves.
+        # A level covers other GPUs only without a target, and RTX supports only its own targets.
         (SM89.with_changes(targets=("sm_90",)), ADA, "give --hardware-compatibility ampere-plus."),
         (SM89.with_changes(targets=("sm_75",)), ADA, "on that GPU, or use --backend tensorrt-rtx."),
     ],
 )
-def test_what_tensorrt_refuses(options: BuildOptions, host: Host, refused: str) -> None:
-    """What RTX refuses is in ``tests/cli/test_build.py``."""
-    if not refused:
-        require_supported(TENSORRT_11, options, host)
+def test_options_that_tensorrt_does_not_support(
+    options: BuildOptions, host: Host, message: str
+) -> None:
+    """Those of RTX are in ``tests/cli/test_build.py``."""
+    if not message:
+        compatibility.require_supported(TENSORRT_11, options, host)
         return
     with pytest.raises((UsageError, MissingDependency)) as caught:
-        require_supported(TENSORRT_11, options, host)
-    assert refused in str(caught.value)
+        compatibility.require_supported(TENSORRT_11, options, host)
+    assert message in str(caught.value)
     assert isinstance(caught.value, UsageError) == (host is ADA)
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="measures RTX on a machine with no GPU")
-def test_what_rtx_is_refused_it_really_cannot_do(
+def test_rtx_really_cannot_build_a_version_compatible_plan(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.engine.build.require_supported", lambda *_: None)
@@ -164,10 +154,7 @@ def test_what_rtx_is_refused_it_really_cannot_do(
     assert list(tmp_path.iterdir()) == []
 
 
-# --- sidecars ----------------------------------------------------------------------------------
-
-
-def with_(text: str = "", **values: object) -> Spoil:
+def edit_sidecar(text: str = "", **values: object) -> Edit:
     def write(file: Path) -> None:
         path = sidecar_path(file)
         changed = json.dumps({**json.loads(path.read_text()), **values})
@@ -176,66 +163,68 @@ def with_(text: str = "", **values: object) -> Spoil:
     return write
 
 
-def in_middle(file: Path) -> None:
+def swap(file: Path) -> None:
     file.write_bytes(b"other" + file.read_bytes()[5:])
 
 
 @each(
-    ("spoil", "message"),
+    ("edit", "message"),
     [
         (lambda file: sidecar_path(file).unlink(), "has no sidecar"),
         (Path.unlink, "There is no engine"),
-        (in_middle, "is not the (plan|package) of its sidecar"),
-        (with_(targets=["sm_90"]), "was edited after it was written"),
-        (with_(sidecar_sha256="0" * 64), "was edited after it was written"),
-        (with_(schema="van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
-        *((with_(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
+        (swap, "is not the (plan|package) of its sidecar"),
+        (edit_sidecar(targets=["sm_90"]), "was edited after it was written"),
+        (edit_sidecar(sidecar_sha256="0" * 64), "was edited after it was written"),
+        (edit_sidecar(schema="van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
+        *((edit_sidecar(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
     ],
 )
-def test_what_is_not_vouched_for(plan: Plan, tmp_path: Path, spoil: Spoil, message: str) -> None:
+def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, message: str) -> None:
     copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
-    assert load_sidecar(copy) == plan.sidecar
+    assert sidecar.load_sidecar(copy) == plan.sidecar
     file = tmp_path / "p-1.7.pt2"
     file.write_bytes(b"native code")
-    known = write_sidecar(file, package(targets=("sm_89",), file_sha256=file_sha256(file)))
-    assert load_package_sidecar(file) == known
-    for path, verified in ((copy, load_sidecar), (file, load_package_sidecar)):
-        spoil(path)
+    written = sidecar.write_sidecar(
+        file, package_sidecar(targets=("sm_89",), file_sha256=file_sha256(file))
+    )
+    assert sidecar.load_package_sidecar(file) == written
+    for path, load in ((copy, sidecar.load_sidecar), (file, sidecar.load_package_sidecar)):
+        edit(path)
         with pytest.raises(InputError, match=message):
-            verified(path)
+            load(path)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")
-def test_inspect_tells_what_sidecar_and_log_know(cli: Cli, plan: Plan) -> None:
-    sidecar, text = plan.sidecar, " ".join(cli("inspect", plan.path).stdout.split())
+def test_inspect_shows_sidecar_and_log(cli: Cli, plan: Plan) -> None:
+    facts, text = plan.sidecar, " ".join(cli("inspect", plan.path).stdout.split())
     for words in (
-        f"sha256 {sidecar.plan_sha256}",
-        f"backend tensorrt-rtx version {sidecar.backend_version}",
+        f"sha256 {facts.plan_sha256}",
+        f"backend tensorrt-rtx version {facts.backend_version}",
         "input images float N 3 32 32",
         "output logits float N 10",
         "SKIPPED layers: only the engine's own GPU can load it",
-        f"After dead-layer removal: {sidecar.parser_layers} layers",
+        f"After dead-layer removal: {facts.parser_layers} layers",
         "Total Weights Memory",
     ):
         assert words in text, words
     (document,) = json.loads(cli("inspect", plan.path, "--json").stdout)
-    assert (document["plan_sha256"], document["layers"]) == (sidecar.plan_sha256, [])
+    assert (document["plan_sha256"], document["layers"]) == (facts.plan_sha256, [])
     assert document["layers_skipped"].endswith("no NVIDIA GPU was found on this machine")
 
 
-def test_trust_is_for_a_plan_without_a_sidecar_only(cli: Cli, plan: Plan, tmp_path: Path) -> None:
+def test_trust_engine_is_only_for_missing_sidecars(cli: Cli, plan: Plan, tmp_path: Path) -> None:
     copy = Path(shutil.copy(plan.path, tmp_path))
     refused, trusted = cli("inspect", copy), cli("inspect", copy, "--trust-engine")
     assert (refused.exit_code, trusted.exit_code) == (5, 0)
     assert "--trust-engine" in refused.stderr
     assert "it has no sidecar" in trusted.stdout
     shutil.copy(sidecar_path(plan.path), tmp_path)
-    in_middle(copy)
+    swap(copy)
     swapped = cli("inspect", copy, "--trust-engine")
     assert (swapped.exit_code, swapped.stdout) == (5, "")
 
 
-def test_layers_of_any_version() -> None:
+def test_inspector_layers_of_all_tensorrt_versions() -> None:
     names = {"Name": "stem.proj + act", "Metadata": "[ONNX Layer: stem.proj][ONNX Layer: act]"}
     ten = {**names, "LayerType": "gemm", "Outputs": [{"Name": "x", "Format/Datatype": "Half"}]}
     new = {"Name": "new", "Outputs": [{"Datatype": "FP8"}]}

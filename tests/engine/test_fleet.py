@@ -1,4 +1,4 @@
-"""Engines in a bundle: entered, reused, rebuilt; many of them, here and on Ray."""
+"""Engines in bundles: added, reused, rebuilt; fleets on this machine and on Ray."""
 
 from __future__ import annotations
 
@@ -13,15 +13,9 @@ from tests.engine.conftest import SM89
 from tests.manifest_parts import artifact_entry
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions
+from van_deploy.engine import fleet
 from van_deploy.engine.backend import Backend, Host
-from van_deploy.engine.fleet import (
-    BuildOutcome,
-    Cell,
-    FleetHost,
-    build_cells,
-    build_on_ray,
-    read_fleet,
-)
+from van_deploy.engine.fleet import Cell, build_cells, build_on_ray, read_fleet
 from van_deploy.errors import BundleError, InputError, RecipeError
 
 FLEET = """
@@ -33,12 +27,12 @@ targets = ["sm_86", "sm_80+sm_89"]
 
 
 def cell_of(folder: Path, precision: str = "fp32", options: BuildOptions = SM89) -> Cell:
-    return Cell(folder, precision, options.targets, options, FleetHost())
+    return Cell(folder, precision, options.targets, options, fleet.FleetHost())
 
 
-def made(
+def build(
     folder: Path, options: BuildOptions = SM89, precision: str = "fp32", **more: Any
-) -> BuildOutcome:
+) -> fleet.BuildOutcome:
     (outcome,) = build_cells([cell_of(folder, precision, options)], host=Host(), **more)
     return outcome
 
@@ -48,8 +42,8 @@ def folder(copy_bundle: Copy, digits_bundle: Bundle) -> Path:
     return copy_bundle(digits_bundle, "dist/van_digits")
 
 
-def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
-    first = made(folder)
+def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
+    first = build(folder)
     bundle = Bundle.open(folder)
     artifact = bundle.artifact(first.engine)
     assert (first.outcome, first.engine) == ("built", f"van_digits-fp32-sm89-rtx{rtx.release}")
@@ -59,20 +53,20 @@ def test_an_engine_in_its_bundle(rtx: Backend, folder: Path) -> None:
     assert bundle.problems() == []
     assert first.sidecar is not None
     assert first.sidecar.preprocessing == bundle.manifest.preprocessing
-    again = made(folder)
+    again = build(folder)
     assert (again.outcome, again.sidecar) == ("reused", first.sidecar)
-    assert made(folder, force=True).outcome == "built"
+    assert build(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
-        made(folder, precision=first.engine)
+        build(folder, precision=first.engine)
     plan = Bundle.open(folder).verified_path(first.engine)
     plan.write_bytes(plan.read_bytes()[:-1])
-    assert made(folder).outcome == "built", "a damaged engine is built again"
-    assert made(folder, SM89.with_changes(tf32=False)).outcome == "built"
+    assert build(folder).outcome == "built", "a damaged engine is built again"
+    assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
     assert Bundle.open(folder).problems() == Bundle.open(folder).unlisted_files() == []
     assert len([a for a in Bundle.open(folder).artifacts.values() if a.kind == "engine"]) == 1
 
 
-def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Path) -> None:
+def test_onnx_file_replaced_during_the_build(rtx: Backend, folder: Path, digits_onnx: Path) -> None:
     replaced: list[str] = []
 
     def replace_source(phase: str, done: int, total: int | None) -> None:
@@ -83,26 +77,26 @@ def test_a_source_replaced_meanwhile(rtx: Backend, folder: Path, digits_onnx: Pa
                 draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
 
     with pytest.raises(BundleError, match="was replaced while"):
-        made(folder, progress=replace_source)
+        build(folder, progress=replace_source)
     assert not (folder / "engines").exists()
     assert replaced == [f"van_digits-fp32-sm89-rtx{rtx.release}: Building engine"]
 
 
-def test_nothing_is_built_where_a_source_is_missing(rtx: Backend, folder: Path) -> None:
+def test_nothing_is_built_if_an_onnx_file_is_missing(rtx: Backend, folder: Path) -> None:
     with pytest.raises(BundleError) as caught:
         list(build_cells([cell_of(folder), cell_of(folder, "fp16")], host=Host()))
-    assert caught.value.remedy == f"Make it with `van-deploy quantize {folder} --precision fp16`."
+    assert caught.value.remedy == f"Create it with `van-deploy quantize {folder} --precision fp16`."
     assert not (folder / "engines").exists()
 
 
-def test_an_engine_from_a_graph_with_preprocessing(
+def test_engine_from_a_graph_with_preprocessing(
     rtx: Backend, copy_bundle: Copy, uint8_bundle: Bundle
 ) -> None:
-    outcome = made(copy_bundle(uint8_bundle), precision="fp32-uint8")
+    outcome = build(copy_bundle(uint8_bundle), precision="fp32-uint8")
     assert outcome.engine == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
     assert outcome.sidecar is not None
-    (given,) = outcome.sidecar.inputs
-    assert (given.name, given.shape[::3], given.dtype) == ("pixels", (-1, 3), "uint8")
+    (tensor,) = outcome.sidecar.inputs
+    assert (tensor.name, tensor.shape[::3], tensor.dtype) == ("pixels", (-1, 3), "uint8")
     names = {output.name for output in outcome.sidecar.outputs}
     assert {"logits", "top5_classes", "top5_probabilities"} <= names
 
@@ -114,7 +108,7 @@ def fleet_file(folder: Path) -> Path:
     return path
 
 
-def test_a_file_becomes_cells(fleet_file: Path) -> None:
+def test_fleet_file_is_read_as_cells(fleet_file: Path) -> None:
     options = '[options]\nbatch = ["1:1:1", "2:8:16"]\nworkspace = "1GiB"\n'
     host = '[hosts.sm_86]\nbackend = "tensorrt"\naccelerator_type = "A10G"\n'
     fleet_file.write_text(FLEET + options + host)
@@ -126,16 +120,32 @@ def test_a_file_becomes_cells(fleet_file: Path) -> None:
     assert cells[0].resources == {"num_gpus": 1, "accelerator_type": "A10G"}
     assert "num_gpus" not in cells[1].resources
     assert cells[0].bundle == fleet_file.parent / "dist" / "van_digits"
-    asked = cells[1].options
-    assert asked.profiles == (BatchRange(1, 1, 1), BatchRange(2, 8, 16))
-    assert (asked.targets, asked.workspace_bytes) == (("sm_80", "sm_89"), 1 << 30)
+    built_with = cells[1].options
+    assert built_with.profiles == (BatchRange(1, 1, 1), BatchRange(2, 8, 16))
+    assert (built_with.targets, built_with.workspace_bytes) == (
+        ("sm_80", "sm_89"),
+        1 << 30,
+    )
     fleet_file.write_text(FLEET + host.replace("sm_86", "sm_75"))
     with pytest.raises(RecipeError, match=r"fleet.toml.*hosts.sm_75 is for no target"):
         read_fleet(fleet_file)
 
 
+def test_table_of_several_bundles_has_a_bundle_column(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for bundles, cells in (('"a/one"', ["FAIL", "one"]), ('"a/one", "b/one"', ["FAIL", "a/one"])):
+        file = tmp_path / "fleet.toml"
+        file.write_text(f'[fleet]\nbundles=[{bundles}]\nprecisions=["fp32"]\ntargets=["sm_86"]\n')
+        rows = [
+            line.split()[:2] for line in cli("build", "--matrix", file.name).stdout.splitlines()
+        ]
+        assert cells in rows
+
+
 @pytest.mark.slow
-def test_a_fleet_goes_on_after_a_failure_and_resumes(
+def test_fleet_continues_after_a_failure_and_resumes(
     rtx: Backend, fleet_file: Path, cli: Cli
 ) -> None:
     first = cli("build", "--matrix", fleet_file)
@@ -153,7 +163,7 @@ def test_a_fleet_goes_on_after_a_failure_and_resumes(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_fleet_on_ray(rtx: Backend, fleet_file: Path) -> None:
+def test_fleet_on_ray(rtx: Backend, fleet_file: Path) -> None:
     ray: Any = pytest.importorskip("ray", reason="ray is not installed")
     quiet = {"include_dashboard": False, "log_to_driver": False, "configure_logging": False}
     ray.init(num_cpus=1, object_store_memory=100 << 20, **quiet)
@@ -164,12 +174,12 @@ def test_a_fleet_on_ray(rtx: Backend, fleet_file: Path) -> None:
     finally:
         ray.shutdown()
     assert len(outcomes) == 4
-    made = outcomes["van_digits", "sm_86"]
-    assert made.outcome == "built", made.error
+    first = outcomes["van_digits", "sm_86"]
+    assert first.outcome == "built", first.error
     assert outcomes["van_none", "sm_86"].outcome == "failed"
     bundle = Bundle.open(cells[0].bundle)
     assert bundle.problems() == []
-    assert made.engine in bundle.artifacts
+    assert first.engine in bundle.artifacts
     assert again == ["failed", "failed", "reused", "reused"]
-    here = list(build_cells(cells[:2], host=Host()))
-    assert [o.outcome for o in here] == ["reused", "reused"]
+    local = list(build_cells(cells[:2], host=Host()))
+    assert [o.outcome for o in local] == ["reused", "reused"]

@@ -1,4 +1,4 @@
-"""TensorRT's messages, provoked from the real parser and builder, in words for people."""
+"""Errors of the real TensorRT parser and builder, with cause and remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def node(kind: str, name: str, inputs: str, output: str = "logits") -> onnx.Node
     return helper.make_node(kind, inputs.split(), [output], name=name)
 
 
-def small(*nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, **weights: Any) -> ModelProto:
+def model_of(*nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, **weights: Any) -> ModelProto:
     images = helper.make_tensor_value_info("images", kind, ["batch", 3, 8, 8])
     logits = helper.make_tensor_value_info("logits", kind, None)
     stored = [numpy_helper.from_array(np.asarray(v), name) for name, v in weights.items()]
@@ -33,15 +33,15 @@ def small(*nodes: onnx.NodeProto, kind: int = TensorProto.FLOAT, **weights: Any)
 def quantised(scale: float, zero: int) -> ModelProto:
     quantize = node("QuantizeLinear", "block1.0.quantize", "images s z", "q")
     back = node("DequantizeLinear", "block1.0.back", "q s z")
-    return small(quantize, back, s=np.float32(scale), z=np.int8(zero))
+    return model_of(quantize, back, s=np.float32(scale), z=np.int8(zero))
 
 
 CONV, RELU = node("Conv", "patch_embed1.proj", "images w"), node("Relu", "block1.0.act", "images")
 GATE, NOWHERE = node("Mul", "block1.0.gate", "images m"), node("Relu", "act", "nowhere")
 GELU = helper.make_node("QuickerGelu", ["images"], ["logits"], "act", domain="com.microsoft")
 QUANTIZE, PROJ = "block1.0.quantize (QuantizeLinear)", "patch_embed1.proj (Conv)"
-OUTSIDE = small(node("Reshape", "head.reshape", "images narrow"), narrow=np.array([2, 192]))
-INSIDE = small(
+OUTSIDE = model_of(node("Reshape", "head.reshape", "images narrow"), narrow=np.array([2, 192]))
+INSIDE = model_of(
     node("Reshape", "norm1.reshape", "images three", "flat"),
     node("Reshape", "norm1.back", "flat wide", "back"),
     node("Add", "norm1.add", "images back"),
@@ -53,27 +53,27 @@ INSIDE = small(
 @each(
     ("model", "name", "where"),
     [
-        (small(GELU), "unknown operator", "act (QuickerGelu)"),
+        (model_of(GELU), "unknown operator", "act (QuickerGelu)"),
         (quantised(0.0, 0), "scale not positive", QUANTIZE),
         (quantised(1.0, 1), "asymmetric quantisation", QUANTIZE),
-        (small(RELU, kind=TensorProto.UINT8), "unsupported type", "block1.0.act (Relu)"),
-        (small(GATE, m=np.ones(5, "f")), "shapes do not fit", "block1.0.gate (Mul"),
-        (small(NOWHERE), "broken graph", "act (Relu)"),
-        (small(CONV, w=np.ones((4, 3, 3, 3), "e")), "mixed types", PROJ),
-        (small(CONV, w=np.ones((4, 5, 3, 3), "f")), "weights do not fit", PROJ),
-        # TensorRT builds one that is frozen at the optimum, and would fail for any batch but 2.
+        (model_of(RELU, kind=TensorProto.UINT8), "unsupported type", "block1.0.act (Relu)"),
+        (model_of(GATE, m=np.ones(5, "f")), "shapes do not fit", "block1.0.gate (Mul"),
+        (model_of(NOWHERE), "broken graph", "act (Relu)"),
+        (model_of(CONV, w=np.ones((4, 3, 3, 3), "e")), "mixed types", PROJ),
+        (model_of(CONV, w=np.ones((4, 5, 3, 3), "f")), "weights do not fit", PROJ),
+        # TensorRT builds a graph that is frozen at the optimum, which then fails at other batches.
         (OUTSIDE, "frozen batch", "'logits' has a fixed batch of 2"),
         (INSIDE, "frozen batch", "'logits' has a fixed batch of 3"),
     ],
 )
-def test_what_the_parser_and_the_builder_refuse(
+def test_errors_of_the_parser_and_the_builder(
     rtx: Backend, build: Build, tmp_path: Path, model: ModelProto, name: str, where: str
 ) -> None:
     source, plan = tmp_path / "model.onnx", tmp_path / "out" / "e.plan"
     onnx.save(model, source)
     with pytest.raises(VanDeployError) as caught:
         build(plan, source=source)
-    assert list(plan.parent.iterdir()) == [], "something was left behind"
+    assert list(plan.parent.iterdir()) == [], "no file remains"
     error, entry = caught.value, next(entry for entry in KNOWN_ERRORS if entry.name == name)
     did = "built no plan from" if name == "frozen batch" else "cannot parse"
     assert error.message.startswith(f"{rtx.label} {did} 'model.onnx':")
@@ -84,7 +84,7 @@ def test_what_the_parser_and_the_builder_refuse(
 
 
 @each(
-    ("said", "name", "kind"),
+    ("message", "name", "error_class"),
     [
         ("reshaping failed for tensor: images", "frozen batch", ConversionError),
         ("incompatible device, expecting compute 8.6 got 7.5", "another GPU", ConversionError),
@@ -95,18 +95,16 @@ def test_what_the_parser_and_the_builder_refuse(
         ("Unable to load library: libnvinfer_builder_resource.so.11", "library not found", Missing),
     ],
 )
-def test_what_the_builder_and_the_loader_say(
-    said: str, name: str, kind: type[VanDeployError]
-) -> None:
-    entry = find_known_error(f"Error Code 1: {said}, please rebuild.")
-    assert entry is not None
-    assert entry.name == name
-    error = error_from_log("TensorRT 11.4.0 cannot load 'e.plan'", ["noise", said])
-    assert type(error) is kind
-    assert error.message.startswith(f"TensorRT 11.4.0 cannot load 'e.plan': {entry.cause}. ")
+def test_errors_from_the_log(message: str, name: str, error_class: type[VanDeployError]) -> None:
+    known = find_known_error(f"Error Code 1: {message}, please rebuild.")
+    assert known is not None
+    assert known.name == name
+    error = error_from_log("TensorRT 11.4.0 cannot load 'e.plan'", ["noise", message])
+    assert type(error) is error_class
+    assert error.message.startswith(f"TensorRT 11.4.0 cannot load 'e.plan': {known.cause}. ")
 
 
-def test_the_most_particular_cause_wins_and_an_unknown_one_is_shown() -> None:
+def test_most_specific_error_is_selected_and_unknown_ones_are_quoted() -> None:
     noise = "Error Code 1: Cuda Runtime (cudaError 35: CUDA driver version is insufficient)"
     cause = "no tactics to implement the operation within workspace limit"
     assert "no kernel fits into the workspace" in error_from_log("no plan", [noise, cause]).message

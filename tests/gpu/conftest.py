@@ -1,7 +1,7 @@
-"""One small bundle, and whether there is a GPU.
+"""A small bundle, and a skip of GPU tests on machines without a GPU.
 
-These tests need nothing of the folders above, so that a copy of ``tests/gpu`` and an installed
-wheel are enough: ``pytest -m gpu tests/gpu``.
+These tests do not use the parent folders, so a copy of ``tests/gpu`` and an installed wheel are
+sufficient: ``pytest -m gpu tests/gpu``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # of tests.gpu, in a copy of it, too
+sys.path.insert(0, str(Path(__file__).parents[2]))  # for imports of tests.gpu, also in a copy
 
 import numpy as np
 import pytest
@@ -25,13 +25,13 @@ HAS_GPU = detect_host().gpu is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Know the mark without the project's own settings."""
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped where there is none")
+    """Register the marks without the project's settings."""
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one")
     config.addinivalue_line("markers", "slow: takes more than ten seconds")
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
-    """Skip what needs a GPU, with the reason, where there is none."""
+    """Skip GPU tests on machines without a GPU."""
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU, and none answers here"))
@@ -39,24 +39,24 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
-    """Return van_digits in every precision, with images and float64 logits."""
+    """Return van_digits in all precisions, with images and float64 logits."""
     import torch
 
     from van_deploy.metrics import compare
     from van_deploy.runners.network import original_network
 
     path = tmp_path_factory.mktemp("gpu") / "digits"
-    made = van_deploy.export("van_digits", path, batch="1:4:8")
-    made.quantize(precision="fp16")
-    made.quantize(precision="int8")
+    exported = van_deploy.export("van_digits", path, batch="1:4:8")
+    exported.quantize(precision="fp16")
+    exported.quantize(precision="int8")
     bundle = Bundle.open(path)
-    prepared = bundle.manifest.preprocessing
-    shape = (IMAGES, prepared.channels, *prepared.sides)
+    preprocessing = bundle.manifest.preprocessing
+    shape = (IMAGES, preprocessing.channels, *preprocessing.sides)
     images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     network = original_network(bundle).model
     with torch.no_grad():
-        plain = network(torch.from_numpy(images)).numpy()
+        float32 = network(torch.from_numpy(images)).numpy()
         double = network.double().to("cuda" if HAS_GPU else "cpu")
-        given = torch.from_numpy(images).double().to(next(double.parameters()).device)
-        expected = double(given).cpu().numpy()
-    return Digits(bundle, images, expected, compare(expected, plain).sqnr_db)
+        inputs = torch.from_numpy(images).double().to(next(double.parameters()).device)
+        expected = double(inputs).cpu().numpy()
+    return Digits(bundle, images, expected, compare(expected, float32).sqnr_db)

@@ -1,4 +1,4 @@
-"""Packages and plans on a GPU, whole: built, verified, and held against another runner."""
+"""Packages and plans on a GPU: built, verified, and compared with Polygraphy's runner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import van_deploy
-from tests.gpu.cases import Digits, need_cuda_provider, plan_of
+from tests.gpu.cases import Digits, build_plan, require_cuda_provider
 from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, detect_host
 from van_deploy.engine.inspect import describe_engine
@@ -17,7 +17,7 @@ from van_deploy.runners.tensorrt import TensorRtRunner
 
 
 @pytest.mark.gpu
-def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
+def test_package_is_built_verified_and_reused(digits: Digits) -> None:
     bundle = van_deploy.open_bundle(digits.bundle.path)
     first, second = (bundle.build(backend="inductor", precisions=["fp16"]) for _ in range(2))
     assert first.outcomes[0].package is not None
@@ -28,24 +28,24 @@ def test_a_package_is_built_verified_and_reused(digits: Digits) -> None:
 
 
 @pytest.mark.gpu
-def test_the_bundle_is_verified_by_onnxruntime_on_the_gpu(digits: Digits) -> None:
-    need_cuda_provider()
+def test_bundle_is_verified_by_onnxruntime_on_the_gpu(digits: Digits) -> None:
+    require_cuda_provider()
     bundle = van_deploy.open_bundle(digits.bundle.path)
     assert bundle.verify(runner="ort-cuda", artifacts=["fp32", "fp16", "int8"]).passed
 
 
 @pytest.fixture(scope="module")
 def plan(digits: Digits, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Backend]:
-    """Return a plan of the FP32 graph, without TF32, for the GPU here, and what built it."""
+    """Return a plan of the FP32 graph, without TF32, for this machine's GPU, and its backend."""
     folder, graph = tmp_path_factory.mktemp("plan"), digits.bundle.verified_path("fp32")
-    return plan_of(folder, "fp32", graph, profiles=(BatchRange(1, 4, 8),))
+    return build_plan(folder, "fp32", graph, profiles=(BatchRange(1, 4, 8),))
 
 
 @pytest.mark.gpu
-def test_the_plan_agrees_with_polygraphys_own_runner(
+def test_plan_agrees_with_polygraphy(
     plan: tuple[Path, Backend], digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An independent oracle: NVIDIA's runner, on the same plan and the same images."""
+    """NVIDIA's runner is an independent reference with the same plan and the same images."""
     path, backend = plan
     if backend.name == RTX:
         monkeypatch.setitem(os.environ, "POLYGRAPHY_USE_TENSORRT_RTX", "1")
@@ -55,37 +55,36 @@ def test_the_plan_agrees_with_polygraphys_own_runner(
     from polygraphy.comparator import Comparator, CompareFunc
 
     with TensorRtRunner(path) as ours:
-        answers = ours.run(digits.images)
-    feed = [{"images": digits.images}]
+        logits = ours.run(digits.images)
     runners = [
         TrtRunner(EngineFromBytes(path.read_bytes()), name="tensorrt"),
         OnnxrtRunner(SessionFromOnnx(str(digits.bundle.verified_path("fp32"))), name="onnxruntime"),
     ]
-    results = Comparator.run(runners, data_loader=feed)
+    results = Comparator.run(runners, data_loader=[{"images": digits.images}])
     assert bool(
         Comparator.compare_accuracy(results, compare_func=CompareFunc.simple(atol=1e-2, rtol=1e-2))
     )
-    theirs = np.asarray(dict(results)["tensorrt"][0]["logits"])
-    np.testing.assert_array_equal(answers, theirs)
+    expected = np.asarray(dict(results)["tensorrt"][0]["logits"])
+    np.testing.assert_array_equal(logits, expected)
 
 
 @pytest.mark.gpu
-def test_a_plans_memory_is_given_back(plan: tuple[Path, Backend], digits: Digits) -> None:
+def test_plan_memory_is_freed(plan: tuple[Path, Backend], digits: Digits) -> None:
     from cuda.bindings import runtime
 
-    def once() -> None:
+    def run_once() -> None:
         with TensorRtRunner(plan[0]) as opened:
             opened.run(digits.images)
 
-    once()  # what CUDA and TensorRT take for good
+    run_once()  # allocates the permanent memory of CUDA and TensorRT
     before = int(runtime.cudaMemGetInfo()[1])
     for _ in range(5):
-        once()
+        run_once()
     assert before - int(runtime.cudaMemGetInfo()[1]) < 16 << 20
 
 
 @pytest.mark.gpu
-def test_a_plan_names_pytorchs_modules(plan: tuple[Path, Backend]) -> None:
-    found = describe_engine(plan[0])
-    assert not found.obstacles
-    assert "block1" in " ".join(f"{layer.name} {layer.nodes}" for layer in found.layers)
+def test_layers_have_the_names_of_pytorch_modules(plan: tuple[Path, Backend]) -> None:
+    description = describe_engine(plan[0])
+    assert not description.obstacles
+    assert "block1" in " ".join(f"{layer.name} {layer.nodes}" for layer in description.layers)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from benchmarks.ablation import plan_kernels
+from benchmarks.ablation import count_kernels
 from tests.each import each
 from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing
@@ -91,7 +91,7 @@ def test_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> 
 def test_other_outputs_are_refused_and_these_build_in_tensorrt(plain: onnx.ModelProto) -> None:
     maps = onnx.ModelProto.FromString(plain.SerializeToString())
     maps.graph.output[0].name = "stage4"
-    with pytest.raises(ConversionError, match="the graph gives 'stage4', not 'logits'"):
+    with pytest.raises(ConversionError, match="the graph outputs 'stage4', not 'logits'"):
         embed_preprocessing(maps, PREPROCESSING, "uint8")
     pytest.importorskip("tensorrt_rtx")
-    assert plan_kernels(embed_preprocessing(plain, PREPROCESSING, "uint8", ALL))["total"] > 10
+    assert count_kernels(embed_preprocessing(plain, PREPROCESSING, "uint8", ALL))["total"] > 10

@@ -125,7 +125,7 @@ def test_exporters_that_fail_and_a_simplified_graph_that_answers_differently(
 
     for simplify, reason in (
         (breaks, "kept as exported: the simplified graph differs by"),
-        (fails, "kept as exported: onnxsim failed, or what it made does not run (no such oper"),
+        (fails, "kept as exported: onnxsim failed, or its result does not run (no such opera"),
     ):
         monkeypatch.setattr(onnxsim, "simplify", simplify)
         shown = digits.images.numpy()

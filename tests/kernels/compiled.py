@@ -1,4 +1,4 @@
-"""Compile recorded launches for GPUs that are not here, and read the machine code."""
+"""Compile recorded launches for GPUs that are not present, and read the machine code."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from van_deploy.kernels.launch import Launch
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
-def compiled(launch: Launch, capability: int = 90) -> tuple[int, set[str]]:
-    """Return what ptxas makes of ``launch``: bytes of stack a thread, and its instructions."""
+def compile_launch(launch: Launch, capability: int = 90) -> tuple[int, set[str]]:
+    """Compile a launch; return the stack bytes per thread and the instructions."""
     kernel, tile = launch.kernel, dict(launch.tile)
     options = {k: tile.pop(k) for k in ("num_warps", "num_stages") if k in tile}
     names = list(kernel.arg_names)
@@ -38,10 +38,10 @@ def compiled(launch: Launch, capability: int = 90) -> tuple[int, set[str]]:
             if isinstance(value, int) and value % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         words = [str(tool), "-sass", "-res-usage", file.name]
         text = subprocess.run(words, capture_output=True, text=True, check=True).stdout

@@ -1,8 +1,8 @@
 """Run the kernels on the CPU, in Triton's interpreter, and compare them with float64 PyTorch.
 
-A script, because the interpreter is chosen before Triton is imported. Prints JSON: the
-relative error of each case, or what it raised. Every input stands between NaN, and every
-output is NaN before it is written, so that a read outside or a hole is an error of NaN.
+A script, because the interpreter is selected before Triton is imported. It prints JSON: the
+relative error of each case. Every input is surrounded by NaN, and every output is NaN before it is
+written, so that reads out of bounds and missing writes give an error of NaN.
 
     TRITON_INTERPRET=1 python tests/kernels/interpreted_cases.py [--slow]
 """
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from van_deploy.errors import UsageError
 from van_deploy.graph.fold import fold_van
-from van_deploy.kernels import plain, steps
+from van_deploy.kernels import ops, reference
 from van_deploy.kernels.launch import TILES
-from van_deploy.kernels.network import fused
+from van_deploy.kernels.network import fuse_van
 from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VanConfig
 
@@ -32,46 +32,43 @@ TINY = VanConfig((16, 20, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return random numbers between NaN."""
+    """Return random numbers surrounded by NaN in memory."""
     flat = torch.full((math.prod(shape) + 256,), math.nan, dtype=dtype)
     flat[128:-128] = torch.randn(math.prod(shape)).to(dtype)
     return flat[128:-128].view(shape)
 
 
-def poison() -> None:
-    """Fill what kernels allocate with NaN."""
+def fill_allocations_with_nan() -> None:
+    """Fill the tensors that kernels allocate with NaN."""
     empty, like = torch.empty, torch.empty_like
     torch.empty = lambda *a, **k: empty(*a, **k).fill_(math.nan)
     torch.empty_like = lambda *a, **k: like(*a, **k).fill_(math.nan)
 
 
 def error(step: str, *arguments: Any) -> float:
-    """Return the relative error of a step against float64."""
+    """Return the relative error of an operation compared with float64."""
     doubles = [a.double() if isinstance(a, Tensor) else a for a in arguments]
-    expected = getattr(plain, step)(*doubles)
-    found = getattr(steps, step)(*arguments)
-    expected = expected if isinstance(expected, list) else [expected]
-    found = found if isinstance(found, list) else [found]
-    pairs = zip(found, expected, strict=True)
-    return max(float((f.double() - e).norm() / e.norm()) for f, e in pairs)
+    expected = getattr(reference, step)(*doubles)
+    actual = getattr(ops, step)(*arguments)
+    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def depthwise(
     shape: tuple[int, ...], side: int, dilation: int, dtype: torch.dtype = torch.float32
 ) -> float:
-    """Return the error of one depth-wise convolution, with and without GELU."""
+    """Return the larger error of a depth-wise convolution with and without GELU."""
     weight, bias = tensor(side, side, shape[3]), tensor(shape[3])
     x = tensor(*shape, dtype=dtype)
     return max(error("depthwise", x, weight, bias, dilation, gelu) for gelu in (False, True))
 
 
-def gelu_past_its_bound() -> float:
-    """Return by how much GELU is off beyond 5e-6 and float16's rounding: 0 where it keeps to it."""
+def gelu_error_beyond_bound() -> float:
+    """Return by how much the error of GELU exceeds 5e-6 and float16 rounding; 0 if it does not."""
     x = torch.linspace(-9, 9, 1024 * 16).half().view(1, 32, 32, 16)
-    found = steps.depthwise(x, torch.ones(1, 1, 16), torch.zeros(16), 1, True).double()
+    actual = ops.depthwise(x, torch.ones(1, 1, 16), torch.zeros(16), 1, True).double()
     expected = torch.nn.functional.gelu(x.double())
-    past = (found - expected).abs() - 5e-6 - expected.abs() * 2**-11 - 2**-25
-    return float(past.max().clamp(min=0))
+    excess = (actual - expected).abs() - 5e-6 - expected.abs() * 2**-11 - 2**-25
+    return float(excess.max().clamp(min=0))
 
 
 def pointwise(shape: tuple[int, ...], outer: int, dtype: torch.dtype = torch.float32) -> float:
@@ -100,26 +97,26 @@ def patches(shape: tuple[int, ...], side: int, stride: int, outer: int, nhwc: bo
     return error("patches", x, tensor(side, side, x.shape[1], outer), tensor(outer), stride)
 
 
-def whole(dtype: torch.dtype, kept: int = 0) -> float:
-    """Return the error of a network's logits against its original's in float64.
+def network(dtype: torch.dtype, skip_gains: int = 0) -> float:
+    """Return the error of a network's logits compared with the original in float64.
 
     Args:
-        dtype: of the kernels.
-        kept: multiplies that the residual stream keeps.
+        dtype: type of the kernels.
+        skip_gains: number of multiplications in the residual stream.
     """
     model, x = random_van(TINY), smooth_images(2, 3, 33)
-    if kept:
+    if skip_gains:
         block: Any = model.get_submodule("block2.0")
         scale = block.norm1.weight / torch.sqrt(block.norm1.running_var + block.norm1.eps)
         block.layer_scale_1.data[3] = 1e-6 / scale[3] - 1 / scale[3]
-    assert fold_van(model, x).multiplies_kept == kept
-    found = fused(model, dtype)(x).double()
+    assert fold_van(model, x).multiplies_kept == skip_gains
+    actual = fuse_van(model, dtype)(x).double()
     expected = model.double()(x.double())
-    return float((found - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm())
 
 
-def tiled(key: str, tile: dict[str, int], run: Callable[[], float]) -> float:
-    """Return what ``run`` does with other tiles than the default ones."""
+def with_tile(key: str, tile: dict[str, int], run: Callable[[], float]) -> float:
+    """Return the result of ``run`` with another tile than the default."""
     with mock.patch.dict(TILES, {key: tile}):
         return run()
 
@@ -129,30 +126,30 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 FAST: dict[str, Callable[[], float]] = {
     "depthwise 3x3, a channel more than a tile": lambda: depthwise((1, 5, 7, 33), 3, 1),
     "depthwise 5x5": lambda: depthwise((2, 6, 5, 16), 5, 1),
-    "depthwise, three rows a thread": lambda: tiled(
+    "depthwise, three rows a thread": lambda: with_tile(
         "depthwise/3x1x20/p6", {"ROWS": 3}, lambda: depthwise((1, 7, 5, 20), 3, 1)
     ),
     "depthwise 7x7 d3": lambda: depthwise((1, 13, 6, 32), 7, 3),
     "depthwise 9x9 d4, wider than the map": lambda: depthwise((1, 4, 3, 16), 9, 4),
     "depthwise 7x7 d3, one pixel": lambda: depthwise((1, 1, 1, 16), 7, 3),
     "depthwise float16": lambda: depthwise((1, 6, 5, 16), 3, 1, HALF),
-    "GELU": gelu_past_its_bound,
+    "GELU": gelu_error_beyond_bound,
     "pointwise, odd sizes": lambda: pointwise((2, 5, 7, 33), 40),
     "pointwise float16": lambda: pointwise((1, 4, 4, 16), 32, HALF),
     "stem": lambda: patches((2, 3, 19, 13), 7, 4, 20, nhwc=False),
     "patch embedding": lambda: patches((1, 9, 7, 32), 3, 2, 40, nhwc=True),
     "layer_norm, odd sizes": lambda: layer_norm((2, 5, 7, 33)),
     "layer_norm float16": lambda: layer_norm((1, 3, 5, 64), HALF),
-    "pointwise, two tiles a program": lambda: tiled(
+    "pointwise, two tiles a program": lambda: with_tile(
         "pointwise/1x20x33/p6",
         {"REPEAT": 2},
         lambda: error("pointwise", tensor(1, 7, 9, 20), tensor(33, 20), tensor(33), "gelu"),
     ),
 }
 SLOW: dict[str, Callable[[], float]] = {
-    "network, float32": lambda: whole(torch.float32),
-    "network, float16": lambda: whole(HALF),
-    "network, a multiply kept": lambda: whole(torch.float32, kept=1),
+    "network, float32": lambda: network(torch.float32),
+    "network, float16": lambda: network(HALF),
+    "network, with a skip gain": lambda: network(torch.float32, skip_gains=1),
     "depthwise bfloat16": lambda: depthwise((2, 9, 5, 20), 5, 1, BRAIN),
 }
 
@@ -175,19 +172,19 @@ def random_shapes() -> Iterator[tuple[str, Callable[[], float]]]:
 
 
 def refused() -> dict[str, str]:
-    """Return what the kernels do not take, by a part of the message, and what they said."""
+    """Return the messages for invalid arguments by a part of the expected message."""
     x, weight, bias = tensor(1, 4, 4, 16), tensor(3, 3, 16), tensor(16)
-    whole = torch.ones(1, 3, 8, 8, dtype=torch.int32)
-    last = x.permute(0, 3, 1, 2)
+    integers = torch.ones(1, 3, 8, 8, dtype=torch.int32)
+    permuted = x.permute(0, 3, 1, 2)
     calls: dict[str, Callable[[], Any]] = {
-        "(4, 4, 16), where the kernel takes 4 dim": lambda: steps.depthwise(x[0], weight, bias),
-        "takes shape (3, 3, 16)": lambda: steps.depthwise(x, tensor(2, 2, 16), bias),
-        "'x' is not contiguous": lambda: steps.depthwise(last, tensor(3, 3, 4), tensor(4)),
-        "'x' is torch.float64": lambda: steps.depthwise(x.double(), weight, bias),
-        "'bias' is torch.float16": lambda: steps.depthwise(x, weight, bias.half()),
-        "'x' has shape (0, 4, 4, 16)": lambda: steps.depthwise(x[:0], weight, bias),
-        "epilogue 'add' and": lambda: steps.pointwise(x, tensor(16, 16), bias, "add"),
-        "'x' is torch.int32": lambda: steps.patches(whole, tensor(3, 3, 3, 16), bias, 2),
+        "(4, 4, 16), but the kernel needs 4 dim": lambda: ops.depthwise(x[0], weight, bias),
+        "needs shape (3, 3, 16)": lambda: ops.depthwise(x, tensor(2, 2, 16), bias),
+        "'x' is not contiguous": lambda: ops.depthwise(permuted, tensor(3, 3, 4), tensor(4)),
+        "'x' is torch.float64": lambda: ops.depthwise(x.double(), weight, bias),
+        "'bias' is torch.float16": lambda: ops.depthwise(x, weight, bias.half()),
+        "'x' has shape (0, 4, 4, 16)": lambda: ops.depthwise(x[:0], weight, bias),
+        "epilogue 'add' does": lambda: ops.pointwise(x, tensor(16, 16), bias, "add"),
+        "'x' is torch.int32": lambda: ops.patches(integers, tensor(3, 3, 3, 16), bias, 2),
     }
     return {words: _message(call) for words, call in calls.items()}
 
@@ -197,14 +194,14 @@ def _message(call: Callable[[], Any]) -> str:
         call()
     except UsageError as error:
         return str(error)
-    return "was taken"
+    return "accepted"
 
 
 def main() -> None:
     """Print the error of every case."""
     cases = {**SLOW, **dict(random_shapes())} if "--slow" in sys.argv else FAST
     torch.manual_seed(0)
-    poison()
+    fill_allocations_with_nan()
     with torch.no_grad():
         errors = {name: run() for name, run in cases.items()}
         print(json.dumps({"errors": errors, "refused": refused()}))

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter against float64 PyTorch."""
+"""The kernels in Triton's interpreter, compared with float64 PyTorch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SCRIPT = Path(__file__).with_name("interpreted_cases.py")
 ROOT = SCRIPT.parents[2]
 
 
-def interpreted(*arguments: str) -> dict[str, Any]:
-    """Run the cases in a process of their own."""
+def run_cases(*arguments: str) -> dict[str, Any]:
+    """Run the cases in another process."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
@@ -31,8 +31,8 @@ def interpreted(*arguments: str) -> dict[str, Any]:
     return dict(json.loads(run.stdout.splitlines()[-1]))
 
 
-def wrong(errors: dict[str, float]) -> dict[str, float]:
-    """Return the cases whose error is past what their type explains; NaN is wrong."""
+def failed(errors: dict[str, float]) -> dict[str, float]:
+    """Return the cases whose error exceeds the limit of their type or is NaN."""
     limits = {"float16": 2e-3, "bfloat16": 1.6e-2}
     return {
         name: error
@@ -43,21 +43,21 @@ def wrong(errors: dict[str, float]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def fast() -> dict[str, Any]:
-    return interpreted()
+    return run_cases()
 
 
 def test_kernels_agree_with_float64(fast: dict[str, Any]) -> None:
     assert len(fast["errors"]) == 15
-    assert wrong(fast["errors"]) == {}
+    assert failed(fast["errors"]) == {}
 
 
 @pytest.mark.slow
 def test_random_shapes_and_whole_networks_agree_with_float64() -> None:
-    errors = interpreted("--slow")["errors"]
+    errors = run_cases("--slow")["errors"]
     assert len(errors) == 20
-    assert wrong(errors) == {}
+    assert failed(errors) == {}
 
 
-def test_what_a_kernel_does_not_take_is_refused_before_launch(fast: dict[str, Any]) -> None:
+def test_invalid_arguments_are_refused_before_launch(fast: dict[str, Any]) -> None:
     assert len(fast["refused"]) == 8
     assert {words: m for words, m in fast["refused"].items() if words not in m} == {}

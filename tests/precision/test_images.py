@@ -85,7 +85,7 @@ def test_shipped_sets_are_described_and_the_digits_are_the_ones_named(digits: Pa
     selection = load_calibration_set("digits").images
     chosen = choose_images(selection)
     assert (chosen.digest, len(chosen)) == (selection.digest, 512)
-    with pytest.raises(ImageError, match="The images are not the ones the calibration set"):
+    with pytest.raises(ImageError, match="The images do not match the calibration set"):
         choose_images(ImageSelection(path=str(digits), count=10, digest="0" * 64))
 
 

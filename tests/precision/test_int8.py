@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import ModelProto, checker, numpy_helper
 
-from benchmarks.ablation import plan_kernels
+from benchmarks.ablation import count_kernels
 from tests.each import each
 from tests.precision.conftest import Digits, batches, run
 from van_deploy.errors import ConversionError, ImageError, UsageError
@@ -26,7 +26,7 @@ from van_deploy.precision.int8 import (
     LayerSensitivity,
     rank_layers,
     require_resolution,
-    search_kept,
+    search_fp16_layers,
 )
 from van_deploy.precision.plan import (
     QuantizationPlan,
@@ -78,9 +78,9 @@ def test_what_a_scope_means(digits: Digits, scope: str, count: int) -> None:
         fewer = layers_in_scope(digits.network.model, (scope,), kept)
         assert fewer == tuple(name for name in layers if not name.startswith("block4"))
     for wrong, message in (
-        ("resnet", "'resnet' is neither pointwise nor deep nor all nor a regular expression"),
-        ("(", r"for a convolution of this network \(missing"),
-        (layers[0], "holds nothing that is not kept"),
+        ("resnet", "'resnet' is none of pointwise, deep, all, and as a regular expression"),
+        ("(", r"matches no convolution of this network \(missing"),
+        (layers[0], "are kept in higher precision"),
     ):
         with pytest.raises(UsageError, match=message):
             layers_in_scope(digits.network.model, (wrong,), layers[:1])
@@ -114,7 +114,7 @@ def test_every_changed_tensor_is_what_the_record_says(digits: Digits) -> None:
     now = observe_ranges(changed.network, batches(digits.train), [])
     assert {"block1.0.add", "block2.0", "block1.0.attn.spatial_gating_unit"} <= set(changed.affines)
     for tensor, affine in changed.affines.items():
-        wanted = affine.of(digits.ranges[tensor].maximum)
+        wanted = affine.apply(digits.ranges[tensor].maximum)
         assert np.allclose(now[tensor].maximum, wanted, atol=2e-3 * np.abs(wanted).max()), tensor
         assert (affine.factor >= 1 / FACTOR_LIMIT).all()
         assert (affine.factor <= FACTOR_LIMIT).all()
@@ -202,7 +202,7 @@ def test_an_added_node_adds_no_kernel(
     kept = default_fp32_nodes(digits.graph)
     graphs = [qdq_for_tensorrt(digits.graph, made, kept=kept) for made in (plain, plan)]
     half = fp16_from_fp32(digits.graph, kept)
-    before, added, fp16 = (plan_kernels(graph)["block2.0"] for graph in (*graphs, half))
+    before, added, fp16 = (count_kernels(graph)["block2.0"] for graph in (*graphs, half))
     assert len(graphs[1].graph.node) > len(graphs[0].graph.node)
     assert before == added > fp16
 
@@ -251,7 +251,7 @@ def test_the_fewest_that_hold_are_kept(
         gone = len(plain.layers) - len(candidate.layers)
         return 2 * (needed - gone) + 1 if gone < needed else 1
 
-    report = search_kept(plain, ranking, lost, 0.2, 500, limit=limit)
+    report = search_fp16_layers(plain, ranking, lost, 0.2, 500, limit=limit)
     assert report["passed"] == passed
     assert list(report["kept"]) == [layer.name for layer in ranking[:kept]]
     assert report["share"] == pytest.approx(0.01 * (45 - kept))
@@ -266,7 +266,7 @@ def test_layers_are_ranked_by_noise_for_the_work_they_do(
     assert work["head"] == 64 * 10
     ranking = rank_layers(plain, digits.train[:4], work)
     assert {layer.name for layer in ranking} == set(plain.convolutions)
-    worths = [layer.worth_db for layer in ranking]
+    worths = [layer.ranking_db for layer in ranking]
     assert worths == sorted(worths)
     assert all(20 < layer.sqnr_db < 90 for layer in ranking)
     assert sum(layer.share for layer in ranking) == pytest.approx(0.57, abs=0.01)

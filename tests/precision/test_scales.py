@@ -24,7 +24,7 @@ def heavy() -> Images:
 
 
 def record(values: Images) -> ChannelRange:
-    return scales.range_of(torch.from_numpy(values), counted=True)
+    return scales.channel_range(torch.from_numpy(values), histogram=True)
 
 
 def error(values: Images, quantizer: Quantizer) -> float:
@@ -40,7 +40,7 @@ def test_values_land_in_the_bin_of_their_channel(layout: torch.memory_format) ->
     values = torch.zeros(2, 3, 4, 4).contiguous(memory_format=layout)
     values[:, 1] = 0.7
     values[0, 2, 0, :] = torch.tensor([-3.0, 1e-9, 60000.0, -1e8])
-    found = scales.range_of(values, counted=True)
+    found = scales.channel_range(values, histogram=True)
     assert found.counts.shape == (3, scales.BINS)
     assert found.counts.sum() == values.numel()
     assert found.minimum.tolist() == [0.0, np.float32(0.7), np.float32(-1e8)]
@@ -82,32 +82,32 @@ def test_what_is_not_finite_is_named(digits: Digits) -> None:
 
 
 def test_minmax_clips_nothing_and_percentile_no_more_than_its_share(heavy: Images) -> None:
-    found = scales.symmetric(record(heavy), "minmax")
+    found = scales.symmetric_quantizer(record(heavy), "minmax")
     assert float(found.scale) * 127 == pytest.approx(np.abs(heavy).max(), rel=1e-3)
     assert found.limits == (-128, 127)
-    found = scales.symmetric(record(heavy), "percentile")
+    found = scales.symmetric_quantizer(record(heavy), "percentile")
     assert 0 < (np.abs(heavy) > 127.5 * float(found.scale)).mean() <= 2e-5
     low, high = scales.percentile_range(record(heavy), 99.0)  # of each channel
     inside = ((heavy >= 1.07 * low) & (heavy <= 1.07 * high)).mean(axis=0)
     assert (inside > 0.97).all()
     assert high[0] < high[1] < high[2]
-    found = scales.by_channel(record(heavy))
+    found = scales.per_channel_quantizer(record(heavy))
     assert (found.scale.shape, found.zero_point) == ((3,), 128)
     assert (np.abs(heavy) <= 127.01 * found.scale).all()
 
 
 def test_mse_is_the_least_error_and_an_affine_stands_before_the_rounding(heavy: Images) -> None:
-    found = scales.symmetric(record(heavy), "mse")
+    found = scales.symmetric_quantizer(record(heavy), "mse")
     tried = [error(heavy, Quantizer(found.scale * f)) for f in np.geomspace(0.3, 4, 60)]
     assert error(heavy, found) <= 1.02 * min(tried)
-    for make in (scales.symmetric, scales.unsigned):
+    for make in (scales.symmetric_quantizer, scales.unsigned_quantizer):
         clipped, whole = (make(record(heavy), method) for method in ("mse", "minmax"))
         assert error(heavy, clipped) < 0.9 * error(heavy, whole)
     affine = ChannelAffine(np.array([0.1, 0.0, -1.0]), np.array([0.1, 1.0, 2.0]))
-    changed = affine.of(heavy).astype(np.float32)
+    changed = affine.apply(heavy).astype(np.float32)
     found, direct = (
-        scales.symmetric(record(heavy), "mse", affine),
-        scales.symmetric(record(changed), "mse"),
+        scales.symmetric_quantizer(record(heavy), "mse", affine),
+        scales.symmetric_quantizer(record(changed), "mse"),
     )
     assert float(found.scale) == pytest.approx(float(direct.scale), rel=0.1)
     multiplier, offset = affine.multiply_add()
@@ -119,31 +119,36 @@ def test_unsigned_represents_zero_and_never_reaches_beyond_the_data(
     heavy: Images, method: Method
 ) -> None:
     values = np.maximum(heavy, -0.17)
-    found = scales.unsigned(record(values), method)
+    found = scales.unsigned_quantizer(record(values), method)
     low, high = (limit * float(found.scale) for limit in found.limits)
     assert found.limits[0] == -found.zero_point <= 0
     assert low >= values.min() - 2 * float(found.scale)
     assert high <= values.max() + 2 * float(found.scale)
-    found = scales.unsigned(record(heavy), method, lowest=-0.5)  # no integers are spent below it
+    found = scales.unsigned_quantizer(
+        record(heavy), method, lowest=-0.5
+    )  # no integers are spent below it
     assert found.limits[0] * float(found.scale) >= -0.5 - float(found.scale)
     zeros = record(np.zeros((10, 2), np.float32))
-    for quantizer in (scales.symmetric(zeros, method), scales.unsigned(zeros, method)):
+    for quantizer in (
+        scales.symmetric_quantizer(zeros, method),
+        scales.unsigned_quantizer(zeros, method),
+    ):
         assert float(quantizer.scale) == scales.SMALLEST_SCALE
 
 
 def test_weights_use_all_integers_and_neighbouring_products_fit_into_16_bits() -> None:
     wanted = np.array([0.0, 0.1, 1.2345, 1e9])
-    found = scales.storable_scales(wanted)
+    found = scales.fp16_scales(wanted)
     assert (found.astype(np.float16).astype(np.float32) == found).all()
     assert (found[:3] >= wanted[:3]).all()
     assert (found[0], found[3]) == (scales.SMALLEST_SCALE, scales.FP16_LARGEST)
     weight = np.ones((3, 8, 1, 1), np.float32)
     weight[1, 0] = 7.3
     weight[2] *= -1000
-    integers = scales.rounded(weight, scales.weight_scales(weight))
+    integers = scales.quantize_weight(weight, scales.weight_scales(weight))
     assert np.abs(integers).reshape(3, -1).max(axis=1).tolist() == [127] * 3
     found = scales.cpu_weight_scales(weight, np.zeros(3), np.array(0.1))
-    assert (scales.pair_sums(scales.rounded(weight, found)) <= scales.PAIR_LIMIT).all()
+    assert (scales.pair_sums(scales.quantize_weight(weight, found)) <= scales.PAIR_LIMIT).all()
     bias = np.array([1e6, 0.0, 0.0])
     wide = scales.cpu_weight_scales(weight, bias, np.array(1e-4))
     assert bias[0] / (wide[0] * 1e-4) <= 2**30 * 1.01

@@ -1,4 +1,4 @@
-"""What CUDA answers where something is wrong, each as one message with a remedy."""
+"""CUDA errors as project errors, and buffers, copies and graphs of a device batch."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ bindings = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is
 CODES = bindings.cudaError_t
 
 
-def runtime(count: Any = (CODES.cudaSuccess, 1), **answers: Any) -> Any:
-    """Return CUDA's own names and texts, with some functions that answer as they are told."""
+def runtime(count: Any = (CODES.cudaSuccess, 1), **results: Any) -> Any:
+    """Return a CUDA runtime with its real names and texts, and functions with given results."""
     functions = {
         "cudaGetDeviceCount": lambda: count,
         "cudaSetDevice": lambda _: (CODES.cudaSuccess,),
-        **{name: (lambda *_, answer=answer: answer) for name, answer in answers.items()},
+        **{name: (lambda *_, result=result: result) for name, result in results.items()},
     }
     return SimpleNamespace(
         cudaError_t=CODES, cudaGetErrorString=bindings.cudaGetErrorString, **functions
     )
 
 
-def test_an_error_code_is_one_message() -> None:
+def test_cuda_error_codes_become_project_errors() -> None:
     for code, kind, message in (
         (CODES.cudaErrorMemoryAllocation, MissingDependency, "The GPU is out of memory"),
         (CODES.cudaErrorDevicesUnavailable, MissingDependency, "cuda:0 is in use by another"),
@@ -43,25 +43,25 @@ def test_an_error_code_is_one_message() -> None:
             Cuda(runtime(f=(code, None))).call("f")
 
 
-NOTHING = (CODES.cudaErrorNoDevice, None)
+NO_DEVICE_RESULT = (CODES.cudaErrorNoDevice, None)
 NO_GPU = "CUDA finds no GPU here: "
 NO_DEVICE = f"{NO_GPU}no CUDA-capable device is detected; CUDA_VISIBLE_DEVICES is"
 OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version."
 
 
 @each(
-    ("answer", "visible", "message"),
+    ("count", "visible", "message"),
     [
         ((CODES.cudaErrorInsufficientDriver, None), None, f"{NO_GPU}{OLD_DRIVER}"),
-        (NOTHING, "", f"{NO_DEVICE} ''."),
-        (NOTHING, "GPU-of-yesterday", f"{NO_DEVICE} 'GPU-of-yesterday'."),
+        (NO_DEVICE_RESULT, "", f"{NO_DEVICE} ''."),
+        (NO_DEVICE_RESULT, "GPU-of-yesterday", f"{NO_DEVICE} 'GPU-of-yesterday'."),
         ((CODES.cudaSuccess, 2), None, "There is no device cuda:5; CUDA sees 2, from cuda:0."),
     ],
 )
-def test_a_gpu_that_cannot_be_had(
-    monkeypatch: pytest.MonkeyPatch, answer: Any, visible: str | None, message: str
+def test_unavailable_gpus_are_reported(
+    monkeypatch: pytest.MonkeyPatch, count: Any, visible: str | None, message: str
 ) -> None:
-    monkeypatch.setattr("cuda.bindings.runtime", runtime(count=answer))
+    monkeypatch.setattr("cuda.bindings.runtime", runtime(count=count))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
     if visible is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
@@ -72,57 +72,62 @@ def test_a_gpu_that_cannot_be_had(
 
 
 @each("device", ["gpu", "cuda:x", "cuda:", "cuda:-1", ""])
-def test_what_is_no_device(device: str) -> None:
+def test_invalid_device_names_are_refused(device: str) -> None:
     with pytest.raises(UsageError, match=f"There is no device '{device}'."):
         gpu_index(device)
 
 
 class HostGpu:
-    """CUDA's functions on host memory: what is copied, recorded and given back, without a GPU."""
+    """A fake GPU: CUDA's functions on host memory, which track allocations and graphs."""
 
     def __init__(self) -> None:
-        self.held: dict[int, Any] = {}
-        self.recording: Any = None
-        self.launched = self.recorded = 0
-        done: dict[str, Callable[..., Any]] = {
-            **dict.fromkeys(("cudaMalloc", "cudaMallocHost"), self.take),
-            **dict.fromkeys(("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy"), self.held.pop),
+        self.allocated: dict[int, Any] = {}
+        self.capture: Any = None
+        self.launches = self.captures = 0
+        functions: dict[str, Callable[..., Any]] = {
+            **dict.fromkeys(("cudaMalloc", "cudaMallocHost"), self.allocate),
+            **dict.fromkeys(("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy"), self.free),
             "cudaMemcpyAsync": lambda to, source, size, *_: ctypes.memmove(to, source, size),
-            "cudaStreamBeginCapture": lambda *_: setattr(self, "recording", []),
-            "cudaStreamEndCapture": lambda _: self.recording,
+            "cudaStreamBeginCapture": lambda *_: setattr(self, "capture", []),
+            "cudaStreamEndCapture": lambda _: self.capture,
             "cudaGraphInstantiate": self.instantiate,
             "cudaGraphLaunch": self.launch,
         }
         nothing = ("cudaSetDevice", "cudaStreamSynchronize", "cudaGraphDestroy")
-        done |= dict.fromkeys(nothing, lambda _: None)
+        functions |= dict.fromkeys(nothing, lambda _: None)
         self.runtime = SimpleNamespace(
             cudaError_t=CODES,
             cudaMemcpyKind=bindings.cudaMemcpyKind,
             cudaStreamCaptureMode=bindings.cudaStreamCaptureMode,
-            **{name: functools.partial(self.answer, function) for name, function in done.items()},
+            **{
+                name: functools.partial(self.call, function) for name, function in functions.items()
+            },
         )
 
     @staticmethod
-    def answer(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    def call(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
         return CODES.cudaSuccess, function(*arguments)
 
-    def take(self, size: int) -> int:
+    def free(self, address: int) -> None:
+        del self.allocated[address]
+
+    def allocate(self, size: int) -> int:
         memory = (ctypes.c_byte * size)()
-        self.held[ctypes.addressof(memory)] = memory
+        self.allocated[ctypes.addressof(memory)] = memory
         return ctypes.addressof(memory)
 
     def instantiate(self, graph: Any, _: int) -> int:
-        self.recorded, self.recording = self.recorded + 1, None
-        self.held[self.recorded] = graph
-        return self.recorded
+        self.captures, self.capture = self.captures + 1, None
+        self.allocated[self.captures] = graph
+        return self.captures
 
     def launch(self, handle: int, _: int) -> None:
-        self.launched += 1
-        for work in self.held[handle]:
+        self.launches += 1
+        for work in self.allocated[handle]:
             work()
 
     def enqueue(self, batch: DeviceBatch) -> None:
-        """Put a network on the stream that doubles each number and sums each row."""
+        """Enqueue a network that doubles each number and sums each row."""
 
         def array(name: str, *shape: int) -> npt.NDArray[np.float32]:
             kind = ctypes.c_float * int(np.prod(shape))
@@ -130,38 +135,38 @@ class HostGpu:
             return np.frombuffer(memory, np.float32).reshape(shape)
 
         def work(rows: int = batch.rows) -> None:
-            given = array("x", rows, 3)
-            array("y", rows, 3)[:] = 2 * given
-            array("sum", rows)[:] = given.sum(axis=1)
+            inputs = array("x", rows, 3)
+            array("y", rows, 3)[:] = 2 * inputs
+            array("sum", rows)[:] = inputs.sum(axis=1)
 
-        (work() if self.recording is None else self.recording.append(work))
+        (work() if self.capture is None else self.capture.append(work))
 
 
 ROW, SUM = ((3,), np.float32), ((), np.float32)
 
 
 @each("graph", [False, True])
-def test_a_batch_is_copied_run_and_given_back(graph: bool) -> None:
+def test_device_batch_copies_runs_and_frees(graph: bool) -> None:
     gpu = HostGpu()
     specs = {"x": ROW}, {"y": ROW, "sum": SUM}
     batch = DeviceBatch(Cuda(gpu.runtime), 7, *specs, 4, gpu.enqueue, graph=graph)
     images = np.arange(12, dtype=np.float32).reshape(4, 3)
-    kept = batch.answers(images[:2])
-    for rows in (4, 1, 2, 4):  # back and forth between sizes, each recorded once
-        found = batch.answers(images[-rows:])
-        np.testing.assert_array_equal(found["y"], 2 * images[-rows:])
-        np.testing.assert_array_equal(found["sum"], images[-rows:].sum(axis=1))
-    np.testing.assert_array_equal(kept["y"], 2 * images[:2])
-    assert gpu.launched == (2 if graph else 0)
-    assert gpu.recorded == (3 if graph else 0)
+    first = batch.infer(images[:2])
+    for rows in (4, 1, 2, 4):  # each size is captured once
+        outputs = batch.infer(images[-rows:])
+        np.testing.assert_array_equal(outputs["y"], 2 * images[-rows:])
+        np.testing.assert_array_equal(outputs["sum"], images[-rows:].sum(axis=1))
+    np.testing.assert_array_equal(first["y"], 2 * images[:2])
+    assert gpu.launches == (2 if graph else 0)
+    assert gpu.captures == (3 if graph else 0)
     batch.close()
-    assert gpu.held == {}
+    assert gpu.allocated == {}
 
 
-def test_a_batch_that_finds_no_room_gives_back_what_it_took() -> None:
+def test_device_batch_frees_memory_when_an_allocation_fails() -> None:
     gpu = HostGpu()
-    answers = iter([gpu.runtime.cudaMalloc, lambda _: (CODES.cudaErrorMemoryAllocation, None)])
-    gpu.runtime.cudaMalloc = lambda size: next(answers)(size)
+    results = iter([gpu.runtime.cudaMalloc, lambda _: (CODES.cudaErrorMemoryAllocation, None)])
+    gpu.runtime.cudaMalloc = lambda size: next(results)(size)
     with pytest.raises(MissingDependency, match="The GPU is out of memory"):
         DeviceBatch(Cuda(gpu.runtime), 7, {"x": ROW}, {"y": ROW}, 4, gpu.enqueue)
-    assert gpu.held == {}
+    assert gpu.allocated == {}

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: found, or refused with a reason; never the CPU in its place."""
+"""ONNX Runtime's CUDA provider: it starts or fails with a reason, never falls back to the CPU."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from van_deploy.runners.onnxruntime import (
     CUDA,
     LIBRARIES,
     OnnxRuntimeRunner,
+    check_cuda_options,
+    convert_errors,
     cuda_libraries,
-    failures,
-    refuse_options,
     require_onnxruntime,
 )
 
 
-def test_a_provider_that_is_not_there_or_does_not_start(
+def test_missing_and_broken_providers_are_refused(
     digits_onnx: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As without cuDNN: it is listed, and the session would quietly be the CPU's."""
+    """Without cuDNN the provider is listed, but the session would silently run on the CPU."""
     ort = require_onnxruntime()
     if CUDA in ort.get_available_providers():
         pytest.skip(f"this ONNX Runtime has {CUDA}, which would really start")
@@ -40,38 +40,38 @@ def test_a_provider_that_is_not_there_or_does_not_start(
     start = f"ONNX Runtime {ort.__version__} here has no {CUDA}, only "
     assert caught.value.message.startswith(start)
     assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
-    claimed = [*ort.get_available_providers(), CUDA]
-    monkeypatch.setattr(ort, "get_available_providers", lambda: claimed)
-    gpu = SimpleNamespace(device=0, stream=lambda _: 1)
+    listed = [*ort.get_available_providers(), CUDA]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: listed)
+    gpu = SimpleNamespace(device=0, create_stream=lambda _: 1)
     monkeypatch.setattr("van_deploy.runners.onnxruntime.require_cuda", lambda _: gpu)
     with (
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(MissingDependency) as caught,
     ):
         OnnxRuntimeRunner(digits_onnx, name="ort-cuda").__enter__()
-    said = f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it."
-    assert caught.value.message == said
+    message = f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it."
+    assert caught.value.message == message
     assert "cuDNN 9" in caught.value.remedy
 
 
-def test_nhwc_is_not_for_a_quantised_graph_nor_with_a_cuda_graph(digits_onnx: Path) -> None:
-    """One fails, the other answers wrongly: seen on an H200 with ONNX Runtime 1.31."""
+def test_nhwc_is_refused_for_quantised_graphs_and_cuda_graphs(digits_onnx: Path) -> None:
+    """One fails, the other computes wrong results: on an H200 with ONNX Runtime 1.31."""
     graph, nhwc = onnx.load(digits_onnx), CudaOptions(prefer_nhwc=True)
     for options in (nhwc, CudaOptions(cuda_graph=True)):
-        refuse_options(digits_onnx, options)
-    with pytest.raises(UsageError, match="answers wrongly from a CUDA graph"):
-        refuse_options(graph, replace(nhwc, cuda_graph=True))
+        check_cuda_options(digits_onnx, options)
+    with pytest.raises(UsageError, match="a CUDA graph computes wrong results"):
+        check_cuda_options(graph, replace(nhwc, cuda_graph=True))
     graph.graph.node[0].op_type = "QuantizeLinear"
-    refuse_options(graph, CudaOptions(cuda_graph=True))
-    with pytest.raises(UsageError, match="runs no INT8 graph"):
-        refuse_options(graph, nhwc)
+    check_cuda_options(graph, CudaOptions(cuda_graph=True))
+    with pytest.raises(UsageError, match="INT8 fails"):
+        check_cuda_options(graph, nhwc)
 
 
-def test_what_onnxruntime_raises_becomes_the_projects_error(digits_onnx: Path) -> None:
-    """Its exceptions derive from Exception, and a GPU's failures come as RuntimeError."""
+def test_onnxruntime_exceptions_become_project_errors(digits_onnx: Path) -> None:
+    """Its exceptions derive directly from Exception; GPU failures are RuntimeErrors."""
     with OnnxRuntimeRunner(digits_onnx) as runner:
         with pytest.raises(UsageError, match="runs on no GPU"):
-            runner.resident(np.zeros((1, 1, 32, 32), np.float32))
+            runner.resident_batch(np.zeros((1, 1, 32, 32), np.float32))
         for shape in ((1, 2, 32, 32), (1, 1, 32)):
             with pytest.raises(InputError, match="ONNX Runtime failed on a batch of 1: ") as caught:
                 runner.run(np.zeros(shape, np.float32))
@@ -79,16 +79,21 @@ def test_what_onnxruntime_raises_becomes_the_projects_error(digits_onnx: Path) -
     for raised, kind, message in (
         (RuntimeError("CUDNN_STATUS_X"), ConversionError, "failed on a batch of 8: CUDNN_STATUS_X"),
         (RuntimeError("CUDA: out of memory"), MissingDependency, "The GPU is out of memory"),
-        (KeyError("a fault of this program keeps its traceback"), KeyError, "a fault of this"),
+        (
+            RuntimeError("fallback to CPU EP has been explicitly disabled"),
+            ConversionError,
+            "run part of it on the CPU(.|\n)*--target tensorrt",
+        ),
+        (KeyError("bug in this program"), KeyError, "bug in this program"),
     ):
-        with pytest.raises(kind, match=message), failures("a batch of 8"):
+        with pytest.raises(kind, match=message), convert_errors("a batch of 8"):
             raise raised
 
 
-def test_libraries_are_those_of_onnxruntimes_cuda(
+def test_cuda_libraries_match_onnxruntime_and_are_in_load_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In NVIDIA's wheels, wherever they are, each after those it needs itself."""
+    """They are in NVIDIA's wheels, each after its own dependencies."""
     nvidia = tmp_path / "elsewhere" / "nvidia"
     for folder, suffix in (("cu12/lib", 12), ("cu13/lib", 13), ("cudnn/lib", 9)):
         (nvidia / folder).mkdir(parents=True)
@@ -98,35 +103,36 @@ def test_libraries_are_those_of_onnxruntimes_cuda(
     assert spec is not None
     spec.submodule_search_locations = [str(nvidia)]
     monkeypatch.setattr("importlib.util.find_spec", lambda _: spec)
-    found = [path.relative_to(nvidia).as_posix() for path in cuda_libraries("13.0")]
-    assert found == [
+    libraries = [path.relative_to(nvidia).as_posix() for path in cuda_libraries("13.0")]
+    assert libraries == [
         *(f"cu13/lib/lib{name}.so.13" for name in LIBRARIES[:-1]),
         "cudnn/lib/libcudnn.so.9",
     ]
 
 
-IN_A_FRESH_PROCESS = """
+PROVIDER_SCRIPT = """
 import ctypes, sys
 sys.path.insert(0, {folder!r})
 import onnxruntime as ort
 from pathlib import Path
 from van_deploy.errors import MissingDependency
 from van_deploy.runners.base import CudaOptions
-from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, preload, provider_starts
+from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner
+from van_deploy.runners.onnxruntime import is_provider_usable, preload_cuda_libraries
 
 assert ort.__file__.startswith({folder!r}), ort.__file__
 capi = Path(ort.__file__).parent / "capi"
 ctypes.CDLL(str(capi / "libonnxruntime_providers_shared.so"))
-def lacking():
+def missing_library():
     try:
         ctypes.CDLL(str(capi / "libonnxruntime_providers_cuda.so"))
     except OSError as error:
         return str(error).split(":")[0]
-    return "nothing"
-print(lacking())
-preload(ort)
-print(lacking())
-print(provider_starts(ort, CUDA))
+    return "none"
+print(missing_library())
+preload_cuda_libraries(ort)
+print(missing_library())
+print(is_provider_usable(ort, CUDA))
 try:
     OnnxRuntimeRunner(Path({model!r}), name="ort-cuda").__enter__()
 except MissingDependency as error:
@@ -137,16 +143,16 @@ assert "torch" not in sys.modules
 
 @pytest.mark.slow
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
-def test_the_cuda_provider_lacks_the_driver_alone(digits_onnx: Path, tmp_path: Path) -> None:
-    """The real package of ONNX Runtime for GPUs, unpacked apart from NVIDIA's wheels."""
+def test_cuda_provider_needs_only_the_driver(digits_onnx: Path, tmp_path: Path) -> None:
+    """Uses the real package of ONNX Runtime for GPUs, unpacked separately."""
     if importlib.util.find_spec("nvidia") is None or not cuda_libraries("13.0"):
         pytest.skip("NVIDIA's wheels for CUDA 13 are not installed")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path)]
     if subprocess.run([*pip, "onnxruntime-gpu>=1.31"], check=False).returncode:
-        pytest.skip("onnxruntime-gpu cannot be had here")
+        pytest.skip("pip cannot download onnxruntime-gpu")
     folder = tmp_path / "ort"
     zipfile.ZipFile(next(tmp_path.glob("*.whl"))).extractall(folder)
-    code = IN_A_FRESH_PROCESS.format(folder=str(folder), model=str(digits_onnx))
+    code = PROVIDER_SCRIPT.format(folder=str(folder), model=str(digits_onnx))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     before, after, starts, message = done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""A bundle of the embedded network, what passes for plans, and servers in threads."""
+"""A bundle of the embedded network, stand-ins for plans, and servers in threads."""
 
 from __future__ import annotations
 
@@ -34,20 +34,19 @@ PlanMaker = Callable[..., Bundle]
 
 @pytest.fixture(scope="session")
 def digits(uint8_bundle: Bundle) -> Bundle:
-    """Return a bundle of ``van_digits`` with every output of the byte graph; not to be changed."""
+    """Return a bundle of ``van_digits`` with all outputs in its uint8 graph; do not change it."""
     return uint8_bundle
 
 
 @pytest.fixture
 def with_plans(uint8_bundle: Bundle, copy_bundle: Copy) -> PlanMaker:
-    """Return a function that gives a copy of the digits files that pass for TensorRT's plans.
+    """Return a function that adds stand-ins for TensorRT plans to a copy of the digits bundle.
 
-    Nobody here can build a plan for Triton: that takes ``tensorrt`` and a GPU. What is tested
-    reads the sidecars only.
+    Building a plan for Triton needs ``tensorrt`` and a GPU; the tested code reads only sidecars.
     """
     numbers = itertools.count()
 
-    def made(
+    def add_plans(
         profiles: str = "1:2:8", *targets: str, other: dict[str, Any] | None = None, **changes: Any
     ) -> Bundle:
         bundle = Bundle.open(copy_bundle(uint8_bundle, f"with-plans-{next(numbers)}"))
@@ -70,7 +69,7 @@ def with_plans(uint8_bundle: Bundle, copy_bundle: Copy) -> PlanMaker:
                 draft.record(artifact_entry(*what, made_from=origin, engine=facts))
         return Bundle.open(bundle.path)
 
-    return made
+    return add_plans
 
 
 def _sidecar(
@@ -104,7 +103,7 @@ def _sidecar(
 
 
 class Running(NamedTuple):
-    """A server that answers, in a thread of its own; ``address`` is host and port."""
+    """A running server in its own thread; ``address`` is host and port."""
 
     service: Service
     address: str
@@ -118,14 +117,14 @@ def serving(
     """Serve ``bundle`` on a free port until the block ends.
 
     Args:
-        bundle: what to serve.
-        slow: where given, every batch waits for it before it runs.
-        settings: of :class:`ServiceSettings`.
+        bundle: the bundle to serve.
+        slow: an event that every batch waits for before it runs.
+        settings: fields of :class:`ServiceSettings`.
     """
     service = Service(bundle, ServiceSettings(**settings))
     for served in service.models.values() if slow else ():
-        held = functools.partial(_after, slow, served.network.run)
-        served.network.run = held  # type: ignore[method-assign]
+        delayed = functools.partial(_run_after, slow, served.network.run)
+        served.network.run = delayed  # type: ignore[method-assign]
     app, (bound, url) = App(service), listen(port=0)
     ready, ends = threading.Event(), list[Callable[[], Any]]()
 
@@ -146,41 +145,41 @@ def serving(
         assert not thread.is_alive()
 
 
-def _after(gate: Any, run: Callable[[Any], Any], batch: Any) -> Any:
+def _run_after(gate: Any, run: Callable[[Any], Any], batch: Any) -> Any:
     gate.wait(30)
     return run(batch)
 
 
 @pytest.fixture(scope="session")
 def server(digits: Bundle) -> Iterator[Running]:
-    """Serve the bytes graph and the plain one for the whole session."""
+    """Serve the uint8 graph and the plain graph for the whole session."""
     pytest.importorskip("uvicorn")
     with serving(digits, artifacts=("fp32-uint8", "fp32"), max_body_mib=4) as running:
         yield running
 
 
 @pytest.fixture
-def original(digits: Bundle) -> Path:
-    """Return the bundle's first golden original."""
+def golden_image(digits: Bundle) -> Path:
+    """Return the bundle's first golden image."""
     return digits.path / "golden/0.png"
 
 
 def top5_of(bundle: Bundle) -> list[NamedClass]:
-    """Return PyTorch's first five classes of the bundle's first golden original."""
+    """Return PyTorch's top five classes of the bundle's first golden image."""
     shares = softmax(golden_samples(bundle).logits[:1])[0]
     order = np.argsort(-shares, kind="stable")[:5]
     return [NamedClass(int(i), str(i), float(shares[i])) for i in order]
 
 
-def tensor_of(client: Any, values: Any, name: str = "pixels", **how: Any) -> Any:
+def tensor_of(client: Any, values: Any, name: str = "pixels", **options: Any) -> Any:
     """Return an input for a module of ``tritonclient``: ``http`` or ``grpc``."""
     kind = {"uint8": "UINT8", "float32": "FP32"}[str(values.dtype)]
-    given = client.InferInput(name, list(values.shape), kind)
-    given.set_data_from_numpy(values, **how)
-    return given
+    tensor = client.InferInput(name, list(values.shape), kind)
+    tensor.set_data_from_numpy(values, **options)
+    return tensor
 
 
 def pixels_of(bundle: Bundle, images: Iterable[Path | Image.Image]) -> Any:
-    """Return images as the bundle's network sees them, ``(N, S, S, C)`` uint8."""
+    """Return images preprocessed for the bundle's network, ``(N, S, S, C)`` uint8."""
     opened = (i if isinstance(i, Image.Image) else open_image(i) for i in images)
     return np.stack([pixels_from_image(i, bundle.manifest.preprocessing) for i in opened])

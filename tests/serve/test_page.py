@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """Give a page; at the end nothing but refused requests may have gone wrong in it."""
+    """Yield a page, and check at the end that its only errors were refused requests."""
     page, problems = browser.new_page(viewport={"width": 1180, "height": 760}), list[str]()
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
@@ -44,14 +44,14 @@ def page(browser: Any) -> Iterator[Any]:
     assert [p for p in problems if "422" not in p and "401" not in p] == []
 
 
-def test_an_image_gets_bars_times_and_pytorch_beside(
-    page: Any, server: Running, digits: Bundle, original: Path
+def test_image_upload_shows_bars_times_and_pytorch(
+    page: Any, server: Running, digits: Bundle, golden_image: Path
 ) -> None:
     page.goto(f"http://{server.address}")
     page.wait_for_selector("#model option", state="attached")
     assert page.inner_text("h1") == "van_digits"
     assert "10 classes" in page.inner_text("#about")
-    page.set_input_files("#file", original)
+    page.set_input_files("#file", golden_image)
     page.locator(".bar i[style]").nth(9).wait_for(state="attached")
     top = top5_of(digits)
     names = page.locator("#bars li b").all_inner_texts()
@@ -73,8 +73,8 @@ def test_an_image_gets_bars_times_and_pytorch_beside(
     assert page.inner_text("#address").endswith("/v2/models/van_digits-fp32")
 
 
-def test_a_file_can_be_dropped_and_what_is_no_image_is_told(
-    page: Any, server: Running, original: Path, tmp_path: Path
+def test_dropped_files_and_files_that_are_not_images(
+    page: Any, server: Running, golden_image: Path, tmp_path: Path
 ) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.goto(f"http://{server.address}")
@@ -87,7 +87,7 @@ def test_a_file_can_be_dropped_and_what_is_no_image_is_told(
             const drop = new DragEvent("drop", {dataTransfer: data, bubbles: true});
             document.querySelector("#drop").dispatchEvent(drop);
         }""",
-        list(original.read_bytes()),
+        list(golden_image.read_bytes()),
     )
     page.wait_for_selector("#result li")
     assert page.inner_text("#file-name") == "dropped.png"
@@ -99,9 +99,7 @@ def test_a_file_can_be_dropped_and_what_is_no_image_is_told(
     assert page.locator("#result").is_hidden()
 
 
-def test_a_key_is_asked_for_and_kept_for_the_tab(
-    page: Any, digits: Bundle, original: Path, tmp_path: Path
-) -> None:
+def test_api_key_prompt(page: Any, digits: Bundle, golden_image: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("open-sesame")
     with serving(digits, api_key_file=tmp_path / "key") as server:
         page.goto(f"http://{server.address}")
@@ -115,5 +113,5 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(
         page.press("#secret", "Enter")
         page.wait_for_selector("#model option", state="attached")
         assert page.locator("#locked").is_hidden()
-        page.set_input_files("#file", original)
+        page.set_input_files("#file", golden_image)
         page.wait_for_selector("#result li")

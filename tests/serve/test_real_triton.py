@@ -1,8 +1,8 @@
-"""Packages given to a real Triton server and judged by its own client, over HTTP and gRPC.
+"""Packages in a real Triton server, tested with tritonclient over HTTP and gRPC.
 
-The server is the one in the ``nvidia-pytriton`` wheel (see :mod:`reliability.tritonserver`). It
-has the Python backend; of the others it can only say that they are not there, after it has
-found nothing wrong with the configuration.
+The server comes from the ``nvidia-pytriton`` wheel (see :mod:`reliability.tritonserver`). It has
+only the Python backend; for the others it validates the configuration and then reports that the
+backend is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reliability.tritonserver import PYTHON, Triton, triton_running, tritonserver_folder
+from reliability.tritonserver import PYTHON, TritonServer, install_tritonserver, run_tritonserver
 from tests.each import each
 from tests.serve.conftest import PlanMaker, pixels_of, tensor_of
 from van_deploy.api import open_bundle
@@ -38,14 +38,14 @@ CLIENTS = (http, grpc)
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Path:
-    """Return the folder of the server, or skip where it cannot be had."""
+    """Return the folder of the server, or skip where pip cannot download it."""
     try:
-        return tritonserver_folder()
+        return install_tritonserver()
     except RuntimeError as error:
         pytest.skip(str(error))
 
 
-def packaged(bundle: Bundle, output: Path, **options: Any) -> Path:
+def package(bundle: Bundle, output: Path, **options: Any) -> Path:
     report = open_bundle(bundle.path).package(output, **options)
     assert report.passed, report.findings
     return output / "models"
@@ -53,16 +53,19 @@ def packaged(bundle: Bundle, output: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Return the options of a package for this Python; pip fetches its environment once."""
-    kept, write = tmp_path_factory.mktemp("environment") / "kept", triton_files.write_environment
+    """Return options for a package with this Python; pip downloads its environment once."""
+    cached, write = (
+        tmp_path_factory.mktemp("environment") / "cached",
+        triton_files.write_environment,
+    )
 
-    def copied(archive: Path, python: str) -> None:
-        if not kept.exists():
-            write(kept, python)
-        shutil.copy(kept, archive)
+    def copy_environment(archive: Path, python: str) -> None:
+        if not cached.exists():
+            write(cached, python)
+        shutil.copy(cached, archive)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_files, "write_environment", copied)
+        patch.setattr(triton_files, "write_environment", copy_environment)
         options = {"triton_python": PYTHON, "triton_release": "24.10", "threads": 1}
         yield {"backend": "python", **options}
 
@@ -70,27 +73,27 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 @pytest.fixture(scope="module")
 def triton(
     tmp_path_factory: pytest.TempPathFactory, uint8_bundle: Bundle, environment: dict[str, Any]
-) -> Iterator[Triton]:
-    """Serve the digits with two instances, whose warm-up has run before the first request."""
+) -> Iterator[TritonServer]:
+    """Serve the digits with two instances, after their warm-up."""
     folder = tmp_path_factory.mktemp("triton")
-    models = packaged(uint8_bundle, folder / "package", instances=2, **environment)
-    with triton_running(models, folder / "server") as running:
-        assert running.process.poll() is None, running.said()
+    models = package(uint8_bundle, folder / "package", instances=2, **environment)
+    with run_tritonserver(models, folder / "server") as running:
+        assert running.process.poll() is None, running.log_text()
         text = urllib.request.urlopen(running.metrics, timeout=30).read().decode()
         pattern = rf'^(nv_\w+){{model="{NAME}",version="1"}} (\d+)'
-        found = dict(re.findall(pattern, text, re.MULTILINE))
-        assert int(found["nv_inference_exec_count"]) == 4  # batches of 1 and 8, two instances
-        assert int(found["nv_inference_count"]) == 18
-        assert "nv_inference_pending_request_count" in found  # what GPU deployments scale on
+        metrics = dict(re.findall(pattern, text, re.MULTILINE))
+        assert int(metrics["nv_inference_exec_count"]) == 4  # batches of 1 and 8, two instances
+        assert int(metrics["nv_inference_count"]) == 18
+        assert "nv_inference_pending_request_count" in metrics  # GPU deployments scale on it
         yield running
 
 
-def client_of(module: Any, triton: Triton) -> Any:
+def client_of(module: Any, triton: TritonServer) -> Any:
     return module.InferenceServerClient(triton.http if module is http else triton.grpc)
 
 
 @each("module", CLIENTS)
-def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton) -> None:
+def test_metadata_and_configuration_match_the_package(module: Any, triton: TritonServer) -> None:
     with client_of(module, triton) as client:
         assert client.is_server_ready()
         assert client.is_model_ready(NAME, "1")
@@ -113,34 +116,34 @@ def test_metadata_and_configuration_are_the_packages(module: Any, triton: Triton
 
 
 @each("module", CLIENTS)
-def test_every_digit_gets_the_artifacts_own_answer(
-    module: Any, triton: Triton, uint8_bundle: Bundle, heldout_200: Path
+def test_results_match_the_artifact(
+    module: Any, triton: TritonServer, uint8_bundle: Bundle, heldout_200: Path
 ) -> None:
     pixels = pixels_of(uint8_bundle, find_images(heldout_200))
     with Network(uint8_bundle, "fp32-uint8", threads=1) as network:
         expected = np.concatenate([network.run(p[None])["logits"] for p in pixels])
     classified = [module.InferRequestedOutput("logits", class_count=1)]
     with client_of(module, triton) as client:
-        rows = [pixels[start : start + 8] for start in range(0, len(pixels), 8)]
-        answers = [client.infer(NAME, [tensor_of(module, some)]) for some in rows]
-        found = np.concatenate([answer.as_numpy("logits") for answer in answers])
+        batches = [pixels[start : start + 8] for start in range(0, len(pixels), 8)]
+        results = [client.infer(NAME, [tensor_of(module, batch)]) for batch in batches]
+        actual = np.concatenate([result.as_numpy("logits") for result in results])
         first = client.infer(NAME, [tensor_of(module, pixels[:1])], outputs=classified)
         (text,) = first.as_numpy("logits")
     assert len(pixels) == 200
-    assert (found.argmax(axis=1) == expected.argmax(axis=1)).all()
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert (actual.argmax(axis=1) == expected.argmax(axis=1)).all()
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
     _, index, label = text[0].decode().split(":")
     assert (int(index), label) == (expected[0].argmax(), str(expected[0].argmax()))
 
 
-def test_requests_that_arrive_together_run_together(
-    triton: Triton, uint8_bundle: Bundle, heldout_200: Path
+def test_concurrent_requests_are_batched(
+    triton: TritonServer, uint8_bundle: Bundle, heldout_200: Path
 ) -> None:
     pixels = pixels_of(uint8_bundle, find_images(heldout_200))[:64]
     with grpc.InferenceServerClient(triton.grpc) as client:
         before = batches_of(client)
         assert errors_of(client, NAME, [tensor_of(grpc, p[None]) for p in pixels]) == [None] * 64
-        for _ in range(50):  # an answer may come before it is counted
+        for _ in range(50):  # a response may arrive before it is counted
             ran = {n: count - before.get(n, 0) for n, count in batches_of(client).items()}
             if sum(size * count for size, count in ran.items()) == 64:
                 break
@@ -150,7 +153,7 @@ def test_requests_that_arrive_together_run_together(
 
 
 def errors_of(client: Any, name: str, tensors: list[Any]) -> list[Any]:
-    """Send every tensor at once, as a request of its own; return the errors, None for none."""
+    """Send one request for each tensor at once; return their errors, None for success."""
     answers: queue.Queue[Any] = queue.Queue()
     for tensor in tensors:
         client.async_infer(name, [tensor], callback=lambda result, error: answers.put(error))
@@ -158,52 +161,52 @@ def errors_of(client: Any, name: str, tensors: list[Any]) -> list[Any]:
 
 
 def batches_of(client: Any) -> dict[int, int]:
-    """Return how many batches of each size have run."""
+    """Return the number of batches by batch size."""
     (stats,) = client.get_inference_statistics(NAME).model_stats
     return {b.batch_size: b.compute_infer.count for b in stats.batch_stats}
 
 
-def test_the_shared_network_answers_as_it_does_here_and_a_full_queue_is_refused(
+def test_cifar_results_match_and_a_full_queue_is_refused(
     tmp_path: Path, cifar_bundle: Bundle, shared: Path, environment: dict[str, Any]
 ) -> None:
-    how = {"artifacts": ("fp32",), "queue_limit": 2, **environment}
-    models = packaged(cifar_bundle, tmp_path / "package", **how)
+    options = {"artifacts": ("fp32",), "queue_limit": 2, **environment}
+    models = package(cifar_bundle, tmp_path / "package", **options)
     name, largest = f"{cifar_bundle.name}-fp32", cifar_bundle.manifest.batch.max
     pixels = pixels_of(cifar_bundle, find_images(shared / "data/cifar10/eval"))
-    found, expected = [], []
+    actual, expected = [], []
     with (
-        triton_running(models, tmp_path / "server") as running,
+        run_tritonserver(models, tmp_path / "server") as running,
         http.InferenceServerClient(running.http, network_timeout=60) as client,
         grpc.InferenceServerClient(running.grpc) as many,
         Network(cifar_bundle, "fp32", threads=1) as network,
     ):
         for start in range(0, len(pixels), largest):
             rows = network.prepare(pixels[start : start + largest])
-            found.append(client.infer(name, [tensor_of(http, rows, "images")]).as_numpy("logits"))
+            actual.append(client.infer(name, [tensor_of(http, rows, "images")]).as_numpy("logits"))
             expected.append(network.run(rows)["logits"])
         full = network.prepare(pixels[:largest])
         errors = errors_of(many, name, [tensor_of(grpc, full, "images") for _ in range(16)])
-    tops = [np.concatenate(logits).argmax(axis=1) for logits in (found, expected)]
+    tops = [np.concatenate(logits).argmax(axis=1) for logits in (actual, expected)]
     assert len(tops[0]) == len(pixels) >= 1000
     assert (tops[0] == tops[1]).all()
     refused = [str(error) for error in errors if error is not None]
-    assert 0 < len(refused) < 16  # what waits is answered
+    assert 0 < len(refused) < 16  # queued requests are answered
     assert all("Exceeds maximum queue size" in text for text in refused), refused
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
-def test_of_other_backends_it_misses_nothing_but_the_backend(
+def test_only_the_backend_library_is_missing_for_other_backends(
     backend: str, uint8_bundle: Bundle, with_plans: PlanMaker, tmp_path: Path
 ) -> None:
     bundle, names = uint8_bundle, tuple[str, ...](["fp32-uint8"])
     if backend == "tensorrt":
         bundle, names = with_plans("1:1:1,2:8:8", "sm_89", "sm_90"), ("plan-sm_89", "plan-sm_90")
-    models = packaged(bundle, tmp_path / "package", artifacts=names)
-    with triton_running(models, tmp_path / "server") as ended:
+    models = package(bundle, tmp_path / "package", artifacts=names)
+    with run_tritonserver(models, tmp_path / "server") as ended:
         assert ended.process.poll() is not None
-        said = ended.said()
-    errors = re.findall(r"^E\d{4} .*?\] \"(.*)\"$", said, re.MULTILINE)
-    wrong = [e for e in errors if "CudaDriverHelper" not in e]
-    assert len(wrong) == 1, said
-    assert f"unable to find backend library for backend '{backend}'" in wrong[0]
-    assert "Poll failed" not in said
+        log = ended.log_text()
+    errors = re.findall(r"^E\d{4} .*?\] \"(.*)\"$", log, re.MULTILINE)
+    relevant = [e for e in errors if "CudaDriverHelper" not in e]
+    assert len(relevant) == 1, log
+    assert f"unable to find backend library for backend '{backend}'" in relevant[0]
+    assert "Poll failed" not in log

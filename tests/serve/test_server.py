@@ -1,4 +1,4 @@
-"""The server as its clients see it: tritonclient, plain HTTP, and clients that misbehave."""
+"""The server with tritonclient, plain HTTP clients, and clients that misbehave."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from van_deploy.errors import UsageError
 from van_deploy.model.embedded import digits_images
 from van_deploy.model.preprocess import normalise
 from van_deploy.runners.network import Network, TensorSpec
-from van_deploy.serve.app import return_large_blocks
+from van_deploy.serve.app import limit_malloc_retention
 from van_deploy.serve.models import Service
 from van_deploy.serve.requests import RequestError, encode_response, parse_request
 
@@ -48,7 +48,7 @@ CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\
 
 @pytest.fixture(scope="module")
 def pixels(digits: Bundle) -> Any:
-    """Return held-out digits as the network sees them, ``(64, 64, 64, 3)`` uint8."""
+    """Return preprocessed held-out digits, ``(64, 64, 64, 3)`` uint8."""
     images = digits_images("heldout")[0][:64]
     return pixels_of(digits, (Image.fromarray(image).convert("RGB") for image in images))
 
@@ -65,15 +65,15 @@ def client_of(server: Running) -> Any:
 
 
 def tensor(outputs: object = (), **changes: Any) -> bytes:
-    """Return the JSON of a request with one image of zeros, or with other fields."""
+    """Return the JSON of a request with one image of zeros, with some fields changed."""
     described = {"name": "pixels", "shape": [1, 64, 64, 3], "datatype": "UINT8", "data": [0] * ROW}
     return json.dumps({"inputs": [{**described, **changes}], "outputs": outputs}).encode()
 
 
-def ask(
+def send(
     server: Running, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
 ) -> tuple[int, Any, Any]:
-    """Return status, body (what JSON says) and headers of a GET, or of a POST with a body."""
+    """Return status, body (JSON parsed) and headers of a GET, or of a POST with a body."""
     with contextlib.closing(HTTPConnection(server.address, timeout=60)) as connection:
         connection.request("GET" if body is None else "POST", path, body, dict(headers or {}))
         response = connection.getresponse()
@@ -82,12 +82,12 @@ def ask(
     return response.status, json.loads(text) if is_json else text, response.headers
 
 
-def until(condition: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
     for _ in range(600):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it never became true")
+    raise AssertionError("timeout")
 
 
 @contextlib.contextmanager
@@ -98,13 +98,11 @@ def connected(server: Running, sent: bytes = b"") -> Iterator[socket.socket]:
         yield client
 
 
-def a_head(length: int) -> bytes:
+def post_head(length: int) -> bytes:
     return f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
 
 
-def test_tritonclient_sees_health_metadata_and_the_configuration_as_it_runs(
-    server: Running, digits: Bundle
-) -> None:
+def test_health_metadata_and_model_configuration(server: Running, digits: Bundle) -> None:
     with client_of(server) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
@@ -115,11 +113,11 @@ def test_tritonclient_sees_health_metadata_and_the_configuration_as_it_runs(
         metadata = client.get_model_metadata(BYTES)
     outputs = metadata.pop("outputs")
     assert outputs[2] == {"name": "top5_classes", "datatype": "INT64", "shape": [-1, 5]}
-    given = {"name": "pixels", "datatype": "UINT8", "shape": [-1, 64, 64, 3]}
-    what = {"name": BYTES, "versions": ["1"], "platform": "onnxruntime_onnx"}
-    assert metadata == {**what, "inputs": [given]}
-    how: dict[str, Any] = {"instances": 2, "threads": 3, "queue_limit": 77, "max_delay_ms": 2.5}
-    with serving(digits, **how) as server, client_of(server) as client:
+    pixels = {"name": "pixels", "datatype": "UINT8", "shape": [-1, 64, 64, 3]}
+    model = {"name": BYTES, "versions": ["1"], "platform": "onnxruntime_onnx"}
+    assert metadata == {**model, "inputs": [pixels]}
+    options: dict[str, Any] = {"instances": 2, "threads": 3, "queue_limit": 77, "max_delay_ms": 2.5}
+    with serving(digits, **options) as server, client_of(server) as client:
         config = client.get_model_config(BYTES)
     batching = config["dynamic_batching"]
     assert config["max_batch_size"] == 8
@@ -129,23 +127,23 @@ def test_tritonclient_sees_health_metadata_and_the_configuration_as_it_runs(
     assert batching["default_queue_policy"]["max_queue_size"] == 77
 
 
-def test_answers_are_the_artifacts(
+def test_inference_results_match_the_artifacts(
     server: Running, digits: Bundle, pixels: Any, expected: Any
 ) -> None:
     close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
     with client_of(server) as client:
         for rows, binary in ((1, True), (3, False), (8, True)):
-            given = tensor_of(triton, pixels[:rows], binary_data=binary)
-            result = client.infer(BYTES, [given], request_id="7")
+            tensor_in = tensor_of(triton, pixels[:rows], binary_data=binary)
+            result = client.infer(BYTES, [tensor_in], request_id="7")
             assert result.get_response()["id"] == "7"
             for output, values in expected.items():
-                found = result.as_numpy(output)
-                assert found.dtype == values.dtype
-                np.testing.assert_allclose(found, values[:rows], **close)
+                actual = result.as_numpy(output)
+                assert actual.dtype == values.dtype
+                np.testing.assert_allclose(actual, values[:rows], **close)
         images = normalise(pixels[:8], digits.manifest.preprocessing)
         plain = client.infer(PLAIN, [tensor_of(triton, images, "images")]).as_numpy("logits")
     np.testing.assert_allclose(plain, expected["logits"][:8], **close)
-    status, answer, _ = ask(server, INFER, tensor(data=pixels[:1].tolist()))  # nested numbers
+    status, answer, _ = send(server, INFER, tensor(data=pixels[:1].tolist()))  # nested numbers
     assert (status, answer["outputs"][0]["name"]) == (200, "logits")
     np.testing.assert_allclose(answer["outputs"][0]["data"], expected["logits"][0], **close)
 
@@ -167,10 +165,10 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
             (b'{"inputs": [{"name": "x\\ud800"}]}', "The request is not JSON"),
             (b'{"id": ' + b"9" * 5000 + b"}", "number out of range"),
             (b"[]", "The request: it should be a table"),
-            (b'{"inputs": []}', "The model has one input, 'pixels'; give that one."),
+            (b'{"inputs": []}', "Send exactly one input, 'pixels'."),
             (tensor(CLASSES), "outputs.0.parameters.classification' is 2"),
-            (tensor([{"name": "boxes"}]), "no output 'boxes'; the model gives logits"),
-            (tensor(name="images"), "The model has one input, 'pixels'; give that one."),
+            (tensor([{"name": "boxes"}]), "no output 'boxes'; the model has logits"),
+            (tensor(name="images"), "Send exactly one input, 'pixels'."),
             (tensor(datatype="INT8"), "is UINT8, not 'INT8'"),
             *((tensor(shape=[n, 64, 64, 3]), f"[{n}, 64, 64, 3]; {SHAPE}") for n in (0, 9)),
             (tensor(shape=[1, 3, 64, 64]), SHAPE),
@@ -178,12 +176,15 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
             *((tensor(data=x), NUMBERS) for x in ([1, 2, 3], None, [[1, 2], [3]])),
             *((tensor(data=[x] * ROW), NUMBERS) for x in ("1", True)),
             (tensor(data=[[[[1, 2, 3, 4]] * 64] * 48]), NUMBERS),
-            *((tensor(data=[x] * ROW), "UINT8: whole numbers from 0") for x in (256, -1, 0.5)),
-            (tensor(data=[10**400] + [0] * (ROW - 1)), "a number that is too large"),
-            (tensor(parameters={"binary_data_size": ROW}), "12288 were announced and 0 sent"),
+            *((tensor(data=[x] * ROW), "UINT8: integers from 0") for x in (256, -1, 0.5)),
+            (tensor(data=[10**400] + [0] * (ROW - 1)), "contains too large a number"),
+            (
+                tensor(parameters={"binary_data_size": ROW}),
+                "is 12288, and 0 were sent",
+            ),
         )
     ),
-    (f"/v2/models/{PLAIN}/infer", tensor(**NANS), {}, 400, "holds values that are not finite."),
+    (f"/v2/models/{PLAIN}/infer", tensor(**NANS), {}, 400, "contains values that are not finite."),
     (
         INFER,
         tensor(data=[0] * 600_000),
@@ -194,7 +195,7 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
     *(
         (INFER, b"{}", {JSON_LENGTH: length}, status, message)
         for length, status, message in (
-            ("3", 400, "The JSON is said to be 3 bytes; the body has 2."),
+            ("3", 400, "The JSON should have 3 bytes; the body has 2."),
             ("20000", 413, "16,384 bytes of JSON"),
             *((text, 400, "not a number") for text in ("x", "-1", "9" * 5000, "\xd9\xa1")),
         )
@@ -202,8 +203,8 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
     ("/predict", b"", {}, 400, "The request has no image"),
     ("/predict", b"hello", {}, 422, "it is in no known image format"),
     ("/predict", b"P6 30000 30000 255\n", {}, 422, "too large to open safely"),
-    ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 415, "no form"),
-    ("/predict", b"x", {"Content-Encoding": "gzip"}, 415, "no Content-Encoding"),
+    ("/predict", b"x", {"Content-Type": "multipart/form-data"}, 415, "Forms and"),
+    ("/predict", b"x", {"Content-Encoding": "gzip"}, 415, "Content-Encoding are not"),
     ("/predict", bytes(5 * MIB), {}, 413, "The request is larger than 4,194,304 bytes"),
     *(
         (f"/predict?top={top}", b"x", {}, 400, "it must be a number from 1 to 1000")
@@ -213,7 +214,7 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
 
 
 @each(("path", "body", "headers", "status", "message"), REFUSED)
-def test_what_is_refused_and_how(
+def test_invalid_requests_are_refused(
     server: Running,
     path: str,
     body: bytes | None,
@@ -221,14 +222,14 @@ def test_what_is_refused_and_how(
     status: int,
     message: str,
 ) -> None:
-    found, answer, _ = ask(server, path, body, headers)
-    assert (found, message in answer["error"]) == (status, True), answer
+    actual, answer, _ = send(server, path, body, headers)
+    assert (actual, message in answer["error"]) == (status, True), answer
 
 
-def test_tensors_that_are_no_pixels() -> None:
-    """Half precision that overflows; every output; a long text among numbers.
+def test_parse_request_of_float_tensors() -> None:
+    """Overflow in float16, a long string among numbers, and all outputs by default.
 
-    NumPy's array of texts would give each of the numbers 400,000 bytes.
+    A NumPy array of strings would use 400,000 bytes for each number.
     """
     for datatype, dtype, data, message in (
         ("FP16", "float16", [70_000], "not finite"),
@@ -242,70 +243,70 @@ def test_tensors_that_are_no_pixels() -> None:
         tracemalloc.stop()
         assert peak < max(MIB, 10 * len(body))
     body = tensor(name="x", shape=[1, 1], datatype="FP32", data=[1.5])
-    given, *gives = (TensorSpec(name, "float32", (1,)) for name in "xab")
-    rows, request = parse_request(body, len(body), given, gives, 1)
-    found: dict[str, Any] = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 1), np.int64)}
-    text, length = encode_response(request, found, "m")
+    model_input, *model_outputs = (TensorSpec(name, "float32", (1,)) for name in "xab")
+    rows, request = parse_request(body, len(body), model_input, model_outputs, 1)
+    outputs: dict[str, Any] = {"a": np.ones((1, 2), np.float32), "b": np.ones((1, 1), np.int64)}
+    text, length = encode_response(request, outputs, "m")
     assert (rows.tolist(), length) == ([[1.5]], None)
     assert [o["name"] for o in json.loads(text)["outputs"]] == ["a", "b"]
 
 
-def test_large_json_is_parsed_and_written_elsewhere_and_others_are_answered(
+def test_large_json_is_parsed_and_written_in_another_process(
     digits: Bundle, pixels: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, asked, elsewhere = threading.Event(), threading.Event(), list[str]()
+    gate, started, in_process = threading.Event(), threading.Event(), list[str]()
     monkeypatch.setattr("van_deploy.serve.app.MANY_NUMBERS", 100)
     with (
         serving(digits, artifacts=("fp32-uint8",)) as server,
         ThreadPoolExecutor(1) as pool,
         client_of(server) as client,
     ):
-        run = server.service.intake.run
+        run = server.service.reader.run
 
-        async def held(where: Any, function: Any, *given: Any) -> Any:
-            if where == "process":
-                elsewhere.append(function.__name__)
-                asked.set()
+        async def delayed(executor: Any, function: Any, *args: Any) -> Any:
+            if executor == "process":
+                in_process.append(function.__name__)
+                started.set()
                 await asyncio.to_thread(gate.wait, 30)
-            return await run(where, function, *given)
+            return await run(executor, function, *args)
 
-        server.service.intake.run = held  # type: ignore
-        waiting = pool.submit(ask, server, INFER, tensor())
-        assert asked.wait(30)
-        assert ask(server, LIVE)[0] == 200
+        server.service.reader.run = delayed  # type: ignore
+        waiting = pool.submit(send, server, INFER, tensor())
+        assert started.wait(30)
+        assert send(server, LIVE)[0] == 200
         gate.set()
         assert waiting.result(60)[0] == 200
-        assert elsewhere == ["parse_request"]
+        assert in_process == ["parse_request"]
         both = ["logits", "probabilities"]
         for names, binary in ((both[:1], False), (both[:1], True), (both, False)):
             outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in names]
             client.infer(BYTES, [tensor_of(triton, pixels[:8])], outputs=outputs)
-        assert elsewhere == ["parse_request", "encode_response"]  # of 160 numbers, not of 80
-        (worker,) = server.service.intake._pool._processes.values()
+        assert in_process == ["parse_request", "encode_response"]  # of 160 numbers, not of 80
+        (worker,) = server.service.reader._pool._processes.values()
         assert worker.pid
-        os.kill(worker.pid, signal.SIGKILL)  # a parser that dies is replaced
-        statuses = [ask(server, INFER, tensor())[0] for _ in range(3)]
+        os.kill(worker.pid, signal.SIGKILL)  # a killed parser is replaced
+        statuses = [send(server, INFER, tensor())[0] for _ in range(3)]
     assert statuses[-1] == 200
     assert set(statuses) <= {200, 503}
 
 
-def test_an_image_gets_the_golden_answer_and_the_page_its_policy(
-    server: Running, digits: Bundle, original: Path
+def test_predict_matches_the_golden_sample_and_the_page_has_a_security_policy(
+    server: Running, digits: Bundle, golden_image: Path
 ) -> None:
-    image, top = original.read_bytes(), top5_of(digits)
-    status, answer, _ = ask(server, "/predict?compare=1", image)
+    image, top = golden_image.read_bytes(), top5_of(digits)
+    status, answer, _ = send(server, "/predict?compare=1", image)
     assert (status, answer["image"]) == (200, {"width": 8, "height": 8})
-    found = {c["index"]: c["probability"] for c in answer["top"]}
-    assert found == pytest.approx({c.index: c.probability for c in top}, abs=1e-5)
-    assert list(found) == [c.index for c in top]
+    actual = {c["index"]: c["probability"] for c in answer["top"]}
+    assert actual == pytest.approx({c.index: c.probability for c in top}, abs=1e-5)
+    assert list(actual) == [c.index for c in top]
     assert answer["pytorch"]["largest_difference"] < 1e-5
-    assert answer["pytorch"]["beside"] == pytest.approx(list(found.values()), abs=1e-5)
-    status, answer, _ = ask(server, f"/predict?top=1&model={PLAIN}", image)
+    assert answer["pytorch"]["beside"] == pytest.approx(list(actual.values()), abs=1e-5)
+    status, answer, _ = send(server, f"/predict?top=1&model={PLAIN}", image)
     assert (status, [c["index"] for c in answer["top"]]) == (200, [top[0].index])
-    status, answer, _ = ask(server, "/predict", image[: len(image) // 2])
+    status, answer, _ = send(server, "/predict", image[: len(image) // 2])
     assert (status, "cannot be read as an image" in answer["error"]) == (422, True)
     for file, kind in (("", "text/html; charset=utf-8"), ("page.css", "text/css")):
-        headers = ask(server, f"/{file}")[2]
+        headers = send(server, f"/{file}")[2]
         assert headers["content-type"] == kind
         assert "default-src 'none'" in headers["content-security-policy"]
         assert "unsafe-inline" not in headers["content-security-policy"]
@@ -314,7 +315,7 @@ def test_an_image_gets_the_golden_answer_and_the_page_its_policy(
 @each(
     ("sent", "status"),
     [
-        (HEAD + (b"X-Long: " + b"a" * 10_000 + b"\r\n") * 100, 400),  # a head without end
+        (HEAD + (b"X-Long: " + b"a" * 10_000 + b"\r\n") * 100, 400),  # an endless head
         (HEAD + b"a: b\r\n" * 99 + b"\r\n", 200),
         (HEAD + b"a: b\r\n" * 100 + b"\r\n", 400),
         *(
@@ -324,23 +325,23 @@ def test_an_image_gets_the_golden_answer_and_the_page_its_policy(
         (CHUNKED + 6 * (b"%x\r\n%b\r\n" % (MIB, bytes(MIB))) + b"0\r\n\r\n", 413),
     ],
 )
-def test_heads_and_chunks_have_limits(server: Running, sent: bytes, status: int) -> None:
+def test_limits_of_heads_and_chunks(server: Running, sent: bytes, status: int) -> None:
     with contextlib.suppress(ConnectionError), connected(server) as client:
         with contextlib.suppress(ConnectionError):
             client.sendall(sent)
         assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
 
 
-def test_slow_many_and_vanishing_requests_harm_nobody(digits: Bundle, original: Path) -> None:
-    image, received = original.read_bytes(), b""
+def test_slow_pipelined_and_aborted_requests(digits: Bundle, golden_image: Path) -> None:
+    image, received = golden_image.read_bytes(), b""
     with (
         serving(digits, read_timeout_s=0.5) as server,
         connected(server, HEAD + b"\r\n") as client,
-        connected(server, a_head(99) + b"half") as slow,
+        connected(server, post_head(99) + b"half") as slow,
     ):
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
         client.sendall(b"GET /v2/health/live HTTP/1.1\r\nHo")
-        assert ask(server, "/predict", image)[0] == 200
+        assert send(server, "/predict", image)[0] == 200
         answer = slow.recv(65536)
         assert client.recv(65536) == b""
         with (
@@ -350,10 +351,10 @@ def test_slow_many_and_vanishing_requests_harm_nobody(digits: Bundle, original: 
             while piece := many.recv(65536):
                 received += piece
         for _ in range(20):
-            with connected(server, a_head(99) + b"half"):
+            with connected(server, post_head(99) + b"half"):
                 pass
-        assert ask(server, "/predict", image)[0] == 200
-        until(lambda: server.service.intake.held.used == 0)
+        assert send(server, "/predict", image)[0] == 200
+        wait_until(lambda: server.service.reader.quota.used == 0)
         assert all(served.queue.used == 0 for served in server.service.models.values())
     assert answer.startswith(b"HTTP/1.1 408")
     assert b"not complete after 0.5 s" in answer
@@ -361,33 +362,33 @@ def test_slow_many_and_vanishing_requests_harm_nobody(digits: Bundle, original: 
     assert b"HTTP/1.1 400" in received
 
 
-def test_bodies_held_at_once_are_limited_and_given_back(digits: Bundle, original: Path) -> None:
-    how: dict[str, Any] = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
-    with serving(digits, read_timeout_s=20, **how) as server:
-        held = server.service.intake.held
-        with connected(server, a_head(920_000) + bytes(900_000)):
-            until(lambda: held.used == 900_000)
-            status, answer, told = ask(server, "/predict", bytes(200_000))
-            assert (status, told["Retry-After"]) == (503, "1")
-            assert "hold all the memory they may" in answer["error"]
-            assert ask(server, LIVE)[0] == 200
-            with connected(server, a_head(2 * MIB) + bytes(2 * MIB)) as large:
-                assert large.recv(99).startswith(b"HTTP/1.1 413")  # read to its end, not held
-            status, answer, _ = ask(server, "/predict?compare=1", original.read_bytes())
+def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, golden_image: Path) -> None:
+    options: dict[str, Any] = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
+    with serving(digits, read_timeout_s=20, **options) as server:
+        quota = server.service.reader.quota
+        with connected(server, post_head(920_000) + bytes(900_000)):
+            wait_until(lambda: quota.used == 900_000)
+            status, answer, headers = send(server, "/predict", bytes(200_000))
+            assert (status, headers["Retry-After"]) == (503, "1")
+            assert "use all the memory they may" in answer["error"]
+            assert send(server, LIVE)[0] == 200
+            with connected(server, post_head(2 * MIB) + bytes(2 * MIB)) as large:
+                assert large.recv(99).startswith(b"HTTP/1.1 413")  # read to its end, not stored
+            status, answer, _ = send(server, "/predict?compare=1", golden_image.read_bytes())
             assert (status, "pytorch" in answer) == (200, False)
-        until(lambda: held.used == 0)
-        assert ask(server, "/predict", bytes(200_000))[0] == 422
+        wait_until(lambda: quota.used == 0)
+        assert send(server, "/predict", bytes(200_000))[0] == 422
 
 
-def test_a_refused_body_is_freed_at_once_and_large_blocks_go_back(server: Running) -> None:
-    """Not when the collector finds the traceback that holds it."""
-    assert return_large_blocks() == (platform.libc_ver()[0] == "glibc")
+def test_refused_bodies_are_freed_immediately(server: Running) -> None:
+    """Without waiting for the garbage collector to free the traceback."""
+    assert limit_malloc_retention() == (platform.libc_ver()[0] == "glibc")
     gc.collect()
     gc.disable()
     tracemalloc.start()
     try:
         for size, status in ((5, 413), (3, 422)) * 4:
-            assert ask(server, "/predict", bytes(size * MIB))[0] == status
+            assert send(server, "/predict", bytes(size * MIB))[0] == status
         left = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
@@ -395,101 +396,98 @@ def test_a_refused_body_is_freed_at_once_and_large_blocks_go_back(server: Runnin
     assert left < MIB
 
 
-def test_a_full_queue_is_429_whatever_the_route_and_what_waits_is_answered(
-    digits: Bundle, original: Path, pixels: Any
+def test_full_queue_returns_429_and_queued_requests_are_answered(
+    digits: Bundle, golden_image: Path, pixels: Any
 ) -> None:
-    gate, image = threading.Event(), original.read_bytes()
+    gate, image = threading.Event(), golden_image.read_bytes()
     head = tensor(shape=[8, 64, 64, 3], parameters={"binary_data_size": 8 * ROW}, data=None)
     body, size = head + pixels[:8].tobytes(), {JSON_LENGTH: str(len(head))}
     with (
         serving(digits, slow=gate, queue_limit=16, artifacts=("fp32-uint8",)) as server,
         ThreadPoolExecutor(20) as pool,
     ):
-        server.service._ask_pytorch = lambda *_: {"held": gate.wait(30)}  # type: ignore
+        server.service._run_pytorch = lambda *_: {"released": gate.wait(30)}  # type: ignore
         queue = server.service.models[BYTES].queue
-        every: Any = (((INFER, body, size), 2), (("/predict?compare=1", image), 16))
-        for what, answered in every:
-            asked = [pool.submit(ask, server, *what) for _ in range(answered + 4)]
-            until(lambda: sum(future.done() for future in asked) == 4)  # noqa: B023 - at once
+        cases: Any = (((INFER, body, size), 2), (("/predict?compare=1", image), 16))
+        for request, accepted in cases:
+            futures = [pool.submit(send, server, *request) for _ in range(accepted + 4)]
+            wait_until(lambda: sum(f.done() for f in futures) == 4)  # noqa: B023 - called here
             assert queue.used == 16
-            refused, answer, headers = ask(server, "/predict", image)
+            refused, answer, headers = send(server, "/predict", image)
             assert (refused, headers["Retry-After"]) == (429, "1")
             assert answer["error"].startswith("The queue is full")
             gate.set()
-            assert sorted(f.result(30)[0] for f in asked) == [200] * answered + [429] * 4
+            assert sorted(f.result(30)[0] for f in futures) == [200] * accepted + [429] * 4
             gate.clear()
-            until(lambda: queue.used == 0)
+            wait_until(lambda: queue.used == 0)
 
 
-def test_two_idle_instances_share_what_waits(digits: Bundle, pixels: Any) -> None:
+def test_idle_instances_share_queued_requests(digits: Bundle, pixels: Any) -> None:
     with pytest.raises(UsageError, match="A queue of 15 images cannot hold the 16"):
         Service(digits, ServiceSettings(queue_limit=15, instances=2))
-    both, given, sizes = (
-        threading.Barrier(2, timeout=30),
-        tensor_of(triton, pixels[:2]),
-        list[int](),
-    )
+    both, sizes = threading.Barrier(2, timeout=30), list[int]()
     settings: dict[str, Any] = {"instances": 2, "max_delay_ms": 500}
     with serving(digits, artifacts=("fp32-uint8",), **settings) as server:
         network = server.service.models[BYTES].network
         run = network.run
 
         def together(rows: Any) -> Any:
-            both.wait()  # breaks, and fails the batch, where the other never comes
+            both.wait()  # times out and fails the batch if the other instance is not used
             sizes.append(len(rows))
             return run(rows)
 
         network.run = together  # type: ignore
         with client_of(server) as client:
-            asked = [client.async_infer(BYTES, [given]) for _ in range(4)]
-            found = [request.get_result().as_numpy("logits") for request in asked]
+            tensors = [tensor_of(triton, pixels[:2])]
+            requests = [client.async_infer(BYTES, tensors) for _ in range(4)]
+            logits = [request.get_result().as_numpy("logits") for request in requests]
     assert sizes == [4, 4]
-    assert [f.shape for f in found] == [(2, 10)] * 4
+    assert [values.shape for values in logits] == [(2, 10)] * 4
 
 
-def test_stopping_answers_what_was_begun(digits: Bundle, original: Path) -> None:
-    gate, image = threading.Event(), original.read_bytes()
+def test_shutdown_finishes_requests_in_progress(digits: Bundle, golden_image: Path) -> None:
+    gate, image = threading.Event(), golden_image.read_bytes()
     with (
         ThreadPoolExecutor(1) as pool,
         serving(digits, slow=gate, artifacts=("fp32-uint8",)) as server,
-        connected(server, a_head(len(image)) + image[:10]) as client,
+        connected(server, post_head(len(image)) + image[:10]) as client,
     ):
-        begun = pool.submit(ask, server, INFER, tensor())
-        until(lambda: server.service.models[BYTES].queue.used == 1)
-        until(lambda: server.service.intake.held.used > 10)
+        pending = pool.submit(send, server, INFER, tensor())
+        wait_until(lambda: server.service.models[BYTES].queue.used == 1)
+        wait_until(lambda: server.service.reader.quota.used > 10)
         server.stop()
-        until(lambda: server.service.intake.draining)
+        wait_until(lambda: server.service.reader.draining)
         gate.set()
         client.sendall(image[10:])
         assert client.recv(65536).startswith(b"HTTP/1.1 200")
-        assert begun.result(30)[0] == 200
+        assert pending.result(30)[0] == 200
 
 
-def test_a_draining_or_crowded_server_says_503(digits: Bundle, original: Path) -> None:
+def test_draining_or_full_server_returns_503(digits: Bundle, golden_image: Path) -> None:
     with serving(digits, max_connections=3) as server, contextlib.ExitStack() as stack:
-        server.service.intake.draining = True
-        assert ask(server, "/v2/health/ready")[0] == 503
-        status, answer, headers = ask(server, "/predict", original.read_bytes())
+        server.service.reader.draining = True
+        assert send(server, "/v2/health/ready")[0] == 503
+        status, answer, headers = send(server, "/predict", golden_image.read_bytes())
         assert (status, answer["error"]) == (503, "The server is shutting down.")
         assert headers["Retry-After"] == "1"
-        held = [stack.enter_context(connected(server)) for _ in range(4)]
-        held[-1].sendall(HEAD + b"\r\n")
-        assert held[-1].recv(65536).startswith(b"HTTP/1.1 503")
+        clients = [stack.enter_context(connected(server)) for _ in range(4)]
+        clients[-1].sendall(HEAD + b"\r\n")
+        assert clients[-1].recv(65536).startswith(b"HTTP/1.1 503")
 
 
-def test_a_model_that_fails_is_500_and_only_the_log_says_why(
-    digits: Bundle, original: Path, capfd: pytest.CaptureFixture[str]
+def test_model_failure_returns_500_and_is_logged(
+    digits: Bundle, golden_image: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    image = original.read_bytes()
+    image = golden_image.read_bytes()
     with serving(digits, artifacts=("fp32-uint8",), log_requests=True) as server:
         network = server.service.models[BYTES].network
         run, network.run = network.run, lambda _: [][0]  # type: ignore
-        status, answer, _ = ask(server, "/predict", image)
-        assert (status, answer["error"]) == (500, "The server failed; its log says why.")
+        status, answer, _ = send(server, "/predict", image)
+        assert (status, answer["error"]) == (500, "The server failed; its log has the reason.")
         network.run = run  # type: ignore
-        assert ask(server, "/predict", image)[0] == 200
-        ask(server, "/predict?model=invented", b"x")
-        text = ask(server, "/metrics")[1]
+        assert send(server, "/predict", image)[0] == 200
+        send(server, "/predict?model=invented", b"x")
+        text = send(server, "/metrics")[1]
     fault, request, *_ = (json.loads(line) for line in capfd.readouterr().err.splitlines())
     assert (fault["event"], fault["path"]) == ("fault", "/predict")
     assert fault["traceback"].rstrip().endswith("IndexError: list index out of range")
@@ -497,31 +495,35 @@ def test_a_model_that_fails_is_500_and_only_the_log_says_why(
     assert [*request.values()][1:6] == ["request", "POST", "/predict", BYTES, 500]
     line = 'van_deploy_requests_total{model="%s",route="/predict",status="%d"} 1.0'
     assert line % (BYTES, 200) in text
-    assert line % ("", 404) in text  # clients cannot invent series
+    assert line % ("", 404) in text  # clients cannot create metric series
 
 
 @pytest.mark.parametrize("in_a_file", [True, False])
-def test_only_the_page_and_health_are_open_without_a_key(
-    digits: Bundle, tmp_path: Path, original: Path, monkeypatch: pytest.MonkeyPatch, in_a_file: bool
+def test_only_page_and_health_are_accessible_without_the_key(
+    digits: Bundle,
+    tmp_path: Path,
+    golden_image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_a_file: bool,
 ) -> None:
-    key, image, file = "s3cret-" + "k" * 32, original.read_bytes(), tmp_path / "key"
+    key, image, file = "s3cret-" + "k" * 32, golden_image.read_bytes(), tmp_path / "key"
     file.write_text(f"{key}\n")
     settings: dict[str, Any] = {"api_key_file": file} if in_a_file else {}
     monkeypatch.setenv("VAN_DEPLOY_API_KEY", "another" if in_a_file else key)
     with serving(digits, **settings) as server:
         for path in ("/", "/page.js", "/page.css", LIVE, "/v2/health/ready"):
-            assert ask(server, path)[0] == 200
+            assert send(server, path)[0] == 200
         for path in ("/v2", "/models", "/metrics", f"/v2/models/{BYTES}", "/nothing"):
-            assert ask(server, path)[0] == 401
-        status, answer, headers = ask(server, "/predict", image)
+            assert send(server, path)[0] == 401
+        status, answer, headers = send(server, "/predict", image)
         assert (status, headers["WWW-Authenticate"]) == (401, "Bearer")
         assert key not in str(answer)
         for wrong in ("Bearer", f"Bearer {key}x", key, "Bearer \u00e9"):
-            assert ask(server, "/v2", None, {"Authorization": wrong})[0] == 401
-        assert ask(server, "/predict", image, {"Authorization": f"Bearer {key}"})[0] == 200
+            assert send(server, "/v2", None, {"Authorization": wrong})[0] == 401
+        assert send(server, "/predict", image, {"Authorization": f"Bearer {key}"})[0] == 200
 
 
-def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_api_keys_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "key"
     settings = ServiceSettings(api_key_file=file)
     with pytest.raises(UsageError, match="cannot be read"):
@@ -535,7 +537,7 @@ def test_what_is_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         ServiceSettings().api_key()
 
 
-def test_many_clients_none_lost_none_wrong_and_batches_are_filled(
+def test_concurrent_clients_get_correct_results_in_shared_batches(
     digits: Bundle, pixels: Any, expected: Any
 ) -> None:
     with serving(digits, artifacts=("fp32-uint8",)) as server:
@@ -543,12 +545,12 @@ def test_many_clients_none_lost_none_wrong_and_batches_are_filled(
         def difference(index: int) -> float:
             with client_of(server) as client:
                 rows = [(index + k) % 64 for k in range(1 + index % 3)]
-                found = client.infer(BYTES, [tensor_of(triton, pixels[rows])]).as_numpy("logits")
-                return float(np.abs(found - expected["logits"][rows]).max())
+                logits = client.infer(BYTES, [tensor_of(triton, pixels[rows])]).as_numpy("logits")
+                return float(np.abs(logits - expected["logits"][rows]).max())
 
         with ThreadPoolExecutor(16) as pool:
             differences = list(pool.map(difference, range(192)))
-        text = ask(server, "/metrics")[1]
+        text = send(server, "/metrics")[1]
     route = 'route="/v2/models/MODEL/infer"'
     assert f'van_deploy_requests_total{{model="{BYTES}",{route},status="200"}} 192.0' in text
     figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
@@ -562,8 +564,8 @@ def test_many_clients_none_lost_none_wrong_and_batches_are_filled(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_the_command_serves_and_ends_with_its_parser(
-    digits: Bundle, original: Path, number: signal.Signals
+def test_serve_command_ends_with_its_parser_process(
+    digits: Bundle, golden_image: Path, number: signal.Signals
 ) -> None:
     words = ["-m", "van_deploy", "serve", str(digits.path), "--port", "0", "--json"]
     pipe = subprocess.PIPE
@@ -576,30 +578,32 @@ def test_the_command_serves_and_ends_with_its_parser(
         assert document["models"] == [BYTES]
         server = Running(None, document["url"][len("http://") :], process.kill)  # type: ignore[arg-type]
         try:
-            assert ask(server, "/predict", original.read_bytes())[0] == 200
-            assert ask(server, INFER, tensor())[0] == 200
-            found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert send(server, "/predict", golden_image.read_bytes())[0] == 200
+            assert send(server, INFER, tensor())[0] == 200
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.send_signal(number)
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert found
-    until(lambda: not any(Path("/proc", child).exists() for child in found))
+    assert children
+    wait_until(lambda: not any(Path("/proc", child).exists() for child in children))
     if number != signal.SIGKILL:
         assert process.returncode == 0
-        assert errors == "Stopped; every request that was begun is answered.\n"
+        assert errors == "Stopped; all requests in progress were completed.\n"
 
 
 @pytest.mark.slow
-def test_spoiled_requests_get_a_status_and_leave_no_traceback(
-    digits: Bundle, original: Path, capfd: pytest.CaptureFixture[str]
+def test_fuzzed_requests_get_a_status_and_no_traceback(
+    digits: Bundle, golden_image: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A seeded share of what ``python -m reliability --only requests`` sends: ten thousand."""
+    """A seeded sample of the 10,000 requests of ``python -m reliability --only requests``."""
     from reliability.requests import fuzz_requests
 
     with serving(digits, artifacts=("fp32-uint8",), read_timeout_s=0.5) as server:
-        statuses, faults = fuzz_requests(f"http://{server.address}", 0, 600, original.read_bytes())
-        assert server.service.intake.held.used == 0
+        statuses, faults = fuzz_requests(
+            f"http://{server.address}", 0, 600, golden_image.read_bytes()
+        )
+        assert server.service.reader.quota.used == 0
     assert faults == []
     assert {200, 400, 404, 405, 422} <= set(statuses)
     assert "raceback" not in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""The commands of docs/serving.md exist, and the programs of docs/examples do what they say."""
+"""Commands of docs/serving.md and programs of docs/examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 TEXT, EXAMPLES = (DOCS / "serving.md").read_text(encoding="utf-8"), DOCS / "examples"
 
 
-def ran(words: list[str], folder: Path) -> str:
+def run(words: list[str], folder: Path) -> str:
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
     if "onnxruntime_cxx_api.h" in done.stderr:
         pytest.skip("ONNX Runtime's C++ headers are not installed")
@@ -31,13 +31,13 @@ def ran(words: list[str], folder: Path) -> str:
 
 
 def logits_of(bundle: Bundle, image: Path) -> tuple[Any, Any]:
-    """Return an image as the network sees it, and the network's own answer to it."""
+    """Return a preprocessed image and its logits."""
     with Network(bundle, "fp32-uint8") as network:
         pixels = pixels_of(bundle, [image])
         return pixels[0], network.run(pixels)["logits"][0]
 
 
-def test_python_with_onnx_runtime_alone(digits: Bundle, tmp_path: Path) -> None:
+def test_python_example(digits: Bundle, tmp_path: Path) -> None:
     source, image = (EXAMPLES / "onnxruntime_image.py").read_text(), tmp_path / "photo.jpg"
     preprocessing = digits.manifest.preprocessing
     sizes = f"{preprocessing.image_size}, {preprocessing.resize_size}"
@@ -47,23 +47,23 @@ def test_python_with_onnx_runtime_alone(digits: Bundle, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(noise).save(image)
     _, logits = logits_of(digits, image)
-    assert ran([sys.executable, "main.py"], tmp_path) == f"{np.argsort(-logits)[:5]}\n"
+    assert run([sys.executable, "main.py"], tmp_path) == f"{np.argsort(-logits)[:5]}\n"
 
 
-def test_cpp_with_onnx_runtime_alone(digits: Bundle, tmp_path: Path) -> None:
+def test_cpp_example(digits: Bundle, tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     source = str(EXAMPLES / "onnxruntime_image.cpp")
-    ran([compiler, "-std=c++17", source, "-lonnxruntime", "-o", "main"], tmp_path)
+    run([compiler, "-std=c++17", source, "-lonnxruntime", "-o", "main"], tmp_path)
     pixels, logits = logits_of(digits, digits.path / "golden/0.png")
     (tmp_path / "pixels.rgb").write_bytes(pixels.tobytes())
     model = str(digits.path / "model.uint8.onnx")
-    said = ran(["./main", model, "pixels.rgb", str(len(pixels))], tmp_path)
-    np.testing.assert_allclose([float(v) for v in said.split()], logits, atol=1e-4)
+    output = run(["./main", model, "pixels.rgb", str(len(pixels))], tmp_path)
+    np.testing.assert_allclose([float(v) for v in output.split()], logits, atol=1e-4)
 
 
-def test_every_example_is_linked_and_every_command_exists_with_its_options(cli: Cli) -> None:
+def test_examples_are_linked_and_command_options_exist(cli: Cli) -> None:
     for file in EXAMPLES.iterdir():
         assert f"(examples/{file.name})" in TEXT
         if file.suffix == ".py":

@@ -1,6 +1,6 @@
-"""Packages for Triton: what is written, what is refused, and what an edit does.
+"""Packages for Triton: contents, refused input, and detection of changes.
 
-Whether a Triton loads them is tested with a real one, in ``test_real_triton.py``.
+``test_real_triton.py`` loads packages in a real Triton server.
 """
 
 from __future__ import annotations
@@ -34,18 +34,24 @@ from van_deploy.data.images import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
-from van_deploy.serve.package import check_package, client_of, write_environment
-from van_deploy.serve.triton import TritonModel, loads, models_of, preferred_batches, releases
+from van_deploy.serve.package import check_package, render_client, write_environment
+from van_deploy.serve.triton import (
+    TritonModel,
+    check_release,
+    preferred_batches,
+    releases,
+    triton_models,
+)
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
 NAME = "van_digits-fp32-uint8"
-Written = Callable[..., Path]
+WritePackage = Callable[..., Path]
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Written:
-    """Return a function that packages a bundle in a folder of its own."""
+def write_package(tmp_path: Path) -> WritePackage:
+    """Return a function that packages a bundle in a new folder."""
 
     def write(bundle: Bundle, *artifacts: str, **options: Any) -> Path:
         folder = tmp_path / "out"
@@ -58,7 +64,7 @@ def written(tmp_path: Path) -> Written:
 
 
 def config_of(package: Path, name: str = NAME) -> Any:
-    """Return ``config.pbtxt`` as Triton's own message reads it."""
+    """Return ``config.pbtxt`` parsed as Triton's own message."""
     text = (package / "models" / name / "config.pbtxt").read_text()
     return text_format.Parse(text, schema.ModelConfig())
 
@@ -95,35 +101,36 @@ optimization { cuda { graphs: true graph_spec { batch_size: 1
 """
 
 
-def test_the_configuration_of_a_graph(written: Written, digits: Bundle) -> None:
-    how = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
-    package = written(digits, "fp32-uint8", **how)
+def test_configuration_of_a_graph(write_package: WritePackage, digits: Bundle) -> None:
+    options = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
+    package = write_package(digits, "fp32-uint8", **options)
     assert config_of(package) == text_format.Parse(GRAPH, schema.ModelConfig())
     served = package / "models" / NAME / "7/model.onnx"
     assert served.read_bytes() == (digits.path / "model.uint8.onnx").read_bytes()
-    on_gpu = config_of(written(digits, "fp32-uint8", gpu=True))  # where threads are the runtime's
+    on_gpu = config_of(
+        write_package(digits, "fp32-uint8", gpu=True)
+    )  # the runtime sets the threads
     assert str(on_gpu.instance_group[0]) == "count: 1\nkind: KIND_GPU\n"
     assert not on_gpu.parameters
 
 
-def test_plans_are_one_model_with_all_profiles_and_a_cuda_graph_for_a_static_one(
-    written: Written, with_plans: PlanMaker
+def test_configuration_of_plans_with_static_and_dynamic_profiles(
+    write_package: WritePackage, with_plans: PlanMaker
 ) -> None:
     bundle = with_plans("1:1:1,2:8:32", "sm_86", "sm_120")
-    package = written(bundle, "plan-sm_86", "plan-sm_120")
+    package = write_package(bundle, "plan-sm_86", "plan-sm_120")
     (folder,) = (package / "models").iterdir()
     config = config_of(package, folder.name)
     assert config.name == folder.name == "van_digits-fp32"
     assert (folder / "1/model.plan").read_bytes() == b"plan for sm_86"
     assert (folder / "1/model-1.plan").read_bytes() == b"plan for sm_120"
     assert [warmup.batch_size for warmup in config.model_warmup] == [1, 2, 32]
-    left = "name input output version_policy dynamic_batching model_warmup"
-    for field in left.split():
+    for field in ["name", "input", "output", "version_policy", "dynamic_batching", "model_warmup"]:
         config.ClearField(field)
     assert config == text_format.Parse(PLANS, schema.ModelConfig())
 
 
-def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
+def test_preferred_batch_sizes_come_from_the_benchmark(digits: Bundle) -> None:
     rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0}
     rows = [{"contender": "ort-cpu/fp32", "batch": n, "images_per_s": r} for n, r in rates.items()]
     rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
@@ -132,30 +139,28 @@ def test_preferred_sizes_come_from_the_benchmark(digits: Bundle) -> None:
     assert preferred_batches(Network(measured, "fp32-uint8")) == [4, 8]
 
 
-def test_plans_that_triton_could_not_serve_are_refused(
-    with_plans: PlanMaker, tmp_path: Path
-) -> None:
+def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> None:
     def refused(message: str, bundle: Bundle, *artifacts: str, **options: Any) -> None:
         names = artifacts or ("plan-sm_89",)
         with pytest.raises((InputError, UsageError), match=re.escape(message)):
             open_bundle(bundle.path).package(tmp_path / "out", artifacts=names, **options)
         assert not (tmp_path / "out").exists()
 
-    refused("8:8:8, the profiles of 'plan-sm_89', leave out a batch of 1", with_plans("8:8:8"))
+    refused("The profiles of 'plan-sm_89', 8:8:8, do not include a batch of 1", with_plans("8:8:8"))
     gap = with_plans("1:2:4,8:8:16")
-    refused("1:2:4, 8:8:16, the profiles of 'plan-sm_89', leave out a batch of 5", gap)
+    refused("profiles of 'plan-sm_89', 1:2:4, 8:8:16, do not include a batch of 5", gap)
     rtx = with_plans(backend="tensorrt-rtx", backend_version="1.7.1.116")
     refused("cannot load 'plan-sm_89': it was built by tensorrt-rtx 1.7.1.116", rtx)
-    refused("no table here says which TensorRT", with_plans(backend_version="11.4.0.106"))
+    refused("the TensorRT version of Triton", with_plans(backend_version="11.4.0.106"))
     unlike = with_plans("1:2:8", "sm_86", "sm_89", other={"backend_version": "10.6.0.26"})
     both = ("plan-sm_86", "plan-sm_89")
-    refused("cannot be one model of Triton: their sidecars differ in backend_v", unlike, *both)
+    refused("cannot be one Triton model: their sidecars differ in backend_v", unlike, *both)
     sound = with_plans()
-    refused("would be models of one name", sound, "fp32", "plan-sm_89")
-    message = "Triton 24.11 has TensorRT 10.6.0.26; the plan was built by 10.9.0.34."
+    refused("would have one model name", sound, "fp32", "plan-sm_89")
+    message = "Triton 24.11 has TensorRT 10.6.0.26; the plan needs 10.9.0.34."
     refused(message, sound, triton_release="24.11")
     (sound.path / "engines/plan-sm_89.json").unlink()
-    refused("plan-sm_89.json' is named in the manifest and missing", sound)
+    refused("plan-sm_89.json' is in the manifest, but the file is missing", sound)
 
 
 @each(
@@ -169,10 +174,10 @@ def test_plans_that_triton_could_not_serve_are_refused(
         ),
         (["--triton-release", "24.02"], "Triton 24.02 was shipped without an ONNX Runtime backend"),
         (["--triton-release", "25.13"], "is '25.13': it should match"),
-        ([], "holds something else and no package"),
+        ([], "exists and is not a package"),
     ],
 )
-def test_what_the_command_refuses(
+def test_invalid_package_commands(
     digits: Bundle, tmp_path: Path, cli: Cli, words: list[str], message: str
 ) -> None:
     if not words:
@@ -185,47 +190,47 @@ def test_what_the_command_refuses(
     assert left == ([] if words else ["out", "thesis.txt"])
 
 
-def test_the_release_is_the_newest_that_loads_the_models(
-    written: Written,
+def test_default_release_is_the_newest_that_loads_the_models(
+    write_package: WritePackage,
     digits: Bundle,
     with_plans: PlanMaker,
     tmp_path: Path,
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (compose,) = yaml_of(written(digits) / "compose.yaml")
+    (compose,) = yaml_of(write_package(digits) / "compose.yaml")
     newest = next(iter(releases()["releases"]))
     assert compose["services"]["triton"]["image"] == f"nvcr.io/nvidia/tritonserver:{newest}-py3"
     plan = with_plans(backend_version="10.6.0.26")
-    (kserve,) = yaml_of(written(plan, "plan-sm_89") / "kserve.yaml")
+    (kserve,) = yaml_of(write_package(plan, "plan-sm_89") / "kserve.yaml")
     assert kserve["spec"]["predictor"]["model"]["runtimeVersion"] == "24.11-py3"
     words = ("package", "triton", digits.path, "-o", tmp_path / "new", "--json")
     result = cli(*words, "--triton-release", "31.07")  # not in the table, so not checked
     findings = {f["name"]: f for f in json.loads(result.stdout)["findings"]}
     release = findings[f"{NAME}: release"]
     assert (result.exit_code, release["outcome"]) == (0, None)
-    assert release["detail"].startswith("not checked: no table here says which ONNX Runtime")
-    (model,) = models_of(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
+    assert release["detail"].startswith("not checked: the ONNX Runtime version of")
+    (model,) = triton_models(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
     for newest_loaded, fits in (((20, 9), True), ((19, 9), False), ((20, 8), False)):
         monkeypatch.setitem(releases()["onnx"], "1.27", newest_loaded)
-        assert loads("26.07", model).outcome is fits
+        assert check_release("26.07", model).outcome is fits
 
 
-def test_the_python_backend_brings_its_onnx_runtime(
-    written: Written, digits: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_python_backend_packages_onnx_runtime(
+    write_package: WritePackage, digits: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConversionError, match=r"pip cannot get onnxruntime==.* for Python 3.1:"):
         write_environment(tmp_path / "e.tar.gz", "3.1")
     assert list(tmp_path.iterdir()) == []
-    made: list[str] = []
+    versions: list[str] = []
 
     def empty(archive: Path, python: str) -> None:
-        made.append(python)
+        versions.append(python)
         archive.write_bytes(b"an archive")
 
     monkeypatch.setattr("van_deploy.serve.package.write_environment", empty)
-    package = written(digits, "fp32-uint8", backend="python", triton_release="23.04")
-    assert made == ["3.8"]  # and the release's own ONNX Runtime would not load the graph
+    package = write_package(digits, "fp32-uint8", backend="python", triton_release="23.04")
+    assert versions == ["3.8"]  # the release's own ONNX Runtime cannot load the graph
     config = config_of(package)
     assert (config.backend, config.default_model_filename) == ("python", "model.py")
     path = "$$TRITON_MODEL_DIRECTORY/../environment-python3.8.tar.gz"
@@ -235,31 +240,31 @@ def test_the_python_backend_brings_its_onnx_runtime(
     assert sorted(p.name for p in version.iterdir()) == ["model.onnx", "model.py"]
 
 
-def test_the_command_packages_and_notices_what_was_changed_since(
+def test_package_command_and_detection_of_changes(
     digits: Bundle, copy_bundle: Copy, tmp_path: Path, cli: Cli
 ) -> None:
     def failed(bundle: Bundle) -> dict[str, str]:
-        found = check_package(package, bundle).findings
-        return {finding.name: finding.detail for finding in found if not finding.outcome}
+        findings = check_package(package, bundle).findings
+        return {finding.name: finding.detail for finding in findings if not finding.outcome}
 
     package = tmp_path / "out"
     words = ("package", "triton", digits.path, "-o", package)
-    made = cli(*words, "--json", "--artifact", "fp32")
-    assert (made.exit_code, json.loads(made.stdout)["passed"]) == (0, True)
+    result = cli(*words, "--json", "--artifact", "fp32")
+    assert (result.exit_code, json.loads(result.stdout)["passed"]) == (0, True)
     assert cli(*words).exit_code == 0  # replaces it
     assert [p.name for p in (package / "models").iterdir()] == [NAME]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert cli(*words, "--check").exit_code == 0
     for file in (f"models/{NAME}/config.pbtxt", f"models/{NAME}/1/model.onnx"):
-        path, wrong = package / file, {"files": f"{file}: missing, changed or added"}
+        path, expected = package / file, {"files": f"{file}: missing, changed or added"}
         before = path.read_bytes()
         path.write_bytes(before + b"#")
-        assert failed(digits) == wrong
+        assert failed(digits) == expected
         path.unlink()
-        assert failed(digits) == wrong
-        found = cli(*words, "--check")
-        assert found.exit_code == 1
-        assert "is not what the bundle says: files." in " ".join(found.stderr.split())
+        assert failed(digits) == expected
+        result = cli(*words, "--check")
+        assert result.exit_code == 1
+        assert "does not match the bundle: files." in " ".join(result.stderr.split())
         path.write_bytes(before)
     (package / "models/package.json").write_text("{}")
     assert failed(digits) == {"files": "models/package.json: missing, changed or added"}
@@ -268,7 +273,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
     model = onnx.load(copy.path / "model.uint8.onnx")
     model.doc_string = "another one"
     add_artifact(copy, "fp32-uint8", "fp32", model, embedded="uint8")
-    detail = "made anew in the bundle since"
+    detail = "rebuilt in the bundle since"
     assert failed(Bundle.open(copy.path)) == {"artifact fp32-uint8": detail}
     other = Bundle(digits.path, digits.manifest.model_copy(update={"name": "other"}))
     with pytest.raises(InputError, match="was made from 'van_digits', not 'other'"):
@@ -277,7 +282,7 @@ def test_the_command_packages_and_notices_what_was_changed_since(
         check_package(tmp_path / "nowhere", digits)
 
 
-# KServe's runtime listens on 8080 and 9000, and all three manifests read the package's folder
+# KServe's runtime listens on 8080 and 9000. All three manifests mount the package's folder
 # models/, copied into the root of one volume.
 IN_BOTH = """
 kubernetes 0 spec template metadata annotations prometheus.io/port = 8002
@@ -318,51 +323,53 @@ compose 0 services triton deploy resources reservations devices 0 capabilities 0
 """.replace("COMPATIBLE", "version-compatible=true")
 
 
-def test_the_manifests(written: Written, digits: Bundle, with_plans: PlanMaker) -> None:
+def test_deployment_manifests(
+    write_package: WritePackage, digits: Bundle, with_plans: PlanMaker
+) -> None:
     validate = pytest.importorskip("kubernetes_validate")
-    options = BuildOptions(profiles=(BatchRange(1, 8, 32),), version_compatible=True)
-    compatible, two = with_plans("1:8:32", options=options), ("fp32-uint8", "fp32")
-    for bundle, artifacts, how, wanted in (
+    build = BuildOptions(profiles=(BatchRange(1, 8, 32),), version_compatible=True)
+    compatible, two = with_plans("1:8:32", options=build), ("fp32-uint8", "fp32")
+    for bundle, artifacts, options, expected in (
         (digits, two, {"instances": 2, "threads": 3}, ON_A_PROCESSOR),
         (compatible, ["plan-sm_89"], {}, ON_A_GPU),
     ):
-        package = written(bundle, *artifacts, **how)
+        package = write_package(bundle, *artifacts, **options)
         for path in (*package.rglob("*.yaml"), *package.rglob("*.py")):
-            assert not re.findall(r"\$|#if", path.read_text()), "a mark of the templates is left"
-        found = {path.stem: yaml_of(path) for path in package.glob("*.yaml")}
-        for resource in found["kubernetes"]:
+            assert not re.findall(r"\$|#if", path.read_text()), "an unfilled template field"
+        manifests = {path.stem: yaml_of(path) for path in package.glob("*.yaml")}
+        for resource in manifests["kubernetes"]:
             validate.validate(resource, "1.30", strict=True)
-        for line in filter(None, (IN_BOTH + wanted).splitlines()):
+        for line in filter(None, (IN_BOTH + expected).splitlines()):
             place, value = line.split(" = ")
-            at: Any = found
+            actual: Any = manifests
             for key in place.split():
-                at = at[int(key) if key.isdigit() else key]
-            assert str(at) == value, line
+                actual = actual[int(key) if key.isdigit() else key]
+            assert str(actual) == value, line
 
 
 @each("artifact", ["fp32-uint8", "fp32"])
-def test_the_client_gets_the_answer_of_the_bundles_image(
-    written: Written, digits: Bundle, server: Running, original: Path, artifact: str
+def test_client_prints_the_golden_prediction(
+    write_package: WritePackage, digits: Bundle, server: Running, golden_image: Path, artifact: str
 ) -> None:
-    client = written(digits, artifact) / "client.py"
-    words = [sys.executable, str(client), "--url", server.address, str(original)]
+    client = write_package(digits, artifact) / "client.py"
+    words = [sys.executable, str(client), "--url", server.address, str(golden_image)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     expected = top5_of(digits)
     assert [row[2] for row in rows] == [str(item.index) for item in expected]
-    found = [float(row[1]) for row in rows]
-    np.testing.assert_allclose(found, [i.probability for i in expected], atol=6e-5)
+    shares = [float(row[1]) for row in rows]
+    np.testing.assert_allclose(shares, [i.probability for i in expected], atol=6e-5)
 
 
 @each("rounding", ["even", "floor"])
 @each(("mode", "resize"), [("center", 64), ("center", 73), ("squash", 71), ("border", 64)])
-def test_the_client_computes_the_librarys_pixels(
+def test_client_preprocessing_matches_the_library(
     digits: Bundle, tmp_path: Path, mode: str, resize: int, rounding: str
 ) -> None:
     changes: dict[str, Any] = {"crop_mode": mode, "resize_size": resize, "crop_rounding": rounding}
     network, file = Network(digits, "fp32-uint8"), tmp_path / "client.py"
     network.preprocessing = replace(digits.manifest.preprocessing, **changes)
-    file.write_text(client_of(TritonModel(NAME, "onnxruntime", network)))
+    file.write_text(render_client(TritonModel(NAME, "onnxruntime", network)))
     spec = importlib.util.spec_from_file_location("client", file)
     assert spec
     assert spec.loader

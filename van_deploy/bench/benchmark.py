@@ -61,12 +61,10 @@ def benchmark_bundle(
     ceilings: Ceilings | None = None  # the report is valid without them
     if settings.roofline:
         progress("Measuring the limits of the device")
-        arguments = {"device": settings.device, "threads": settings.threads}
         with contextlib.suppress(WorkerError), WorkerProcess(settings.threads or 1) as process:
-            ceilings = process.request("ceilings", **arguments)
+            ceilings = process.request("ceilings", device=settings.device, threads=settings.threads)
     fields = _measure(bundle, contenders, settings, progress)
-    rows, manifest, machine = fields["rows"], bundle.manifest, load.machine()
-    network = (manifest.architecture, contenders, rows)
+    rows, network, machine = fields["rows"], bundle.manifest.architecture, load.machine()
     variables = {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)}
     timed_ms = sum(row.latency.calls * row.latency.mean_ms for row in rows if row.latency)
     warnings = (*warnings_for(rows, settings, machine), *fields.pop("warnings"))
@@ -74,7 +72,7 @@ def benchmark_bundle(
         schema="van-deploy/bench/5",
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         model=bundle.name,
-        weights=manifest.weights,
+        weights=bundle.manifest.weights,
         settings=settings,
         machine=machine,
         versions=tool_versions(*RUNTIMES),
@@ -82,7 +80,7 @@ def benchmark_bundle(
         contenders=contenders,
         skipped=skipped,
         ceilings=ceilings,
-        roofline=measure_limits(*network, ceilings) if ceilings else (),
+        roofline=measure_limits(network, contenders, rows, ceilings) if ceilings else (),
         best_under_p99=_best_under(rows, settings.p99_ms) if settings.p99_ms else None,
         seconds={"wall": time.perf_counter() - start, "timed": timed_ms / 1e3},
         warnings=warnings,

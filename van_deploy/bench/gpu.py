@@ -1,6 +1,6 @@
 """GPU timing with resident buffers: inputs and outputs stay on the device, CUDA events mark time.
 
-The network is a resident batch (:class:`~van_deploy.runners.base.Resident`). Three times are
+The network is a resident batch (:class:`~van_deploy.runners.base.ResidentBatch`). Three times are
 measured separately: the latency of a single batch, the time of a batch while further batches are
 queued behind it (throughput), and the transfers through pinned memory. Meanwhile NVML reports the
 GPU's clocks, power, temperature and memory. Rounds are interleaved only on a CPU: other load on
@@ -21,7 +21,7 @@ from typing import Any
 from van_deploy.bench.document import Contender, GpuState, Latency, Ratio, Row
 from van_deploy.config.sizes import ImageSize
 from van_deploy.environment.hardware import nvidia_driver, query_nvml
-from van_deploy.runners.base import Resident, gpu_index
+from van_deploy.runners.base import ResidentBatch, gpu_index
 
 # The clock is steady when this many samples in a row are within this many percent.
 STEADY_SAMPLES, STEADY_PERCENT = 3, 2.0
@@ -117,7 +117,7 @@ def cuda_timer(stream: int = 0, device: int = 0) -> Timer:
     return Timer(record, lambda event: cuda.call("cudaEventSynchronize", event), elapsed_ms)
 
 
-def timer_for(resident: Resident, device: str) -> Timer:
+def timer_for(resident: ResidentBatch, device: str) -> Timer:
     """Return the timer for a network on a GPU: PyTorch's events if PyTorch is imported."""
     create = torch_timer if "torch" in sys.modules else cuda_timer
     return create(resident.stream, gpu_index(device) or 0)
@@ -159,7 +159,7 @@ def gpu_monitor(device: str) -> Monitor:
 
 
 def time_resident(
-    resident: Resident, batch: int, timer: Timer, monitor: Monitor, seconds: float, calls: int = 20
+    resident: ResidentBatch, batch: int, timer: Timer, monitor: Monitor, seconds: float, calls: int
 ) -> dict[str, Any]:
     """Time ``resident`` after a warm-up that lasts until the clocks are steady.
 
@@ -200,7 +200,7 @@ def time_resident(
     }
 
 
-def _warm_up(resident: Resident, timer: Timer, monitor: Monitor) -> list[GpuState]:
+def _warm_up(resident: ResidentBatch, timer: Timer, monitor: Monitor) -> list[GpuState]:
     """Launch until the SM clock is steady or the maximum time is over; return the GPU states."""
     start, states = time.perf_counter(), list[GpuState]()
     while True:

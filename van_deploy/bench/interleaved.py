@@ -252,18 +252,17 @@ class InterleavedBenchmark(ExitStack):
             times.append(process.time_slice(slice_s))
             probes.append(self.time_probe())
         positions = [i for i, process in enumerate(order) if process is reference and times[i]]
-        reference_ms = [times[i] for i in positions]
+        base_ms = [times[i] for i in positions]
         for i, (process, ms) in enumerate(zip(order, times, strict=True)):
             if process is reference or not ms:
                 continue
             nearest = [*[p for p in positions if p < i][-1:], *[p for p in positions if p > i][:1]]
             probe_ms = max(max(probes[p : p + 2]) for p in (i, *nearest))
             # logarithms, so that a drift by a constant percentage cancels
-            expected = np.interp(i, positions, np.log(reference_ms)) if positions else None
-            ratio = None if expected is None else math.exp(expected) / ms
+            ratio = math.exp(np.interp(i, positions, np.log(base_ms))) / ms if positions else None
             process.rounds.append((ms, probe_ms, ratio))
-        if reference is not None and reference_ms:
-            reference.rounds.append((statistics.geometric_mean(reference_ms), max(probes), 1.0))
+        if reference is not None and base_ms:
+            reference.rounds.append((statistics.geometric_mean(base_ms), max(probes), 1.0))
 
 
 def round_order(others: Sequence[TimedProcess], reference: TimedProcess) -> list[TimedProcess]:

@@ -63,8 +63,7 @@ def layer_kind(name: str, kinds: Sequence[tuple[str, str]] = LAYER_KINDS) -> str
     >>> layer_kind("sm90_xmma_gemm_f16", KERNEL_KINDS)
     'matrix product'
     """
-    first = name.partition(" + ")[0]
-    return next(kind for pattern, kind in kinds if re.search(pattern, first))
+    return next(kind for pattern, kind in kinds if re.search(pattern, name.partition(" + ")[0]))
 
 
 def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[ProfileLine]:
@@ -88,7 +87,7 @@ def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[Pro
         images = torch.from_numpy(batch).to(runner.device, runner.dtype)
         return profile_modules(runner.model, images)
     if runtime in ("pytorch", "inductor") and on_gpu:
-        resident = runner.resident(batch)
+        resident = runner.resident_batch(batch)
         resident.launch()
         return profile_kernels(resident.launch)
     raise UsageError(
@@ -163,7 +162,7 @@ def _profile_onnxruntime(contender: Contender, batch: Any) -> list[ProfileLine]:
     """Return ONNX Runtime's profile of a graph, from a new session with the same options."""
     with tempfile.TemporaryDirectory() as folder:
         runner = create_runner(contender, 1)
-        runner.profile, runner.threads = Path(folder), None
+        runner.profile_folder, runner.threads = Path(folder), None
         with runner:
             for _ in range(RUNS + 1):
                 runner.run_all(batch)

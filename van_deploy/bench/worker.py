@@ -174,7 +174,7 @@ class Worker:
         """Load a batch and time it with buffers on the GPU; see :func:`~.gpu.time_resident`."""
         self.load_batch(images, batch)
         device = self._contender.device
-        with contextlib.closing(self._runners[0].resident(self._batch)) as resident:
+        with contextlib.closing(self._runners[0].resident_batch(self._batch)) as resident:
             timer = timer_for(resident, device)
             return time_resident(resident, batch, timer, gpu_monitor(device), seconds, calls)
 

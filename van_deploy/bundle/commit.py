@@ -1,6 +1,6 @@
-"""A bundle's folder: no links, one writer at a time, and the moment at which a draft counts.
+"""Lock a bundle's folder, refuse symbolic links, and commit drafts atomically.
 
-That moment is one rename, with moves after it that any later process can finish.
+A commit is one rename, followed by moves that any later process can finish.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from van_deploy.errors import BundleError
 from van_deploy.files import write_atomic
 from van_deploy.manifest import MANIFEST, require_relative_path
 
-SIGNATURE = "manifest.json.sig"  # beside the manifest; see van_deploy.signing
+SIGNATURE = "manifest.json.sig"  # in the bundle's folder; see van_deploy.signing
 LOCK, PENDING, STAGING = ".lock", ".pending", ".staging-"
-_GONE = ".gone"  # in a committed draft: which files go
+_REMOVED = ".gone"  # in a committed draft: the list of files to remove
 LOCK_WAIT_S = 60.0
 
 
 def refuse_links(folder: Path, path: Path) -> None:
-    """Refuse to write through a link: a bundle from elsewhere could point it anywhere.
+    """Refuse to write through a symbolic link, which could point outside the bundle.
 
     Raises:
         BundleError: ``path``, or a folder between it and the bundle, is a symbolic link.
@@ -33,21 +33,21 @@ def refuse_links(folder: Path, path: Path) -> None:
     while path != folder:
         if path.is_symlink():
             raise BundleError(
-                f"'{path}' is a link, and what is behind it would be written to.",
-                "Do not use this bundle: van-deploy makes no links.",
+                f"'{path}' is a link, and its target would be overwritten.",
+                "Do not use this bundle: van-deploy creates no symbolic links.",
             )
         path = path.parent
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock for the length of a ``with`` block.
+    """Hold the folder's lock for the duration of a ``with`` block.
 
     Raises:
-        BundleError: another process holds it for longer than :data:`LOCK_WAIT_S` seconds,
-            or its file cannot be written or is a link.
+        BundleError: another process holds the lock for longer than :data:`LOCK_WAIT_S` seconds,
+            or the lock file cannot be written or is a link.
     """
-    refuse_links(folder, folder / LOCK)  # taking a lock empties the file
+    refuse_links(folder, folder / LOCK)  # acquiring a lock truncates the file
     try:
         with FileLock(folder / LOCK, timeout=LOCK_WAIT_S):
             yield
@@ -57,54 +57,52 @@ def locked(folder: Path) -> Iterator[None]:
             "Wait for it to end, or choose another --output DIR.",
         ) from error
     except (PermissionError, IsADirectoryError) as error:
-        raise unwritable(folder, error) from error
+        raise write_error(folder, error) from error
 
 
-def unwritable(folder: Path, error: OSError) -> BundleError:
-    """Return what to tell a user whose bundle cannot be written."""
+def write_error(folder: Path, error: OSError) -> BundleError:
+    """Return the error for a bundle that cannot be written."""
     return BundleError(
         f"'{folder}' cannot be written: {error.strerror or error}.",
         "Choose another --output DIR, or change its permissions.",
     )
 
 
-def commit(folder: Path, staging: Path, manifest: str, gone: Sequence[str]) -> None:
-    """Make what lies in ``staging`` count: one rename, then the moves.
+def commit(folder: Path, staging: Path, manifest: str, removed: Sequence[str]) -> None:
+    """Commit the files in ``staging``: one rename, then the moves.
 
     Args:
         folder: of the bundle.
-        staging: folder inside it, with the new files where they belong.
-        manifest: the new manifest's text.
-        gone: files of the bundle that the new manifest no longer names.
+        staging: folder inside it, with the new files at their relative paths.
+        manifest: text of the new manifest.
+        removed: files of the bundle that are not in the new manifest.
     """
     write_atomic(staging / MANIFEST, manifest)
-    write_atomic(staging / _GONE, json.dumps(gone))
+    write_atomic(staging / _REMOVED, json.dumps(removed))
     staging.rename(folder / PENDING)
     finish_commit(folder)
 
 
 def finish_commit(folder: Path) -> None:
-    """Move a committed draft's files to their places; can be repeated at any point."""
+    """Move a committed draft's files to their final paths; can be repeated after any failure."""
     pending = folder / PENDING
     if not pending.is_dir():
         return
     refuse_links(folder, pending)
-    gone = pending / _GONE
+    listing = pending / _REMOVED
     try:
-        names = (
-            [require_relative_path(str(name)) for name in parse_json(read_text_file(gone))]
-            if gone.exists()
-            else []
-        )
+        text = read_text_file(listing) if listing.exists() else "[]"
+        names = [require_relative_path(str(name)) for name in parse_json(text)]
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(
-            f"'{gone}', of an interrupted command, is damaged: {error}.", "Make the bundle again."
+            f"'{listing}', of an interrupted command, is damaged: {error}.",
+            "Create the bundle again with `van-deploy export`.",
         ) from error
     try:
         for removed in (folder / name for name in names):
             refuse_links(folder, removed.parent)
             removed.unlink(missing_ok=True)
-        files = [path for path in pending.rglob("*") if path.is_file() and path != gone]
+        files = [path for path in pending.rglob("*") if path.is_file() and path != listing]
         for path in sorted(files, key=lambda path: path.name == MANIFEST):  # the manifest last
             target = folder / path.relative_to(pending)
             refuse_links(folder, target.parent)
@@ -113,6 +111,6 @@ def finish_commit(folder: Path) -> None:
         shutil.rmtree(pending)
     except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise BundleError(
-            f"What an interrupted command left in '{pending}' does not fit the bundle: {error}.",
-            "Do not use this bundle: van-deploy does not leave it so. Make it again.",
+            f"The pending changes in '{pending}' do not fit the bundle: {error}.",
+            "Do not use this bundle: van-deploy did not write these files. Create it again.",
         ) from error

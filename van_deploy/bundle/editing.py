@@ -1,4 +1,4 @@
-"""A draft of a bundle: written beside it, committed whole or thrown away."""
+"""Edit a bundle in a draft that is committed completely or discarded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from van_deploy.bundle.commit import (
     commit,
     finish_commit,
     locked,
-    unwritable,
+    write_error,
 )
 from van_deploy.bundle.reading import Bundle
 from van_deploy.errors import BundleError
@@ -28,7 +28,7 @@ from van_deploy.manifest import (
     Artifact,
     Manifest,
     NetworkInfo,
-    manifest_from,
+    parse_manifest,
     read_manifest,
     require_relative_path,
 )
@@ -39,15 +39,15 @@ LOCK_ATTEMPTS = 10
 
 @dataclass
 class Draft:
-    """Changes to a bundle that are not there yet. Made by :func:`edit_bundle`; free to change.
+    """Uncommitted changes to a bundle, created by :func:`edit_bundle`.
 
     Attributes:
         path: the bundle's folder.
-        staging: where new files are written until the end.
-        description: of the network; a new bundle has none, and needs one before the end.
+        staging: folder for new files until the commit.
+        description: of the network; a new bundle needs one before the commit.
         artifacts: by name; see :meth:`record` and :meth:`drop`.
-        checks: the newest result of each check, by its name.
-        files: SHA-256 of the files that belong to no artifact; new ones are found by themselves.
+        checks: the latest result of each check, by its name.
+        files: SHA-256 of the files that belong to no artifact; the commit adds new ones.
     """
 
     path: Path
@@ -58,15 +58,15 @@ class Draft:
     files: dict[str, str] = field(default_factory=dict)
 
     def file(self, relative: str) -> Path:
-        """Return where to write the file that will be ``relative`` in the bundle."""
+        """Return the path at which to write the bundle's file ``relative``."""
         target = self.staging / require_relative_path(relative)
         target.parent.mkdir(parents=True, exist_ok=True)
         return target
 
     def record(self, artifact: Artifact) -> None:
-        """Enter ``artifact`` in the manifest, and drop what was made from an older one of its name.
+        """Add ``artifact`` to the manifest, and drop artifacts made from its previous version.
 
-        Its ``files`` are digested here; only their names need to be right.
+        The digests of its ``files`` are computed here; only their names are used.
         """
         files = {relative: file_sha256(self.file(relative)) for relative in artifact.files}
         artifact = artifact.model_copy(update={"files": files})
@@ -74,7 +74,7 @@ class Draft:
         self._drop_made_from(artifact.name, keep=artifact.sha256)
 
     def drop(self, name: str) -> None:
-        """Remove the artifact called ``name``, if there, and all that was made from it."""
+        """Remove the artifact ``name``, if it exists, and all artifacts made from it."""
         if self.artifacts.pop(name, None) is not None:
             self._drop_made_from(name, keep=None)
 
@@ -85,52 +85,51 @@ class Draft:
                 self.drop(other)
 
     def manifest(self) -> Manifest:
-        """Return the manifest to be.
+        """Return the new manifest.
 
         Raises:
-            ValueError: a new bundle was not given a description.
+            ValueError: a new bundle has no description.
         """
         if self.description is None:
             raise ValueError("a new bundle needs a description")
-        described = {key: getattr(self.description, key) for key in NetworkInfo.model_fields}
+        network = {key: getattr(self.description, key) for key in NetworkInfo.model_fields}
         return Manifest(
             schema=SCHEMA,
             written=current_timestamp(),
             artifacts=self.artifacts,
             checks=self.checks,
             files=self.files,
-            **described,
+            **network,
         )
 
 
 @contextlib.contextmanager
 def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
-    """Give a draft of the bundle at ``path``; commit it on leaving without an error.
+    """Yield a draft of the bundle at ``path``, and commit it on exit without an error.
 
     Args:
         path: the bundle's folder.
-        name: create the bundle under this model name if it is not there yet;
-            None requires it to be there.
+        name: create the bundle with this model name if it does not exist;
+            None requires an existing bundle.
 
     Raises:
-        BundleError: the folder holds something else or another model's bundle,
-            cannot be written, or is being written by another process for longer
+        BundleError: the folder contains other files or another model's bundle,
+            cannot be written, or is locked by another process for longer
             than :data:`~van_deploy.bundle.commit.LOCK_WAIT_S` seconds.
     """
     folder = Path(path)
     with contextlib.ExitStack() as lock:
-        created = _hold(folder, lock, create=name is not None)
+        created = _acquire_lock(folder, lock, create=name is not None)
         try:
             finish_commit(folder)
-            for left in folder.glob(f"{STAGING}*"):  # of a process that died
-                if left.is_dir():  # rmtree would wait for a pipe
-                    shutil.rmtree(left, ignore_errors=True)
+            for stale in folder.glob(f"{STAGING}*"):  # of a process that died
+                if stale.is_dir():  # rmtree would block on a pipe
+                    shutil.rmtree(stale, ignore_errors=True)
             present = read_manifest(folder) if (folder / MANIFEST).exists() else None
             if present and name not in (None, present.name):
-                raise BundleError(  # noqa: TRY301 - a folder made just now goes again
-                    f"'{folder}' holds the bundle of '{present.name}', not of '{name}'.",
-                    "Nothing was written. Choose another --output DIR, or remove that bundle "
-                    "first.",
+                raise BundleError(  # noqa: TRY301 - the handler removes a new folder
+                    f"'{folder}' contains the bundle of '{present.name}', not of '{name}'.",
+                    "Nothing was written. Use another --output DIR, or remove that bundle first.",
                 )
             staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
             try:
@@ -141,64 +140,65 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
                     draft.checks |= present.checks
                     draft.files |= present.files
                 yield draft
-                _name_others(draft)
-                # Read back before it counts: what is written can be read, and written again.
-                manifest = manifest_from(draft.manifest().text(), folder / MANIFEST)
-                gone = _owned(present.artifacts if present else {}) - _owned(manifest.artifacts)
-                commit(folder, staging, manifest.text(), sorted(gone))
+                _list_other_files(draft)
+                # Parsing the text before the commit ensures that the manifest can be read.
+                manifest = parse_manifest(draft.manifest().text(), folder / MANIFEST)
+                old_files = _artifact_files(present.artifacts if present else {})
+                removed = old_files - _artifact_files(manifest.artifacts)
+                commit(folder, staging, manifest.text(), sorted(removed))
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-        except BaseException:  # while the lock is held: the next process may be waiting for it
+        except BaseException:  # while the lock is held, since another process may wait for it
             if created and not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
 def _prepare(folder: Path, *, create: bool) -> bool:
-    """Make sure ``folder`` can hold the bundle; return whether it was made just now."""
+    """Check or create the folder of a bundle; return whether it was created."""
     if not create:
         Bundle.open(folder)
         return False
     try:
         str(folder.absolute()).encode()
     except UnicodeEncodeError:
-        shown = str(folder).encode(errors="replace").decode()
+        printable = str(folder).encode(errors="replace").decode()
         raise BundleError(
-            f"The name of the folder '{shown}' is not UTF-8; runtimes cannot open files there.",
-            "Rename it, or choose another --output DIR.",
+            f"The folder name '{printable}' is not UTF-8; runtimes cannot open files in it.",
+            "Rename the folder, or use another --output DIR.",
         ) from None
     if folder.exists() and not folder.is_dir():
-        raise BundleError(f"'{folder}' is a file, not a folder.", "Choose another --output DIR.")
+        raise BundleError(f"'{folder}' is a file, not a folder.", "Use another --output DIR.")
     created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        strangers = [
+        other_files = [
             entry.name
             for entry in folder.iterdir()
             if entry.name not in {MANIFEST, LOCK, PENDING} and not entry.name.startswith(STAGING)
         ]
     except OSError as error:
-        raise unwritable(folder, error) from error
-    if strangers and not (folder / MANIFEST).exists() and not (folder / PENDING).exists():
+        raise write_error(folder, error) from error
+    if other_files and not (folder / MANIFEST).exists() and not (folder / PENDING).exists():
         raise BundleError(
-            f"'{folder}' holds something else ({', '.join(sorted(strangers)[:3])}) and no bundle.",
-            "Nothing was written. Choose an empty or a new folder with --output DIR.",
+            f"'{folder}' is not a bundle and contains {', '.join(sorted(other_files)[:3])}.",
+            "Nothing was written. Use an empty or a new folder with --output DIR.",
         )
     return created
 
 
-def _hold(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
-    """Lock the folder for as long as ``lock`` lives; return whether the folder was made just now.
+def _acquire_lock(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
+    """Lock the folder until ``lock`` is closed; return whether the folder was created.
 
-    The process that held it before may have made the folder, failed, and removed it
-    with the file that this one was waiting for: then it is made again.
+    The process that held the lock before may have failed and removed the new folder together
+    with the lock file. The folder is then created again.
     """
     for _ in range(LOCK_ATTEMPTS):
         created = _prepare(folder, create=create)
         with contextlib.ExitStack() as attempt:
             try:
                 attempt.enter_context(locked(folder))
-            except FileNotFoundError:  # removed while this one waited
+            except FileNotFoundError:  # removed while this process waited
                 continue
             except BaseException:
                 if created:
@@ -209,21 +209,21 @@ def _hold(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> bool:
                 lock.push(attempt.pop_all())
                 return created
     raise BundleError(
-        f"Other processes keep making and removing '{folder}'.",
-        "Wait for them to end, or choose another --output DIR.",
+        f"Other processes create and remove '{folder}' repeatedly.",
+        "Wait for them to end, or use another --output DIR.",
     )
 
 
-def _owned(artifacts: Mapping[str, Artifact]) -> set[str]:
-    """Return the files that belong to an artifact, by relative path."""
+def _artifact_files(artifacts: Mapping[str, Artifact]) -> set[str]:
+    """Return the relative paths of all files of the artifacts."""
     return {file for artifact in artifacts.values() for file in artifact.files}
 
 
-def _name_others(draft: Draft) -> None:
-    """Enter files that belong to no artifact, such as a report, in the manifest's ``files``."""
-    owned = _owned(draft.artifacts)
+def _list_other_files(draft: Draft) -> None:
+    """Add files that belong to no artifact, such as a report, to the manifest's ``files``."""
+    artifact_files = _artifact_files(draft.artifacts)
     files = {file: sha256 for file, sha256 in draft.files.items() if (draft.path / file).is_file()}
     for path in draft.staging.rglob("*"):
         if path.is_file():
             files[path.relative_to(draft.staging).as_posix()] = file_sha256(path)
-    draft.files = {file: files[file] for file in sorted(files) if file not in owned}
+    draft.files = {file: files[file] for file in sorted(files) if file not in artifact_files}

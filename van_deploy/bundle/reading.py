@@ -1,4 +1,4 @@
-"""A bundle opened for reading. Nothing is believed whose SHA-256 is not the manifest's."""
+"""Open a bundle for reading and verify files against its manifest."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from van_deploy.manifest import MANIFEST, Artifact, Manifest, read_manifest
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle as its manifest describes it, opened for reading.
+    """A bundle opened for reading; :func:`edit_bundle` changes one.
 
     Attributes:
         path: the folder.
-        manifest: what it says (to change it, see :func:`edit_bundle`).
+        manifest: its content.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Bundle:
         if not folder.is_dir():
             raise BundleError(
                 f"There is no bundle at '{path}'.",
-                "Make one with `van-deploy export MODEL --output DIR`.",
+                "Create one with `van-deploy export MODEL --output DIR`.",
             )
         if (folder / PENDING).is_dir():
             with locked(folder):
@@ -58,22 +58,22 @@ class Bundle:
 
     @property
     def artifacts(self) -> dict[str, Artifact]:
-        """Every artifact by name, in the order they were made."""
+        """Artifacts by name, in the order of their creation."""
         return self.manifest.artifacts
 
     @property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every file the manifest names, artifacts' and others, by relative path."""
-        found = dict(self.manifest.files)
+        """SHA-256 of every file in the manifest, by relative path."""
+        digests = dict(self.manifest.files)
         for artifact in self.artifacts.values():
-            found.update(artifact.files)
-        return found
+            digests.update(artifact.files)
+        return digests
 
     def artifact(self, name: str) -> Artifact:
-        """Return the artifact called ``name``.
+        """Return the artifact ``name``.
 
         Raises:
-            BundleError: the bundle has none of that name.
+            BundleError: the bundle has no artifact of that name.
         """
         artifacts = self.artifacts
         if name not in artifacts:
@@ -81,22 +81,22 @@ class Bundle:
             raise BundleError(
                 f"The bundle '{self.path}' has no artifact '{name}'; "
                 f"it has: {', '.join(artifacts) or 'none'}.",
-                f"Make it with `van-deploy {command}`."
+                f"Create it with `van-deploy {command}`."
                 if name in {"fp32", "fp16", "bf16", "int8"}
-                else "Choose one of those, or make it first.",
+                else "Use one of these names, or create the artifact first.",
             )
         return artifacts[name]
 
     def verified_path(self, name: str, *, only_file: bool = False) -> Path:
-        """Return the path of an artifact's file after checking every digest.
+        """Return the path of an artifact's file after verifying the digests of its files.
 
         Args:
             name: of the artifact.
-            only_file: check the file itself and not what lies beside it.
+            only_file: verify the main file only.
 
         Raises:
-            BundleError: a file is missing or is not the one the manifest names.
-            InputError: the artifact's weights are in a file that the manifest does not name.
+            BundleError: a file is missing or its digest is not the manifest's.
+            InputError: the artifact's weights are in a file that is not in the manifest.
         """
         artifact = self.artifact(name)
         for relative, expected in artifact.files.items():
@@ -105,31 +105,31 @@ class Bundle:
         path = self.path / artifact.file
         if artifact.kind == "onnx":
             folder = PurePosixPath(artifact.file).parent
-            named = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
-            beside = [file.relative_to(folder).as_posix() for file in named]
-            check_external_files(path, external_files(path), beside)
+            files = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
+            names = [file.relative_to(folder).as_posix() for file in files]
+            check_external_files(path, external_files(path), names)
         return path
 
     def rebuild_reason(self, name: str, made_with: Mapping[str, Any]) -> str:
-        """Return why an artifact has to be made, or "" if it is there from the same ingredients.
+        """Return why an artifact has to be built, or "" if it exists with the same cache key.
 
         Args:
             name: of the artifact.
-            made_with: everything that decides what will be in it.
+            made_with: the inputs that determine the artifact (the cache key).
         """
         try:
             artifact = self.artifact(name)
             self.verified_path(name)
         except BundleError as error:
             return error.message if name in self.artifacts else "new"
-        wanted, had = json.loads(json.dumps(made_with)), artifact.made_with
-        changed = [key for key in {**wanted, **had} if wanted.get(key) != had.get(key)]
+        new, old = json.loads(json.dumps(made_with)), artifact.made_with
+        changed = [key for key in {**new, **old} if new.get(key) != old.get(key)]
         return f"changed since: {', '.join(changed)}" if changed else ""
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each artifact that a runtime loads: its file and its weights.
+        """Return the size in bytes of each artifact: its main file and its external weights.
 
-        What is missing has none; :meth:`problems` names it.
+        Missing files count as 0; :meth:`problems` lists them.
         """
         return {
             name: sum(
@@ -141,43 +141,44 @@ class Bundle:
         }
 
     def problems(self) -> list[str]:
-        """Return one sentence for each file that is missing or changed; empty is good."""
-        found = []
+        """Return one message for each file that is missing or changed."""
+        messages = []
         for relative, expected in self.digests.items():
             try:
                 verify(self.path / relative, expected)
-            except BundleError as error:  # noqa: PERF203 - each file on its own
-                found.append(error.message)
-        return found
+            except BundleError as error:  # noqa: PERF203 - report every file
+                messages.append(error.message)
+        return messages
 
     def unlisted_files(self) -> list[str]:
-        """Return what lies in the folder and is not in the manifest, sorted.
+        """Return the files in the folder that are not in the manifest, sorted.
 
-        Links to folders count: what is behind them is not the bundle's.
+        Symbolic links to folders are included.
         """
-        known = {*self.digests, MANIFEST, SIGNATURE, LOCK}
-        found = []
+        listed = {*self.digests, MANIFEST, SIGNATURE, LOCK}
+        unlisted = []
         for parent, folders, files in os.walk(self.path):
             links = [name for name in folders if Path(parent, name).is_symlink()]
             paths = [Path(parent, name).relative_to(self.path) for name in (*files, *links)]
-            found += [path.as_posix() for path in paths if path.as_posix() not in known]
-        return sorted(found)
+            unlisted += [path.as_posix() for path in paths if path.as_posix() not in listed]
+        return sorted(unlisted)
 
 
 def verify(path: Path, expected: str) -> None:
-    """Return if the file at ``path`` has the SHA-256 ``expected`` (hexadecimal).
+    """Check that the file at ``path`` has the SHA-256 ``expected`` (hexadecimal).
 
     Raises:
-        BundleError: it is missing or has another.
+        BundleError: the file is missing or has another digest.
     """
     if not path.is_file():
         raise BundleError(
-            f"'{path}' is named in the manifest and missing.", "Make the bundle again."
+            f"'{path}' is in the manifest, but the file is missing.",
+            "Restore the file, or create the bundle again with `van-deploy export`.",
         )
     actual = file_sha256(path)
     if actual != expected:
         raise BundleError(
             f"'{path}' was changed after the manifest was written: "
-            f"its SHA-256 is {actual[:12]}..., the manifest says {expected[:12]}....",
-            "Make the bundle again, or restore the file.",
+            f"its SHA-256 is {actual[:12]}..., the manifest has {expected[:12]}....",
+            "Restore the file, or create the bundle again with `van-deploy export`.",
         )

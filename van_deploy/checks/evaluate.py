@@ -32,7 +32,7 @@ from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
 from van_deploy.metrics import Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
-from van_deploy.runners.network import PYTORCH, original_network, require_classes, task_of
+from van_deploy.runners.network import PYTORCH, original_network, require_classifier, task_of
 from van_deploy.stopwatch import Progress
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def evaluate_bundle(
         ConversionError: a machine of the Ray cluster failed.
         UsageError: the network outputs feature maps.
     """
-    require_classes(bundle, "evaluate")
+    require_classifier(bundle, "evaluate")
     images, labels = _labelled_set(settings, task_of(bundle), loaded)
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
     start, total = time.perf_counter(), len(images)

@@ -34,7 +34,7 @@ from van_deploy.checks.golden import Samples
 from van_deploy.data.samples import GENERIC
 from van_deploy.graph.names import INPUT_NAME, make_batch_dynamic_
 from van_deploy.runners.base import Images
-from van_deploy.runners.onnxruntime import DTYPES, inference_session, require_onnxruntime
+from van_deploy.runners.onnxruntime import DTYPES, create_session, require_onnxruntime
 
 Array = npt.NDArray[Any]
 Fault = tuple[str, str]
@@ -95,7 +95,7 @@ def quiet_session(model: ModelProto) -> Any:
     """
     options = require_onnxruntime().SessionOptions()
     options.log_severity_level = 4  # the caller reports failures
-    return inference_session(model, options, ["CPUExecutionProvider"])[0]
+    return create_session(model, options, ["CPUExecutionProvider"])[0]
 
 
 def run_taps(session: Any, feeds: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:

@@ -89,7 +89,7 @@ def open_artifact(
     """
     network = Network(bundle, name, settings, threads=threads or None, spin=spin)
     bundle.verified_path(name, only_file=network.is_engine and settings.trust_engine)
-    obstacle = network.obstacle()
+    obstacle = network.skip_reason()
     if obstacle is not None:
         return gates.skipped_finding("runs", obstacle.reason, obstacle.kind)
     return network

@@ -132,10 +132,10 @@ def speed_ratios(
     runs; use ``bench`` for benchmarks. Each runner has one thread; artifacts that cannot run here
     are left out.
     """
-    from van_deploy.runners.pytorch import TorchRunner, one_torch_thread
+    from van_deploy.runners.pytorch import TorchRunner, single_torch_thread
 
     batch, ratios = samples.first(bundle.manifest.batch.opt), {}
-    with one_torch_thread():
+    with single_torch_thread():
         for name in bundle.artifacts:
             artifact = open_artifact(bundle, name, settings, 1, spin=False)
             if isinstance(artifact, Finding):

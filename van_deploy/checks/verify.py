@@ -145,7 +145,7 @@ def verify_bundle(
         else:
             progress(f"'{name}' at every batch size")
             numeric, verdict = _run_checks(network, artifact, samples, rules)
-            runner = network.described
+            runner = network.runner_description
         findings, modules = [*verdict.findings], tuple[DriftRow, ...]()
         if verdict.comparison is not None and name in outputs.plain_onnx_artifacts(bundle):
             progress(f"'{name}', tensors")
@@ -182,14 +182,14 @@ def _run_checks(
     numeric, bundle = numeric_class(artifact.precision), network.bundle
     records = artifact.golden_sqnr_db if samples.golden else {}
     first, *more = outputs.batch_sizes(bundle.manifest.batch)
-    sizes = [other for other in samples.others if network.serves_size(other.inputs.shape[2:])]
+    sizes = [other for other in samples.others if network.supports_size(other.inputs.shape[2:])]
     try:
         with network:
             numeric = numeric_class(artifact.precision, tf32=network.tf32)
             return numeric, outputs.check_outputs(
                 lambda of, rows: network.run(outputs.inputs_for(network, of, rows)),
                 replace(samples, others=tuple(sizes)),
-                [first, *(size for size in more if network.serves(size))],
+                [first, *(size for size in more if network.supports_batch(size))],
                 gates.sqnr_floor(numeric, samples.noise_db, rules.of(numeric)),
                 records.get(outputs.record_key(network.runner, numeric)),
             )

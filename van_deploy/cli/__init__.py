@@ -1,1 +1,1 @@
-"""The command line: one module a heading of the help; a command parses, calls, prints."""
+"""The command line: one module per heading of the help."""

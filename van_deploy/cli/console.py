@@ -1,11 +1,10 @@
-"""What every command prints with.
+"""OutputFolder of the commands.
 
-The convention: results go to stdout, progress and remarks to stderr. With
-``--json`` stdout carries one JSON document and nothing else; an error stays
-text on stderr, and the exit code tells which kind it was. Numbers JSON cannot
-spell are the strings ``"inf"``, ``"-inf"`` and ``"nan"``, which ``float()`` reads.
+Results go to stdout, progress and notes to stderr. With ``--json`` stdout has one JSON
+document and nothing else; an error is text on stderr, and the exit code is its class.
+Infinity and NaN are ``"inf"``, ``"-inf"`` and ``"nan"``, which ``float()`` reads.
 
-Rich is imported when something is printed, not before.
+Rich is imported on first use.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
     from van_deploy.report.document import Block
     from van_deploy.stopwatch import Progress
 
-PIPE_WIDTH = 100  # columns where output does not go to a terminal
+PIPE_WIDTH = 100  # columns of output that is not a terminal
 
 
 @dataclass(frozen=True)
-class CommandOutput:
-    """What a command prints.
+class Output:
+    """OutputFolder of a command.
 
     Attributes:
         result: plain data: mappings, sequences, frozen dataclasses, numbers.
-        blocks: makes what a person reads from the result in its JSON form.
+        blocks: function from the result in JSON types to the tables and texts to print.
         remarks: lines for stderr.
-        failure: what the command ends with; None where it is done.
+        failure: exception to raise at the end; None on success.
     """
 
     result: object
@@ -46,8 +45,8 @@ class CommandOutput:
     failure: Exception | None = None
 
 
-def print_output(shown: CommandOutput, as_json: bool) -> None:
-    """Print what a command returned, and raise what it ends with."""
+def print_output(shown: Output, as_json: bool) -> None:
+    """Print the output of a command, and raise its failure."""
     for text in shown.remarks:
         print_note(text)
     print_result(shown.result, as_json, shown.blocks)
@@ -59,9 +58,9 @@ def print_result(result: object, as_json: bool, blocks: Callable[[Any], Iterable
     """Write a command's result to stdout.
 
     Args:
-        result: see :class:`CommandOutput`.
-        as_json: write one JSON document instead.
-        blocks: see :class:`CommandOutput`.
+        result: see :class:`Output`.
+        as_json: write one JSON document instead of tables.
+        blocks: see :class:`Output`.
     """
     if as_json:
         text = json_text(plain(result), indent=2) + "\n"
@@ -72,28 +71,25 @@ def print_result(result: object, as_json: bool, blocks: Callable[[Any], Iterable
         with console.capture() as capture:
             console.print(rich_from_blocks(blocks(plain(result)), console.width))
         text = capture.get()
-        if not console.is_terminal:  # no cell padding at the ends of lines in files and pipes
+        if not console.is_terminal:  # no padding at the ends of lines in files and pipes
             text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    r"""Return JSON that a terminal may be shown: control characters are escaped, all of them.
+    r"""Return JSON that is safe to print: all control characters are escaped.
 
     >>> json_text("\x9b2Jé")
     '"\\u009b2Jé"'
     """
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    return CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return CONTROL_CHARACTERS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 @contextlib.contextmanager
 def progress_bar(first: str = "Loading PyTorch") -> Iterator[Progress]:
-    """Give a function that shows on stderr what is being done, and how much of it is done.
-
-    It is silent where stderr is not a terminal.
-    """
+    """Yield a function that shows progress on stderr, if stderr is a terminal."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = _console(sys.stderr)
@@ -108,19 +104,19 @@ def progress_bar(first: str = "Loading PyTorch") -> Iterator[Progress]:
     ) as bar:
         task = bar.add_task(first, total=None)
 
-        def tell(text: str, done: int = 0, total: int | None = None, /) -> None:
+        def update(text: str, done: int = 0, total: int | None = None, /) -> None:
             bar.update(task, description=text, completed=done, total=total)
 
-        yield tell
+        yield update
 
 
 def print_note(text: str) -> None:
-    """Write one line to stderr that is neither a result nor an error."""
+    """Write a note of one line to stderr."""
     _console(sys.stderr).print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(message: str, remedy: str = "") -> None:
-    """Write an error to stderr: what failed, and below it what to do next."""
+    """Write an error to stderr: the message, and the remedy below it."""
     from rich.text import Text
 
     lines = Text.assemble(("error: ", "bold red"), message)
@@ -130,7 +126,7 @@ def print_error(message: str, remedy: str = "") -> None:
 
 
 def _console(file: IO[str]) -> Console:
-    """Return a console for ``file``, of fixed width where that is not a terminal."""
+    """Return a console for ``file``; its width is fixed if that is not a terminal."""
     from van_deploy.report.render_rich import HarmlessConsole
 
     console = HarmlessConsole(file=file)

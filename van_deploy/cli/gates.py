@@ -1,4 +1,4 @@
-"""What a bundle is held against: ``verify``, ``evaluate``, ``drift`` and ``check``."""
+"""Gates: ``verify``, ``evaluate``, ``drift`` and ``check``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import CommandOutput
-from van_deploy.cli.options import Opened, OptionValues
+from van_deploy.cli.console import Output
+from van_deploy.cli.options import OpenBundle, OptionValues
 from van_deploy.config import CheckSettings, DriftSettings, EvaluationSettings, VerifySettings
 from van_deploy.errors import GateFailed
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from van_deploy.checks.regression import CheckReport
     from van_deploy.checks.verify import VerifyReport
 
-FILES = "What is written"
-MODULE = "See the rows above; `van-deploy drift` names the module."
+FILES = "Files"
+REMEDY = "See the rows above; `van-deploy drift` finds the module."
 
 
 def _failure(
-    report: VerifyReport | EvaluateReport | CheckReport, done: str, remedy: str = MODULE
+    report: VerifyReport | EvaluateReport | CheckReport, done: str, remedy: str = REMEDY
 ) -> GateFailed | None:
     from van_deploy.report.sections_checks import failure_text
 
@@ -31,8 +31,8 @@ def _failure(
     return GateFailed(failure_text(report.named_findings(), report.allowed, done), remedy)
 
 
-def verify(bundle: Opened, options: Annotated[OptionValues, VerifySettings]) -> CommandOutput:
-    """Compare every artifact with PyTorch: logits, batch sizes, flips, and module by module.
+def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings]) -> Output:
+    """Compare every artifact with PyTorch: logits, batch sizes, label flips, and each module.
 
     Example: van-deploy verify dist/van_b1 --images photos/
     """
@@ -40,46 +40,46 @@ def verify(bundle: Opened, options: Annotated[OptionValues, VerifySettings]) -> 
     from van_deploy.report.sections_checks import verify_blocks
 
     failure = _failure(report, "verified")
-    return CommandOutput(report, lambda found: verify_blocks(found, names), bundle.remarks, failure)
+    return Output(report, lambda document: verify_blocks(document, names), bundle.remarks, failure)
 
 
-def evaluate(bundle: Opened, options: Annotated[OptionValues, EvaluationSettings]) -> CommandOutput:
-    """Measure top-1 and top-5 of PyTorch and every artifact, and what was lost between them.
+def evaluate(bundle: OpenBundle, options: Annotated[OptionValues, EvaluationSettings]) -> Output:
+    """Measure top-1 and top-5 of PyTorch and every artifact, and the loss of accuracy.
 
     Example: van-deploy evaluate dist/van_b1 --images imagenet/val
     """
     report = bundle.evaluate(**options)
     from van_deploy.report.sections_checks import evaluate_blocks
 
-    return CommandOutput(report, evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
+    return Output(report, evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
 
 
 def drift(
-    bundle: Opened,
+    bundle: OpenBundle,
     options: Annotated[OptionValues, DriftSettings],
     top: Annotated[
         int,
         typer.Option(
-            min=0, help="How many parts of each artifact to show; 0 for all, in their order."
+            min=0, help="Number of parts to show per artifact; 0 for all, in network order."
         ),
     ] = 10,
-) -> CommandOutput:
-    """Show what each stage, block or module of each ONNX artifact adds to the error.
+) -> Output:
+    """Show the error of each stage, block or module of each ONNX artifact.
 
     Example: van-deploy drift dist/van_b1 --level module --top 10
     """
     report = bundle.drift(**options)
     from van_deploy.report.sections_checks import drift_blocks
 
-    return CommandOutput(report, lambda found: drift_blocks(found, top), bundle.remarks)
+    return Output(report, lambda document: drift_blocks(document, top), bundle.remarks)
 
 
 def check(
-    bundle: Opened,
+    bundle: OpenBundle,
     options: Annotated[OptionValues, CheckSettings],
     baseline: Annotated[Path, typer.Option(help="The committed baseline.json.")],
     update: Annotated[
-        bool, typer.Option("--update", help="Write the baseline from what is measured now.")
+        bool, typer.Option("--update", help="Write the measured values to the baseline.")
     ] = False,
     junit: Annotated[
         Path | None, typer.Option(help="Write JUnit XML.", rich_help_panel=FILES)
@@ -87,12 +87,12 @@ def check(
     summary: Annotated[
         Path | None,
         typer.Option(
-            help="Append a summary in GitHub's Markdown, as to $GITHUB_STEP_SUMMARY.",
+            help="Append a summary in GitHub's Markdown, such as to $GITHUB_STEP_SUMMARY.",
             rich_help_panel=FILES,
         ),
     ] = None,
-) -> CommandOutput:
-    """Check a bundle against its gates and a baseline; ends with 1 if anything is worse.
+) -> Output:
+    """Check a bundle against its gates and a baseline; exit code 1 if a value is worse.
 
     Example: van-deploy check dist/van_b1 --baseline baseline.json --junit junit.xml
     """
@@ -104,6 +104,6 @@ def check(
         write_junit(report, junit)
     if summary is not None:
         append_summary(report, summary)
-    wrote = [f"Wrote {baseline}; look at it and commit it."] if update and report else []
+    notes = [f"Wrote {baseline}; review and commit it."] if update and report else []
     failure = _failure(report, "checked", "See the rows above.")
-    return CommandOutput(report, check_blocks, wrote, failure)
+    return Output(report, check_blocks, notes, failure)

@@ -1,4 +1,4 @@
-"""What there is and what is in it: ``list``, ``info``, ``inspect`` and ``doctor``."""
+"""Information: ``list``, ``info``, ``inspect`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import CommandOutput
-from van_deploy.cli.options import RequireSignature, opened
+from van_deploy.cli.console import Output
+from van_deploy.cli.options import RequireSignature, load_bundle
 from van_deploy.environment.doctor import REQUIREMENTS
 from van_deploy.stopwatch import no_progress
 
 
-def list_() -> CommandOutput:
-    """List the variants: size, work, accuracy, and where their weights are.
+def list_() -> Output:
+    """List the variants: size, multiply-adds, accuracy, and their weights.
 
     Example: van-deploy list --json
     """
     from van_deploy.model.variants import list_variants
     from van_deploy.report.sections_model import list_blocks
 
-    return CommandOutput(list_variants(), list_blocks)
+    return Output(list_variants(), list_blocks)
 
 
 def info(
     model: Annotated[
-        str, typer.Argument(help="A variant, a checkpoint, van_digits, or a bundle's folder.")
+        str, typer.Argument(help="A variant, a checkpoint, van_digits, or the folder of a bundle.")
     ],
-) -> CommandOutput:
+) -> Output:
     """Show one model or bundle in full. Nothing is downloaded.
 
     Example: van-deploy info ./mine.pth
@@ -36,32 +36,30 @@ def info(
     from van_deploy.describe import describe_model
     from van_deploy.report.sections_model import info_blocks
 
-    return CommandOutput(describe_model(model), info_blocks)
+    return Output(describe_model(model), info_blocks)
 
 
 def inspect(
-    artifact: Annotated[
-        Path, typer.Argument(help="An ONNX file, an engine (.plan), or a bundle with them.")
-    ],
+    artifact: Annotated[Path, typer.Argument(help="An ONNX file, an engine (.plan), or a bundle.")],
     trust_engine: Annotated[
         bool,
         typer.Option(
             "--trust-engine",
-            help="Open an engine whose sidecar is gone. An engine is code: only your own.",
+            help="Open an engine without its sidecar. An engine is code: only your own.",
         ),
     ] = False,
     require_signature: RequireSignature = None,
-) -> CommandOutput:
-    """Show what is in an artifact: operators, sizes, inputs and outputs, metadata.
+) -> Output:
+    """Show the contents of an artifact: operators, sizes, inputs and outputs, metadata.
 
     Example: van-deploy inspect dist/van_b1/model.onnx
     """
     if require_signature is not None:
-        opened(artifact, require_signature, no_progress)
+        load_bundle(artifact, require_signature, no_progress)
     from van_deploy.describe import describe_artifacts
     from van_deploy.report.sections_model import inspect_blocks
 
-    return CommandOutput(describe_artifacts(artifact, trust_engine=trust_engine), inspect_blocks)
+    return Output(describe_artifacts(artifact, trust_engine=trust_engine), inspect_blocks)
 
 
 def doctor(
@@ -70,12 +68,12 @@ def doctor(
         typer.Option(
             metavar="NAME",
             autocompletion=lambda: list(REQUIREMENTS),
-            help="Exit with code 3 unless NAME is here and usable; may be repeated. "
+            help="Exit with code 3 unless NAME is available and usable; repeatable. "
             f"One of {', '.join(REQUIREMENTS)}.",
         ),
     ] = None,
-) -> CommandOutput:
-    """Tell what is installed, what can be done on this machine, and what clashes.
+) -> Output:
+    """Show installed packages and devices, supported tasks, and conflicts.
 
     Example: van-deploy doctor --require onnxruntime --require gpu
     """
@@ -83,6 +81,6 @@ def doctor(
     from van_deploy.report.sections_model import environment_blocks
 
     environment = Environment()
-    return CommandOutput(
+    return Output(
         environment, environment_blocks, failure=check_requirements(environment, require or ())
     )

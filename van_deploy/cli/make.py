@@ -1,4 +1,4 @@
-"""The main job: ``export``, ``quantize``, ``build`` and ``run``."""
+"""Main commands: ``export``, ``quantize``, ``build`` and ``run``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from van_deploy.cli.console import CommandOutput, print_note
+from van_deploy.cli.console import Output, print_note
 from van_deploy.cli.options import (
     Force,
-    Opened,
+    OpenBundle,
     OptionValues,
-    Output,
+    OutputFolder,
     RequireSignature,
     Set,
-    opened,
+    load_bundle,
 )
 from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
 from van_deploy.config.named_options import EXPORT, RUN, Changes
@@ -34,15 +34,15 @@ def export(
     ],
     changes: Annotated[Changes, EXPORT],
     progress: Progress,
-    output: Output = None,
+    output: OutputFolder = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="Folder of images to check on. By default sample photographs."),
+        typer.Option(help="Folder of images to check on; sample photographs by default."),
     ] = None,
     assignments: Set = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     force: Force = False,
-) -> CommandOutput:
+) -> Output:
     """Export a VAN to ONNX with a dynamic batch, checked against PyTorch at every batch size.
 
     Example: van-deploy export van_b1 --output dist/van_b1
@@ -52,19 +52,19 @@ def export(
     from van_deploy.report.sections_model import export_blocks
 
     recipe = resolve_recipe(model, changes | parse_assignments(assignments or ()))
-    made = api.export(
+    bundle = api.export(
         recipe, output, images=images, offline=offline, force=force, progress=progress
     )
-    notes = [f"note: {note}" for note in made.result.notes]
-    return CommandOutput(made.done, export_blocks, notes, None if made else typer.Exit(1))
+    notes = [f"note: {note}" for note in bundle.result.notes]
+    return Output(bundle.done, export_blocks, notes, None if bundle else typer.Exit(1))
 
 
 def quantize(
-    bundle: Opened, options: Annotated[OptionValues, QuantizeSettings], force: Force = False
-) -> CommandOutput:
-    """Add an FP16 or INT8 graph to a bundle, judged beside FP32.
+    bundle: OpenBundle, options: Annotated[OptionValues, QuantizeSettings], force: Force = False
+) -> Output:
+    """Add an FP16, BF16 or INT8 graph to a bundle, compared with FP32.
 
-    Ends with exit code 1 if the result does not hold its gate.
+    Exit code 1 if the result does not pass its gate.
 
     Example: van-deploy quantize dist/van_b1 --images train/ --eval val/
     """
@@ -72,7 +72,7 @@ def quantize(
     from van_deploy.report.sections_checks import quantize_blocks
 
     remark = f"{result.artifact}: {'reused' if result.reused else 'built'}: {result.reason}"
-    return CommandOutput(result, quantize_blocks, [remark], None if result else typer.Exit(1))
+    return Output(result, quantize_blocks, [remark], None if result else typer.Exit(1))
 
 
 def build(
@@ -84,41 +84,39 @@ def build(
     ] = None,
     force: Force = False,
     require_signature: RequireSignature = None,
-) -> CommandOutput:
+) -> Output:
     """Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.
 
-    TensorRT for RTX needs no GPU for it, nor does a package for a CPU.
+    TensorRT for RTX, and packages for a CPU, do not need a GPU.
 
     Example: van-deploy build dist/van_b1 --precision fp16 --target sm_89
     """
     if fleet.table.matrix is not None:
-        beside = {"a bundle": bundle, "--require-signature": require_signature, **options}
-        both = [name for name, value in beside.items() if value is not None]
-        if both:
+        others = {"a bundle": bundle, "--require-signature": require_signature, **options}
+        conflicts = [name for name, value in others.items() if value is not None]
+        if conflicts:
             raise UsageError(
-                f"--matrix and {', '.join(both)} are both given.",
-                "The matrix file names its bundles and has [options] of its own; signatures are "
-                "checked first, with `van-deploy verify-signature`.",
+                f"--matrix conflicts with {', '.join(conflicts)}.",
+                "The matrix file has its own bundles and [options]; verify signatures first with "
+                "`van-deploy verify-signature`.",
             )
         return _build_matrix(fleet.table.matrix, fleet.table, force, progress)
     if bundle is None:
-        raise UsageError("No bundle is given.", "Name one, or a fleet file with --matrix.")
-    asked = opened(bundle, require_signature, progress)
-    report = asked.build(force=force, **options)
+        raise UsageError("A bundle is required.", "Give one, or a fleet file with --matrix.")
+    target = load_bundle(bundle, require_signature, progress)
+    report = target.build(force=force, **options)
     from van_deploy.report.sections_model import build_blocks
 
-    warned = [
-        f"{outcome.engine}: {sum(outcome.sidecar.warnings.values())} warnings, all in its .log"
+    warnings = [
+        f"{outcome.engine}: warnings: {sum(outcome.sidecar.warnings.values())}, see its .log"
         for outcome in report.outcomes
         if outcome.outcome == "built" and outcome.sidecar and outcome.sidecar.warnings
     ]
-    return CommandOutput(report, build_blocks, [*report.remarks, *warned, *asked.remarks])
+    return Output(report, build_blocks, [*report.remarks, *warnings, *target.remarks])
 
 
-def _build_matrix(
-    path: Path, fleet: FleetSettings, force: bool, progress: Progress
-) -> CommandOutput:
-    """Build a fleet; it fails if a cell did."""
+def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progress) -> Output:
+    """Build a fleet; fails if an engine failed."""
     from van_deploy.building import build_fleet
     from van_deploy.report.sections_model import build_blocks, cell_name
 
@@ -137,21 +135,21 @@ def _build_matrix(
             f"{len(report.errors)} of {len(report.outcomes)} engines failed.",
             f"Run the same command again to resume. The first failure: {report.errors[0]}",
         )
-    return CommandOutput(report, build_blocks, failure=failure)
+    return Output(report, build_blocks, failure=failure)
 
 
 def run(
     recipe: Annotated[
         str,
-        typer.Argument(help="A recipe (van_b1, van_digits, mine.toml), or anything with weights."),
+        typer.Argument(help="A recipe (van_b1, van_digits, mine.toml), or a model as in `export`."),
     ],
     changes: Annotated[Changes, RUN],
     options: Annotated[OptionValues, RunSettings],
     progress: Progress,
-    output: Output = None,
+    output: OutputFolder = None,
     assignments: Set = None,
-) -> CommandOutput:
-    """Do all that a recipe asks for: export, quantise, build engines, verify and evaluate.
+) -> Output:
+    """Run a recipe: export, quantise, build engines, verify and evaluate.
 
     Example: van-deploy run export/mine.toml --output dist/mine
     """
@@ -159,11 +157,11 @@ def run(
     from van_deploy.recipe import parse_assignments, resolve_recipe
     from van_deploy.report.sections_model import run_blocks
 
-    wanted = resolve_recipe(recipe, changes | parse_assignments(assignments or ()))
-    result = api.run_recipe(wanted, output, progress=progress, **options)
+    changed = resolve_recipe(recipe, changes | parse_assignments(assignments or ()))
+    result = api.run_recipe(changed, output, progress=progress, **options)
     failure = GateFailed(
         f"The bundle '{result.bundle.path}' was written and does not pass its gates.",
-        "See the rows above; `van-deploy drift` names the module.",
+        "See the rows above; `van-deploy drift` finds the module.",
     )
     notes = [f"note: {note}" for note in result.export.notes]
-    return CommandOutput(result, run_blocks, notes, None if result else failure)
+    return Output(result, run_blocks, notes, None if result else failure)

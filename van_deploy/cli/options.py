@@ -1,15 +1,14 @@
-"""Typer commands made of plain functions and tables of options.
+"""Creates Typer commands from plain functions and tables of options.
 
-What a function asks for by its annotations, its command takes as options:
+Annotations of a function's parameters add options to its command:
 
-- :data:`Opened`, the bundle, opened: the argument ``BUNDLE`` and ``--require-signature``;
-- ``Annotated[Given, Table]``, a table of :mod:`van_deploy.config`: the options of that table,
-  checked;
-- ``Annotated[Changes, EXPORT]``: those options of a recipe, as they were given.
+- :data:`OpenBundle`: the argument ``BUNDLE`` and ``--require-signature``;
+- ``Annotated[OptionValues, Table]``: validated options of a table in :mod:`van_deploy.config`;
+- ``Annotated[Changes, EXPORT]``: options that change a recipe.
 
-``progress`` is what to tell how far the work is. Every command has ``--json`` and prints the
-:class:`~van_deploy.cli.console.CommandOutput` that its function returns; a function with
-``as_json`` prints by itself. Everything else about the function is Typer's.
+The parameter ``progress`` receives the progress display. Every command has ``--json`` and prints
+the :class:`~van_deploy.cli.console.Output` that its function returns; a function with the
+parameter ``as_json`` prints its own output. Other parameters are passed to Typer.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from typing import (
 import pydantic
 import typer
 
-from van_deploy.cli.console import CommandOutput, print_output, progress_bar
+from van_deploy.cli.console import Output, print_output, progress_bar
 from van_deploy.config.fields import cli_option, format_range
 from van_deploy.config.named_options import (
     Change,
@@ -52,23 +51,20 @@ from van_deploy.schema import validate
 if TYPE_CHECKING:
     from van_deploy.api import Bundle
 
-    Opened: TypeAlias = Bundle
+    OpenBundle: TypeAlias = Bundle
 else:
-    Opened = Annotated[Any, "opened"]
+    OpenBundle = Annotated[Any, "open bundle"]
 
-LONGEST_CHOICES = 24  # columns; longer ones stand in the help
-KINDS = {int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
-KINDS[SizeRange] = KINDS[BatchRange]
+MAX_CHOICES_WIDTH = 24  # columns; longer lists are in the help text
+TYPE_NAMES = {int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
+TYPE_NAMES[SizeRange] = TYPE_NAMES[BatchRange]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-BundlePath = Annotated[Path, typer.Argument(help="A bundle that `van-deploy export` made.")]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default."),
+BundlePath = Annotated[Path, typer.Argument(help="A bundle that `van-deploy export` created.")]
+OutputFolder = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default.")
 ]
-Force = Annotated[
-    bool, typer.Option("--force", help="Make everything anew even if nothing changed.")
-]
+Force = Annotated[bool, typer.Option("--force", help="Rebuild everything even if nothing changed.")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -81,60 +77,60 @@ RequireSignature = Annotated[
     Path | None,
     typer.Option(
         metavar="PUBLICKEY",
-        help="Refuse the bundle unless it is whole and signed with this key (a PEM file).",
+        help="Refuse the bundle unless it is complete and signed with this key (a PEM file).",
     ),
 ]
 
 
 class OptionValues(dict[str, Any]):
-    """The options that were given, as keyword arguments of the API.
+    """The options on the command line, as keyword arguments of the API.
 
     Attributes:
-        table: filled with them and checked.
+        table: the validated table of these options.
     """
 
     table: Any
 
 
-def with_options(function: Callable[..., CommandOutput | None]) -> Callable[..., None]:
-    """Return a function that Typer makes a command with every option ``function`` asks for."""
+def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
+    """Return a function with the signature that Typer needs for all options of ``function``."""
     hints = get_type_hints(function, include_extras=True)
-    asked = inspect.signature(function).parameters
+    arguments = inspect.signature(function).parameters
     tables: dict[str, tuple[Any, Mapping[str, NamedOption]]] = {}
     parameters: list[inspect.Parameter] = []
-    for name, parameter in asked.items():
+    for name, parameter in arguments.items():
         hint = hints[name]
-        kind, about = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+        kind, source = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
         if kind in (OptionValues, Changes):
-            options = named_options(about) if kind is OptionValues else about
-            tables[name] = (about if kind is OptionValues else None), options
+            options = named_options(source) if kind is OptionValues else source
+            tables[name] = (source if kind is OptionValues else None), options
             parameters += [_parameter(option) for option in options.values()]
-        elif about == "opened":
+        elif source == "open bundle":
             parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
         elif name != "progress":
             parameters.append(_keyword(name, hint, parameter.default))
-    opens = [name for name in asked if hints[name] == Opened]
-    if opens:
+    bundles = [name for name in arguments if hints[name] == OpenBundle]
+    if bundles:
         parameters.append(_keyword("require_signature", RequireSignature, None))
-    if "as_json" not in asked:
+    if "as_json" not in arguments:
         parameters.append(_keyword("as_json", AsJson, False))
 
     @functools.wraps(function)
-    def command(**given: Any) -> None:
+    def command(**values: Any) -> None:
         for name, (schema, options) in tables.items():
-            given[name] = _filled(schema, options, {o: given.pop(o) for o in options})
-        if "as_json" in asked:
-            function(**given)
+            values[name] = _parse_options(schema, options, {o: values.pop(o) for o in options})
+        if "as_json" in arguments:
+            function(**values)
             return
-        as_json = given.pop("as_json")
-        with (
-            progress_bar() if opens or "progress" in asked else contextlib.nullcontext() as progress
-        ):
-            for name in opens:
-                given[name] = opened(given.pop("bundle"), given.pop("require_signature"), progress)
-            if "progress" in asked:
-                given["progress"] = progress
-            result = function(**given)
+        as_json = values.pop("as_json")
+        has_progress = bool(bundles) or "progress" in arguments
+        with progress_bar() if has_progress else contextlib.nullcontext() as progress:
+            for name in bundles:
+                key = values.pop("require_signature")
+                values[name] = load_bundle(values.pop("bundle"), key, progress)
+            if "progress" in arguments:
+                values["progress"] = progress
+            result = function(**values)
         if result is not None:
             print_output(result, as_json)
 
@@ -143,28 +139,28 @@ def with_options(function: Callable[..., CommandOutput | None]) -> Callable[...,
     return command
 
 
-def opened(bundle: Path, require_signature: Path | None, progress: Any) -> Bundle:
-    """Return a bundle. Errors are those of :class:`van_deploy.api.Bundle`."""
+def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> Bundle:
+    """Return a bundle. Errors: :class:`van_deploy.api.Bundle`."""
     from van_deploy.api import open_bundle
 
     return open_bundle(bundle, require_signature=require_signature, progress=progress)
 
 
-def _filled(schema: Any, options: Mapping[str, NamedOption], written: Mapping[str, Any]) -> object:
-    """Return the options that were written, checked where they are those of a schema."""
-    values = {o: _read(options[o], v) for o, v in written.items() if v is not None}
+def _parse_options(
+    schema: Any, options: Mapping[str, NamedOption], arguments: Mapping[str, Any]
+) -> object:
+    """Return the options on the command line; those of a schema are validated."""
+    values = {o: _parse_value(options[o], v) for o, v in arguments.items() if v is not None}
     changes = {
         options[o].place: Change(value, _flag(options[o], value)) for o, value in values.items()
     }
     if schema is None:
         return changes
-    given, key_names = (
-        OptionValues(values),
-        {option.place: option.flags[0] for option in options.values()},
-    )
+    result = OptionValues(values)
+    key_names = {option.place: option.flags[0] for option in options.values()}
     key_names |= {place: change.source for place, change in changes.items()}
-    given.table = validate(schema, apply_changes({}, changes), key_names=key_names)
-    return given
+    result.table = validate(schema, apply_changes({}, changes), key_names=key_names)
+    return result
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
@@ -173,29 +169,29 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _parameter(option: NamedOption) -> inspect.Parameter:
-    """Return an option as Typer takes it: text, checked later by its table."""
+    """Return an option for Typer: a text, which its table validates later."""
     kind = _kind(option.field.annotation)
     choices = _choices(kind)
-    listed = len("|".join(choices)) > LONGEST_CHOICES
+    is_long = len("|".join(choices)) > MAX_CHOICES_WIDTH
     required = option.field.is_required()
     flags = option.flags
     if kind is bool and option.field.default:
         flags = (f"{flags[0]}/--no-{flags[0][2:]}", *flags[1:])
     text = {bool: bool, tuple: list[str]}.get(get_origin(kind) or kind, str)
-    told = typer.Option(
+    info = typer.Option(
         *flags,
         help=(option.field.description or "").replace("[", "\\[")
-        + _facts(option, choices if listed else []),
-        metavar="" if kind is bool else "NAME" if listed else _metavar(kind),
+        + _help_suffix(option, choices if is_long else []),
+        metavar="" if kind is bool else "NAME" if is_long else _metavar(kind),
         rich_help_panel=option.panel or None,
         show_default=False,
     )
-    annotation: Any = operator.getitem(Annotated, (text if required else text | None, told))
+    annotation: Any = operator.getitem(Annotated, (text if required else text | None, info))
     return _keyword(option.name, annotation, inspect.Parameter.empty if required else None)
 
 
-def _facts(option: NamedOption, choices: list[str]) -> str:
-    """Return what the help says of an option's choices, default and limits."""
+def _help_suffix(option: NamedOption, choices: list[str]) -> str:
+    """Return the choices, the default and the limits of an option for the help."""
     text, value = "", None
     if not option.field.is_required():
         value = option.field.get_default(call_default_factory=True, validated_data={})
@@ -208,24 +204,24 @@ def _facts(option: NamedOption, choices: list[str]) -> str:
         for word in ("ge", "gt", "le", "lt")
         if hasattr(one, word)
     }
-    told = [", ".join(choices), f"default: {text}" if text else "", format_range(limits)]
-    return f" [dim]\\[{'; '.join(filter(None, told))}][/dim]" if any(told) else ""
+    parts = [", ".join(choices), f"default: {text}" if text else "", format_range(limits)]
+    return f" [dim]\\[{'; '.join(filter(None, parts))}][/dim]" if any(parts) else ""
 
 
 def _kind(annotation: Any) -> Any:
-    """Return an annotation without None, and without what only adds limits."""
+    """Return the type in an annotation, without None and without limits."""
     if get_origin(annotation) in (types.UnionType, Union):
         return _kind(next(kind for kind in get_args(annotation) if kind is not type(None)))
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
-        readers = (pydantic.BeforeValidator, pydantic.WrapValidator)
-        is_read = any(isinstance(one, readers) for one in metadata)
-        return str if is_read else _kind(inner)
+        parsers = (pydantic.BeforeValidator, pydantic.WrapValidator)
+        is_text = any(isinstance(one, parsers) for one in metadata)
+        return str if is_text else _kind(inner)
     return annotation
 
 
 def _choices(kind: Any) -> list[str]:
-    """Return the values a kind has, where they are few and known."""
+    """Return the values of an enum or a literal type, else nothing."""
     if get_origin(kind) is tuple:
         return _choices(_kind(get_args(kind)[0]))
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -234,24 +230,24 @@ def _choices(kind: Any) -> list[str]:
 
 
 def _metavar(kind: Any) -> str:
-    """Return what stands for a value in the help."""
+    """Return the placeholder of a value in the help."""
     if get_origin(kind) is tuple:
         return f"{_metavar(_kind(get_args(kind)[0]))},..."
-    return "|".join(_choices(kind)) or KINDS.get(kind, "TEXT")
+    return "|".join(_choices(kind)) or TYPE_NAMES.get(kind, "TEXT")
 
 
-def _read(option: NamedOption, given: Any) -> Any:
-    """Return a value of the command line as a file would have it, where it can be read so."""
+def _parse_value(option: NamedOption, value: Any) -> Any:
+    """Return a value on the command line as a file would have it, if it can be parsed."""
     kind = _kind(option.field.annotation)
     if get_origin(kind) is not tuple:
-        return _number(kind, given)
+        return _parse_number(kind, value)
     inner = _kind(get_args(kind)[0])
-    texts = ",".join(given).split(",") if cli_option(option.field).commas else given
-    return [_number(inner, text.strip()) for text in texts if text.strip()]
+    texts = ",".join(value).split(",") if cli_option(option.field).commas else value
+    return [_parse_number(inner, text.strip()) for text in texts if text.strip()]
 
 
-def _number(kind: Any, text: Any) -> Any:
-    """Return the number in a text where ``kind`` is one, else the text as it is."""
+def _parse_number(kind: Any, text: Any) -> Any:
+    """Return the number in a text if ``kind`` is a number, else the text."""
     if kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -259,5 +255,5 @@ def _number(kind: Any, text: Any) -> Any:
 
 
 def _flag(option: NamedOption, value: Any) -> str:
-    """Return the option as it was written on the command line."""
+    """Return the option as the user wrote it."""
     return option.flags[0] if value is not False else f"--no-{option.flags[0][2:]}"

@@ -1,4 +1,4 @@
-"""What is done with a bundle: timed, asked, packaged, served, signed and reported on."""
+"""Work with a bundle: ``bench``, ``predict``, ``package``, ``serve``, ``sign`` and ``report``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from van_deploy.cli.console import CommandOutput, json_text, print_note, print_result, progress_bar
+from van_deploy.cli.console import Output, json_text, print_note, print_result, progress_bar
 from van_deploy.cli.options import (
     AsJson,
     BundlePath,
-    Opened,
+    OpenBundle,
     OptionValues,
     RequireSignature,
-    opened,
+    load_bundle,
 )
 from van_deploy.config import BenchSettings, PackageSettings, PredictSettings, ServeSettings
 from van_deploy.documents import plain
@@ -34,18 +34,18 @@ STDIN_LIMIT_BYTES = 256 * 2**20
 
 
 class Server(str, enum.Enum):
-    """What a package can be for."""
+    """Servers that a package can be for."""
 
     TRITON = "triton"
 
 
 @dataclass(frozen=True)
 class Listening:
-    """A server that answers.
+    """A server that accepts requests.
 
     Attributes:
-        url: where.
-        models: what it serves.
+        url: its address.
+        models: names of the models.
     """
 
     url: str
@@ -53,26 +53,26 @@ class Listening:
 
 
 def bench(
-    bundle: Opened,
+    bundle: OpenBundle,
     options: Annotated[OptionValues, BenchSettings],
     paper: Annotated[
         str,
         typer.Option(
             "--paper-limits",
-            help="Only print the limits on paper of a GPU: l4, a10, a100, h100 ...",
+            help="Only print the datasheet limits of a GPU: l4, a10, a100, h100 ...",
         ),
     ] = "",
     compare: Annotated[
-        Path | None, typer.Option(help="An older benchmark's JSON to compare with.")
+        Path | None, typer.Option(help="JSON of an older benchmark to compare with.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the JSON here, too.")
+        Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")
     ] = None,
     save: Annotated[
-        bool, typer.Option("--save/--no-save", help="Keep the result in the bundle (bench.json).")
+        bool, typer.Option("--save/--no-save", help="Save the result in the bundle (bench.json).")
     ] = True,
-) -> CommandOutput:
-    """Time every artifact in every runtime of a device, each in a process of its own.
+) -> Output:
+    """Time every artifact in every runtime of a device, each in its own process.
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
@@ -83,18 +83,14 @@ def bench(
     if paper:
         from van_deploy.bench.roofline import paper_limits
 
-        return CommandOutput(
-            paper_limits(bundle.opened(), paper, options.table.batches), limits_blocks
-        )
+        return Output(paper_limits(bundle.load(), paper, options.table.batches), limits_blocks)
     old = read_report(compare) if compare else None
     report = bundle.benchmark(save=save, **options)
     if output is not None:
         write_text(output, report.text())
     if old is not None:
         report = compare_reports(old, report)
-    return CommandOutput(
-        report, bench_blocks, [f"warning: {warning}" for warning in report.warnings]
-    )
+    return Output(report, bench_blocks, [f"warning: {warning}" for warning in report.warnings])
 
 
 def predict(
@@ -106,43 +102,43 @@ def predict(
     options: Annotated[OptionValues, PredictSettings],
     require_signature: RequireSignature = None,
     json_lines: Annotated[
-        bool, typer.Option("--jsonl", help="Print one JSON object an image, as they come.")
+        bool, typer.Option("--jsonl", help="Print one JSON object per image, immediately.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what is in images, with the preprocessing that belongs to the weights.
+    """Predict the classes of images, with the preprocessing of the weights.
 
     Example: van-deploy predict dist/van_b1 photo.jpg holiday/ --top-k 3
     """
     if as_json and json_lines:
-        raise UsageError("--json and --jsonl exclude each other.", "Give one of them.")
+        raise UsageError("--json and --jsonl conflict.", "Give one of them.")
     if images.count("-") > 1:
-        raise UsageError("Standard input can be read once.", "Give '-' once.")
-    wanted = [_stdin() if image == "-" else image for image in images]
+        raise UsageError("Standard input can be read only once.", "Give '-' once.")
+    sources = [_stdin() if image == "-" else image for image in images]
     from van_deploy.api import Predictions
     from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.serve.predict import Prediction
 
-    kept, artifact = list[Prediction](), options.table.artifact
-    total, bad, start = 0, 0, time.perf_counter()
+    saved, artifact = list[Prediction](), options.table.artifact
+    total, failed, start = 0, 0, time.perf_counter()
     with progress_bar(f"Loading {artifact}") as progress:
-        asked = opened(bundle, require_signature, progress)
-        for answer in asked.stream(wanted, **options):
-            total, bad = total + 1, bad + (answer.error is not None)
+        source = load_bundle(bundle, require_signature, progress)
+        for prediction in source.stream(sources, **options):
+            total, failed = total + 1, failed + (prediction.error is not None)
             if json_lines:
-                sys.stdout.write(json_text(plain(answer)) + "\n")
+                sys.stdout.write(json_text(plain(prediction)) + "\n")
                 sys.stdout.flush()
             else:
-                kept.append(answer)
+                saved.append(prediction)
     rate = total / (time.perf_counter() - start)
     if not json_lines:
-        answers = Predictions(asked.path, artifact, rate, tuple(kept))
-        print_result(answers, as_json, predictions_blocks)
+        predictions = Predictions(source.path, artifact, rate, tuple(saved))
+        print_result(predictions, as_json, predictions_blocks)
     print_note(f"{artifact}: {total} images, {rate:.1f} images/s")
-    if bad:
+    if failed:
         raise ImageError(
-            f"{bad} of {total} images could not be read.",
-            "Replace these files or leave them out; the others are answered above.",
+            f"{failed} of {total} images could not be read.",
+            "Replace or remove these files; the predictions of the others are above.",
         )
 
 
@@ -152,24 +148,24 @@ def _stdin() -> bytes:
         raise ImageError("Standard input is empty.", "Pipe an image file into it.")
     if len(content) > STDIN_LIMIT_BYTES:
         raise ImageError(
-            f"Standard input holds more than {STDIN_LIMIT_BYTES // 2**20} MiB.",
+            f"Standard input has more than {STDIN_LIMIT_BYTES // 2**20} MiB.",
             "Give the file's path instead.",
         )
     return content
 
 
 def package(
-    server: Annotated[Server, typer.Argument(help="What serves it.")],
-    bundle: Opened,
+    server: Annotated[Server, typer.Argument(help="Server of the package.")],
+    bundle: OpenBundle,
     options: Annotated[OptionValues, PackageSettings],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the package; BUNDLE-triton by default."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; check the package that is there.")
+        bool, typer.Option("--check", help="Check the existing package, and write nothing.")
     ] = False,
-) -> CommandOutput:
+) -> Output:
     """Write a Triton model repository with its configuration, client and manifests.
 
     Example: van-deploy package triton dist/van_b1 --output dist/van_b1-triton
@@ -177,14 +173,14 @@ def package(
     report = bundle.package(output, only_check=check, **options)
     from van_deploy.report.document import checks_table
 
-    wrote = [f"Wrote {report.files} files to {report.path}."] if report.files else []
+    notes = [f"Wrote {report.files} files to {report.path}."] if report.files else []
     rows = [(finding.outcome, finding.name, finding.detail) for finding in report.findings]
-    wrong = ", ".join(name for outcome, name, _ in rows if outcome is False)
+    failed = ", ".join(name for outcome, name, _ in rows if outcome is False)
     failure = GateFailed(
-        f"The package '{report.path}' is not what the bundle says: {wrong}.",
+        f"The package '{report.path}' does not match the bundle: {failed}.",
         "Package the bundle again.",
     )
-    return CommandOutput(report, lambda _: checks_table(rows), wrote, None if report else failure)
+    return Output(report, lambda _: checks_table(rows), notes, None if report else failure)
 
 
 def serve(
@@ -193,7 +189,7 @@ def serve(
     require_signature: RequireSignature = None,
     as_json: AsJson = False,
 ) -> None:
-    """Answer over HTTP: a web page for images, and the v2 protocol for programs.
+    """Serve a bundle over HTTP: a web page for images, and the v2 protocol for programs.
 
     Example: van-deploy serve dist/van_b1 --port 8000
     """
@@ -203,20 +199,20 @@ def serve(
 
     settings = options.table
     with progress_bar("Loading"):
-        service = Service(opened(bundle, require_signature, no_progress).opened(), settings)
+        service = Service(load_bundle(bundle, require_signature, no_progress).load(), settings)
         app = App(service)
         bound, url = listen(settings.host, settings.port)
     if not ipaddress.ip_address(bound.getsockname()[0]).is_loopback:
-        keyless = "" if app.keyed else ", and nobody is asked for a key"
-        print_note(f"note: {settings.host} is reachable from other machines{keyless}")
+        no_key = "" if app.requires_key else ", without an API key"
+        print_note(f"note: {settings.host} is reachable from other machines{no_key}")
 
     def ready(_: object) -> None:
         ready = Listening(url, tuple(service.models))
-        said = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
-        print_result(ready, as_json, lambda _: [Paragraph(said)])
+        text = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
+        print_result(ready, as_json, lambda _: [Paragraph(text)])
 
     run_server(app, bound, ready)
-    print_note("Stopped; every request that was begun is answered.")
+    print_note("Stopped; all requests in progress were completed.")
 
 
 def sign(
@@ -224,12 +220,12 @@ def sign(
     key: Annotated[
         Path,
         typer.Option(
-            help="The private key: Ed25519, a PEM file; VAN_DEPLOY_KEY_PASSWORD opens it if it is "
-            "encrypted."
+            help="The private key: Ed25519, a PEM file; the password of an encrypted key is in "
+            "VAN_DEPLOY_KEY_PASSWORD."
         ),
     ],
-) -> CommandOutput:
-    """Sign a bundle: its manifest, which names every file with its SHA-256.
+) -> Output:
+    """Sign a bundle: its manifest, which has the SHA-256 of every file.
 
     Example: van-deploy sign dist/van_b1 --key release.pem
     """
@@ -238,7 +234,7 @@ def sign(
     signed, notes = sign_bundle(bundle, key), []
     if key.stat().st_mode & 0o077:
         notes = [f"note: others on this machine may read or use '{key}': chmod 600 it"]
-    return CommandOutput(signed, lambda _: _signature_facts(signed), notes)
+    return Output(signed, lambda _: _signature_facts(signed), notes)
 
 
 def _signature_facts(signed: SignedBundle) -> list[Block]:
@@ -250,10 +246,10 @@ def _signature_facts(signed: SignedBundle) -> list[Block]:
 def verify_signature(
     bundle: BundlePath,
     public_key: Annotated[
-        Path, typer.Option(help="Of who is to have signed it: Ed25519, a PEM file.")
+        Path, typer.Option(help="The public key of the signer: Ed25519, a PEM file.")
     ],
-) -> CommandOutput:
-    """Check a bundle's signature, every file's digest, and that no other file is in it.
+) -> Output:
+    """Check a bundle's signature, the digest of every file, and that there is no other file.
 
     Example: van-deploy verify-signature dist/van_b1 --public-key release.pem.pub
     """
@@ -261,8 +257,8 @@ def verify_signature(
     from van_deploy.signing import open_signed_bundle
 
     _, signed = open_signed_bundle(bundle, public_key)
-    said = f"{signed.files} files are what was signed, and there is no other"
-    return CommandOutput(signed, lambda _: [*notices("PASS", [said]), *_signature_facts(signed)])
+    text = f"{signed.files} files match the signature, and there are no others"
+    return Output(signed, lambda _: [*notices("PASS", [text]), *_signature_facts(signed)])
 
 
 def report(
@@ -272,18 +268,18 @@ def report(
         typer.Option(
             "--output",
             "-o",
-            help="The HTML file; report.html in the bundle by default. The Markdown goes beside "
-            "it, with the suffix .md.",
+            help="The HTML file; report.html in the bundle by default. The Markdown is next to it, "
+            "with the suffix .md.",
         ),
     ] = None,
-) -> CommandOutput:
-    """Write one self-contained HTML file, and the same as Markdown, about a bundle.
+) -> Output:
+    """Write a report of a bundle: one self-contained HTML file, and the same as Markdown.
 
     Example: van-deploy report dist/van_b1
     """
     from van_deploy.report.document import bytes_text, key_values, notices
 
-    written = opened(bundle, None, no_progress).report(output)
+    written = load_bundle(bundle, None, no_progress).report(output)
     sizes = {f"wrote {path}": bytes_text(size) for path, size in written.sizes.items()}
-    said = notices(written.verdict, [written.checks])
-    return CommandOutput(written, lambda _: [*said, *key_values(sizes)])
+    verdict = notices(written.verdict, [written.checks])
+    return Output(written, lambda _: [*verdict, *key_values(sizes)])

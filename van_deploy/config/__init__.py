@@ -1,22 +1,15 @@
-"""Every option, once: its type, default, limits, help and key.
+"""All options: type, default, limits, help and key.
 
 Recipe files, the command line and the keyword arguments of the Python API are made from
-these tables. To add an option, add a field to its table, and say in the table's docstring
-what it does::
+these tables. To add an option, add a field to its table, and its help to the ``Attributes:``
+of the table's docstring::
 
-    class ModelSettings(Table):
-        \"\"\"Which network.
+    layer_norm_eps: float = option(1e-6, gt=0)
 
-Attributes:
-            layer_norm_eps: Epsilon of the LayerNorms.
-        \"\"\"
-
-        layer_norm_eps: float = option(1e-6, gt=0)
-
-The recipe then reads ``layer_norm_eps``, every command that takes the table has
-``--layer-norm-eps``, and its function in the API a keyword argument of that name.
-What does not go together is yielded by the table's ``conflicts``, whose placeholders
-each source spells its way.
+Recipes then have the key ``layer_norm_eps``, commands with the table ``--layer-norm-eps``, and
+functions of the API a keyword argument of that name.
+The table's ``conflicts`` yields invalid combinations; their placeholders become keys as the
+user wrote them.
 """
 
 from van_deploy.config.commands import (

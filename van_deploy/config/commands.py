@@ -289,7 +289,7 @@ class BenchSettings(Table):
         budget: How long to measure.
     """
 
-    PANEL = "What to run"
+    PANEL = "Benchmark"
 
     device: str | None = option(None, pattern=r"^(cpu|cuda:\d+)$")
     batches: tuple[Annotated[int, pydantic.Field(ge=1, le=4096)], ...] = option(

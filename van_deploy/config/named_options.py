@@ -100,7 +100,7 @@ RUN = _renamed(
 """Options of ``van-deploy run`` that replace keys of a recipe."""
 
 
-def changes_from_kwargs(options: Mapping[str, NamedOption], values: Mapping[str, Any]) -> Changes:
+def parse_changes(options: Mapping[str, NamedOption], values: Mapping[str, Any]) -> Changes:
     """Return the changes that keyword arguments make.
 
     Raises:
@@ -116,7 +116,7 @@ def changes_from_kwargs(options: Mapping[str, NamedOption], values: Mapping[str,
     return {options[name].place: Change(value, f"{name}=") for name, value in values.items()}
 
 
-def recipe_from_tables(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
+def parse_recipe(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:
     """Return the recipe in ``tables`` with ``changes`` applied.
 
     Raises:
@@ -128,14 +128,14 @@ def recipe_from_tables(tables: dict[str, Any], changes: Changes, where: str = ""
     return validate(Recipe, tables, where=where, error=RecipeError, key_names=key_names)
 
 
-def settings_from_kwargs(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
+def parse_settings(schema: type[AnySettings], values: Mapping[str, Any]) -> AnySettings:
     """Return the settings in the keyword arguments of a call.
 
     Raises:
         UsageError: an option is unknown, of the wrong type, or conflicts with another.
     """
     options = named_options(schema)
-    tree = apply_changes({}, changes_from_kwargs(options, values))
+    tree = apply_changes({}, parse_changes(options, values))
     return validate(schema, tree, key_names={o.place: f"{o.name}=" for o in options.values()})
 
 

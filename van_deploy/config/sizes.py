@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 
@@ -84,8 +84,7 @@ def _read_size(value: Any, handler: pydantic.ValidatorFunctionWrapHandler) -> Im
 
 
 ImageSizeOption = Annotated[
-    int | tuple[int, int],
-    pydantic.WrapValidator(_read_size, json_schema_input_type=int | str),
+    int | tuple[int, int], pydantic.WrapValidator(_read_size, json_schema_input_type=int | str)
 ]
 """A size in an option: ``224``, or ``224x320`` (height x width)."""
 
@@ -143,10 +142,6 @@ class BatchRange(_Range):
     opt: int = option(8, ge=1)
     max: int = option(32, ge=1)
 
-    if TYPE_CHECKING:
-
-        def __init__(self, min: int = 1, opt: int = 8, max: int = 32) -> None: ...
-
     @property
     def fixed(self) -> int | None:
         """The batch size of a static graph; None if the batch is dynamic."""
@@ -169,10 +164,6 @@ class SizeRange(_Range):
     min: ImageSizeOption = option(...)
     opt: ImageSizeOption = option(...)
     max: ImageSizeOption = option(...)
-
-    if TYPE_CHECKING:
-
-        def __init__(self, min: ImageSize, opt: ImageSize, max: ImageSize) -> None: ...
 
     def contains(self, size: ImageSize) -> bool:
         """Return whether a size is in the range."""

@@ -208,25 +208,25 @@ def load_backend(name: str) -> Backend:
     return Backend(name, str(module.__version__), cuda, module)
 
 
-def choose_backend(wanted: str, targets: tuple[str, ...], gpu: str | None) -> Backend:
+def choose_backend(requested: str, targets: tuple[str, ...], gpu: str | None) -> Backend:
     """Return the backend to build with.
 
     ``auto`` selects TensorRT if it is installed and this machine's GPU is the only target, and
     otherwise TensorRT for RTX, which needs no GPU.
 
     Args:
-        wanted: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
-        targets: requested compute capabilities; empty for this machine's GPU.
+        requested: ``auto``, ``tensorrt`` or ``tensorrt-rtx``.
+        targets: the compute capabilities; empty for this machine's GPU.
         gpu: compute capability of this machine's GPU, or None.
 
     Raises:
         MissingDependency: the backend is not installed.
         UsageError: no backend has that name.
     """
-    if wanted != "auto":
-        return load_backend(wanted)
-    requested = targets or ((gpu,) if gpu else ())
-    unsupported = [target for target in requested if target not in RTX_TARGETS]
+    if requested != "auto":
+        return load_backend(requested)
+    needed = targets or ((gpu,) if gpu else ())
+    unsupported = [target for target in needed if target not in RTX_TARGETS]
     if not unsupported and not (gpu and set(targets) <= {gpu}):
         return load_backend(RTX)
     try:

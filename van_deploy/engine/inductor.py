@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings
@@ -37,9 +37,6 @@ from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.schema import validate
-
-if TYPE_CHECKING:
-    from torch import nn
 
 INDUCTOR = "inductor"
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -166,8 +163,8 @@ def _package_name(bundle: Bundle, settings: BuildSettings, target: str) -> str:
     return f"{bundle.name}-{settings.precisions[0]}-{served}{suffix}"
 
 
-def _load_network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Module:
-    """Return the folded network in its precision; the last LayerNorm and the head stay FP32."""
+def _load_network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> Any:
+    """Return the folded ``nn.Module`` in its precision; last LayerNorm and head stay FP32."""
     import torch
     from onnx import load
     from torch import nn
@@ -197,9 +194,7 @@ def _load_network(onnx: Path, bundle: Bundle, settings: BuildSettings) -> nn.Mod
     return nn.Sequential(Cast(dtype), network)
 
 
-def _compile(
-    network: nn.Module, settings: BuildSettings, row: tuple[int, int, int], file: Path
-) -> None:
+def _compile(network: Any, settings: BuildSettings, row: tuple[int, int, int], file: Path) -> None:
     """Compile ``network``, whose input is ``(N, *row)`` float32, and write the package."""
     import torch
 

@@ -12,21 +12,14 @@ from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
 from pydantic import Field
 
+from van_deploy import schema
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.documents import plain
 from van_deploy.errors import InputError
 from van_deploy.files import content_key, file_sha256, write_atomic
 from van_deploy.manifest import Precision
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.schema import (
-    Count,
-    FileName,
-    SafeDataclass,
-    Schema,
-    Text,
-    VersionedSchema,
-    read_document,
-)
+from van_deploy.schema import Count, FileName, SafeDataclass, Schema, Text, VersionedSchema
 
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
@@ -229,7 +222,7 @@ def _load_verified(file: Path, model: type[SidecarT]) -> SidecarT:
             "Only for a plan you built yourself: --trust-engine, in Python "
             "`TensorRtRunner(plan, trust_engine=True)`.",
         )
-    sidecar = read_document(model, path, "sidecar", InputError, REBUILD)
+    sidecar = schema.read_document(model, path, "sidecar", InputError, REBUILD)
     if sidecar.sidecar_sha256 != sidecar.digest():
         raise InputError(
             f"'{path}' was edited after it was written: its digest does not match.", REBUILD

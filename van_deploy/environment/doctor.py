@@ -29,7 +29,7 @@ NO_GPU = "Run this where `nvidia-smi` lists a GPU that CUDA_VISIBLE_DEVICES does
 PROBE_TIMEOUT_S = 120.0
 
 _ALLOCATE = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
-_CREATE_SESSION = "assert m.provider_starts(m.require_onnxruntime(), m.CUDA, quiet=False)"
+_CREATE_SESSION = "assert m.is_provider_usable(m.require_onnxruntime(), m.CUDA, quiet=False)"
 # Probes by requirement: a module, imported as ``m``, and code that must succeed.
 PROBES: Mapping[str, tuple[str, str]] = {
     "gpu": ("van_deploy.runners.cuda", _ALLOCATE),
@@ -123,9 +123,9 @@ class Environment:
         major = (self.torch_cuda or "").partition(".")[0]
         for item in self.components:
             names = [name for name in item.installed if name not in METAPACKAGES]
-            wanted, cuda = f"{item.name}-cu{major or 13}", "".join(names).partition("-cu")[2]
+            package, cuda = f"{item.name}-cu{major or 13}", "".join(names).partition("-cu")[2]
             if item.name == "onnxruntime":
-                wanted = ONNXRUNTIME_GPU if self.driver else item.name
+                package = ONNXRUNTIME_GPU if self.driver else item.name
                 cuda = self.onnxruntime_cuda or ""
             if len(names) > 1:
                 problem = "are both installed and overwrite each other's files"
@@ -133,7 +133,7 @@ class Environment:
                 problem = f"is for CUDA {cuda}, PyTorch for CUDA {self.torch_cuda}"
             else:
                 continue
-            change = f"{pip} uninstall --yes {' '.join(names)} && {pip} install '{wanted}'"
+            change = f"{pip} uninstall --yes {' '.join(names)} && {pip} install '{package}'"
             remedy = f"Keep one package, with the CUDA version of PyTorch: `{change}`."
             issues.append(Issue(f"{' and '.join(names)} {problem}", remedy))
         return tuple(issues)

@@ -1,19 +1,19 @@
-"""Preprocessing and answers inside the graph, so that nobody has to write them twice.
+"""Embed preprocessing and postprocessing in the graph, so that clients need not implement them.
 
-A plain graph takes normalised floats and gives logits. An embedded one takes
-the image's own numbers and can give probabilities and the top-k classes too:
+A plain graph maps normalised floats to logits. An embedded one takes the
+pixels of an image, and can also output probabilities and the top-k classes:
 
-- ``uint8``: ``pixels (batch, S, S, C)`` bytes, as every image library holds
-  them and a quarter of the transfer. Cast, layout and normalisation are nodes.
+- ``uint8``: ``pixels (batch, S, S, C)`` bytes, the layout of image libraries,
+  a quarter of the transfer. Cast, transpose and normalisation are nodes.
 - ``normalize``: ``pixels (batch, C, S, S)`` float32 in 0..1.
 
 Resizing and cropping stay with the client (:mod:`van_deploy.model.preprocess`).
 
-Nothing is folded into the first convolution. It pads with zeros, which stand
-for the *mean* colour: with the subtraction folded into its bias they would
-stand for black, and the borders of the answer would be wrong. Kept as nodes,
-the same three float32 operations in torchvision's order give the network the
-very bits that the file pipeline gives it.
+The normalisation is not folded into the first convolution. The convolution
+pads with zeros, which represent the *mean* colour; with the mean folded into
+its bias they would represent black, and the borders would be incorrect. The
+same three float32 operations in torchvision's order give the network
+bit-identical inputs to the preprocessing in Python.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ def embed_preprocessing(
     outputs: Sequence[str] = ("logits",),
     task: Task = Task.SINGLE_LABEL,
 ) -> ModelProto:
-    """Return a copy of ``model`` that takes pixels and gives ``outputs``; the batch stays dynamic.
+    """Return a copy of ``model`` from pixels to ``outputs``; the batch stays dynamic.
 
     Args:
         model: a graph from ``images (batch, C, S, S)`` to ``logits (batch, K)``, of any
-            precision inside.
-        preprocessing: what ``images`` must have gone through.
-        embedding: ``uint8``, ``normalize``, or ``none``: the input stays as it is.
-        outputs: some of ``logits``, ``probabilities`` and ``top5``, each once. ``probabilities``
-            is the softmax ``(batch, K)`` float32, or what else ``task`` makes of logits; ``top5``
-            gives ``top5_classes`` int64 and ``top5_probabilities`` float32, both
-            ``(batch, min(5, K))``, the most probable first.
-        task: how logits become probabilities.
+            precision.
+        preprocessing: the normalisation that ``images`` needs.
+        embedding: ``uint8``, ``normalize``, or ``none``, which leaves the input unchanged.
+        outputs: a subset of ``logits``, ``probabilities`` and ``top5``. ``probabilities``
+            is ``(batch, K)`` float32: the softmax, or the activation of ``task``; ``top5``
+            adds ``top5_classes`` int64 and ``top5_probabilities`` float32, both
+            ``(batch, min(5, K))`` in descending order.
+        task: determines the activation of the probabilities.
 
     Raises:
-        ConversionError: the graph gives something else than logits.
+        ConversionError: the outputs of the graph are not logits.
     """
     if [value.name for value in model.graph.output] != [OUTPUT_NAME]:
-        given = ", ".join(f"'{value.name}'" for value in model.graph.output)
+        names = ", ".join(f"'{value.name}'" for value in model.graph.output)
         raise ConversionError(
-            f"Preprocessing cannot be embedded: the graph gives {given}, not '{OUTPUT_NAME}'.",
-            "Start from the bundle's plain graph of a classifier.",
+            f"Preprocessing cannot be embedded: the graph outputs {names}, not '{OUTPUT_NAME}'.",
+            "Use the bundle's plain graph of a classifier.",
         )
     embedded = ModelProto()
     embedded.CopyFrom(model)
@@ -80,13 +80,13 @@ def embed_preprocessing(
 
 
 def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -> None:
-    """Put normalisation before the network; its old input becomes an inner value."""
+    """Insert the normalisation before the network's input."""
     graph, nodes = model.graph, list[NodeProto]()
     images = graph.input[0]
     batch, channels, height, width = _shape(images)
-    kind, shape, value = TensorProto.FLOAT, [batch, channels, height, width], PIXELS_NAME
+    dtype, shape, value = TensorProto.FLOAT, [batch, channels, height, width], PIXELS_NAME
     if embedding == "uint8":
-        kind, shape = TensorProto.UINT8, [batch, height, width, channels]
+        dtype, shape = TensorProto.UINT8, [batch, height, width, channels]
         value = _node(nodes, "Cast", [value], "preprocess.float", to=TensorProto.FLOAT)
         value = _node(nodes, "Transpose", [value], "preprocess.channels_first", perm=[0, 3, 1, 2])
         _store_(model, "preprocess.255", np.array(255, np.float32))
@@ -95,19 +95,19 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
         constant = np.array(getattr(preprocessing, step), np.float32).reshape(1, -1, 1, 1)
         _store_(model, f"preprocess.{step}", constant)
         value = _node(nodes, operator, [value, f"preprocess.{step}"], f"preprocess.by_{step}")
-    wanted = images.type.tensor_type.elem_type
-    if wanted != TensorProto.FLOAT:
-        _node(nodes, "Cast", [value], "preprocess.to_network", to=wanted)
+    network_dtype = images.type.tensor_type.elem_type
+    if network_dtype != TensorProto.FLOAT:
+        _node(nodes, "Cast", [value], "preprocess.to_network", to=network_dtype)
     nodes[-1].output[0] = images.name
     nodes += graph.node
     graph.ClearField("node")
     graph.node.extend(nodes)
     graph.value_info.append(images)
-    images.CopyFrom(helper.make_tensor_value_info(PIXELS_NAME, kind, shape))
+    images.CopyFrom(helper.make_tensor_value_info(PIXELS_NAME, dtype, shape))
 
 
 def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
-    """Put probabilities and the top-k classes behind the network."""
+    """Append probabilities and the top-k classes to the network."""
     graph, nodes = model.graph, list[NodeProto]()
     logits = ValueInfoProto()
     logits.CopyFrom(graph.output[0])
@@ -120,13 +120,13 @@ def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
     else:
         _node(nodes, "Identity" if task is Task.REGRESSION else "Sigmoid", [scores], PROBABILITIES)
     top = min(TOP, int(classes))
-    if "top5" in outputs:  # of the logits: where a softmax saturates, it holds ties
+    if "top5" in outputs:  # of the logits: a saturated softmax has ties
         _store_(model, "answer.k", np.array([top], np.int64))
         _node(nodes, "TopK", [scores, "answer.k"], "answer.top_logits", TOP_CLASSES, axis=1)
         _node(nodes, "GatherElements", [PROBABILITIES, TOP_CLASSES], TOP_PROBABILITIES, axis=1)
     graph.node.extend(nodes)
     info, floats = helper.make_tensor_value_info, TensorProto.FLOAT
-    kinds = {
+    values = {
         "logits": [logits],
         "probabilities": [info(PROBABILITIES, floats, [batch, classes])],
         "top5": [
@@ -135,13 +135,13 @@ def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
         ],
     }
     graph.ClearField("output")
-    graph.output.extend(value for name in outputs for value in kinds[name])
+    graph.output.extend(value for name in outputs for value in values[name])
 
 
 def _node(
     nodes: list[NodeProto], operator: str, inputs: list[str], *outputs: str, **attributes: Any
 ) -> str:
-    """Append a node called as its first output; return that name."""
+    """Append a node named after its first output; return that name."""
     nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
     return outputs[0]
 
@@ -151,5 +151,5 @@ def _store_(model: ModelProto, name: str, values: Any) -> None:
 
 
 def _shape(value: ValueInfoProto) -> list[int | str]:
-    """Return the dimensions of a value: numbers, and names where they are dynamic."""
+    """Return the dimensions of a value; dynamic dimensions are names."""
     return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]

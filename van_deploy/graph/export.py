@@ -1,10 +1,9 @@
-"""An ONNX graph from a network, and the network back from its graph.
+"""Export a network to ONNX, and rebuild the network from its graph.
 
-The exporter is ``torch.onnx.export(dynamo=True)``. What is added here: every value is renamed
-after the PyTorch module that made it (``block3.4.attn.proj_1``), notes about source files are
-removed, and what a deployer needs to know travels in the model's metadata. A bundle holds no
-checkpoint: its FP32 graph has every weight, and each Conv, Gemm and LayerNormalization is named
-after the module it came from, so a network can be filled by name.
+The exporter is ``torch.onnx.export(dynamo=True)``. This module renames every value after the
+PyTorch module that computes it (``block3.4.attn.proj_1``), removes paths of source files, and adds
+deployment metadata. A bundle contains no checkpoint: its FP32 graph has all weights, and each Conv,
+Gemm and LayerNormalization has the name of its module, so a network can be loaded by name.
 """
 
 # PyTorch types every attribute of a module as `Tensor | Module`; the tests run all of this.
@@ -43,9 +42,9 @@ from van_deploy.graph.names import INPUT_NAME
 from van_deploy.model.van import VAN
 from van_deploy.model.variants import VanConfig
 
-DEFAULT_OPSET = 20  # the first in which GELU is one operator; below it, it is five
-# Height and width that a graph with dynamic sizes is recorded at. No stage's map has a side of 1
-# there: PyTorch takes a side that is 1 for one that is always 1.
+DEFAULT_OPSET = 20  # the first with a GELU operator; older opsets need five operators
+# Height and width for tracing graphs with dynamic sizes. No feature map has a side of 1 at this
+# size, because PyTorch specialises dimensions of size 1.
 DYNAMIC_EXAMPLE = (160, 192)
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -69,10 +68,10 @@ def onnx_from_van(
         model: a VAN, original or rewritten, in eval mode.
         image_size: of the input in pixels.
         in_chans: channels ``C`` of the input.
-        batch: the one batch size; None leaves it dynamic.
-        sizes: makes height and width dynamic; the graph itself takes any from
+        batch: a static batch size; None for a dynamic batch.
+        sizes: makes height and width dynamic; the graph accepts any size from
             :data:`~van_deploy.config.sizes.MIN_IMAGE_SIZE` on.
-        opset: ONNX operator set, 17 (the first with LayerNormalization) to 23 (the newest tried).
+        opset: ONNX operator set, 17 (the first with LayerNormalization) to 23 (the newest tested).
         metadata: written into the file as ``metadata_props``.
 
     Raises:
@@ -85,7 +84,7 @@ def onnx_from_van(
         ends = {"min": MIN_IMAGE_SIZE, "max": MAX_IMAGE_SIZE}
         dynamic |= {i: torch.export.Dim(n, **ends) for i, n in ((2, "height"), (3, "width"))}
     try:
-        with _quiet():
+        with _silence_exporter():
             program: Any = torch.onnx.export(
                 model,
                 (example,),
@@ -102,22 +101,22 @@ def onnx_from_van(
             f"Try --opset {DEFAULT_OPSET}, or --no-fold to see whether a rewrite is the cause.",
         ) from error
     _name_after_modules_(program.model)
-    _drop_provenance_(program.model)
+    _remove_source_paths_(program.model)
     program.model.metadata_props.update(metadata or {})
-    return _finished(program.model_proto, opset)
+    return _set_opset(program.model_proto, opset)
 
 
-def _finished(proto: ModelProto, opset: int) -> ModelProto:
-    """Return what the exporter wrote, at the opset asked for and with names for dynamic sides."""
+def _set_opset(proto: ModelProto, opset: int) -> ModelProto:
+    """Return the exported model with the requested opset and names for dynamic sides."""
     if opset == 17:
         _lower_to_opset_17_(proto)
-    written = proto.opset_import[0].version
-    if written != opset:
+    actual = proto.opset_import[0].version
+    if actual != opset:
         raise ConversionError(
-            f"The exporter was asked for opset {opset} and wrote opset {written}.",
-            f"Use --opset {written}.",
+            f"Opset {opset} was requested, and the exporter wrote opset {actual}.",
+            f"Use --opset {actual}.",
         )
-    for value in proto.graph.output:  # dynamic sides, which the exporter calls by their formulas
+    for value in proto.graph.output:  # the exporter names dynamic sides by their formulas
         for side, dimension in zip(
             ("height", "width"), value.type.tensor_type.shape.dim[2:], strict=False
         ):
@@ -128,9 +127,9 @@ def _finished(proto: ModelProto, opset: int) -> ModelProto:
 
 
 def _lower_to_opset_17_(proto: ModelProto) -> None:
-    """Turn an opset-18 VAN graph into opset 17.
+    """Convert an opset-18 VAN graph to opset 17.
 
-    The exporter writes 18 at the least. Of the operators a VAN uses, only
+    The exporter writes opset 18 or newer. Of the operators of a VAN, only
     ReduceMean differs: its axes are an attribute up to 17, an input from 18 on.
     """
     graph = proto.graph
@@ -145,53 +144,53 @@ def _lower_to_opset_17_(proto: ModelProto) -> None:
 
 
 def _name_after_modules_(model: ir.Model) -> None:
-    """Give every node and its first output the path of the module that made it.
+    """Name every node and its first output after the path of its module.
 
-    The last node of a module skip_gains the module's own name, since it makes the
-    module's result; the ones before add their operator (``norm1.transpose``).
+    The last node of a module has the module's name, because it computes the
+    module's output; the nodes before it append their operator (``norm1.transpose``).
     """
     graph = model.graph
     scopes = []
-    for node in graph:  # '' for the network itself
+    for node in graph:  # '' for the root module
         path = ast.literal_eval(node.metadata_props.get(_SCOPES, "['']"))
         scopes.append(str(path[-2]) if len(path) > 1 else "")
     remaining = Counter(scopes)
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
+    used = {value.name for value in (*graph.inputs, *graph.outputs)} | set(graph.initializers)
     results = set(graph.outputs)
     for node, scope in zip(graph, scopes, strict=True):
         remaining[scope] -= 1
         last = scope and not remaining[scope]
-        wanted = name = scope if last else f"{scope}.{node.op_type.lower()}".lstrip(".")
+        stem = name = scope if last else f"{scope}.{node.op_type.lower()}".lstrip(".")
         number = 0
-        while name in taken:
+        while name in used:
             number += 1
-            name = f"{wanted}_{number}"
-        taken.add(name)
+            name = f"{stem}_{number}"
+        used.add(name)
         node.name = name
         for index, output in enumerate(node.outputs):
             if output not in results:
                 output.name = name if index == 0 else f"{name}.{index}"
-    for index, (stored, value) in enumerate(list(graph.initializers.items())):
-        if "." not in (stored or ""):  # a constant the exporter made up, such as an axis
+    for index, (name, value) in enumerate(list(graph.initializers.items())):
+        if "." not in (name or ""):  # a constant of the exporter, such as an axis
             value.name = f"constant.{index}"
 
 
-def _drop_provenance_(model: ir.Model) -> None:
-    """Remove stack traces and exporter notes: they name the paths of one machine."""
+def _remove_source_paths_(model: ir.Model) -> None:
+    """Remove stack traces and exporter metadata, which contain paths of this machine."""
     graph = model.graph
     outputs = [output for node in graph for output in node.outputs]
     values = (*graph.inputs, *graph.outputs, *graph.initializers.values(), *outputs)
-    for noted in (model, graph, *graph, *values):
-        noted.metadata_props.clear()
-    for described in (graph, *graph):
-        described.doc_string = None
+    for element in (model, graph, *graph, *values):
+        element.metadata_props.clear()
+    for documented in (graph, *graph):
+        documented.doc_string = None
     graph.name = "van"
     model.producer_name, model.producer_version = "van-deploy", ""
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own chatter off the user's screen; errors still raise."""
+def _silence_exporter() -> Iterator[None]:
+    """Suppress the exporter's messages and warnings; errors are still raised."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -205,18 +204,18 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-# --- back from the graph ---------------------------------------------------------------------
+# --- network from the graph ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RebuiltVan:
-    """A folded network, and what the graph it came from calls its tensors.
+    """A folded network rebuilt from a graph, with the graph's tensor names.
 
     Attributes:
         model: float32, eval mode, channels-last weights, no gradients.
-        tensors: where each tensor of the graph passes in ``model``, by the tensor's name:
-            a module's path, and whether it is its output (else its input).
-        reads: the tensor that each convolution and the head reads, by the module's path.
+        tensors: position of each tensor of the graph in ``model``, by the tensor's name:
+            a module's path, and whether it is its output (otherwise its input).
+        reads: name of the input tensor of each convolution and the head, by module path.
     """
 
     model: RewrittenVan
@@ -225,51 +224,51 @@ class RebuiltVan:
 
 
 def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
-    """Return the network that :func:`onnx_from_van` made ``graph`` of.
+    """Return the network that :func:`onnx_from_van` exported to ``graph``.
 
     Args:
         graph: FP32, exported from a network with every rewrite of
-            :mod:`van_deploy.graph.fold`, with its weights.
+            :mod:`van_deploy.graph.fold`, including weights.
         config: its architecture.
 
     Raises:
-        ConversionError: the graph does not hold that network.
+        ConversionError: the graph is not a folded network of this architecture.
     """
     with torch.device("meta"):
         model = RewrittenVan(VAN(config), channels_last=True).eval()
-    for stage in config.stages:  # folding leaves nothing of these
+    for stage in config.stages:  # modules that folding removes
         model.get_submodule(f"patch_embed{stage}").norm = nn.Identity()
         for block in model.stage_blocks(stage):
             block.norm1 = block.norm2 = block.layer_scale_1 = block.layer_scale_2 = None
     nodes = {node.name: node for node in graph.graph.node}
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
 
-    def stored(node: NodeProto, place: int) -> Tensor | None:
-        name = node.input[place] if len(node.input) > place else ""
+    def constant(node: NodeProto, index: int) -> Tensor | None:
+        name = node.input[index] if len(node.input) > index else ""
         return torch.from_numpy(np.array(to_array(constants[name]))) if name in constants else None
 
-    why = ""
+    problem = ""
     if any(node.op_type == "BatchNormalization" for node in graph.graph.node):
-        why = "it still has BatchNorms"
+        problem = "it still has BatchNorms"
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | StageNorm) and not why:
-            called = f"{name}.layernormalization" if isinstance(module, StageNorm) else name
-            if called not in nodes:
-                why = f"it has no node '{name}'"
+        if isinstance(module, nn.Conv2d | nn.Linear | StageNorm) and not problem:
+            suffix = ".layernormalization" if isinstance(module, StageNorm) else ""
+            if (node := nodes.get(name + suffix)) is None:
+                problem = f"it has no node '{name}'"
                 continue
-            for place, key in enumerate(("weight", "bias"), 1):
-                values = stored(nodes[called], place)
+            for index, key in enumerate(("weight", "bias"), 1):
+                values = constant(node, index)
                 setattr(module, key, None if values is None else nn.Parameter(values, False))
-    if why:
+    if problem:
         raise ConversionError(
-            f"The graph is not a folded VAN of this architecture: {why}.",
-            "FP16 and INT8 are made from the folded network: export it again without --no-fold.",
+            f"The graph is not a folded VAN of this architecture: {problem}.",
+            "FP16 and INT8 need the folded network: export it again without --no-fold.",
         )
     for stage in config.stages:
         for index, block in enumerate(model.stage_blocks(stage)):
             multiply = nodes.get(f"block{stage}.{index}.mul")
             if multiply is not None:
-                factors = [stored(multiply, place) for place in (0, 1)]
+                factors = [constant(multiply, index) for index in (0, 1)]
                 block.skip_gain = next(f for f in factors if f is not None).reshape(-1)
     reads = {n.name: n.input[0] for n in graph.graph.node if n.op_type in {"Conv", "Gemm"}}
     tensors = {tensor: (name, False) for name, tensor in reads.items()}

@@ -1,4 +1,4 @@
-"""ONNX graphs on disk (one file below 2 GB, weights beside it above), simplified, and described."""
+"""Simplify, save and describe ONNX graphs (external weights above 2 GB)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from van_deploy.graph.names import fixed_batch
 from van_deploy.manifest import GraphInfo, TensorInfo
 from van_deploy.metrics import compare
 
-# Largest relative difference between a graph and its simplification, in float32. Folding a
-# constant changes the order of additions; on the trained van_b0 that alone moves the logits by
-# about 1e-6 of their size.
+# Largest relative difference between a graph and its simplification, in float32. Constant folding
+# changes the order of additions, which alone changes the logits of the trained van_b0 by about
+# 1e-6 of their size.
 SIMPLIFY_TOLERANCE = 1e-5
-# Weights past this go into a file of their own: protobuf ends at 2 GiB.
+# Larger weights are saved as external data: protobuf is limited to 2 GiB.
 EXTERNAL_LIMIT_BYTES = 2_000_000_000
 
 Floats = npt.NDArray[np.float32]
@@ -35,10 +35,10 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TypedWeights:
-    """The weights of one type.
+    """Number and size of the weights of one type.
 
     Attributes:
-        values: how many.
+        values: number of values.
         bytes: their size.
     """
 
@@ -48,18 +48,18 @@ class TypedWeights:
 
 @dataclass(frozen=True)
 class OnnxDescription:
-    """What a deployer wants to know of an ONNX file.
+    """Description of an ONNX file.
 
     Attributes:
-        file: where it is.
-        bytes: on disk, without the files beside it.
+        file: its path.
+        bytes: size on disk, without external data.
         graph: operators, inputs and outputs.
-        weights: by ONNX's name of their type.
-        parameters: values of all weights.
-        external_files: files beside it that hold weights.
-        producer: name and version of what wrote it.
-        metadata: its own entries; those that are JSON (``van_deploy.*``) as the values they are.
-        kind: says what this describes.
+        weights: by the ONNX name of their type.
+        parameters: number of values of all weights.
+        external_files: files in the same folder that contain weights.
+        producer: name and version of the program that wrote it.
+        metadata: its ``metadata_props``; JSON entries (``van_deploy.*``) are parsed.
+        kind: type of the description.
     """
 
     file: Path
@@ -74,17 +74,17 @@ class OnnxDescription:
 
 
 def operator_counts(model: ModelProto) -> dict[str, int]:
-    """Return how many nodes of each operator a graph has, most frequent first."""
+    """Return the number of nodes of each operator, most frequent first."""
     return dict(Counter(node.op_type for node in model.graph.node).most_common())
 
 
 def opset_of(model: ModelProto) -> int:
-    """Return the version of ONNX's own operator set that a graph uses."""
+    """Return the version of the ONNX operator set that a graph uses."""
     return next(o.version for o in model.opset_import if o.domain in {"", "ai.onnx"})
 
 
 def tensor_bytes(model: ModelProto) -> int:
-    """Return the bytes of all initialisers that are held in memory."""
+    """Return the size in bytes of all initialisers in memory."""
     return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
 
 
@@ -93,32 +93,32 @@ def simplify_onnx(
     images: Floats,
     run: Callable[[ModelProto, Floats], Mapping[str, Floats]],
 ) -> tuple[ModelProto, dict[str, Any]]:
-    """Return ``model`` simplified, if that helps and changes nothing but the size; and the facts.
+    """Return ``model`` simplified with onnxsim if the result is equivalent, and the facts.
 
-    The work is onnxsim's. After the rewrites of :mod:`van_deploy.graph.fold` there is often
-    nothing left for it to do, and then the graph is left alone; a plain export loses some nodes.
+    After the rewrites of :mod:`van_deploy.graph.fold` there is often nothing left to simplify,
+    and the graph is returned unchanged; an export without rewrites loses some nodes.
 
     The facts, ready for JSON: whether the graph is ``changed``, and the ``reason``; its nodes
-    before and after, and the operators that were ``removed``, by type; the ``relative_error``
-    ``max|difference| / max|logit|``, or None if there was nothing to compare; the ``tolerance``.
+    before and after, and the ``removed`` operators by type; the ``relative_error``
+    ``max|difference| / max|logit|``, or None if nothing was compared; the ``tolerance``.
 
     Args:
-        model: an FP32 graph; it is not changed.
-        images: ``(N, C, H, W)`` float32 to compare both graphs on, at batch N and 1; of a
-            static graph at its batch.
-        run: gives a graph's outputs by name for ``n`` images.
+        model: an FP32 graph, which stays unchanged.
+        images: ``(N, C, H, W)`` float32 to compare both graphs on, at batch N and 1; a static
+            graph is compared at its batch size.
+        run: returns a graph's outputs by name.
     """
-    import onnxsim  # which takes a second, and hosts without PyTorch do not have
+    import onnxsim  # slow to import, and not installed on hosts without PyTorch
 
     def relative_error(simplified: ModelProto) -> float:
         fixed, errors = fixed_batch(model), []
         for count in (fixed,) if fixed else (len(images), 1):
-            batch = np.resize(images, (count, *images.shape[1:]))  # repeats them where they are few
-            expected, found = run(model, batch), run(simplified, batch)
+            batch = np.resize(images, (count, *images.shape[1:]))  # repeats images if necessary
+            expected, actual = run(model, batch), run(simplified, batch)
             for name, value in expected.items():
                 flat = value.reshape(len(value), -1)
-                same = compare(flat, found[name].reshape(flat.shape), classes=False)
-                errors.append(same.relative)
+                comparison = compare(flat, actual[name].reshape(flat.shape), classes=False)
+                errors.append(comparison.relative)
         return float(np.max(errors))
 
     before, result, error = Counter(operator_counts(model)), model, None
@@ -130,10 +130,10 @@ def simplify_onnx(
             if operator_counts(simplified) != before:
                 error = relative_error(simplified)
                 reason = f"kept as exported: the simplified graph differs by {error:.1e}"
-                if error <= SIMPLIFY_TOLERANCE:  # not for NaN
+                if error <= SIMPLIFY_TOLERANCE:  # False for NaN
                     result, reason = simplified, "simplified"
-        except Exception as failure:  # onnxsim raises bare C++ errors; the graph is good without it
-            reason = f"kept as exported: onnxsim failed, or what it made does not run ({failure})"
+        except Exception as failure:  # onnxsim raises plain C++ errors; simplification is optional
+            reason = f"kept as exported: onnxsim failed, or its result does not run ({failure})"
     after = Counter(operator_counts(result))
     return result, {
         "changed": result is not model,
@@ -151,8 +151,8 @@ def save_onnx(
 ) -> list[str]:
     """Write ``model`` to ``path`` and return the names of the files written.
 
-    Past ``external_limit_bytes`` of weights, they go to ``NAME.data`` beside
-    it, and the weights of ``model`` are emptied as they are written.
+    Weights larger than ``external_limit_bytes`` are written to ``NAME.data`` in the same
+    folder, and removed from ``model``.
     """
     large, data = tensor_bytes(model) > external_limit_bytes, f"{path.name}.data"
     onnx.save_model(model, path, save_as_external_data=large, location=data if large else None)
@@ -160,9 +160,9 @@ def save_onnx(
 
 
 def graph_facts(model: ModelProto) -> GraphInfo:
-    """Return what is worth knowing of a graph: operators, weights, inputs and outputs.
+    """Return the operators, weights, inputs and outputs of a graph.
 
-    Shapes hold numbers, and names where a dimension is dynamic.
+    Dynamic dimensions in a shape are names.
     """
 
     def facts(value: ValueInfoProto) -> TensorInfo:
@@ -183,7 +183,7 @@ def graph_facts(model: ModelProto) -> GraphInfo:
 
 
 def describe_onnx(path: Path) -> OnnxDescription:
-    """Return what a deployer wants to know of an ONNX file.
+    """Return the description of an ONNX file.
 
     Raises:
         InputError: the file cannot be read, or is not ONNX.
@@ -192,8 +192,8 @@ def describe_onnx(path: Path) -> OnnxDescription:
         require_regular_file(path)
         model = onnx.load_model(path, load_external_data=False)
         if not model.opset_import or not model.graph.node:
-            raise DecodeError("it holds no graph")  # noqa: TRY301 - told as protobuf's own is
-        return _described(model, path)
+            raise DecodeError("it contains no graph")  # noqa: TRY301 - handled like protobuf's
+        return _describe_model(model, path)
     except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"'{path}' cannot be read: {reason}.", "Check the path.") from error
@@ -204,27 +204,27 @@ def describe_onnx(path: Path) -> OnnxDescription:
         ) from error
 
 
-def _described(model: ModelProto, path: Path) -> OnnxDescription:
+def _describe_model(model: ModelProto, path: Path) -> OnnxDescription:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    others = set()
+    external_files = set()
     for tensor in model.graph.initializer:
-        kind = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
+        dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         entries = {entry.key: entry.value for entry in tensor.external_data}
-        counts[kind] += math.prod(tensor.dims)
-        sizes[kind] += int(entries.get("length", 0)) or len(tensor.raw_data)
-        others |= {entries["location"]} if "location" in entries else set()
+        counts[dtype] += math.prod(tensor.dims)
+        sizes[dtype] += int(entries.get("length", 0)) or len(tensor.raw_data)
+        external_files |= {entries["location"]} if "location" in entries else set()
     metadata: dict[str, Any] = {entry.key: entry.value for entry in model.metadata_props}
     for key, text in metadata.items():
-        with contextlib.suppress(ValueError):  # text that only looks like JSON stays as it is
+        with contextlib.suppress(ValueError):  # keeps text that only looks like JSON
             metadata[key] = parse_json(text) if text.startswith(("{", "[")) else text
     return OnnxDescription(
         file=path,
         bytes=path.stat().st_size,
         graph=graph_facts(model),
-        weights={kind: TypedWeights(counts[kind], sizes[kind]) for kind in counts},
+        weights={dtype: TypedWeights(counts[dtype], sizes[dtype]) for dtype in counts},
         parameters=sum(counts.values()),
-        external_files=tuple(sorted(others)),
+        external_files=tuple(sorted(external_files)),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         metadata=metadata,
     )

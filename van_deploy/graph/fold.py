@@ -1,6 +1,6 @@
-"""A network with its BatchNorms, scales and spare biases folded away, exactly.
+"""Fold BatchNorms, layer scales and redundant biases into convolutions, exactly.
 
-Every rewrite is an identity of real arithmetic, done here in float64. Below,
+Every rewrite is an identity in real arithmetic, computed here in float64. Below,
 ``BN(x) = s * x + t`` per channel, with ``s = weight / sqrt(var + eps)`` and
 ``t = bias - mean * s``; ``W`` and ``b`` are a convolution's weight and bias.
 
@@ -8,29 +8,29 @@ Every rewrite is an identity of real arithmetic, done here in float64. Below,
 ``patch_norm``        the patch embedding's BatchNorm into its convolution
 ``block_norm``        ``norm1`` into ``proj_1`` and ``norm2`` into ``fc1``:
                       ``W' = W diag(s)``, ``b' = b + W t``. Exact because both
-                      are 1x1 and unpadded. The shift of the inner shortcut
-                      goes into ``proj_2``'s bias, its scale into the skip_gain
+                      are 1x1 and unpadded. The shift of the inner shortcut goes
+                      into ``proj_2``'s bias, its scale into the skip gain
 ``layer_scale``       ``layer_scale_1`` into ``proj_2``, ``_2`` into ``fc2``
 ``spatial_bias``      ``conv_spatial``'s bias through the 1x1 ``conv1``:
-                      ``b1' = b1 + W1 b``. (``conv0``'s bias has to stay:
+                      ``b1' = b1 + W1 b``. (``conv0``'s bias stays, because
                       ``conv_spatial`` pads with zeros.)
-``final_norm``        the last LayerNorm's scale and shift into the head: the
+``final_norm``        the last LayerNorm's scale and shift into the head, since the
                       mean over tokens between them is linear. A backbone has no
-                      head, and keeps them
-``channels_last``     LayerNorm through a permutation instead of a reshape, so
-                      that nothing in the graph depends on the batch
-``residual_stream``   the skip_gain ``D = 1 + layer_scale_1 * s`` that
+                      head and keeps them
+``channels_last``     LayerNorm with a permutation instead of a reshape, so that
+                      no shape in the graph depends on the batch
+``residual_stream``   the per-channel skip gain ``D = 1 + layer_scale_1 * s`` that
                       ``block_norm`` and ``layer_scale`` leave on the residual
-                      stream, by re-scaling the stream: see :func:`_rescale_stream_`
+                      stream, by rescaling the stream: see :func:`_rescale_stream_`
 ====================  ========================================================
 
-What is exported is :class:`RewrittenVan`. Its module paths are those of
+The exporter receives a :class:`RewrittenVan`. Its module paths are those of
 :mod:`van_deploy.model.van`, so that every tensor of the graph can be traced back to a module of
-the network a user knows. With none of its optional parts folded away it is the original.
+the original network. Without any rewrite it computes exactly the original.
 """
 
-# PyTorch types every attribute of a module as `Tensor | Module`, so the algebra
-# below cannot be typed without a cast on every line; the tests run all of it.
+# PyTorch types every attribute of a module as `Tensor | Module`, so the code below
+# would need a cast on every line; the tests run all of it.
 # mypy: disable-error-code="operator,arg-type,assignment,misc,index,union-attr"
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from van_deploy.errors import UsageError
 from van_deploy.model.van import VAN, Block, PatchEmbed
 from van_deploy.model.variants import STAGES
 
-# Largest relative error accepted between original and rewritten in float64.
+# Largest accepted relative error between the original and the rewritten network in float64.
 FOLD_TOLERANCE = 1e-10
-# Largest factor, either way, by which a residual channel may be re-scaled. Float32 would stand
-# far more; FP16's range (6.1e-5 to 65504) is what this leaves room for. Past it, a channel
-# keeps its multiply in that block and starts afresh.
+# Largest factor (and inverse) by which a residual channel is rescaled. Float32 allows far larger
+# factors; the limit leaves headroom in FP16's range (6.1e-5 to 65504). Beyond it, a channel keeps
+# the multiply in that block and restarts with a factor of 1.
 SKIP_GAIN_LIMIT = 256.0
 
 
@@ -60,17 +60,17 @@ SKIP_GAIN_LIMIT = 256.0
 
 
 class RewrittenBlock(nn.Module):
-    """A VAN block whose normalisations and scales may have been folded away.
+    """A VAN block with optional normalisations and scales.
 
     Attributes:
-        norm1: BatchNorm before the attention, or None once in ``proj_1``.
-        norm2: BatchNorm before the MLP, or None once in ``fc1``.
-        layer_scale_1: ``(C,)``, or None once in ``proj_2``.
-        layer_scale_2: ``(C,)``, or None once in ``fc2``.
-        inner_scale: ``(C,)`` factor of the attention's inner shortcut when its
-            layer scale was folded but ``norm1`` was not, else None (one).
-        skip_gain: ``(C,)`` factor of the residual stream through the attention
-            half, or None where it is one.
+        norm1: BatchNorm before the attention, or None if folded into ``proj_1``.
+        norm2: BatchNorm before the MLP, or None if folded into ``fc1``.
+        layer_scale_1: ``(C,)``, or None if folded into ``proj_2``.
+        layer_scale_2: ``(C,)``, or None if folded into ``fc2``.
+        inner_scale: ``(C,)`` factor of the attention's inner shortcut if its
+            layer scale was folded but ``norm1`` was not, else None (1).
+        skip_gain: ``(C,)`` factor of the residual stream in the attention
+            half, or None (1).
     """
 
     norm1: nn.Module | None
@@ -90,27 +90,27 @@ class RewrittenBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to the same shape."""
-        x = _scaled(x, self.skip_gain) + self._attention(x)
+        x = _scale(x, self.skip_gain) + self._attention(x)
         hidden = x if self.norm2 is None else self.norm2(x)
-        return x + _scaled(self.mlp(hidden), self.layer_scale_2)
+        return x + _scale(self.mlp(hidden), self.layer_scale_2)
 
     def _attention(self, x: Tensor) -> Tensor:
         attn = self.attn
         normed = x if self.norm1 is None else self.norm1(x)
         y = attn.proj_2(attn.spatial_gating_unit(attn.activation(attn.proj_1(normed))))
         if self.norm1 is not None:
-            y = y + _scaled(normed, self.inner_scale)
-        return _scaled(y, self.layer_scale_1)
+            y = y + _scale(normed, self.inner_scale)
+        return _scale(y, self.layer_scale_1)
 
 
 class StageNorm(nn.LayerNorm):
     """A stage's LayerNorm over channels.
 
     Args:
-        norm: the LayerNorm whose weights are taken.
-        channels_last: normalise through a permutation instead of through
-            tokens, so that nothing in the graph depends on the batch.
-        last: the last stage of a classifier pools the tokens, the others return maps.
+        norm: the LayerNorm that provides the weights.
+        channels_last: normalise with a permutation instead of a reshape to
+            tokens, so that no shape in the graph depends on the batch.
+        last: pool the tokens, as the last stage of a classifier does; other stages return maps.
     """
 
     def __init__(self, norm: nn.LayerNorm, channels_last: bool, last: bool) -> None:
@@ -132,10 +132,10 @@ class StageNorm(nn.LayerNorm):
 
 
 class RewrittenVan(nn.Module):
-    """A VAN assembled from rewritten blocks; takes over the modules of ``model``.
+    """A VAN assembled from rewritten blocks, which takes over the modules of ``model``.
 
     Args:
-        model: the network to start from. Its modules are used, not copied: it
+        model: the original network. Its modules are not copied, so it
             must not be used afterwards.
         channels_last: see :class:`StageNorm`.
     """
@@ -160,7 +160,7 @@ class RewrittenVan(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
 
-        With ``config.out_indices`` to these stages' maps ``(N, C, h, w)``.
+        With ``config.out_indices``, return the maps ``(N, C, h, w)`` of these stages.
         """
         maps = []
         for stage in self.config.stages:
@@ -173,8 +173,8 @@ class RewrittenVan(nn.Module):
         return tuple(maps) if maps else self.head(x)
 
 
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Return ``x (N, C, H, W)`` times ``scale (C,)``, or ``x`` where there is none."""
+def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
+    """Return ``x (N, C, H, W)`` times ``scale (C,)``, or ``x`` without a scale."""
     return x if scale is None else x * scale[:, None, None]
 
 
@@ -183,7 +183,7 @@ def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Rewrites:
-    """Which rewrites to make; all of them by default. See the module's table."""
+    """Selection of rewrites (default: all); the module's table describes them."""
 
     patch_norm: bool = True
     block_norm: bool = True
@@ -195,34 +195,34 @@ class Rewrites:
 
     @classmethod
     def none(cls) -> Rewrites:
-        """Return the choice that leaves the network as it is."""
+        """Return the selection without any rewrite."""
         return cls(**{field.name: False for field in fields(cls)})
 
     def __post_init__(self) -> None:
-        """Refuse a choice that cannot be carried out."""
+        """Check the dependencies between rewrites."""
         if self.residual_stream and not (self.block_norm and self.layer_scale):
             raise UsageError(
                 "The rewrite 'residual_stream' needs 'block_norm' and 'layer_scale': "
-                "without them there is no skip_gain to absorb.",
-                "Switch 'residual_stream' off as well.",
+                "without them there is no skip gain to absorb.",
+                "Disable 'residual_stream' as well.",
             )
 
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What folding did, and how exactly.
+    """Result of folding a network.
 
     Attributes:
         model: the rewritten network, float32, eval mode.
-        rewrites: what was asked, by name.
-        batchnorms_folded: BatchNorms that are gone.
-        batchnorms_left: BatchNorms still in the network.
-        layer_scales_folded: layer scales that are gone.
-        multiplies_kept: blocks whose skip_gain is still a multiply in the graph.
+        rewrites: names of the selected rewrites.
+        batchnorms_folded: number of removed BatchNorms.
+        batchnorms_left: number of BatchNorms still in the network.
+        layer_scales_folded: number of removed layer scales.
+        multiplies_kept: number of blocks whose skip gain is still a multiply in the graph.
         relative_error: ``max|difference| / max|logit|`` between the original
-            and the rewritten network, both in float64, on ``images_compared``;
-            of feature maps, the largest of any stage.
-        images_compared: how many images that was measured on.
+            and the rewritten network, both in float64, on ``images_compared`` images;
+            for feature maps, the largest of any stage.
+        images_compared: number of images.
     """
 
     model: RewrittenVan
@@ -236,7 +236,7 @@ class FoldReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the rewritten network is the original within :data:`FOLD_TOLERANCE`."""
+        """Whether the relative error is within :data:`FOLD_TOLERANCE`."""
         return self.relative_error <= FOLD_TOLERANCE  # False for NaN
 
     def __bool__(self) -> bool:
@@ -245,36 +245,36 @@ class FoldReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures, ready for JSON."""
-        found = {k: v for k, v in vars(self).items() if k != "model"}
-        found["relative_error_float64"] = found.pop("relative_error")
-        return {**found, "tolerance": FOLD_TOLERANCE, "passed": self.passed}
+        figures = {k: v for k, v in vars(self).items() if k != "model"}
+        figures["relative_error_float64"] = figures.pop("relative_error")
+        return {**figures, "tolerance": FOLD_TOLERANCE, "passed": self.passed}
 
 
 @torch.no_grad()
 def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> FoldReport:
-    """Return ``model`` rewritten for export, proved against itself on ``images``.
+    """Return ``model`` rewritten for export and compared with the original on ``images``.
 
     Args:
-        model: the original network in eval mode; it is not changed.
-        images: ``(N, in_chans, H, W)`` normalised, real or of natural
-            statistics. Both networks see them in float64.
-        rewrites: which rewrites to make (default: all).
+        model: the original network in eval mode, which stays unchanged.
+        images: ``(N, in_chans, H, W)`` normalised, real or with natural
+            statistics. Both networks process them in float64.
+        rewrites: to apply (default: all).
     """
     rewrites = rewrites or Rewrites()
     work = copy.deepcopy(model).double().eval()
     batchnorms = _count(work, nn.BatchNorm2d)
-    expected = _answers(work, images)
+    expected = _float64_outputs(work, images)
     rewritten = RewrittenVan(work, rewrites.channels_last).eval()
     _rewrite_(rewritten, rewrites)
-    pairs = zip(_answers(rewritten, images), expected, strict=True)
-    left = _count(rewritten, nn.BatchNorm2d)
+    pairs = zip(_float64_outputs(rewritten, images), expected, strict=True)
+    remaining = _count(rewritten, nn.BatchNorm2d)
     blocks = [block for stage in model.config.stages for block in rewritten.stage_blocks(stage)]
     scales = [scale for b in blocks for scale in (b.layer_scale_1, b.layer_scale_2)]
     return FoldReport(
         model=rewritten.float().requires_grad_(False),
-        rewrites=[name for name, made in vars(rewrites).items() if made],
-        batchnorms_folded=batchnorms - left,
-        batchnorms_left=left,
+        rewrites=[name for name, selected in vars(rewrites).items() if selected],
+        batchnorms_folded=batchnorms - remaining,
+        batchnorms_left=remaining,
         layer_scales_folded=sum(scale is None for scale in scales),
         multiplies_kept=sum(block.skip_gain is not None for block in blocks),
         relative_error=max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs),
@@ -283,7 +283,7 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
 
 
 def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> None:
-    """Carry out ``rewrites`` on ``model`` (float64), in the order they build on each other."""
+    """Apply ``rewrites`` to ``model`` (float64) in the order of their dependencies."""
     for stage in model.config.stages:
         embed, blocks = model.get_submodule(f"patch_embed{stage}"), model.stage_blocks(stage)
         if rewrites.patch_norm:
@@ -311,7 +311,7 @@ def _fold_patch_norm_(embed: PatchEmbed) -> None:
 def _fold_block_norms_(block: RewrittenBlock) -> None:
     scale, shift = _affine(block.norm1)
     _absorb_input_(block.attn.proj_1, scale, shift)
-    block.attn.proj_2.bias += shift  # of the inner shortcut, before any layer scale
+    block.attn.proj_2.bias += shift  # shift of the inner shortcut, before any layer scale
     block.skip_gain = 1 + block.layer_scale_1 * scale
     block.norm1 = None
     _absorb_input_(block.mlp.fc1, *_affine(block.norm2))
@@ -337,41 +337,41 @@ def _fold_final_norm_(model: RewrittenVan) -> None:
         return
     norm, head = model.get_submodule(f"norm{STAGES}"), model.head
     if isinstance(head, nn.Sequential):
-        idle = (nn.Dropout, nn.Identity, nn.Flatten)
-        head = next((layer for layer in head if not isinstance(layer, idle)), head)
+        no_ops = (nn.Dropout, nn.Identity, nn.Flatten)
+        head = next((layer for layer in head if not isinstance(layer, no_ops)), head)
     if not isinstance(head, nn.Linear):
-        return  # another layer stands before the first linear one
+        return  # another layer precedes the first linear one
     head.bias += head.weight @ norm.bias
     head.weight *= norm.weight
-    norm.weight.fill_(1)  # the ONNX operator wants a scale
+    norm.weight.fill_(1)  # the ONNX operator requires a scale
     norm.bias = None
 
 
 def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
-    """Absorb the skip_gains of one stage by re-scaling its residual stream.
+    """Absorb the skip gains of one stage by rescaling its residual stream.
 
-    With ``x_k`` the stream before block ``k`` and ``D_k`` that block's skip_gain,
-    set ``x_k = P_k y_k``. Then ``x' = D x + f(x)`` becomes
-    ``y' = (D_k P_k / P_{k+1}) y + f(P_k y) / P_{k+1}``, and the multiply is gone
-    where ``P_k = P_{k+1} / D_k``. The 1x1 convolutions on either side absorb
-    every ``P``. Going *backwards* from ``P = 1`` after the last block leaves
-    nothing for the LayerNorm, and the first ``P`` goes into the patch embedding.
+    Let ``x_k`` be the stream before block ``k``, ``D_k`` the skip gain of that block, and
+    ``x_k = P_k y_k``. Then ``x' = D x + f(x)`` becomes
+    ``y' = (D_k P_k / P_{k+1}) y + f(P_k y) / P_{k+1}``, and ``P_k = P_{k+1} / D_k``
+    removes the multiply. The 1x1 convolutions on both sides absorb every ``P``. Going
+    *backwards* from ``P = 1`` after the last block leaves the LayerNorm unchanged, and
+    the patch embedding absorbs the first ``P``.
 
-    Every channel by itself: one whose ``P`` would pass :data:`SKIP_GAIN_LIMIT` keeps
-    its skip_gain in that block's multiply, and starts again from ``P = 1``; the others'
-    factor there is 1. Where a multiply stays, channels more than half way to the
-    limit start again as well, since it costs nothing and saves later multiplies.
+    Channels are independent: one whose ``P`` would exceed :data:`SKIP_GAIN_LIMIT` keeps
+    its skip gain in that block's multiply and restarts from ``P = 1``; the other channels'
+    factor in this multiply is 1. If a block keeps its multiply, channels beyond the square
+    root of the limit also restart, which costs nothing and avoids later multiplies.
     """
     after = torch.ones_like(embed.proj.bias)
     for block in reversed(blocks):
         before = after / block.skip_gain
         absorbed = _within(before, SKIP_GAIN_LIMIT)
-        left = None
+        remaining = None
         if not absorbed.all():
             absorbed = _within(before, math.sqrt(SKIP_GAIN_LIMIT))
-            left = torch.where(absorbed, 1.0, block.skip_gain / after)
+            remaining = torch.where(absorbed, 1.0, block.skip_gain / after)
             before = torch.where(absorbed, before, 1.0)
-        block.skip_gain = left
+        block.skip_gain = remaining
         _scale_inputs_(block.attn.proj_1, before)
         _scale_outputs_(block.attn.proj_2, 1 / after)
         _scale_inputs_(block.mlp.fc1, after)
@@ -388,25 +388,25 @@ def _within(factor: Tensor, limit: float) -> Tensor:
     return (factor.abs() <= limit) & (factor.abs() >= 1 / limit)
 
 
-def _answers(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+def _float64_outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
     """Return the logits of a float64 network, or its feature maps.
 
-    PyTorch has no float64 kernel for depth-wise convolutions and makes one small
-    product a channel, which is most of the time an export would take. While this
-    runs they are one product over all channels.
+    PyTorch has no float64 kernel for depth-wise convolutions and computes one small
+    product per channel, which would dominate the time of an export. This function
+    replaces them with one product over all channels.
     """
-    grouped = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
-    for conv in grouped:
-        conv.forward = functools.partial(_depthwise, conv)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
+    for conv in depthwise:
+        conv.forward = functools.partial(_depthwise_convolution, conv)
     try:
-        answers = model(images.double())
-        return answers if isinstance(answers, tuple) else (answers,)
+        outputs = model(images.double())
+        return outputs if isinstance(outputs, tuple) else (outputs,)
     finally:
-        for conv in grouped:
+        for conv in depthwise:
             del conv.forward
 
 
-def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _depthwise_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Return a depth-wise convolution with stride 1 of ``x (N, C, H, W)``."""
     batch, channels, height, width = x.shape
     taps = conv.weight.reshape(channels, -1)
@@ -417,13 +417,13 @@ def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return a BatchNorm in eval mode as its scale and shift, both ``(C,)``."""
+    """Return the scale and shift, both ``(C,)``, of a BatchNorm in eval mode."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
 
 
 def _absorb_input_(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
-    """Make a 1x1 ``conv`` take ``x`` where it took ``scale * x + shift``."""
+    """Change a 1x1 ``conv`` so that its input is ``x`` instead of ``scale * x + shift``."""
     conv.bias += conv.weight[:, :, 0, 0] @ shift
     _scale_inputs_(conv, scale)
 

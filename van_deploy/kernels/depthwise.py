@@ -1,10 +1,10 @@
-"""Depth-wise convolutions in NHWC: K x K with any dilation, bias, and GELU where wanted.
+"""Depth-wise convolutions in NHWC: K x K with any dilation, bias and optional GELU.
 
-The taps of a depth-wise convolution come from the L1 cache and each becomes float32 before
-it is multiplied, so a thread computes ROWS outputs of one column and a few channels: rows
-that lie ``dilation`` apart share all but ``dilation`` of their input rows, and a value is
-loaded and converted once for all of them. Sizes are compile-time constants: then a load's
-place is an immediate offset, not instructions.
+The weights of a depth-wise convolution come from the L1 cache, and every value is converted to
+float32 before it is multiplied. A thread therefore computes ROWS outputs of one column and a few
+channels: rows at a distance of ``dilation`` share all but ``dilation`` of their input rows, and a
+value is loaded and converted once for all of them. Sizes are compile-time constants, so that the
+address of a load is an immediate offset.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import FEW, chosen, divisor_block, launched, require
+from van_deploy.kernels.launch import FEW, check_tensor, divisor_block, launch_kernel, select_tile
 
 
 @triton.jit
 def gelu(x, FINE: tl.constexpr):
     """Return the exact GELU, with the error function, of float32 values.
 
-    FINE calls libdevice's erf. Else the normal distribution is ``1/2 + x P(x^2)`` limited to
-    0..1, with the polynomial P of degree 10 that is closest where ``|x| <= 4.8`` and grows
-    beyond: GELU is in error by at most 5e-6 everywhere, without a division or an exponential.
+    FINE calls libdevice's erf. Otherwise the normal distribution is ``1/2 + x P(x^2)`` limited to
+    0..1, where P is the best polynomial of degree 10 for ``|x| <= 4.8`` and grows beyond. The
+    error of GELU is at most 5e-6 everywhere, without a division or an exponential.
     """
     if FINE:
         return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
@@ -38,8 +38,8 @@ def gelu(x, FINE: tl.constexpr):
 
 
 @triton.jit
-def row_added(totals, value, taps, row: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
-    """Return the totals of ROWS outputs with an input ``row`` times the taps that meet it."""
+def accumulate_row(totals, value, taps, row: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr):
+    """Add an input of row ``row``, times its taps, to the totals of ROWS outputs."""
     added = ()
     for here in tl.static_range(ROWS):
         if here <= row and row - here < K:
@@ -69,10 +69,11 @@ def depthwise_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute ROWS rows, D apart, of BLOCK_P columns and BLOCK_C channels.
+    """Compute ROWS rows at distance D of BLOCK_P columns and BLOCK_C channels.
 
-    An item is one column of one group of rows of one image. The taps (K, K, C) are float32,
-    tap first, so that neighbouring threads read neighbours; the padding is D * (K // 2).
+    An item is one column of one group of rows of one image. The taps are ``(K, K, C)`` float32,
+    channels last, so that neighbouring threads read neighbouring values; the padding is
+    D * (K // 2).
     """
     item = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside, group, w = item < items, (item // W) % groups, item % W
@@ -102,7 +103,7 @@ def depthwise_kernel(
                 mask = mask & known[None, :]
             at = x + ((row - K // 2) * W + column - K // 2) * D * C
             value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            totals = row_added(totals, value, taps, row, ROWS, K)
+            totals = accumulate_row(totals, value, taps, row, ROWS, K)
     for row in tl.static_range(ROWS):
         total = totals[row]
         if GELU:
@@ -112,7 +113,7 @@ def depthwise_kernel(
 
 
 def row_groups(height: int, dilation: int, rows: int) -> int:
-    """Return how many groups of ``rows`` rows, each ``dilation`` apart, cover ``height`` rows.
+    """Return the number of groups of ``rows`` rows, ``dilation`` apart, that cover ``height`` rows.
 
     >>> row_groups(56, 3, 5), row_groups(7, 1, 4)
     (12, 2)
@@ -130,16 +131,16 @@ def depthwise(
         x: ``(N, H, W, C)``, contiguous.
         weight: ``(K, K, C)`` float32, K odd.
         bias: ``(C,)`` float32.
-        dilation: distance of the taps in pixels.
+        dilation: distance between taps in pixels.
         gelu: apply the exact GELU.
 
     Raises:
-        UsageError: a shape, type, layout or device the kernel does not take.
+        UsageError: the kernel does not support a shape, type, layout or device.
     """
-    batch, height, width, channels = require(x, "x", 4)
+    batch, height, width, channels = check_tensor(x, "x", 4)
     side = weight.shape[0]
-    require(weight, "weight", (side | 1, side | 1, channels), like=x, dtype=torch.float32)
-    require(bias, "bias", (channels,), like=x, dtype=torch.float32)
+    check_tensor(weight, "weight", (side | 1, side | 1, channels), like=x, dtype=torch.float32)
+    check_tensor(bias, "bias", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
     pixels, most = batch * height * width, triton.cdiv(height, dilation)
     few = pixels < FEW
@@ -150,10 +151,10 @@ def depthwise(
         "BLOCK_C": divisor_block(channels, 32),
         "num_warps": 2 if few else 4,
     }
-    key, tile = chosen("depthwise", (side, dilation, channels), pixels, default, out)
+    key, tile = select_tile("depthwise", (side, dilation, channels), pixels, default, out)
     groups = row_groups(height, dilation, tile["ROWS"])
     items = batch * groups * width
-    launched(
+    launch_kernel(
         depthwise_kernel,
         (triton.cdiv(items, tile["BLOCK_P"]), triton.cdiv(channels, tile["BLOCK_C"])),
         (x, weight, bias, out, items, groups, height, width, channels, side, dilation, gelu)

@@ -1,4 +1,4 @@
-"""What all kernels share: what they take, how they are launched, how their tiles are chosen."""
+"""Shared code of the kernels: argument checks, launches, and the selection of tiles."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ from torch import Tensor
 from van_deploy.errors import UsageError
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FEW = 8192
-"""Pixels below which there are too few programs to hide a load's latency by others."""
+FEW = 8192  # with fewer pixels there are too few programs to hide the latency of loads
+# Whether Triton interprets kernels on the CPU, for tests.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton runs kernels on the CPU, operation by operation, to check them."""
-
+# Compile-time sizes of one launch: a kernel's own, ``num_warps`` and ``num_stages``.
 Tile = dict[str, int]
-"""Compile-time sizes of one launch: a kernel's own, ``num_warps`` and ``num_stages``."""
-
+# Tiles by :func:`tile_key` that override the tuned ones, for tuning.
 TILES: dict[str, Tile] = {}
-"""Tiles by :func:`tile_key` that go before the tuned ones: what tuning tries."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +33,10 @@ class Launch:
 
     Attributes:
         kernel: the jitted function.
-        grid: programs in each dimension.
-        arguments: in the kernel's order; the compile-time ones that are not in ``tile`` last.
+        grid: number of programs in each dimension.
+        arguments: arguments in the kernel's order, without those in ``tile``.
         tile: the other compile-time arguments, ``num_warps`` and ``num_stages``.
-        key: its shape class, see :func:`tile_key`.
+        key: shape class, see :func:`tile_key`.
     """
 
     kernel: Any
@@ -50,7 +47,7 @@ class Launch:
 
     @property
     def bytes(self) -> int:
-        """Return what must cross the memory: each tensor once, read or written."""
+        """Return the minimal memory traffic: each tensor is read or written once."""
         tensors = {id(a): a for a in self.arguments if isinstance(a, Tensor)}
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -59,11 +56,11 @@ _records: list[tuple[list[Launch], bool]] = []
 
 
 @contextmanager
-def recorded(run: bool = True) -> Iterator[list[Launch]]:
-    """Yield a list that every launch inside is added to.
+def record_launches(run: bool = True) -> Iterator[list[Launch]]:
+    """Record every launch inside the block in the yielded list.
 
     Args:
-        run: launch as well; else tensors may be on any device, such as ``meta``.
+        run: also run the kernels; otherwise tensors may be on any device, such as ``meta``.
     """
     launches: list[Launch] = []
     _records.append((launches, run))
@@ -73,7 +70,7 @@ def recorded(run: bool = True) -> Iterator[list[Launch]]:
         _records.pop()
 
 
-def require(
+def check_tensor(
     tensor: Tensor,
     name: str,
     shape: int | tuple[int, ...],
@@ -81,64 +78,61 @@ def require(
     dtype: torch.dtype | None = None,
     strided: bool = False,
 ) -> tuple[int, ...]:
-    """Return a tensor's shape once it is one that a kernel takes.
+    """Check a tensor argument of a kernel and return its shape.
 
     Args:
         tensor: the argument.
-        name: what the message calls it.
-        shape: its number of dimensions, or the whole shape.
+        name: name of the argument for messages.
+        shape: required number of dimensions, or required shape.
         like: a tensor on the same device, and of the same type unless ``dtype`` is given.
-        dtype: its type.
-        strided: its memory may be in any layout.
+        dtype: required type.
+        strided: whether any memory layout is allowed.
 
     Raises:
-        UsageError: it is not; nothing was launched.
+        UsageError: the kernel does not support the tensor; nothing was launched.
     """
-    found = tuple(tensor.shape)
-    fits = len(found) == shape if isinstance(shape, int) else found == shape
-    if not fits or 0 in found:
-        wanted = f"{shape} dimensions" if isinstance(shape, int) else f"shape {shape}"
-        raise UsageError(f"'{name}' has shape {found}, where the kernel takes {wanted}.")
-    wanted_dtype = dtype or (tensor.dtype if like is None else like.dtype)
-    if tensor.dtype not in DTYPES or tensor.dtype != wanted_dtype:
-        takes = "float16, bfloat16 or float32" if like is None else wanted_dtype
-        raise UsageError(f"'{name}' is {tensor.dtype}, where the kernel takes {takes}.")
+    actual = tuple(tensor.shape)
+    fits = len(actual) == shape if isinstance(shape, int) else actual == shape
+    if not fits or 0 in actual:
+        expected = f"{shape} dimensions" if isinstance(shape, int) else f"shape {shape}"
+        raise UsageError(f"'{name}' has shape {actual}, but the kernel needs {expected}.")
+    expected_dtype = dtype or (tensor.dtype if like is None else like.dtype)
+    if tensor.dtype not in DTYPES or tensor.dtype != expected_dtype:
+        types = "float16, bfloat16 or float32" if like is None else expected_dtype
+        raise UsageError(f"'{name}' is {tensor.dtype}, but the kernel needs {types}.")
     if not strided and not tensor.is_contiguous():
         raise UsageError(
             f"'{name}' is not contiguous: its strides are {tensor.stride()}.",
             "Pass tensor.contiguous(), in the layout (N, H, W, C).",
         )
-    if all(run for _, run in _records):
-        _require_gpu(tensor, name, like)
-    return found
-
-
-def _require_gpu(tensor: Tensor, name: str, like: Tensor | None) -> None:
+    if not all(run for _, run in _records):
+        return actual
     if tensor.device.type != ("cpu" if INTERPRETED else "cuda"):
         raise UsageError(
             f"'{name}' is on {tensor.device}, and the kernel runs on a GPU.",
-            "Move it there, or use the PyTorch network.",
+            "Move it to the GPU, or use the PyTorch network.",
         )
     if like is not None and tensor.device != like.device:
         raise UsageError(f"'{name}' is on {tensor.device}, and the input is on {like.device}.")
+    return actual
 
 
-def launched(
+def launch_kernel(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], tile: Tile, key: str
 ) -> None:
-    """Run ``kernel`` over ``grid``; inside ``torch.compile`` it becomes part of the graph."""
+    """Launch a kernel over a grid; inside ``torch.compile`` it becomes part of the graph."""
     for launches, _ in _records:
         launches.append(Launch(kernel, grid, arguments, tile, key))
     if not all(run for _, run in _records):
         return
     if type(arguments[0]) is Tensor:
         kernel[grid](*arguments, **tile)
-    else:  # traced
+    else:  # a tracer's tensor
         torch.library.wrap_triton(kernel)[grid](*arguments, **tile)
 
 
 def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
-    """Return the shape class of a launch: kernel, sizes, and pixels to a power of two.
+    """Return the shape class of a launch: kernel, sizes, and pixels rounded to a power of two.
 
     >>> tile_key("depthwise", (7, 3, 64), 3136)
     'depthwise/7x3x64/p12'
@@ -146,30 +140,30 @@ def tile_key(kind: str, sizes: Iterable[int], pixels: int) -> str:
     return f"{kind}/{'x'.join(map(str, sizes))}/p{int(pixels).bit_length()}"
 
 
-def chosen(
+def select_tile(
     kind: str, sizes: Iterable[int], pixels: int, default: Tile, out: Tensor
 ) -> tuple[str, Tile]:
-    """Return a launch's shape class and its tile: being tried, tuned for this GPU, or ``default``.
+    """Return the shape class and the tile of a launch: from ``TILES``, tuned, or ``default``.
 
-    A class that was not tuned takes the tile of the nearest number of pixels that was. Tiles
-    are tuned for 16 bits; float32 would not always fit the shared memory.
+    A shape class without a tuned tile uses that of the nearest number of pixels. Tiles are tuned
+    for 16-bit types; float32 would not always fit into shared memory.
     """
     key = tile_key(kind, sizes, pixels)
     tile = TILES.get(key)
     if tile is None and out.is_cuda and out.element_size() == 2:
-        tile = _stored(key, out.device)
+        tile = _tuned_tile(key, out.device)
     return key, default if tile is None else {**default, **tile}
 
 
 @functools.cache
-def _stored(key: str, device: torch.device) -> Tile | None:
-    return nearest(tuned_tiles(*torch.cuda.get_device_capability(device)), key)
+def _tuned_tile(key: str, device: torch.device) -> Tile | None:
+    return nearest_tile(tuned_tiles(*torch.cuda.get_device_capability(device)), key)
 
 
-def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
-    """Return the tile of the same kernel and sizes whose number of pixels is nearest.
+def nearest_tile(tiles: dict[str, Tile], key: str) -> Tile | None:
+    """Return the tile of the same kernel and sizes with the nearest number of pixels.
 
-    >>> nearest({"layer_norm/32/p8": {"a": 1}, "layer_norm/32/p15": {"a": 2}}, "layer_norm/32/p13")
+    >>> nearest_tile({"norm/32/p8": {"a": 1}, "norm/32/p15": {"a": 2}}, "norm/32/p13")
     {'a': 2}
     """
     kind, pixels = key.rsplit("/p", 1)
@@ -179,15 +173,15 @@ def nearest(tiles: dict[str, Tile], key: str) -> Tile | None:
 
 @functools.cache
 def tuned_tiles(major: int, minor: int) -> dict[str, Tile]:
-    """Return the stored tiles for a compute capability; empty where none were tuned."""
+    """Return the tuned tiles of a compute capability; empty if there are none."""
     stored = resources.files("van_deploy.kernels") / f"tuned_sm{major}{minor}.json"
     return json.loads(stored.read_text()) if stored.is_file() else {}
 
 
-def power_block(count: int, largest: int) -> int:
-    """Return the smallest power of two that holds ``count``, at least 16 and at most ``largest``.
+def power_of_two_block(count: int, largest: int) -> int:
+    """Return the smallest power of two not below ``count``, limited to 16..``largest``.
 
-    >>> power_block(33, 64), power_block(3, 64), power_block(512, 64)
+    >>> power_of_two_block(33, 64), power_of_two_block(3, 64), power_of_two_block(512, 64)
     (64, 16, 64)
     """
     return max(16, min(triton.next_power_of_2(count), largest))
@@ -196,10 +190,10 @@ def power_block(count: int, largest: int) -> int:
 def divisor_block(count: int, largest: int) -> int:
     """Return the largest power of two from 16 to ``largest`` that divides ``count``, if any.
 
-    A whole number of blocks needs no masks over channels; else :func:`power_block`.
+    A whole number of blocks needs no masks over channels. Otherwise :func:`power_of_two_block`.
 
     >>> divisor_block(160, 64), divisor_block(20, 64)
     (32, 32)
     """
     block = min(count & -count, largest)  # the largest power of two in both
-    return block if block >= 16 else power_block(count, largest)
+    return block if block >= 16 else power_of_two_block(count, largest)

@@ -1,4 +1,4 @@
-"""A whole VAN on the fused kernels: channels last, with every exact fold made."""
+"""A complete VAN on the fused kernels, channels last and with all exact folds."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from van_deploy.errors import ConversionError, UsageError
 from van_deploy.graph.fold import RewrittenBlock, RewrittenVan, fold_van
-from van_deploy.kernels import plain, steps
+from van_deploy.kernels import ops, reference
 from van_deploy.kernels.launch import DTYPES, INTERPRETED
 from van_deploy.model.van import VAN, smooth_images
 from van_deploy.model.variants import STAGES
 
 
 class _Weights(nn.Module):
-    """A convolution's weight in a kernel's layout, and its bias in float32."""
+    """Weight of a convolution in the kernel's layout, and its bias in float32."""
 
     weight: Tensor
     bias: Tensor
@@ -38,7 +38,7 @@ def _taps(conv: nn.Conv2d) -> _Weights:
 class _Block(nn.Module):
     """The weights of one block."""
 
-    carry: Tensor | None
+    skip_gain: Tensor | None
 
     def __init__(self, block: RewrittenBlock, dtype: torch.dtype) -> None:
         super().__init__()
@@ -51,16 +51,16 @@ class _Block(nn.Module):
         self.fc1, self.fc2 = _matrix(block.mlp.fc1, dtype), _matrix(block.mlp.fc2, dtype)
         self.dwconv = _taps(block.mlp.dwconv.dwconv)
         gain = block.skip_gain
-        self.register_buffer("carry", None if gain is None else gain.to(dtype))
+        self.register_buffer("skip_gain", None if gain is None else gain.to(dtype))
 
 
 class FusedVan(nn.Module):
-    """A folded VAN whose steps are the kernels, or their plain counterparts.
+    """A folded VAN that runs on the kernels or on their PyTorch versions.
 
     Args:
-        model: with every rewrite of :mod:`van_deploy.graph.fold` made.
-        dtype: of the weights and of every tensor between two kernels.
-        fallbacks: why the plain counterparts are used; empty where the kernels are.
+        model: a VAN with all rewrites of :mod:`van_deploy.graph.fold`.
+        dtype: type of the weights and of every tensor between two kernels.
+        fallbacks: reasons to use the PyTorch versions; empty for the kernels.
     """
 
     def __init__(
@@ -83,44 +83,46 @@ class FusedVan(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map normalised images ``(N, in_chans, H, W)`` to float32 logits ``(N, num_classes)``."""
-        ops = plain if self.fallbacks else steps
+        kernels: Any = reference if self.fallbacks else ops
         for stage in range(1, STAGES + 1):
             embed: Any = self.get_submodule(f"patch_embed{stage}")
-            x = ops.patches(x, embed.weight, embed.bias, self.strides[stage - 1])  # (N, h, w, C)
+            x = kernels.patches(
+                x, embed.weight, embed.bias, self.strides[stage - 1]
+            )  # (N, h, w, C)
             for block in cast("nn.ModuleList", self.get_submodule(f"block{stage}")):
-                x = _block(ops, block, x)
+                x = _block(kernels, block, x)
             norm: Any = self.get_submodule(f"norm{stage}")
-            x = ops.layer_norm(x, norm.weight, norm.bias, self.eps).permute(0, 3, 1, 2)
+            x = kernels.layer_norm(x, norm.weight, norm.bias, self.eps).permute(0, 3, 1, 2)
         return self.head(x.mean(dim=(2, 3))).float()
 
 
-def _block(ops: Any, block: Any, x: Tensor) -> Tensor:
+def _block(kernels: Any, block: Any, x: Tensor) -> Tensor:
     """Map ``(N, h, w, C)`` to the same shape."""
-    act = ops.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
-    y = ops.depthwise(act, block.conv0.weight, block.conv0.bias)
-    y = ops.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation)
-    y = ops.pointwise(y, block.conv1.weight, block.conv1.bias, "multiply", act)
-    skip = x if block.carry is None else x * block.carry
-    x = ops.pointwise(y, block.proj_2.weight, block.proj_2.bias, "add", skip)
-    y = ops.pointwise(x, block.fc1.weight, block.fc1.bias)
-    y = ops.depthwise(y, block.dwconv.weight, block.dwconv.bias, 1, True)
-    return ops.pointwise(y, block.fc2.weight, block.fc2.bias, "add", x)
+    act = kernels.pointwise(x, block.proj_1.weight, block.proj_1.bias, "gelu")
+    y = kernels.depthwise(act, block.conv0.weight, block.conv0.bias)
+    y = kernels.depthwise(y, block.conv_spatial.weight, block.conv_spatial.bias, block.dilation)
+    y = kernels.pointwise(y, block.conv1.weight, block.conv1.bias, "multiply", act)
+    skip = x if block.skip_gain is None else x * block.skip_gain
+    x = kernels.pointwise(y, block.proj_2.weight, block.proj_2.bias, "add", skip)
+    y = kernels.pointwise(x, block.fc1.weight, block.fc1.bias)
+    y = kernels.depthwise(y, block.dwconv.weight, block.dwconv.bias, 1, True)
+    return kernels.pointwise(y, block.fc2.weight, block.fc2.bias, "add", x)
 
 
-def fused(
+def fuse_van(
     model: nn.Module, dtype: torch.dtype = torch.float16, *, fallback: bool = False
 ) -> FusedVan:
-    """Return a loaded VAN on the fused kernels, folded, in eval mode, on the CPU.
+    """Return a VAN folded for the fused kernels, in eval mode, on the CPU.
 
     Args:
         model: a :class:`van_deploy.model.van.VAN` in eval mode; it is not changed.
-        dtype: of the weights and of every tensor between two kernels.
-        fallback: where there is no GPU, or for another type, use plain PyTorch instead of
-            failing; :attr:`FusedVan.fallbacks` says what fell back and why.
+        dtype: type of the weights and of every tensor between two kernels.
+        fallback: without a GPU, or for other types, use plain PyTorch instead of failing;
+            :attr:`FusedVan.fallbacks` has the reasons.
 
     Raises:
-        UsageError: another network, or a type that the kernels do not take.
-        ConversionError: the folded network is not the original.
+        UsageError: another network, or a type that the kernels do not support.
+        ConversionError: folding changed the network.
     """
     if not isinstance(model, VAN) or model.training or not model.global_pool:
         raise UsageError("Only a VAN in eval mode, with average pooling, runs on the kernels.")
@@ -134,7 +136,7 @@ def fused(
         )
     reasons = []
     if dtype not in DTYPES:
-        reasons.append(f"the kernels do not take {dtype}")
+        reasons.append(f"the kernels do not support {dtype}")
     if not INTERPRETED and not torch.cuda.is_available():
         reasons.append("there is no GPU")
     if reasons and not fallback:

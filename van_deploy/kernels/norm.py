@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of NHWC, several pixels a program."""
+"""LayerNorm over the channels of NHWC tensors, several pixels per program."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from van_deploy.kernels.launch import FEW, chosen, launched, power_block, require
+from van_deploy.kernels.launch import (
+    FEW,
+    check_tensor,
+    launch_kernel,
+    power_of_two_block,
+    select_tile,
+)
 
 
 @triton.jit
@@ -23,7 +29,7 @@ def norm_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Compute BLOCK_M pixels: every value is read and written once."""
+    """Normalise BLOCK_M pixels; every value is read and written once."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = tl.arange(0, BLOCK_C)
     known = channels < C
@@ -48,16 +54,16 @@ def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Te
         eps: added to the variance.
 
     Raises:
-        UsageError: a shape, type, layout or device the kernel does not take.
+        UsageError: the kernel does not support a shape, type, layout or device.
     """
-    batch, height, width, channels = require(x, "x", 4)
-    require(scale, "scale", (channels,), like=x, dtype=torch.float32)
-    require(shift, "shift", (channels,), like=x, dtype=torch.float32)
+    batch, height, width, channels = check_tensor(x, "x", 4)
+    check_tensor(scale, "scale", (channels,), like=x, dtype=torch.float32)
+    check_tensor(shift, "shift", (channels,), like=x, dtype=torch.float32)
     out = torch.empty_like(x)
-    pixels, block_c = batch * height * width, power_block(channels, 2**30)
+    pixels, block_c = batch * height * width, power_of_two_block(channels, 2**30)
     default = {"BLOCK_M": max(1, (1024 if pixels < FEW else 2048) // block_c), "num_warps": 4}
-    key, tile = chosen("layer_norm", (channels,), pixels, default, out)
-    launched(
+    key, tile = select_tile("layer_norm", (channels,), pixels, default, out)
+    launch_kernel(
         norm_kernel,
         (triton.cdiv(pixels, tile["BLOCK_M"]),),
         (x, scale, shift, out, pixels, eps, channels, x.numel() >= 2**31, block_c),

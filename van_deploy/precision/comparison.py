@@ -1,4 +1,4 @@
-"""The precisions side by side, on images none of them was calibrated on."""
+"""Compare the precisions of one network on images that none of them was calibrated on."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
 from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
-from van_deploy.precision.images import JobImages
+from van_deploy.precision.images import ImageSets
 from van_deploy.precision.scales import Images
-from van_deploy.runners.onnxruntime import inference_session, require_onnxruntime
+from van_deploy.runners.onnxruntime import create_session, require_onnxruntime
 
 if TYPE_CHECKING:
-    from van_deploy.precision.int8 import Int8
+    from van_deploy.precision.int8 import Int8Model
 
-ROUNDS = 11  # of timing
+TIMING_ROUNDS = 11
 
 Labels = npt.NDArray[np.int64]
 Row = dict[str, Any]
@@ -49,71 +49,71 @@ class Candidate:
     """One graph to compare.
 
     Attributes:
-        name: what the table calls it: its precision, with its scope or how it runs.
-        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, which decides its gate.
+        name: in the table: the precision, with the INT8 scope or how it is executed.
+        precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``; selects the gate.
         model: the graph.
-        int8: how it was quantised, where it was.
+        int8: the quantisation settings and results, for INT8 only.
     """
 
     name: str
     precision: str
     model: ModelProto
-    int8: Int8 | None = None
+    int8: Int8Model | None = None
 
 
 def compare_precisions(
     candidates: Sequence[Candidate],
-    images: JobImages,
+    images: ImageSets,
     settings: QuantizeSettings,
     outputs: OutputLayout = LOGITS_LAYOUT,
     providers: Sequence[str] = (),
 ) -> list[Row]:
-    """Return one line for each candidate; the first one, FP32, is the reference.
+    """Return one table row for each candidate; the first candidate, FP32, is the reference.
 
-    The logits are always judged; a loss of accuracy only where the user named an evaluation set.
-    A line is what the manifest holds; figures that are infinite or not known are None:
+    The SQNR of the logits is always checked; the accuracy only if the user gave an evaluation
+    set. Rows are written into the manifest; figures that are infinite or unknown are None:
 
     - ``name`` and ``precision`` of the candidate, ``size_bytes`` of the file, ``images`` compared;
     - ``sqnr_db`` of the logits over all images, or of the worst feature map; the smallest
       ``cosine`` of any image; the mean ``kl`` in nats; the ``agreement``, the share (0..1) of
       images with the same label, with the 95 % ``agreement_interval``;
-    - ``correct``, how many were classified right, with the ``top1_interval``;
-    - ``ms_per_image``, the median in the target's runtime;
-    - ``passed``, whether it holds its gate (None for FP32 itself), ``failures``, what it does not
-      hold, and ``doubts``, what the images are too few to decide.
+    - ``correct``, the number of correct top-1 predictions, with the ``top1_interval``;
+    - ``ms_per_image``, the median latency in the target's runtime;
+    - ``passed``, whether the candidate passes its gate (None for FP32), ``failures``, the limits
+      that it exceeds, and ``doubts``, the limits that need more images to decide.
 
     Args:
         candidates: the graphs, FP32 first.
-        images: whose evaluation set is run.
-        settings: the target, the budget, and ONNX Runtime's threads.
+        images: provide the evaluation set.
+        settings: the target, the accuracy budget, and ONNX Runtime's threads.
         outputs: of the network.
-        providers: of ONNX Runtime to time an image in; none to measure no time.
+        providers: ONNX Runtime providers to measure latency with; empty skips the measurement.
 
     Raises:
-        ConversionError: ONNX Runtime refuses a graph.
+        ConversionError: ONNX Runtime cannot load a graph.
     """
     fuse, threads = settings.target == "cpu", settings.threads
-    runs = [
+    sessions = [
         logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
     ]
-    pieces: list[list[Images]] = [[] for _ in runs]
-    numbers: list[int] = []
-    for batch, found in images.read(images.judges, 32):
-        numbers += found
-        for run, logits in zip(runs, pieces, strict=True):
-            logits.append(run(batch))
-    known, judged = images.judges.labels, images.named and not outputs.widths
-    labels = None if known is None or outputs.widths else known[numbers]
-    times: Sequence[float | None] = [None] * len(runs)
+    batches: list[list[Images]] = [[] for _ in sessions]
+    indices: list[int] = []
+    for inputs, batch_indices in images.read(images.evaluation, 32):
+        indices += batch_indices
+        for run, logits in zip(sessions, batches, strict=True):
+            logits.append(run(inputs))
+    all_labels = images.evaluation.labels
+    labels = None if all_labels is None or outputs.widths else all_labels[indices]
+    latencies: Sequence[float | None] = [None] * len(sessions)
     if providers:
-        how: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
-        timed = [logits_session(c.model, fuse=True, in_turns=True, **how) for c in candidates]
-        times = _interleaved_ms(timed, images.few(images.judges, 1))
-    expected, rows = np.concatenate(pieces[0]), []
-    for candidate, logits, ms in zip(candidates, pieces, times, strict=True):
+        options: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
+        timed = [logits_session(c.model, fuse=True, spinning=False, **options) for c in candidates]
+        latencies = _interleaved_ms(timed, images.sample(images.evaluation, 1))
+    expected, rows = np.concatenate(batches[0]), []
+    for candidate, logits, ms in zip(candidates, batches, latencies, strict=True):
         actual, precision = np.concatenate(logits), candidate.precision
         figures, findings = outputs.compare(expected, actual), list[Finding]()
-        if judged and precision != "fp32":
+        if images.has_evaluation_set and not outputs.widths and precision != "fp32":
             findings = _findings(precision, expected, actual, labels, settings.max_drop)
         elif precision != "fp32":
             findings = [check_minimum("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
@@ -129,7 +129,7 @@ def _row(
     correct: int | None,
     ms: float | None,
 ) -> Row:
-    """Return a candidate's line of :func:`compare_precisions`."""
+    """Return a candidate's row of :func:`compare_precisions`."""
     failures, doubts = (
         tuple(finding.message for finding in findings if finding.outcome is outcome)
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
@@ -153,60 +153,62 @@ def _row(
         "agreement_interval": None if agreed is None else wilson_interval(agreed, count),
         "top1_interval": None if correct is None else wilson_interval(correct, count),
     }
-    endless = [k for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)]
-    return row | dict.fromkeys(endless)
+    infinite = [k for k, v in row.items() if isinstance(v, float) and not np.isfinite(v)]
+    return row | dict.fromkeys(infinite)
 
 
-def count_lost_labels(expected: Images, found: Images, labels: Labels | None) -> int:
-    """Return how many images lose their right label; without labels, how many change it.
+def count_lost_labels(expected: Images, actual: Images, labels: Labels | None) -> int:
+    """Return how many images lose their correct top-1 label; without labels, how many change it.
 
     Improvements do not offset regressions.
 
     >>> count_lost_labels(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
     1
     """
-    before, after = expected.argmax(axis=1), found.argmax(axis=1)
+    before, after = expected.argmax(axis=1), actual.argmax(axis=1)
     changed = before != after
     return int((changed if labels is None else changed & (before == labels)).sum())
 
 
 def _findings(
-    precision: str, expected: Images, found: Images, labels: Labels | None, max_drop: float | None
+    precision: str, expected: Images, actual: Images, labels: Labels | None, max_drop: float | None
 ) -> list[Finding]:
-    """Return what the rules of an evaluation set say: to the logits, and to the accuracy."""
+    """Check the logits and the accuracy on an evaluation set against the precision's limits."""
     floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
-    quality = sqnr_db(expected, found)
-    won = 0 if labels is None else count_lost_labels(found, expected, labels)
-    loss = paired_loss(count_lost_labels(expected, found, labels), won, len(expected))
+    sqnr = sqnr_db(expected, actual)
+    gained = 0 if labels is None else count_lost_labels(actual, expected, labels)
+    loss = paired_loss(count_lost_labels(expected, actual, labels), gained, len(expected))
     if max_drop is not None and precision == "int8":
         allowed = Limit(max_drop, "--max-drop")
     if precision in LOSSY:
-        what = "agreement" if labels is None else "top-1"
-        return [check_minimum("SQNR", quality, floor), check_loss(loss, allowed, what)]
-    flips = find_flips(expected, found, Task.SINGLE_LABEL, flip_margin(floor.value))
-    return check_near_lossless(loss, allowed, quality, floor, flips, Task.SINGLE_LABEL)
+        metric = "agreement" if labels is None else "top-1"
+        return [check_minimum("SQNR", sqnr, floor), check_loss(loss, allowed, metric)]
+    flips = find_flips(expected, actual, Task.SINGLE_LABEL, flip_margin(floor.value))
+    return check_near_lossless(loss, allowed, sqnr, floor, flips, Task.SINGLE_LABEL)
 
 
-def recommended(rows: Sequence[Row], made: Row) -> tuple[str | None, str]:
-    """Return the fastest candidate that holds its gate, and why; None where no time was measured.
+def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
+    """Return the fastest candidate that passes its gate and the reason.
+
+    The candidate is None if no latency was measured, or if the requested one fails.
 
     Args:
         rows: FP32 first.
-        made: the line of the graph that was asked for.
+        requested: the row of the requested graph.
     """
-    name = made["name"]
-    if not made["passed"]:
-        return None, f"{name.upper()} does not hold its gate: {'; '.join(made['failures'])}"
-    size = f"{rows[0]['size_bytes'] / made['size_bytes']:.2f} times smaller than FP32"
-    fit = [row for row in rows if row["ms_per_image"] and row["passed"] is not False]
-    if not fit:
+    name = requested["name"]
+    if not requested["passed"]:
+        return None, f"{name.upper()} fails its gate: {'; '.join(requested['failures'])}"
+    size = f"{rows[0]['size_bytes'] / requested['size_bytes']:.2f} times smaller than FP32"
+    passing = [row for row in rows if row["ms_per_image"] and row["passed"] is not False]
+    if not passing:
         return None, f"speed not measured: compare engines with `bench`; {size}"
-    best = min(fit, key=lambda row: row["ms_per_image"])
-    if best is not made:
-        slower = made["ms_per_image"] / best["ms_per_image"]
-        return best["name"], f"{name.upper()} takes {slower:.2f} times as long here"
-    gain = rows[0]["ms_per_image"] / best["ms_per_image"]
-    return name, f"{gain:.2f} times the speed of FP32 here, {size}"
+    best = min(passing, key=lambda row: row["ms_per_image"])
+    if best is not requested:
+        slowdown = requested["ms_per_image"] / best["ms_per_image"]
+        return best["name"], f"{name.upper()} takes {slowdown:.2f} times as long on this machine"
+    speedup = rows[0]["ms_per_image"] / best["ms_per_image"]
+    return name, f"{speedup:.2f} times the speed of FP32 on this machine, {size}"
 
 
 def logits_session(
@@ -215,32 +217,31 @@ def logits_session(
     fuse: bool,
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
-    in_turns: bool = False,
+    spinning: bool = True,
     outputs: OutputLayout = LOGITS_LAYOUT,
 ) -> Callable[[Images], Images]:
-    """Return a function from images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
+    """Return a function that maps images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 
-    Of a backbone, to the sketches of its maps. A static batch is made dynamic.
+    A backbone returns the sketches of its feature maps. A static batch is made dynamic.
 
     Args:
         model: the graph; BF16 is emulated.
-        fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as on a CPU
+        fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as for a CPU
             target; otherwise every pair is computed as written, as TensorRT does.
-        threads: of ONNX Runtime; None lets it choose.
+        threads: of ONNX Runtime; None lets ONNX Runtime choose.
         providers: of ONNX Runtime.
-        in_turns: it is timed in turns with others in this process: threads that wait
-            sleep. ONNX Runtime's would keep the cores busy for a while, and slow the
-            next session down.
+        spinning: let idle ONNX Runtime threads spin. Disable it when several sessions of one
+            process are timed alternately: spinning threads would slow the next session.
         outputs: of the network.
 
     Raises:
-        ConversionError: ONNX Runtime refuses the graph.
+        ConversionError: ONNX Runtime cannot load the graph.
     """
     options = require_onnxruntime().SessionOptions()
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    if in_turns:
+    if not spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not fuse:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -249,32 +250,32 @@ def logits_session(
         model.CopyFrom(static)
         make_batch_dynamic_(model)
     try:
-        session, _ = inference_session(model, options, providers)
+        session, _ = create_session(model, options, providers)
     except Exception as error:
         raise ConversionError(
-            f"ONNX Runtime refuses the converted graph: {error}",
-            "Please report it, with the command and the network's architecture.",
+            f"ONNX Runtime cannot load the converted graph: {error}",
+            "Report this bug with the command and the network's architecture.",
         ) from error
-    entry = session.get_inputs()[0].name
+    input_name = session.get_inputs()[0].name
     names = [output.name for output in session.get_outputs()]
 
     def run(images: Images) -> Images:
-        found = session.run(None, {entry: images})
-        return np.asarray(outputs.rows(dict(zip(names, found, strict=True))), dtype=np.float32)
+        results = session.run(None, {input_name: images})
+        return np.asarray(outputs.rows(dict(zip(names, results, strict=True))), dtype=np.float32)
 
     return run
 
 
 def _interleaved_ms(runs: Sequence[Callable[[Images], Images]], image: Images) -> list[float]:
-    """Return each graph's median time for one image in milliseconds, measured in turns.
+    """Return each graph's median latency for one image in milliseconds.
 
-    Turn about, so that what else the machine does falls on all of them alike.
+    Rounds are interleaved, so that other load on the machine affects all graphs alike.
     """
-    times: list[list[float]] = [[] for _ in runs]
-    for number in range(ROUNDS + 1):
-        for run, taken in zip(runs, times, strict=True):
+    latencies: list[list[float]] = [[] for _ in runs]
+    for number in range(TIMING_ROUNDS + 1):
+        for run, samples in zip(runs, latencies, strict=True):
             start = time.perf_counter()
             run(image)
-            if number:  # the first is a warm-up
-                taken.append(1000 * (time.perf_counter() - start))
-    return [statistics.median(taken) for taken in times]
+            if number:  # the first round is a warm-up
+                samples.append(1000 * (time.perf_counter() - start))
+    return [statistics.median(samples) for samples in latencies]

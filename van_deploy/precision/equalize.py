@@ -1,27 +1,27 @@
-"""Exact changes of a network's weights, after which its tensors round better.
+"""Equalise a network's channel ranges exactly, so that INT8 quantisation loses less.
 
-A tensor rounded to int8 with one scale for all channels rounds best when every channel
-fills the same range around zero. Write ``x' = (x - shift) / factor`` by channel. Where the
-neighbours are linear they take both in, and the network computes what it did before:
+A tensor quantised to int8 with one scale for all channels has the smallest error when every
+channel fills the same range around zero. Each technique applies ``x' = (x - shift) / factor`` by
+channel. Linear neighbours absorb both, and the network's function does not change:
 
 =================  ======================================================================
 ``cross_layer``    cross-layer equalisation (arXiv 1906.04721, section 4.1): a factor
                    between ``conv_spatial`` and ``conv1``, and from ``conv1`` through the
                    gate into ``proj_2``; in scope ``all`` also between ``conv0`` and
                    ``conv_spatial``, and between ``fc1`` and the depth-wise convolution
-``shift``          channel-wise shifting (arXiv 2304.09145) of what only 1x1 convolutions
-                   and additions read: the residual stream, and ``conv1``'s input. It goes
-                   out of one bias and into the next (not before a padded convolution,
-                   whose zeros would have to be shifted too)
-``shift_scale``    shifting and scaling by channel of what comes out of GELU and goes into
-                   ``fc2``. No neighbour before it is linear: it is one Mul and one Add a
-                   block, which TensorRT computes in the kernel that GELU and the rounding
-                   are in anyway (`docs/precision.md` counts them)
+``shift``          channel-wise shifting (arXiv 2304.09145) of tensors that only 1x1
+                   convolutions and additions read: the residual stream, and ``conv1``'s
+                   input. The shift moves from one bias into the next (not before a padded
+                   convolution, whose padding zeros would also have to be shifted)
+``shift_scale``    channel-wise shifting and scaling between GELU and ``fc2``. GELU is not
+                   linear, so this adds one Mul and one Add per block, which TensorRT fuses
+                   into the kernel of GELU and QuantizeLinear (`docs/precision.md` has the
+                   kernel counts)
 =================  ======================================================================
 
 A factor is the width of the channel's range to the power :data:`STRENGTH`, SmoothQuant's
-migration strength (arXiv 2211.10438): with 1 the channels would round alike, and the weights
-behind them would pay for it.
+migration strength (arXiv 2211.10438). A strength of 1 would equalise the activations fully, but
+make the weights that follow harder to quantise.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from van_deploy.precision.scales import ChannelAffine, ChannelRange, Floats, per
 TECHNIQUES = ("cross_layer", "shift_scale", "shift")
 
 STRENGTH = 0.75
-# What a channel's range holds: its largest values decide neither shift nor factor.
+# Share of a channel's values that its range covers: outliers affect neither shift nor factor.
 RANGE_PERCENTILE = 99.99
-FACTOR_LIMIT = 64.0  # largest factor, either way: FP16 must hold the result
+FACTOR_LIMIT = 64.0  # largest factor and its inverse: the result must fit into FP16
 
 
 @dataclass
 class Equalization:
-    """A changed network, and what was done to its tensors.
+    """An equalised network and the changes made to its tensors.
 
     Attributes:
-        network: computes in real arithmetic what it did before.
-        affines: by the name of each tensor that is another one now.
-        inserted: by module, what its input goes through now before it: one Mul and one Add.
+        network: equivalent to the original in real arithmetic.
+        affines: the change of each changed tensor, by its name.
+        inserted: by module, the Mul and Add inserted before its input.
     """
 
     network: RebuiltVan
@@ -63,7 +63,7 @@ class Equalization:
 
 
 class ShiftScale(nn.Module):
-    """Shifts and scales by channel: ``x * multiplier + offset``, both ``(C, 1, 1)`` float32."""
+    """Per-channel affine ``x * multiplier + offset``, both ``(C, 1, 1)`` float32."""
 
     def __init__(self, affine: ChannelAffine) -> None:
         super().__init__()
@@ -83,28 +83,28 @@ def equalize(
     layers: Collection[str],
     techniques: Collection[str] = TECHNIQUES,
 ) -> Equalization:
-    """Return a copy of ``network`` in which the inputs of ``layers`` are easier to round.
+    """Return a copy of ``network`` in which the inputs of ``layers`` are easier to quantise.
 
     Args:
-        network: it is not changed.
-        ranges: of its tensors, counted where ``layers`` read.
+        network: the original, which stays unchanged.
+        ranges: of its tensors, with histograms for the inputs of ``layers``.
         layers: modules that will be quantised.
         techniques: some of :data:`TECHNIQUES`.
     """
-    changed = Equalization(replace(network, model=copy.deepcopy(network.model)))
+    result = Equalization(replace(network, model=copy.deepcopy(network.model)))
 
     def absorb_(tensor: str, source: str, reader: str) -> None:
-        """Change ``tensor``, which ``source`` decides by channel and ``reader`` alone reads."""
-        made, read = _conv(changed, source), _conv(changed, reader)
-        shift = "shift" in techniques and tensor == source and read.kernel_size == (1, 1)
+        """Change ``tensor``, scaled by channel in ``source`` and read by ``reader`` only."""
+        producer, consumer = _conv(result, source), _conv(result, reader)
+        shift = "shift" in techniques and tensor == source and consumer.kernel_size == (1, 1)
         affine = _affine(ranges[tensor], shift=shift, scale=True)
         factor = torch.from_numpy(affine.factor)
-        made.weight.copy_(made.weight.double() / factor[:, None, None, None])
-        _set_bias_(made, (_bias(made) - torch.from_numpy(affine.shift)) / factor)
-        _take_in_(read, affine)
-        changed.affines[tensor] = affine
+        producer.weight.copy_(producer.weight.double() / factor[:, None, None, None])
+        _set_bias_(producer, (_bias(producer) - torch.from_numpy(affine.shift)) / factor)
+        _absorb_affine_(consumer, affine)
+        result.affines[tensor] = affine
 
-    for name, block in _blocks(changed.network.model):
+    for name, block in _blocks(result.network.model):
         unit, mlp = f"{name}.attn.spatial_gating_unit", f"{name}.mlp"
         sites = (
             (f"{unit}.conv0", f"{unit}.conv0", f"{unit}.conv_spatial"),
@@ -115,21 +115,21 @@ def equalize(
         for tensor, source, reader in sites if "cross_layer" in techniques else ():
             if reader in layers:
                 absorb_(tensor, source, reader)
-        if unit in changed.affines:
-            changed.affines[f"{unit}.conv1"] = changed.affines[unit]
+        if unit in result.affines:
+            result.affines[f"{unit}.conv1"] = result.affines[unit]
         if "shift_scale" in techniques and f"{mlp}.fc2" in layers:
             affine = _affine(ranges[f"{mlp}.act"], shift=True, scale=True)
-            changed.inserted[f"{mlp}.fc2"] = affine
+            result.inserted[f"{mlp}.fc2"] = affine
             block.mlp.act = nn.Sequential(block.mlp.act, ShiftScale(affine))  # type: ignore[assignment]
-            _take_in_(block.mlp.fc2, affine)
+            _absorb_affine_(block.mlp.fc2, affine)
     if "shift" in techniques:
         for stage in network.model.config.stages:
-            _shift_stream_(changed, ranges, layers, stage)
-    return changed
+            _shift_stream_(result, ranges, layers, stage)
+    return result
 
 
 def _affine(record: ChannelRange, *, shift: bool, scale: bool) -> ChannelAffine:
-    """Return the change after which the channels of a tensor fill more equal ranges."""
+    """Return the per-channel affine that makes the channel ranges of a tensor more equal."""
     low, high = percentile_range(record, RANGE_PERCENTILE)
     middle = (low + high) / 2 if shift else np.zeros(len(low))
     width = np.maximum(np.maximum(high - middle, middle - low), 1e-12)
@@ -140,14 +140,14 @@ def _affine(record: ChannelRange, *, shift: bool, scale: bool) -> ChannelAffine:
 
 
 def _shift_stream_(
-    changed: Equalization, ranges: Mapping[str, ChannelRange], layers: Collection[str], stage: int
+    result: Equalization, ranges: Mapping[str, ChannelRange], layers: Collection[str], stage: int
 ) -> None:
-    """Centre the residual stream of a stage wherever a layer reads it.
+    """Centre the residual stream of a stage wherever a quantised layer reads it.
 
-    What adds to the stream subtracts the new centre in its bias, and the last addition
-    returns the stream to what it was.
+    Every convolution that adds to the stream subtracts the new centre in its bias, and the last
+    addition restores the original stream.
     """
-    blocks = dict(_blocks(changed.network.model, stage))
+    blocks = dict(_blocks(result.network.model, stage))
     embed = f"patch_embed{stage}.proj"
     readers = [f"{name}.{part}" for name in blocks for part in ("attn.proj_1", "mlp.fc1")]
     sources = [f"{name}.{part}" for name in blocks for part in ("attn.proj_2", "mlp.fc2")]
@@ -157,20 +157,20 @@ def _shift_stream_(
     for tensor, source, reader, skip_gain in zip(
         [embed, *tensors], [embed, *sources], [*readers, ""], [None, *skip_gains], strict=True
     ):
-        carried = before if skip_gain is None else before * skip_gain.double().numpy()
+        skipped = before if skip_gain is None else before * skip_gain.double().numpy()
         affine = ChannelAffine(np.zeros(len(before)), np.ones(len(before)))
         if reader in layers:
             affine = _affine(ranges[tensor], shift=True, scale=False)
-            _take_in_(_conv(changed, reader), affine)
-        conv, moved = _conv(changed, source), affine.shift - carried
-        _set_bias_(conv, _bias(conv) - torch.from_numpy(moved))
-        changed.affines[source] = ChannelAffine(moved, affine.factor)
-        changed.affines[tensor] = affine
+            _absorb_affine_(_conv(result, reader), affine)
+        conv, shift = _conv(result, source), affine.shift - skipped
+        _set_bias_(conv, _bias(conv) - torch.from_numpy(shift))
+        result.affines[source] = ChannelAffine(shift, affine.factor)
+        result.affines[tensor] = affine
         before = affine.shift
 
 
-def _take_in_(conv: nn.Conv2d, affine: ChannelAffine) -> None:
-    """Make ``conv`` take the changed tensor where it took the original."""
+def _absorb_affine_(conv: nn.Conv2d, affine: ChannelAffine) -> None:
+    """Change ``conv`` so that it gives the same output for the changed input tensor."""
     factor, shift = torch.from_numpy(affine.factor), torch.from_numpy(affine.shift)
     weight = conv.weight.double()
     if affine.shift.any():
@@ -181,8 +181,8 @@ def _take_in_(conv: nn.Conv2d, affine: ChannelAffine) -> None:
     )
 
 
-def _conv(changed: Equalization, name: str) -> nn.Conv2d:
-    return cast("nn.Conv2d", changed.network.model.get_submodule(name))
+def _conv(result: Equalization, name: str) -> nn.Conv2d:
+    return cast("nn.Conv2d", result.network.model.get_submodule(name))
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
@@ -195,7 +195,7 @@ def _set_bias_(conv: nn.Conv2d, bias: Tensor) -> None:
 
 
 def _blocks(model: RewrittenVan, *stages: int) -> Iterator[tuple[str, RewrittenBlock]]:
-    """Yield the blocks of some stages (of all by default) with their paths."""
+    """Yield the blocks of the given stages (default: all) with their module paths."""
     for stage in stages or model.config.stages:
         for index, block in enumerate(model.stage_blocks(stage)):
             yield f"block{stage}.{index}", block

@@ -1,9 +1,9 @@
-"""FP16 and BF16 written into the graph: types in the file, casts only where the type changes.
+"""Convert an FP32 graph to explicit FP16 or BF16, with a Cast only where the type changes.
 
-LayerNorm, the mean over tokens and the head stay FP32: they cost nothing, and LayerNorm's
-overflow is the best-known failure of FP16 (NVIDIA/TensorRT issues 2564 and 4493). What else
-has to stay in FP32 beside FP16 is read from the ranges of real images; BF16 has FP32's own
-range, and 8 bits of precision where FP16 has 11.
+LayerNorm, the mean over tokens and the head stay FP32: they cost almost no time, and overflow in
+LayerNorm is the best-known failure of FP16 (NVIDIA/TensorRT issues 2564 and 4493). An audit of the
+activation ranges on real images finds the other nodes that FP16 cannot represent. BF16 has FP32's
+exponent range, and 8 bits of precision instead of FP16's 11.
 """
 
 from __future__ import annotations
@@ -21,55 +21,55 @@ from van_deploy.errors import ConversionError, GateFailed, UsageError
 from van_deploy.graph.files import opset_of
 from van_deploy.precision.scales import FP16_LARGEST, ChannelRange
 
-# Modules that stay FP32: the stages' LayerNorms, the mean behind the last, and the head.
+# Modules that stay FP32: the stages' LayerNorms, the mean after the last one, and the head.
 DEFAULT_KEEP = ("norm1", "norm2", "norm3", "norm4", "head")
 
 FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 _SUFFIXES = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
 
-BF16_OPSET = 22  # the first whose Conv takes BF16
-OLDEST_RAISED = 18  # from here to BF16_OPSET no operator of a VAN changes its meaning
+BF16_OPSET = 22  # the first with BF16 in Conv
+OLDEST_BF16_SOURCE = 18  # the operators of a VAN are the same in this opset and in BF16_OPSET
 
 FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_SMALLEST = 2.0**-25  # rounds to the smallest FP16 number; below it, to zero
-# Images not seen in the audit may reach further: what passes half of 65504 is kept in FP32.
+FP16_ROUNDS_TO_ZERO = 2.0**-25  # magnitudes up to this one become zero in FP16
+# Other images may give larger activations: tensors above half of 65504 stay in FP32.
 HEADROOM = 2.0
-LOST_ENERGY = 1e-3  # largest share of a weight's sum of squares that may vanish in FP16
+LOST_ENERGY = 1e-3  # largest share of a weight's sum of squares that may become zero in FP16
 
 
 # --- what stays FP32 -------------------------------------------------------------------------
 
 
 def fp32_nodes(model: ModelProto, keep: Sequence[str]) -> dict[str, str]:
-    """Return the nodes that the names in ``keep`` mean, each with the name that matched.
+    """Return the nodes that match ``keep``, each with the reason why it stays FP32.
 
-    A name is a module's path, and means all below it; otherwise it is a regular
-    expression for the whole of a node's name.
+    An entry is the path of a module, which matches all nodes below it, or a regular
+    expression that matches the whole name of a node.
 
     Raises:
-        UsageError: one is no expression, or means no node.
+        UsageError: an entry is not a valid expression, or matches no node.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     names = [node.name for node in model.graph.node]
     for entry in keep:
         matched = [name for name in names if name == entry or name.startswith(f"{entry}.")]
-        wrong = ""
+        invalid = ""
         try:
             matched = matched or [name for name in names if re.fullmatch(entry, name)]
         except re.error as error:
-            wrong = f", and as a regular expression it is wrong: {error}"
+            invalid = f", and is not a valid regular expression: {error}"
         if not matched:
             raise UsageError(
-                f"There is nothing called '{entry}' to keep in FP32{wrong}.",
-                "Name modules as `van-deploy inspect` does, for instance "
-                f"'{names[len(names) // 2]}' or a part before a dot.",
+                f"'{entry}' matches no module or node to keep in FP32{invalid}.",
+                "Use the names that `van-deploy inspect` prints, for instance "
+                f"'{names[len(names) // 2]}' or a prefix of it that ends before a dot.",
             )
-        found |= dict.fromkeys(matched, f"'{entry}' is kept")
-    return found
+        reasons |= dict.fromkeys(matched, f"'{entry}' is kept")
+    return reasons
 
 
 def default_fp32_nodes(model: ModelProto) -> dict[str, str]:
-    """Return the nodes of :data:`DEFAULT_KEEP`; a backbone has no head, and may end early."""
+    """Return the nodes of :data:`DEFAULT_KEEP` that exist (a backbone has no head)."""
     roots = {node.name.split(".")[0] for node in model.graph.node}
     return fp32_nodes(model, [name for name in DEFAULT_KEEP if name in roots])
 
@@ -81,79 +81,80 @@ def audit_ranges(
     *,
     strict: bool = False,
 ) -> dict[str, Any]:
-    """Return what FP16 cannot hold of ``model``, for the manifest.
+    """Return the tensors and weights of ``model`` that FP16 cannot represent, for the manifest.
 
-    The ``headroom`` that an activation must have; the
-    ``largest_activation`` and the ``smallest_activation``, name and magnitude; the ``problems``,
-    each with the ``name`` of a tensor or weight, its ``largest`` magnitude and, after its name,
-    the ``problem``; the nodes to be ``kept`` in FP32, and why; and ``advice``, "" without any.
+    Keys: the required ``headroom`` of activations; ``largest_activation`` and
+    ``smallest_activation`` as name and magnitude; ``problems``, each with the ``name`` of a
+    tensor or weight, its ``largest`` magnitude and the ``problem``; the nodes to be ``kept`` in
+    FP32, each with the reason; and ``advice``, "" if there is none.
 
     Args:
         model: the FP32 graph.
         ranges: of its tensors, on real images.
-        kept: nodes that stay FP32 anyway; their own weights, and tensors between two of
-            them, are no problem.
-        strict: refuse to keep anything that nobody asked to keep.
+        kept: nodes that stay FP32 in any case; their weights, and tensors between two of
+            them, are not audited.
+        strict: fail instead of keeping further nodes in FP32.
 
     Raises:
-        GateFailed: with ``strict``, FP16 cannot hold everything.
+        GateFailed: with ``strict``, FP16 cannot represent some tensor or weight.
     """
     graph = ir.from_proto(model).graph
     largest = {name: record.largest for name, record in ranges.items()}
-    made = [value for node in graph for value in node.outputs]
-    stored = [v for v in graph.initializers.values() if v.dtype is FLOAT]
+    activations = [value for node in graph for value in node.outputs]
+    weights = [v for v in graph.initializers.values() if v.dtype is FLOAT]
     problems, reasons = list[dict[str, Any]](), dict[str, str]()
-    for value in (*graph.inputs, *made, *stored):
+    for value in (*graph.inputs, *activations, *weights):
         nodes = [node for node, _ in value.uses()] + [value.producer()]
-        concerned = {str(node.name) for node in nodes if node is not None} - set(kept)
+        affected = {str(node.name) for node in nodes if node is not None} - set(kept)
         name = str(value.name)
-        size, why = _problem(value.const_value, largest.get(name, 0.0))
-        if concerned and why:
-            problems.append({"name": name, "largest": size, "problem": why})
-            reasons |= dict.fromkeys(concerned, f"'{name}' {why}")
-    told, advice = [f"'{found['name']}' {found['problem']}" for found in problems], ""
+        size, problem = _range_problem(value.const_value, largest.get(name, 0.0))
+        if affected and problem:
+            problems.append({"name": name, "largest": size, "problem": problem})
+            reasons |= dict.fromkeys(affected, f"'{name}' {problem}")
+    messages, advice = [f"'{entry['name']}' {entry['problem']}" for entry in problems], ""
     if problems and strict:
-        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+        more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
         raise GateFailed(
-            f"FP16 cannot hold everything: {'; '.join(told[:3])}{more}.",
-            "Name the modules with --keep, leave out --strict to have them kept in FP32, or make "
-            "bf16, which has FP32's own range.",
+            f"FP16 cannot represent every tensor: {'; '.join(messages[:3])}{more}.",
+            "Name the modules with --keep, omit --strict to keep them in FP32, or use "
+            "--precision bf16, which has FP32's range.",
         )
     if problems:
-        what = "tensor or weight" if len(problems) == 1 else "tensors and weights"
+        noun = "tensor or weight" if len(problems) == 1 else "tensors and weights"
         advice = (
-            f"FP16 cannot hold {len(problems)} {what}, and BF16 can, with FP32's own range: "
+            f"FP16 cannot represent {len(problems)} {noun}; BF16 can, since it has FP32's range: "
             "compare with `van-deploy quantize --precision bf16`"
         )
-    filled = [(name, size) for name, size in largest.items() if size > 0]
+    nonzero = [(name, size) for name, size in largest.items() if size > 0]
     return {
         "headroom": HEADROOM,
-        "largest_activation": max(filled, key=lambda item: item[1]),
-        "smallest_activation": min(filled, key=lambda item: item[1]),
+        "largest_activation": max(nonzero, key=lambda item: item[1]),
+        "smallest_activation": min(nonzero, key=lambda item: item[1]),
         "problems": problems,
         "kept": {str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
         "advice": advice,
     }
 
 
-def _problem(stored: ir.TensorProtocol | None, largest: float) -> tuple[float, str]:
-    """Return the largest magnitude of a weight or tensor, and what is wrong with it, if anything.
+def _range_problem(weight: ir.TensorProtocol | None, largest: float) -> tuple[float, str]:
+    """Return the largest magnitude of a weight or an activation, and its problem in FP16 or "".
 
-    A weight fails where what FP16 rounds to zero matters; a tensor where it leaves FP16's range.
+    A weight fails if the values that FP16 rounds to zero matter, an activation if it leaves
+    FP16's range.
     """
-    if stored is not None:
-        magnitude = np.abs(stored.numpy().astype(np.float64)).ravel()
-        filled, largest = magnitude[magnitude > 0], float(magnitude.max(initial=0.0))
-        vanishing = filled[filled <= FP16_SMALLEST]
+    if weight is not None:
+        magnitude = np.abs(weight.numpy().astype(np.float64)).ravel()
+        nonzero, largest = magnitude[magnitude > 0], float(magnitude.max(initial=0.0))
+        vanishing = nonzero[nonzero <= FP16_ROUNDS_TO_ZERO]
         if largest > FP16_LARGEST:
-            return largest, f"holds {largest:g}, beyond FP16's 65504"
-        if np.square(vanishing).sum() > LOST_ENERGY * np.square(filled).sum():
-            lost = f"{vanishing.size} of its {filled.size} values"
+            return largest, f"has the value {largest:g}, beyond FP16's 65504"
+        if np.square(vanishing).sum() > LOST_ENERGY * np.square(nonzero).sum():
+            lost = f"{vanishing.size} of its {nonzero.size} values"
             return largest, f"loses {lost}, which FP16 rounds to zero"
     elif largest * HEADROOM > FP16_LARGEST:
         return largest, f"reaches {largest:g}, beyond half of FP16's 65504"
     elif 0 < largest < FP16_SMALLEST_NORMAL:
-        return largest, f"never passes {largest:g}, below FP16's smallest normal number 6.1e-5"
+        return largest, f"never exceeds {largest:g}, below FP16's smallest normal number 6.1e-5"
     return largest, ""
 
 
@@ -161,34 +162,34 @@ def _problem(stored: ir.TensorProtocol | None, largest: float) -> tuple[float, s
 
 
 def fp16_from_fp32(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
-    """Return ``model`` in FP16, but for its input and output and some nodes.
+    """Return ``model`` in FP16; its inputs, its outputs and the nodes ``kept`` stay FP32.
 
     Args:
-        model: an FP32 graph; it is not changed.
+        model: an FP32 graph, which stays unchanged.
         kept: names of nodes that stay FP32.
     """
-    return _halved(model, FLOAT16, kept)
+    return _to_16_bit(model, FLOAT16, kept)
 
 
 def bf16_from_fp32(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
-    """Return ``model`` in BF16, but for its input and output and some nodes.
+    """Return ``model`` in BF16; its inputs, its outputs and the nodes ``kept`` stay FP32.
 
-    The result has opset :data:`BF16_OPSET`.
+    The result has opset :data:`BF16_OPSET` or newer.
 
     Args:
-        model: an FP32 graph; it is not changed.
+        model: an FP32 graph, which stays unchanged.
         kept: names of nodes that stay FP32.
 
     Raises:
-        ConversionError: the graph's opset is too old to be raised by its number alone.
+        ConversionError: the graph's opset is older than :data:`OLDEST_BF16_SOURCE`.
     """
-    if opset_of(model) < OLDEST_RAISED:
+    if opset_of(model) < OLDEST_BF16_SOURCE:
         raise ConversionError(
             f"The graph has opset {opset_of(model)}; BF16 convolutions need {BF16_OPSET}, and "
-            f"only graphs from {OLDEST_RAISED} on can be raised to it.",
+            f"only graphs from opset {OLDEST_BF16_SOURCE} on can be upgraded to it.",
             "Export it again with --opset 20.",
         )
-    half = _halved(model, BFLOAT16, kept)
+    half = _to_16_bit(model, BFLOAT16, kept)
     for entry in half.opset_import:
         if entry.domain in {"", "ai.onnx"}:
             entry.version = max(entry.version, BF16_OPSET)
@@ -196,53 +197,53 @@ def bf16_from_fp32(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
     return half
 
 
-def _halved(proto: ModelProto, kind: ir.DataType, kept: Collection[str]) -> ModelProto:
-    """Return an FP32 graph with every node but the ``kept`` ones in the 16-bit type ``kind``."""
+def _to_16_bit(proto: ModelProto, dtype: ir.DataType, kept: Collection[str]) -> ModelProto:
+    """Return an FP32 graph with every node except the ``kept`` ones in a 16-bit type."""
     model = ir.from_proto(proto)
     graph, copies = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
 
-    def converted(node: ir.Node, value: ir.Value, wanted: ir.DataType) -> ir.Value:
-        """Return ``value`` as ``wanted``: stored so, a stored copy, or cast before ``node``."""
-        stored, name = value.is_initializer(), f"{value.name}.{_SUFFIXES[wanted]}"
-        if stored and not any(n.name in kept for n, _ in value.uses()):
-            value.const_value, value.dtype = _stored(value, str(value.name), wanted), wanted
+    def convert(node: ir.Node, value: ir.Value, target: ir.DataType) -> ir.Value:
+        """Return ``value`` in another type: converted, a converted copy, or a Cast's output."""
+        weight, name = value.is_initializer(), f"{value.name}.{_SUFFIXES[target]}"
+        if weight and not any(n.name in kept for n, _ in value.uses()):
+            value.const_value, value.dtype = _cast_weight(value, str(value.name), target), target
             return value
-        if (value, wanted) not in copies:
-            if stored:
-                copy = ir.val(name, const_value=_stored(value, name, wanted))
+        if (value, target) not in copies:
+            if weight:
+                copy = ir.val(name, const_value=_cast_weight(value, name, target))
                 graph.register_initializer(copy)
             else:
-                graph.insert_before(node, cast_ := _cast(value, name, wanted))
-                copy = cast_.outputs[0]
-            copies[value, wanted] = copy
-        return copies[value, wanted]
+                graph.insert_before(node, cast_node := _cast_node(value, name, target))
+                copy = cast_node.outputs[0]
+            copies[value, target] = copy
+        return copies[value, target]
 
     for value in graph.inputs:
         value.dtype = FLOAT
     for node in list(graph):
-        wanted = FLOAT if node.name in kept else kind
-        for place, given in enumerate(node.inputs):
-            value = cast("ir.Value", given)  # VAN's operators leave no input out
-            if value.dtype in {FLOAT, kind} and value.dtype is not wanted:  # no axes
-                node.replace_input_with(place, converted(node, value, wanted))
+        target = FLOAT if node.name in kept else dtype
+        for index, operand in enumerate(node.inputs):
+            value = cast("ir.Value", operand)  # VAN's operators have no omitted inputs
+            if value.dtype in {FLOAT, dtype} and value.dtype is not target:  # skips int64 axes
+                node.replace_input_with(index, convert(node, value, target))
         for value in node.outputs:
-            value.dtype = wanted
-    for place, value in enumerate(graph.outputs):
-        if value.dtype is not FLOAT:  # an output of the graph stays FP32, under its own name
-            name, value.name = str(value.name), f"{value.name}.{_SUFFIXES[kind]}"
-            cast_ = _cast(value, name, FLOAT)
-            graph.insert_after(cast("ir.Node", value.producer()), cast_)
-            graph.outputs[place] = cast_.outputs[0]
+            value.dtype = target
+    for index, value in enumerate(graph.outputs):
+        if value.dtype is not FLOAT:  # graph outputs stay FP32 and keep their names
+            name, value.name = str(value.name), f"{value.name}.{_SUFFIXES[dtype]}"
+            cast_node = _cast_node(value, name, FLOAT)
+            graph.insert_after(cast("ir.Node", value.producer()), cast_node)
+            graph.outputs[index] = cast_node.outputs[0]
     return ir.to_proto(model)
 
 
-def _stored(value: ir.Value, name: str, kind: ir.DataType) -> ir.TensorProtocol:
-    """Return a stored value's numbers as ``kind``."""
-    numbers = cast("ir.TensorProtocol", value.const_value).numpy()
-    return ir.tensor(numbers.astype(kind.numpy()), name=name)
+def _cast_weight(value: ir.Value, name: str, dtype: ir.DataType) -> ir.TensorProtocol:
+    """Return an initialiser's values as ``dtype``."""
+    array = cast("ir.TensorProtocol", value.const_value).numpy()
+    return ir.tensor(array.astype(dtype.numpy()), name=name)
 
 
-def _cast(value: ir.Value, name: str, kind: ir.DataType) -> ir.Node:
-    """Return a Cast of ``value`` to ``kind``, whose output is called ``name``."""
-    made = ir.val(name, kind, value.shape)
-    return ir.node("Cast", [value], {"to": kind}, outputs=[made], name=f"{name}.cast")
+def _cast_node(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Node:
+    """Return a Cast of ``value`` to ``dtype`` with the output ``name``."""
+    output = ir.val(name, dtype, value.shape)
+    return ir.node("Cast", [value], {"to": dtype}, outputs=[output], name=f"{name}.cast")

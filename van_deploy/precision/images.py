@@ -1,7 +1,7 @@
-"""The images of one quantisation: calibrated on, held out of that, and judged on.
+"""Select the images of a quantisation: calibration, held-out and evaluation images.
 
-Which images calibrate is chosen by a seed, balanced over the class folders; what is held out of
-them, and what judges, shares no image with them.
+Calibration images are drawn with a seed and balanced over the class folders. Held-out and
+evaluation images share no image with them.
 """
 
 from __future__ import annotations
@@ -25,76 +25,78 @@ from van_deploy.precision.scales import Images
 from van_deploy.recipe import ImageSelection, load_calibration_set
 from van_deploy.stopwatch import Stopwatch
 
-MOST_UNREADABLE = 0.01  # largest share of the images
+UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images
 NOISE_IMAGES = 64
-_FEW = "Give at least 2 different images; about 512 are usual."
+_TOO_FEW = "Give at least 2 different images; about 512 are usual."
 
 
 @dataclass
-class JobImages:
-    """What a quantisation looks at.
+class ImageSets:
+    """The image sets of a quantisation.
 
     Attributes:
-        calibration: the ranges and everything learnt come from these.
-        held_out: of the calibration images: they judge methods.
-        judges: they judge the result.
-        named: whether the user named them; else they are the held-out ones.
+        calibration: used to record ranges and to correct biases.
+        held_out: split off the calibration images; used to compare techniques.
+        evaluation: used to check the result.
+        has_evaluation_set: whether the user gave the evaluation images; otherwise they are the
+            held-out ones.
         preprocessing: of the network.
-        watch: told how far the reading is.
+        watch: receives the progress of reading.
         unreadable: the reasons why images could not be read.
     """
 
     calibration: ImageSet
     held_out: ImageSet
-    judges: ImageSet
-    named: bool
+    evaluation: ImageSet
+    has_evaluation_set: bool
     preprocessing: Preprocessing
     watch: Stopwatch
     unreadable: dict[str, None] = field(default_factory=dict)
 
     @property
-    def others(self) -> ImageSet:
-        """All images that do not judge the result."""
-        if not self.named:
+    def search(self) -> ImageSet:
+        """Images to search layers for an accuracy budget on: all except the evaluation images."""
+        if not self.has_evaluation_set:
             return self.calibration
         return replace(self.calibration, items=(*self.calibration.items, *self.held_out.items))
 
-    def read(self, chosen: ImageSet, batch: int) -> Iterator[tuple[Images, list[int]]]:
-        """Yield network input ``(n, C, S, S)`` float32 with the numbers of its images.
+    def read(self, images: ImageSet, batch: int) -> Iterator[tuple[Images, list[int]]]:
+        """Yield network inputs ``(n, C, S, S)`` float32 with the indices of their images.
 
         Raises:
-            ImageError: more than :data:`MOST_UNREADABLE` of them cannot be read.
+            ImageError: more than :data:`UNREADABLE_LIMIT` of the images cannot be read.
         """
-        bad: list[str] = []
-        for part in decoded_batches(chosen.items, self.preprocessing, batch):
-            bad += [reason for _, reason in part.unreadable]
-            self.unreadable.update(dict.fromkeys(bad))
-            if len(bad) > MOST_UNREADABLE * len(chosen):
+        errors: list[str] = []
+        for decoded in decoded_batches(images.items, self.preprocessing, batch):
+            errors += [reason for _, reason in decoded.unreadable]
+            self.unreadable.update(dict.fromkeys(errors))
+            if len(errors) > UNREADABLE_LIMIT * len(images):
                 raise ImageError(
-                    f"{len(bad)} of {len(chosen)} images could not be read, more than "
-                    f"{100 * MOST_UNREADABLE:g} %; the first: {bad[0]}",
+                    f"{len(errors)} of {len(images)} images could not be read, more than "
+                    f"{100 * UNREADABLE_LIMIT:g} %; the first: {errors[0]}",
                     "Replace or remove these files.",
                 )
-            if part.indices:
-                yield part.inputs, list(part.indices)
-                self.watch.update(part.indices[-1] + 1, len(chosen))
+            if decoded.indices:
+                yield decoded.inputs, list(decoded.indices)
+                self.watch.update(decoded.indices[-1] + 1, len(images))
 
-    def few(self, chosen: ImageSet, count: int) -> Images:
-        """Return network input of at most ``count`` images, spread evenly over ``chosen``."""
-        return np.concatenate([part for part, _ in self.read(subsample(chosen, count), 16)])
+    def sample(self, images: ImageSet, count: int) -> Images:
+        """Return network inputs of at most ``count`` images, evenly spaced in ``images``."""
+        return np.concatenate([inputs for inputs, _ in self.read(subsample(images, count), 16)])
 
 
-def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> JobImages:
-    """Return the images of a quantisation.
+def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> ImageSets:
+    """Return the image sets of a quantisation.
 
     Args:
-        bundle: whose network is quantised.
-        settings: what is made, and from which images.
-        watch: told how far the reading is.
+        bundle: contains the network to quantise.
+        settings: select the images.
+        watch: receives the progress of reading.
 
     Raises:
-        ImageError: there are none, or one is on both sides.
-        RecipeError: there is no such calibration set, or it is wrong.
+        ImageError: there are no images, or an image is in both the calibration and the
+            evaluation set.
+        RecipeError: the calibration set does not exist or is invalid.
     """
     images, name = settings.sources
     if images is None and name is None and bundle.name == EMBEDDED_NAME:
@@ -107,27 +109,26 @@ def images_for(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> 
         chosen = sample_set("", preprocessing)
     else:
         chosen = choose_images(selection, images)
-    chosen, judges = _labelled(bundle, chosen, settings), None
+    chosen, evaluation = _with_labels(bundle, chosen, settings), None
     if settings.evaluate is not None:
-        judges = _labelled(bundle, image_set(settings.evaluate), settings)
-        known = {item.digest: item.name for item in chosen.items}
-        both = [(known[i.digest], i.name) for i in judges.items if i.digest in known]
+        evaluation = _with_labels(bundle, image_set(settings.evaluate), settings)
+        names = {item.digest: item.name for item in chosen.items}
+        both = [(names[i.digest], i.name) for i in evaluation.items if i.digest in names]
         if both:
             raise ImageError(
-                f"{len(both)} calibration image(s) are, byte for byte, evaluation images in "
-                f"'{settings.evaluate}', too: {'; '.join(f'{a} as {b}' for a, b in both[:3])}.",
-                "Accuracy measured on calibration images says nothing: take them out of one "
-                "folder.",
+                f"{len(both)} calibration image(s) are identical to evaluation images in "
+                f"'{settings.evaluate}': {'; '.join(f'{a} and {b}' for a, b in both[:3])}.",
+                "Remove them from one of the folders: accuracy on calibration images is biased.",
             )
-    calibrated, held_out = split(chosen, selection.held_out, selection.seed)
-    named = judges is not None
-    return JobImages(calibrated, held_out, judges or held_out, named, preprocessing, watch)
+    calibration, held_out = split(chosen, selection.held_out, selection.seed)
+    has_set, evaluation = evaluation is not None, evaluation or held_out
+    return ImageSets(calibration, held_out, evaluation, has_set, preprocessing, watch)
 
 
-def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
-    """Return the images with labels, if their folders say them without doubt."""
+def _with_labels(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
+    """Return the images with labels, if their folder names are unambiguous."""
     manifest = bundle.manifest
-    if manifest.architecture.out_indices:  # feature maps are of no class
+    if manifest.architecture.out_indices:  # feature maps have no classes
         return images
     classes, order = manifest.architecture.num_classes, settings.class_order
     try:
@@ -135,64 +136,64 @@ def _labelled(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> I
     except InputError as error:
         if not any(item.group for item in images.items):
             return images
-        why = error.message.splitlines()[0].rstrip(".:")
-        return replace(images, description=f"{images.description}, without labels: {why}")
+        reason = error.message.splitlines()[0].rstrip(".:")
+        return replace(images, description=f"{images.description}, without labels: {reason}")
 
 
 def choose_images(selection: ImageSelection, images: Path | None = None) -> ImageSet:
-    """Return the images a selection means, in their first order.
+    """Return the images of a selection, in their original order.
 
     Args:
-        selection: which, and how many; with ``balanced``, the same number from every class
-            folder, as far as there are that many.
-        images: the user's folder or ``.npz``, instead of the selection's own path.
+        selection: the source and the number of images; with ``balanced``, the same number from
+            every class folder, as far as it has that many.
+        images: the user's folder or ``.npz``, which replaces the selection's path.
 
     Raises:
-        ImageError: there are fewer than 2, or they are not the ones the set names.
+        ImageError: there are fewer than 2 images, or their digest is not the selection's.
     """
     if selection.source == "digits" and images is None:
-        found = digits_set("train")
+        source = digits_set("train")
     elif images or selection.path:
-        found = image_set(images or selection.path)
+        source = image_set(images or selection.path)
     else:
         raise ImageError(
-            "INT8 needs images to calibrate on, and none were given.",
+            "INT8 needs calibration images, and none were given.",
             "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
-            "Noise is used only with --calibrate-on-noise, and fits no real image.",
+            "--calibrate-on-noise is for tests: noise does not represent real images.",
         )
-    if len(found) < 2:
-        raise ImageError(f"{len(found)} image(s) are too few to calibrate on.", _FEW)
-    indices = _chosen(found, selection.count, selection.seed, selection.balanced)
-    chosen = found.take(indices, f"{len(indices)} of {found.description}")
+    if len(source) < 2:
+        raise ImageError(f"{len(source)} image(s) are too few to calibrate on.", _TOO_FEW)
+    indices = _select(source, selection.count, selection.seed, selection.balanced)
+    chosen = source.take(indices, f"{len(indices)} of {source.description}")
     if selection.digest and images is None and chosen.digest != selection.digest:
         raise ImageError(
-            f"The images are not the ones the calibration set names: their digest is "
-            f"{chosen.digest[:16]}…, the set's {selection.digest[:16]}….",
-            "Restore the images, or correct the digest in the set.",
+            f"The images do not match the calibration set: their digest is "
+            f"{chosen.digest[:16]}…, the set expects {selection.digest[:16]}….",
+            "Restore the images, or correct the digest in the calibration set.",
         )
     return chosen
 
 
 def split(images: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Return the images to calibrate on, and the share ``held_out`` (0..1) of them kept aside.
+    """Split images into calibration images and the share ``held_out`` (0..1) of held-out ones.
 
-    The split is by class folder and at least one image is on each side. No image is on both:
-    a copy of a held-out image, byte for byte, is not calibrated on.
+    The split is balanced over the class folders, and each part has at least one image. Exact
+    copies of a held-out image are removed from the calibration images.
 
     Raises:
-        ImageError: there are fewer than 2 different ones.
+        ImageError: there are fewer than 2 different images.
     """
-    aside = _chosen(images, max(1, round(held_out * len(images))), seed + 1)
-    held = images.take(aside, f"{len(aside)} held-out images of {images.description}")
-    known = {item.digest for item in held.items}
-    kept = [index for index, item in enumerate(images.items) if item.digest not in known]
-    if not kept:
-        raise ImageError(f"{len(images)} image(s) cannot be split into two parts.", _FEW)
-    return images.take(kept), held
+    indices = _select(images, max(1, round(held_out * len(images))), seed + 1)
+    held = images.take(indices, f"{len(indices)} held-out images of {images.description}")
+    digests = {item.digest for item in held.items}
+    calibration = [i for i, item in enumerate(images.items) if item.digest not in digests]
+    if not calibration:
+        raise ImageError(f"{len(images)} image(s) cannot be split into two parts.", _TOO_FEW)
+    return images.take(calibration), held
 
 
-def _chosen(images: ImageSet, count: int, seed: int, balanced: bool = True) -> list[int]:
-    """Return ``count`` indices; balanced: one of every class folder, then another of each, ..."""
+def _select(images: ImageSet, count: int, seed: int, balanced: bool = True) -> list[int]:
+    """Return ``count`` random indices; balanced ones take a class folder's images in turn."""
     rng = np.random.default_rng(seed)
     if not balanced:
         return sorted(rng.permutation(len(images))[:count].tolist())
@@ -202,11 +203,11 @@ def _chosen(images: ImageSet, count: int, seed: int, balanced: bool = True) -> l
     groups = [sorted(classes)[int(index)] for index in rng.permutation(len(classes))]
     shuffled = [rng.permutation(classes[group]) for group in groups]
     rounds = max(len(members) for members in shuffled)
-    order = [int(m[turn]) for turn in range(rounds) for m in shuffled if turn < len(m)]
+    order = [int(m[i]) for i in range(rounds) for m in shuffled if i < len(m)]
     return sorted(order[:count])
 
 
-def subsample(chosen: ImageSet, count: int) -> ImageSet:
-    """Return at most ``count`` images, spread evenly over ``chosen``."""
-    step = max(1, len(chosen) // count)
-    return chosen.take(range(len(chosen))[::step][:count])
+def subsample(images: ImageSet, count: int) -> ImageSet:
+    """Return at most ``count`` evenly spaced images."""
+    step = max(1, len(images) // count)
+    return images.take(range(len(images))[::step][:count])

@@ -1,10 +1,10 @@
-"""A network quantised step by step, and layers left in higher precision to hold a budget.
+"""Quantise a network to INT8 step by step, within an optional accuracy budget.
 
-Each technique is kept where held-out images confirm it. For a budget of accuracy, every
-quantised layer is first rounded alone, to see how much it disturbs the logits. Then layers are
-returned to higher precision, the worst first: none, one, two, four, ... until the budget holds,
-and by halving the gap down to the fewest. Worst is what disturbs most *for the work it does in
-INT8*: what is to be kept small is the work that is given back, not the number of layers.
+Each technique is applied only if it improves the SQNR on held-out images. For an accuracy budget,
+each layer is first quantised alone to measure its isolated SQNR. Then layers are returned to
+higher precision in the order of their sensitivity: none, one, two, four, ... until the budget is
+met, followed by a binary search for the smallest number. Sensitivity is noise *per multiply-add in
+INT8*, because the search should keep as much work as possible in INT8, not as many layers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.metrics import sqnr_db
-from van_deploy.precision.comparison import count_lost_labels, logits_session
+from van_deploy.precision.comparison import Row, count_lost_labels, logits_session
 from van_deploy.precision.equalize import TECHNIQUES, equalize
-from van_deploy.precision.images import JobImages
+from van_deploy.precision.images import ImageSets
 from van_deploy.precision.plan import (
     CORRECTION_IMAGES,
     QuantizationPlan,
@@ -36,23 +36,23 @@ from van_deploy.precision.plan import (
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
 from van_deploy.precision.scales import ChannelRange, Images
 
-CONFIRMING_IMAGES = 48  # held-out images that techniques are confirmed on
-RANKING_IMAGES = 32  # of these: enough to put layers in order
+VALIDATION_IMAGES = 48  # held-out images that decide whether a technique is applied
+RANKING_IMAGES = 32  # of these, enough to rank layers
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8Model:
     """A network in INT8.
 
     Attributes:
-        plan: what is quantised, and how.
+        plan: the quantised layers and their scales.
         model: the graph for the target.
-        techniques: what each brought on top of those kept before it: its ``name`` (``scales``,
-            ``bias_correction``, or one of :data:`TECHNIQUES`), the SQNR of the logits of the
-            held-out images ``before_db`` (None for ``scales``) and ``after_db``, biases corrected
-            anew, and whether it is ``kept``.
+        techniques: the effect of each technique on top of the ones kept before it: its ``name``
+            (``scales``, ``bias_correction``, or one of :data:`TECHNIQUES`), the SQNR of the logits
+            on held-out images ``before_db`` (None for ``scales``) and ``after_db``, both after
+            bias correction where it is kept, and whether it is ``kept``.
         share: of the multiply-adds that run in INT8, 0..1.
-        search: for a budget, what was kept in higher precision, and why.
+        search: result of the layer search, with an accuracy budget only.
     """
 
     plan: QuantizationPlan
@@ -62,37 +62,37 @@ class Int8:
     search: Mapping[str, Any] | None = None
 
     def scales(self) -> dict[str, float]:
-        """Return the scale of each quantised activation that has one, by its name in the graph."""
+        """Return the scale of each quantised layer input, by the tensor's name in the graph."""
         plan = self.plan
-        found = {plan.network.reads[name]: plan.layers[name].input for name in plan.convolutions}
-        return {name: short(q.scale) for name, q in found.items()}
+        inputs = {plan.network.reads[name]: plan.layers[name].input for name in plan.convolutions}
+        return {name: short(q.scale) for name, q in inputs.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what was decided, for the manifest."""
-        found = {
+        """Return the results for the manifest."""
+        results = {
             "quantized": len(self.plan.convolutions),
             "int8_share": self.share,
             "techniques": list(self.techniques),
             "scales": self.scales(),
         }
-        return found if self.search is None else {**found, "search": self.search}
+        return results if self.search is None else {**results, "search": self.search}
 
 
 def short(value: npt.ArrayLike) -> float:
-    """Return ``value`` with six significant digits, so that files can be compared by eye."""
+    """Return ``value`` with six significant digits, for files that people read."""
     return float(f"{float(value):.6g}")  # type: ignore[arg-type]
 
 
-class Int8Maker:
-    """What INT8 graphs of one network are made from.
+class Int8Builder:
+    """Builds INT8 graphs of one network.
 
     Args:
         model: the FP32 graph.
-        network: rebuilt from it.
-        ranges: of its tensors, counted for every layer that may be quantised.
-        settings: what is asked.
-        kept: nodes that stay FP32 where the rest is FP16.
-        images: to correct biases on, to confirm techniques and to search on.
+        network: rebuilt from the graph.
+        ranges: of its tensors, with histograms for every layer that may be quantised.
+        settings: the quantisation options.
+        kept: nodes that stay FP32 in an otherwise FP16 graph.
+        images: for bias correction, validation and layer search.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Int8Maker:
         ranges: Mapping[str, ChannelRange],
         settings: QuantizeSettings,
         kept: Mapping[str, str],
-        images: JobImages,
+        images: ImageSets,
     ) -> None:
         self.model, self.network, self.ranges = model, network, ranges
         self.settings, self.kept, self.images = settings, kept, images
         preprocessing = images.preprocessing
         self.work = multiply_adds(network.model, preprocessing.channels, preprocessing.image_size)
-        self.correcting = images.few(images.calibration, CORRECTION_IMAGES)
-        self.confirming = images.few(images.held_out, CONFIRMING_IMAGES)
+        self.correction_inputs = images.sample(images.calibration, CORRECTION_IMAGES)
+        self.validation_inputs = images.sample(images.held_out, VALIDATION_IMAGES)
 
-    def make(self, layers: Sequence[str]) -> Int8:
+    def build(self, layers: Sequence[str]) -> Int8Model:
         """Return the network with ``layers`` in INT8, or as many of them as the budget allows.
 
         Raises:
@@ -119,90 +119,94 @@ class Int8Maker:
         """
         budget, search = self.settings.max_drop, None
         if budget is not None:
-            require_resolution(budget, len(self.images.others))
-        plan, gains = self._confirmed(layers)
-        correct = any(gain["kept"] and gain["name"] == "bias_correction" for gain in gains)
+            require_resolution(budget, len(self.images.search))
+        plan, techniques = self._apply_techniques(layers)
+        correct = any(t["kept"] and t["name"] == "bias_correction" for t in techniques)
 
-        def finished(plan: QuantizationPlan) -> tuple[QuantizationPlan, ModelProto]:
-            plan = correct_biases(plan, self.correcting) if correct else plan
+        def finish(plan: QuantizationPlan) -> tuple[QuantizationPlan, ModelProto]:
+            plan = correct_biases(plan, self.correction_inputs) if correct else plan
             if self.settings.target == "cpu":
                 return plan, qdq_for_cpu(self.model, plan)
             rest = self.settings.rest_precision
             return plan, qdq_for_tensorrt(self.model, plan, rest=rest, kept=self.kept)
 
         if budget is not None:
-            search = self._searched(plan, lambda candidate: finished(candidate)[1], budget)
+            search = self._search_layers(plan, lambda candidate: finish(candidate)[1], budget)
             plan = plan.without(search["kept"])
-        plan, model = finished(plan)
+        plan, model = finish(plan)
         share = sum(self.work[name] for name in plan.convolutions) / sum(self.work.values())
-        return Int8(plan, model, gains, share, search)
+        return Int8Model(plan, model, techniques, share, search)
 
-    def _confirmed(self, layers: Sequence[str]) -> tuple[QuantizationPlan, list[dict[str, Any]]]:
-        """Return the plan with every technique that held-out images confirm, uncorrected."""
-        asked, gains = self.settings, list[dict[str, Any]]()
-        wanted = ["scales", "bias_correction"] if asked.bias_correction else ["scales"]
-        if asked.equalize:
-            wanted += [n for n in TECHNIQUES if asked.target == "tensorrt" or n != "shift_scale"]
+    def _apply_techniques(self, layers: Sequence[str]) -> tuple[QuantizationPlan, list[Row]]:
+        """Return the plan with every technique that improves it, before bias correction."""
+        settings, results, inputs = self.settings, list[Row](), self.validation_inputs
+        target, method = settings.target, settings.method
+        names = ["scales", "bias_correction"] if settings.bias_correction else ["scales"]
+        if settings.equalize:
+            names += [n for n in TECHNIQUES if target == "tensorrt" or n != "shift_scale"]
         best = QuantizationPlan(self.network)
-        expected, best_db = logits(best, self.confirming), None
-        for name in wanted:
+        expected, best_db = logits(best, inputs), None
+        for name in names:
             self.images.watch.begin(f"Trying {name.replace('_', ' ')}")
-            trial = [*(gain["name"] for gain in gains if gain["kept"]), name]
-            changed = equalize(self.network, self.ranges, layers, trial)
-            how: dict[str, Any] = {"target": asked.target, "method": asked.method}
-            plan = make_plan(changed, self.ranges, layers, **how)
-            tried = correct_biases(plan, self.correcting) if "bias_correction" in trial else plan
-            found = sqnr_db(expected, logits(tried, self.confirming))
-            kept = best_db is None or found > best_db
-            gains.append({"name": name, "before_db": best_db, "after_db": found, "kept": kept})
+            trial = [*(result["name"] for result in results if result["kept"]), name]
+            equalized = equalize(self.network, self.ranges, layers, trial)
+            plan = make_plan(equalized, self.ranges, layers, target=target, method=method)
+            correct = "bias_correction" in trial
+            corrected = correct_biases(plan, self.correction_inputs) if correct else plan
+            db = sqnr_db(expected, logits(corrected, inputs))
+            kept = best_db is None or db > best_db
+            results.append({"name": name, "before_db": best_db, "after_db": db, "kept": kept})
             if kept:
-                best, best_db = plan, found
-        return best, gains
+                best, best_db = plan, db
+        return best, results
 
-    def _searched(
+    def _search_layers(
         self,
         plan: QuantizationPlan,
         graph_of: Callable[[QuantizationPlan], ModelProto],
         budget: float,
     ) -> dict[str, Any]:
-        """Return what to keep in higher precision.
+        """Return the layers to keep in higher precision.
 
-        Layers are ranked one at a time in PyTorch; what holds the budget is the graph that
-        will be deployed, with all that FP16 or a CPU's kernels do to it.
+        Layers are ranked one at a time in PyTorch. The budget is checked with the graph that
+        will be deployed, which includes the effects of FP16 or of a CPU's integer kernels.
         """
-        images, asked = self.images, self.settings
+        images, settings = self.images, self.settings
 
-        def answers(model: ModelProto) -> tuple[Images, list[int]]:
-            run = logits_session(model, fuse=asked.target == "cpu", threads=asked.threads)
-            parts = [(run(inputs), found) for inputs, found in images.read(images.others, 32)]
-            return np.concatenate([each for each, _ in parts]), [n for _, f in parts for n in f]
+        def predict(model: ModelProto) -> tuple[Images, list[int]]:
+            run = logits_session(model, fuse=settings.target == "cpu", threads=settings.threads)
+            outputs, indices = list[Images](), list[int]()
+            for inputs, batch_indices in images.read(images.search, 32):
+                outputs.append(run(inputs))
+                indices += batch_indices
+            return np.concatenate(outputs), indices
 
         images.watch.begin("Searching")
-        ranking = rank_layers(plan, self.confirming[:RANKING_IMAGES], self.work)
-        expected, numbers = answers(self.model)
-        labels = images.others.labels
-        known = None if labels is None else labels[numbers]
-        return search_kept(
+        ranking = rank_layers(plan, self.validation_inputs[:RANKING_IMAGES], self.work)
+        expected, indices = predict(self.model)
+        labels = images.search.labels
+        labels = None if labels is None else labels[indices]
+        return search_fp16_layers(
             plan,
             ranking,
-            lambda candidate: count_lost_labels(expected, answers(graph_of(candidate))[0], known),
+            lambda candidate: count_lost_labels(expected, predict(graph_of(candidate))[0], labels),
             budget,
-            len(numbers),
-            of="agreement" if labels is None else "top-1",
-            limit=asked.evaluations,
+            len(indices),
+            metric="agreement" if labels is None else "top-1",
+            limit=settings.evaluations,
         )
 
 
-# --- the search for a budget -----------------------------------------------------------------
+# --- search for an accuracy budget -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What rounding one layer alone does to the logits.
+    """Effect of quantising one layer alone.
 
     Attributes:
         name: of the layer.
-        sqnr_db: signal to noise of the logits.
+        sqnr_db: SQNR of the logits.
         share: of the network's multiply-adds, 0..1.
     """
 
@@ -211,34 +215,34 @@ class LayerSensitivity:
     share: float
 
     @property
-    def worth_db(self) -> float:
-        """The work it does in INT8 over the noise it brings, in decibels; the least goes first."""
+    def ranking_db(self) -> float:
+        """Multiply-adds in INT8 over the added noise, in dB; the smallest is most sensitive."""
         return self.sqnr_db + 10 * math.log10(max(self.share, 1e-12))
 
 
 def rank_layers(
     plan: QuantizationPlan, images: Images, work: Mapping[str, int]
 ) -> tuple[LayerSensitivity, ...]:
-    """Return the layers of ``plan``, first the one that disturbs most for the work it does.
+    """Return the layers of ``plan``, the most sensitive one per multiply-add first.
 
     Args:
-        plan: not corrected: without rounding its network must be the original.
+        plan: before bias correction, so that its network without quantisation is the original.
         images: ``(N, C, S, S)``.
-        work: multiply-adds of each layer, and of what is not quantised.
+        work: multiply-adds of every layer of the network, quantised or not.
     """
     total, expected = sum(work.values()), logits(plan.without(plan.convolutions), images)
-    found = [
+    layers = [
         LayerSensitivity(name, sqnr_db(expected, logits(plan, images, name)), work[name] / total)
         for name in plan.convolutions
     ]
-    return tuple(sorted(found, key=lambda layer: layer.worth_db))
+    return tuple(sorted(layers, key=lambda layer: layer.ranking_db))
 
 
 def require_resolution(max_drop: float, images: int) -> None:
-    """Do nothing if so many images can tell whether ``max_drop`` points are lost.
+    """Check that ``images`` images can resolve a drop of ``max_drop`` percentage points.
 
     Raises:
-        ImageError: a single label is more than the budget.
+        ImageError: a single image is more than the budget.
     """
     if 0 < max_drop < 100 / images:
         raise ImageError(
@@ -248,60 +252,60 @@ def require_resolution(max_drop: float, images: int) -> None:
         )
 
 
-def search_kept(
+def search_fp16_layers(
     plan: QuantizationPlan,
     ranking: Sequence[LayerSensitivity],
     lost: Callable[[QuantizationPlan], int],
     max_drop: float,
     images: int,
     *,
-    of: str = "top-1",
+    metric: str = "top-1",
     limit: int = 16,
 ) -> dict[str, Any]:
-    """Return which of the worst layers must be kept in higher precision, the fewest that hold.
+    """Return the smallest number of sensitive layers to keep in higher precision for a budget.
 
-    What the manifest keeps of it: the budget ``max_drop``, the ``images`` it was searched on, and
-    what is lost ``of`` them; the ``ranking``; every plan that was tried (``trials``: how many
-    layers were ``kept``, images ``lost``, whether the budget ``holds``); the layers to be ``kept``,
-    the worst first, each with the reason; the ``share`` of the multiply-adds that is left in INT8,
-    0..1; ``passed``, whether the budget was seen to hold.
+    Keys, for the manifest: the budget ``max_drop``, the number of ``images`` and the metric,
+    ``of``; the ``ranking``; every evaluated plan (``trials``: the number of layers ``kept``, of
+    images ``lost``, whether it ``holds`` the budget); the layers to be ``kept``, the most sensitive
+    first, each with the reason; the ``share`` of the multiply-adds that stays in INT8, 0..1;
+    ``passed``, whether the resulting plan was evaluated and meets the budget.
 
     Args:
-        plan: everything quantised.
-        ranking: its layers, the worst first.
-        lost: how many labels a plan loses.
+        plan: with all layers quantised.
+        ranking: its layers, the most sensitive first.
+        lost: returns the number of labels that a plan loses.
         max_drop: budget, in percentage points of ``images``.
-        images: how many ``lost`` looks at.
-        of: what is lost, ``top-1`` or ``agreement``.
-        limit: most evaluations.
+        images: number of images that ``lost`` evaluates.
+        metric: ``top-1`` or ``agreement``.
+        limit: largest number of evaluations.
     """
     trials: dict[int, dict[str, Any]] = {}
 
-    def holds(kept: int) -> bool:
+    def meets_budget(kept: int) -> bool:
         if kept not in trials:
             count = lost(plan.without([layer.name for layer in ranking[:kept]]))
             within = 100 * count / images <= max_drop
             trials[kept] = {"kept": kept, "lost": count, "holds": within}
         return bool(trials[kept]["holds"])
 
-    failing, holding = -1, 0
-    while len(trials) < limit and not holds(holding) and holding < len(ranking):
-        failing, holding = holding, min(max(2 * holding, 1), len(ranking))
-    while len(trials) < limit and holding in trials and holding - failing > 1:
-        middle = (failing + holding) // 2
-        failing, holding = (failing, middle) if holds(middle) else (middle, holding)
-    kept = holding
+    failing, passing = -1, 0
+    while len(trials) < limit and not meets_budget(passing) and passing < len(ranking):
+        failing, passing = passing, min(max(2 * passing, 1), len(ranking))
+    while len(trials) < limit and passing in trials and passing - failing > 1:
+        middle = (failing + passing) // 2
+        failing, passing = (failing, middle) if meets_budget(middle) else (middle, passing)
+    kept = passing
     if not (kept in trials and trials[kept]["holds"]):
         kept = min(trials.values(), key=lambda trial: (trial["lost"], trial["kept"]))["kept"]
     reasons = {
-        layer.name: f"alone it leaves {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
-        f"of the work, number {place} of {len(ranking)}"
-        for place, layer in enumerate(ranking[:kept], 1)
+        layer.name: f"isolated SQNR {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
+        f"of the work, rank {rank} of {len(ranking)}"
+        for rank, layer in enumerate(ranking[:kept], 1)
     }
     return {
         "max_drop": max_drop,
         "images": images,
-        "of": of,
+        "of": metric,
         "ranking": [asdict(layer) for layer in ranking],
         "trials": list(trials.values()),
         "kept": reasons,

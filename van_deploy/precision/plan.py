@@ -1,9 +1,9 @@
-"""Which modules are quantised, and with which numbers; and the network that rounds as planned.
+"""Plan which layers are quantised with which scales, and simulate the plan in PyTorch.
 
-The plan is decided before any file is written. To look at what rounding does, and to correct
-it, the network runs as a PyTorch module: rounding is done in float32, as an engine or an integer
-kernel would do it, with a Q/DQ pair before every quantised layer, behind it too where the target
-rounds outputs, and weights that are their integers times their scales.
+The plan is complete before any file is written. To measure and to correct the quantisation error,
+the network runs as a PyTorch module with fake quantisation: in float32, with a Q/DQ pair before
+every quantised layer and, where the target quantises outputs, after it, and with weights replaced
+by their integers times their scales.
 """
 
 from __future__ import annotations
@@ -26,40 +26,40 @@ from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.precision.equalize import Equalization
 from van_deploy.precision.scales import (
-    UNCHANGED,
+    IDENTITY,
     ChannelAffine,
     ChannelRange,
     Images,
     Method,
     Quantizer,
-    by_channel,
     cpu_weight_scales,
-    rounded,
-    symmetric,
-    unsigned,
+    per_channel_quantizer,
+    quantize_weight,
+    symmetric_quantizer,
+    unsigned_quantizer,
     weight_scales,
 )
 
 SCOPES = ("pointwise", "deep", "all")
-# GELU of anything smaller is within 1.3e-4 of zero: no unsigned integers are spent on it.
-GELU_ENDS = -4.0
-# Biases are corrected on images of so many pixels together, held in memory at once: 20 of
-# 224 x 224; and at most on so many images.
+# GELU of any smaller value is within 1.3e-4 of zero, so the unsigned range starts here.
+GELU_LOWEST = -4.0
+# Bias correction holds all its images in memory at once: at most this many pixels (20 images of
+# 224 x 224) and this many images.
 CORRECTION_PIXELS, CORRECTION_IMAGES = 2**20, 128
 
 _SHALLOW = re.compile(r"(patch_embed1|block1)\.")
-_ADDED = re.compile(r"(patch_embed\d\.proj|proj_2|fc2)$")  # what an addition reads
+_BEFORE_ADD = re.compile(r"(patch_embed\d\.proj|proj_2|fc2)$")
 _BEFORE_GELU = re.compile(r"(proj_1|dwconv\.dwconv)$")
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one module is quantised.
+    """Quantisation of one module.
 
     Attributes:
-        input: rounding of what it reads.
-        weight_scales: ``(O,)`` of each output channel; None for the gate, a multiplication.
-        output: rounding of what it gives, or None.
+        input: quantiser of its input.
+        weight_scales: ``(O,)``, one per output channel; None for the gate, a multiplication.
+        output: quantiser of its output, or None.
     """
 
     input: Quantizer
@@ -69,14 +69,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """A network, and which of its modules are quantised, with which numbers.
+    """A network and the quantisation of its layers.
 
     Attributes:
-        network: equalised and corrected, in float32.
-        layers: by module path, in the order they run.
-        inserted: by module, what its input goes through in ``network`` and not in the graph
-            that it was rebuilt from.
-        affines: by tensor, how it differs from that graph's.
+        network: equalised and bias-corrected, in float32.
+        layers: by module path, in execution order.
+        inserted: by module, the affine before its input that ``network`` has in addition to the
+            graph it was rebuilt from.
+        affines: by tensor, its difference from the tensor of that graph.
     """
 
     network: RebuiltVan
@@ -86,61 +86,61 @@ class QuantizationPlan:
 
     @property
     def convolutions(self) -> tuple[str, ...]:
-        """The layers with weights."""
+        """Paths of the layers with weights."""
         return tuple(n for n, plan in self.layers.items() if plan.weight_scales is not None)
 
     def without(self, names: Collection[str]) -> QuantizationPlan:
-        """Return the plan with fewer convolutions, and without gates that lost a neighbour."""
-        left = [name for name in self.convolutions if name not in names]
-        stay = {*left, *_gates(left)}
-        return replace(self, layers={n: p for n, p in self.layers.items() if n in stay})
+        """Return the plan without some convolutions and the gates next to them."""
+        convolutions = [name for name in self.convolutions if name not in names]
+        remaining = {*convolutions, *_gates(convolutions)}
+        return replace(self, layers={n: p for n, p in self.layers.items() if n in remaining})
 
 
-# --- which modules ---------------------------------------------------------------------------
+# --- layer selection -------------------------------------------------------------------------
 
 
 def layers_in_scope(
     model: nn.Module, scope: Sequence[str], kept: Collection[str] = ()
 ) -> tuple[str, ...]:
-    """Return the convolutions (and the head, where it is named) that are to be quantised.
+    """Return the convolutions (and the head, if a regular expression matches it) to quantise.
 
     Args:
         model: the network.
-        scope: ``pointwise`` (the 1x1 convolutions), ``all`` (every convolution; the head
-            stays as it is), ``deep`` (every convolution but those of the stem and of the
+        scope: ``pointwise`` (the 1x1 convolutions), ``all`` (every convolution, not the
+            head), ``deep`` (every convolution except those of the stem and of the
             first stage), or regular expressions searched for in module paths.
-        kept: modules that must not be.
+        kept: modules to exclude.
 
     Raises:
-        UsageError: an expression is wrong or matches nothing, or nothing is left.
+        UsageError: an expression is invalid or matches nothing, or no layer remains.
     """
     modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     convs = {n: m for n, m in modules.items() if isinstance(m, nn.Conv2d)}
-    named = {
+    presets = {
         "pointwise": {n for n, m in convs.items() if m.kernel_size == (1, 1) and m.groups == 1},
         "deep": {name for name in convs if not _SHALLOW.match(name)},
         "all": set(convs),
     }
-    found: set[str] = set()
+    selected: set[str] = set()
     for entry in scope:
-        matched, wrong = named.get(entry, set()), ""
+        matched, invalid = presets.get(entry, set()), ""
         try:
             matched = matched or {name for name in modules if re.search(entry, name)}
         except re.error as error:
-            wrong = f" ({error})"
+            invalid = f" ({error})"
         if not matched:
             raise UsageError(
-                f"The scope '{entry}' is neither {' nor '.join(SCOPES)} nor a regular expression "
-                f"for a convolution of this network{wrong}.",
-                f"Write for instance --scope 'block[34].*fc1': names are like '{[*modules][1]}', "
+                f"The scope '{entry}' is none of {', '.join(SCOPES)}, and as a regular expression "
+                f"it matches no convolution of this network{invalid}.",
+                f"Use for instance --scope 'block[34].*fc1': names look like '{[*modules][1]}', "
                 "and `van-deploy inspect` lists them.",
             )
-        found |= matched
-    layers = tuple(name for name in modules if name in found and name not in kept)
+        selected |= matched
+    layers = tuple(name for name in modules if name in selected and name not in kept)
     if not layers:
         raise UsageError(
-            f"The scope '{', '.join(scope)}' holds nothing that is not kept in higher precision.",
-            "Ask for a larger scope, such as --scope all, or name less with --keep.",
+            f"All layers of the scope '{', '.join(scope)}' are kept in higher precision.",
+            "Use a larger scope, such as --scope all, or fewer modules in --keep.",
         )
     return layers
 
@@ -148,10 +148,10 @@ def layers_in_scope(
 @torch.inference_mode()
 def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str, int]:
     """Return the multiply-adds of each convolution and of the head, for one image."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     handles = [
         module.register_forward_hook(
-            lambda m, _a, y, name=name: found.update({name: m.weight[0].numel() * y[0].numel()})
+            lambda m, _a, y, name=name: counts.update({name: m.weight[0].numel() * y[0].numel()})
         )
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
@@ -159,19 +159,19 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
     model(torch.zeros(1, channels, *height_width(size)))
     for handle in handles:
         handle.remove()
-    return found
+    return counts
 
 
-# --- with which numbers ----------------------------------------------------------------------
+# --- scales ----------------------------------------------------------------------------------
 
 
 def histogram_tensors(network: RebuiltVan, layers: Collection[str], target: str) -> set[str]:
-    """Return the tensors whose histograms decide the scales of ``layers``."""
-    read = {network.reads[name] for name in layers}
+    """Return the tensors whose histograms determine the scales of ``layers``."""
+    tensors = {network.reads[name] for name in layers}
     if target == "cpu":
-        read |= {name for name in layers if name != "head" and not _ADDED.search(name)}
-        read |= {network.reads[f"{gate}.conv0"] for gate in _gates(layers)}
-    return read
+        tensors |= {name for name in layers if name != "head" and not _BEFORE_ADD.search(name)}
+        tensors |= {network.reads[f"{gate}.conv0"] for gate in _gates(layers)}
+    return tensors
 
 
 def make_plan(
@@ -182,79 +182,79 @@ def make_plan(
     target: str = "tensorrt",
     method: Method = "mse",
 ) -> QuantizationPlan:
-    """Return the plan with every scale by ``method``.
+    """Return the plan with activation scales chosen by ``method``.
 
     Args:
         equalized: the network, and how its tensors differ from those of ``ranges``.
-        ranges: of the network before, with :func:`histogram_tensors` counted.
-        layers: what is quantised, from :func:`layers_in_scope`.
-        target: ``tensorrt``, or ``cpu``: ONNX Runtime's integer kernels want the outputs
-            rounded, too, and the gates between quantised convolutions.
-        method: how activation scales are read from the ranges.
+        ranges: of the original network, with histograms of :func:`histogram_tensors`.
+        layers: to quantise, from :func:`layers_in_scope`.
+        target: ``tensorrt``, or ``cpu``: ONNX Runtime's integer kernels also need quantised
+            outputs, and quantised gates between quantised convolutions.
+        method: for activation scales.
     """
     network, affines = equalized.network, equalized.affines
 
     @functools.cache
-    def scale_of(tensor: str) -> Quantizer:
-        lowest = GELU_ENDS if _BEFORE_GELU.search(tensor) else -np.inf
-        return unsigned(ranges[tensor], method, affines.get(tensor, UNCHANGED), lowest)
+    def quantizer(tensor: str) -> Quantizer:
+        lowest = GELU_LOWEST if _BEFORE_GELU.search(tensor) else -np.inf
+        return unsigned_quantizer(ranges[tensor], method, affines.get(tensor, IDENTITY), lowest)
 
-    chosen: dict[str, LayerPlan] = {}
+    plans: dict[str, LayerPlan] = {}
     for name in layers:
         tensor, (weight, bias) = network.reads[name], parameters(network, name)
         if target == "tensorrt":
-            affine = equalized.inserted.get(name) or affines.get(tensor, UNCHANGED)
-            scale = symmetric(ranges[tensor], method, affine)
-            chosen[name] = LayerPlan(scale, weight_scales(weight))
+            affine = equalized.inserted.get(name) or affines.get(tensor, IDENTITY)
+            source = symmetric_quantizer(ranges[tensor], method, affine)
+            plans[name] = LayerPlan(source, weight_scales(weight))
             continue
-        scale, output = scale_of(tensor), None
-        if _ADDED.search(name):
-            output = by_channel(ranges[name], affines.get(name, UNCHANGED))
+        source, output = quantizer(tensor), None
+        if _BEFORE_ADD.search(name):
+            output = per_channel_quantizer(ranges[name], affines.get(name, IDENTITY))
         elif name != "head":
-            output = scale_of(name)
-        chosen[name] = LayerPlan(scale, cpu_weight_scales(weight, bias, scale.scale), output)
+            output = quantizer(name)
+        plans[name] = LayerPlan(source, cpu_weight_scales(weight, bias, source.scale), output)
     if target == "cpu":
         gates = _gates(layers)
-        chosen |= {gate: LayerPlan(scale_of(network.reads[f"{gate}.conv0"])) for gate in gates}
-    return QuantizationPlan(network, chosen, equalized.inserted, affines)
+        plans |= {gate: LayerPlan(quantizer(network.reads[f"{gate}.conv0"])) for gate in gates}
+    return QuantizationPlan(network, plans, equalized.inserted, affines)
 
 
 def parameters(network: RebuiltVan, name: str) -> tuple[Images, Images]:
-    """Return a convolution's weight ``(O, ...)`` and bias ``(O,)``, 0 where it has none."""
+    """Return a convolution's weight ``(O, ...)`` and bias ``(O,)``, zeros without a bias."""
     module = cast("nn.Conv2d", network.model.get_submodule(name))
     bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
     return module.weight.detach().contiguous().numpy(), bias.detach().numpy()
 
 
 def _gates(layers: Collection[str]) -> list[str]:
-    """Return the multiplications between two quantised convolutions."""
+    """Return the gates (multiplications) between two quantised convolutions."""
     attentions = [name.removesuffix(".proj_2") for name in layers if name.endswith(".proj_2")]
     gates = [f"{attention}.spatial_gating_unit" for attention in attentions]
     return [gate for gate in gates if f"{gate}.conv1" in layers]
 
 
-# --- the network as planned ------------------------------------------------------------------
+# --- simulation ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def quantizing(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
-    """Give the plan's network while its layers round; afterwards it is as before.
+def fake_quantized(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
+    """Yield the plan's network with fake quantisation, which is removed on exit.
 
     Args:
-        plan: whose network runs.
-        only: of its layers; all by default.
+        plan: contains the network.
+        only: layers to quantise (default: all).
     """
     with contextlib.ExitStack() as stack:
         for name in only or plan.layers:
             layer, module = plan.layers[name], plan.network.model.get_submodule(name)
-            before = lambda _m, args, q=layer.input: _rounded(args[0], q)  # noqa: E731
+            before = lambda _m, args, q=layer.input: _fake_quantize(args[0], q)  # noqa: E731
             stack.callback(module.register_forward_pre_hook(before).remove)
             if layer.output is not None:
-                after = lambda _m, _a, y, q=layer.output: _rounded(y, q)  # noqa: E731
+                after = lambda _m, _a, y, q=layer.output: _fake_quantize(y, q)  # noqa: E731
                 stack.callback(module.register_forward_hook(after).remove)
             if layer.weight_scales is not None:
                 weight = cast("nn.Parameter", module.weight)
-                integers = torch.from_numpy(rounded(weight.numpy(), layer.weight_scales))
+                integers = torch.from_numpy(quantize_weight(weight.numpy(), layer.weight_scales))
                 shape = (-1, *(1,) * (weight.ndim - 1))
                 scales = torch.from_numpy(layer.weight_scales).reshape(shape)
                 stack.callback(setattr, module, "weight", weight)
@@ -263,59 +263,59 @@ def quantizing(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
 
 
 def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) -> Images:
-    """Return the logits ``(N, K)`` of ``images (N, C, H, W)``, rounding ``only`` those layers.
+    """Return the logits ``(N, K)`` of ``images (N, C, H, W)`` with ``only`` some layers quantised.
 
-    Of a backbone, the sketches of its maps.
+    A backbone returns the sketches of its feature maps.
     """
     config, (height, width) = plan.network.model.config, images.shape[2:]
     outputs = OutputLayout.of(config, (height, width))
-    pieces = []
-    with quantizing(plan, *only) as model, torch.inference_mode():
+    batches = []
+    with fake_quantized(plan, *only) as model, torch.inference_mode():
         for start in range(0, len(images), batch):
-            found = model(_channels_last(images[start : start + batch]))
-            found = found if isinstance(found, tuple) else (found,)
-            named = {n: y.numpy() for n, y in zip(config.output_names, found, strict=True)}
-            pieces.append(outputs.rows(named))
-    return np.concatenate(pieces)
+            results = model(_channels_last(images[start : start + batch]))
+            results = results if isinstance(results, tuple) else (results,)
+            named = {n: y.numpy() for n, y in zip(config.output_names, results, strict=True)}
+            batches.append(outputs.rows(named))
+    return np.concatenate(batches)
 
 
 @torch.no_grad()
 def correct_biases(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
-    """Return ``plan`` with the mean error of each layer's output taken out in its bias.
+    """Return ``plan`` with the mean error of each layer's output subtracted from its bias.
 
-    Empirical bias correction (arXiv 1906.04721, section 4.2): layer after layer, so that
-    each also answers for what the ones before it still get wrong.
+    Empirical bias correction (arXiv 1906.04721, section 4.2) in execution order, so that each
+    layer also compensates for the remaining error of the layers before it.
 
     Args:
-        plan: it is not changed.
+        plan: stays unchanged.
         images: ``(N, C, S, S)``, normalised; see :data:`CORRECTION_PIXELS`.
     """
     count = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
-    given = _channels_last(images[:count])
+    inputs = _channels_last(images[:count])
     model = copy.deepcopy(plan.network.model)
     plan = replace(plan, network=replace(plan.network, model=model))
-    wanted: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
 
-    def remember(name: str, _conv: nn.Conv2d, output: Tensor) -> None:
-        wanted[name] = _mean(output)
+    def record(name: str, _conv: nn.Conv2d, output: Tensor) -> None:
+        means[name] = _channel_mean(output)
 
     def correct(name: str, conv: nn.Conv2d, output: Tensor) -> Tensor:
-        missing = (wanted[name] - _mean(output)).float()
-        bias = missing if conv.bias is None else conv.bias + missing
+        error = (means[name] - _channel_mean(output)).float()
+        bias = error if conv.bias is None else conv.bias + error
         conv.bias = nn.Parameter(bias, False)
-        return output + missing.reshape(1, -1, *(1,) * (output.ndim - 2))
+        return output + error.reshape(1, -1, *(1,) * (output.ndim - 2))
 
-    for step, running in ((remember, contextlib.nullcontext()), (correct, quantizing(plan))):
+    for step, context in ((record, contextlib.nullcontext()), (correct, fake_quantized(plan))):
         with contextlib.ExitStack() as stack:
             for name in plan.convolutions:
                 hook = lambda conv, _a, y, n=name, step=step: step(n, conv, y)  # noqa: E731
                 stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)
-            with running:  # whose own hooks come after these: what is rounded is corrected already
-                model(given)
+            with context:  # its hooks run after these, so outputs are quantised after correction
+                model(inputs)
     return plan
 
 
-def _mean(output: Tensor) -> Tensor:
+def _channel_mean(output: Tensor) -> Tensor:
     return output.transpose(0, 1).flatten(1).double().mean(dim=1)
 
 
@@ -323,8 +323,8 @@ def _channels_last(images: Images) -> Tensor:
     return torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
 
 
-def _rounded(x: Tensor, quantizer: Quantizer) -> Tensor:
-    """Return ``x (N, C, ...)`` through the integers and back."""
+def _fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+    """Return ``x (N, C, ...)`` quantised and dequantised."""
     scale = torch.from_numpy(np.array(quantizer.scale, np.float32))
     if scale.ndim:
         scale = scale.reshape(1, -1, *(1,) * (x.ndim - 2))

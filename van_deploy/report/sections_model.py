@@ -278,12 +278,14 @@ def build_blocks(report: Entry) -> list[Block]:
     """Return the tuning candidates, a table of the engines, and the failures."""
     states = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
     rows, failed = [], []
+    has_several_bundles = len({one["cell"]["bundle"] for one in report["outcomes"]}) > 1
     for one in report["outcomes"]:
         record, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
         size = record.get("plan_bytes", record.get("file_bytes"))
         batch = record["options"]["profiles"] if one["sidecar"] else record.get("batch")
         row = {"state": states[one["outcome"]], "name": one["engine"] or name}
-        rows.append({**record, **row, "size": size, "batch": batch})
+        bundle = one["cell"]["bundle"] if has_several_bundles else None
+        rows.append({**record, **row, "bundle": bundle, "size": size, "batch": batch})
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
@@ -298,8 +300,8 @@ def build_blocks(report: Entry) -> list[Block]:
         ),
         *table(
             rows,
-            "state state; engine = name name; batch name; size bytes; build s = build_seconds .1f; "
-            "memory = peak_memory_bytes bytes",
+            "state state; bundle name; engine = name name; batch name; size bytes; "
+            "build s = build_seconds .1f; memory = peak_memory_bytes bytes",
         ),
         *notices("FAIL", failed),
     ]

@@ -1,1 +1,1 @@
-"""One file a runtime, all behind one protocol."""
+"""Runners: one module for each runtime, all with the same interface."""

@@ -1,11 +1,11 @@
-"""What every runtime looks like from outside: a context manager that maps images to logits."""
+"""The interface of all runners: a context manager that maps images to logits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -13,30 +13,23 @@ import numpy.typing as npt
 from van_deploy.config import BatchRange
 from van_deploy.errors import InputError, UsageError
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-Images = npt.NDArray[np.float32]
-"""``(N, C, S, S)`` float32, normalised by the model's preprocessing."""
-
-Logits = npt.NDArray[np.float32]
-"""``(N, K)`` float32."""
-
-Outputs = dict[str, npt.NDArray[Any]]
-"""Every output of a network by its name; the arrays are the caller's to keep."""
+Images = npt.NDArray[np.float32]  # (N, C, S, S), normalised by the model's preprocessing
+Logits = npt.NDArray[np.float32]  # (N, K)
+Outputs = dict[str, npt.NDArray[Any]]  # every output by name; the arrays belong to the caller
+AnyRunner = TypeVar("AnyRunner", bound="Runner")
 
 
 @runtime_checkable
-class Resident(Protocol):
-    """One batch whose input and output stay in the GPU's memory from call to call.
+class ResidentBatch(Protocol):
+    """One batch whose input and output stay in GPU memory between calls.
 
-    ``upload``, ``launch`` and ``download`` only enqueue on :attr:`stream` and return; in that
-    order they are one inference. Each may be repeated alone, so that CUDA events recorded on
-    the stream time transfers and kernels apart. The first ``launch`` may compile, tune or
-    record a CUDA graph: never time it.
+    ``upload``, ``launch`` and ``download`` only enqueue work on :attr:`stream` and return; called
+    in that order they are one inference. Each may be repeated alone, so that CUDA events recorded
+    on the stream time transfers and kernels separately. The first ``launch`` may compile, tune or
+    capture a CUDA graph: never time it.
 
     Attributes:
-        stream: handle of the CUDA stream (``cudaStream_t``) on which everything is enqueued.
+        stream: handle of the CUDA stream (``cudaStream_t``) on which all work is enqueued.
     """
 
     stream: int
@@ -45,39 +38,39 @@ class Resident(Protocol):
         """Enqueue the copy of the images from pinned host memory to the GPU."""
 
     def launch(self) -> None:
-        """Enqueue the network on what :meth:`upload` brought."""
+        """Enqueue the network on the images of the last :meth:`upload`."""
 
     def download(self) -> None:
         """Enqueue the copy of the outputs from the GPU to pinned host memory."""
 
-    def outputs(self) -> Logits:
-        """Wait for the stream, and return the logits that :meth:`download` brought."""
+    def logits(self) -> Logits:
+        """Wait for the stream and return the logits of the last :meth:`download`."""
 
     def close(self) -> None:
-        """Wait for the stream, and give the memory back."""
+        """Wait for the stream and free the memory."""
 
 
 class Runner:
-    """A network ready to answer. Open it with ``with``; it holds its resources until the end.
+    """A network that can run batches. Open it with ``with``, which also releases its resources.
 
     Attributes:
-        on_gpu: whether it runs on a GPU; of one that is open.
-        tf32: whether FP32 layers may compute in TF32; likewise.
-        emulated: whether BF16 is emulated; likewise.
+        on_gpu: whether an open runner runs on a GPU.
+        tf32: whether FP32 layers of an open runner may compute in TF32.
+        emulates_bf16: whether an open runner emulates BF16.
     """
 
-    on_gpu = tf32 = emulated = False
+    on_gpu = tf32 = emulates_bf16 = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self: AnyRunner) -> AnyRunner:
         """Load the network."""
         with ExitStack() as stack:
             self._load(stack)
-            self._held = stack.pop_all()
+            self._resources = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release everything, in the reverse order of its making."""
-        self._held.close()
+        """Release all resources in the reverse order of their creation."""
+        self._resources.close()
 
     def _load(self, stack: ExitStack) -> None:
         """Load the network; ``stack`` releases it."""
@@ -90,36 +83,36 @@ class Runner:
         """Return every output by name, for a batch in the network's own input type.
 
         Raises:
-            InputError: the batch is not what the network takes.
+            InputError: the network does not take this batch.
             MissingDependency: the GPU is out of memory.
             ConversionError: the runtime fails.
         """
         raise NotImplementedError
 
-    def resident(self, images: npt.NDArray[Any]) -> Resident:
-        """Return a batch that stays on the GPU, in the network's own input type; not uploaded yet.
+    def resident_batch(self, images: npt.NDArray[Any]) -> ResidentBatch:
+        """Return a batch in GPU memory, in the network's own input type, not yet uploaded.
 
-        It belongs to the runner and has to be closed before it.
+        Close the batch before the runner.
 
         Raises:
-            InputError: the network does not take these images, or not so many.
-            UsageError: it runs on a CPU.
+            InputError: the network does not take these images, or not this many.
+            UsageError: the network runs on a CPU.
             MissingDependency: the GPU is out of memory.
         """
-        raise UsageError("This network runs on no GPU.", "Open it on one, with --device cuda:0.")
+        raise UsageError("This network runs on no GPU.", "Open it on a GPU with --device cuda:0.")
 
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """How ONNX Runtime's CUDA provider runs a graph. ``dataclasses.asdict`` is the record of it.
+    """Options of ONNX Runtime's CUDA provider; reports store them with ``dataclasses.asdict``.
 
     Attributes:
-        prefer_nhwc: convert convolutions to NHWC, which Tensor Cores want; not with CUDA graphs.
-        use_tf32: let FP32 convolutions and products compute with 10 bits of mantissa.
-        cudnn_conv_algo_search: how cuDNN's algorithm is chosen.
+        prefer_nhwc: convert convolutions to NHWC, which suits Tensor Cores; not with CUDA graphs.
+        use_tf32: let FP32 convolutions and matrix products compute with a 10-bit mantissa.
+        cudnn_conv_algo_search: how cuDNN's convolution algorithm is selected.
         fuse_conv_bias: let cuDNN fuse convolution, bias and activation. ONNX Runtime 1.31 fails
             with it on an H200.
-        cuda_graph: record each batch size of a resident batch once, then launch it as one piece.
+        cuda_graph: capture a CUDA graph once for each batch size and replay it.
     """
 
     prefer_nhwc: bool = False
@@ -130,10 +123,10 @@ class CudaOptions:
 
 
 def gpu_index(device: str) -> int | None:
-    """Return which of CUDA's devices is meant, or None for the CPU.
+    """Return the CUDA device number of a device name, or None for the CPU.
 
     Raises:
-        UsageError: it is neither ``cpu`` nor ``cuda:N``.
+        UsageError: the name is neither ``cpu``, ``cuda`` nor ``cuda:N``.
 
     >>> gpu_index("cuda:1"), gpu_index("cuda"), gpu_index("cpu")
     (1, 0, None)
@@ -146,51 +139,51 @@ def gpu_index(device: str) -> int | None:
     return int(number or 0)
 
 
-def profile_for(profiles: Sequence[BatchRange], batch: int) -> int:
-    """Return the index of the profile to run ``batch`` images with.
-
-    Of those that allow it, the one whose optimum is nearest.
+def select_profile(profiles: Sequence[BatchRange], batch: int) -> int:
+    """Return the index of the profile for ``batch`` images: the one with the nearest optimum.
 
     Raises:
-        InputError: none allows it.
+        InputError: no profile allows this batch size.
 
-    >>> profile_for([BatchRange(1, 1, 1), BatchRange(1, 8, 32)], 6)
+    >>> select_profile([BatchRange(1, 1, 1), BatchRange(1, 8, 32)], 6)
     1
     """
     fitting = [i for i, profile in enumerate(profiles) if profile.min <= batch <= profile.max]
     if not fitting:
-        served = ", ".join(str(profile) for profile in profiles)
+        ranges = ", ".join(str(profile) for profile in profiles)
         raise InputError(
-            f"The compiled network does not serve a batch of {batch}; its profiles are {served}.",
-            f"Send batches it serves, or rebuild it with --batch 1:{batch}:{batch}.",
+            f"The compiled network does not serve a batch of {batch}; its profiles are {ranges}.",
+            f"Send batches within these profiles, or rebuild it with --batch 1:{batch}:{batch}.",
         )
     return min(fitting, key=lambda i: abs(profiles[i].opt - batch))
 
 
-def require_served(
+def check_input(
     images: npt.NDArray[Any],
-    row: Sequence[int],
+    row_shape: Sequence[int],
     dtype: npt.DTypeLike,
     profiles: Sequence[BatchRange],
 ) -> None:
-    """Return if a compiled network takes these images.
+    """Check that a compiled network takes these images.
 
     Args:
-        images: ``(N, ...)``; float32 is taken for float16, too.
-        row: the shape of one image; -1 for a dynamic height or width.
-        dtype: of the network's input.
-        profiles: the batch sizes it serves.
+        images: ``(N, ...)``; float32 images are also accepted for float16 networks.
+        row_shape: shape of one image; -1 for a dynamic height or width.
+        dtype: type of the network's input.
+        profiles: supported batch sizes.
 
     Raises:
-        InputError: they have another shape or type, or no profile allows so many.
+        InputError: shape or type differ, or no profile allows this batch size.
     """
-    given = images.shape[1:]
-    fits = len(given) == len(row) and all(r in (-1, g) for r, g in zip(row, given, strict=True))
+    shape = images.shape[1:]
+    fits = len(shape) == len(row_shape) and all(
+        size in (-1, given) for size, given in zip(row_shape, shape, strict=True)
+    )
     narrowed = images.dtype == np.float32 and dtype == np.float16
     if not fits or not (narrowed or images.dtype == dtype):
         raise InputError(
-            f"The compiled network takes (N, {', '.join(map(str, row))}) {np.dtype(dtype)}, "
+            f"The compiled network takes (N, {', '.join(map(str, row_shape))}) {np.dtype(dtype)}, "
             f"not {images.shape} {images.dtype}.",
-            "Prepare them with the model's own preprocessing.",
+            "Prepare the images with the model's own preprocessing.",
         )
-    profile_for(profiles, len(images))
+    select_profile(profiles, len(images))

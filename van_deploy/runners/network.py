@@ -1,9 +1,8 @@
-"""An artifact of a bundle as something that answers images, whatever it takes and gives.
+"""One interface for inference with any artifact of a bundle.
 
-A plain graph takes normalised floats, an embedded one bytes; one gives logits,
-another the top-k classes; ONNX Runtime runs a graph, TensorRT an engine.
-:class:`Network` is one face for all of them: pixels in, outputs by name, and the
-most probable classes from whatever outputs there are.
+A plain graph takes normalised floats, a graph with embedded preprocessing takes bytes; some
+return logits, others the top-k classes; ONNX Runtime runs graphs, TensorRT runs engines.
+:class:`Network` hides the differences: pixels in, outputs by name, and the most probable classes.
 """
 
 from __future__ import annotations
@@ -29,27 +28,24 @@ from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
 from van_deploy.metrics import Task, probabilities
 from van_deploy.model.preprocess import Pixels, Preprocessing, normalise
-from van_deploy.runners.base import Images, Runner, gpu_index
-from van_deploy.runners.base import Outputs as Outputs
+from van_deploy.runners.base import Images, Outputs, Runner, gpu_index
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-PYTORCH = "pytorch"
-"""The name under which the original network can be asked for, beside the artifacts."""
-
+PYTORCH = "pytorch"  # selects the original network instead of an artifact
 ORT_CPU = "ort-cpu"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output.
+    """Name, type and shape of an input or output.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         dtype: NumPy's name of its type.
-        shape: without the batch, which is always first and dynamic.
+        shape: shape without the batch axis, which is always first and dynamic.
     """
 
     name: str
@@ -58,11 +54,11 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Obstacle:
-    """What keeps an artifact from running on this machine.
+class SkipReason:
+    """Reason why an artifact cannot run on this machine.
 
     Attributes:
-        kind: ``engines`` where an engine's GPU is not here, else ``runtimes``.
+        kind: ``engines`` where the GPU of an engine is missing, otherwise ``runtimes``.
         reason: one phrase.
     """
 
@@ -72,11 +68,11 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class NamedClass:
-    """One class of an answer.
+    """One predicted class.
 
     Attributes:
         index: column of the logits.
-        name: what the weights call it; the index as text if they do not say.
+        name: class name of the weights; the index as text where they have no class names.
         probability: 0 to 1.
     """
 
@@ -86,77 +82,79 @@ class NamedClass:
 
 
 def task_of(bundle: Bundle) -> Task:
-    """Return how the logits of a bundle's network become labels."""
+    """Return the classification task of a bundle's network."""
     network = bundle.manifest.architecture
     return Task.of(network.num_classes, network.problem_type)
 
 
-def require_classes(bundle: Bundle, command: str) -> None:
-    """Return if a bundle's network gives classes.
+def require_classifier(bundle: Bundle, command: str) -> None:
+    """Check that a bundle's network is a classifier.
 
     Args:
         bundle: the bundle.
-        command: what needs them.
+        command: the command that needs classes.
 
     Raises:
-        UsageError: it gives feature maps.
+        UsageError: the network returns feature maps.
     """
-    names = bundle.manifest.architecture.output_names
-    if bundle.manifest.architecture.out_indices:
-        maps = f"gives feature maps ({', '.join(names)}), and `{command}` is of classes"
+    network = bundle.manifest.architecture
+    if network.out_indices:
         raise UsageError(
-            f"The bundle '{bundle.path}' {maps}.",
+            f"The bundle '{bundle.path}' returns feature maps ({', '.join(network.output_names)}), "
+            f"and `{command}` needs classes.",
             "Run the ONNX file yourself (docs/backbones.md), or export without --features.",
         )
 
 
-def runnable_artifacts(bundle: Bundle) -> list[str]:
-    """Return the names of the artifacts that ONNX Runtime can run, in the bundle's order."""
+def onnx_artifacts(bundle: Bundle) -> list[str]:
+    """Return the names of the artifacts that ONNX Runtime runs, in the bundle's order."""
     return [n for n, item in bundle.artifacts.items() if item.kind not in ("engine", "package")]
 
 
 class Network:
-    """One artifact, or the original network, ready to answer. Open it with ``with``.
+    """Inference with one artifact or the original network. Open it with ``with``.
 
     Args:
-        bundle: where it is; every digest is checked on opening.
-        artifact: its name in the bundle, or :data:`PYTORCH`.
-        asked: what runs an ONNX artifact (the others have one runner only), on which GPU, and
-            whether an engine is run whose sidecar is gone (its digest is checked all the same).
-        threads: threads inside one operator; None lets the runtime choose.
+        bundle: the bundle; every digest is checked on opening.
+        artifact: name of an artifact, or :data:`PYTORCH`.
+        settings: runner of an ONNX artifact (the others have only one), GPU, and whether an
+            engine without a sidecar is accepted (its digest is checked nevertheless).
+        threads: intra-op threads; None lets the runtime choose.
         spin: see :class:`~van_deploy.runners.onnxruntime.OnnxRuntimeRunner`.
 
     Attributes:
-        input: what :meth:`run` takes.
-        outputs: what :meth:`run` gives.
-        max_batch: images a batch, at most.
-        runner: what runs it, for reports.
-        task: how its logits become labels.
-        opened: the runner of a network that is open; None before.
+        input: input of :meth:`run`.
+        outputs: outputs of :meth:`run`.
+        max_batch: largest batch size.
+        runner: name of the runner, for reports.
+        task: the classification task.
+        embedding: preprocessing inside the graph: ``none``, ``normalize`` or ``uint8``.
+        loaded_runner: the runner of an open network; None before.
 
     Raises:
-        BundleError: there is no such artifact.
+        BundleError: the bundle has no such artifact.
     """
 
-    opened: Any = None
+    loaded_runner: Any = None
 
     def __init__(
         self,
         bundle: Bundle,
         artifact: str = "fp32",
-        asked: RunnerSettings | None = None,
+        settings: RunnerSettings | None = None,
         *,
         threads: int | None = None,
         spin: bool = True,
     ) -> None:
-        self.bundle, self.name, self._asked = bundle, artifact, asked or RunnerSettings()
+        self.bundle, self.name = bundle, artifact
+        self._settings = settings or RunnerSettings()
         self.preprocessing, self.task = bundle.manifest.preprocessing, task_of(bundle)
         self._threads, self._spin = threads, spin
         entry = None if artifact == PYTORCH else bundle.artifact(artifact)
-        self._made: Mapping[str, Any] = entry.made_with if entry else {}
+        self._build_inputs: Mapping[str, Any] = entry.made_with if entry else {}
         self.is_engine = entry is not None and entry.kind == "engine"
         self.is_package = entry is not None and entry.kind == "package"
-        self.runner = self._asked.runner if entry else PYTORCH
+        self.runner = self._settings.runner if entry else PYTORCH
         self._profiles: Sequence[BatchRange] = ()
         if entry and entry.engine:
             self.runner, self._profiles = entry.engine.backend.split()[0], entry.engine.profiles
@@ -169,7 +167,7 @@ class Network:
         self.input, self.outputs = self._specs(entry)
 
     def _specs(self, entry: Artifact | None) -> tuple[TensorSpec, tuple[TensorSpec, ...]]:
-        """Return the input and the outputs of a graph, or of the plain network without one."""
+        """Return input and outputs of a graph, or of the original network without an entry."""
         if entry and entry.graph:
             inputs, outputs = (
                 tuple(TensorSpec(name, v.dtype, v.sample_shape) for name, v in item.items())
@@ -180,27 +178,27 @@ class Network:
         shapes: Mapping[str, tuple[int, ...]] = {OUTPUT_NAME: (config.num_classes,)}
         if config.out_indices:
             shapes = config.feature_map_shapes(sides)
-        given = TensorSpec(INPUT_NAME, "float32", (self.preprocessing.channels, *sides))
-        return given, tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
+        image = TensorSpec(INPUT_NAME, "float32", (self.preprocessing.channels, *sides))
+        return image, tuple(TensorSpec(name, "float32", shape) for name, shape in shapes.items())
 
     def __enter__(self) -> Network:
         """Load the artifact.
 
         Raises:
             BundleError: a file is missing or was changed.
-            MissingDependency: its runtime is not here.
-            ConversionError: the runtime refuses it.
+            MissingDependency: its runtime is not installed or not usable.
+            ConversionError: the runtime rejects it.
         """
-        self.opened = self._runner().__enter__()
+        self.loaded_runner = self._create_runner().__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Release it."""
-        self.opened.__exit__(*error)
+        """Close the runner."""
+        self.loaded_runner.__exit__(*error)
 
-    def _runner(self) -> Runner:
-        """Return what runs the artifact, not yet open."""
-        trust, device = self._asked.trust_engine, self._asked.device
+    def _create_runner(self) -> Runner:
+        """Return the runner of the artifact, not yet open."""
+        trust, device = self._settings.trust_engine, self._settings.device
         if self.name == PYTORCH:
             model = original_network(self.bundle).model
             from van_deploy.runners.pytorch import TorchRunner
@@ -216,107 +214,113 @@ class Network:
                 from van_deploy.runners.pytorch import InductorRunner
             except ImportError as error:
                 raise MissingDependency(
-                    f"An Inductor package needs PyTorch: {error}.", "Install van-deploy whole."
+                    f"An Inductor package needs PyTorch: {error}.",
+                    "Install it with `pip install van-deploy`.",
                 ) from error
             return InductorRunner(path, device=device, threads=self._threads)
-        how: dict[str, Any] = {"threads": self._threads, "spin": self._spin}
-        return OnnxRuntimeRunner(path, name=self.runner, device=device, **how)
+        return OnnxRuntimeRunner(
+            path, name=self.runner, device=device, threads=self._threads, spin=self._spin
+        )
 
-    def obstacle(self) -> Obstacle | None:
-        """Return what keeps the artifact from running on this machine; None is good.
+    def skip_reason(self) -> SkipReason | None:
+        """Return why the artifact cannot run on this machine; None if it can.
 
         Raises:
             InputError: an engine's sidecar is missing, damaged or edited.
         """
         if self.runner in (PYTORCH, ORT_CPU):
             return None
-        device = self._asked.device
+        device = self._settings.device
         host = detect_host(device=gpu_index(device) or 0)
         if self.is_engine or self.is_package:
-            return self._native_obstacle(host)
-        provider, settings = PROVIDERS[self.runner], self._made.get("settings")
+            return self._native_skip_reason(host)
+        provider, settings = PROVIDERS[self.runner], self._build_inputs.get("settings")
         reason = ""
         if provider not in require_onnxruntime().get_available_providers():
-            reason = f"no {provider} in the ONNX Runtime that is installed"
+            reason = f"no {provider} in the installed ONNX Runtime"
         elif host.gpu is None:
             reason = f"{provider} finds no GPU {device}"
         elif isinstance(settings, Mapping) and settings.get("target") == "cpu":
-            reason = f"quantised for CPUs: {provider} has not all its operators"
-        return Obstacle("runtimes", reason) if reason else None
+            reason = f"quantised for CPUs: {provider} lacks some of its operators"
+        return SkipReason("runtimes", reason) if reason else None
 
-    def _native_obstacle(self, host: Host) -> Obstacle | None:
+    def _native_skip_reason(self, host: Host) -> SkipReason | None:
         path = self.bundle.path / self.bundle.artifact(self.name).file
         if self.is_engine and host.gpu is None:
-            return Obstacle("engines", "engine not executed: no GPU")
-        if self.is_engine and self._asked.trust_engine and not sidecar_path(path).exists():
+            return SkipReason("engines", "engine not executed: no GPU")
+        if self.is_engine and self._settings.trust_engine and not sidecar_path(path).exists():
             return None
-        found = find_obstacles(
-            (load_package_sidecar if self.is_package else load_sidecar)(path), host
-        )
-        if not found:
+        read_sidecar = load_package_sidecar if self.is_package else load_sidecar
+        problems = find_obstacles(read_sidecar(path), host)
+        if not problems:
             return None
-        kind = "engines" if all(each.about == "gpu" for each in found) else "runtimes"
-        what = "package" if self.is_package else "engine"
-        return Obstacle(kind, f"{what} not executed: " + "; ".join(o.problem for o in found))
+        kind = "engines" if all(problem.about == "gpu" for problem in problems) else "runtimes"
+        name = "package" if self.is_package else "engine"
+        text = "; ".join(problem.problem for problem in problems)
+        return SkipReason(kind, f"{name} not executed: {text}")
 
     @property
-    def described(self) -> str:
-        """What runs it, for reports."""
-        emulated = getattr(self.opened, "emulated", False)
+    def runner_description(self) -> str:
+        """Name of the runner and whether it emulates BF16, for reports."""
+        emulated = getattr(self.loaded_runner, "emulates_bf16", False)
         return f"{self.runner}, {BF16_EMULATED}" if emulated else self.runner
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU runs it."""
+        """Whether the artifact runs on a GPU."""
         if self.is_package:
-            return str(self._made.get("target", "")).startswith("sm_")
+            return str(self._build_inputs.get("target", "")).startswith("sm_")
         return self.is_engine or self.runner not in (PYTORCH, ORT_CPU)
 
     @property
     def tf32(self) -> bool:
-        """Whether FP32 layers may compute in TF32; of a network that is open."""
-        return bool(self._built("tf32", True)) and getattr(self.opened, "tf32", self.is_engine)
+        """Whether FP32 layers of an open network may compute in TF32."""
+        return bool(self._build_option("tf32", True)) and getattr(
+            self.loaded_runner, "tf32", self.is_engine
+        )
 
-    def _built(self, name: str, default: Any) -> Any:
-        """Return an option that an engine was built with."""
-        options = self._made.get("options") if self.is_engine else None
+    def _build_option(self, name: str, default: Any) -> Any:
+        """Return a build option of an engine."""
+        options = self._build_inputs.get("options") if self.is_engine else None
         return options.get(name, default) if isinstance(options, Mapping) else default
 
     def prepare(self, pixels: Pixels | Images) -> npt.NDArray[Any]:
-        """Return resized images ``(N, S, S, C)`` uint8 as this artifact takes them."""
+        """Return resized images ``(N, S, S, C)`` uint8 in the input format of this artifact."""
         return network_input(pixels, self.embedding, self.preprocessing)
 
     def run(self, batch: npt.NDArray[Any]) -> Outputs:
-        """Return every output by name for ``batch``, which is what :attr:`input` says.
+        """Return every output by name for a batch in the format of :attr:`input`.
 
-        An engine gets more images than it serves in several batches, and fewer with
-        the last one repeated.
+        Batches larger than an engine supports are split; smaller ones are padded by repeating
+        the last image.
         """
         if self.name == PYTORCH:
             names = [output.name for output in self.outputs]
-            return dict(zip(names, self.opened.run_all(batch).values(), strict=True))
+            return dict(zip(names, self.loaded_runner.run_all(batch).values(), strict=True))
         if not self._profiles:
-            outputs: Outputs = self.opened.run_all(batch)
+            outputs: Outputs = self.loaded_runner.run_all(batch)
             return outputs
         starts = range(0, len(batch), self.max_batch)
-        pieces = [self._run_filled(batch[i : i + self.max_batch]) for i in starts]
+        pieces = [self._run_padded(batch[i : i + self.max_batch]) for i in starts]
         return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _run_filled(self, batch: npt.NDArray[Any]) -> Outputs:
-        rows = next(n for n in range(len(batch), self.max_batch + 1) if self.serves(n))
-        filled = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), axis=0)])
-        return {name: value[: len(batch)] for name, value in self.opened.run_all(filled).items()}
+    def _run_padded(self, batch: npt.NDArray[Any]) -> Outputs:
+        rows = next(n for n in range(len(batch), self.max_batch + 1) if self.supports_batch(n))
+        padded = np.concatenate([batch, np.repeat(batch[-1:], rows - len(batch), axis=0)])
+        return {
+            name: value[: len(batch)] for name, value in self.loaded_runner.run_all(padded).items()
+        }
 
-    def serves(self, batch: int) -> bool:
-        """Return whether a batch of that many images is run as it is."""
+    def supports_batch(self, batch: int) -> bool:
+        """Return whether a batch of that many images runs without splitting or padding."""
         return not self._profiles or any(p.min <= batch <= p.max for p in self._profiles)
 
-    def serves_size(self, sides: Sequence[int]) -> bool:
-        """Return whether images of that height and width are run as they are."""
+    def supports_size(self, sides: Sequence[int]) -> bool:
+        """Return whether images of that height and width run without resizing."""
         sizes, (height, width) = self.bundle.manifest.sizes, sides
         if self.is_engine:
-            own = self._built("dynamic_size", None)
-            sizes = SizeRange(**own) if own else None
+            dynamic = self._build_option("dynamic_size", None)
+            sizes = SizeRange(**dynamic) if dynamic else None
         native = self.preprocessing.sides == (height, width)
         return native if sizes is None else sizes.contains((height, width))
 
@@ -324,21 +328,21 @@ class Network:
         """Return the logits ``(N, K)`` of resized images ``(N, S, S, C)`` uint8.
 
         Raises:
-            UsageError: the artifact gives none.
+            UsageError: the artifact has no logits output.
         """
         outputs = self.run(self.prepare(pixels))
         if OUTPUT_NAME not in outputs:
             raise UsageError(
-                f"'{self.name}' gives {', '.join(outputs)} and no logits.",
-                "Take an artifact with logits.",
+                f"'{self.name}' returns {', '.join(outputs)} and no logits.",
+                "Use an artifact with a logits output.",
             )
         return outputs[OUTPUT_NAME].astype(np.float32)
 
-    def top(self, outputs: Outputs, count: int) -> list[tuple[NamedClass, ...]]:
-        """Return each row's most probable classes, the best first.
+    def top_classes(self, outputs: Outputs, count: int) -> list[tuple[NamedClass, ...]]:
+        """Return the most probable classes of each row, in descending order.
 
         Raises:
-            UsageError: the artifact gives only its first five and more are asked for.
+            UsageError: the artifact returns only five classes and more are requested.
         """
         if OUTPUT_NAME in outputs or "probabilities" in outputs:
             logits = outputs.get(OUTPUT_NAME)
@@ -350,31 +354,32 @@ class Network:
             classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES][:, :count]
             if count > classes.shape[1]:
                 raise UsageError(
-                    f"'{self.name}' gives its first {classes.shape[1]} classes only, not {count}.",
-                    f"Ask for {classes.shape[1]}, or take another artifact.",
+                    f"'{self.name}' returns only {classes.shape[1]} classes, not {count}.",
+                    f"Request {classes.shape[1]}, or use another artifact.",
                 )
-        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
-        return [tuple(map(self._named, *row)) for row in rows]
-
-    def _named(self, index: int, probability: float) -> NamedClass:
         names = self.bundle.manifest.class_names
-        return NamedClass(index, names[index] if names else str(index), probability)
+
+        def named_class(index: int, probability: float) -> NamedClass:
+            return NamedClass(index, names[index] if names else str(index), probability)
+
+        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
+        return [tuple(map(named_class, *row)) for row in rows]
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
-    """Return the unfolded PyTorch network of a bundle, its weights' digest checked.
+    """Load the unfolded PyTorch network of a bundle and check the digest of its weights.
 
-    Only tensors are read from the weights file: architecture, preprocessing and class names
-    are the manifest's, whatever stands beside the file today. Nothing is downloaded: weights
-    from a hub must still be in its cache.
+    Only tensors are read from the weights file: architecture, preprocessing and class names come
+    from the manifest, not from files next to the weights. Nothing is downloaded: weights from a
+    hub must still be in its cache.
 
     Args:
         bundle: the bundle.
-        weights: where its weights file is now; None takes the place the manifest names.
+        weights: current path of its weights file; None takes the path in the manifest.
 
     Raises:
         MissingDependency: PyTorch or timm is not installed.
-        BundleError: the weights have moved, have changed, or are not this bundle's.
+        BundleError: the weights were moved, were changed, or belong to another bundle.
     """
     try:
         from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
@@ -387,56 +392,57 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         ) from error
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture
-    place = Path(weights or recorded.path or recorded.spec).expanduser()
-    drawn = weights is None and recorded.format == "random"
+    path = Path(weights or recorded.path or recorded.spec).expanduser()
+    is_random = weights is None and recorded.format == "random"
     try:
-        if drawn:
+        if is_random:
             model = random_van(config, recorded.seed or 0)
             digest = sha256_of_state(model.state_dict())
         else:
             if weights is None and recorded.format == "embedded":
-                place = EMBEDDED_WEIGHTS
-            elif place.is_dir():
-                place /= Path(recorded.path).name
-            file = read_weights(place, recorded.container)
-            digest = file_sha256(place)
+                path = EMBEDDED_WEIGHTS
+            elif path.is_dir():
+                path /= Path(recorded.path).name
+            file = read_weights(path, recorded.container)
+            digest = file_sha256(path)
             if digest == recorded.sha256:
                 model = network_from_state(file.tensors, config)
     except (InputError, UsageError) as error:
         raise BundleError(
-            f"The weights of the bundle '{bundle.path}' cannot be read from '{place}': "
+            f"The weights of the bundle '{bundle.path}' cannot be read from '{path}': "
             f"{error.message}",
-            "Say where they are with --weights PATH.",
+            "Give their path with --weights PATH.",
         ) from error
     if digest != recorded.sha256:
-        what = f"What seed {recorded.seed} draws here" if drawn else f"'{place}'"
+        source_text = f"The random network of seed {recorded.seed}" if is_random else f"'{path}'"
         raise BundleError(
-            f"{what} is not what the bundle '{bundle.path}' was made from: its SHA-256 is "
-            f"{digest[:12]}..., the manifest says {recorded.sha256[:12]}....",
-            "Export again with this PyTorch, or give the weights themselves with --weights PATH.",
+            f"{source_text} does not match the bundle '{bundle.path}': its SHA-256 is "
+            f"{digest[:12]}..., the manifest has {recorded.sha256[:12]}....",
+            "Export again with this PyTorch, or give the original weights with --weights PATH.",
         )
-    source = replace(recorded, path="" if drawn else str(place))
-    described = manifest.preprocessing, manifest.class_names
-    return LoadedVan(bundle.name, model, config, source, *described)
+    source = replace(recorded, path="" if is_random else str(path))
+    return LoadedVan(
+        bundle.name, model, config, source, manifest.preprocessing, manifest.class_names
+    )
 
 
 def network_input(
     pixels: Pixels | Images, embedding: str, preprocessing: Preprocessing
 ) -> npt.NDArray[Any]:
-    """Return images as a graph with ``embedding`` takes them.
+    """Return images in the input format of a graph.
 
     Args:
         pixels: resized images ``(N, S, S, C)`` uint8, or normalised ``(N, C, S, S)`` float32.
-        embedding: the preprocessing inside the graph.
-        preprocessing: of the network.
+        embedding: preprocessing inside the graph: ``none``, ``normalize`` or ``uint8``.
+        preprocessing: preprocessing of the network.
 
     Raises:
-        UsageError: the graph normalises, and the images are normalised already.
+        UsageError: the images are already normalised, and the graph normalises too.
     """
     if pixels.dtype == np.float32 and embedding == "none":
         return pixels
     if pixels.dtype == np.float32:
-        text = f"The images are normalised already, and the graph (embedded: {embedding}) does so."
+        text = f"The images are already normalised, and the graph (embedded: {embedding}) does so."
         raise UsageError(text, "Give uint8 images.")
     if embedding == "uint8":
         return np.ascontiguousarray(pixels)

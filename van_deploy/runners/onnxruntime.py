@@ -1,4 +1,4 @@
-"""ONNX files: in ONNX Runtime on the CPU and, through its CUDA provider, on GPUs; in OpenVINO."""
+"""ONNX graphs in ONNX Runtime (on the CPU, or on a GPU with its CUDA provider) and in OpenVINO."""
 
 from __future__ import annotations
 
@@ -18,23 +18,16 @@ import numpy.typing as npt
 import onnx
 from onnx import ModelProto, parser
 
+from van_deploy import errors
 from van_deploy.environment.packages import import_without_telemetry, pip_command
-from van_deploy.errors import (
-    ConversionError,
-    InputError,
-    MissingDependency,
-    UsageError,
-    VanDeployError,
-    require_extra,
-)
+from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import emulate_bf16, has_bf16
 from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, gpu_index
 from van_deploy.runners.cuda import DeviceBatch, out_of_memory, require_cuda
 
 CUDA = "CUDAExecutionProvider"
+# The execution provider of each runner. It runs the whole graph, or the graph is refused.
 PROVIDERS: Mapping[str, str] = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": CUDA}
-"""The execution provider of each runner. It runs the whole graph, or the graph is refused."""
-
 DTYPES: Mapping[str, npt.DTypeLike] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -42,9 +35,8 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
 }
+# Libraries that the CUDA provider links, each after those it depends on.
 LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
-"""What the CUDA provider links, each after those it needs itself."""
-
 OUT_OF_MEMORY = "out of memory|Failed to allocate memory|CUDNN_STATUS_ALLOC_FAILED"
 
 
@@ -52,16 +44,16 @@ def require_onnxruntime(provider: str = "") -> Any:
     """Return the ``onnxruntime`` module.
 
     Args:
-        provider: that it has to be built with.
+        provider: an execution provider that it must include.
 
     Raises:
-        MissingDependency: it is not installed, or has no such provider.
+        MissingDependency: it is not installed, or does not include the provider.
     """
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingDependency(
-            f"ONNX Runtime is not installed, and nothing leaves this program unchecked: {error}.",
+            f"ONNX Runtime is not installed; every exported file is checked with it: {error}.",
             "Install it with `pip install 'van-deploy[cpu]'`, or [gpu] with an NVIDIA GPU.",
         ) from error
     available, pip = ort.get_available_providers(), pip_command()
@@ -74,58 +66,58 @@ def require_onnxruntime(provider: str = "") -> Any:
     return ort
 
 
-def inference_session(
+def create_session(
     model: Path | ModelProto, options: Any, providers: Sequence[Any]
 ) -> tuple[Any, bool]:
     """Return an ONNX Runtime session, and whether BF16 is emulated in it.
 
-    It is where the provider has no BF16 operators (see :mod:`van_deploy.graph.bfloat16`). Then
-    nothing else is rewritten: what stands in the emulation is what runs.
+    BF16 is emulated where the provider has no BF16 operators (see
+    :mod:`van_deploy.graph.bfloat16`). ONNX Runtime's own optimisations are then disabled, so
+    that the emulation runs as written.
 
     Args:
         model: a file, or a graph in memory (below 2 GB).
-        options: of the session.
-        providers: of ONNX Runtime, with or without options, in the order in which they are offered
-            the graph.
+        options: session options.
+        providers: execution providers in order of preference, with or without options.
 
     Raises:
-        Exception: ONNX Runtime's own, where it refuses the graph.
+        Exception: ONNX Runtime's own exception where it rejects the graph.
     """
     ort = require_onnxruntime()
-    # Left to itself ONNX Runtime goes on with the CPU where another provider fails.
-    how: dict[str, Any] = {"providers": list(providers), "enable_fallback": 0}
+    # By default ONNX Runtime continues on the CPU where another provider fails.
+    arguments: dict[str, Any] = {"providers": list(providers), "enable_fallback": 0}
     try:
         source = str(model) if isinstance(model, Path) else model.SerializeToString()
-        return ort.InferenceSession(source, options, **how), False
+        return ort.InferenceSession(source, options, **arguments), False
     except Exception:
         graph = onnx.load(model) if isinstance(model, Path) else model
         if not has_bf16(graph):
             raise
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     source = emulate_bf16(graph).SerializeToString()
-    return ort.InferenceSession(source, options, **how), True
+    return ort.InferenceSession(source, options, **arguments), True
 
 
 class OnnxRuntimeRunner(Runner):
-    """Runs an ONNX graph.
+    """Runs an ONNX graph in ONNX Runtime.
 
     Args:
         model: a file, or a graph in memory (below 2 GB).
-        threads: threads inside one operator; None lets ONNX Runtime choose.
-        spin: let idle threads spin for the next operator. That is fastest alone; a
-            server has other work for the processor.
-        arena: keep freed memory for the next run. Without it a single large batch
-            needs less at its peak.
-        name: one of :data:`PROVIDERS`: which processor runs it. A graph that a GPU's provider
-            would leave to the CPU, whole or in part, is refused.
-        device: which GPU, for ``ort-cuda``.
-        cuda: how the CUDA provider runs it.
+        threads: intra-op threads; None lets ONNX Runtime choose.
+        spin: let idle threads spin for the next operator. That is fastest for a single
+            process; a server has other work for the processor.
+        arena: keep freed memory for the next run. Without it the peak of a single large batch
+            is lower.
+        name: a key of :data:`PROVIDERS`. A graph that the GPU's provider would leave to the CPU,
+            whole or in part, is refused.
+        device: GPU for ``ort-cuda``.
+        cuda: options of the CUDA provider.
 
     Attributes:
-        profile: folder for ONNX Runtime's own profile, written when the runner is closed.
+        profile_folder: folder for ONNX Runtime's own profile, written when the runner closes.
     """
 
-    profile: Path | None = None
+    profile_folder: Path | None = None
 
     def __init__(
         self,
@@ -147,10 +139,10 @@ class OnnxRuntimeRunner(Runner):
         """Load the graph.
 
         Raises:
-            MissingDependency: ONNX Runtime is not installed, lacks the provider asked for, or
-                cannot start it; there is no GPU.
-            ConversionError: it refuses the graph, or would run part of it on the CPU.
-            UsageError: its CUDA provider fails, or answers wrongly, with these options.
+            MissingDependency: ONNX Runtime is not installed, does not include the requested
+                provider or cannot start it; there is no GPU.
+            ConversionError: ONNX Runtime rejects the graph, or would run part of it on the CPU.
+            UsageError: the CUDA provider fails, or computes wrong results, with these options.
         """
         self._ort = ort = require_onnxruntime(self.provider)
         options, providers = ort.SessionOptions(), list[Any]([self.provider])
@@ -158,93 +150,93 @@ class OnnxRuntimeRunner(Runner):
         options.enable_cpu_mem_arena = self.arena
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        if self.profile is not None:
+        if self.profile_folder is not None:
             options.enable_profiling = True
-            options.profile_file_prefix = str(self.profile / "ort")
+            options.profile_file_prefix = str(self.profile_folder / "ort")
         if not self.spin:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self.on_gpu:
-            refuse_options(self.model, self.options)
+            check_cuda_options(self.model, self.options)
             self._cuda = require_cuda(gpu_index(self.device) or 0)
-            self._stream = self._cuda.stream(stack)
-            preload(ort)
-            options.log_severity_level = 4  # its errors come as exceptions, too
+            self._stream = self._cuda.create_stream(stack)
+            preload_cuda_libraries(ort)
+            options.log_severity_level = 4  # errors are also raised as exceptions
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            asked = asdict(self.options)
-            asked["enable_cuda_graph"] = asked.pop("cuda_graph")
-            asked |= {"device_id": self._cuda.device, "user_compute_stream": self._stream}
-            asked["cudnn_conv_use_max_workspace"] = True
-            texts = {k: str(int(v) if isinstance(v, bool) else v) for k, v in asked.items()}
+            cuda = asdict(self.options)
+            cuda["enable_cuda_graph"] = cuda.pop("cuda_graph")
+            cuda |= {"device_id": self._cuda.device, "user_compute_stream": self._stream}
+            cuda["cudnn_conv_use_max_workspace"] = True
+            texts = {k: str(int(v) if isinstance(v, bool) else v) for k, v in cuda.items()}
             providers = [(CUDA, texts)]
         try:
-            with silent(ort) if self.on_gpu else contextlib.nullcontext():
-                self._session, self.emulated = inference_session(self.model, options, providers)
+            with suppress_logging(ort) if self.on_gpu else contextlib.nullcontext():
+                self._session, self.emulates_bf16 = create_session(self.model, options, providers)
         except Exception as error:
-            if self.on_gpu and not provider_starts(ort, CUDA):
+            if self.on_gpu and not is_provider_usable(ort, CUDA):
                 raise MissingDependency(
                     f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it.",
                     f"It needs CUDA {getattr(ort, 'cuda_version', '')} and cuDNN 9: "
                     f"`{pip_command()} install 'onnxruntime-gpu[cuda,cudnn]'`.",
                 ) from error
-            what = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
-            raise _failed(f"cannot load {what}", error) from error
-        stack.callback(self._forget)  # before the stream goes
-        self._graphs, self._kept = 0, dict[int, DeviceBatch]()
-        self._late = stack.enter_context(ExitStack())  # what is kept is closed first
+            name = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
+            raise _project_error(f"cannot load {name}", error) from error
+        stack.callback(self._close_session)  # before the stream is destroyed
+        self._graph_count, self._batches = 0, dict[int, DeviceBatch]()
+        self._batch_stack = stack.enter_context(ExitStack())  # closed first
 
-    def _forget(self) -> None:
-        if self.profile is not None:
+    def _close_session(self) -> None:
+        if self.profile_folder is not None:
             self._session.end_profiling()
         del self._session
 
     def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
         """Return every output by name, for a batch in the graph's own input type.
 
-        With CUDA graphs through buffers and a graph that are kept for each batch size.
+        With CUDA graphs, the buffers and the graph of each batch size are kept.
         """
         rows = len(batch)
         if self.on_gpu and self.options.cuda_graph:
-            if rows not in self._kept:
-                self._kept[rows] = self._room(rows)
-                self._late.callback(self._kept[rows].close)
-            return self._kept[rows].answers(batch)
-        with failures(f"a batch of {rows}"):
+            if rows not in self._batches:
+                self._batches[rows] = self._allocate(rows)
+                self._batch_stack.callback(self._batches[rows].close)
+            return self._batches[rows].infer(batch)
+        with convert_errors(f"a batch of {rows}"):
             name = self._session.get_inputs()[0].name
             names = [output.name for output in self._session.get_outputs()]
             return dict(zip(names, self._session.run(names, {name: batch}), strict=True))
 
-    def resident(self, images: npt.NDArray[Any]) -> DeviceBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
+        """Return a batch in GPU memory; see :meth:`Runner.resident_batch`."""
         if not self.on_gpu:
-            super().resident(images)
-        batch = self._room(len(images))
+            super().resident_batch(images)
+        batch = self._allocate(len(images))
         batch.fill(images)
         return batch
 
-    def _room(self, rows: int) -> DeviceBatch:
-        """Return buffers for a batch of that many images, bound to the session."""
+    def _allocate(self, rows: int) -> DeviceBatch:
+        """Return buffers for a batch of ``rows`` images, bound to the session."""
         session = self._session
         binding, options = session.io_binding(), self._ort.RunOptions()
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if self.options.cuda_graph:  # one graph each: it is recorded with these addresses
-            self._graphs += 1
-            options.add_run_config_entry("gpu_graph_id", str(self._graphs))
+        if self.options.cuda_graph:  # one graph for each batch: it is captured with its addresses
+            self._graph_count += 1
+            options.add_run_config_entry("gpu_graph_id", str(self._graph_count))
 
         def enqueue(_: DeviceBatch) -> None:
-            with failures(f"a batch of {rows}"):
+            with convert_errors(f"a batch of {rows}"):
                 session.run_with_iobinding(binding, options)
 
-        given = {tensor.name: _spec(tensor) for tensor in session.get_inputs()}
-        answers = {tensor.name: _spec(tensor) for tensor in session.get_outputs()}
-        batch = DeviceBatch(self._cuda, self._stream, given, answers, rows, enqueue)
-        for bind, specs in ((binding.bind_input, given), (binding.bind_output, answers)):
+        inputs = {tensor.name: _row_spec(tensor) for tensor in session.get_inputs()}
+        outputs = {tensor.name: _row_spec(tensor) for tensor in session.get_outputs()}
+        batch = DeviceBatch(self._cuda, self._stream, inputs, outputs, rows, enqueue)
+        for bind, specs in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, (shape, dtype) in specs.items():
                 kind, address = np.dtype(dtype).type, batch.addresses[name]
                 bind(name, "cuda", self._cuda.device, kind, (rows, *shape), address)
         return batch
 
 
-def _spec(tensor: Any) -> tuple[tuple[int, ...], npt.DTypeLike]:
+def _row_spec(tensor: Any) -> tuple[tuple[int, ...], npt.DTypeLike]:
     """Return the shape of one row of an input or output, and its type."""
     row = tuple(tensor.shape[1:])
     if tensor.type not in DTYPES or not all(isinstance(size, int) for size in row):
@@ -262,10 +254,10 @@ def onnxruntime_outputs(model: ModelProto, images: Images) -> Outputs:
 
 
 @contextlib.contextmanager
-def failures(what: str) -> Iterator[None]:
-    """Turn ONNX Runtime's exceptions into the project's.
+def convert_errors(operation: str) -> Iterator[None]:
+    """Convert ONNX Runtime's exceptions into this project's.
 
-    They derive from Exception alone, and some failures of a GPU come as RuntimeError.
+    They derive directly from Exception, and some GPU failures are raised as RuntimeError.
     """
     try:
         yield
@@ -273,37 +265,37 @@ def failures(what: str) -> Iterator[None]:
         if not (type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError):
             raise
         kind = InputError if type(error).__name__ == "InvalidArgument" else ConversionError
-        raise _failed(f"failed on {what}", error, kind) from error
+        raise _project_error(f"failed on {operation}", error, kind) from error
 
 
-def _failed(
-    what: str, error: Exception, kind: type[VanDeployError] = ConversionError
-) -> VanDeployError:
-    """Return the project's error for one of ONNX Runtime's; ``what`` it did is said behind it."""
+def _project_error(
+    failure: str, error: Exception, kind: type[errors.VanDeployError] = ConversionError
+) -> errors.VanDeployError:
+    """Return this project's error for a failure of ONNX Runtime."""
     if re.search(OUT_OF_MEMORY, str(error)):
-        return out_of_memory(f"ONNX Runtime {what}")
+        return out_of_memory(f"ONNX Runtime {failure}")
     if "fallback to CPU EP has been explicitly disabled" in str(error):
         return ConversionError(
-            f"ONNX Runtime {what}: it would run part of it on the CPU: {CUDA} lacks operators.",
-            "Quantise it with --target gpu, or run it with --runner ort-cpu.",
+            f"ONNX Runtime {failure}: it would run part of it on the CPU: {CUDA} lacks operators.",
+            "Quantise it with --target tensorrt, or run it with --runner ort-cpu.",
         )
     remedy = "Compare file and images with `van-deploy inspect`, or export at a lower --opset."
-    return kind(f"ONNX Runtime {what}: {error}", remedy)
+    return kind(f"ONNX Runtime {failure}: {error}", remedy)
 
 
-def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
-    """Return whether a session of one operator runs on the provider.
+def is_provider_usable(ort: Any, provider: str, *, quiet: bool = True) -> bool:
+    """Return whether a session with one operator runs on an execution provider.
 
-    A listed provider whose libraries do not load is left out of a session with a warning only,
-    which ``quiet`` keeps from the user.
+    ONNX Runtime silently omits a provider whose libraries do not load from the session, with a
+    warning only; ``quiet`` suppresses it.
     """
     if provider == CUDA:
-        preload(ort)
+        preload_cuda_libraries(ort)
     graph = "one (float[1] x) => (float[1] y) { y = Relu(x) }"
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
     options = ort.SessionOptions()
     options.log_severity_level = 4 if quiet else 2
-    with silent(ort) if quiet else contextlib.nullcontext():
+    with suppress_logging(ort) if quiet else contextlib.nullcontext():
         session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
     if provider not in session.get_providers():
         return False
@@ -311,58 +303,59 @@ def provider_starts(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     return True
 
 
-def refuse_options(model: Path | ModelProto, options: CudaOptions) -> None:
-    """Return if a graph can run with these options.
+def check_cuda_options(model: Path | ModelProto, options: CudaOptions) -> None:
+    """Check that the CUDA provider runs a graph correctly with these options.
 
     Both faults were seen on an H200 with ONNX Runtime 1.31. A quantised graph in NHWC memory loads,
     and its first run fails: "Input channels C is not equal to kernel channels". With a CUDA graph
     an FP16 graph in NHWC memory gave wrong logits (0.02 dB), then "illegal memory access"; either
-    option alone is right.
+    option alone is correct.
 
     Raises:
-        UsageError: the runtime would fail, or answer wrongly.
+        UsageError: the provider would fail or compute wrong results.
     """
     if not options.prefer_nhwc:
         return
     graph = onnx.load(model, load_external_data=False) if isinstance(model, Path) else model
     quantised = any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
     if options.cuda_graph or quantised:
-        why = "answers wrongly from a CUDA graph" if options.cuda_graph else "runs no INT8 graph"
+        problem = "a CUDA graph computes wrong results" if options.cuda_graph else "INT8 fails"
         raise UsageError(
-            f"With prefer_nhwc ONNX Runtime's CUDA provider {why}.", "Leave prefer_nhwc off."
+            f"With prefer_nhwc in ONNX Runtime's CUDA provider {problem}.",
+            "Leave prefer_nhwc off.",
         )
 
 
 def cuda_libraries(cuda_version: str) -> list[Path]:
-    """Return CUDA's and cuDNN's libraries in NVIDIA's wheels, in the order to load them in.
+    """Return CUDA's and cuDNN's libraries in NVIDIA's wheels, in the order to load them.
 
-    ONNX Runtime's wheel has no RUNPATH, and ``onnxruntime.preload_dlls()`` looks beside
-    ONNX Runtime only, so without PyTorch in the process the provider does not load.
+    ONNX Runtime's wheel has no RUNPATH, and ``onnxruntime.preload_dlls()`` searches only next to
+    ONNX Runtime, so without PyTorch in the process the provider does not load.
 
     Args:
-        cuda_version: that ONNX Runtime was built for, 13 or later, such as ``13.0``. All but cuDNN
-            lie in one folder: ``nvidia/cu13/lib``.
+        cuda_version: version that ONNX Runtime was built for, 13 or later, such as ``13.0``. All
+            libraries but cuDNN are in one folder: ``nvidia/cu13/lib``.
     """
     spec = importlib.util.find_spec("nvidia")
     folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    cuda, found = f"cu{cuda_version.partition('.')[0]}", list[Path]()
+    cuda, libraries = f"cu{cuda_version.partition('.')[0]}", list[Path]()
     for name in LIBRARIES:
-        inside = "cudnn" if name == "cudnn" else cuda
-        found += sorted(p for f in folders for p in f.glob(f"{inside}/lib/lib{name}.so.*"))
-    return found
+        package = "cudnn" if name == "cudnn" else cuda
+        libraries += sorted(p for f in folders for p in f.glob(f"{package}/lib/lib{name}.so.*"))
+    return libraries
 
 
-def preload(ort: Any) -> None:
-    """Load what the CUDA provider links, as far as NVIDIA's wheels have it."""
+def preload_cuda_libraries(ort: Any) -> None:
+    """Load the libraries that the CUDA provider links, where NVIDIA's wheels have them."""
     version = str(getattr(ort, "cuda_version", "") or "")
     for path in cuda_libraries(version) if sys.platform.startswith("linux") else ():
-        with contextlib.suppress(OSError):  # the session says which one it cannot do without
+        with contextlib.suppress(OSError):  # the session reports which one is required
             ctypes.CDLL(str(path))
 
 
 @contextlib.contextmanager
-def silent(ort: Any) -> Iterator[None]:
-    """Keep what ONNX Runtime logs about providers from the user: it comes as an error."""
+def suppress_logging(ort: Any) -> Iterator[None]:
+    """Suppress ONNX Runtime's log output about providers, which also arrives as an exception."""
     ort.set_default_logger_severity(4)
     try:
         yield
@@ -371,10 +364,10 @@ def silent(ort: Any) -> Iterator[None]:
 
 
 class OpenVinoRunner(Runner):
-    """Runs an ONNX graph on the CPU.
+    """Runs an ONNX graph in OpenVINO on the CPU.
 
-    OpenVINO computes in bfloat16 by default on processors that have it, whatever
-    the file says. Here the arithmetic is what ``precision`` says.
+    OpenVINO computes in bfloat16 by default on processors that support it, independent of the
+    file's types. Here ``precision`` sets the arithmetic.
 
     Args:
         model: an ONNX file.
@@ -397,16 +390,16 @@ class OpenVinoRunner(Runner):
 
         Raises:
             MissingDependency: OpenVINO is not installed.
-            ConversionError: it refuses the graph.
+            ConversionError: OpenVINO rejects the graph.
         """
-        with require_extra("OpenVINO", "openvino"):
+        with errors.require_extra("OpenVINO", "openvino"):
             ov: Any = import_without_telemetry("openvino")
         try:
             compiled = ov.Core().compile_model(str(self.model), "CPU", self.settings)
         except RuntimeError as error:
             raise ConversionError(
                 f"OpenVINO {ov.__version__} cannot compile the graph: {str(error).strip()[-300:]}",
-                "Look at the file with `van-deploy inspect`, or use ONNX Runtime.",
+                "Check the file with `van-deploy inspect`, or use ONNX Runtime.",
             ) from error
         self._request = compiled.create_infer_request()
         stack.callback(self.__dict__.pop, "_request")

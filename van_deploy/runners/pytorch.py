@@ -1,8 +1,8 @@
-"""PyTorch: the original network, in every way that PyTorch itself offers to run it, and packages.
+"""PyTorch runners: the original network in PyTorch's execution modes, and Inductor packages.
 
-An Inductor package (``.pt2``) is the network as PyTorch compiled it ahead of time: native code.
-Before one is loaded its sidecar has vouched for its bytes, and PyTorch, GPU and processor have
-been compared with this machine.
+An Inductor package (``.pt2``) is a network that PyTorch compiled ahead of time: native code.
+Before it is loaded, its bytes are verified with its sidecar, and PyTorch, GPU and processor are
+compared with this machine.
 """
 
 from __future__ import annotations
@@ -23,29 +23,27 @@ from van_deploy.engine.inductor import compile_environment, cudnn_tf32
 from van_deploy.engine.sidecar import load_package_sidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.graph.names import OUTPUT_NAME
-from van_deploy.runners.base import Logits, Outputs, Runner, gpu_index, require_served
-from van_deploy.runners.cuda import no_device, out_of_memory
+from van_deploy.runners.base import Logits, Outputs, Runner, check_input, gpu_index
+from van_deploy.runners.cuda import device_not_found, out_of_memory
 
+# Inductor's search, without its own templates for convolutions: on an H200 with PyTorch 2.11 the
+# 3x3 depth-wise one took 22 s to try and was 400 times slower than cuDNN's.
 AUTOTUNE = {"max_autotune": True, "max_autotune_conv_backends": "ATEN"}
-"""Inductor's search, without its own templates for convolutions: on an H200 with PyTorch 2.11 the
-3x3 depth-wise one took 22 s to try and was 400 times slower than cuDNN's."""
-
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchRunner(Runner):
-    """Runs a network on the CPU or a GPU. In eager mode on the CPU it need not be opened.
+    """Runs a network on the CPU or a GPU. Eager mode on the CPU works without opening it.
 
     Args:
-        model: a network in eval mode. It is borrowed, not copied; on opening it is moved and
-            converted to what is asked.
-        mode: ``eager``: as it is. ``channels-last``: NHWC memory. ``compile``: torch.compile with
+        model: a network in eval mode. It is not copied: opening moves and converts it in place.
+        mode: ``eager``: unchanged. ``channels-last``: NHWC memory. ``compile``: torch.compile with
             frozen weights, specialised on each batch size; on a GPU in NHWC memory, with
             ``max-autotune`` and CUDA graphs. ``autocast``: mixed precision, bfloat16 on a CPU and
             float16 on a GPU, in NHWC memory.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
-        precision: what weights and images are converted to: a key of :data:`DTYPES`; None leaves
-            the network's own. The outputs are float32 always.
+        precision: type of weights and images, a key of :data:`DTYPES`; None keeps the network's
+            own type. The outputs are always float32.
     """
 
     def __init__(
@@ -64,8 +62,8 @@ class TorchRunner(Runner):
         self._call: Any = model
 
     def _load(self, stack: contextlib.ExitStack) -> None:
-        """Move the network to where and how it runs; compiling waits for the first batch."""
-        with torch_failures("loading the network"):
+        """Move and convert the network; the first batch compiles it."""
+        with torch_errors("loading the network"):
             self.model.to(self.device, self.dtype).eval()
         if self._layout is torch.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -77,40 +75,40 @@ class TorchRunner(Runner):
             self._call = torch.compile(self.model, dynamic=False, options=options)
 
     def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
-        """Return every output by its number, float32. On a GPU the transfers are part of it."""
-        # Freezing does not take tensors of inference mode.
+        """Return every output by its index, float32, including the transfers from and to a GPU."""
+        # Freezing does not accept tensors of inference mode.
         with (
-            torch_failures(f"a batch of {len(batch)}"),
+            torch_errors(f"a batch of {len(batch)}"),
             torch.inference_mode(self.mode != "compile"),
             torch.no_grad(),
         ):
-            given = torch.from_numpy(batch).to(self.device, self.dtype)
-            outputs = self._infer(given.contiguous(memory_format=self._layout))
-            return {str(i): found.float().cpu().numpy() for i, found in enumerate(outputs)}
+            inputs = torch.from_numpy(batch).to(self.device, self.dtype)
+            outputs = self._infer(inputs.contiguous(memory_format=self._layout))
+            return {str(i): value.float().cpu().numpy() for i, value in enumerate(outputs)}
 
-    def resident(self, images: npt.NDArray[Any]) -> TorchBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> TorchBatch:
+        """Return a batch in GPU memory; see :meth:`Runner.resident_batch`."""
         if not self.on_gpu:
-            super().resident(images)
+            super().resident_batch(images)
         return TorchBatch(
-            lambda given: self._infer(given)[0], images, self.device, self.dtype, self._layout
+            lambda inputs: self._infer(inputs)[0], images, self.device, self.dtype, self._layout
         )
 
-    def _infer(self, given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _infer(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         kind = torch.float16 if self.on_gpu else torch.bfloat16
         with torch.autocast(self.device.type, kind, enabled=self.mode == "autocast"):
-            outputs = self._call(given)
+            outputs = self._call(inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 class InductorRunner(Runner):
-    """Runs a package on the device it was compiled for.
+    """Runs an Inductor package on the device it was compiled for.
 
     Args:
         package: the file.
-        device: which GPU, for a package for GPUs.
-        threads: threads of a package for the CPU; None lets PyTorch choose. It holds for
-            PyTorch in the whole process.
+        device: the GPU, for a package for GPUs.
+        threads: threads of a package for the CPU; None lets PyTorch choose. Applies to PyTorch
+            in the whole process.
     """
 
     def __init__(
@@ -124,7 +122,7 @@ class InductorRunner(Runner):
 
         Raises:
             InputError: package or sidecar is missing, damaged, edited or swapped.
-            MissingDependency: PyTorch, GPU or processor are others than it was compiled for.
+            MissingDependency: PyTorch, GPU or processor differ from those it was compiled for.
             ConversionError: PyTorch does not load it.
         """
         self.sidecar = load_package_sidecar(self.package)
@@ -137,10 +135,10 @@ class InductorRunner(Runner):
         elif self.threads is not None:
             torch.set_num_threads(self.threads)
         # PyTorch before 2.8 loads on the first GPU only.
-        where: dict[str, Any] = {"device_index": self._index} if self._index and self.on_gpu else {}
+        options: Any = {"device_index": self._index} if self._index and self.on_gpu else {}
         try:
-            with torch_failures("loading the package"), compile_environment():
-                self._call = torch._inductor.aoti_load_package(str(self.package), **where)
+            with torch_errors("loading the package"), compile_environment():
+                self._call = torch._inductor.aoti_load_package(str(self.package), **options)
         except (RuntimeError, OSError) as error:
             raise ConversionError(
                 f"PyTorch {torch.__version__} cannot load '{self.package}': "
@@ -151,36 +149,36 @@ class InductorRunner(Runner):
 
     @torch.no_grad()
     def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
-        """Return the logits ``(N, K)`` float32 by their name; see :meth:`Runner.run_all`."""
+        """Return the logits ``(N, K)`` float32 by name; see :meth:`Runner.run_all`."""
         self._check(batch)
-        with torch_failures(f"a batch of {len(batch)}"):
-            given = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
-            return {OUTPUT_NAME: self._call(given).cpu().numpy()}
+        with torch_errors(f"a batch of {len(batch)}"):
+            inputs = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
+            return {OUTPUT_NAME: self._call(inputs).cpu().numpy()}
 
-    def resident(self, images: npt.NDArray[Any]) -> TorchBatch:
-        """Return a batch that stays on the GPU; see :meth:`Runner.resident`."""
+    def resident_batch(self, images: npt.NDArray[Any]) -> TorchBatch:
+        """Return a batch in GPU memory; see :meth:`Runner.resident_batch`."""
         self._check(images)
         if not self.on_gpu:
-            super().resident(images)
+            super().resident_batch(images)
         return TorchBatch(self._call, images, self.device)
 
     def _check(self, images: npt.NDArray[Any]) -> None:
         sidecar = self.sidecar
-        require_served(images, sidecar.input_shape[1:], np.float32, [sidecar.batch])
+        check_input(images, sidecar.input_shape[1:], np.float32, [sidecar.batch])
 
 
 class TorchBatch:
-    """One batch of a PyTorch network on the GPU: a :class:`~.base.Resident`.
+    """One batch of a PyTorch network on the GPU: a :class:`~.base.ResidentBatch`.
 
     Args:
-        call: maps the images on the GPU to logits there.
+        call: maps images in GPU memory to logits in GPU memory.
         images: ``(N, C, S, S)``, in host memory.
-        device: of the network.
-        dtype: what the network computes in.
-        layout: how the network's images lie in memory.
+        device: device of the network.
+        dtype: type of the network's input.
+        layout: memory format of the network's input.
 
     Attributes:
-        stream: a CUDA stream of its own.
+        stream: handle of the batch's own CUDA stream.
     """
 
     def __init__(
@@ -191,12 +189,12 @@ class TorchBatch:
         dtype: torch.dtype = torch.float32,
         layout: torch.memory_format = torch.contiguous_format,
     ) -> None:
-        given = torch.from_numpy(np.ascontiguousarray(images))
-        with torch_failures(f"a batch of {len(images)}"):
-            given = given.to(dtype).contiguous(memory_format=layout)
-            self._host_input = torch.empty_like(given, pin_memory=True).copy_(given)
-            self._input = torch.empty_like(given, device=device)
-            self._input.copy_(given)  # what is launched before an upload sees images, too
+        source = torch.from_numpy(np.ascontiguousarray(images))
+        with torch_errors(f"a batch of {len(images)}"):
+            source = source.to(dtype).contiguous(memory_format=layout)
+            self._host_input = torch.empty_like(source, pin_memory=True).copy_(source)
+            self._input = torch.empty_like(source, device=device)
+            self._input.copy_(source)  # so that a launch before the first upload has images
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
         self.stream = int(self._stream.cuda_stream)
@@ -212,7 +210,7 @@ class TorchBatch:
     def launch(self) -> None:
         """Enqueue the network."""
         with (
-            torch_failures(f"a batch of {len(self._input)}"),
+            torch_errors(f"a batch of {len(self._input)}"),
             torch.cuda.device(self._input.device),
             torch.cuda.stream(self._stream),
             torch.no_grad(),
@@ -226,20 +224,20 @@ class TorchBatch:
         with torch.cuda.stream(self._stream):
             self._host_output.copy_(self._output, non_blocking=True)
 
-    def outputs(self) -> Logits:
-        """Wait, and return the logits ``(N, K)`` float32 of the last :meth:`download`."""
+    def logits(self) -> Logits:
+        """Wait for the stream and return the downloaded logits ``(N, K)`` float32."""
         self._stream.synchronize()
         logits: Logits = self._host_output.float().numpy().copy()
         return logits
 
     def close(self) -> None:
-        """Wait, and let go of the memory."""
+        """Wait for the stream and release the memory."""
         self._stream.synchronize()
         self._output = self._host_output = None
 
 
 def torch_device(device: str) -> torch.device:
-    """Return PyTorch's device, having seen that it is there.
+    """Return PyTorch's device after checking that it exists.
 
     Raises:
         MissingDependency: PyTorch was built without CUDA, or finds no such GPU.
@@ -248,38 +246,38 @@ def torch_device(device: str) -> torch.device:
     if index is None:
         return torch.device("cpu")
     if torch.version.cuda is None or not torch.cuda.is_available():
-        built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+        build = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
         raise MissingDependency(
-            f"PyTorch {torch.__version__} finds no GPU here; it {built}.",
+            f"PyTorch {torch.__version__} finds no GPU here; it {build}.",
             "Run this on a machine with an NVIDIA GPU; see `van-deploy doctor`.",
         )
     if index >= torch.cuda.device_count():
-        raise no_device(index, torch.cuda.device_count())
+        raise device_not_found(index, torch.cuda.device_count())
     return torch.device("cuda", index)
 
 
 @contextlib.contextmanager
-def torch_failures(what: str) -> Iterator[None]:
-    """Turn CUDA's failures in PyTorch into the project's errors."""
+def torch_errors(operation: str) -> Iterator[None]:
+    """Convert CUDA failures in PyTorch into this project's errors."""
     try:
         yield
     except RuntimeError as error:
         if "out of memory" in str(error):
-            raise out_of_memory(f"PyTorch, {what}") from error
+            raise out_of_memory(f"PyTorch, {operation}") from error
         if "CUDA error" not in str(error):
             raise
         raise ConversionError(
-            f"CUDA failed in PyTorch ({what}): {str(error).splitlines()[0]}",
+            f"CUDA failed in PyTorch ({operation}): {str(error).splitlines()[0]}",
             "Run `van-deploy doctor`; after an illegal access the process must be restarted.",
         ) from error
 
 
 @contextlib.contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Hold PyTorch to one thread, here and in threads that are started inside.
+def single_torch_thread() -> Iterator[None]:
+    """Limit PyTorch to one thread, also in threads started inside the block.
 
-    On a busy machine several wait for each other, and small operations on several take
-    longer than on one.
+    On a busy machine several threads wait for each other, and small operations take longer on
+    several threads than on one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,1 +1,1 @@
-"""From a bundle to something that answers: prediction, Triton's files, a small server."""
+"""Inference with a bundle: prediction, packages for Triton, a small HTTP server."""

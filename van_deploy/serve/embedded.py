@@ -1,8 +1,8 @@
-"""Artifacts with their preprocessing inside, made from the plain ones of a bundle.
+"""Artifacts with embedded preprocessing, created from the plain artifacts of a bundle.
 
-The plain graph stays: quantization, engines and checks work on it. Beside it,
-``fp32`` gets ``fp32-uint8``, ``int8`` gets ``int8-uint8``: the same graph with
-nodes before and behind it, proved on images before it is written.
+The plain graph stays: quantization, engines and checks use it. ``fp32`` gets ``fp32-uint8``,
+``int8`` gets ``int8-uint8``: the same graph with nodes before and after it, compared with the
+plain graph on images before it is written.
 """
 
 from __future__ import annotations
@@ -27,23 +27,20 @@ from van_deploy.provenance import code_digest
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
+# Largest relative difference between a plain graph and its embedded form. Both compute from the
+# same bits, but a runtime may choose other kernels. The limit is that of simplification.
 SAME_GRAPH = 1e-5
-"""Largest relative difference between a plain graph and its embedded form.
-
-Both get the same bits, so the difference should be none; a runtime may still
-choose other kernels. The limit is that of simplification.
-"""
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """One artifact that has its preprocessing inside.
+class EmbedResult:
+    """Result of embedding the preprocessing into one artifact.
 
     Attributes:
-        name: of the new artifact.
-        base: of the plain one.
-        reused: whether it was there already.
-        agreement: with the plain artifact on the same images; None if reused.
+        name: name of the new artifact.
+        base: name of the plain artifact.
+        reused: whether the artifact already exists unchanged.
+        agreement: comparison with the plain artifact on the same images; None if reused.
     """
 
     name: str
@@ -53,20 +50,20 @@ class Embedded:
 
 
 def embed_artifacts(
-    bundle: Bundle, how: ExportSettings, images: Sequence[Pixels]
-) -> list[Embedded]:
-    """Return the embedded form of every plain graph of ``bundle``, made and proved where missing.
+    bundle: Bundle, settings: ExportSettings, images: Sequence[Pixels]
+) -> list[EmbedResult]:
+    """Create and check the embedded form of every plain graph of a bundle, where it is missing.
 
     Args:
-        bundle: where they are and go.
-        how: what is to be inside them, and what they give.
-        images: batches to prove them on, ``(N, S, S, C)`` uint8, all different.
+        bundle: the bundle to read and change.
+        settings: the preprocessing to embed, and the outputs.
+        images: batches for the comparison, ``(N, S, S, C)`` uint8, all different.
 
     Raises:
-        GateFailed: an embedded graph does not answer as its plain one; nothing was written.
+        GateFailed: an embedded graph differs from its plain graph; nothing was written.
     """
-    preprocessing, made = bundle.manifest.preprocessing, list[Embedded]()
-    embedding, outputs = how.embed_preprocess, list(how.outputs)
+    preprocessing, results = bundle.manifest.preprocessing, list[EmbedResult]()
+    embedding, outputs = settings.embed_preprocess, list(settings.outputs)
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
     made_with: dict[str, Any] = {**inside, "code": code_digest("graph")}
     with edit_bundle(bundle.path) as draft:
@@ -76,13 +73,13 @@ def embed_artifacts(
             kind, path = "outputs" if embedding == "none" else embedding, bundle.verified_path(base)
             name, made_with = f"{base}-{kind}", {**made_with, "base": source.sha256}
             if not bundle.rebuild_reason(name, made_with):
-                made.append(Embedded(name, base, reused=True, agreement=None))
+                results.append(EmbedResult(name, base, reused=True, agreement=None))
                 continue
             plain, task = onnx.load(path), task_of(bundle)
             model = embed_preprocessing(plain, preprocessing, embedding, outputs, task)
             files = save_onnx(model, draft.file(f"{path.stem}.{kind}.onnx"))
-            proof = _proof(bundle, path, draft.file(files[0]), embedding, images)
-            report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": proof}
+            batches = _compare_outputs(bundle, path, draft.file(files[0]), embedding, images)
+            report = {"base": base, "runner": "ort-cpu", "limit": SAME_GRAPH, "batches": batches}
             draft.checks[f"embedded {name}"] = report
             draft.record(
                 Artifact(
@@ -97,34 +94,34 @@ def embed_artifacts(
                     embedded=embedding,
                 )
             )
-            made.append(Embedded(name, base, reused=False, agreement=report))
-    return made
+            results.append(EmbedResult(name, base, reused=False, agreement=report))
+    return results
 
 
-def _proof(
+def _compare_outputs(
     bundle: Bundle, plain: Path, embedded: Path, embedding: str, images: Sequence[Pixels]
 ) -> list[dict[str, Any]]:
-    """Return at each batch size how far any output is from what the plain graph's logits mean.
+    """Return the largest difference at each batch size, relative to the output's largest value.
 
-    The difference is that of the largest value.
+    The expected outputs are computed from the logits of the plain graph.
 
     Raises:
-        GateFailed: it is more than :data:`SAME_GRAPH`.
+        GateFailed: a difference exceeds :data:`SAME_GRAPH`.
     """
     preprocessing, rows = bundle.manifest.preprocessing, list[dict[str, Any]]()
-    with OnnxRuntimeRunner(plain) as old, OnnxRuntimeRunner(embedded) as new:
+    with OnnxRuntimeRunner(plain) as runner, OnnxRuntimeRunner(embedded) as embedded_runner:
         for pixels in images:
-            logits = old.run(normalise(pixels, preprocessing))
-            found = new.run_all(network_input(pixels, embedding, preprocessing))
+            logits = runner.run(normalise(pixels, preprocessing))
+            actual = embedded_runner.run_all(network_input(pixels, embedding, preprocessing))
             shares = probabilities(logits.astype(np.float64), task_of(bundle))
-            wanted = {OUTPUT_NAME: logits, "probabilities": shares}
-            compared = [(value, found[name]) for name, value in wanted.items() if name in found]
-            if TOP_CLASSES in found:  # the right ones, in order
-                chosen = np.take_along_axis(shares, found[TOP_CLASSES], axis=1)
-                best = -np.sort(-shares, axis=1)[:, : chosen.shape[1]]
-                compared += [(best, chosen), (best, found[TOP_PROBABILITIES])]
-            # NaN stays one, and is refused.
-            difference = float(np.max([np.abs(a - b).max() / np.abs(a).max() for a, b in compared]))
+            expected = {OUTPUT_NAME: logits, "probabilities": shares}
+            pairs = [(value, actual[name]) for name, value in expected.items() if name in actual]
+            if TOP_CLASSES in actual:  # the correct classes in the correct order
+                selected = np.take_along_axis(shares, actual[TOP_CLASSES], axis=1)
+                best = -np.sort(-shares, axis=1)[:, : selected.shape[1]]
+                pairs += [(best, selected), (best, actual[TOP_PROBABILITIES])]
+            # A NaN stays a NaN and fails the comparison.
+            difference = float(np.max([np.abs(a - b).max() / np.abs(a).max() for a, b in pairs]))
             if not difference <= SAME_GRAPH:
                 raise GateFailed(
                     f"At batch {len(pixels)} '{embedded.name}' differs from '{plain.name}' by "

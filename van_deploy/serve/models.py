@@ -1,8 +1,8 @@
-"""What the server does, without HTTP: models behind their queues, images to named classes.
+"""The served models and their dynamic batching, without HTTP.
 
-Requests that arrive together run together. While a batch runs, requests collect; the next batch
-takes as many as fit, or an equal share where several instances are idle. Under load nothing waits:
-only an idle instance gives the first request a moment for company.
+Requests that arrive together run in one batch. While a batch runs, requests collect; the next
+batch takes as many as fit, or an equal share where several instances are idle. Only an idle
+instance waits a moment after the first request, for others; under load there is no delay.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from van_deploy.data.images import FORMATS, open_image
 from van_deploy.errors import UsageError, VanDeployError, require_extra
 from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
-from van_deploy.runners.network import PYTORCH, NamedClass, Network, Outputs, require_classes
-from van_deploy.serve.requests import MIB, Allowance, Intake, Values
-from van_deploy.serve.triton import TritonModel, model_config, served_name, usual_artifacts
+from van_deploy.runners.base import Outputs
+from van_deploy.runners.network import PYTORCH, NamedClass, Network, require_classifier
+from van_deploy.serve.requests import MIB, BodyReader, Quota, Values
+from van_deploy.serve.triton import TritonModel, default_artifacts, model_config, served_name
 
-LARGE_IMAGE = 16_000_000  # pixels; larger ones are decoded one at a time, which bounds memory
+LARGE_IMAGE = 16_000_000  # pixels; larger images are decoded one at a time, to limit memory
 QUEUE_IMAGES = 256
-QUEUE_FULL = "The queue is full: the server has more images than it can answer."
+QUEUE_FULL = "The queue is full: the server has more images than it can process."
 SECONDS = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)}
 ROWS = {"buckets": (1, 2, 4, 8, 16, 32, 64, 128)}
 METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
@@ -47,76 +48,75 @@ METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 
 class ServerMetrics:
-    """What one server counts, in Prometheus' terms.
+    """Prometheus metrics of one server.
 
     Raises:
-        MissingDependency: a package the server is built on is not installed.
+        MissingDependency: a package of the extra ``serve`` is not installed.
     """
 
     def __init__(self) -> None:
         with require_extra("The server", "serve"):
             import prometheus_client as client
-            import uvicorn  # noqa: F401 - told here, before a model is loaded
+            import uvicorn  # noqa: F401 - to fail here, before a model is loaded
         registry = client.CollectorRegistry()
         client.ProcessCollector(registry=registry)  # processor time, memory, files
         self.text: Callable[[], bytes] = lambda: client.generate_latest(registry)
-        self.kind = {"content-type": client.CONTENT_TYPE_LATEST}
-        how = {"namespace": "van_deploy", "registry": registry}
-        self._all = {
-            name: getattr(client, kind)(name, text, labels.split(), **how, **more)
-            for name, (kind, text, labels, more) in METRICS.items()
+        self.headers = {"content-type": client.CONTENT_TYPE_LATEST}
+        common = {"namespace": "van_deploy", "registry": registry}
+        self._metrics = {
+            name: getattr(client, kind)(name, text, labels.split(), **common, **options)
+            for name, (kind, text, labels, options) in METRICS.items()
         }
 
-    def of(self, name: str, *labels: object) -> Any:
-        """Return one metric, such as ``requests``, for some values of its labels."""
-        return self._all[name].labels(*labels)
+    def metric(self, name: str, *labels: object) -> Any:
+        """Return one metric, such as ``requests``, for the values of its labels."""
+        return self._metrics[name].labels(*labels)
 
 
-Answer = tuple[Outputs, dict[str, float], int]
-"""What one request got: its rows of every output, seconds of queue and infer, its batch's rows."""
-
-Waiting = tuple[Values, "asyncio.Future[Answer]", float]  # rows, their answer, and since when
+# Result of one request: its rows of every output, seconds of queue and infer, rows of its batch.
+InferResult = tuple[Outputs, dict[str, float], int]
+QueuedRequest = tuple[Values, "asyncio.Future[InferResult]", float]  # rows, result, start time
 
 
 class ServedModel:
-    """One model the server answers for. Use it inside one event loop.
+    """One served model with its queue. Use it inside one event loop.
 
     Args:
-        network: opened.
-        settings: of the server.
-        metrics: likewise.
+        network: an open network.
+        settings: settings of the server.
+        metrics: metrics of the server.
 
     Attributes:
-        name: in addresses.
-        network: likewise.
-        queue: images it may have, waiting or being answered.
-        config: Triton's description of it, as it runs here.
+        name: model name in URLs.
+        network: the network.
+        queue: quota of images, waiting or running.
+        config: the model's configuration in Triton's format, as it runs here.
 
     Raises:
-        UsageError: the settings contradict the model.
+        UsageError: the settings do not fit the model.
     """
 
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._delay_s = network, settings.max_delay_ms / 1e3
         self.name = served_name(network.bundle, network.name)
-        least = network.max_batch * settings.instances
-        limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * least)
-        if limit < least:
+        running = network.max_batch * settings.instances
+        limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * running)
+        if limit < running:
             raise UsageError(
-                f"A queue of {limit} images cannot hold the {least} that run at once.",
-                f"Give --queue-limit {least} or more.",
+                f"A queue of {limit} images cannot hold the {running} that run at once.",
+                f"Give --queue-limit {running} or more.",
             )
         compiled = network.is_engine or network.is_package
         if settings.instances > 1 and compiled:
             raise UsageError(
-                f"'{network.name}' is compiled, and answers one batch at a time.",
-                "Leave out --instances, or let Triton serve it (`van-deploy package triton`).",
+                f"'{network.name}' is compiled and runs one batch at a time.",
+                "Leave out --instances, or serve it with Triton (`van-deploy package triton`).",
             )
-        self.queue = Allowance(limit, QUEUE_FULL, 429)
+        self.queue = Quota(limit, QUEUE_FULL, 429)
         self._metrics = metrics
-        self._metrics.of("queued_images", self.name).set_function(lambda: self.queue.used)
+        self._metrics.metric("queued_images", self.name).set_function(lambda: self.queue.used)
         native = "tensorrt" if network.is_engine else "pytorch"
-        how = TritonSettings(
+        triton_settings = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,
             instances=settings.instances,
@@ -124,101 +124,102 @@ class ServedModel:
             gpu=network.on_gpu,
         )
         model = TritonModel(self.name, native if compiled else "onnxruntime", network)
-        self.config = model_config(model, how)
-        self.config["dynamic_batching"]["preferred_batch_size"] = []  # it takes what waits
+        self.config = model_config(model, triton_settings)
+        self.config["dynamic_batching"]["preferred_batch_size"] = []  # batches have any size
         self._idle = settings.instances
-        self._waiting = deque[Waiting]()
+        self._waiting = deque[QueuedRequest]()
         self._threads = ThreadPoolExecutor(self._idle, "van-deploy-batch")
         self._changed, self._closing = asyncio.Event(), False
 
-    async def answer(self) -> None:
-        """Run batches until it is closed and everything that waits is answered."""
-        await asyncio.gather(*(self._work() for _ in range(self._idle)))
+    async def run(self) -> None:
+        """Run batches until the model is closed and its queue is empty."""
+        await asyncio.gather(*(self._run_instance() for _ in range(self._idle)))
         self._threads.shutdown()
 
     def close(self) -> None:
-        """Take no more; what waits is answered."""
+        """Stop after the queued requests."""
         self._closing = True
         self._changed.set()
 
-    async def infer(self, rows: Values) -> Answer:
-        """Return the answer to ``rows (n, ...)`` as the network takes them, ``n`` of one batch."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    async def infer(self, rows: Values) -> InferResult:
+        """Return the result for ``rows (n, ...)`` in the network's type, at most one batch."""
+        future: asyncio.Future[InferResult] = asyncio.get_running_loop().create_future()
         self._waiting.append((rows, future, time.perf_counter()))
         self._changed.set()
         return await future
 
-    async def _work(self) -> None:
+    async def _run_instance(self) -> None:
         while self._waiting or not self._closing:
             if not self._waiting:
                 self._changed.clear()
                 await self._changed.wait()
                 await asyncio.sleep(0 if self._closing else self._delay_s)
             waiting = sum(len(rows) for rows, *_ in self._waiting)
-            room, taken = min(self.network.max_batch, -(-waiting // self._idle)), list[Waiting]()
-            while self._waiting and (not taken or len(self._waiting[0][0]) <= room):
-                taken.append(self._waiting.popleft())
-                room -= len(taken[-1][0])
-            if present := [item for item in taken if not item[1].cancelled()]:
+            room = min(self.network.max_batch, -(-waiting // self._idle))
+            batch = list[QueuedRequest]()
+            while self._waiting and (not batch or len(self._waiting[0][0]) <= room):
+                batch.append(self._waiting.popleft())
+                room -= len(batch[-1][0])
+            if active := [request for request in batch if not request[1].cancelled()]:
                 self._idle -= 1
-                await self._answer(present)
+                await self._run_batch(active)
                 self._idle += 1
         self._changed.set()  # for the other instances
 
-    async def _answer(self, batch: Sequence[Waiting]) -> None:
+    async def _run_batch(self, batch: Sequence[QueuedRequest]) -> None:
         def run() -> tuple[Outputs, float]:
-            begun = time.thread_time()  # the processor time of this thread: all, with one thread
-            outputs = self.network.run(every[0] if len(every) == 1 else np.concatenate(every))
-            return outputs, time.thread_time() - begun
+            cpu_start = time.thread_time()  # of this thread: all of it with one intra-op thread
+            outputs = self.network.run(inputs[0] if len(inputs) == 1 else np.concatenate(inputs))
+            return outputs, time.thread_time() - cpu_start
 
-        every = [rows for rows, *_ in batch]
-        start, first, total = time.perf_counter(), 0, sum(map(len, every))
+        inputs = [rows for rows, *_ in batch]
+        start, first, total = time.perf_counter(), 0, sum(map(len, inputs))
         in_thread = asyncio.get_running_loop().run_in_executor
         try:
             outputs, cpu_s = await in_thread(self._threads, run)
-        except Exception as error:  # the model's own failure is each request's answer
+        except Exception as error:  # each request of the batch gets the model's failure
             for _, future, _ in batch:
                 if not future.done():
                     future.set_exception(error)
             return
         seconds = time.perf_counter() - start
-        self._metrics.of("batch_rows", self.name).observe(total)
-        self._metrics.of("infer_seconds", self.name).observe(seconds)
-        self._metrics.of("infer_cpu_seconds", self.name).inc(cpu_s)
-        for rows, future, began in batch:
-            last, waited = first + len(rows), start - began
-            self._metrics.of("queue_seconds", self.name).observe(waited)
+        self._metrics.metric("batch_rows", self.name).observe(total)
+        self._metrics.metric("infer_seconds", self.name).observe(seconds)
+        self._metrics.metric("infer_cpu_seconds", self.name).inc(cpu_s)
+        for rows, future, queued in batch:
+            last, waited = first + len(rows), start - queued
+            self._metrics.metric("queue_seconds", self.name).observe(waited)
             if not future.done():
-                found = {name: values[first:last] for name, values in outputs.items()}
-                future.set_result((found, {"queue": waited, "infer": seconds}, total))
+                own = {name: values[first:last] for name, values in outputs.items()}
+                future.set_result((own, {"queue": waited, "infer": seconds}, total))
             first = last
 
 
 class Service:
-    """The models of one bundle, ready to answer: each is opened and run once.
+    """The served models of one bundle; creating it opens each model and runs it once.
 
     Args:
-        bundle: what is served.
-        settings: how.
+        bundle: the bundle.
+        settings: settings of the server.
 
     Attributes:
-        metrics: what was counted.
-        models: by name, in the order asked for.
-        intake: of bodies.
+        metrics: metrics of the server.
+        models: models by name, in the requested order.
+        reader: reader of request bodies.
 
     Raises:
-        UsageError: the settings contradict the models.
+        UsageError: the settings do not fit the models.
         VanDeployError: an artifact is missing, was changed or does not run here.
     """
 
     def __init__(self, bundle: Bundle, settings: ServiceSettings) -> None:
         self.bundle, self.settings = bundle, settings
-        self.metrics, self.intake = ServerMetrics(), Intake(settings)
+        self.metrics, self.reader = ServerMetrics(), BodyReader(settings)
         self.models: dict[str, ServedModel] = {}
-        self._stack, self._large = contextlib.ExitStack(), threading.Lock()
+        self._stack, self._large_image = contextlib.ExitStack(), threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
-        require_classes(bundle, "serve")
-        for artifact in settings.artifacts or usual_artifacts(bundle):
+        require_classifier(bundle, "serve")
+        for artifact in settings.artifacts or default_artifacts(bundle):
             network = Network(bundle, artifact, settings, threads=settings.threads, spin=False)
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)
@@ -227,7 +228,7 @@ class Service:
             self.models[served.name] = served
 
     def description(self) -> dict[str, Any]:
-        """Return what the page shows of the bundle and of this server."""
+        """Return the properties of the bundle and the server for the web page."""
         manifest, settings = self.bundle.manifest, self.settings
         networks = ((name, served.network) for name, served in self.models.items())
         return {
@@ -238,37 +239,37 @@ class Service:
             "models": [{"name": n, "artifact": v.name, "runner": v.runner} for n, v in networks],
         }
 
-    async def answer(self, ended: Awaitable[object]) -> None:
-        """Run batches until ``ended``, and all that waits then; release everything."""
+    async def run(self, ended: Awaitable[object]) -> None:
+        """Run batches until ``ended`` and the queues are empty; then release all resources."""
         models = self.models.values()
         with self._stack:
-            answering = asyncio.gather(*(served.answer() for served in models))
+            running = asyncio.gather(*(served.run() for served in models))
             await ended
             for served in models:
                 served.close()
-            await answering
-            self.intake.close()
+            await running
+            self.reader.close()
             self._torch.shutdown()
 
-    async def look(
+    async def classify(
         self, served: ServedModel, content: bytes, count: int, *, compare: bool
     ) -> dict[str, Any]:
-        """Return what is in an image file's bytes, as the page shows it.
+        """Return the classes of an image file, with times, in the format of ``/predict``.
 
         Raises:
-            ImageError: it is no image, or too large.
-            UsageError: more classes are asked for than the artifact gives.
+            ImageError: the bytes are not an image, or the image is too large.
+            UsageError: more classes are requested than the artifact returns.
         """
         start, network = time.perf_counter(), served.network
         pixels, (width, height) = await asyncio.to_thread(self._pixels, content, network)
         decoded = time.perf_counter()
         outputs, times, batch = await served.infer(network.prepare(pixels))
-        (top,) = network.top(outputs, count)
+        (top,) = network.top_classes(outputs, count)
         document: dict[str, Any] = {"model": served.name, "artifact": network.name, "batch": batch}
         document |= {"image": {"width": width, "height": height}, "top": [vars(c) for c in top]}
         if compare and self.settings.compare:
-            ask = asyncio.get_running_loop().run_in_executor
-            document["pytorch"] = await ask(self._torch, self._ask_pytorch, pixels, top)
+            in_thread = asyncio.get_running_loop().run_in_executor
+            document["pytorch"] = await in_thread(self._torch, self._run_pytorch, pixels, top)
         times = {"decode": decoded - start, **times, "total": time.perf_counter() - start}
         return {**document, "milliseconds": {k: round(1e3 * s, 3) for k, s in times.items()}}
 
@@ -276,10 +277,10 @@ class Service:
         from PIL import Image
 
         large = False
-        # What is no image is told by open_image.
+        # open_image reports files that are not images.
         with contextlib.suppress(Exception), Image.open(io.BytesIO(content), formats=FORMATS) as it:
             large = it.width * it.height > LARGE_IMAGE
-        with self._large if large else contextlib.nullcontext():
+        with self._large_image if large else contextlib.nullcontext():
             limit, channels = self.settings.max_pixels, network.preprocessing.channels
             image = open_image(content, channels=channels, max_pixels=limit)
             return pixels_from_image(image, network.preprocessing)[None], image.size
@@ -288,8 +289,8 @@ class Service:
     def _original(self) -> Network:
         return self._stack.enter_context(Network(self.bundle, PYTORCH))
 
-    def _ask_pytorch(self, pixels: Pixels, answer: Sequence[NamedClass]) -> dict[str, Any]:
-        """Return the original network's answer, beside another one to the same image."""
+    def _run_pytorch(self, pixels: Pixels, top: Sequence[NamedClass]) -> dict[str, Any]:
+        """Return the original network's probabilities of some classes of the same image."""
         try:
             original = self._original
         except VanDeployError as error:
@@ -297,7 +298,6 @@ class Service:
         start = time.perf_counter()
         logits = original.run(original.prepare(pixels))["logits"]
         times = {"infer": round(1e3 * (time.perf_counter() - start), 3)}
-        shares = probabilities(logits, original.task)[0].tolist()
-        beside = [shares[c.index] for c in answer]
-        largest = max(abs(c.probability - p) for c, p in zip(answer, beside, strict=True))
-        return {"milliseconds": times, "beside": beside, "largest_difference": largest}
+        expected = probabilities(logits, original.task)[0, [c.index for c in top]].tolist()
+        largest = max(abs(c.probability - p) for c, p in zip(top, expected, strict=True))
+        return {"milliseconds": times, "beside": expected, "largest_difference": largest}

@@ -1,8 +1,8 @@
-"""A bundle packaged for Triton, and whether a package is still what was written.
+"""Packages for Triton Inference Server: writing them, and checking them later.
 
-A package is a model repository, with a client and manifests beside it. Everything a configuration
-repeats (names, types, shapes, batch limits) is read from the artifact or its sidecar, never typed
-again. The manifests, the client and ``model.py`` are files of ``templates/``, filled in.
+A package is a model repository with a client and deployment manifests. Everything that a
+configuration repeats (names, types, shapes, batch limits) is read from the artifact or its
+sidecar. The manifests, the client and ``model.py`` are rendered from the files in ``templates/``.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from van_deploy.serve.triton import Finding, TritonModel
 PACKAGE_FILE = "package.json"
 AGAIN = "Package the bundle again."
 MATRIX = "https://docs.nvidia.com/deeplearning/frameworks/support-matrix/"
-BASE_MIB, PROCESS_MIB = 2048, 512  # of memory: Triton itself, and each process of a Python model
-ODDS = {Task.SINGLE_LABEL: "softmax", Task.REGRESSION: "plain"}
+BASE_MIB, PROCESS_MIB = 2048, 512  # memory of Triton itself, and of each Python model's process
+ACTIVATIONS = {Task.SINGLE_LABEL: "softmax", Task.REGRESSION: "plain"}
 INTERPRETER = "/usr/bin/python3"  # in NVIDIA's images, which are Ubuntu
 NUMPY = "numpy<2"  # as in NVIDIA's images up to 26.07: Triton 2.51 sends tensors of NumPy 2 empty
-GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31 is that of Ubuntu 20.04, the oldest image known here
+GLIBC_MINORS = (31, 28, 27, 24, 17)  # 2.31: Ubuntu 20.04, the oldest image in releases.toml
 
 
 class PackageRecord(VersionedSchema):
-    """``package.json``: what a package holds and where it came from.
+    """``package.json``: contents and origin of a package.
 
     Attributes:
-        bundle: the model's name.
-        artifacts: of the bundle, and their digests in it.
-        files: SHA-256 of every file, by its path in the package.
+        bundle: name of the bundle.
+        artifacts: SHA-256 of each packaged artifact in the bundle.
+        files: SHA-256 of every file, by path in the package.
     """
 
     schema_: Literal["van-deploy/triton/4"] = Field(alias="schema")
@@ -64,12 +64,12 @@ class PackageRecord(VersionedSchema):
 
 @dataclass(frozen=True)
 class PackageReport(Verdict):
-    """A package that was written, or only checked.
+    """Result of writing or checking a package.
 
     Attributes:
-        path: the folder.
-        files: how many were written.
-        findings: what was found on reading it again.
+        path: folder of the package.
+        files: number of files written.
+        findings: results of the checks.
     """
 
     path: Path
@@ -78,91 +78,94 @@ class PackageReport(Verdict):
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no check failed."""
         return all(finding.outcome is not False for finding in self.findings)
 
 
 def package(
     bundle: Bundle, output: Path | None, settings: PackageSettings, only_check: bool
 ) -> PackageReport:
-    """Return the package of a bundle, written and checked, or only checked.
+    """Write and check the package of a bundle, or only check an existing one.
 
-    The folder appears whole; an older package there is replaced, anything else is refused.
+    The folder is replaced atomically; a folder that is not a package is refused.
 
     Raises:
         BundleError: an artifact is missing or was changed.
-        ConversionError: the packages of an execution environment cannot be had.
+        ConversionError: pip cannot download the packages of an execution environment.
         InputError: Triton cannot load an artifact, or there is no package to check.
         MissingDependency: Triton's schema is not installed.
-        UsageError: ``output`` holds something else, or the release cannot load a model, or is
-            none.
+        UsageError: ``output`` is not a package, or the release is unknown or cannot load a model.
     """
     folder = output or bundle.path.with_name(f"{bundle.path.resolve().name}-triton")
     if only_check:
         return check_package(folder, bundle)
-    artifacts = settings.artifacts or triton.usual_artifacts(bundle)
-    models = triton.models_of(bundle, artifacts, settings.backend)
-    release, loading = _chosen_release(models, settings.triton_release)
-    used = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
-    if used and not (folder / PACKAGE_FILE).is_file():
+    artifacts = settings.artifacts or triton.default_artifacts(bundle)
+    models = triton.triton_models(bundle, artifacts, settings.backend)
+    release, release_findings = _select_release(models, settings.triton_release)
+    in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    if in_use and not (folder / PACKAGE_FILE).is_file():
         raise UsageError(
-            f"'{folder}' holds something else and no package.",
-            "Nothing was written. Choose an empty or a new folder with --output DIR.",
+            f"'{folder}' exists and is not a package.",
+            "Nothing was written. Give an empty or a new folder with --output DIR.",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workshop:
-        made = Path(workshop) / "package"
-        _write_repository(made, models, settings, release)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        new = Path(temporary) / "package"
+        _write_package(new, models, settings, release)
         record = PackageRecord(
             schema="van-deploy/triton/4",
             bundle=bundle.name,
             artifacts={n: bundle.artifact(n).sha256 for m in models for _, n in m.files.values()},
-            files=_digests(made),
+            files=_digests(new),
         )
-        (made / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
+        (new / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
         if folder.exists():
-            os.replace(folder, Path(workshop) / "old")
-        os.replace(made, folder)
-    findings = (*check_package(folder, bundle).findings, *loading)
+            os.replace(folder, Path(temporary) / "old")
+        os.replace(new, folder)
+    findings = (*check_package(folder, bundle).findings, *release_findings)
     return PackageReport(folder, len(record.files) + 1, findings)
 
 
-def _chosen_release(models: Sequence[TritonModel], asked: str) -> tuple[str, list[Finding]]:
-    """Return the release that was asked for, or the newest that is known to load every model."""
-    refused, good = "", {True, None} if asked else {True}
-    for release in [asked] if asked else triton.releases()["releases"]:
-        found = {model.name: triton.loads(release, model) for model in models}
-        wrong = [(name, one.detail) for name, one in found.items() if one.outcome not in good]
-        if not wrong:
-            return str(release), list(found.values())
-        name, why = wrong[0]
-        refused = refused or f"Triton {release} is not known to load '{name}': {why}."
+def _select_release(models: Sequence[TritonModel], requested: str) -> tuple[str, list[Finding]]:
+    """Return the requested release, or the newest that is known to load every model."""
+    message, accepted = "", {True, None} if requested else {True}
+    for release in [requested] if requested else triton.releases()["releases"]:
+        findings = [triton.check_release(release, model) for model in models]
+        failed = [
+            (m, f) for m, f in zip(models, findings, strict=True) if f.outcome not in accepted
+        ]
+        if not failed:
+            return str(release), findings
+        model, finding = failed[0]
+        message = message or (
+            f"Triton {release} is not known to load '{model.name}': {finding.detail}."
+        )
     raise UsageError(
-        refused,
-        f"Choose another --triton-release (NVIDIA lists what each has: {MATRIX}), or take "
-        "--backend python, which brings its own ONNX Runtime.",
+        message,
+        f"Choose another --triton-release (NVIDIA lists their contents: {MATRIX}), or use "
+        "--backend python, which includes its own ONNX Runtime.",
     )
 
 
 def check_package(path: Path, bundle: Bundle) -> PackageReport:
-    """Return whether the files in ``path`` are those that were written, and the bundle's still.
+    """Check that the files of a package are unchanged and match the bundle's current artifacts.
 
     Raises:
-        InputError: there is no package, or it is another bundle's.
+        InputError: there is no package, or it belongs to another bundle.
     """
     record = read_document(PackageRecord, path / PACKAGE_FILE, "package record", InputError, AGAIN)
     if record.bundle != bundle.name:
         raise InputError(f"'{path}' was made from '{record.bundle}', not '{bundle.name}'.", AGAIN)
-    found = _digests(path)
-    del found[PACKAGE_FILE]
-    wrong = sorted({file for file, _ in record.files.items() ^ found.items()})
-    text = f"{', '.join(wrong)}: missing, changed or added" if wrong else "as they were written"
-    findings = [Finding("files", not wrong, text)]
-    now = {name: entry.sha256 for name, entry in bundle.artifacts.items()}
+    digests = _digests(path)
+    del digests[PACKAGE_FILE]
+    different = sorted({file for file, _ in record.files.items() ^ digests.items()})
+    text = f"{', '.join(different)}: missing, changed or added" if different else "unchanged"
+    findings = [Finding("files", not different, text)]
+    current = {name: entry.sha256 for name, entry in bundle.artifacts.items()}
     for name, digest in record.artifacts.items():
-        old = now.get(name) != digest
-        text = "made anew in the bundle since" if old else "the bundle's"
-        findings.append(Finding(f"artifact {name}", not old, text))
+        outdated = current.get(name) != digest
+        text = "rebuilt in the bundle since" if outdated else "current"
+        findings.append(Finding(f"artifact {name}", not outdated, text))
     return PackageReport(path, 0, tuple(findings))
 
 
@@ -171,10 +174,10 @@ def _digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
-def _write_repository(
-    made: Path, models: Sequence[TritonModel], settings: PackageSettings, release: str
+def _write_package(
+    output: Path, models: Sequence[TritonModel], settings: PackageSettings, release: str
 ) -> None:
-    """Write ``models/``, the manifests and a client into a folder that is not there yet."""
+    """Write the model repository, the manifests and a client into a new folder."""
     with require_extra("Triton's schema of config.pbtxt", "triton"):
         from tritonclient.grpc import model_config_pb2
     from google.protobuf import json_format, text_format
@@ -183,10 +186,10 @@ def _write_repository(
     python = settings.triton_python or entry.get("python", "")
     archive, names = f"environment-python{python}.tar.gz", network.bundle.manifest.class_names
     if settings.backend == "python" and not python:
-        unknown = f"No table here says which Python Triton {release} has."
-        raise UsageError(unknown, "Name it with --triton-python, such as 3.12.")
+        unknown = f"The Python version of Triton {release} is not known."
+        raise UsageError(unknown, "Give it with --triton-python, such as 3.12.")
     for model in models:
-        folder, in_python = made / "models" / model.name, model.backend == "python"
+        folder, in_python = output / "models" / model.name, model.backend == "python"
         version = folder / str(settings.model_version)
         version.mkdir(parents=True)
         for file, (source, _) in model.files.items():
@@ -194,9 +197,9 @@ def _write_repository(
         if names:
             (folder / triton.LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
         if in_python:
-            (version / "model.py").write_text(filled("model.py.txt", {}), encoding="utf-8")
-            if not (made / "models" / archive).exists():
-                write_environment(made / "models" / archive, python)
+            (version / "model.py").write_text(render_template("model.py.txt", {}), encoding="utf-8")
+            if not (output / "models" / archive).exists():
+                write_environment(output / "models" / archive, python)
         environment = f"$$TRITON_MODEL_DIRECTORY/../{archive}" if in_python else ""
         labels = triton.LABELS_FILE if names else ""
         config = triton.model_config(model, settings, labels=labels, environment=environment)
@@ -214,19 +217,18 @@ def _write_repository(
         "max_batch": max(model.network.max_batch for model in models),
     }
     compatible = any(options.version_compatible for options in plans)
-    holds = ["gpu" if settings.gpu or plans else "cpu", *["compatible"] * compatible]
+    flags = ["gpu" if settings.gpu or plans else "cpu", *["compatible"] * compatible]
     for file in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
-        (made / file).write_text(filled(file, values, holds), encoding="utf-8")
+        (output / file).write_text(render_template(file, values, flags), encoding="utf-8")
     if network.preprocessing.channels in {1, 3, 4} and network.outputs[0].name == "logits":
-        (made / "client.py").write_text(client_of(models[0]), encoding="utf-8")
+        (output / "client.py").write_text(render_client(models[0]), encoding="utf-8")
 
 
-def client_of(model: TritonModel) -> str:
-    """Return the example client: one file that needs nothing of this project.
+def render_client(model: TritonModel) -> str:
+    """Return the source of an example client: one file without dependencies on this project.
 
-    It is the one place where a client's preprocessing is written down for others to copy,
-    so it holds the weights' own values and is tested to compute the same bytes as
-    :mod:`van_deploy.model.preprocess`.
+    Users copy its preprocessing, so it contains the values of these weights, and tests check that
+    it computes the same bytes as :mod:`van_deploy.model.preprocess`.
     """
     network, preprocessing = model.network, model.network.preprocessing
     values = {
@@ -237,71 +239,73 @@ def client_of(model: TritonModel) -> str:
         "input": json.dumps(network.input.name),
         "datatype": triton.DATATYPES[network.input.dtype],
     }
-    odds = ODDS.get(network.task, "sigmoid")
-    holds = [network.embedding, odds, preprocessing.crop_mode, preprocessing.crop_rounding]
-    return filled("client.py.txt", values, holds)
+    activation = ACTIVATIONS.get(network.task, "sigmoid")
+    flags = [network.embedding, activation, preprocessing.crop_mode, preprocessing.crop_rounding]
+    return render_template("client.py.txt", values, flags)
 
 
-def filled(template: str, values: Mapping[str, object], holds: Collection[str] = ()) -> str:
-    """Return a file of ``templates/`` with its values in place.
+def render_template(
+    template: str, values: Mapping[str, object], flags: Collection[str] = ()
+) -> str:
+    """Return a file of ``templates/`` with its values filled in.
 
-    A line that ends in ``#if WORD...`` is kept where one of the words holds; the mark itself
-    always goes. ``$name`` stands for a value, as in :class:`string.Template`.
+    A line that ends in ``#if FLAG...`` is kept if one of the flags is set; the marker is removed.
+    ``$name`` is replaced by a value, as in :class:`string.Template`.
 
     Args:
-        template: its name, such as ``compose.yaml``.
-        values: by the name after ``$``.
-        holds: the words whose lines are kept.
+        template: file name, such as ``compose.yaml``.
+        values: values by name.
+        flags: the flags that are set.
     """
     lines = []
     folder = resources.files("van_deploy.serve") / "templates"
     for line in (folder / template).read_text("utf-8").splitlines():
-        text, marked, words = line.partition("#if ")
-        if not marked or set(words.split()) & set(holds):
-            lines.append(text.rstrip() if marked else line)
+        text, marker, names = line.partition("#if ")
+        if not marker or set(names.split()) & set(flags):
+            lines.append(text.rstrip() if marker else line)
     return Template("\n".join(lines) + "\n").substitute(values)
 
 
 def write_environment(archive: Path, python: str) -> None:
-    """Write an execution environment of the Python backend: this ONNX Runtime, for its Python.
+    """Write an execution environment of the Python backend with this version of ONNX Runtime.
 
-    NVIDIA's images have no ONNX Runtime for Python. The archive is a virtual environment with
-    one, which Triton unpacks; the interpreter stays the image's own.
+    NVIDIA's images have no ONNX Runtime for Python. The archive is a virtual environment that
+    Triton unpacks; the interpreter is the image's own.
 
     Args:
         archive: file to write, ``.tar.gz``.
         python: version of the server's Python, such as ``3.12``.
 
     Raises:
-        ConversionError: pip cannot get the packages.
+        ConversionError: pip cannot download the packages.
     """
-    wanted = (f"onnxruntime=={require_onnxruntime().__version__}", NUMPY)
+    requirements = (f"onnxruntime=={require_onnxruntime().__version__}", NUMPY)
     with tempfile.TemporaryDirectory(prefix="van-deploy-") as folder:
         root, machine = Path(folder), platform.machine()
         packages = root / f"lib/python{python}/site-packages"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *wanted]
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", *requirements]
         command += ["--target", str(packages), "--only-binary=:all:", "--python-version", python]
         for tag in (*(f"manylinux_2_{minor}" for minor in GLIBC_MINORS), "manylinux2014"):
             command += ["--platform", f"{tag}_{machine}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
             raise ConversionError(
-                f"pip cannot get {' and '.join(wanted)} for Python {python}: "
-                f"{(said or [done.stderr])[-1]}",
+                f"pip cannot get {' and '.join(requirements)} for Python {python}: "
+                f"{(errors or [done.stderr])[-1]}",
                 "Check the connection, or choose a --triton-release whose Python has such a wheel.",
             )
-        shutil.rmtree(packages / "bin", ignore_errors=True)  # scripts that name this interpreter
+        shutil.rmtree(packages / "bin", ignore_errors=True)  # scripts that start this interpreter
         (root / "bin").mkdir()
         (root / "bin/python3").symlink_to(INTERPRETER)
         for name, target in (("activate.txt", "bin/activate"), ("pyvenv.cfg", "pyvenv.cfg")):
-            (root / target).write_text(filled(name, {}), encoding="utf-8")
+            (root / target).write_text(render_template(name, {}), encoding="utf-8")
         with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
-            tar.add(root, ".", filter=_anonymous)
+            tar.add(root, ".", filter=_normalise_entry)
 
 
-def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
-    """Return an entry of an archive without what differs from one run or machine to the next."""
+def _normalise_entry(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return an archive entry without properties that differ between runs or machines."""
     entry.uid = entry.gid = entry.mtime = 0
     entry.uname = entry.gname = ""
     entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644

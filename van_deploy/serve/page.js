@@ -67,9 +67,9 @@ async function ask(file) {
   const turn = ++running;
   const compare = !$("toggle").hidden && $("compare").checked;
   $("answer").classList.add("waiting");
-  $("title").textContent = compare && !ask.warm ? "Loading PyTorch the first time" : "Looking";
+  $("title").textContent = compare && !ask.warm ? "Loading PyTorch the first time" : "Running";
   try {
-    if (file.size > limit) throw new Error(`The file is larger than the ${limit.toLocaleString("en")} bytes this server takes.`);
+    if (file.size > limit) throw new Error(`The file is larger than the ${limit.toLocaleString("en")} bytes this server accepts.`);
     const query = new URLSearchParams({ model: $("model").value, top: 5, compare: compare ? 1 : 0 });
     const response = await request("predict?" + query, { method: "POST", body: file });
     const answer = await response.json();
@@ -80,10 +80,10 @@ async function ask(file) {
   } catch (error) {
     if (turn !== running) return;
     $("result").hidden = $("times").hidden = $("empty").hidden = true;
-    $("error").textContent = error instanceof TypeError ? "The server does not answer." : error.message;
+    $("error").textContent = error instanceof TypeError ? "The server does not respond." : error.message;
     $("error").hidden = false;
   }
-  $("title").textContent = "Answer";
+  $("title").textContent = "Prediction";
   $("answer").classList.remove("waiting");
 }
 
@@ -97,7 +97,7 @@ function draw(answer) {
   $("key-artifact").textContent = answer.artifact;
   const note = answer.pytorch && answer.pytorch.skipped;
   $("note").hidden = !note;
-  $("note").textContent = note ? "PyTorch was not asked: " + note : "";
+  $("note").textContent = note ? "PyTorch was not run: " + note : "";
   const cells = [
     [milliseconds(answer.milliseconds.infer), answer.artifact],
     ...(torch ? [[milliseconds(torch.milliseconds.infer), "PyTorch"]] : []),

@@ -1,4 +1,4 @@
-"""Images in, named classes out: files, folders and bytes through one artifact."""
+"""Prediction: the classes of image files, folders and bytes with one artifact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from van_deploy.runners.network import NamedClass, Network
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one image.
+    """Prediction for one image.
 
     Attributes:
-        source: its path, or ``-`` for bytes.
-        top: most probable classes, most probable first; empty if unreadable.
-        error: why it could not be read, or None.
+        source: path of the image, or ``-`` for bytes.
+        top: most probable classes in descending order; empty if the image is unreadable.
+        error: why the image could not be read, or None.
     """
 
     source: str
@@ -30,58 +30,58 @@ class Prediction:
     error: str | None = None
 
 
-def sources_from(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
-    """Return the images asked for, in their order.
+def find_sources(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
+    """Return image files and bytes in the given order, with the files of each folder.
 
     Args:
-        images: files, folders (searched at any depth), or the bytes of a file.
+        images: files, folders (searched recursively), or the bytes of a file.
 
     Raises:
-        ImageError: a file or folder does not exist, or a folder holds no image.
+        ImageError: a file or folder does not exist, or a folder contains no image.
     """
-    found: list[Path | bytes] = []
+    sources: list[Path | bytes] = []
     for image in images:
         if isinstance(image, bytes):
-            found.append(image)
+            sources.append(image)
         elif not (path := Path(image)).exists():
-            remedy = "Check the path; download what is a URL first."
+            remedy = "Check the path; a URL must be downloaded first."
             raise ImageError(f"There is no image '{image}'.", remedy)
         else:
-            found += find_images(path) if path.is_dir() else [path]
-    return tuple(found)
+            sources += find_images(path) if path.is_dir() else [path]
+    return tuple(sources)
 
 
 def predict(
     network: Network, sources: Iterable[Path | bytes], top: int, batch: int
 ) -> Iterator[Prediction]:
-    """Yield the answer to each image, in order; one that cannot be read gets an error.
+    """Yield the prediction for each image, in order; an unreadable image gets an error.
 
     Args:
-        network: opened.
+        network: an open network.
         sources: the images.
-        top: how many classes.
-        batch: images a batch, at most the network's ``max_batch``.
+        top: number of classes.
+        batch: images per batch, at most the network's ``max_batch``.
 
     Raises:
-        UsageError: ``batch`` is too large, or the artifact does not give so many classes.
+        UsageError: ``batch`` is too large, or the artifact does not return so many classes.
     """
     if batch > network.max_batch:
         text = f"'{network.name}' does not take batches of {batch}."
-        raise UsageError(text, f"Ask for batches of 1 to {network.max_batch}.")
+        raise UsageError(text, f"Give a batch size from 1 to {network.max_batch}.")
     remaining = iter(sources)
-    while some := list(islice(remaining, batch)):
-        pixels, answers = list[Pixels](), list[Prediction]()
-        for source in some:
-            name = "-" if isinstance(source, bytes) else str(source)
+    while chunk := list(islice(remaining, batch)):
+        pixels, errors = list[Pixels](), list[str | None]()
+        for source in chunk:
+            label = "Standard input" if isinstance(source, bytes) else ""
             try:
-                shown = "Standard input" if name == "-" else ""
-                image = open_image(source, channels=network.preprocessing.channels, name=shown)
+                image = open_image(source, channels=network.preprocessing.channels, name=label)
                 pixels.append(pixels_from_image(image, network.preprocessing))
-                answers.append(Prediction(name, ()))
+                errors.append(None)
             except ImageError as error:
-                answers.append(Prediction(name, (), error.message))
+                errors.append(error.message)
         if pixels:
-            ranked = iter(network.top(network.run(network.prepare(np.stack(pixels))), top))
-        for answer in answers:
-            classes = () if answer.error else next(ranked)
-            yield Prediction(answer.source, classes, answer.error)
+            inputs = network.prepare(np.stack(pixels))
+            ranked = iter(network.top_classes(network.run(inputs), top))
+        for source, message in zip(chunk, errors, strict=True):
+            name = "-" if isinstance(source, bytes) else str(source)
+            yield Prediction(name, () if message else next(ranked), message)

@@ -1,11 +1,11 @@
-"""Requests: what is refused, how much is held at once, where heavy work goes, what bytes mean.
+"""Requests of the server: limits, reading of bodies, and the v2 inference protocol.
 
-Heads and bodies are never larger than the limits and never slower than the deadline. Nothing copies
-a large body in one piece while it holds Python's lock: large JSON is parsed in another process;
-joining and decoding release the lock, so threads do.
+Heads and bodies have limits of size and time. A large body is never copied in one piece while the
+global interpreter lock is held: large JSON is parsed in another process; joining and decoding
+release the lock, so threads do it.
 
-What the bytes mean is the v2 inference protocol: KServe's "open inference protocol" over HTTP, with
-Triton's binary tensor extension, as ``tritonclient.http`` speaks it.
+The protocol is KServe's "open inference protocol" (v2) over HTTP with Triton's binary tensor
+extension, as ``tritonclient.http`` implements it.
 """
 
 from __future__ import annotations
@@ -36,33 +36,35 @@ from van_deploy.schema import OpenSchema, validate
 from van_deploy.serve.triton import DATATYPES
 
 MIB = 2**20
-HELD_FULL = "The requests that are being received hold all the memory they may."
+BODIES_FULL = "The requests that are being received use all the memory they may."
 SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
 SEND_BYTES = "Send binary tensors, or start the server with a higher --max-json-mib."
 
-MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of a request; both with its request line
-MAX_PIPELINED = 16  # requests of one connection that wait for each other
-FREE_CHUNKS, LEAST_CHUNK_BYTES = 200, 64  # each chunk of a body costs a call, whatever its size
+MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of one request, request line included
+MAX_PIPELINED = 16  # waiting requests of one connection
+# Each chunk of a body costs a call, independent of its size: after so many, chunks must have
+# this size on average.
+FREE_CHUNKS, MIN_CHUNK_BYTES = 200, 64
 
 T = TypeVar("T")
-Where = Literal["here", "thread", "process"]
+Executor = Literal["here", "thread", "process"]
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
 
 
 @dataclass
 class Request:
-    """One request, as far as its head says.
+    """The head of one request.
 
     Attributes:
-        method: HEAD counts as GET; its answer's body is not sent.
-        path: decoded.
+        method: HTTP method. HEAD is handled as GET; uvicorn omits the body of the response.
+        path: decoded path.
         query: last value of each parameter.
-        headers: by their names in lower case.
-        receive: ASGI's, for the body.
-        route: of the path, for the metrics; "" until one is found.
-        model: in the path or the query; likewise.
-        version: of the model, in the path.
+        headers: header values by lower-case name.
+        receive: ASGI's function that reads the body.
+        route: route of the path, for the metrics; "" if there is none.
+        model: model name in the path or the query; "" if there is none.
+        version: model version in the path.
     """
 
     method: str
@@ -76,93 +78,93 @@ class Request:
 
 
 class RequestError(InputError):
-    """A request that is not answered; ``status`` is HTTP's."""
+    """Raised for a refused request; ``status`` is the HTTP status."""
 
     def __init__(self, message: str, remedy: str = "", status: int = 400) -> None:
         super().__init__(message, remedy)
-        self.args = (message, remedy, status)  # how it is made anew in another process
+        self.args = (message, remedy, status)  # so that it can be pickled in another process
         self.status = status
 
 
-class Allowance:
-    """So many of something for all requests together; one that would exceed it is refused.
+class Quota:
+    """A limit for all requests together; a request that would exceed it is refused.
 
     Args:
-        limit: how many.
-        message: what a client is told that is refused.
-        status: HTTP's, with which it is refused.
+        limit: largest sum.
+        message: error message of a refused request.
+        status: HTTP status of a refused request.
 
     Attributes:
-        used: how many are taken now.
+        used: amount in use.
     """
 
     def __init__(self, limit: int, message: str, status: int) -> None:
         self.limit, self.message, self.status, self.used = limit, message, status, 0
 
-    def take(self, held: contextlib.ExitStack, count: int) -> None:
-        """Take some more, until ``held`` is closed.
+    def acquire(self, stack: contextlib.ExitStack, count: int) -> None:
+        """Acquire some of the quota until ``stack`` is closed.
 
         Raises:
-            RequestError: not as many are left.
+            RequestError: the quota would be exceeded.
         """
         if self.used + count > self.limit:
             raise RequestError(self.message, status=self.status)
         self.used += count
-        held.callback(self._give, count)
+        stack.callback(self._release, count)
 
-    def _give(self, count: int) -> None:
+    def _release(self, count: int) -> None:
         self.used -= count
 
 
-class Intake:
-    """Takes in the bodies of all requests, under one limit of bytes, and runs what is heavy.
+class BodyReader:
+    """Reads the bodies of all requests under one limit of bytes, and runs expensive functions.
 
     Args:
-        settings: of the server.
+        settings: settings of the server.
 
     Attributes:
-        held: bytes of bodies.
-        draining: whether the server is being stopped; no body is taken any more.
+        quota: bytes of all bodies in memory.
+        draining: whether the server is shutting down; further bodies are refused.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self._settings, self._pool, self.draining = settings, _new_pool(), False
-        self.held = Allowance(round(MIB * settings.max_held_mib), HELD_FULL, 503)
+        self._settings, self._pool, self.draining = settings, _create_pool(), False
+        self.quota = Quota(round(MIB * settings.max_held_mib), BODIES_FULL, 503)
 
-    async def body(
-        self, request: Request, held: contextlib.ExitStack, *, is_json: bool = False
+    async def read(
+        self, request: Request, stack: contextlib.ExitStack, *, is_json: bool = False
     ) -> bytes:
-        """Return a request's body.
+        """Return the body of a request.
 
         Args:
-            request: whose head has come.
-            held: gives the bytes back, which count until it is closed.
-            is_json: whether all of it is JSON, which has a limit of its own.
+            request: the head of the request.
+            stack: releases the bytes from the quota when it is closed.
+            is_json: whether the whole body is JSON, which has a limit of its own.
 
         Raises:
-            RequestError: too large, too slow, too late, too much for all, compressed, or never
-                to be complete, because the client has closed its connection.
+            RequestError: the body is too large, too slow, compressed or incomplete, exceeds the
+                quota, or the server is shutting down.
         """
         if self.draining:
             raise RequestError("The server is shutting down.", status=503)
-        settings, pieces = self._settings, list[bytes]()
+        settings, chunks = self._settings, list[bytes]()
         limit = round(MIB * (settings.max_json_mib if is_json else settings.max_body_mib))
         size, complete = int(request.headers.get("content-length", "0")), False
 
         async def collect() -> None:
-            """Read even what is too large to its end, so that the client reads the answer."""
+            """Read also too large bodies to their end, so that the client reads the response."""
             nonlocal size
             received, more = 0, True
             while more:
                 message = await request.receive()
                 if message["type"] != "http.request":
-                    raise RequestError("The client has gone.", status=499)
-                piece, more = message["body"], message["more_body"]
-                received += len(piece)
+                    raise RequestError("The client closed the connection.", status=499)
+                chunk, more = message["body"], message["more_body"]
+                received += len(chunk)
                 size = max(size, received)
                 if size <= limit:
-                    self.held.take(held, len(piece))
-                    pieces.append(piece)
+                    self.quota.acquire(stack, len(chunk))
+                    chunks.append(chunk)
 
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(collect(), settings.read_timeout_s)
@@ -176,65 +178,66 @@ class Intake:
         kind = request.headers.get("content-type", "").lower()
         encoding = request.headers.get("content-encoding", "identity").lower()
         if encoding != "identity" or kind.startswith("multipart/"):
-            text = "Bodies are taken as they are: no form, and no Content-Encoding."
+            text = "Forms and Content-Encoding are not supported."
             raise RequestError(text, "Send the file itself: curl --data-binary @FILE.", 415)
         # A large join releases Python's lock.
-        return await self.run("thread" if size > MIB else "here", b"".join, pieces)
+        return await self.run("thread" if size > MIB else "here", b"".join, chunks)
 
-    async def run(self, where: Where, function: Callable[..., T], *given: Any) -> T:
-        """Return ``function(*given)``; for a process, all must be picklable.
+    async def run(self, executor: Executor, function: Callable[..., T], *args: Any) -> T:
+        """Return ``function(*args)``; for a process, everything must be picklable.
 
         Raises:
-            RequestError: the process died; there will be another one.
+            RequestError: the process ended; the next call starts another one.
         """
-        if where == "here":
-            return function(*given)
-        if where == "thread":
-            return await asyncio.to_thread(function, *given)
+        if executor == "here":
+            return function(*args)
+        if executor == "thread":
+            return await asyncio.to_thread(function, *args)
         pool, loop = self._pool, asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(pool, function, *given)
+            return await loop.run_in_executor(pool, function, *args)
         except BrokenExecutor:
             if self._pool is pool:
-                self._pool = _new_pool()
+                self._pool = _create_pool()
             raise RequestError("The process that parses JSON ended.", status=503) from None
 
     def close(self) -> None:
-        """End the other process once what it was asked for is done."""
+        """End the other process after its pending work."""
         self._pool.shutdown()
 
 
-def _new_pool() -> ProcessPoolExecutor:
-    """Return one process, which starts when it is first needed."""
+def _create_pool() -> ProcessPoolExecutor:
+    """Return a pool of one process, which starts on first use."""
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=context, initializer=_follow_the_server)
+    return ProcessPoolExecutor(1, mp_context=context, initializer=_initialise_worker)
 
 
-def _follow_the_server() -> None:
-    """Give way to the server, leave signals to it, and end when it does, however it does."""
+def _initialise_worker() -> None:
+    """Lower the priority, ignore signals, and end with the server, even if that is killed."""
     os.nice(5)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
-    def follow() -> None:
+    def wait_for_parent() -> None:
         if parent := multiprocessing.parent_process():
             parent.join()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def limited_protocol(timeout_s: float) -> Any:
-    """Return uvicorn's HTTP protocol, with limits on what it takes without end by itself.
+    """Return uvicorn's HTTP protocol class with limits that uvicorn does not have.
 
-    The head of a request must be complete in time and within a size. Headers and the chunks of
-    a body cost a call each, whatever their size: a megabyte in chunks of one byte would hold the
-    event loop for seconds.
+    The head of a request has a limit of time and of size. Each header and each chunk of a body
+    costs a call: a megabyte in chunks of one byte would block the event loop for seconds.
     """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Limited(HttpToolsProtocol):
-        head = chunks = size = 0  # bytes of a head that is not complete, -1 in a body; of a body
+        head = chunks = size = (
+            0  # bytes of an incomplete head (-1 in a body); chunks, bytes of a body
+        )
         timer: Any = None
 
         def connection_made(self, transport: Any) -> None:
@@ -276,30 +279,30 @@ def limited_protocol(timeout_s: float) -> Any:
 
         def on_chunk_header(self) -> None:
             self.chunks += 1
-            if self.chunks > FREE_CHUNKS + self.size // LEAST_CHUNK_BYTES:
+            if self.chunks > FREE_CHUNKS + self.size // MIN_CHUNK_BYTES:
                 raise ValueError("the chunks are too small")
 
     return Limited
 
 
 class _Parameters(OpenSchema):
-    """What the extensions add to a request or to one of its tensors."""
+    """Protocol extensions in a request or one of its tensors."""
 
     binary_data: pydantic.StrictBool | None = None
     binary_data_size: Count | None = None
     binary_data_output: pydantic.StrictBool = False
-    classification: Literal[0] = 0  # of Triton's extensions the one that is not here
+    classification: Literal[0] = 0  # Triton's extension that is not supported
 
 
 class _Output(OpenSchema):
-    """One output a client asked for."""
+    """One requested output."""
 
     name: str
     parameters: _Parameters = _Parameters()
 
 
 class _Input(_Output):
-    """One input as a client describes it; its values are in ``data`` or behind the JSON."""
+    """One input; its values are in ``data`` or follow the JSON as bytes."""
 
     datatype: str
     shape: list[Count]
@@ -307,62 +310,66 @@ class _Input(_Output):
 
 
 class InferRequest(OpenSchema):
-    """The JSON of a request."""
+    """The JSON of an inference request."""
 
     id: str = ""
     inputs: tuple[_Input, ...]
     outputs: tuple[_Output, ...] = ()
     parameters: _Parameters = _Parameters()
 
-    def in_bytes(self, wanted: _Output) -> bool:
-        """Return whether an output is wanted as bytes behind the JSON."""
-        own = wanted.parameters.binary_data
-        return self.parameters.binary_data_output if own is None else own
+    def is_binary(self, output: _Output) -> bool:
+        """Return whether an output is requested as bytes after the JSON."""
+        binary = output.parameters.binary_data
+        return self.parameters.binary_data_output if binary is None else binary
 
 
 def parse_request(
-    body: bytes, json_length: int, given: TensorSpec, gives: Sequence[TensorSpec], max_batch: int
+    body: bytes,
+    json_length: int,
+    model_input: TensorSpec,
+    model_outputs: Sequence[TensorSpec],
+    max_batch: int,
 ) -> tuple[Values, InferRequest]:
-    """Return the rows in ``body`` as the model takes them, and the rest of the request.
+    """Return the input rows of a request in the model's type, and the rest of the request.
 
     Args:
-        body: JSON, followed by the binary tensors if there are any.
+        body: JSON, followed by binary tensors if there are any.
         json_length: bytes of the JSON.
-        given: the model's input.
-        gives: its outputs.
-        max_batch: rows a request may have.
+        model_input: the model's input.
+        model_outputs: the model's outputs.
+        max_batch: largest number of rows.
 
     Raises:
-        RequestError: says which rule was broken.
+        RequestError: the request is invalid.
     """
     if json_length > len(body):
-        raise RequestError(f"The JSON is said to be {json_length} bytes; the body has {len(body)}.")
+        raise RequestError(f"The JSON should have {json_length} bytes; the body has {len(body)}.")
     try:
         document = from_json(body[:json_length])
     except ValueError as error:
         raise RequestError(f"The request is not JSON: {error}.") from None
     request = validate(InferRequest, document, where="The request", error=RequestError)
-    if [entry.name for entry in request.inputs] != [given.name]:
-        raise RequestError(f"The model has one input, '{given.name}'; give that one.")
-    names = [output.name for output in gives]
-    if unknown := [wanted.name for wanted in request.outputs if wanted.name not in names]:
-        text = f"There is no output {unknown[0][:99]!r}; the model gives {', '.join(names)}."
+    if [entry.name for entry in request.inputs] != [model_input.name]:
+        raise RequestError(f"Send exactly one input, '{model_input.name}'.")
+    names = [output.name for output in model_outputs]
+    if unknown := [output.name for output in request.outputs if output.name not in names]:
+        text = f"There is no output {unknown[0][:99]!r}; the model has {', '.join(names)}."
         raise RequestError(text)
-    every = request.outputs or tuple(_Output(name=name) for name in names)
-    rows = _tensor(request.inputs[0], memoryview(body)[json_length:], given, max_batch)
-    return rows, request.model_copy(update={"inputs": (), "outputs": every})
+    outputs = request.outputs or tuple(_Output(name=name) for name in names)
+    rows = _read_tensor(request.inputs[0], memoryview(body)[json_length:], model_input, max_batch)
+    return rows, request.model_copy(update={"inputs": (), "outputs": outputs})
 
 
 def encode_response(
     request: InferRequest, outputs: Mapping[str, Values], model: str
 ) -> tuple[bytes, int | None]:
-    """Return the answer's body, and the length of its JSON if binary tensors follow it."""
+    """Return the response body, and the length of its JSON if binary tensors follow it."""
     entries, tail = list[dict[str, Any]](), list[bytes]()
-    for wanted in request.outputs:
-        values = outputs[wanted.name]
+    for output in request.outputs:
+        values = outputs[output.name]
         kind, shape = DATATYPES[str(values.dtype)], list(values.shape)
-        entry: dict[str, Any] = {"name": wanted.name, "datatype": kind, "shape": shape}
-        if request.in_bytes(wanted):
+        entry: dict[str, Any] = {"name": output.name, "datatype": kind, "shape": shape}
+        if request.is_binary(output):
             tail.append(values.tobytes())
             entry["parameters"] = {"binary_data_size": values.nbytes}
         else:
@@ -374,45 +381,45 @@ def encode_response(
     return b"".join([head, *tail]), len(head) if tail else None
 
 
-def _tensor(entry: _Input, tail: memoryview, given: TensorSpec, max_batch: int) -> Values:
-    wanted, shape, called = DATATYPES[given.dtype], tuple(entry.shape), f"The input '{given.name}'"
-    if entry.datatype != wanted:
-        raise RequestError(f"{called} is {wanted}, not {entry.datatype[:20]!r}.")
-    if shape[1:] != given.shape or not 1 <= shape[0] <= max_batch:
-        takes = f"[1..{max_batch}, {', '.join(map(str, given.shape))}]"
+def _read_tensor(entry: _Input, tail: memoryview, spec: TensorSpec, max_batch: int) -> Values:
+    datatype, shape, label = DATATYPES[spec.dtype], tuple(entry.shape), f"The input '{spec.name}'"
+    if entry.datatype != datatype:
+        raise RequestError(f"{label} is {datatype}, not {entry.datatype[:20]!r}.")
+    if shape[1:] != spec.shape or not 1 <= shape[0] <= max_batch:
+        expected_shape = f"[1..{max_batch}, {', '.join(map(str, spec.shape))}]"
         raise RequestError(
-            f"{called} has shape {list(shape[:8])}; the model takes {takes}.",
-            "Send smaller batches: the server fills batches across requests itself.",
+            f"{label} has shape {list(shape[:8])}; the model takes {expected_shape}.",
+            "Send smaller batches: the server combines requests into batches itself.",
         )
-    expected = math.prod(shape) * np.dtype(given.dtype).itemsize
+    expected = math.prod(shape) * np.dtype(spec.dtype).itemsize
     size = entry.parameters.binary_data_size
     if size is None:
-        values = _numbers(entry.data, given, shape)
+        values = _array_from_json(entry.data, spec, shape)
     elif size == len(tail) == expected:
-        values = np.frombuffer(tail, dtype=given.dtype).reshape(shape)
+        values = np.frombuffer(tail, dtype=spec.dtype).reshape(shape)
     else:
-        sent = f"{size} were announced and {len(tail)} sent"
-        raise RequestError(f"{called} of shape {list(shape)} takes {expected} bytes; {sent}.")
+        actual = f"binary_data_size is {size}, and {len(tail)} were sent"
+        raise RequestError(f"{label} of shape {list(shape)} takes {expected} bytes; {actual}.")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise RequestError(f"{called} holds values that are not finite.")
+        raise RequestError(f"{label} contains values that are not finite.")
     return values
 
 
-def _numbers(data: Any, given: TensorSpec, shape: tuple[int, ...]) -> Values:
-    """Return numbers from JSON, flat or nested, without making an array of anything else."""
+def _array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> Values:
+    """Return an array of flat or nested JSON numbers; anything else is refused before NumPy."""
     for size in shape[1:]:
         nested = type(data) is list and {type(item) for item in data} == {list}
         if nested and set(map(len, data)) == {size}:
             data = list(chain.from_iterable(data))
     numbers = type(data) is list and {type(item) for item in data} <= {int, float}
     if not numbers or len(data) != math.prod(shape):
-        wanted = f"give {math.prod(shape)} numbers, or binary_data_size and the bytes"
-        raise RequestError(f"The input '{given.name}' of shape {list(shape)} lacks data: {wanted}.")
+        remedy = f"give {math.prod(shape)} numbers, or binary_data_size and the bytes"
+        raise RequestError(f"The input '{spec.name}' of shape {list(shape)} lacks data: {remedy}.")
     try:
         values = np.array(data, np.float64)
     except OverflowError:
-        raise RequestError(f"The input '{given.name}' holds a number that is too large.") from None
-    if given.dtype == "uint8" and not ((values >= 0) & (values <= 255) & (values % 1 == 0)).all():
-        raise RequestError(f"The input '{given.name}' is UINT8: whole numbers from 0 to 255.")
-    with np.errstate(over="ignore"):  # what float16 cannot hold is told as not finite
-        return values.astype(given.dtype).reshape(shape)
+        raise RequestError(f"The input '{spec.name}' contains too large a number.") from None
+    if spec.dtype == "uint8" and not ((values >= 0) & (values <= 255) & (values % 1 == 0)).all():
+        raise RequestError(f"The input '{spec.name}' is UINT8: integers from 0 to 255.")
+    with np.errstate(over="ignore"):  # float16 overflow is reported as not finite
+        return values.astype(spec.dtype).reshape(shape)

@@ -1,11 +1,11 @@
-"""What Triton has to know of a model, and which release of Triton loads it.
+"""Triton's configuration of a model, and the Triton releases that can load it.
 
-The plain data of :func:`model_config` is what the protobuf message ``inference.ModelConfig``
-holds. It is written as ``config.pbtxt`` by Triton's own message class, which refuses a field
-or a value it does not know, and given out by ``van-deploy serve``.
+:func:`model_config` returns the fields of the protobuf message ``inference.ModelConfig``. It is
+written as ``config.pbtxt`` by Triton's own message class, which rejects unknown fields and values,
+and returned by ``van-deploy serve``.
 
-The table of releases is ``releases.toml``, with its sources. What it does not say is *not
-checked*, which is told to the user and is never a pass.
+The table of releases, with its sources, is ``releases.toml``. A release that is not in the table
+is reported as *not checked*, which never counts as passed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from van_deploy.config import TritonSettings
 from van_deploy.documents import read_toml_file
 from van_deploy.engine.sidecar import Sidecar, load_sidecar
 from van_deploy.errors import InputError, UsageError
-from van_deploy.runners.network import Network, runnable_artifacts
+from van_deploy.runners.network import Network, onnx_artifacts
 
+# NumPy's and the v2 protocol's names of types; ``config.pbtxt`` adds the prefix ``TYPE_``.
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
-"""NumPy's names of types, and the v2 protocol's; ``config.pbtxt`` puts ``TYPE_`` before them."""
-
-GOOD_SHARE = 0.9  # of the best throughput: a batch size worth waiting for
+GOOD_SHARE = 0.9  # of the best throughput, for a preferred batch size
 LABELS_FILE = "labels.txt"
 LABELLED = ("logits", "probabilities")
 FILES = {"onnxruntime": "model.onnx", "tensorrt": "model.plan", "python": "model.py"}
@@ -37,12 +36,12 @@ THREADS_KEY = "intra_op_thread_count"  # the ONNX Runtime backend's; model.py re
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked.
+    """Result of one check.
 
     Attributes:
-        name: of the model and the check.
-        outcome: whether it is as it should be; None if that could not be checked.
-        detail: what was found.
+        name: name of the check, with the model's name where there is one.
+        outcome: whether the check passed; None if it could not be made.
+        detail: explanation.
     """
 
     name: str
@@ -52,15 +51,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class TritonModel:
-    """One model as Triton has to see it.
+    """One model of a Triton repository.
 
     Attributes:
-        name: of the model.
-        backend: what runs it: ``onnxruntime``, ``tensorrt`` or ``python``.
-        network: what is run; of several plans, the first.
-        files: path and artifact of each file, by the name it gets in the version's folder.
-        sidecar: of the first plan; None for graphs.
-        plans: compute capability to the file of its plan, such as ``{"8.9": "model.plan"}``.
+        name: name of the model.
+        backend: Triton backend: ``onnxruntime``, ``tensorrt`` or ``python``.
+        network: the network; the first of several plans.
+        files: path and artifact of each file, by file name in the version's folder.
+        sidecar: sidecar of the first plan; None for graphs.
+        plans: plan file by compute capability, such as ``{"8.9": "model.plan"}``.
     """
 
     name: str
@@ -72,31 +71,31 @@ class TritonModel:
 
 
 def served_name(bundle: Bundle, artifact: str) -> str:
-    """Return what a served artifact is called, here and in Triton: ``van_b1-fp32``."""
+    """Return the model name of a served artifact, here and in Triton, such as ``van_b1-fp32``."""
     return f"{bundle.name}-{artifact}"
 
 
-def usual_artifacts(bundle: Bundle) -> tuple[str, ...]:
-    """Return what is served where nobody chooses: ``fp32-uint8`` if there is one, or ``fp32``."""
-    return ("fp32-uint8" if "fp32-uint8" in runnable_artifacts(bundle) else "fp32",)
+def default_artifacts(bundle: Bundle) -> tuple[str, ...]:
+    """Return the artifact that is served by default: ``fp32-uint8`` if it exists, else ``fp32``."""
+    return ("fp32-uint8" if "fp32-uint8" in onnx_artifacts(bundle) else "fp32",)
 
 
-def models_of(
+def triton_models(
     bundle: Bundle, artifacts: Sequence[str], backend: str = "onnxruntime"
 ) -> list[TritonModel]:
-    """Return artifacts of a bundle as Triton models, every digest checked.
+    """Return artifacts of a bundle as Triton models, after checking every digest.
 
-    Plans of one graph are one model, whose name says nothing of a GPU; each GPU gets the
-    plan of its own compute capability.
+    Plans of one graph become one model without a GPU in its name; each GPU loads the plan of its
+    own compute capability.
 
     Args:
-        bundle: where they are.
-        artifacts: which.
-        backend: what runs the ONNX artifacts.
+        bundle: the bundle.
+        artifacts: names of the artifacts.
+        backend: Triton backend for ONNX artifacts.
 
     Raises:
         BundleError: an artifact is missing or was changed.
-        InputError: Triton cannot load it, or its sidecar is missing.
+        InputError: Triton cannot load an artifact, or a sidecar is missing.
         UsageError: two artifacts cannot be in one repository.
     """
     groups: dict[str, list[str]] = {}
@@ -114,38 +113,38 @@ def models_of(
         network = Network(bundle, names[0])
         if len({bundle.artifact(name).kind for name in names}) > 1:
             raise UsageError(
-                f"'{names[0]}' and '{names[1]}' are one network and would be models of one name.",
-                "Package them apart, with two --output folders.",
+                f"'{names[0]}' and '{names[1]}' are one network and would have one model name.",
+                "Package them separately, into two --output folders.",
             )
         if network.is_engine:
-            models.append(_of_plans(network, served_name(bundle, source), names))
+            models.append(_model_from_plans(network, served_name(bundle, source), names))
             continue
-        beside = (f for f in bundle.artifact(source).files if f.endswith(".data"))
-        files = {Path(file).name: (bundle.path / file, source) for file in beside}
+        weights = (f for f in bundle.artifact(source).files if f.endswith(".data"))
+        files = {Path(file).name: (bundle.path / file, source) for file in weights}
         files["model.onnx"] = (bundle.verified_path(source), source)
         models.append(TritonModel(served_name(bundle, source), backend, network, files))
     return models
 
 
-def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonModel:
-    """Return the model of plans of one graph; refuse what Triton cannot load or serve as one."""
+def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -> TritonModel:
+    """Return the Triton model for plans of one graph; refuse plans that cannot be one model."""
     paths = [network.bundle.verified_path(name) for name in names]
     sidecars = [load_sidecar(path) for path in paths]
-    first, both = sidecars[0], " and ".join(f"'{name}'" for name in names)
-    same = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
-    unlike = [what for what in same if len({str(getattr(s, what)) for s in sidecars}) > 1]
-    if unlike:
+    first, label = sidecars[0], " and ".join(f"'{name}'" for name in names)
+    equal = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
+    different = [key for key in equal if len({str(getattr(s, key)) for s in sidecars}) > 1]
+    if different:
         raise UsageError(
-            f"{both} cannot be one model of Triton: their sidecars differ in {', '.join(unlike)}.",
-            "Build them alike with one `van-deploy build --target`, or package one of them.",
+            f"{label} cannot be one Triton model: their sidecars differ in {', '.join(different)}.",
+            "Build them together with one `van-deploy build --target`, or package one of them.",
         )
     largest = max(profile.max for profile in first.profiles)
-    taken = {n for p in first.profiles for n in range(p.min, p.max + 1)}
-    if gaps := sorted({*range(1, largest)} - taken):
+    supported = {n for p in first.profiles for n in range(p.min, p.max + 1)}
+    if gaps := sorted({*range(1, largest)} - supported):
         profiles = ", ".join(map(str, first.profiles))
         raise InputError(
-            f"{profiles}, the profiles of {both}, leave out a batch of {gaps[0]}.",
-            f"Triton sends any up to {largest}: build it with --batch 1:{largest}:{largest}.",
+            f"The profiles of {label}, {profiles}, do not include a batch of {gaps[0]}.",
+            f"Triton sends any size up to {largest}: build it with --batch 1:{largest}:{largest}.",
         )
     files, capabilities = dict[str, tuple[Path, str]](), dict[str, str]()
     for path, name, sidecar in zip(paths, names, sidecars, strict=True):
@@ -153,14 +152,14 @@ def _of_plans(network: Network, called: str, names: Sequence[str]) -> TritonMode
         files[file] = (path, name)
         for target in sidecar.targets:
             capabilities[re.sub(r"sm_(\d+)(\d)", r"\1.\2", target)] = file
-    return TritonModel(called, "tensorrt", network, files, first, capabilities)
+    return TritonModel(model_name, "tensorrt", network, files, first, capabilities)
 
 
 def preferred_batches(network: Network) -> list[int]:
-    """Return the batch sizes worth waiting for.
+    """Return the preferred batch sizes of the dynamic batcher.
 
-    Those that reached 90 % of the best throughput in the bundle's benchmark; without
-    one, the optimum the bundle was made for and the largest.
+    These are the sizes with 90 % of the best throughput in the bundle's benchmark; without a
+    benchmark, the bundle's optimum and the largest size.
     """
     manifest, plain, rates = network.bundle.manifest, network.name.split("-")[0], dict[int, float]()
     for row in manifest.checks.get("bench", {}).get("rows", ()):
@@ -172,60 +171,60 @@ def preferred_batches(network: Network) -> list[int]:
 
 
 def model_config(
-    model: TritonModel, how: TritonSettings, *, labels: str = "", environment: str = ""
+    model: TritonModel, settings: TritonSettings, *, labels: str = "", environment: str = ""
 ) -> dict[str, Any]:
-    """Return the configuration of one model.
+    """Return the Triton configuration of one model.
 
-    One instance group lists all profiles of a plan: the backend takes the fitting one for each
-    batch, where several groups would be scheduled without regard to it. A static profile (one
-    batch size) is run as a CUDA graph.
+    One instance group lists all profiles of a plan: the backend then selects a fitting profile for
+    each batch; several groups would be scheduled independent of the batch size. A static profile
+    (one batch size) runs as a CUDA graph.
 
     Args:
-        model: names, types, shapes and limits.
-        how: it is to be run.
-        labels: file with the names of the classes, beside the configuration; "" for none.
+        model: the model.
+        settings: instances, queue and versions.
+        labels: file with the class names, next to the configuration; "" for none.
         environment: execution environment of the Python backend.
     """
     network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
     largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
-    gpu = how.gpu or model.backend == "tensorrt"
+    gpu = settings.gpu or model.backend == "tensorrt"
     kind, every_profile = "KIND_GPU" if gpu else "KIND_CPU", list(map(str, range(len(profiles))))
-    given, *outputs = (
+    model_input, *outputs = (
         {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": list(spec.shape)}
         for spec in (network.input, *network.outputs)
     )
-    parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(how.threads or "")}
-    shape = {given["name"]: {"dim": given["dims"]}}
+    parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(settings.threads or "")}
+    shape = {model_input["name"]: {"dim": model_input["dims"]}}
     cuda = {"graphs": True, "graph_spec": [{"batch_size": n, "input": shape} for n in static]}
-    zeros = {"data_type": given["data_type"], "dims": given["dims"], "zero_data": True}
+    zeros = {key: model_input[key] for key in ("data_type", "dims")} | {"zero_data": True}
     return {
         "name": model.name,
         "backend": model.backend,
         "max_batch_size": largest,
-        "input": [given],
+        "input": [model_input],
         "output": [
             {**output, "label_filename": labels if output["name"] in LABELLED else ""}
             for output in outputs
         ],
-        "version_policy": {"specific": {"versions": [how.model_version]}},
-        "instance_group": [{"count": how.instances, "kind": kind, "profile": every_profile}],
+        "version_policy": {"specific": {"versions": [settings.model_version]}},
+        "instance_group": [{"count": settings.instances, "kind": kind, "profile": every_profile}],
         "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
             "preferred_batch_size": preferred_batches(network),
-            "max_queue_delay_microseconds": how.queue_delay_us,
+            "max_queue_delay_microseconds": settings.queue_delay_us,
             "default_queue_policy": {
-                "max_queue_size": how.queue_limit,
+                "max_queue_size": settings.queue_limit,
                 "timeout_action": "REJECT",
-                "default_timeout_microseconds": 1000 * how.queue_timeout_ms,
+                "default_timeout_microseconds": 1000 * settings.queue_timeout_ms,
             },
         },
         **({"optimization": {"cuda": cuda}} if static else {}),
         "parameters": {key: {"string_value": v} for key, v in parameters.items() if v and not gpu},
-        "model_warmup": [  # run before it says that it is ready
-            {"name": f"batch of {rows}", "batch_size": rows, "inputs": {given["name"]: zeros}}
+        "model_warmup": [  # runs before the model reports that it is ready
+            {"name": f"batch of {rows}", "batch_size": rows, "inputs": {model_input["name"]: zeros}}
             for rows in sorted(ends)
         ],
     }
@@ -233,33 +232,33 @@ def model_config(
 
 @functools.cache
 def releases() -> dict[str, Any]:
-    """Return the table: ``releases`` by name, newest first, and what each ``onnx`` loads."""
+    """Return the table: ``releases`` by name, newest first, and limits of each ``onnx`` version."""
     return read_toml_file(Path(str(resources.files("van_deploy.serve") / "releases.toml")))
 
 
-def loads(release: str, model: TritonModel) -> Finding:
-    """Return whether a release of Triton loads ``model``, and why."""
+def check_release(release: str, model: TritonModel) -> Finding:
+    """Check whether a Triton release can load a model."""
 
-    def found(outcome: bool | None, detail: str) -> Finding:
+    def finding(outcome: bool | None, detail: str) -> Finding:
         return Finding(f"{model.name}: release", outcome, detail)
 
-    what, title = ("tensorrt", "TensorRT") if model.sidecar else ("onnxruntime", "ONNX Runtime")
-    has = releases()["releases"].get(release, {}).get(what)
+    key, title = ("tensorrt", "TensorRT") if model.sidecar else ("onnxruntime", "ONNX Runtime")
+    version = releases()["releases"].get(release, {}).get(key)
     if model.backend == "python":
-        return found(True, "the execution environment brings ONNX Runtime")
-    if has == "none":
-        return found(False, f"Triton {release} was shipped without an ONNX Runtime backend")
-    if not has:
-        return found(None, f"not checked: no table here says which {title} Triton {release} has")
-    told = f"Triton {release} has {title} {has}"
+        return finding(True, "the execution environment contains ONNX Runtime")
+    if version == "none":
+        return finding(False, f"Triton {release} was shipped without an ONNX Runtime backend")
+    if not version:
+        return finding(None, f"not checked: the {title} version of Triton {release} is not known")
+    prefix = f"Triton {release} has {title} {version}"
     if model.sidecar:
         built = model.sidecar.backend_version
-        return found(f"{built}.".startswith(f"{has}."), f"{told}; the plan was built by {built}")
+        return finding(f"{built}.".startswith(f"{version}."), f"{prefix}; the plan needs {built}")
     graph = model.network.bundle.artifact(model.network.name).graph
-    opset, version = (graph.opset, graph.ir_version) if graph else (0, 0)
-    newest = releases()["onnx"].get(has.rpartition(".")[0], (0, 0))
-    return found(
-        opset <= newest[0] and version <= newest[1],
-        f"{told}; it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has "
-        f"opset {opset} and IR version {version}",
+    opset, ir_version = (graph.opset, graph.ir_version) if graph else (0, 0)
+    newest = releases()["onnx"].get(version.rpartition(".")[0], (0, 0))
+    return finding(
+        opset <= newest[0] and ir_version <= newest[1],
+        f"{prefix}; it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has "
+        f"opset {opset} and IR version {ir_version}",
     )

@@ -1,6 +1,6 @@
-"""What each kernel computes, in plain PyTorch: the fallback, and what the kernels are checked by.
+"""The kernels' functions in plain PyTorch: the fallback, and the reference in tests.
 
-Shapes, layouts and arguments are the kernels'; any device and floating-point type.
+Shapes, layouts and arguments are those of the kernels, on any device and in any float type.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn import functional
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1, gelu: bool = False
 ) -> Tensor:
-    """Return what :func:`van_deploy.kernels.depthwise.depthwise` does."""
+    """Return the result of :func:`van_deploy.kernels.depthwise.depthwise`."""
     side, channels = weight.shape[0], x.shape[-1]
     y = functional.conv2d(
         x.permute(0, 3, 1, 2),
@@ -28,7 +28,7 @@ def depthwise(
 def pointwise(
     x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "none", other: Tensor | None = None
 ) -> Tensor:
-    """Return what :func:`van_deploy.kernels.pointwise.pointwise` does."""
+    """Return the result of :func:`van_deploy.kernels.dense.pointwise`."""
     y = functional.linear(x, weight, bias.to(x.dtype))
     if other is not None:
         return y * other if epilogue == "multiply" else y + other
@@ -36,7 +36,7 @@ def pointwise(
 
 
 def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """Return what :func:`van_deploy.kernels.patch.patches` does."""
+    """Return the result of :func:`van_deploy.kernels.dense.patches`."""
     y = functional.conv2d(
         x.to(weight.dtype),
         weight.permute(3, 2, 0, 1),
@@ -48,5 +48,5 @@ def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
 
 
 def layer_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """Return what :func:`van_deploy.kernels.norm.layer_norm` does."""
+    """Return the result of :func:`van_deploy.kernels.norm.layer_norm`."""
     return functional.layer_norm(x, scale.shape, scale.to(x.dtype), shift.to(x.dtype), eps)
