@@ -196,12 +196,11 @@ class AllowOptions:
 
     def accepts(self, finding: Finding) -> bool:
         """Return whether a finding is a PASS or is allowed."""
-        is_allowed = {
-            Outcome.PASS: True,
-            Outcome.SKIPPED: finding.skip in self.skip,
-            Outcome.INCONCLUSIVE: self.inconclusive,
-        }
-        return is_allowed.get(finding.outcome, False)
+        if finding.outcome is Outcome.SKIPPED:
+            return finding.skip in self.skip
+        return finding.outcome is Outcome.PASS or (
+            self.inconclusive and finding.outcome is Outcome.INCONCLUSIVE
+        )
 
 
 class GateReport:

@@ -16,14 +16,7 @@ import onnx
 from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
-from van_deploy.checks.gates import (
-    Finding,
-    Limit,
-    Outcome,
-    check_batch_invariance,
-    check_logits,
-    pass_or_fail,
-)
+from van_deploy.checks.gates import Finding, Limit, Outcome, pass_or_fail
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import Fault, check_scales, one_line, overflows_of_graph
 from van_deploy.data.images import Batch
@@ -300,7 +293,7 @@ def check_outputs(
                 record = recorded_db if native else None
                 findings += _check_rows(of, actual, floor, record, where)[0]
             if native and actual.shape == alone.shape:
-                findings.append(check_batch_invariance(alone, actual, floor, size))
+                findings.append(gates.check_batch_invariance(alone, actual, floor, size))
                 outcome = gates.outcome_of(findings[0 if shift else start :])
                 row = BatchRow(size, outcome, level(of.logits, actual), findings[-1].value)
         if native:
@@ -333,10 +326,10 @@ def _check_rows(
     """Return the findings on the logits, or on each feature map, and the label flips."""
     options = (floor, recorded_db, samples.task)
     if not samples.outputs.widths or actual.shape != samples.logits.shape:
-        return check_logits(samples.logits, actual, *options, where)
+        return gates.check_logits(samples.logits, actual, *options, where)
     findings, maps = [], samples.outputs.parts(actual)
     for name, expected in samples.outputs.parts(samples.logits).items():
-        findings += check_logits(expected, maps[name], *options, f"{where}{name}: ")[0]
+        findings += gates.check_logits(expected, maps[name], *options, f"{where}{name}: ")[0]
     return findings, []
 
 

@@ -18,23 +18,10 @@ from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import write_atomic
 from van_deploy.report import document as doc
+from van_deploy.report import sections_bench, sections_checks, sections_model
 from van_deploy.report.document import Block, Document, Entry, state_text, table
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
-from van_deploy.report.sections_bench import bench_blocks, tradeoff_plots
-from van_deploy.report.sections_checks import (
-    check_blocks,
-    drift_blocks,
-    evaluate_blocks,
-    verify_blocks,
-)
-from van_deploy.report.sections_model import (
-    artifacts_table,
-    export_check_rows,
-    graph_blocks,
-    model_properties,
-    preprocessing_properties,
-)
 
 if TYPE_CHECKING:
     from van_deploy.checks.regression import CheckReport
@@ -118,28 +105,28 @@ def _sections(
     ordered = sorted(verdicts, key=lambda verdict: [*STATES, verdict[0]].index(verdict[0]))
     yield "Verdicts", doc.checks_table(ordered)
     notes = doc.notices("NOTE", manifest["weights"]["notes"])
-    yield "Model", [*model_properties(manifest), *notes]
-    yield "Artifacts", artifacts_table(manifest, sizes)
+    yield "Model", [*sections_model.model_properties(manifest), *notes]
+    yield "Artifacts", sections_model.artifacts_table(manifest, sizes)
     if checks.get("verify", {}).get("artifacts"):
         yield (
             "Verification",
-            verify_blocks(checks["verify"], manifest["class_names"]),
+            sections_checks.verify_blocks(checks["verify"], manifest["class_names"]),
         )
     if checks.get("evaluate", {}).get("losses"):
-        yield "Accuracy", evaluate_blocks(checks["evaluate"])
+        yield "Accuracy", sections_checks.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artifacts"):
-        yield "Drift", drift_blocks(checks["drift"])
+        yield "Drift", sections_checks.drift_blocks(checks["drift"])
     if bench is not None and bench["rows"]:
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
         yield (
             "Speed",
             [
-                *bench_blocks(bench),
-                *tradeoff_plots(accuracies, bench),
+                *sections_bench.bench_blocks(bench),
+                *sections_bench.tradeoff_plots(accuracies, bench),
             ],
         )
-    yield "Preprocessing", preprocessing_properties(manifest["preprocessing"])
-    yield "Graph", graph_blocks(artifacts)
+    yield "Preprocessing", sections_model.preprocessing_properties(manifest["preprocessing"])
+    yield "Graph", sections_model.graph_blocks(artifacts)
     files = [(n, file, digest) for n, e in artifacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
@@ -154,7 +141,7 @@ def _sections(
 
 def _verdicts(checks: Entry) -> Iterator[Verdict]:
     """Yield the verdict of every check."""
-    for outcome, name, message in export_check_rows(checks):
+    for outcome, name, message in sections_model.export_check_rows(checks):
         yield state_text(outcome), name, message
     for finding in checks.get("verify", {}).get("findings", ()):
         message = finding["message"] or "same pixels as at export"
@@ -254,7 +241,7 @@ def append_summary(report: CheckReport, path: Path) -> None:
         subtitle=report.images,
         state="PASS" if report.passed else "FAIL",
         note=f"{len(report.rows)} rows",
-        sections={"Gates and baseline": check_blocks(entry)},
+        sections={"Gates and baseline": sections_checks.check_blocks(entry)},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
