@@ -28,7 +28,7 @@ from van_deploy.model.variants import VanConfig
 Broken = Callable[..., Bundle]
 
 
-def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
+def overwrite_artifact(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
     """Return the bundle with another graph in an artifact's file, and only digests rewritten."""
     right = bundle.artifact(name)
     onnx.save(model, bundle.path / right.file)
@@ -73,7 +73,7 @@ def broken(copy_bundle: Copy, tmp_path: Path) -> Broken:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         copy = Bundle.open(copy_bundle(whole, "broken"))
         if name in copy.artifacts and not more:
-            return overwritten(copy, name, model)
+            return overwrite_artifact(copy, name, model)
         return add_artifact(copy, name, precision, model, **more)
 
     return replace
