@@ -90,28 +90,28 @@ def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
     assert wrong == []
 
 
-def test_each_wrong_scale_is_named(judged: Subject) -> None:
+def test_each_wrong_scale_is_named(digits: Subject) -> None:
     """A weight's scale that is twice too large costs one bit in one layer; the integers show it."""
-    few, model = judged.samples.first(2), judged.graph("int8")
+    few, model = digits.samples.first(2), digits.graph("int8")
     made = {node.output[0]: node.op_type for node in model.graph.node}
     rounded = {name for name, kind in made.items() if kind == "DequantizeLinear"}
     layers = [node.name for node in model.graph.node if rounded.intersection(node.input[1:2])]
     for layer in layers[::7]:
         for of, factor in (("weight", 2), ("activation", 8)):
-            model = faults.scale_times(judged.graph("int8"), layer, of, factor)
+            model = faults.scale_times(digits.graph("int8"), layer, of, factor)
             assert layer in dict(check_graph(model, "int8", few, INT8)[1])
 
 
-def test_on_sample_images_one_scale_decides_nothing_and_all_do(judged: Subject) -> None:
-    general = replace(judged.samples, description="16 images and shifts of 7 natural photographs")
-    nodes = judged.graph("int8").graph.node
+def test_on_sample_images_one_scale_decides_nothing_and_all_do(digits: Subject) -> None:
+    general = replace(digits.samples, description="16 images and shifts of 7 natural photographs")
+    nodes = digits.graph("int8").graph.node
     rounded = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     layer = next(n.name for n in nodes if n.op_type == "Conv" and n.input[0] in rounded)
-    one = faults.scale_times(judged.graph("int8"), layer, "activation", 8)
-    every = faults.scales_changed(judged.graph("int8"), lambda scales: [6 * s for s in scales])
+    one = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
+    every = faults.scales_changed(digits.graph("int8"), lambda scales: [6 * s for s in scales])
     for model, samples, outcome, word in (
         (one, general, Outcome.INCONCLUSIVE, "--images"),
-        (one, judged.samples, Outcome.FAIL, "is allowed"),
+        (one, digits.samples, Outcome.FAIL, "is allowed"),
         (every, general, Outcome.FAIL, "times the optimal"),
     ):
         findings, _ = check_graph(model, "int8", samples, INT8)
