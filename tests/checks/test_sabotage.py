@@ -1,4 +1,4 @@
-"""Faults whose manifest vouches for them: verify passes none, nor a sabotaged quantiser."""
+"""Faulty graphs and quantisers with a consistent manifest fail."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def whole(request: pytest.FixtureRequest) -> Subject:
 
 
 @each(("name", "fault"), [(name, fault) for name in ("fp32", "fp16", "int8") for fault in FAULTS])
-def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault: Fault) -> None:
+def test_faults_of_3_db_fail(whole: Subject, broken: Broken, name: str, fault: Fault) -> None:
     (recorded,) = whole.bundle.artifact(name).golden_sqnr_db.values()
     model, inputs = fault(whole.graph(name)), whole.samples.inputs
     with OnnxRuntimeRunner(model) as runner:
         apart = [runner.run(image[None]) for image in inputs]
         answers = (np.concatenate(apart), runner.run(inputs))
     effect = recorded - min(sqnr_db(whole.samples.logits, found) for found in answers)
-    asked = VerifySettings(artifacts=(name,), modules=False)
-    report = verify_bundle(broken(whole, name, name, model), whole.samples, asked)
+    settings = VerifySettings(artifacts=(name,), modules=False)
+    report = verify_bundle(broken(whole, name, name, model), whole.samples, settings)
     if effect >= RECORD_MARGIN_DB:
         assert report.artifacts[name].outcome is Outcome.FAIL, effect
     else:
@@ -55,7 +55,7 @@ def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault:
 
 
 Change = Callable[[Any], Any]
-# What becomes of all activation scales, or which scales weights (O, I) are rounded with.
+# Change of all activation scales, or the scales for rounding weights (O, I).
 SABOTAGE: list[tuple[Callable[..., ModelProto], Change]] = [
     *((faults.scales_changed, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
     (faults.scales_changed, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
@@ -69,19 +69,18 @@ SABOTAGE: list[tuple[Callable[..., ModelProto], Change]] = [
 
 
 @each(("sabotage", "change"), SABOTAGE)
-def test_no_sabotaged_quantiser_passes(
+def test_faulty_quantisers_fail(
     whole: Subject, broken: Broken, sabotage: Callable[..., ModelProto], change: Change
 ) -> None:
-    """Its own records are consistent: what it makes is all that is known of it."""
     model = sabotage(whole.graph("int8"), change)
     judged, record = check_new_graph(model, "int8", whole.samples)  # as quantize asks
     assert judged.outcome is Outcome.FAIL, judged.reason
     bundle = broken(whole, "int8", "int8", model, golden_sqnr_db=record)
-    asked = VerifySettings(artifacts=("int8",), modules=False)
-    assert verify_bundle(bundle, whole.samples, asked).artifacts["int8"].outcome is Outcome.FAIL
+    settings = VerifySettings(artifacts=("int8",), modules=False)
+    assert verify_bundle(bundle, whole.samples, settings).artifacts["int8"].outcome is Outcome.FAIL
 
 
-def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
+def test_a_correct_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
     findings, wrong = check_graph(whole.graph("int8"), "int8", whole.samples, INT8)
     found = {finding.rule: finding.value or 0.0 for finding in findings}
     assert {finding.outcome for finding in findings} == {Outcome.PASS}
@@ -90,8 +89,7 @@ def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
     assert wrong == []
 
 
-def test_each_wrong_scale_is_named(digits: Subject) -> None:
-    """A weight's scale that is twice too large costs one bit in one layer; the integers show it."""
+def test_each_faulty_scale_is_reported(digits: Subject) -> None:
     few, model = digits.samples.first(2), digits.graph("int8")
     made = {node.output[0]: node.op_type for node in model.graph.node}
     rounded = {name for name, kind in made.items() if kind == "DequantizeLinear"}
@@ -102,7 +100,7 @@ def test_each_wrong_scale_is_named(digits: Subject) -> None:
             assert layer in dict(check_graph(model, "int8", few, INT8)[1])
 
 
-def test_on_sample_images_one_scale_decides_nothing_and_all_do(digits: Subject) -> None:
+def test_one_scale_is_inconclusive_on_sample_photographs(digits: Subject) -> None:
     general = replace(digits.samples, description="16 images and shifts of 7 natural photographs")
     nodes = digits.graph("int8").graph.node
     rounded = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
