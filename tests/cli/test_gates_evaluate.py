@@ -139,7 +139,7 @@ def test_all_imagenet_layouts_give_the_same_result(
     (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
     layouts: dict[str, tuple[Path | str, ...]] = {
         "class folders by WordNet id": (tmp_path / "wnid",),
-        "in the order asked for (index)": (tmp_path / "index", "--class-order", "index"),
+        "in the requested order (index)": (tmp_path / "index", "--class-order", "index"),
         "LOC_val_solution.csv": (kaggle,),
     }
     results = []
@@ -151,7 +151,7 @@ def test_all_imagenet_layouts_give_the_same_result(
     assert results == [pytest.approx(results[0], rel=1e-9)] * 3
     assert results[0][0] == 12
     output = fail(cli, "evaluate", thousand, "--images", official, code=5)
-    assert "are the development kit's own" in output
+    assert "are the development kit's ids" in output
 
 
 @pytest.fixture
@@ -208,4 +208,6 @@ def test_multi_label_network(cli: Cli, images: Path, tmp_path: Path) -> None:
     assert "error: Failed: 'fp32'." in output
     assert "F1 (micro) %" in output
     assert "top-1" not in output
-    assert "Give --labels FILE." in fail(cli, "evaluate", *words[:3], code=5)
+    assert "Give --labels FILE with a line for each image" in fail(
+        cli, "evaluate", *words[:3], code=5
+    )
