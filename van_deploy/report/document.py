@@ -227,11 +227,8 @@ def format_value(value: Any, form: str) -> str:
     if isinstance(value, Mapping):
         return ", ".join(_entry(key, item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return (
-            join_values(value)
-            if len(value) <= LONGEST_LIST
-            else f"{join_values(value[:8])} ... ({len(value)})"
-        )
+        short = len(value) <= LONGEST_LIST
+        return join_values(value) if short else f"{join_values(value[:8])} ... ({len(value)})"
     return format(value, form if form[:1] in tuple("+,.dg") else "g" * isinstance(value, float))
 
 

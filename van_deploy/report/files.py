@@ -72,7 +72,7 @@ def document_of_bundle(bundle: Bundle) -> Document:
 
 def _document(bundle: Bundle) -> Document:
     manifest, sizes = portable(plain(bundle.manifest)), bundle.sizes()
-    manifest["checks"], bench, stale = _split_stale(bundle, manifest["checks"])
+    manifest["checks"], bench, stale = _drop_stale(bundle, manifest["checks"])
     problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
     message = f"all {len(bundle.digests)} have the manifest's SHA-256"
     verdicts = [*(problems or [("PASS", "files", message)]), *_verdicts(manifest["checks"])]
@@ -108,23 +108,16 @@ def _sections(
     yield "Model", [*sections_model.model_properties(manifest), *notes]
     yield "Artifacts", sections_model.artifacts_table(manifest, sizes)
     if checks.get("verify", {}).get("artifacts"):
-        yield (
-            "Verification",
-            sections_checks.verify_blocks(checks["verify"], manifest["class_names"]),
-        )
+        names = manifest["class_names"]
+        yield "Verification", sections_checks.verify_blocks(checks["verify"], names)
     if checks.get("evaluate", {}).get("losses"):
         yield "Accuracy", sections_checks.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artifacts"):
         yield "Drift", sections_checks.drift_blocks(checks["drift"])
     if bench is not None and bench["rows"]:
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
-        yield (
-            "Speed",
-            [
-                *sections_bench.bench_blocks(bench),
-                *sections_bench.tradeoff_plots(accuracies, bench),
-            ],
-        )
+        tradeoff = sections_bench.tradeoff_plots(accuracies, bench)
+        yield "Speed", [*sections_bench.bench_blocks(bench), *tradeoff]
     yield "Preprocessing", sections_model.preprocessing_properties(manifest["preprocessing"])
     yield "Graph", sections_model.graph_blocks(artifacts)
     files = [(n, file, digest) for n, e in artifacts.items() for file, digest in e["files"].items()]
@@ -165,9 +158,7 @@ def _verdicts(checks: Entry) -> Iterator[Verdict]:
         yield "SKIPPED", f"evaluate {name}", skipped["message"]
 
 
-def _split_stale(
-    bundle: Bundle, checks: Entry
-) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
+def _drop_stale(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
     """Return checks and benchmark without stale results, and command and message of the latter."""
     digests = {name: artifact.sha256 for name, artifact in bundle.artifacts.items()}
     fresh, stale, path = {}, [], bundle.path / BENCH_FILE

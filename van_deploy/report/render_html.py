@@ -61,9 +61,8 @@ def _table(table: doc.Table) -> str:
     head = _row("th", list(table.columns), [form.replace("state", "") for form in forms])
     body = "\n".join(_row("td", row, forms) for row in table.rows)
     # Tables with a verdict or a ratio are never collapsed.
-    collapsed = (
-        title and len(table.rows) > MAX_OPEN_ROWS and not {"state", "ratio"}.intersection(forms)
-    )
+    is_open = len(table.rows) <= MAX_OPEN_ROWS or {"state", "ratio"}.intersection(forms)
+    collapsed = title and not is_open
     caption = f"<caption>{title}</caption>" if title and not collapsed else ""
     drawn = (
         f'<div class="scroll"><table>{caption}<thead>{head}</thead>\n'

@@ -51,10 +51,7 @@ def _render_block(block: Block) -> str:
         return ""
     forms = list(block.columns.values())
     rows = [
-        [
-            _with_mark(cell) if form == "state" else cell
-            for cell, form in zip(row, forms, strict=True)
-        ]
+        [_with_mark(c) if form == "state" else c for c, form in zip(row, forms, strict=True)]
         for row in block.rows
     ]
     numbers = [index for index, form in enumerate(forms) if form not in TEXT_FORMATS]

@@ -184,9 +184,7 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
         text = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in others)
         state = "FAIL" if prediction["error"] else None
         rows.append((state, prediction["source"], first, prediction["error"] or text))
-    columns = (
-        "verdict = 0 state; image = 1; class = 2.name name; 2.probability .1%; next classes = 3"
-    )
+    columns = "verdict = 0 state; image = 1; class = 2.name name; 2.probability .1%; next = 3"
     return table(rows, columns)
 
 
@@ -195,10 +193,10 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
 
 def inspect_blocks(descriptions: Sequence[Entry]) -> list[Block]:
     """Return the description of each artifact."""
-    blocks = (
-        _onnx_blocks(one) if one["kind"] == "onnx" else _engine_blocks(one) for one in descriptions
-    )
-    return [block for each in blocks for block in each]
+    blocks = list[Block]()
+    for one in descriptions:
+        blocks += _onnx_blocks(one) if one["kind"] == "onnx" else _engine_blocks(one)
+    return blocks
 
 
 def _onnx_blocks(one: Entry) -> list[Block]:
