@@ -82,7 +82,7 @@ def test_verify_names_a_broken_artifact(cli: Cli, path: Path) -> None:
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-2:] == [
         "error: Failed: 'fp16'.",
-        "  See the rows above; `van-deploy drift` names the module.",
+        "  See the rows above; `van-deploy drift` finds the module.",
     ]
     lines = result.stdout.splitlines()
     assert any(line.startswith("FAIL") and "fp16: SQNR" in line for line in lines)
@@ -109,7 +109,7 @@ def test_verify_with_user_images_and_the_network(cli: Cli, digits: Subject, path
     assert str(digits.labelled) in report["images"]
     assert len(report["names"]) == 6
     output = fail(cli, "verify", path, "--images", "x", code=2)
-    assert "--images is given, and other images than the golden samples" in output
+    assert "--images needs the original network" in output
     output = fail(cli, "verify", path, "--artifact", "fp8", code=5)
     assert "has no artifact 'fp8'; it has: fp32, fp16, int8." in output
 
