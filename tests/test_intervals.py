@@ -72,15 +72,6 @@ def test_tango_interval_inverts_the_score_test(total: int, one: float, two: floa
     assert tango_interval(won, lost, total) == pytest.approx((-high, -low), abs=1e-9)
 
 
-@each(("lost", "won"), [(0.02, 0.02), (0.05, 0.01), (0.004, 0.001)])
-def test_tango_interval_coverage(lost: float, won: float) -> None:
-    rng = np.random.default_rng(0)
-    draws = rng.multinomial(500, [lost, won, 1 - lost - won], size=2000)
-    intervals = np.array([tango_interval(b, c, 500) for b, c, _ in draws.tolist()])
-    covered = (intervals[:, 0] <= lost - won) & (lost - won <= intervals[:, 1])
-    assert covered.mean() > 0.935
-
-
 @each("count", [6, 7, 25, 60])
 def test_median_interval_has_the_ranks_of_the_sign_test(count: int) -> None:
     low, high = median_interval([float(value) for value in range(count)])

@@ -56,8 +56,8 @@ def test_another_resize_filter_fails(digits: Subject, copy_bundle: Copy) -> None
     bundle = Bundle.open(path)
     found = check_originals(bundle, golden_samples(bundle))
     assert {f.outcome for f in found} == {Outcome.FAIL}
-    wrong = "from golden sample 0: the decoder or the preprocessing differs"
-    assert found[0].message.endswith(wrong)
+    message = "from golden sample 0: the decoder or the preprocessing differs"
+    assert found[0].message.endswith(message)
 
 
 def test_five_channels_have_no_originals() -> None:
@@ -86,8 +86,8 @@ def test_manifest_names_the_image_source(tmp_path: Path, digits: Subject, choice
         assert golden is not None
         assert ("photographs" in golden.images) is (choice == "samples")
         assert (str(digits.labelled) in written) is (choice == "images")
-        given = golden.licence == "the terms of the images given with --images"
-        assert given is (choice == "images")
+        is_user = golden.licence == "the terms of the images given with --images"
+        assert is_user is (choice == "images")
     else:
         assert golden is None
         assert not list(path.glob("golden*"))
@@ -96,22 +96,22 @@ def test_manifest_names_the_image_source(tmp_path: Path, digits: Subject, choice
 
 
 @each(
-    ("kept", "said"),
+    ("names", "message"),
     [((), "are damaged"), (("pixels", "noise_db"), "logits is not a file in the archive")],
 )
 def test_damaged_golden_samples(
-    digits: Subject, copy_bundle: Copy, kept: tuple[str, ...], said: str
+    digits: Subject, copy_bundle: Copy, names: tuple[str, ...], message: str
 ) -> None:
-    path = copy_bundle(digits, said)
+    path = copy_bundle(digits, message)
     file, manifest = path / "golden.npz", path / "manifest.json"
     before, arrays = file_sha256(file), dict(np.load(file))
-    np.savez(file, **{name: arrays[name] for name in kept})
-    if not kept:
+    np.savez(file, **{name: arrays[name] for name in names})
+    if not names:
         file.write_bytes(b"PK nothing")
     manifest.write_text(manifest.read_text().replace(before, file_sha256(file)))
     with pytest.raises(BundleError) as error:
         golden_samples(Bundle.open(path))
-    assert said in error.value.message
+    assert message in error.value.message
     assert error.value.remedy == "Export the model again with `van-deploy export --force`."
 
 

@@ -25,14 +25,14 @@ Fault = Callable[[ModelProto], ModelProto]
 
 INT8 = Limit(20.0, "floor for int8")
 FAULTS: tuple[Fault, ...] = (
-    *(faults.negated, faults.zeroed, faults.rows_reversed, faults.classes_swapped),
-    *(faults.swapped_channels, faults.layer_norm_epsilon, faults.bias_lost, faults.channel_zeroed),
+    *(faults.negate_logits, faults.zero_logits, faults.reverse_rows, faults.swap_classes),
+    *(faults.swap_channels, faults.change_epsilon, faults.remove_bias, faults.zero_channel),
 )
 
 
 @pytest.fixture(params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> Subject:
-    """Return the embedded network and, where it is, the shared one."""
+    """Return the bundle of the embedded network, or of a trained network if available."""
     found: Subject = request.getfixturevalue(request.param)
     return found
 
@@ -50,21 +50,21 @@ def test_faults_of_3_db_fail(whole: Subject, broken: Broken, name: str, fault: F
     if effect >= RECORD_MARGIN_DB:
         assert report.artifacts[name].outcome is Outcome.FAIL, effect
     else:
-        mild = {faults.layer_norm_epsilon, faults.swapped_channels, faults.bias_lost}
+        mild = {faults.change_epsilon, faults.swap_channels, faults.remove_bias}
         assert fault in mild, effect
 
 
 Change = Callable[[Any], Any]
 # Change of all activation scales, or the scales for rounding weights (O, I).
 SABOTAGE: list[tuple[Callable[..., ModelProto], Change]] = [
-    *((faults.scales_changed, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
-    (faults.scales_changed, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
-    (faults.scales_changed, lambda scales: scales[-5:] + scales[:-5]),  # of another block
+    *((faults.change_scales, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
+    (faults.change_scales, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
+    (faults.change_scales, lambda scales: scales[-5:] + scales[:-5]),  # of another block
     *(
-        (faults.weights_rounded_anew, lambda w, by=by: by * abs(w).max(axis=1) / 127)
+        (faults.requantize_weights, lambda w, by=by: by * abs(w).max(axis=1) / 127)
         for by in (0.3, 2, 6)
     ),
-    (faults.weights_rounded_anew, lambda w: abs(w).max(axis=0) / 127),  # of the wrong axis
+    (faults.requantize_weights, lambda w: abs(w).max(axis=0) / 127),  # of the other axis
 ]
 
 
@@ -81,12 +81,12 @@ def test_faulty_quantisers_fail(
 
 
 def test_a_correct_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
-    findings, wrong = check_graph(whole.graph("int8"), "int8", whole.samples, INT8)
+    findings, bad = check_graph(whole.graph("int8"), "int8", whole.samples, INT8)
     found = {finding.rule: finding.value or 0.0 for finding in findings}
     assert {finding.outcome for finding in findings} == {Outcome.PASS}
     assert found["median scale"] == pytest.approx(1.0, abs=0.15)
     assert found["spread of scales"] <= 0.05
-    assert wrong == []
+    assert bad == []
 
 
 def test_each_faulty_scale_is_reported(digits: Subject) -> None:
@@ -96,7 +96,7 @@ def test_each_faulty_scale_is_reported(digits: Subject) -> None:
     layers = [node.name for node in model.graph.node if rounded.intersection(node.input[1:2])]
     for layer in layers[::7]:
         for of, factor in (("weight", 2), ("activation", 8)):
-            model = faults.scale_times(digits.graph("int8"), layer, of, factor)
+            model = faults.multiply_scale(digits.graph("int8"), layer, of, factor)
             assert layer in dict(check_graph(model, "int8", few, INT8)[1])
 
 
@@ -105,8 +105,8 @@ def test_one_scale_is_inconclusive_on_sample_photographs(digits: Subject) -> Non
     nodes = digits.graph("int8").graph.node
     rounded = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     layer = next(n.name for n in nodes if n.op_type == "Conv" and n.input[0] in rounded)
-    one = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
-    every = faults.scales_changed(digits.graph("int8"), lambda scales: [6 * s for s in scales])
+    one = faults.multiply_scale(digits.graph("int8"), layer, "activation", 8)
+    every = faults.change_scales(digits.graph("int8"), lambda scales: [6 * s for s in scales])
     for model, samples, outcome, word in (
         (one, general, Outcome.INCONCLUSIVE, "--images"),
         (one, digits.samples, Outcome.FAIL, "is allowed"),

@@ -103,7 +103,7 @@ def test_embedded_graphs(
     preprocessing = digits.loaded.preprocessing.override(mean=mean)
     model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", (output,))
     if factors:
-        faults.behind(model, TOP_PROBABILITIES, ("Mul", [np.array(factors, np.float32)]))
+        faults.insert_after(model, TOP_PROBABILITIES, ("Mul", [np.array(factors, np.float32)]))
     copy = Bundle.open(copy_bundle(digits, f"copy {tmp_path.name}"))
     verdict = verdict_of(
         digits, add_artifact(copy, "bytes", "fp32", model, embedded="uint8"), "bytes"
@@ -113,12 +113,12 @@ def test_embedded_graphs(
 
 OVERFLOW = "passes 65504, the largest number of FP16"
 Fault = Callable[[ModelProto], ModelProto]
-OTHER_IMAGES = partial(faults.wrong_normalisation, right=(0.305, 0.375), wrong=(0.5, 0.5))
+OTHER_IMAGES = partial(faults.change_normalisation, old=(0.305, 0.375), new=(0.5, 0.5))
 PLACED: list[tuple[str, Fault, str]] = [
     ("fp32", OTHER_IMAGES, "patch_embed1"),
-    *(("fp16", partial(faults.perturbed, block=b), b) for b in DIGITS_BLOCKS[::4]),
-    *(("fp32", partial(faults.perturbed, block=b), b) for b in DIGITS_BLOCKS[::8]),
-    *(("fp16", partial(faults.overflowing, tensor=t), t) for t in ("norm1", "norm4")),
+    *(("fp16", partial(faults.perturb_block, block=b), b) for b in DIGITS_BLOCKS[::4]),
+    *(("fp32", partial(faults.perturb_block, block=b), b) for b in DIGITS_BLOCKS[::8]),
+    *(("fp16", partial(faults.overflow_fp16, tensor=t), t) for t in ("norm1", "norm4")),
 ]
 
 
@@ -136,14 +136,14 @@ def test_drift_reports_the_block_of_a_fault(
 
 def test_edited_preprocessing_fails(digits: Subject, copy_bundle: Copy) -> None:
     bundle = Bundle.open(copy_bundle(digits))
-    wrong = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
-    edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": wrong}))
+    other = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
+    edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": other}))
     report = verify_bundle(edited, golden_samples(edited), VerifySettings(artifacts=("fp32",)))
     assert report.artifacts["fp32"].outcome is FAIL
 
 
 def test_fixed_batch_fails(digits: Subject, broken: Broken) -> None:
-    model = faults.frozen_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
+    model = faults.fix_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
     verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
     failed = [row.batch for row in verdict.batches if row.outcome is FAIL]
     assert failed == [2, 3, 4, 5, 6]
@@ -189,7 +189,7 @@ def test_a_skipped_engine_alone_is_no_pass(digits: Subject, copy_bundle: Copy) -
 
 
 def test_drift_against_model_onnx(digits: Subject, broken: Broken) -> None:
-    bundle = broken(digits, "fp16", "fp16", faults.perturbed(digits.graph("fp16"), "block3.1"))
+    bundle = broken(digits, "fp16", "fp16", faults.perturb_block(digits.graph("fp16"), "block3.1"))
     report = drift(digits, bundle, known=False)
     assert list(report.artifacts) == ["fp16", "int8"]
     assert report.artifacts["fp16"].worst_names[0] == "block3.1"
@@ -197,7 +197,7 @@ def test_drift_against_model_onnx(digits: Subject, broken: Broken) -> None:
 
 
 def test_a_failed_model_onnx_is_no_reference(digits: Subject, broken: Broken) -> None:
-    model = faults.perturbed(digits.graph("fp32"), "block1.0")
+    model = faults.perturb_block(digits.graph("fp32"), "block1.0")
     bundle = broken(digits, "fp32", "fp32", model)
     with pytest.raises(GateFailed, match=r"model\.onnx fails its gate on the golden samples"):
         drift(digits, bundle, known=False)
@@ -208,7 +208,7 @@ def test_a_failed_model_onnx_is_no_reference(digits: Subject, broken: Broken) ->
 
 def test_drift_reports_a_faulty_scale(digits: Subject, broken: Broken) -> None:
     layer = "block2.1.mlp.fc2"
-    model = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
+    model = faults.multiply_scale(digits.graph("int8"), layer, "activation", 8)
     settings = DriftSettings(level="module", artifacts=("int8",))
     bundle = broken(digits, "int8", "int8", model)
     found = drift_of_bundle(bundle, digits.samples, settings, digits.loaded, no_progress).artifacts[

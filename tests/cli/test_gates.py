@@ -43,7 +43,7 @@ def fail(cli: Cli, *words: object, code: int = 1) -> str:
 def perturb_fp16(path: Path) -> Bundle:
     """Perturb one block of the bundle's FP16 graph by 1 %."""
     bundle = Bundle.open(path)
-    model = faults.perturbed(onnx.load(bundle.verified_path("fp16")), "block3.1")
+    model = faults.perturb_block(onnx.load(bundle.verified_path("fp16")), "block3.1")
     return overwrite_artifact(bundle, "fp16", model)
 
 

@@ -67,7 +67,7 @@ def test_unreadable_images_are_reported(
 def test_negated_logits_fail(cli: Cli, digits: Subject, path: Path, images: int) -> None:
     """Top-1 falls from 80 % to 0 %, on five images too."""
     for name in ("fp16", "int8"):
-        overwrite_artifact(Bundle.open(path), name, faults.negated(digits.graph(name)))
+        overwrite_artifact(Bundle.open(path), name, faults.negate_logits(digits.graph(name)))
     words = ("--images", digits.labelled, "--limit", str(images), *ALLOW)
     losses = run_json(cli, "evaluate", path, *words, code=1)["losses"]
     outcomes = {name: loss["outcome"] for name, loss in losses.items()}
@@ -187,7 +187,7 @@ def test_binary_network(cli: Cli, images: Path, tmp_path: Path) -> None:
     assert report["task"] == "binary"
     assert {a["top1"] for a in report["accuracy"].values()} == {0.75}
     assert report["accuracy"]["fp32"]["top5"] is None
-    negated = faults.negated(onnx.load(bundle / "model.onnx"))
+    negated = faults.negate_logits(onnx.load(bundle / "model.onnx"))
     overwrite_artifact(Bundle.open(bundle), "fp32", negated)
     broken = run_json(cli, "evaluate", *words, code=1)
     assert broken["accuracy"]["fp32"]["top1"] == 0.25
@@ -204,7 +204,7 @@ def test_multi_label_network(cli: Cli, images: Path, tmp_path: Path) -> None:
     accuracy = report["accuracy"]["fp32"]
     assert (accuracy["metric"], accuracy["top1"]) == ("F1 (micro)", 1.0)
     assert (accuracy["top5"], accuracy["ece"]) == (None, None)
-    zeroed = faults.zeroed(onnx.load(bundle / "model.onnx"))
+    zeroed = faults.zero_logits(onnx.load(bundle / "model.onnx"))
     overwrite_artifact(Bundle.open(bundle), "fp32", zeroed)
     output = fail(cli, "evaluate", *words)
     assert "error: Failed: 'fp32'." in output
