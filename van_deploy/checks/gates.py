@@ -196,11 +196,8 @@ class AllowOptions:
 
     def accepts(self, finding: Finding) -> bool:
         """Return whether a finding is a PASS or is allowed."""
-        if finding.outcome is Outcome.SKIPPED:
-            return finding.skip in self.skip
-        return finding.outcome is Outcome.PASS or (
-            self.inconclusive and finding.outcome is Outcome.INCONCLUSIVE
-        )
+        ok = {Outcome.SKIPPED: finding.skip in self.skip, Outcome.INCONCLUSIVE: self.inconclusive}
+        return ok.get(finding.outcome, finding.outcome is Outcome.PASS)
 
 
 class GateReport:
@@ -480,10 +477,8 @@ def check_loss(loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = 
     beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
     """
     low, high = loss.interval
-    message = (
-        f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images, "
-        f"{allowed.value:g} allowed ({allowed.origin})"
-    )
+    message = f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images"
+    message += f", {allowed.value:g} allowed ({allowed.origin})"
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
     if lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
