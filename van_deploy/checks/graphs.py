@@ -260,9 +260,8 @@ def _check_activation_scales(
 ) -> tuple[list[Finding], dict[str, str]]:
     """Return the findings on all ratios of scales, and the fault of each scale or ""."""
     centre, largest = gates.SCALE_BOUNDS.get(method, gates.SCALE_BOUNDS["mse"])
-    smallest, (factor, max_share) = gates.MIN_SCALE_RATIO, gates.SCALE_SPREAD
-    if for_cpus:  # unsigned activations
-        smallest, (factor, max_share) = gates.MIN_UNSIGNED_SCALE_RATIO, gates.UNSIGNED_SPREAD
+    smallest, max_share = gates.UNSIGNED_SCALES if for_cpus else gates.SIGNED_SCALES
+    factor = gates.SCALE_SPREAD_FACTOR
     faults = {
         output: (
             f"the scale of '{rounded[output].input[0]}' is {ratio:.2f} times the scale of least "

@@ -19,6 +19,7 @@ from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, Outcome, pass_or_fail
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import Fault, check_scales, one_line, overflows_of_graph
+from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
@@ -120,16 +121,13 @@ class Networks(ExitStack):
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        loaded: LoadedVan,
-        settings: config.EvaluationSettings,
-        threads: int = 0,
+        self, bundle: Bundle, loaded: LoadedVan, settings: EvaluationSettings, threads: int = 0
     ) -> None:
         from van_deploy.runners.pytorch import TorchRunner
 
         super().__init__()
-        self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
+        self.bundle, self.loaded, self.settings = bundle, loaded, settings
+        self._torch = TorchRunner(loaded.model)
         self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
         self._artifacts: dict[str, Network] = {}
         for name in select_artifacts(bundle, settings.artifacts):

@@ -6,15 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from van_deploy.report import document as doc
-from van_deploy.report.document import (
-    Block,
-    Entry,
-    Paragraph,
-    limit_lines,
-    nested_rows,
-    notices,
-    table,
-)
+from van_deploy.report.document import Block, Entry, Paragraph, notices, table
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
@@ -43,7 +35,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
     """
     verdicts = [{**verdict, "about": name} for name, verdict in entry["artifacts"].items()]
     findings = [{"about": "images", **finding} for finding in entry["findings"]]
-    findings += nested_rows(verdicts, "findings")
+    findings += doc.nested_rows(verdicts, "findings")
     ran = [verdict for verdict in verdicts if verdict["outcome"] != "skipped"]
     limits = []
     for row in ran:
@@ -54,7 +46,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
             text = f"{limit['value']:.1f} dB, {limit['origin']}"
             limits.append(f"{row['about']} (class {row['numeric']}): {text}")
     flips = []
-    for flip in nested_rows(ran, "flips", MAX_FLIPS):
+    for flip in doc.nested_rows(ran, "flips", MAX_FLIPS):
         state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
         labels = (_class_name(flip[key], names) for key in ("expected", "found"))
         flips.append((state, flip["about"], image, *labels, flip["margin"]))
@@ -96,13 +88,13 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
         for loss in losses
         for old, new, count in loss["confusions"][:MAX_FLIPS]
     ]
-    changed = nested_rows(losses, "classes", MAX_FLIPS)
+    changed = doc.nested_rows(losses, "classes", MAX_FLIPS)
     changed = [{**one, "name": _class_name(one["label"], names)} for one in changed]
     plot = doc.Plot(
         rows_chart(marks, f"{metric} lost against PyTorch (pp)"),
         "Loss with its 95 % interval; the dashed line is the allowed loss.",
     )
-    findings = nested_rows(losses, "findings")
+    findings = doc.nested_rows(losses, "findings")
     findings += ({"about": name, **finding} for name, finding in entry["skipped"].items())
     reasons = [reason for _, reason in entry["unreadable"]]
     count = [f"{len(reasons)} image(s) could not be read and were left out."] * bool(reasons)
@@ -135,7 +127,7 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
             "correct in artifact = after d",
             "Classes with changed accuracy",
         ),
-        *notices("WARNING", [*count, *limit_lines(reasons, MAX_MESSAGES)]),
+        *notices("WARNING", [*count, *doc.limit_lines(reasons, MAX_MESSAGES)]),
     ]
 
 
@@ -209,7 +201,7 @@ def _message_blocks(findings: Sequence[Entry]) -> list[Block]:
                 remedy = f" (--allow-skip {one['skip']} accepts that)" if one["skip"] else ""
                 about.setdefault(f"{one['message']}{remedy}", []).append(one["about"])
         lines = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in about.items()]
-        blocks += notices(doc.state_text(outcome), limit_lines(lines, MAX_MESSAGES))
+        blocks += notices(doc.state_text(outcome), doc.limit_lines(lines, MAX_MESSAGES))
     return blocks
 
 
@@ -225,7 +217,7 @@ def failure_text(findings: Sequence[tuple[str, Finding]], allowed: AllowOptions,
     for outcome, sentence in FAILURES.items():
         names = [f"'{name}'" for name, finding in failed if finding.outcome.value == outcome]
         if names:
-            return sentence.format(", ".join(limit_lines([*dict.fromkeys(names)], MAX_NAMES)))
+            return sentence.format(", ".join(doc.limit_lines([*dict.fromkeys(names)], MAX_NAMES)))
     if failed and any(f.outcome.value == "pass" for _, f in findings):
         name, finding = failed[0]
         others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
