@@ -52,7 +52,7 @@ def refused(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[
     ]
 
 
-def test_what_is_pinned_and_installed_is_what_is_asked_for() -> None:
+def test_pinned_and_installed_versions_meet_the_requirements() -> None:
     assert "gpu" not in NAMES
     assert refused(HERE, INSTALLED) == []
     direct = {canonicalize_name(one.name) for one in HERE}
