@@ -172,7 +172,7 @@ def test_imagenets_layouts_all_give_the_same_figures(
     (tmp_path / "kaggle" / "LOC_val_solution.csv").write_text("\n".join(csv))
     layouts: dict[str, tuple[Path | str, ...]] = {
         "class folders by WordNet id": (tmp_path / "wnid",),
-        "in the order asked for (index)": (tmp_path / "index", "--class-order", "index"),
+        "in the requested order (index)": (tmp_path / "index", "--class-order", "index"),
         "LOC_val_solution.csv": (kaggle,),
     }
     figures = []
@@ -185,7 +185,7 @@ def test_imagenets_layouts_all_give_the_same_figures(
     assert figures[0][0] == 12
     refused = cli("evaluate", thousand, "--images", official)
     assert refused.exit_code == 5
-    assert "are the development kit's own" in refused.stderr
+    assert "are the development kit's ids" in refused.stderr
 
 
 @pytest.fixture
@@ -248,4 +248,4 @@ def test_many_labels_are_judged_by_f1(cli: Cli, images: Path, tmp_path: Path) ->
     assert "top-1" not in broken.stdout
     missing = cli("evaluate", *words[:3])
     assert missing.exit_code == 5
-    assert "Give --labels FILE." in missing.stderr
+    assert "Give --labels FILE with a line for each image" in missing.stderr

@@ -1,4 +1,4 @@
-"""Image files and arrays of every kind are found, and become the same pixels for every command."""
+"""Listing and decoding of image files and arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from van_deploy.model.preprocess import Preprocessing, normalise, pixels_from_im
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def encode(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     """Return an image file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
@@ -47,7 +47,7 @@ def gradient(mode: str = "RGB") -> Image.Image:
     return image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
 
 
-def same(first: Image.Image, second: Image.Image) -> bool:
+def is_equal(first: Image.Image, second: Image.Image) -> bool:
     return first.mode == second.mode and np.array_equal(np.asarray(first), np.asarray(second))
 
 
@@ -59,7 +59,7 @@ def for_channels(channels: int) -> Preprocessing:
 # --- finding ---------------------------------------------------------------------------------
 
 
-def test_images_are_found_at_any_depth_in_order_and_a_loop_of_links_ends(tmp_path: Path) -> None:
+def test_find_images_recursively(tmp_path: Path) -> None:
     store, view = tmp_path / "store", tmp_path / "view"
     hidden = (".hidden.png", ".git/x.png", "notes.txt")
     for name in ("b/2.PNG", "b/1.jpeg", "a.webp", "b/c/3.tif", *hidden):
@@ -81,17 +81,17 @@ def test_images_are_found_at_any_depth_in_order_and_a_loop_of_links_ends(tmp_pat
     [
         ("nowhere", "'{}/nowhere' cannot be read: No such file or directory."),
         ("notes.txt", "'{}/notes.txt' cannot be read: Not a directory."),
-        (".", "There is no image in '{}' or the folders below it."),
+        (".", "There is no image in '{}' or its subfolders."),
     ],
 )
-def test_folders_that_are_refused(name: str, message: str, tmp_path: Path) -> None:
+def test_invalid_folders(name: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ImageError) as refused:
+    with pytest.raises(ImageError) as error:
         find_images(tmp_path / name)
-    assert refused.value.message == message.format(tmp_path)
+    assert error.value.message == message.format(tmp_path)
 
 
-def test_a_folder_knows_its_class_folders_and_a_part_is_spread_evenly(tmp_path: Path) -> None:
+def test_class_folders_and_subsample(tmp_path: Path) -> None:
     for number, name in enumerate(("cat/a.png", "cat/b.png", "dog/x/a.png", "dog/c.png")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4), number).save(tmp_path / name)
@@ -103,7 +103,7 @@ def test_a_folder_knows_its_class_folders_and_a_part_is_spread_evenly(tmp_path: 
         *(("dog/c.png", "dog"), ("dog/x/a.png", "dog")),
     ]
     assert (images.folders, images.labels) == (("cat", "dog", "emu"), None)
-    part = images.labelled([3, 1, 0, 2], "by hand").subsample(2)
+    part = images.with_labels([3, 1, 0, 2], "by hand").subsample(2)
     assert [item.label for item in part.items] == [3, 2]
     assert part.description == f"4 images of '{tmp_path}', by hand; 2 of 4, evenly spread"
     content = (tmp_path / "cat" / "a.png").read_bytes()
@@ -116,7 +116,7 @@ def test_a_folder_knows_its_class_folders_and_a_part_is_spread_evenly(tmp_path: 
 # --- arrays ----------------------------------------------------------------------------------
 
 
-def saved(path: Path, **arrays: Any) -> ImageSet:
+def save_npz(path: Path, **arrays: Any) -> ImageSet:
     np.savez(path / "x.npz", **arrays)
     return image_set(path / "x.npz")
 
@@ -125,11 +125,11 @@ THREE = np.zeros((3, 4, 4), np.uint8)
 
 
 @each("values", [THREE, np.zeros((3, 5, 7, 13), np.uint8), np.zeros((3, 2, 32, 32), np.float32)])
-def test_arrays_are_images(values: Any, tmp_path: Path) -> None:
-    images = saved(tmp_path, images=values, others=np.zeros(3))
+def test_npz_arrays(values: Any, tmp_path: Path) -> None:
+    images = save_npz(tmp_path, images=values, others=np.zeros(3))
     assert images.items[1].name == f"image 1 of '{tmp_path}/x.npz'"
     assert (images.root, images.description) == (None, f"3 images of '{tmp_path}/x.npz'")
-    assert len(saved(tmp_path, anything=values)) == 3
+    assert len(save_npz(tmp_path, anything=values)) == 3
 
 
 @each(
@@ -142,22 +142,20 @@ def test_arrays_are_images(values: Any, tmp_path: Path) -> None:
         ({"images": np.array([None])}, "Object arrays cannot be loaded"),
     ],
 )
-def test_other_arrays_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ImageError, match=r"x\.npz' cannot be read as an \.npz of images"
-    ) as refused:
-        saved(tmp_path, **arrays)
-    assert message in refused.value.message
+def test_invalid_npz_arrays(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"x\.npz' cannot be read as an \.npz of images") as error:
+        save_npz(tmp_path, **arrays)
+    assert message in error.value.message
 
 
-def test_what_is_no_archive_or_a_bomb_is_refused(tmp_path: Path) -> None:
+def test_damaged_npz_and_decompression_bomb(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     path.write_text("no zip")
     with pytest.raises(ImageError, match=r"cannot be read as an \.npz of images"):
         image_set(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("images.npy", bytes(257 * 2**20))
-    with pytest.raises(ImageError, match="bytes and claims to unpack to 269,484,032"):
+    with pytest.raises(ImageError, match="bytes and would unpack to 269,484,032"):
         image_set(path)
 
 
@@ -165,21 +163,21 @@ def test_what_is_no_archive_or_a_bomb_is_refused(tmp_path: Path) -> None:
 
 
 @each("kind", ["PNG", "BMP", "TIFF", "PPM"])
-def test_a_lossless_image_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+def test_lossless_formats(kind: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{kind.lower()}"
-    path.write_bytes(encoded(gradient(), kind))
+    path.write_bytes(encode(gradient(), kind))
     for source in (path, str(path), path.read_bytes()):
-        assert same(open_image(source), gradient())
+        assert is_equal(open_image(source), gradient())
 
 
 @each("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
-def test_every_mode_becomes_rgb_as_pillow_converts_it_and_is_opaque_with_four(mode: str) -> None:
+def test_modes_are_converted_as_in_pillow(mode: str) -> None:
     image = gradient(mode)
-    data = encoded(image, "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG")
+    data = encode(image, "TIFF" if mode in {"CMYK", "YCbCr"} else "PNG")
     opened, four = open_image(data), np.asarray(open_image(data, channels=4))
     assert opened.mode == "RGB"
     if mode != "I;16":  # which Pillow clips
-        assert same(opened, image.convert("RGB"))
+        assert is_equal(opened, image.convert("RGB"))
     assert (four[..., 3] == 255).all()
     assert np.array_equal(four[..., :3], np.asarray(opened))
 
@@ -187,19 +185,19 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it_and_is_opaque_with_four(mo
 def palette() -> bytes:
     image = Image.new("P", (4, 4), 1)
     image.putpalette([*RED, *BLUE])
-    return encoded(image, transparency=b"\x00\x80")
+    return encode(image, transparency=b"\x00\x80")
 
 
 @each(
     ("data", "colour"),
     [
         (palette(), (*BLUE, 128)),
-        (encoded(Image.new("LA", (4, 4), (9, 7))), (9, 9, 9, 7)),
-        (encoded(Image.new("RGB", (4, 4), RED), transparency=RED), (*RED, 0)),
-        (encoded(Image.new("RGBA", (4, 4), (*RED, 9))), (*RED, 9)),
+        (encode(Image.new("LA", (4, 4), (9, 7))), (9, 9, 9, 7)),
+        (encode(Image.new("RGB", (4, 4), RED), transparency=RED), (*RED, 0)),
+        (encode(Image.new("RGBA", (4, 4), (*RED, 9))), (*RED, 9)),
     ],
 )
-def test_transparency_is_found_wherever_a_file_keeps_it(data: bytes, colour: Any) -> None:
+def test_transparency(data: bytes, colour: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert open_image(data, channels=4).getcolors() == [(16, colour)]
@@ -207,11 +205,11 @@ def test_transparency_is_found_wherever_a_file_keeps_it(data: bytes, colour: Any
         assert open_image(data, channels=1).mode == "L"
 
 
-def test_a_fourth_band_that_is_no_transparency_is_not_dropped_in_silence(tmp_path: Path) -> None:
+def test_fourth_channel_without_transparency_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nir.tif"  # its ExtraSamples are "unspecified", such as near infrared
     gradient("RGBX").save(path)
     assert open_image(path).mode == "RGB"
-    with pytest.raises(ImageError, match="more than 3 channels, and none is marked as transp"):
+    with pytest.raises(ImageError, match="its 4th channel is not marked as transp"):
         open_image(path, channels=4)
 
 
@@ -231,30 +229,30 @@ BIG_TAGS = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"MM")
 @each(
     ("data", "values"),
     [
-        (encoded(Image.fromarray(SIXTEEN)), [[0, 1, 4], [128, 255, 255]]),
-        (encoded(Image.fromarray(SIXTEEN), "TIFF"), [[0, 1, 4], [128, 255, 255]]),
-        (encoded(BIG, "TIFF", tiffinfo=BIG_TAGS), [[0, 1, 4], [128, 255, 255]]),
+        (encode(Image.fromarray(SIXTEEN)), [[0, 1, 4], [128, 255, 255]]),
+        (encode(Image.fromarray(SIXTEEN), "TIFF"), [[0, 1, 4], [128, 255, 255]]),
+        (encode(BIG, "TIFF", tiffinfo=BIG_TAGS), [[0, 1, 4], [128, 255, 255]]),
         (twelve_bits(), [[255, 128]]),
     ],
 )
-def test_deep_grey_is_scaled_by_its_own_range_not_clipped(data: bytes, values: Any) -> None:
+def test_16_bit_grey_is_scaled(data: bytes, values: Any) -> None:
     opened = np.asarray(open_image(data))
     assert opened[..., 0].tolist() == values
     assert np.array_equal(opened[..., 0], opened[..., 2])
 
 
-def test_the_cameras_orientation_is_applied() -> None:
+def test_exif_orientation() -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees
     sideways = gradient().transpose(Image.Transpose.ROTATE_90)
-    assert same(open_image(encoded(sideways, exif=exif)), gradient())
+    assert is_equal(open_image(encode(sideways, exif=exif)), gradient())
 
 
 @each("kind", ["GIF", "PNG", "TIFF", "WEBP"])
-def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
+def test_first_frame_of_an_animation(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE)]
     options = {"lossless": True} if kind == "WEBP" else {}
-    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     assert open_image(data).getcolors() == [(64, RED)]
 
 
@@ -262,27 +260,27 @@ def test_the_first_frame_of_an_animation_is_taken(kind: str) -> None:
 
 
 @each("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
-def test_damage_is_an_image_error_that_names_the_file(kind: str, tmp_path: Path) -> None:
+def test_damaged_images(kind: str, tmp_path: Path) -> None:
     rng, path = np.random.default_rng(1), tmp_path / f"cut.{kind.lower()}"
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    data = encoded(noise, kind)
+    data = encode(noise, kind)
     path.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ImageError) as refused:
+    with pytest.raises(ImageError) as error:
         open_image(path)
-    assert refused.value.message.startswith(f"'{path}' cannot be read as an image: ")
-    assert "\n" not in refused.value.message
-    small = np.frombuffer(encoded(gradient(), kind), np.uint8)
+    assert error.value.message.startswith(f"'{path}' cannot be read as an image: ")
+    assert "\n" not in error.value.message
+    small = np.frombuffer(encode(gradient(), kind), np.uint8)
     for _ in range(40):
         damaged = small.copy()
         damaged[rng.integers(0, len(small), 6)] = rng.integers(0, 256, 6)
         with warnings.catch_warnings(), contextlib.suppress(ImageError):
-            warnings.simplefilter("ignore")  # Pillow comments on damaged metadata
+            warnings.simplefilter("ignore")  # Pillow warns of damaged metadata
             assert open_image(damaged.tobytes()).mode == "RGB"
 
 
 UNKNOWN = "it is in no known image format"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n"
-DEEP = [encoded(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.int32, np.float32)]
+DEEP = [encode(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.int32, np.float32)]
 
 
 @each(
@@ -291,10 +289,10 @@ DEEP = [encoded(Image.fromarray(np.ones((2, 2), kind)), "TIFF") for kind in (np.
         *((content, UNKNOWN) for content in (b"", b"<html>", b"\x89PNG\r\n\x1a\n" + bytes(40))),
         (EPS, UNKNOWN),  # Pillow would run Ghostscript on it, whatever the file is called
         *((None, reason) for reason in ("No such file or directory", "it is not a regular file")),
-        *((content, "have no agreed range") for content in DEEP),
+        *((content, "is undefined") for content in DEEP),
     ],
 )
-def test_what_is_no_image(content: Any, reason: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_invalid_files(content: Any, reason: str, tmp_path: Path, monkeypatch: Any) -> None:
     def ran(*arguments: object, **_: object) -> None:
         raise AssertionError(arguments)
 
@@ -303,38 +301,30 @@ def test_what_is_no_image(content: Any, reason: str, tmp_path: Path, monkeypatch
     if content is not None:
         path.write_bytes(content)
     elif "regular" in reason:
-        os.mkfifo(path)  # which is not waited for
+        os.mkfifo(path)  # must not block
     with pytest.raises(ImageError, match=rf"cannot be read as an image: .*{reason}"):
         open_image(path)
 
 
 def bomb(side: int) -> bytes:
     """Return a tiny PNG that claims to be ``side`` x ``side``."""
-    data = bytearray(encoded(Image.new("1", (1, 1))))
+    data = bytearray(encode(Image.new("1", (1, 1))))
     header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes(data[24:29])
     data[12:33] = header + zlib.crc32(header).to_bytes(4, "big")
     return bytes(data)
 
 
-@each("filtered", ["error", "ignore"])  # Pillow's own limit is a warning first
+@each("filtered", ["error", "ignore"])  # Pillow's own limit is a warning
 @each("side", [9_500, 20_000, 2_000_000])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int, filtered: Any) -> None:
+def test_decompression_bomb(side: int, filtered: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter(filtered)
         with pytest.raises(ImageError, match=r"'bomb.png' cannot .* too large to open safely"):
             open_image(bomb(side), name="'bomb.png'")
-    data = encoded(gradient())
+    data = encode(gradient())
     assert open_image(data, max_pixels=384).size == (24, 16)
     with pytest.raises(ImageError, match=r"The image .* 24 x 16 pixels, more than 383"):
         open_image(data, max_pixels=383)
-
-
-@each("channels", [2, 5, 13])
-def test_no_image_file_has_other_channels(channels: int, tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(encoded(gradient()))
-    with pytest.raises(UsageError, match=f"takes {channels} channels, and image files") as refused:
-        list(decoded_batches(image_set(tmp_path).items, for_channels(channels), 1))
-    assert f"uint8 (N, H, W, {channels})" in refused.value.remedy
 
 
 # --- batches ---------------------------------------------------------------------------------
@@ -342,15 +332,15 @@ def test_no_image_file_has_other_channels(channels: int, tmp_path: Path) -> None
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five readable images, told apart by their brightness, and two damaged ones."""
+    """Return a folder of five readable images with different brightness and two damaged ones."""
     for index in range(7):
-        data = encoded(Image.new("RGB", (40, 36), (10 * index,) * 3))
+        data = encode(Image.new("RGB", (40, 36), (10 * index,) * 3))
         (tmp_path / f"{index}.png").write_bytes(data[:20] if index in {1, 6} else data)
     return tmp_path
 
 
 @each("workers", [1, 3])
-def test_batches_are_in_order_and_name_what_could_not_be_read(folder: Path, workers: int) -> None:
+def test_batches_and_unreadable_images(folder: Path, workers: int) -> None:
     items = image_set(folder).items
     batches = list(decoded_batches(items, for_channels(3), 2, workers=workers))
     assert [batch.indices for batch in batches] == [(0,), (2, 3), (4, 5), ()]
@@ -364,7 +354,7 @@ def test_batches_are_in_order_and_name_what_could_not_be_read(folder: Path, work
     assert [batch.indices for batch in chosen] == [(5, 0), (3,)]
 
 
-def test_files_and_arrays_of_images_become_the_same_normalised_input(folder: Path) -> None:
+def test_files_and_arrays_give_equal_input(folder: Path) -> None:
     path = folder / "4.png"
     pixels = np.asarray(Image.open(path))
     for channels in (1, 3, 4):
@@ -393,5 +383,5 @@ def test_arrays_of_other_channels_are_taken_as_they_are() -> None:
     for wrong in (np.zeros((3, 16, 16), np.float32), np.zeros((32, 32, 5), np.uint8)):
         with pytest.raises(UsageError, match=r"The x is an array of shape .*; the network takes"):
             list(decoded_batches([ImageItem("x", wrong)], for_channels(13), 1))
-    empty = Batch.of({0: "gone"}, for_channels(3))
+    empty = Batch.stack({0: "gone"}, for_channels(3))
     assert (empty.inputs.shape, empty.unreadable) == ((0, 3, 32, 32), ((0, "gone"),))

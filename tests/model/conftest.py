@@ -1,4 +1,4 @@
-"""Fixtures of the model package: other formats' names, written independently of the package."""
+"""Fixtures for the model package: tensor names of other formats, and a local hub server."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -18,96 +19,81 @@ from torch import Tensor
 from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VanConfig
 
-Rename = Callable[[Mapping[str, Tensor], str], dict[str, Tensor]]
-
 
 @pytest.fixture(scope="session")
 def tiny_config() -> VanConfig:
-    """Return an architecture small enough for every test."""
+    """Return a small architecture."""
     return VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_config: VanConfig) -> VAN:
-    """Return a seeded VAN with non-trivial statistics; do not change it."""
+    """Return a seeded VAN with non-trivial statistics; tests must not change it."""
     return random_van(tiny_config, seed=7)
 
 
-@pytest.fixture(scope="session")
-def renamed() -> Rename:
-    """Return a function that gives an official state dict another format's names."""
-    return rename
+# Regular expressions and replacements, written independently of the package: those of
+# mmpretrain's tools/model_converters/van2mmpretrain.py, and the modules of Transformers'
+# VanForImageClassification.
+NAMES: dict[str, dict[str, Any]] = {
+    "official": {},
+    "mmpretrain": {
+        r"^(?!head)": "backbone.",
+        r"^head\.": "head.fc.",
+        r"(patch_embed\d)\.proj\.": r"\1.projection.",
+        r"\.block(\d)": r".blocks\1",
+        r"\.conv0\.": ".DW_conv.",
+        r"\.conv_spatial\.": ".DW_D_conv.",
+        r"\.dwconv\.dwconv\.": ".dwconv.",
+    },
+    "transformers": {
+        r"^head\.": "classifier.",
+        r"attn\.spatial_gating_unit\.": "attention.attention_layer.attention.",
+        r"\.conv0\.": ".depth_wise.",
+        r"\.conv_spatial\.": ".depth_wise_dilated.",
+        r"\.attention\.conv1\.": ".attention.point_wise.",
+        r"attn\.proj_1": "attention.pre_projection.conv",
+        r"attn\.proj_2": "attention.post_projection",
+        r"mlp\.dwconv\.dwconv": "mlp.depth_wise",
+        r"mlp\.fc1": "mlp.in_dense",
+        r"mlp\.fc2": "mlp.out_dense",
+        r"(block.*)\.norm1": r"\1.pre_normomalization",
+        r"(block.*)\.norm2": r"\1.post_normalization",
+        r"layer_scale_1": "attention_scaling.weight",
+        r"layer_scale_2": "mlp_scaling.weight",
+        r"^patch_embed(.)\.proj": r"van.encoder.stages.<\1>.embeddings.convolution",
+        r"^patch_embed(.)\.norm": r"van.encoder.stages.<\1>.embeddings.normalization",
+        r"^norm(.)\.": r"van.encoder.stages.<\1>.normalization.",
+        r"^block(.)\.": r"van.encoder.stages.<\1>.layers.",
+        r"<(.)>": lambda match: str(int(match[1]) - 1),
+    },
+}
 
 
 def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
-    """Return an official state dict under another format's names."""
-    spellings: dict[str, Callable[[str], str]] = {"official": str}
-    spellings |= {"transformers": _transformers, "mmpretrain": _mmpretrain}
-    return {spellings[target](name): tensor for name, tensor in state.items()}
+    """Return an official state dict with the names of another format."""
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in NAMES[target].items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
 
 
-def _mmpretrain(name: str) -> str:
-    """Rename as mmpretrain's tools/model_converters/van2mmpretrain.py does."""
-    for old, new in (
-        (r"^head\.", "head.fc."),
-        (r"^(patch_embed\d)\.proj\.", r"\1.projection."),
-        (r"^block(\d)", r"blocks\1"),
-        (r"\.conv0\.", ".DW_conv."),
-        (r"\.conv_spatial\.", ".DW_D_conv."),
-        (r"\.dwconv\.dwconv\.", ".dwconv."),
-    ):
-        name = re.sub(old, new, name)
-    return name if name.startswith("head.") else f"backbone.{name}"
-
-
-def _transformers(name: str) -> str:
-    """Rename as the modules of VanForImageClassification are called."""
-    if name.startswith("head."):
-        return name.replace("head.", "classifier.")
-    for old, new in (
-        ("layer_scale_1", "attention_scaling.weight"),
-        ("layer_scale_2", "mlp_scaling.weight"),
-        ("attn.spatial_gating_unit.conv0", "attention.attention_layer.attention.depth_wise"),
-        (
-            "attn.spatial_gating_unit.conv_spatial",
-            "attention.attention_layer.attention.depth_wise_dilated",
-        ),
-        ("attn.spatial_gating_unit.conv1", "attention.attention_layer.attention.point_wise"),
-        ("attn.proj_1", "attention.pre_projection.conv"),
-        ("attn.proj_2", "attention.post_projection"),
-        ("mlp.dwconv.dwconv", "mlp.depth_wise"),
-        ("mlp.fc1", "mlp.in_dense"),
-        ("mlp.fc2", "mlp.out_dense"),
-        ("norm1", "pre_normomalization"),
-        ("norm2", "post_normalization"),
-    ):
-        name = re.sub(rf"^(block\d\.\d+)\.{re.escape(old)}(?=\.|$)", rf"\1.{new}", name)
-    for old, new in (
-        ("patch_embed(.).proj", "embeddings.convolution"),
-        ("patch_embed(.).norm", "embeddings.normalization"),
-        ("norm(.)", "normalization"),
-        ("block(.)", "layers"),
-    ):
-        if match := re.match(rf"{old}\.", name):
-            stage = int(match[1]) - 1
-            return f"van.encoder.stages.{stage}.{new}.{name[match.end() :]}"
-    raise ValueError(name)
-
-
-# --- a server that answers as the hub does -------------------------------------------------
+# --- a local hub server --------------------------------------------------------------------
 
 
 @dataclass
 class FakeHub:
-    """A small local server with the hub's routes: model info, HEAD and ranged GET of files.
+    """A local server with the hub's routes: model info, HEAD and ranged GET of files.
 
     Attributes:
-        repos: contents of each repository's files; another revision's under ``owner/name@v1``.
-        gated: repositories that answer as gated ones do.
-        drop_after: bytes after which the next download's connection is cut, once.
-        announce: digests to announce instead of the true ones, by file name.
-        length: bytes to announce instead of the true number, by file name.
-        stall: bytes after which every download stands still until the client gives up.
+        repos: content of each repository's files; another revision is ``owner/name@v1``.
+        gated: gated repositories.
+        drop_after: bytes after which the next download's connection is closed, once.
+        announce: incorrect digests to announce, by file name.
+        length: incorrect sizes to announce, by file name.
+        stall: bytes after which every download stalls until the client closes the connection.
         log: method, path and Range header of each request.
     """
 
@@ -121,7 +107,7 @@ class FakeHub:
     log: list[tuple[str, str, str | None]] = field(default_factory=list)
 
     def commit(self, repo_id: str) -> str:
-        """Return a commit that changes with the contents."""
+        """Return a commit hash of the files."""
         return hashlib.sha1(repr(self.repos.get(repo_id)).encode()).hexdigest()
 
     def downloads(self, filename: str) -> list[str | None]:
@@ -134,107 +120,89 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        self.hub.log.append((self.command, self.path, self.headers.get("Range")))
+        hub = self.hub
+        hub.log.append((self.command, self.path, self.headers.get("Range")))
         path = self.path.partition("?")[0].strip("/")
-        if path.startswith("api/models/"):
+        is_api, name = path.startswith("api/models/"), ""
+        if is_api:
             repo_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
-            if not self._may_see(repo_id):
-                return
-            if found := self._at(repo_id, revision or "main"):
-                self._info(found)
-            else:
-                self._error(404, "RevisionNotFound", "Invalid rev id")
-            return
-        repo_id, _, rest = path.partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        if self._may_see(repo_id):
-            self._file(self._at(repo_id, revision), name, body=body)
-
-    def _at(self, repo_id: str, revision: str) -> str:
-        """Return the key of a repository at a revision: a name, or the commit it stands for."""
-        keys = [key for key in self.hub.repos if key.partition("@")[0] == repo_id]
-        by_name = {key.partition("@")[2] or "main": key for key in keys}
-        by_commit = {self.hub.commit(key): key for key in keys}
-        return {**by_name, **by_commit}.get(revision, "")
-
-    def _may_see(self, repo_id: str) -> bool:
-        if repo_id in self.hub.gated:
-            self._error(403, "GatedRepo", "Access to this model is restricted.")
-        elif repo_id not in self.hub.repos:
-            self._error(404, "RepoNotFound", "Repository not found")
         else:
-            return True
-        return False
+            repo_id, _, file = path.partition("/resolve/")
+            revision, _, name = file.partition("/")
+        # a revision is a name or a commit
+        keys = [key for key in hub.repos if key.partition("@")[0] == repo_id]
+        revisions = {key.partition("@")[2] or "main": key for key in keys}
+        revisions |= {hub.commit(key): key for key in keys}
+        key = revisions.get(revision or "main", "")
+        if repo_id in hub.gated:
+            self._error(403, "GatedRepo")
+        elif not keys:
+            self._error(404, "RepoNotFound")
+        elif is_api and not key:
+            self._error(404, "RevisionNotFound")
+        elif is_api:
+            siblings = [{"rfilename": file} for file in hub.repos[key]]
+            info = {"id": repo_id, "modelId": repo_id, "sha": hub.commit(key), "siblings": siblings}
+            self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        elif name not in hub.repos.get(key, {}):
+            self._error(404, "EntryNotFound")
+        else:
+            self._send_file(key, name)
 
-    def _info(self, repo_id: str) -> None:
-        siblings = [{"rfilename": name} for name in self.hub.repos[repo_id]]
-        name, commit = repo_id.partition("@")[0], self.hub.commit(repo_id)
-        info = {"id": name, "modelId": name, "sha": commit, "siblings": siblings}
-        self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-
-    def _file(self, repo_id: str, name: str, *, body: bool) -> None:
-        content = self.hub.repos.get(repo_id, {}).get(name)
-        if content is None:
-            self._error(404, "EntryNotFound", "Entry not found")
-            return
-        digest = self.hub.announce.get(name, hashlib.sha256(content).hexdigest())
+    def _send_file(self, key: str, name: str) -> None:
+        hub, content = self.hub, self.hub.repos[key][name]
+        digest = hub.announce.get(name, hashlib.sha256(content).hexdigest())
         headers = {
             "ETag": f'"{digest}"',
             "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(self.hub.length.get(name, len(content))),
-            "X-Repo-Commit": self.hub.commit(repo_id),
+            "X-Linked-Size": str(hub.length.get(name, len(content))),
+            "X-Repo-Commit": hub.commit(key),
             "Accept-Ranges": "bytes",
         }
         start = int(re.sub(r"\D", "", (self.headers.get("Range") or "0").split("-")[0]) or 0)
-        part, status = content[start:], 206 if start else 200
+        status, limit, stalls = 206 if start else 200, hub.stall, hub.stall is not None
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        if body and self.hub.drop_after is not None and len(content) > self.hub.drop_after:
-            cut, self.hub.drop_after = self.hub.drop_after, None
-            self._send(status, part, headers, only=cut)
+        is_download = self.command == "GET"
+        if is_download and hub.drop_after is not None and len(content) > hub.drop_after:
+            limit, hub.drop_after, self.close_connection = hub.drop_after, None, True
+        elif name in hub.length:
+            headers["Content-Length"] = str(hub.length[name] - start)
             self.close_connection = True
-            return
-        if name in self.hub.length:
-            headers["Content-Length"] = str(self.hub.length[name] - start)
-            self.close_connection = True
-        stall = self.hub.stall if body else None
-        self._send(status, part, headers, only=stall if body else 0)
-        if stall is not None:
+        self._send(status, content[start:], headers, limit)
+        if is_download and stalls:
             self.wfile.flush()
             with contextlib.suppress(OSError):
                 self.connection.settimeout(20)
-                self.connection.recv(1)  # until the client has closed it
+                self.connection.recv(1)  # returns when the client closes it
             self.close_connection = True
 
-    def _error(self, status: int, code: str, message: str) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": message}
-        self._send(status, b"{}", headers, only=0 if self.command == "HEAD" else None)
+    def _error(self, status: int, code: str) -> None:
+        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def _send(
-        self, status: int, content: bytes, headers: Mapping[str, str], only: int | None = None
+        self, status: int, content: bytes, headers: Mapping[str, str], limit: int | None = None
     ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content if only is None else content[:only])
+        if self.command == "GET":
+            self.wfile.write(content[:limit])
 
 
 @pytest.fixture
 def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put the hub's cache in a folder of the test's own, and forget the user's hub settings."""
+    """Use an empty hub cache in ``tmp_path``, and none of the user's hub settings."""
     for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # of processes that are started
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # for child processes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return tmp_path
@@ -242,7 +210,7 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """Return a running local hub that ``HF_ENDPOINT`` points to."""
+    """Return a running local hub; ``HF_ENDPOINT`` is its address."""
     state = FakeHub()
     handler = type("Handler", (_Handler,), {"hub": state})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,4 +1,4 @@
-"""From what a user asks for to a loaded network, and what the user is told."""
+"""Loading a network from a variant, a file or a repository, with its metadata and notes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tests.each import each
 from tests.manifest_parts import network_info
-from tests.model.conftest import rename
+from tests.model.conftest import FakeHub, rename
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.errors import BundleError, CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import LoadedVan, load_van
@@ -28,25 +28,22 @@ from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VARIANTS, VanConfig
 from van_deploy.runners.network import original_network
 
-if TYPE_CHECKING:
-    from tests.model.conftest import FakeHub
-
-# What Transformers' conversion script pushed beside the official weights: ConvNeXt's processor.
-COLOUR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-CONVNEXT: dict[str, Any] = {f"image_{key}": value for key, value in COLOUR.items()}
+# The processor that Transformers' conversion script uploaded with the official weights: ConvNeXt's.
+IMAGENET_COLOUR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+CONVNEXT: dict[str, Any] = {f"image_{key}": value for key, value in IMAGENET_COLOUR.items()}
 CONVNEXT |= {"feature_extractor_type": "ConvNextFeatureExtractor", "crop_pct": 0.875}
 CONVNEXT |= {"resample": 3, "size": 224}
 IMAGENET = "crop 0.875, mean 0.485/0.456/0.406, std 0.229/0.224/0.225"
 
 
 @pytest.fixture
-def saved(tiny: VAN, tmp_path: Path) -> Path:
-    """Return a checkpoint of the tiny network without arguments."""
+def checkpoint(tiny: VAN, tmp_path: Path) -> Path:
+    """Return a checkpoint of the tiny network without metadata."""
     torch.save({"state_dict": tiny.state_dict()}, tmp_path / "mine.pth.tar")
     return tmp_path / "mine.pth.tar"
 
 
-def same(loaded: LoadedVan, model: VAN) -> bool:
+def has_equal_outputs(loaded: LoadedVan, model: VAN) -> bool:
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     return torch.equal(loaded.model(images), model(images))
 
@@ -54,41 +51,34 @@ def same(loaded: LoadedVan, model: VAN) -> bool:
 # --- files -----------------------------------------------------------------------------------
 
 
-def test_a_path_needs_no_variant(saved: Path, tiny: VAN, tiny_config: VanConfig) -> None:
-    loaded = load_van(str(saved))
-    assert same(loaded, tiny)
+def test_load_from_path(checkpoint: Path, tiny: VAN, tiny_config: VanConfig) -> None:
+    loaded = load_van(str(checkpoint))
+    assert has_equal_outputs(loaded, tiny)
     assert (loaded.name, loaded.config, loaded.class_names) == ("mine", tiny_config, None)
     source = loaded.source
-    assert (source.spec, source.path) == (str(saved), str(saved))
+    assert (source.spec, source.path) == (str(checkpoint), str(checkpoint))
     assert (source.format, source.container, source.seed) == ("official", "state_dict", None)
     assert source.notes == ()
     assert loaded.preprocessing.source.startswith("assumed: the official weights'")
-    (saved.parent / "flowers").mkdir()
-    plain = saved.rename(saved.parent / "flowers" / "model_best.pth.tar")
+    (checkpoint.parent / "flowers").mkdir()
+    plain = checkpoint.rename(checkpoint.parent / "flowers" / "model_best.pth.tar")
     assert load_van(str(plain)).name == load_van(str(plain.parent)).name == "flowers"
 
 
-def test_the_shared_checkpoint_says_everything(shared_checkpoint: Path) -> None:
-    loaded = load_van(str(shared_checkpoint))
-    assert (loaded.name, loaded.config.num_classes) == ("van_b0_cifar10", 10)
-    assert str(loaded.preprocessing) == f"64x64 bicubic, {IMAGENET.replace('0.875', '1')}"
-    assert loaded.preprocessing.source == "the checkpoint's own training arguments"
-
-
 def test_safetensors_metadata(tmp_path: Path, tiny: VAN) -> None:
-    wanted = OFFICIAL.override(image_size=96, crop_pct=1.0, crop_mode="squash")
+    expected = OFFICIAL.override(image_size=96, crop_pct=1.0, crop_mode="squash")
     names = ("a", "b", "c", "d", "e")
-    metadata = {"preprocessing": json.dumps(wanted.as_dict()), "classes": json.dumps(names)}
+    metadata = {"preprocessing": json.dumps(expected.as_dict()), "classes": json.dumps(names)}
     save_file(tiny.state_dict(), tmp_path / "w.safetensors", metadata=metadata)
     loaded = load_van(str(tmp_path / "w.safetensors"))
-    assert same(loaded, tiny)
-    assert (loaded.preprocessing, loaded.class_names) == (wanted, names)
+    assert has_equal_outputs(loaded, tiny)
+    assert (loaded.preprocessing, loaded.class_names) == (expected, names)
     flat = {"mean": "[0.1, 0.2, 0.3]", "interpolation": "bilinear"}
     save_file(tiny.state_dict(), tmp_path / "w.safetensors", metadata=flat)
     assert load_van(str(tmp_path / "w.safetensors")).preprocessing.mean == (0.1, 0.2, 0.3)
 
 
-def test_a_folder_and_the_file_in_it_are_the_same(tmp_path: Path, tiny: VAN) -> None:
+def test_folder_and_file_are_equivalent(tmp_path: Path, tiny: VAN) -> None:
     folder = tmp_path / "van-mine"
     folder.mkdir()
     save_file(rename(tiny.state_dict(), "transformers"), folder / "model.safetensors")
@@ -102,14 +92,14 @@ def test_a_folder_and_the_file_in_it_are_the_same(tmp_path: Path, tiny: VAN) -> 
     assert (loaded.class_names, loaded.source.notes) == (tuple(labels.values()), file.source.notes)
     assert loaded.config.layer_norm_eps == loaded.model.get_submodule("norm4").eps == 1e-5
     assert loaded.preprocessing.source == "the preprocessor_config.json beside the weights"
-    said = ("layer_norm_eps 1e-05", f"224x224 bicubic, {IMAGENET}", "id2label in config.json")
-    assert all(n.endswith(end) for n, end in zip(loaded.source.notes, said, strict=True))
+    ends = ("layer_norm_eps 1e-05", f"224x224 bicubic, {IMAGENET}", "id2label in config.json")
+    assert all(n.endswith(end) for n, end in zip(loaded.source.notes, ends, strict=True))
 
 
-def test_four_forms_of_one_network(tmp_path: Path, tiny: VAN) -> None:
-    """Official, Transformers, timm and mmpretrain: equal logits and equal pixels."""
+def test_four_formats_give_equal_logits_and_pixels(tmp_path: Path, tiny: VAN) -> None:
+    """The formats are those of the official code, Transformers, timm and mmpretrain."""
     names = [f"class {index}" for index in range(5)]
-    resize = {**COLOUR, "crop_pct": 0.875, "interpolation": "bicubic"}
+    resize = {**IMAGENET_COLOUR, "crop_pct": 0.875, "interpolation": "bicubic"}
     text = """
 model = dict(backbone=dict(type='VAN', norm_cfg=dict(type='LN', eps=1e-06)))
 data_preprocessor = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
@@ -131,7 +121,7 @@ test_pipeline = [
         ("mmpretrain", {"meta": meta}, {}),
     )
     image = Image.effect_mandelbrot((150, 100), (-2, -1.5, 1, 1.5), 100)
-    # Transformers cuts one pixel further up where the middle is between two.
+    # Transformers rounds the centre crop down, so this image needs no rounding.
     exact = Image.effect_mandelbrot((144, 73), (-2, -1.5, 1, 1.5), 100)
     transforms = []
     for number, (target, inside, beside) in enumerate(forms):
@@ -141,7 +131,7 @@ test_pipeline = [
         for name, value in beside.items():
             (folder / f"{name}.json").write_text(json.dumps(value))
         loaded = load_van(str(folder))
-        assert same(loaded, tiny), number
+        assert has_equal_outputs(loaded, tiny), number
         assert loaded.class_names == tuple(names), number
         transforms.append(loaded.preprocessing.transform())
     official, transformers, timm, mmpretrain = transforms
@@ -153,11 +143,11 @@ test_pipeline = [
 # --- variants --------------------------------------------------------------------------------
 
 
-def test_random_weights_are_labelled() -> None:
+def test_random_weights() -> None:
     loaded = load_van("van_tiny", weights="random", seed=3)
     assert (loaded.name, loaded.config) == ("van_b0", VARIANTS["van_b0"].config)
     assert (loaded.source.format, loaded.source.seed, loaded.source.path) == ("random", 3, "")
-    assert loaded.source.notes == ("random weights: the outputs mean nothing",)
+    assert loaded.source.notes == ("random weights: the outputs are meaningless",)
     assert len(loaded.source.sha256) == 64
     assert loaded.preprocessing.mean == OFFICIAL.mean
     assert load_van("van_b0", weights="random", layer_norm_eps=1e-3).config.layer_norm_eps == 1e-3
@@ -166,39 +156,40 @@ def test_random_weights_are_labelled() -> None:
             load_van("van_b0", weights="random", layer_norm_eps=eps)
 
 
-def test_a_variant_with_weights_of_its_own(shared_checkpoint: Path, saved: Path) -> None:
+def test_variant_with_a_checkpoint(shared_checkpoint: Path, checkpoint: Path) -> None:
     loaded = load_van("van_b0", weights=str(shared_checkpoint))
     assert (loaded.name, loaded.config.num_classes, loaded.source.notes) == ("van_b0", 10, ())
-    with pytest.raises(CheckpointError, match="not van_b1's but those of van_b0: "):
+    assert str(loaded.preprocessing) == f"64x64 bicubic, {IMAGENET.replace('0.875', '1')}"
+    assert loaded.preprocessing.source == "the checkpoint's own training arguments"
+    with pytest.raises(CheckpointError, match="not of van_b1 but of van_b0: "):
         load_van("van_b1", weights=str(shared_checkpoint))
-    with pytest.raises(CheckpointError, match="van_b0's but those of another: "):
-        load_van("van_b0", weights=str(saved))
-
-
-def test_the_embedded_network() -> None:
-    loaded = load_van("van_digits")
-    assert (loaded.name, loaded.source.format) == ("van_digits", "embedded")
-    assert load_van("van_digits", expect_sha256=loaded.source.sha256.upper())
+    with pytest.raises(CheckpointError, match="not of van_b0 but of another architecture: "):
+        load_van("van_b0", weights=str(checkpoint))
 
 
 @each(
-    ("spec", "asked", "kind", "told"),
+    ("spec", "options", "error", "message"),
     [
         ("van_b4", {}, UsageError, "van_b4 has no public .*mmpretrain .*--weights"),
         ("van_b5", {}, UsageError, "van_b5 has no public .*ImageNet-21K.*--weights"),
         ("van_b9", {}, UsageError, "There is no VAN variant called 'van_b9'"),
-        ("./x.pth", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),
-        ("van_digits", {"weights": "random"}, UsageError, "does not go with the weights 'random'"),
-        ("van_b0", {"weights": "rnadom"}, UsageError, "neither a file that is here, nor a repos"),
+        ("./x.pth", {"weights": "random"}, UsageError, "cannot be combined with --weights random"),
+        (
+            "van_digits",
+            {"weights": "random"},
+            UsageError,
+            "cannot be combined with --weights random",
+        ),
+        ("van_b0", {"weights": "rnadom"}, UsageError, "is not an existing file, a repos"),
         ("van_b0", {"weights": "random", "container": "m"}, UsageError, "have no digest, contain"),
         ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is another file: its SHA"),
         ("./absent.pth", {}, CheckpointError, r"absent\.pth cannot be read: No such file"),
         ("weights/absent.pth", {}, CheckpointError, r"weights/absent\.pth cannot be read: No"),
     ],
 )
-def test_senseless_requests(spec: str, asked: Any, kind: Any, told: str) -> None:
-    with pytest.raises(kind, match=f"(?s){told}"):
-        load_van(spec, **asked)
+def test_invalid_requests(spec: str, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=f"(?s){message}"):
+        load_van(spec, **options)
 
 
 # --- the hub ---------------------------------------------------------------------------------
@@ -213,13 +204,13 @@ def publish(hub: FakeHub, repo_id: str, files: Mapping[str, Any]) -> None:
         hub.repos[repo_id][name] = content
 
 
-def thousand(config: VanConfig) -> dict[str, Tensor]:
+def imagenet_state(config: VanConfig) -> dict[str, Tensor]:
     return random_van(replace(config, num_classes=1000), seed=1).state_dict()
 
 
 def test_public_weights_by_name(hub: FakeHub) -> None:
     repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
-    state = thousand(VARIANTS["van_b0"].config)
+    state = imagenet_state(VARIANTS["van_b0"].config)
     empty = argparse.Namespace(mean=None, std=None, img_size=None, interpolation="", crop_pct=None)
     publish(hub, repo, {file: {"state_dict": state, "args": empty}})
     loaded = load_van("van_b0")
@@ -227,65 +218,55 @@ def test_public_weights_by_name(hub: FakeHub) -> None:
     assert loaded.class_names is not None
     assert (loaded.class_names[0], len(loaded.class_names)) == ("tench, Tinca tinca", 1000)
     assert LICENCE in loaded.source.notes
-    assert same(load_van("van_b0", offline=True), loaded.model)
+    assert has_equal_outputs(load_van("van_b0", offline=True), loaded.model)
 
 
 def test_official_transformers_repository(hub: FakeHub, tiny_config: VanConfig) -> None:
-    state = rename(thousand(tiny_config), "transformers")
+    state = rename(imagenet_state(tiny_config), "transformers")
     state |= {"van.layernorm.weight": torch.ones(24), "van.layernorm.bias": torch.zeros(24)}
     repo_id = "Visual-Attention-Network/van-tiny"
     publish(hub, repo_id, {"pytorch_model.bin": state, "preprocessor_config.json": CONVNEXT})
     loaded = load_van(repo_id)
     assert (loaded.name, loaded.preprocessing) == ("van-tiny", OFFICIAL)
-    assert loaded.source.notes[-2].endswith("out: van.layernorm.weight, van.layernorm.bias")
-    assert f"says 224x224 bicubic, {IMAGENET}; the weights were t" in loaded.source.notes[-1]
+    assert loaded.source.notes[-2].endswith("network's: van.layernorm.weight, van.layernorm.bias")
+    assert f"has 224x224 bicubic, {IMAGENET}; the weights were t" in loaded.source.notes[-1]
     assert f"with {OFFICIAL}, which is used" in loaded.source.notes[-1]
 
 
-# --- what the caller decides -------------------------------------------------------------------
+# --- overrides ---------------------------------------------------------------------------------
 
 
 @each(("form", "eps"), [("official", 1e-6), ("transformers", 1e-6), ("mmpretrain", 1e-5)])
-def test_eps_is_the_frameworks_own_or_asked(saved: Path, tiny: VAN, form: str, eps: float) -> None:
-    torch.save(rename(tiny.state_dict(), form), saved)
-    loaded = load_van(str(saved))
+def test_layer_norm_eps(checkpoint: Path, tiny: VAN, form: str, eps: float) -> None:
+    torch.save(rename(tiny.state_dict(), form), checkpoint)
+    loaded = load_van(str(checkpoint))
     assert loaded.config.layer_norm_eps == loaded.model.get_submodule("norm1").eps == eps
     assert len(loaded.source.notes) == (form == "mmpretrain")
-    assert all("mmpretrain's own 1e-05; the publ" in note for note in loaded.source.notes)
-    chosen = load_van(str(saved), layer_norm_eps=1e-6)
-    assert same(chosen, tiny)
+    assert all("mmpretrain's default 1e-05; the publ" in note for note in loaded.source.notes)
+    chosen = load_van(str(checkpoint), layer_norm_eps=1e-6)
+    assert has_equal_outputs(chosen, tiny)
     assert chosen.source.notes == ()
 
 
-def test_what_the_caller_decides_is_not_looked_at(saved: Path, tiny: VAN) -> None:
+def test_overridden_metadata_is_not_validated(checkpoint: Path, tiny: VAN) -> None:
     arguments = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
-    whole = {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}
-    torch.save(whole, saved)
+    content = {"state_dict": tiny.state_dict(), "args": arguments, "class_to_idx": {"a": 0}}
+    torch.save(content, checkpoint)
     with pytest.raises(CheckpointError, match=r"image_size \[64, 96, 9\]"):
-        load_van(str(saved), own_labels=True)
-    given = {"image_size": 64, "interpolation": "bilinear", "mean": None}
-    loaded = load_van(str(saved), preprocessing=given, own_labels=True)
+        load_van(str(checkpoint), own_labels=True)
+    overrides = {"image_size": 64, "interpolation": "bilinear", "mean": None}
+    loaded = load_van(str(checkpoint), preprocessing=overrides, own_labels=True)
     assert str(loaded.preprocessing).startswith("64x64 bilinear, crop 0.9, mean 0.5/0.5/0.5, std")
     assert "arguments (mean, std: assumed, the off" in loaded.preprocessing.source
-    assert loaded.preprocessing.source.endswith("except image_size, interpolation as asked for")
+    assert loaded.preprocessing.source.endswith("except image_size, interpolation as requested")
     with pytest.raises(CheckpointError, match="class_to_idx in the file has 1 entries"):
-        load_van(str(saved), preprocessing=given)
+        load_van(str(checkpoint), preprocessing=overrides)
 
 
-@each("channels", [1, 2, 4, 13])
-def test_any_channels_load(tmp_path: Path, tiny_config: VanConfig, channels: int) -> None:
-    model = random_van(replace(tiny_config, in_chans=channels), seed=4)
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    loaded = load_van(str(tmp_path / "w.pth"))
-    assert loaded.config.in_chans == loaded.preprocessing.channels == channels
-    images = torch.randn(1, channels, 64, 64)
-    assert torch.equal(loaded.model(images), model(images))
+# --- rebuilding the network of a bundle --------------------------------------------------------
 
 
-# --- a bundle's network is rebuilt from its manifest, not from what stands beside the weights ---
-
-
-def bundle_of(loaded: LoadedVan, path: Path) -> Bundle:
+def make_bundle(loaded: LoadedVan, path: Path) -> Bundle:
     facts: dict[str, Any] = {"weights": loaded.source, "architecture": loaded.config}
     facts |= {"preprocessing": loaded.preprocessing, "class_names": loaded.class_names}
     with edit_bundle(path, name="mine") as draft:
@@ -293,45 +274,45 @@ def bundle_of(loaded: LoadedVan, path: Path) -> Bundle:
     return Bundle.open(path)
 
 
-def again(one: LoadedVan, other: LoadedVan) -> bool:
+def is_rebuilt(one: LoadedVan, other: LoadedVan) -> bool:
     assert (one.config, one.preprocessing) == (other.config, other.preprocessing)
-    return same(one, other.model)
+    return has_equal_outputs(one, other.model)
 
 
-def test_the_manifest_decides(tmp_path: Path, tiny: VAN) -> None:
+def test_network_is_rebuilt_from_the_manifest(tmp_path: Path, tiny: VAN) -> None:
     folder = tmp_path / "van"
     folder.mkdir()
     torch.save(rename(tiny.state_dict(), "transformers"), folder / "pytorch_model.bin")
     config = {"model_type": "van", "layer_norm_eps": 1e-2, "strides": [4, 2, 2, 1]}
     (folder / "config.json").write_text(json.dumps(config))
     loaded = load_van(str(folder))
-    bundle = bundle_of(loaded, tmp_path / "bundle")
+    bundle = make_bundle(loaded, tmp_path / "bundle")
     (folder / "config.json").write_text('{"model_type": "van"}')
-    assert again(original_network(bundle), loaded)
+    assert is_rebuilt(original_network(bundle), loaded)
     moved = folder.rename(tmp_path / "moved")
     with pytest.raises(BundleError, match="cannot be read from"):
         original_network(bundle)
     for place in (moved, moved / "pytorch_model.bin"):
-        assert again(original_network(bundle, place), loaded)
+        assert is_rebuilt(original_network(bundle, place), loaded)
 
 
-def test_containers_and_heads_are_found_again(tmp_path: Path, tiny: VAN) -> None:
+def test_network_is_rebuilt_with_its_container_and_head(tmp_path: Path, tiny: VAN) -> None:
     body = {k: v for k, v in tiny.state_dict().items() if not k.startswith("head.")}
     head = torch.nn.Sequential(torch.nn.Linear(24, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
     student = {**body, **{f"head.{k}": v for k, v in head.state_dict().items()}}
     both = {f"student.{name}": tensor for name, tensor in student.items()}
     both |= {f"teacher.{name}": tensor for name, tensor in tiny.state_dict().items()}
     torch.save({"state_dict": both}, tmp_path / "w.pth")
-    said = ["linear", "tanh", "linear"]
-    loaded = load_van(str(tmp_path / "w.pth"), container="state_dict.student", head=said)
-    assert again(original_network(bundle_of(loaded, tmp_path / "bundle")), loaded)
+    layers = ["linear", "tanh", "linear"]
+    loaded = load_van(str(tmp_path / "w.pth"), container="state_dict.student", head=layers)
+    assert is_rebuilt(original_network(make_bundle(loaded, tmp_path / "bundle")), loaded)
 
 
-def test_other_weights_and_other_seeds_are_refused(saved: Path, tmp_path: Path, tiny: VAN) -> None:
-    bundle = bundle_of(load_van(str(saved)), tmp_path / "bundle")
+def test_rebuild_refuses_changed_weights(checkpoint: Path, tmp_path: Path, tiny: VAN) -> None:
+    bundle = make_bundle(load_van(str(checkpoint)), tmp_path / "bundle")
     for key in ("model", "state_dict"):
-        torch.save({key: tiny.state_dict(), "more": 1}, saved)
+        torch.save({key: tiny.state_dict(), "more": 1}, checkpoint)
         with pytest.raises(BundleError, match=r"made from|cannot be read from"):
             original_network(bundle)
     random = load_van("van_b0", weights="random", seed=1)
-    assert again(original_network(bundle_of(random, tmp_path / "random")), random)
+    assert is_rebuilt(original_network(make_bundle(random, tmp_path / "random")), random)

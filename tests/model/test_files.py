@@ -1,4 +1,4 @@
-"""Reading weights files: what is found, what is refused, and that nothing in them runs."""
+"""Reading weights files: formats, containers, and load_error of damaged or unsafe files."""
 
 from __future__ import annotations
 
@@ -27,80 +27,79 @@ from van_deploy.model.van import VAN
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
 
-def same(found: Any) -> bool:
-    return all(torch.equal(found[name], WEIGHTS[name]) for name in WEIGHTS)
+def has_weights(loaded: Any) -> bool:
+    return all(torch.equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS)
 
 
-def refusal(path: Path) -> CheckpointError:
+def load_error(path: Path) -> CheckpointError:
     with pytest.raises(CheckpointError) as error:
         load_file(path)
     assert error.value.remedy
     return error.value
 
 
-def zipped(path: Path, entries: dict[str, bytes], kind: int = zipfile.ZIP_DEFLATED) -> Path:
+def write_zip(path: Path, entries: dict[str, bytes], kind: int = zipfile.ZIP_DEFLATED) -> Path:
     with zipfile.ZipFile(path, "w", kind) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
     return path
 
 
-def saved(whole: object, path: Path) -> Path:
-    torch.save(whole, path)
+def save(content: object, path: Path) -> Path:
+    torch.save(content, path)
     return path
 
 
-# --- what is found ---------------------------------------------------------------------------
+# --- formats and containers ------------------------------------------------------------------
 
 
 @each("key", ["state_dict", "model", "net", "teacher", "weights", "a.b"])
-def test_a_container_is_known_by_its_keys(tmp_path: Path, tiny: VAN, key: str) -> None:
+def test_container_detection(tmp_path: Path, tiny: VAN, key: str) -> None:
     more: dict[str, Any] = {"state": {0: {"step": torch.tensor(1.0)}}}
     first, _, inner = key.partition(".")
     state = {inner: tiny.state_dict()} if inner else tiny.state_dict()
-    found = read_weights(
-        saved({first: state, "epoch": 3, "optimizer": more, "n": WEIGHTS}, tmp_path / "w.pth")
-    )
+    content = {first: state, "epoch": 3, "optimizer": more, "n": WEIGHTS}
+    loaded = read_weights(save(content, tmp_path / "w.pth"))
     parameters = [n for n in tiny.state_dict() if not n.endswith("num_batches_tracked")]
-    assert (list(found.tensors), found.container, found.notes) == (parameters, key, ())
-    assert found.inside["epoch"] == 3
+    assert (list(loaded.tensors), loaded.container, loaded.notes) == (parameters, key, ())
+    assert loaded.content["epoch"] == 3
 
 
 @each("averaged", ["state_dict_ema", "model_ema", "ema", "ema_model.module"])
-def test_averaged_weights_come_first(tmp_path: Path, tiny: VAN, averaged: str) -> None:
+def test_averaged_weights_are_preferred(tmp_path: Path, tiny: VAN, averaged: str) -> None:
     first, _, inner = averaged.partition(".")
     ema = {f"net.{name}": 2 * tensor for name, tensor in tiny.state_dict().items()}
-    whole = {"state_dict": tiny.state_dict(), first: {inner: ema} if inner else ema}
-    path = saved(whole, tmp_path / "w.pth")
-    found, chosen = read_weights(path), read_weights(path, "state_dict")
-    assert found.container == averaged
-    assert torch.equal(found.tensors["head.weight"], 2 * chosen.tensors["head.weight"])
-    assert "the file also holds state_dict: the averaged" in found.notes[0]
+    content = {"state_dict": tiny.state_dict(), first: {inner: ema} if inner else ema}
+    path = save(content, tmp_path / "w.pth")
+    loaded, chosen = read_weights(path), read_weights(path, "state_dict")
+    assert loaded.container == averaged
+    assert torch.equal(loaded.tensors["head.weight"], 2 * chosen.tensors["head.weight"])
+    assert "the file also contains state_dict: the averaged" in loaded.notes[0]
     assert (chosen.container, chosen.notes) == ("state_dict", ())
 
 
-def test_several_networks_must_be_told_apart(tmp_path: Path, tiny: VAN) -> None:
+def test_several_networks_need_a_container(tmp_path: Path, tiny: VAN) -> None:
     state: dict[str, Tensor] = tiny.state_dict()
     other = {f"net.{name}": 2 * tensor for name, tensor in state.items()}
-    path = saved({"student": state, "teacher": other}, tmp_path / "w.pth")
+    path = save({"student": state, "teacher": other}, tmp_path / "w.pth")
     with pytest.raises(UsageError) as error:
         read_weights(path)
     assert "--container student or --container teacher.net; or" in error.value.remedy
     for container, factor in (("student", 1), ("teacher.net", 2), ("teacher", 2)):
-        found = read_weights(path, container)
-        assert torch.equal(found.tensors["head.bias"], factor * state["head.bias"])
-        assert found.container == container
+        loaded = read_weights(path, container)
+        assert torch.equal(loaded.tensors["head.bias"], factor * state["head.bias"])
+        assert loaded.container == container
     with pytest.raises(UsageError, match="no tensors under 'ema'"):
         read_weights(path, "ema")
 
 
-def test_what_training_scripts_leave(tmp_path: Path, monkeypatch: Any) -> None:
+def test_metadata_of_training_scripts(tmp_path: Path, monkeypatch: Any) -> None:
     arguments = argparse.Namespace(mean=[0.1, 0.2, 0.3], img_size=64, layers=None)
     more = {"metric": np.float64(77.5), "history": np.arange(3.0), "best": np.int64(4)}
-    found = load_file(saved({"state": WEIGHTS, "args": arguments, **more}, tmp_path / "w.pth"))
-    assert same(found["state"])
-    assert (found["args"], found["metric"]) == (arguments, 77.5)
-    assert same(load_file(saved(collections.OrderedDict(WEIGHTS), tmp_path / "flat.pt")))
+    loaded = load_file(save({"state": WEIGHTS, "args": arguments, **more}, tmp_path / "w.pth"))
+    assert has_weights(loaded["state"])
+    assert (loaded["args"], loaded["metric"]) == (arguments, 77.5)
+    assert has_weights(load_file(save(collections.OrderedDict(WEIGHTS), tmp_path / "flat.pt")))
     # mmengine's training log
     names = ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")
     kind = type("HistoryBuffer", (), {"__module__": names[-1]})
@@ -110,27 +109,27 @@ def test_what_training_scripts_leave(tmp_path: Path, monkeypatch: Any) -> None:
         patch.setattr(sys.modules[names[-1]], "HistoryBuffer", kind, raising=False)
         buffer = kind()
         buffer.log = np.arange(3.0)
-        saved({**WEIGHTS, "message_hub": {"loss": buffer}}, tmp_path / "w.pth")
-    assert same(load_file(tmp_path / "w.pth"))
+        save({**WEIGHTS, "message_hub": {"loss": buffer}}, tmp_path / "w.pth")
+    assert has_weights(load_file(tmp_path / "w.pth"))
 
 
-def test_old_compressed_and_misnamed_files(tmp_path: Path) -> None:
+def test_legacy_compressed_and_misnamed_files(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(saved(WEIGHTS, tmp_path / "w.pth")) as plain:
-        zipped(tmp_path / "c.pth", {name: plain.read(name) for name in plain.namelist()})
+    with zipfile.ZipFile(save(WEIGHTS, tmp_path / "w.pth")) as plain:
+        write_zip(tmp_path / "c.pth", {name: plain.read(name) for name in plain.namelist()})
     for name in ("old.pth", "c.pth"):
-        assert same(load_file(tmp_path / name))
+        assert has_weights(load_file(tmp_path / name))
     metadata = {"crop_pct": "0.9", "who": "me", "deep": "[" * 100_000}
     save_file(WEIGHTS, tmp_path / "w.bin", metadata=metadata)
-    found = load_file(tmp_path / "w.bin")
-    assert same(found)
-    assert (found["crop_pct"], found["deep"]) == (0.9, metadata["deep"])
+    loaded = load_file(tmp_path / "w.bin")
+    assert has_weights(loaded)
+    assert (loaded["crop_pct"], loaded["deep"]) == (0.9, metadata["deep"])
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 
-class _Evil:
+class _Payload:
     def __init__(self, call: Any, *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
 
@@ -139,23 +138,25 @@ class _Evil:
 
 
 @each("form", ["zip", "old", "plain"])
-@each(("call", "wanted"), [(os.system, "posix.system"), (eval, "eval"), (os.mkdir, "posix.mkdir")])
-def test_code_in_a_pickle_does_not_run(tmp_path: Path, call: Any, wanted: str, form: str) -> None:
+@each(("call", "name"), [(os.system, "posix.system"), (eval, "eval"), (os.mkdir, "posix.mkdir")])
+def test_code_in_a_pickle_is_not_executed(tmp_path: Path, call: Any, name: str, form: str) -> None:
     trace, path = tmp_path / "trace", tmp_path / "evil.pth"
     code = {os.system: f"mkdir {trace}", eval: f"__import__('os').mkdir({str(trace)!r})"}
-    thing = {"state_dict": WEIGHTS, "extra": _Evil(call, code.get(call, str(trace)))}
+    thing = {"state_dict": WEIGHTS, "extra": _Payload(call, code.get(call, str(trace)))}
     if form == "plain":
         path.write_bytes(pickle.dumps(thing["extra"]))
-        assert "its pickle is not one that torch.save writes" in refusal(path).message
+        assert "its pickle was not written by torch.save" in load_error(path).message
     else:
         torch.save(thing, path, _use_new_zipfile_serialization=form == "zip")
-        assert f"{wanted}, and loading it would run code" in refusal(path).message
+        message = load_error(path).message
+        assert f"its pickle imports {name}" in message
+        assert "so loading it would execute code" in message
     assert not trace.exists()
 
 
-def test_a_whole_pickled_network_is_explained(tmp_path: Path, tiny: VAN) -> None:
-    error = refusal(saved(tiny, tmp_path / "whole.pth"))
-    assert "its pickle wants van_deploy.model.van.VAN," in error.message
+def test_pickled_modules_are_refused(tmp_path: Path, tiny: VAN) -> None:
+    error = load_error(save(tiny, tmp_path / "content.pth"))
+    assert "its pickle imports van_deploy.model.van.VAN," in error.message
     assert "torch.save(model.state_dict()" in error.remedy
 
 
@@ -168,9 +169,9 @@ def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
         save_file(weights, path)
     else:
         torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
-    whole = path.read_bytes()
-    path.write_bytes(whole[: max(20, int(len(whole) * share))])
-    assert "truncated" in str(refusal(path))
+    content = path.read_bytes()
+    path.write_bytes(content[: max(20, int(len(content) * share))])
+    assert "truncated" in str(load_error(path))
 
 
 @each(
@@ -186,7 +187,7 @@ def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
 )
 def test_other_files_are_refused(tmp_path: Path, content: bytes, what: str) -> None:
     (tmp_path / "w.pth").write_bytes(content)
-    assert what in refusal(tmp_path / "w.pth").message
+    assert what in load_error(tmp_path / "w.pth").message
 
 
 @each(
@@ -199,28 +200,28 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, what: str) -> N
     ],
 )
 def test_other_zips_are_refused(tmp_path: Path, entries: dict[str, bytes], what: str) -> None:
-    assert what in refusal(zipped(tmp_path / "w.pth", entries)).message
+    assert what in load_error(write_zip(tmp_path / "w.pth", entries)).message
 
 
-def test_a_refused_pickle_whose_archive_is_damaged_is_one_message(tmp_path: Path) -> None:
-    """The pickle wants what it may not have, and naming that fails on a wrong checksum."""
+def test_unsafe_pickle_in_a_damaged_archive(tmp_path: Path) -> None:
+    """Listing the unsafe imports of the pickle fails on the incorrect checksum."""
     pickled = {"archive/data.pkl": pickle.dumps(print, protocol=2), "archive/version": b"3\n"}
-    path = zipped(tmp_path / "w.pth", pickled, zipfile.ZIP_STORED)
+    path = write_zip(tmp_path / "w.pth", pickled, zipfile.ZIP_STORED)
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 16] ^= 1  # the checksum in the archive's directory
     path.write_bytes(bytes(data))
-    refusal(path)
+    load_error(path)
 
 
-def test_what_is_no_regular_file(tmp_path: Path) -> None:
-    assert "cannot be read: No such file" in refusal(tmp_path / "no.pth").message
-    assert "cannot be read: Is a directory" in refusal(tmp_path).message
+def test_missing_and_special_files_are_refused(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in load_error(tmp_path / "no.pth").message
+    assert "cannot be read: Is a directory" in load_error(tmp_path).message
     os.mkfifo(tmp_path / "w.pth")  # which would be waited for
-    assert "it is not a regular file" in refusal(tmp_path / "w.pth").message
+    assert "it is not a regular file" in load_error(tmp_path / "w.pth").message
 
 
-def test_what_is_no_state_dict(tmp_path: Path) -> None:
+def test_other_objects_are_refused(tmp_path: Path) -> None:
     for thing in ([torch.ones(2)], torch.ones(2)):
-        assert ", not a state dict" in refusal(saved(thing, tmp_path / "w.pth")).message
-    with pytest.raises(CheckpointError, match="0 tensors begin with"):
-        read_weights(saved({"epoch": 3, "optimizer": {}}, tmp_path / "w.pth"))
+        assert ", not a state dict" in load_error(save(thing, tmp_path / "w.pth")).message
+    with pytest.raises(CheckpointError, match=r"is not a VAN \(0 tensors"):
+        read_weights(save({"epoch": 3, "optimizer": {}}, tmp_path / "w.pth"))

@@ -1,4 +1,4 @@
-"""Names of three formats, the architecture read back, and the strict load."""
+"""Tensor names of three formats, the architecture of a state dict, and strict loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from van_deploy.model.variants import VARIANTS, VanConfig
 State = dict[str, Tensor]
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 PREFIXES = ("", "module.", "_orig_mod.", "net.", "backbone.", "_forward_module.", "a.b.c.")
-GATE = "block1.0.attn.spatial_gating_unit"
+LKA = "block1.0.attn.spatial_gating_unit"
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "w.pth"
 
 
-def load(path: Path, whole: object, head: list[str] | None = None) -> VAN:
-    torch.save(whole, path)
+def load(path: Path, content: object, head: list[str] | None = None) -> VAN:
+    torch.save(content, path)
     return load_van(str(path), head=head, layer_norm_eps=1e-6).model
 
 
@@ -47,7 +47,7 @@ def body(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
 
 
-def under(prefix: str, state: State) -> State:
+def with_prefix(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
@@ -56,44 +56,57 @@ def under(prefix: str, state: State) -> State:
 
 @each("target", FORMATS, fresh="state")
 @each("prefix", PREFIXES, fresh="state")
-def test_every_format_and_prefix(
-    path: Path, state: State, tiny: VAN, prefix: str, target: str
-) -> None:
-    wrapped = under(prefix, rename(state, target))
+def test_name_formats(path: Path, state: State, tiny: VAN, prefix: str, target: str) -> None:
+    wrapped = with_prefix(prefix, rename(state, target))
     wrapped |= {"n_averaged": torch.tensor(9), "criterion.weight": torch.ones(5)}
     wrapped |= {f"{prefix}total_ops": torch.zeros(1), "val_accuracy.tp": torch.zeros(5)}
     torch.save(wrapped, path)
-    found = read_weights(path)
-    assert found.format == target
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found.tensors.items())
-    (note,) = found.notes
+    checkpoint = read_weights(path)
+    assert checkpoint.format == target
+    assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint.tensors.items())
+    (note,) = checkpoint.notes
     assert note.endswith(f"n_averaged, criterion.weight, {prefix}total_ops, val_accuracy.tp")
     assert torch.equal(load(path, wrapped)(IMAGES), tiny(IMAGES))
 
 
 @each(
-    ("target", "prefix", "beside", "note"),
+    ("target", "prefix", "other", "note"),
     [
         ("official", "", "", "a backbone (official names), without a classification head"),
         ("mmpretrain", "", "", "a backbone (mmpretrain names), without"),
-        ("transformers", "", "layernorm.weight", "no part of the network; left out: layernorm.w"),
-        ("official", "backbone.", "decode_head.conv_seg.weight", "left out: decode_head.conv_seg"),
-        ("official", "backbone.", "rpn_head.rpn_conv.weight", "left out: rpn_head.rpn_conv.weight"),
+        (
+            "transformers",
+            "",
+            "layernorm.weight",
+            "in the file that are not the network's: layernorm.w",
+        ),
+        (
+            "official",
+            "backbone.",
+            "decode_head.conv_seg.weight",
+            "not the network's: decode_head.conv_seg",
+        ),
+        (
+            "official",
+            "backbone.",
+            "rpn_head.rpn_conv.weight",
+            "the network's: rpn_head.rpn_conv.weight",
+        ),
     ],
     fresh="state",
 )
-def test_backbones_are_read_without_what_surrounds_them(
-    path: Path, state: State, target: str, prefix: str, beside: str, note: str
+def test_backbones_ignore_other_modules(
+    path: Path, state: State, target: str, prefix: str, other: str, note: str
 ) -> None:
     names = {n.removeprefix("van."): t for n, t in rename(body(state), target).items()}
-    torch.save(under(prefix, names) | ({beside: torch.ones(2)} if beside else {}), path)
-    found = read_weights(path)
-    assert note in found.notes[-1]
-    assert found.tensors.keys() == {n for n in body(state) if "num_batches" not in n}
-    assert all(torch.equal(tensor, state[name]) for name, tensor in found.tensors.items())
+    torch.save(with_prefix(prefix, names) | ({other: torch.ones(2)} if other else {}), path)
+    checkpoint = read_weights(path)
+    assert note in checkpoint.notes[-1]
+    assert checkpoint.tensors.keys() == {n for n in body(state) if "num_batches" not in n}
+    assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint.tensors.items())
 
 
-# --- what is refused -------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------
 
 
 def mixed(state: State, other: str) -> State:
@@ -102,55 +115,55 @@ def mixed(state: State, other: str) -> State:
 
 
 @each(
-    ("wrap", "told"),
+    ("wrap", "message"),
     [
         (
-            lambda s: under("model.", s) | {"normalize.mean": torch.ones(3)},
-            "beside the VAN's: normalize.mean. Save the state dict of one whole VAN, or name its "
-            "own alone: --container state_dict.model.",
+            lambda s: with_prefix("model.", s) | {"normalize.mean": torch.ones(3)},
+            "not the VAN's: normalize.mean. Save the state dict of one complete VAN, or select it "
+            "with --container state_dict.model.",
         ),
-        (lambda s: s | {"van.layernorm.weight": torch.ones(24)}, "beside the VAN's: van.layernorm"),
+        (lambda s: s | {"van.layernorm.weight": torch.ones(24)}, "not the VAN's: van.layernorm"),
         (
-            lambda s: under("backbone.", body(s)) | {"stem2.weight": torch.ones(2)},
-            "beside the VAN's: stem2.weight.",
+            lambda s: with_prefix("backbone.", body(s)) | {"stem2.weight": torch.ones(2)},
+            "not the VAN's: stem2.weight.",
         ),
         (
-            lambda s: under("a.", s) | under("b.", rename(s, "transformers")),
+            lambda s: with_prefix("a.", s) | with_prefix("b.", rename(s, "transformers")),
             "official names under 'state_dict.a', transformers names under 'state_dict.b'. "
-            "Say which: --container state_dict.a or --container state_dict.b;",
+            "Select one: --container state_dict.a or --container state_dict.b;",
         ),
         (lambda s: mixed(s, "transformers"), "several networks, or one in mixed formats: "),
         (lambda s: mixed(s, "mmpretrain"), "several networks, or one in mixed formats: "),
         (
             lambda _: {"layer1.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
-            "is no VAN: 2 tensors begin with layer1.0.conv1.weight, fc.weight.",
+            "is not a VAN (2 tensors: layer1.0.conv1.weight, fc.weight).",
         ),
     ],
     fresh="state",
 )
-def test_names_that_are_not_one_network(path: Path, state: State, wrap: Any, told: str) -> None:
+def test_unknown_or_ambiguous_names(path: Path, state: State, wrap: Any, message: str) -> None:
     with pytest.raises(VanDeployError) as error:
         load(path, {"state_dict": wrap(state)})
-    assert told in " ".join(str(error.value).split())
+    assert message in " ".join(str(error.value).split())
 
 
 @each(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"block2.0.": None}, "block2.0.mlp.fc1.weight"),
-        ({"block4.": None}, "tensors beside the VAN's: patch_embed4."),
-        ({"block1.999999.norm1.weight": torch.ones(8)}, "beside the VAN's: block1.999999.norm1"),
-        ({"extra.weight": torch.ones(1)}, "beside the VAN's: extra.weight."),
+        ({"block4.": None}, "tensors that are not the VAN's: patch_embed4."),
+        ({"block1.999999.norm1.weight": torch.ones(8)}, "not the VAN's: block1.999999.norm1"),
+        ({"extra.weight": torch.ones(1)}, "not the VAN's: extra.weight."),
         ({"patch_embed1.proj.weight": torch.ones(8, 3, 7)}, "patch_embed1.proj.weight"),
-        ({f"{GATE}.conv_spatial.weight": torch.ones(8, 1, 4, 4)}, "are (5, 4); LKA's are odd"),
-        ({f"{GATE}.conv0.weight": torch.ones(8, 1, 3, 5)}, f"mismatch for {GATE}.conv0.weight"),
+        ({f"{LKA}.conv_spatial.weight": torch.ones(8, 1, 4, 4)}, "are (5, 4); LKA's are odd"),
+        ({f"{LKA}.conv0.weight": torch.ones(8, 1, 3, 5)}, f"mismatch for {LKA}.conv0.weight"),
         ({"norm3.bias": None}, 'Missing key(s) in state_dict: "norm3.bias".'),
         ({"block2.1.norm2.running_var": None}, 'Missing key(s) in state_dict: "block2.1.norm2.ru'),
         ({"block2.0.mlp.fc2.weight": torch.ones(12, 47, 1, 1)}, "block2.0.mlp.fc2.weight: copying"),
         ({"head.weight": torch.ones(5)}, "head.weight"),
-        ({"head.bias": torch.tensor([0, float("nan"), 0, 0, 0])}, "head.bias holds NaN or inf"),
-        ({"norm1.bias": torch.full((8,), float("-inf"))}, "norm1.bias holds NaN or infinite"),
-        ({"head.bias": torch.full((5,), 1e300, dtype=torch.float64)}, "head.bias holds NaN or in"),
+        ({"head.bias": torch.tensor([0, float("nan"), 0, 0, 0])}, "head.bias contains NaN or i"),
+        ({"norm1.bias": torch.full((8,), float("-inf"))}, "norm1.bias contains NaN or inf"),
+        ({"head.bias": torch.full((5,), 1e300, dtype=torch.float64)}, "head.bias contains NaN o"),
         (
             {"patch_embed2.norm.running_var": torch.linspace(-1, 1, 12)},
             "norm.running_var is negative",
@@ -159,18 +172,18 @@ def test_names_that_are_not_one_network(path: Path, state: State, wrap: Any, tol
     ],
     fresh="state",
 )
-def test_tensors_that_are_no_whole_van(path: Path, state: State, changes: Any, told: str) -> None:
+def test_missing_or_invalid_tensors(path: Path, state: State, changes: Any, message: str) -> None:
     for name, tensor in changes.items():
         state = {n: t for n, t in state.items() if tensor is not None or not n.startswith(name)}
         state |= {} if tensor is None else {name: tensor}
     with pytest.raises(CheckpointError) as error:
         load(path, state)
-    assert told in error.value.message
+    assert message in error.value.message
     assert error.value.remedy
 
 
-def test_a_tensor_of_more_elements_than_the_file(path: Path, state: State) -> None:
-    with pytest.raises(CheckpointError, match="claims more elements than the file holds"):
+def test_expanded_tensors_are_refused(path: Path, state: State) -> None:
+    with pytest.raises(CheckpointError, match="claims more elements than the file contains"):
         load(path, state | {"head.weight": torch.ones(1).expand(10**9, 24)})
 
 
@@ -178,7 +191,7 @@ def test_a_tensor_of_more_elements_than_the_file(path: Path, state: State) -> No
 
 
 @each("name", VARIANTS)
-def test_every_variant_is_read_back(name: str) -> None:
+def test_config_of_every_variant(name: str) -> None:
     config = VARIANTS[name].config
     with torch.device("meta"):
         model = VAN(config)
@@ -198,14 +211,15 @@ def test_every_variant_is_read_back(name: str) -> None:
         VanConfig((8, 8, 8, 8), (1, 1, 1, 1), (1, 1, 1, 1), patch_sizes=(4, 2, 5, 3)),
     ],
 )
-def test_unusual_architectures_are_read_back(path: Path, config: VanConfig) -> None:
+def test_config_of_unusual_architectures(path: Path, config: VanConfig) -> None:
     model = random_van(config, seed=3)
     torch.save(model.state_dict(), path)
     loaded = load_van(str(path))
     assert len(loaded.source.notes) == (config.lka_kernels != (5, 7))
-    assert (loaded.config.body, loaded.config.patch_sizes) == (config.body, config.patch_sizes)
+    assert (loaded.config.trunk, loaded.config.patch_sizes) == (config.trunk, config.patch_sizes)
     images = torch.randn(1, config.in_chans, 64, 64)
     assert torch.equal(loaded.model(images), model(images))
+    assert loaded.preprocessing.channels == config.in_chans
 
 
 # --- sequential heads ------------------------------------------------------------------------
@@ -214,7 +228,7 @@ LONG = (nn.Flatten(), nn.Linear(24, 9), nn.BatchNorm1d(9), nn.GELU(), nn.Linear(
 
 
 @each(
-    ("layers", "said", "read"),
+    ("layers", "head", "expected"),
     [
         ((nn.Dropout(0.2), nn.Linear(24, 7)), None, ("dropout", 7)),
         ((nn.BatchNorm1d(24), nn.Linear(24, 7)), None, ("batchnorm", 7)),
@@ -225,36 +239,36 @@ LONG = (nn.Flatten(), nn.Linear(24, 9), nn.BatchNorm1d(9), nn.GELU(), nn.Linear(
         ),
     ],
 )
-def test_a_sequential_head(path: Path, tiny: VAN, layers: Any, said: str | None, read: Any) -> None:
-    own = nn.Sequential(*layers).eval()
-    for layer in own:
+def test_sequential_head(path: Path, tiny: VAN, layers: Any, head: Any, expected: Any) -> None:
+    module = nn.Sequential(*layers).eval()
+    for layer in module:
         if isinstance(layer, nn.BatchNorm1d):
             nn.init.uniform_(layer.running_var, 0.5, 2)  # type: ignore[arg-type]
             nn.init.normal_(layer.running_mean)  # type: ignore[arg-type]
-    state = {**body(tiny.state_dict()), **under("head.", own.state_dict())}
-    model = load(path, state, said.split(",") if said else None)
-    assert (model.config.head, model.config.num_classes) == (read, 7)
+    state = {**body(tiny.state_dict()), **with_prefix("head.", module.state_dict())}
+    model = load(path, state, head.split(",") if head else None)
+    assert (model.config.head, model.config.num_classes) == (expected, 7)
     features = tiny.forward_head(tiny.forward_features(IMAGES), pre_logits=True)
-    assert torch.equal(model(IMAGES), own(features))
+    assert torch.equal(model(IMAGES), module(features))
     assert model.config.parameter_count() == sum(p.numel() for p in model.parameters())
 
 
-def test_what_a_head_does_not_tell_is_asked(path: Path, tiny: VAN, state: State) -> None:
-    own = nn.Sequential(nn.Linear(24, 9), nn.Tanh(), nn.Linear(9, 7))
-    wide = {**body(state), **under("head.", own.state_dict())}
-    with pytest.raises(CheckpointError, match=r"^The head is not told: it is linear, \?, linear, "):
-        load(path, wide)
-    for said in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
-        with pytest.raises(UsageError, match=f"^--head {said} does not fit: it is lin"):
-            load(path, wide, said.split(","))
-    with pytest.raises(UsageError, match="The head is no sequence of layers"):
+def test_unknown_head_layers_must_be_given(path: Path, state: State) -> None:
+    module = nn.Sequential(nn.Linear(24, 9), nn.Tanh(), nn.Linear(9, 7))
+    sequential = {**body(state), **with_prefix("head.", module.state_dict())}
+    with pytest.raises(CheckpointError, match=r"^Unknown head: its layers are linear, \?, lin"):
+        load(path, sequential)
+    for head in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
+        with pytest.raises(UsageError, match=f"^--head {head} does not match: its layers are lin"):
+            load(path, sequential, head.split(","))
+    with pytest.raises(UsageError, match="The head is not a sequence of layers"):
         load(path, state, ["linear"])
 
 
-# --- the strict load -------------------------------------------------------------------------
+# --- strict loading --------------------------------------------------------------------------
 
 
-def test_the_network_is_ready_and_its_own(path: Path, state: State, tiny: VAN) -> None:
+def test_loaded_network_state(path: Path, state: State, tiny: VAN) -> None:
     random_state = torch.random.get_rng_state()
     counted = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
     model = load(path, counted)
@@ -268,7 +282,7 @@ def test_the_network_is_ready_and_its_own(path: Path, state: State, tiny: VAN) -
 
 
 @each("dtype", [torch.float16, torch.bfloat16, torch.float64], fresh="state")
-def test_other_precisions(path: Path, state: State, dtype: torch.dtype) -> None:
+def test_conversion_to_float32(path: Path, state: State, dtype: torch.dtype) -> None:
     other = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
     torch.save(other, path)
     loaded = read_weights(path)

@@ -1,4 +1,4 @@
-"""Every field beside the tensors is used, or refused by name."""
+"""Metadata of checkpoints: every field is used, or is an error that names it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ import torch
 from tests.each import each
 from van_deploy.errors import CheckpointError
 from van_deploy.model.checkpoint import LoadedVan, load_van
-from van_deploy.model.files import Found
-from van_deploy.model.keys import Weights
-from van_deploy.model.metadata import described
+from van_deploy.model.files import WeightsFile
+from van_deploy.model.keys import Checkpoint
+from van_deploy.model.metadata import read_metadata
 from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VanConfig
 
 NAMES = ["ant", "bee", "cat", "dog", "emu"]
 INDEX = {name: index for index, name in enumerate(NAMES)}
-GIVEN = {"image_size": 64, "mean": 0.5, "std": 0.5, "interpolation": "bicubic", "crop_pct": 1.0}
+OVERRIDES = {"image_size": 64, "mean": 0.5, "std": 0.5, "interpolation": "bicubic", "crop_pct": 1.0}
 
-Made = Callable[..., LoadedVan]
-Things = dict[str, Any]
+Load = Callable[..., LoadedVan]
+Content = dict[str, Any]
 
 
 @pytest.fixture
-def made(tmp_path: Path, tiny: VAN) -> Made:
-    """Return a function that loads the tiny network with things in and beside its file."""
+def load(tmp_path: Path, tiny: VAN) -> Load:
+    """Return a function that loads the tiny network with metadata in and beside its file."""
 
     def load(
         *,
         config: object = None,
         processor: object = None,
-        given: Things | None = None,
+        overrides: Content | None = None,
         **inside: Any,
     ) -> LoadedVan:
         torch.save({"state_dict": tiny.state_dict(), **inside}, tmp_path / "w.pth")
@@ -45,40 +45,40 @@ def made(tmp_path: Path, tiny: VAN) -> Made:
             (tmp_path / name).unlink(missing_ok=True)
             if value is not None:
                 (tmp_path / name).write_text(json.dumps(value))
-        return load_van(str(tmp_path), preprocessing=given)
+        return load_van(str(tmp_path), preprocessing=overrides)
 
     return load
 
 
-def args(**arguments: Any) -> Things:
+def args(**arguments: Any) -> Content:
     return {"args": arguments}
 
 
-def hf(**fields: Any) -> Things:
+def hf(**fields: Any) -> Content:
     return {"config": {"model_type": "van", **fields}}
 
 
-def timm(**fields: Any) -> Things:
+def timm(**fields: Any) -> Content:
     return {"config": {"architecture": "van_x", **fields}}
 
 
-def cfg(**fields: Any) -> Things:
+def cfg(**fields: Any) -> Content:
     return timm(pretrained_cfg=fields)
 
 
-def processor(kind: str | None = None, **fields: Any) -> Things:
+def processor(kind: str | None = None, **fields: Any) -> Content:
     usual = {"size": 64, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    named = {"image_processor_type": f"{kind}ImageProcessor"} if kind else {}
-    return {"processor": {**usual, **named, **fields}}
+    type_field = {"image_processor_type": f"{kind}ImageProcessor"} if kind else {}
+    return {"processor": {**usual, **type_field, **fields}}
 
 
-def pipeline(*steps: str, model: str = "dict()") -> Things:
+def pipeline(*steps: str, model: str = "dict()") -> Content:
     return {"meta": {"cfg": f"model = {model}\ntest_pipeline = [{', '.join(steps)}]"}}
 
 
-def refused(made: Made, things: Things) -> CheckpointError:
+def load_error(load: Load, content: Content) -> CheckpointError:
     with pytest.raises(CheckpointError) as error:
-        made(**things)
+        load(**content)
     return error.value
 
 
@@ -86,58 +86,58 @@ def refused(made: Made, things: Things) -> CheckpointError:
 
 
 @each(
-    ("things", "message"),
+    ("content", "message"),
     [
-        (hf(strides=[4, 2, 2]), "strides (4, 2, 2); what fits this network is four numbers"),
-        (hf(strides=[4, 2, 0, 2]), "strides (4, 2, 0, 2); what fits this network is four numbers"),
-        (hf(hidden_act="relu"), "hidden_act 'relu'; what fits this network is gelu or gelu_python"),
-        (hf(layer_norm_eps=0), "layer_norm_eps 0; what fits this network is between 0 and 1"),
-        (hf(layer_norm_eps=1.0), "layer_norm_eps 1.0; what fits"),
-        (hf(problem_type="ranking"), "problem_type 'ranking'; what fits"),
-        (hf(model_type="vit"), "model_type 'vit'; what fits this network is van"),
-        (hf(hidden_sizes=[8, 12, 16, 32]), "hidden_sizes (8, 12, 16, 32); what fits"),
-        (hf(depths=[1, 1, 1, 1]), "(1, 1, 1, 1); what fits this network is (1, 2, 1, 1)"),
-        (hf(num_channels=4), "num_channels 4; what fits this network is 3"),
-        (hf(dilation=4), "dilation 4; what fits this network is 3"),
-        (timm(architecture="van_b0"), "architecture 'van_b0'; what fits this network is None"),
-        (timm(num_classes=7), "num_classes 7; what fits this network is 5"),
-        (timm(num_features=7), "num_features 7; what fits this network is 24"),
-        (timm(model_args={"depths": [1, 1, 1, 1]}), "depths (1, 1, 1, 1); what fits"),
-        (timm(model_args={"act_layer": "relu"}), "not supported: act_layer"),
-        (cfg(input_size=[1, 64, 64]), "in_chans 1; what fits this network is 3"),
-        (cfg(pad_mode="edge"), "not supported: pad_mode"),
-        (args(bn_eps=1e-3), "own arguments says bn_eps 0.001; what fits"),
-        (args(gp="max"), "gp 'max'; what fits this network is avg or fast or"),
-        (args(model_kwargs={"a": 1}), "model_kwargs {'a': 1}; what fits"),
-        (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "says block_cfgs {'a': 1}"),
+        (hf(strides=[4, 2, 2]), "strides is (4, 2, 2); this network needs four numbers"),
+        (hf(strides=[4, 2, 0, 2]), "strides is (4, 2, 0, 2); this network needs four numbers"),
+        (hf(hidden_act="relu"), "hidden_act is 'relu'; this network needs gelu or gelu_python"),
+        (hf(layer_norm_eps=0), "layer_norm_eps is 0; this network needs between 0 and 1"),
+        (hf(layer_norm_eps=1.0), "layer_norm_eps is 1.0; this"),
+        (hf(problem_type="ranking"), "problem_type is 'ranking'; this"),
+        (hf(model_type="vit"), "model_type is 'vit'; this network needs van"),
+        (hf(hidden_sizes=[8, 12, 16, 32]), "hidden_sizes is (8, 12, 16, 32); this"),
+        (hf(depths=[1, 1, 1, 1]), "depths is (1, 1, 1, 1); this network needs (1, 2, 1, 1)"),
+        (hf(num_channels=4), "num_channels is 4; this network needs 3"),
+        (hf(dilation=4), "dilation is 4; this network needs 3"),
+        (timm(architecture="van_b0"), "architecture is 'van_b0'; this network needs None"),
+        (timm(num_classes=7), "num_classes is 7; this network needs 5"),
+        (timm(num_features=7), "num_features is 7; this network needs 24"),
+        (timm(model_args={"depths": [1, 1, 1, 1]}), "depths is (1, 1, 1, 1); this"),
+        (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
+        (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
+        (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
+        (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
+        (args(gp="max"), "gp is 'max'; this network needs avg or fast or"),
+        (args(model_kwargs={"a": 1}), "model_kwargs is {'a': 1}; this"),
+        (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "block_cfgs is {'a': 1}"),
     ],
 )
-def test_what_contradicts_the_tensors_is_refused(made: Made, things: Things, message: str) -> None:
-    error = refused(made, things)
-    assert message in error.message
-    assert ("config.json beside the weights" in error.message) == ("config" in things)
-    assert "move the weights out of its folder" in error.remedy or "config" not in things
+def test_contradictory_metadata(load: Load, content: Content, message: str) -> None:
+    error = load_error(load, content)
+    assert all(part in error.message for part in message.split("; "))
+    assert ("config.json beside the weights" in error.message) == ("config" in content)
+    assert "move the weights out of its folder" in error.remedy or "config" not in content
 
 
-def test_sound_configurations_are_taken(made: Made, tiny_config: VanConfig) -> None:
-    sound = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1], "mlp_ratios": [4, 4, 2, 2]}
+def test_valid_metadata(load: Load, tiny_config: VanConfig) -> None:
+    tensors = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1], "mlp_ratios": [4, 4, 2, 2]}
     more = {"strides": [4, 2, 1, 1], "drop_path_rate": 0.1, "dilation": 3, "se_ratio": 4}
-    loaded = made(**hf(**sound, **more))
+    loaded = load(**hf(**tensors, **more))
     assert loaded.model.forward_features(torch.randn(1, 3, 64, 64)).shape[2:] == (8, 8)
     assert loaded.config == replace(tiny_config, strides=(4, 2, 1, 1))
     assert loaded.config.mac_count(64) > tiny_config.mac_count(64)
     assert loaded.source.notes == (
         "from the config.json beside the weights: strides (4, 2, 1, 1)",
-        "not known here, in the config.json beside the weights: se_ratio",
+        "unknown keys in the config.json beside the weights: se_ratio",
     )
     stated = {"input_size": [3, 64, 64], "num_classes": 1000, "tag": "in1k", "pad_mode": None}
     timms = {"num_classes": 5, "num_features": 24, "global_pool": "avg", "pretrained_cfg": stated}
-    loaded = made(**timm(model_args={"drop_rate": 0.1, "img_size": 64}, **timms))
+    loaded = load(**timm(model_args={"drop_rate": 0.1, "img_size": 64}, **timms))
     assert loaded.config == tiny_config
-    (note,) = made(config={"compilerOptions": {}}).source.notes
-    assert "the config.json beside the weights is of no network" in note
+    (note,) = load(config={"compilerOptions": {}}).source.notes
+    assert "the config.json beside the weights does not describe a network" in note
     arguments = {"gp": "avg", "bn_eps": 1e-5, "bn_tf": False, "model_kwargs": {}, "num_classes": 9}
-    loaded = made(args={**arguments, "bce_loss": True, "class_map": "map.txt"})
+    loaded = load(args={**arguments, "bce_loss": True, "class_map": "map.txt"})
     assert [note[:20] for note in loaded.source.notes] == [
         "trained with --bce-l",
         "trained with --class",
@@ -145,14 +145,14 @@ def test_sound_configurations_are_taken(made: Made, tiny_config: VanConfig) -> N
 
 
 @each("key", ["cfg", "config"])
-def test_what_the_logits_mean_and_mmpretrains_configuration(made: Made, key: str) -> None:
+def test_problem_type_and_mmpretrain_config(load: Load, key: str) -> None:
     kind = "multi_label_classification"
-    assert made().config.problem_type == "single_label_classification"
-    assert made(**hf(problem_type=kind)).config.problem_type == kind
+    assert load().config.problem_type == "single_label_classification"
+    assert load(**hf(problem_type=kind)).config.problem_type == kind
     text = "model = dict(head=dict(type='MultiLabelLinearClsHead'))"
-    assert made(meta={key: text}).config.problem_type == kind
+    assert load(meta={key: text}).config.problem_type == kind
     text = "model = dict(backbone=dict(type='VAN', norm_cfg=dict(type='LN', eps=1e-3)))"
-    assert made(meta={key: text}).config.layer_norm_eps == 1e-3
+    assert load(meta={key: text}).config.layer_norm_eps == 1e-3
 
 
 # --- the preprocessing -----------------------------------------------------------------------
@@ -170,7 +170,7 @@ test_pipeline = [
 
 
 @each(
-    ("things", "text"),
+    ("content", "text"),
     [
         (args(img_size=96), "96x96 bicubic, crop 0.9, mean 0.5"),
         ({"hyper_parameters": {"img_size": 96}}, "96x96 bicubic, crop 0.9, mean 0.5"),
@@ -197,56 +197,56 @@ test_pipeline = [
         ),
     ],
 )
-def test_what_is_said_is_done(made: Made, things: Things, text: str) -> None:
-    found = made(**things).preprocessing
-    assert str(found).startswith(text)
+def test_preprocessing_sources(load: Load, content: Content, text: str) -> None:
+    actual = load(**content).preprocessing
+    assert str(actual).startswith(text)
     places = {"processor": "the preprocessor_config.json beside", "config": "the config.json"}
     places["meta"] = "the checkpoint's own configuration"
-    (kind,) = things
-    assert found.source.startswith(places.get(kind, "the checkpoint's own training arguments"))
+    (kind,) = content
+    assert actual.source.startswith(places.get(kind, "the checkpoint's own training arguments"))
 
 
 @each(
-    ("things", "message"),
+    ("content", "message"),
     [
         (args(input_size=[3, 64, 96, 9]), "image_size [64, 96, 9]: Input should be a valid int"),
         (args(interpolation="random"), "interpolation 'random': Input should be 'nearest'"),
         (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
         (args(std=0), "std 0: Input should be greater than 0"),
-        (args(val_crop_size=64, val_resize_size=32), "cuts 64 pixels o"),
+        (args(val_crop_size=64, val_resize_size=32), "crops 64 pixels from"),
         (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
-        (cfg(crop_border_pixels=1), "crop_border_pixels is 1, which"),
-        (cfg(label_offset=1), "label_offset is 1, which"),
+        (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
+        (cfg(label_offset=1), "label_offset is 1, not sup"),
         (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),
         (pipeline("dict(type='Rotate')"), "a step of the test pipeline is 'Rotate'"),
         (pipeline("dict(type='ResizeEdge', edge='long', backend='pillow')"), "ResizeEdge"),
         (pipeline("dict(type='CenterCrop', crop_size=64)"), "the resized side is None"),
         (pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"), "takes BGR"),
-        (processor("Segformer"), "none of those known: "),
-        (processor(do_flip_channel_order=True), "do_flip_channel_order is True, which is not kn"),
+        (processor("Segformer"), "but these are supported: "),
+        (processor(do_flip_channel_order=True), "do_flip_channel_order is True, an unknown key"),
         (processor(size={"height": 64, "width": 64}), "not shortest_edge"),
         (processor("ViT", size={"shortest_edge": 64}), "not height"),
         (processor(size=[64, 32]), "only squares are supported"),
         (processor("ViT", do_center_crop=True), "do_center_crop is"),
         (processor("Bit", do_center_crop=False), "do_center_crop"),
-        (processor("Bit"), "cuts 224 pixels out of an image"),
+        (processor("Bit"), "crops 224 pixels from an image"),
         (processor(size=0), "image_size 0"),
-        (processor(size="big"), "cannot be followed"),
-        (processor(resample=77), "resample is 77, none of Pillow's filters"),
+        (processor(size="big"), "cannot be used"),
+        (processor(resample=77), "resample is 77, not a filter of Pillow"),
         (processor(do_resize=False), "do_resize is False"),
         (processor(rescale_factor=1.0), "rescale_factor is 1.0, not 1/255"),
         (processor(crop_pct=2), "crop_pct is 2, not in (0, 1]"),
     ],
 )
-def test_what_cannot_be_followed(made: Made, things: Things, message: str) -> None:
-    error = refused(made, things)
+def test_unsupported_preprocessing(load: Load, content: Content, message: str) -> None:
+    error = load_error(load, content)
     assert message in error.message
     assert "--image-size --mean --std" in error.remedy
-    assert made(**things, given=GIVEN).preprocessing.image_size == 64
+    assert load(**content, overrides=OVERRIDES).preprocessing.image_size == 64
 
 
-def lists_in_lists(levels: int) -> Any:
-    """Return 2**levels strings in the memory of a few: what a pickle's memo can spell."""
+def nested_lists(levels: int) -> Any:
+    """Return 2**levels nested strings that share their memory, as a pickle can contain."""
     value: Any = ("x",)
     for _ in range(levels):
         value = (value, value)
@@ -254,17 +254,17 @@ def lists_in_lists(levels: int) -> Any:
 
 
 @each("name", ["img_size", "input_size", "mean", "std", "crop_pct", "classes", "gp"])
-def test_lists_that_take_for_ever_to_look_through(tiny_config: VanConfig, name: str) -> None:
-    begun, found = time.monotonic(), Found("van", Path(), "", {})
-    for inside in ({name: lists_in_lists(60)}, {"preprocessing": {name: lists_in_lists(60)}}):
+def test_exponentially_nested_lists(tiny_config: VanConfig, name: str) -> None:
+    start, file = time.monotonic(), WeightsFile("van", Path(), "", {})
+    for inside in ({name: nested_lists(60)}, {"preprocessing": {name: nested_lists(60)}}):
         if name not in ("classes", "gp") or name in inside:
             with pytest.raises(CheckpointError):
-                described(tiny_config, Weights({}, "official", "", inside, ()), found, {})
-    assert time.monotonic() - begun < 10
+                read_metadata(tiny_config, Checkpoint({}, "official", "", inside, ()), file, {})
+    assert time.monotonic() - start < 10
 
 
-def test_other_sources_are_named(made: Made) -> None:
-    loaded = made(args={"img_size": 96}, **processor())
+def test_unused_sources_are_listed(load: Load) -> None:
+    loaded = load(args={"img_size": 96}, **processor())
     assert loaded.preprocessing.image_size == 96
     (note,) = loaded.source.notes
     assert note.endswith("; not from the preprocessor_config.json beside the weights")
@@ -289,8 +289,8 @@ def test_other_sources_are_named(made: Made) -> None:
         ({"classes": [1, 2, 3, 4, 5]}, list("12345")),
     ],
 )
-def test_class_names(made: Made, inside: Things, names: list[str] | None) -> None:
-    loaded = made(**inside)
+def test_class_names(load: Load, inside: Content, names: list[str] | None) -> None:
+    loaded = load(**inside)
     assert loaded.class_names == (tuple(names) if names else None)
     assert any(note.startswith("class names from ") for note in loaded.source.notes) == bool(names)
 
@@ -298,29 +298,32 @@ def test_class_names(made: Made, inside: Things, names: list[str] | None) -> Non
 @each(
     ("inside", "message"),
     [
-        ({"classes": NAMES[:4]}, "classes in the file has 4 entries, and the network 5 classes"),
+        (
+            {"classes": NAMES[:4]},
+            "classes in the file has 4 entries; the network has 5 classes",
+        ),
         ({"classes": [*NAMES[:4], None]}, "classes in the file has 5 entries"),
         ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx in the file has 2 entries"),
         (
             {"classes": NAMES, "class_to_idx": {name: 4 - i for name, i in INDEX.items()}},
-            "Class 0 is 'emu' by class_to_idx in the file, and 'ant' by classes in the file.",
+            "Class 0 is 'emu' in class_to_idx in the file, but 'ant' in classes in the file.",
         ),
         (
             {"meta": {"classes": NAMES[::-1]}, **timm(label_names=NAMES)},
-            "Class 0 is 'emu' by classes in the file's meta, and 'ant' by label_names in config.",
+            "Class 0 is 'emu' in classes in the file's meta, but 'ant' in label_names in config.",
         ),
     ],
 )
-def test_class_names_that_make_no_sense(made: Made, inside: Things, message: str) -> None:
-    error = refused(made, inside)
+def test_contradictory_class_names(load: Load, inside: Content, message: str) -> None:
+    error = load_error(load, inside)
     assert message in error.message
     assert "--labels FILE" in error.remedy
 
 
-def test_one_logit_is_the_second_class(tmp_path: Path, tiny_config: VanConfig) -> None:
+def test_class_name_of_one_logit(tmp_path: Path, tiny_config: VanConfig) -> None:
     state = random_van(replace(tiny_config, num_classes=1), seed=1).state_dict()
     torch.save({"state_dict": state, "classes": ["cat", "dog"]}, tmp_path / "w.pth")
     loaded = load_van(str(tmp_path / "w.pth"))
     assert (loaded.config.num_classes, loaded.class_names) == (1, ("dog",))
-    note = "one logit: nothing says whether of two classes or of a regression"
+    note = "one logit: it is unknown whether of two classes or of a regression"
     assert note in loaded.source.notes

@@ -1,4 +1,4 @@
-"""What is done to an image: the values, and every bit of timm's and torchvision's transforms."""
+"""Preprocessing values, and bit-identical results to timm's and torchvision's transforms."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from van_deploy.model.processors import from_arguments
 # --- values ------------------------------------------------------------------------------------
 
 
-def test_official_values_are_those_of_the_weights_and_survive_json() -> None:
+def test_official_values_and_json_round_trip() -> None:
     assert str(OFFICIAL) == "224x224 bicubic, crop 0.9, mean 0.5/0.5/0.5, std 0.5/0.5/0.5"
     assert OFFICIAL.resize_size == 248
     changed = OFFICIAL.override(std=(0.2, 0.3, 0.4), image_size=(64, 96))
     assert Preprocessing.from_dict(json.loads(json.dumps(changed.as_dict()))) == changed
 
 
-def test_override_says_what_was_asked_for() -> None:
+def test_override() -> None:
     changed = OFFICIAL.override(image_size=256, mean=(0.4,), std=None)
     assert changed.mean == (0.4, 0.4, 0.4)
-    assert changed.source.endswith("weights, except image_size, mean as asked for")
+    assert changed.source.endswith("weights, except image_size, mean as requested")
     assert OFFICIAL.override(crop_pct=None) is OFFICIAL
 
 
 @each(
-    ("given", "message"),
+    ("values", "message"),
     [
         ({"image_size": 31}, "image_size 31: should be greater than or equal to 32"),
         ({"image_size": 5000}, "image_size 5000: should be less than or equal to 4096"),
@@ -56,24 +56,24 @@ def test_override_says_what_was_asked_for() -> None:
         ({"interpolation": "random"}, "interpolation 'random': Input should be 'nearest'"),
         ({"crop_pct": 0}, "crop_pct 0: Input should be greater than 0"),
         ({"crop_pct": 1.5}, "crop_pct 1.5: Input should be less than or equal to 1"),
-        ({"resize_size": 200}, "cuts 224 pixels out of an image resized to 200"),
+        ({"resize_size": 200}, "crops 224 pixels from an image resized to 200"),
         ({"crop": 1.0}, "crop 1.0: Unexpected keyword argument"),
     ],
 )
-def test_impossible_values_are_named(given: dict[str, Any], message: str) -> None:
+def test_invalid_values(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
-        OFFICIAL.override(**given)
+        OFFICIAL.override(**values)
     assert message in error.value.message
     assert error.value.remedy
 
 
-def test_incomplete_or_contradictory_descriptions_are_refused() -> None:
-    for values, told in (({"std": None}, "std None"), ({"std": [0.5]}, "3 means and 1 deviations")):
-        with pytest.raises(UsageError, match=told):
-            Preprocessing.from_dict({**OFFICIAL.as_dict(), **values})
+def test_incomplete_or_inconsistent_values() -> None:
+    for std, message in ((None, "std None"), ([0.5], "3 means and 1 deviations")):
+        with pytest.raises(UsageError, match=message):
+            Preprocessing.from_dict({**OFFICIAL.as_dict(), "std": std})
 
 
-def test_sides_are_pixels_and_a_new_ratio_is_timms() -> None:
+def test_resize_size() -> None:
     exact = Preprocessing(224, (0.5,), (0.5,), "bilinear", 224 / 232, "test", resize_size=232)
     assert (exact.resize_size, str(exact).split(",")[1]) == (232, " crop 0.965517")
     assert Preprocessing.from_dict(exact.as_dict()).resize_size == 232
@@ -91,16 +91,16 @@ SIZES = ((8, 8), (33, 57), (57, 33), (249, 248), (300, 301), (1, 5), (224, 224),
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def pictures() -> list[Image.Image]:
+def sample_images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
 
 
-def ours(image: Image.Image, preprocessing: Preprocessing) -> Any:
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> Any:
     return normalise(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
 
 
-def timms(preprocessing: Preprocessing) -> Any:
+def timm_transform(preprocessing: Preprocessing) -> Any:
     return create_transform(
         (preprocessing.channels, *preprocessing.sides),
         is_training=False,
@@ -112,24 +112,23 @@ def timms(preprocessing: Preprocessing) -> Any:
     )
 
 
-def assert_same(image: Image.Image, preprocessing: Preprocessing, theirs: Any) -> None:
-    expected, found = theirs(image).numpy(), ours(image, preprocessing)
-    assert found.dtype == np.float32
-    assert np.array_equal(found, expected), (image.size, np.abs(found - expected).max())
+def assert_same(image: Image.Image, preprocessing: Preprocessing, reference: Any) -> None:
+    expected, actual = reference(image).numpy(), preprocess(image, preprocessing)
+    assert actual.dtype == np.float32
+    assert np.array_equal(actual, expected), (image.size, np.abs(actual - expected).max())
     assert np.array_equal(preprocessing.transform()(image).numpy(), expected)
 
 
 @each("mode", ["center", "squash", "border"])
 @each("interpolation", get_args(Interpolation))
 @each(("size", "crop"), [(224, 0.9), (65, 0.87), (64, 1.0), ((64, 96), 0.9), ((65, 50), 0.87)])
-def test_every_bit_is_timms(interpolation: str, size: ImageSize, crop: float, mode: str) -> None:
-    preprocessing = OFFICIAL.override(
-        image_size=size, crop_pct=crop, interpolation=interpolation, crop_mode=mode, **IMAGENET
-    )
-    theirs = timms(preprocessing)
-    for image in pictures():
-        if mode != "border" or min(image.size) > 1:  # timm resizes a ribbon to a width of 0
-            assert_same(image, preprocessing, theirs)
+def test_bit_identical_to_timm(interpolation: str, size: ImageSize, crop: float, mode: str) -> None:
+    sizes = {"image_size": size, "crop_pct": crop, "crop_mode": mode}
+    preprocessing = OFFICIAL.override(interpolation=interpolation, **sizes, **IMAGENET)
+    reference = timm_transform(preprocessing)
+    for image in sample_images():
+        if mode != "border" or min(image.size) > 1:  # there timm resizes to a width of 0
+            assert_same(image, preprocessing, reference)
 
 
 @each(
@@ -139,10 +138,10 @@ def test_every_bit_is_timms(interpolation: str, size: ImageSize, crop: float, mo
         ({"val_resize_size": 256, "val_crop_size": 225, "interpolation": "bilinear"}, 256, 225),
     ],
 )
-def test_every_bit_is_torchvisions(args: dict[str, Any], size: int, crop: int) -> None:
+def test_bit_identical_to_torchvision(args: dict[str, Any], size: int, crop: int) -> None:
     """Against the steps of references/classification/presets.py's ClassificationPresetEval."""
     preprocessing = Preprocessing.from_dict({"source": "", **from_arguments(args)})
-    theirs = transforms.Compose(
+    reference = transforms.Compose(
         [
             transforms.Resize(
                 size, interpolation=transforms.InterpolationMode(args["interpolation"])
@@ -153,34 +152,34 @@ def test_every_bit_is_torchvisions(args: dict[str, Any], size: int, crop: int) -
             transforms.Normalize(mean=IMAGENET["mean"], std=IMAGENET["std"]),
         ]
     )
-    for image in pictures():
-        assert_same(image, preprocessing, theirs)
+    for image in sample_images():
+        assert_same(image, preprocessing, reference)
 
 
 @each(("channels", "mode"), list(itertools.product((1, 3, 4), ("RGB", "L", "RGBA", "P", "CMYK"))))
 def test_channels_and_modes(channels: int, mode: str) -> None:
     preprocessing = Preprocessing(64, (0.4,) * channels, (0.2,) * channels, "bicubic", 0.9, "test")
-    converted = pictures()[1].convert(mode)
-    assert pixels_from_image(converted, preprocessing).shape == (64, 64, channels)
-    image = converted.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    source = sample_images()[1].convert(mode)
+    assert pixels_from_image(source, preprocessing).shape == (64, 64, channels)
+    image = source.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     for crop_mode in ("center", "squash", "border"):
         changed = preprocessing.override(crop_mode=crop_mode)
-        assert np.array_equal(ours(converted, changed), timms(changed)(image).numpy())
+        assert np.array_equal(preprocess(source, changed), timm_transform(changed)(image).numpy())
 
 
-def test_the_middle_between_two_pixels_is_each_sources_own() -> None:
-    image = pictures()[3].resize((75, 75))
+def test_crop_rounding() -> None:
+    image = sample_images()[3].resize((75, 75))
     for rounding, first in (("floor", 5), ("even", 6)):
         chosen = OFFICIAL.override(image_size=64, resize_size=75, crop_rounding=rounding)
         cut = slice(first, first + 64)
         assert np.array_equal(pixels_from_image(image, chosen), np.asarray(image)[cut, cut])
 
 
-def test_what_is_no_picture_for_the_network() -> None:
-    ribbon = Image.new("RGB", (60_000, 1))
-    with pytest.raises(ImageError, match=r"60000 x 1 pixels would be 14880000 pixels"):
-        pixels_from_image(ribbon, OFFICIAL)
+def test_unsupported_images_and_channels() -> None:
+    narrow = Image.new("RGB", (60_000, 1))
+    with pytest.raises(ImageError, match=r"60000 x 1 pixels resizes to 14880000 pixels"):
+        pixels_from_image(narrow, OFFICIAL)
     preprocessing = Preprocessing(64, (0.5,) * 5, (0.5,) * 5, "bicubic", 0.9, "test")
     with pytest.raises(UsageError, match="The network takes 5 channels"):
-        preprocessing.transform()(pictures()[0])
+        preprocessing.transform()(sample_images()[0])
     assert pixels_from_image(Image.new("I;16", (50, 40)), OFFICIAL).shape == (224, 224, 3)

@@ -1,4 +1,4 @@
-"""The network and the pixels of Transformers 4.30.2, run in an environment of its own."""
+"""Logits and pixels equal those of Transformers 4.30.2, in a separate environment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from van_deploy.model.processors import from_processor
 
 pytestmark = pytest.mark.slow
 
-# The last release with a VAN, and what it needs that is not here, in a folder of their own.
+# The last release with a VAN, and its missing dependencies, are installed in a separate folder.
 TRANSFORMERS = ("transformers==4.30.2", "huggingface_hub==0.30.0", "regex", "requests")
 PROCESSORS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("ConvNextImageProcessor", {"size": {"shortest_edge": 64}}),
@@ -39,8 +39,8 @@ import json, sys
 import numpy as np, transformers
 from PIL import Image
 folder = sys.argv[1]
-for index, (kind, said) in enumerate(json.load(open(f"{folder}/processors.json"))):
-    processor = getattr(transformers, kind).from_dict(said)
+for index, (kind, config) in enumerate(json.load(open(f"{folder}/processors.json"))):
+    processor = getattr(transformers, kind).from_dict(config)
     for number in range(int(sys.argv[2])):
         image = Image.open(f"{folder}/{number}.png")
         np.save(f"{folder}/{index}-{number}.npy", processor(image)["pixel_values"][0])
@@ -69,7 +69,7 @@ torch.save((images, logits), f"{sys.argv[1]}/run.pt")
 
 @pytest.fixture(scope="module")
 def transformers(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Return an environment in which Transformers 4.30.2 can be imported."""
+    """Return environment variables with which Transformers 4.30.2 can be imported."""
     assert request.config.cache is not None
     folder = request.config.cache.mkdir("transformers-4.30.2")
     if not (folder / "installed").exists():
@@ -83,30 +83,30 @@ def transformers(request: pytest.FixtureRequest) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def test_every_pixel_is_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
+def test_pixels_equal_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     sizes = ((33, 57), (57, 33), (249, 248), (300, 301), (224, 224), (1000, 247))
     images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     (tmp_path / "processors.json").write_text(json.dumps(PROCESSORS))
-    words = [sys.executable, "-c", PIXELS, str(tmp_path), str(len(images))]
-    subprocess.run(words, check=True, env=transformers | {"USE_TORCH": "0"})
-    for index, (kind, said) in enumerate(PROCESSORS):
-        values = from_processor({"image_processor_type": kind, **said})
+    command = [sys.executable, "-c", PIXELS, str(tmp_path), str(len(images))]
+    subprocess.run(command, check=True, env=transformers | {"USE_TORCH": "0"})
+    for index, (kind, config) in enumerate(PROCESSORS):
+        values = from_processor({"image_processor_type": kind, **config})
         for key in ("mean", "std"):
             values[key] = values[key] if isinstance(values[key], list) else [values[key]] * 3
         preprocessing = Preprocessing.from_dict({"source": "", **values})
         for number, image in enumerate(images):
-            theirs = np.load(tmp_path / f"{index}-{number}.npy")
-            found = normalise(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
-            # They scale and normalise in another order: bytes are equal, floats to rounding.
-            assert np.allclose(theirs, found, rtol=0, atol=1e-5), (kind, said, image.size)
+            expected = np.load(tmp_path / f"{index}-{number}.npy")
+            actual = normalise(pixels_from_image(image, preprocessing)[None], preprocessing)[0]
+            # Transformers scales and normalises in another order, so floats differ by rounding.
+            assert np.allclose(expected, actual, rtol=0, atol=1e-5), (kind, config, image.size)
 
 
-def test_the_network_is_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
-    words = [sys.executable, "-c", NETWORK, str(tmp_path)]
-    subprocess.run(words, check=True, env=transformers | {"USE_TORCH": "1"})
+def test_logits_equal_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NETWORK, str(tmp_path)]
+    subprocess.run(command, check=True, env=transformers | {"USE_TORCH": "1"})
     images, logits = torch.load(tmp_path / "run.pt")
     (tmp_path / "run.pt").unlink()
     loaded = load_van(str(tmp_path))

@@ -1,12 +1,13 @@
-"""The network as timm sees it, with random weights, and the trained one inside the package."""
+"""The network in timm, with random weights, and the packaged network."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
 from tests.each import each
+from tests.model.conftest import FakeHub
 from van_deploy.errors import UsageError
 from van_deploy.model import registry  # noqa: F401
 from van_deploy.model.checkpoint import load_van, read_weights
@@ -25,30 +27,26 @@ from van_deploy.model.embedded import EMBEDDED_WEIGHTS, digits_images, write_dig
 from van_deploy.model.van import VAN, random_van, sha256_of_state, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig, list_variants
 
-if TYPE_CHECKING:
-    from tests.model.conftest import FakeHub
+# --- timm --------------------------------------------------------------------------------------
 
 
-# --- in timm -----------------------------------------------------------------------------------
-
-
-def create(name: str, **options: Any) -> Any:
+def create_model(name: str, **options: Any) -> Any:
     return timm.create_model(name, **options).eval()
 
 
-def test_timm_lists_every_variant_with_the_weights_data_configuration() -> None:
+def test_timm_models_and_data_config() -> None:
     assert timm.list_models("van_b*") == sorted(VARIANTS)
     assert [name.removesuffix(".in1k") for name in timm.list_models("van_b*", pretrained=True)] == [
         name for name, variant in VARIANTS.items() if variant.weights
     ]
-    data = resolve_data_config({}, model=create("van_b0"))
+    data = resolve_data_config({}, model=create_model("van_b0"))
     assert data["input_size"] == (3, 224, 224)
     assert data["mean"] == data["std"] == (0.5, 0.5, 0.5)
     assert (data["interpolation"], data["crop_pct"]) == ("bicubic", 0.9)
 
 
-def test_features_are_maps_until_the_head_pools_them() -> None:
-    model, images = create("van_b0"), torch.randn(2, 3, 64, 96)
+def test_timm_features() -> None:
+    model, images = create_model("van_b0"), torch.randn(2, 3, 64, 96)
     maps = model.forward_features(images)
     assert maps.shape == (2, 256, 2, 3)
     pooled = model.forward_head(maps, pre_logits=True)
@@ -62,15 +60,15 @@ def test_features_are_maps_until_the_head_pools_them() -> None:
         images, indices=[1], stop_early=True, intermediates_only=True
     )
     assert torch.equal(early, chosen[0])
-    features = create("van_b0", features_only=True)
+    features = create_model("van_b0", features_only=True)
     assert features.feature_info.channels() == [32, 64, 160, 256]
     assert features.feature_info.reduction() == [4, 8, 16, 32]
     assert [tuple(m.shape[2:]) for m in features(images)] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
 
-def test_head_and_pooling_can_be_replaced() -> None:
+def test_timm_head_and_pooling() -> None:
     images = torch.randn(1, 1, 64, 64)
-    model = create("van_b0", in_chans=1, num_classes=0, global_pool="", drop_path_rate=0.2)
+    model = create_model("van_b0", in_chans=1, num_classes=0, global_pool="", drop_path_rate=0.2)
     assert model.block4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert torch.equal(model(images), model.forward_features(images))
     model.reset_classifier(4, "avg")
@@ -80,10 +78,10 @@ def test_head_and_pooling_can_be_replaced() -> None:
     with pytest.raises(ValueError, match="for 4 classes"):
         model.reset_classifier(4)
     with pytest.raises(ValueError, match="global_pool is 'max'"):
-        create("van_b0", global_pool="max")
+        create_model("van_b0", global_pool="max")
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+def test_gradient_checkpointing() -> None:
     config = VanConfig((8, 8, 8, 8), (2, 1, 1, 1), (2, 2, 2, 2), num_classes=2)
     torch.manual_seed(0)
     model, images = VAN(config), torch.randn(2, 3, 64, 64)
@@ -96,16 +94,16 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
-def test_pretrained_comes_through_the_checked_loader(hub: FakeHub, shared_checkpoint: Path) -> None:
+def test_timm_pretrained_weights(hub: FakeHub, shared_checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="van_b5 has no public ImageNet-1K weights"):
-        create("van_b5", pretrained=True)
+        create_model("van_b5", pretrained=True)
     repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
     tensors = dict(read_weights(shared_checkpoint).tensors)
     tensors |= {"head.weight": torch.randn(1000, 256) / 16, "head.bias": torch.zeros(1000)}
     buffer = io.BytesIO()
     torch.save({"state_dict": tensors}, buffer)
     hub.repos[repo] = {file: buffer.getvalue()}
-    model = create("van_b0", pretrained=True, num_classes=4)
+    model = create_model("van_b0", pretrained=True, num_classes=4)
     name = "block1.0.attn.proj_1.weight"
     assert torch.equal(model.get_parameter(name), tensors[name])
     assert model.head.out_features == 4
@@ -122,7 +120,7 @@ def largest_activation(model: nn.Module, images: Tensor) -> float:
     return max(largest)
 
 
-def test_one_seed_one_network_with_statistics_of_its_own(tiny_config: VanConfig) -> None:
+def test_random_van_is_deterministic_with_estimated_statistics(tiny_config: VanConfig) -> None:
     before = torch.random.get_rng_state()
     models = [random_van(tiny_config, seed) for seed in (1, 1, 2)]
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -140,7 +138,7 @@ def test_one_seed_one_network_with_statistics_of_its_own(tiny_config: VanConfig)
 
 
 @each("config", [VARIANTS["van_b0"].config, VanConfig((8, 12, 16, 24), (1, 1, 60, 1))])
-def test_activations_stay_of_natural_size(config: VanConfig) -> None:
+def test_random_van_activations_are_bounded(config: VanConfig) -> None:
     model = random_van(config, 0)
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -150,10 +148,10 @@ def test_activations_stay_of_natural_size(config: VanConfig) -> None:
     assert 1 < largest_activation(model, images) < 1000
     logits = model(images)
     assert logits.isfinite().all()
-    assert (logits[0] - logits[1]).std() > 0.01, "two pictures must not look the same"
+    assert (logits[0] - logits[1]).std() > 0.01, "different images must have different logits"
 
 
-def test_digest_sees_names_types_shapes_and_values() -> None:
+def test_state_dict_digest() -> None:
     zeros = torch.zeros(2, 3)
     states = ({"a": zeros}, {"b": zeros}, {"a": zeros.T}, {"a": zeros.int()}, {"a": zeros + 1})
     assert len({sha256_of_state(state) for state in states}) == len(states)
@@ -162,7 +160,7 @@ def test_digest_sees_names_types_shapes_and_values() -> None:
 # --- the embedded network ----------------------------------------------------------------------
 
 
-def test_the_files_are_the_ones_the_card_describes() -> None:
+def test_embedded_network_matches_its_card() -> None:
     card = json.loads(EMBEDDED_WEIGHTS.with_suffix(".json").read_text(encoding="utf-8"))
     assert EMBEDDED_WEIGHTS.stat().st_size <= 1_000_000
     for name, digest in card["sha256"].items():
@@ -174,19 +172,17 @@ def test_the_files_are_the_ones_the_card_describes() -> None:
         assert json.loads(metadata[name]) == card[name]
     assert metadata["licence"] == card["data"]["licence"] == "CC BY 4.0"
     assert "Alpaydin" in metadata["attribution"]
-    loaded = load_van("van_digits")
+    loaded = load_van("van_digits", expect_sha256=card["sha256"]["van_digits.safetensors"].upper())
+    assert (loaded.name, loaded.source.format) == ("van_digits", "embedded")
     assert loaded.class_names == tuple(card["classes"])
     assert loaded.config.parameter_count() == card["parameters"]
-    stated: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()
-    }
-    assert loaded.config == VanConfig(**stated)
+    assert json.loads(json.dumps(asdict(loaded.config))) == card["config"]
     listed = list_variants()[-1]
     assert (listed.parameters, listed.image_size) == (card["parameters"], 64)
     assert listed.here == str(EMBEDDED_WEIGHTS)
 
 
-def test_the_folder_holds_the_images_by_class(tmp_path: Path) -> None:
+def test_write_digits_folder(tmp_path: Path) -> None:
     images, labels = digits_images("heldout")
     paths = list(write_digits_folder(tmp_path / "heldout", "heldout").rglob("*.png"))
     assert len(paths) == 360

@@ -1,1 +1,1 @@
-"""Images and their labels: read alike by quantize, evaluate, predict, serve and the checks."""
+"""Images and their labels, read the same way by every command."""

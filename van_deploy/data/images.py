@@ -1,8 +1,8 @@
-"""From a folder or an ``.npz`` to network input: the one way for every command.
+"""Read images from a folder or an ``.npz`` and convert them to network input.
 
-Quantize, evaluate, predict, serve and the checks all read images here, so that they see
-the same pixels: upright, 8 bits a channel, as many channels as the network takes, then
-resized and cropped as its weights want it.
+``quantize``, ``evaluate``, ``predict``, ``serve`` and the checks all use this module, so that they
+have the same pixels: EXIF orientation applied, 8 bits per channel, the network's number of
+channels, then resized and cropped by its preprocessing.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from van_deploy.files import content_key, file_sha256
 from van_deploy.model import preprocess
 from van_deploy.model.preprocess import MAX_PIXELS, Preprocessing
 
-# What the suffixes stand for; Pillow reads a camera's MPO as JPEG. No others are tried: it gives an
-# EPS to Ghostscript, whatever the file is called.
+# The only formats that Pillow may detect (MPO is read as JPEG): for others it would start
+# programs, such as Ghostscript for EPS, whatever the suffix.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# An archive may claim to unpack to so many times its size (recorded ranges have 5), or bytes.
-MOST_UNPACKED, ALWAYS_TAKEN_BYTES = 100, 256 * 2**20
-# Batches decoded before they are asked for: enough to hide a slow file, and a bound on memory.
-AHEAD = 3
+# An .npz may unpack to this multiple of its size (recorded ranges have 5), or at least these bytes.
+MAX_UNPACK_RATIO, MIN_UNPACK_LIMIT_BYTES = 100, 256 * 2**20
+# Batches decoded in advance: enough to hide one slow file, with bounded memory.
+PREFETCH_BATCHES = 3
 
 Values = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One image, not opened yet.
+    """One image that is not loaded yet.
 
     Attributes:
-        name: what reports call it; a file's path below its set's folder, with slashes.
-        data: a file, or values: ``(H, W)`` or ``(H, W, C)`` uint8, or normalised network
+        name: in reports; of a file, its path relative to the image folder, with slashes.
+        data: a file, or an array: ``(H, W)`` or ``(H, W, C)`` uint8, or normalised network
             input ``(C, S, S)`` float32.
-        group: the class folder it lies in; "" if there is none.
-        label: index of its class, once known.
+        group: name of its class folder; "" if there is none.
+        label: index of its class, or None if unknown.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ImageItem:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its file, or of its values.
+        """SHA-256 of its file or array.
 
         Raises:
             ImageError: the file cannot be read.
@@ -68,8 +68,8 @@ class ImageItem:
             return hashlib.sha256(np.ascontiguousarray(self.data).tobytes()).hexdigest()
         try:
             return file_sha256(self.data)
-        except OSError as problem:
-            _refuse(problem)
+        except OSError as error:
+            _raise_read_error(error)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class ImageSet:
 
     Attributes:
         items: the images.
-        description: what they are, and how labels were found; for reports and manifests.
-        root: the folder they lie in; None for arrays.
-        folders: the first folders below ``root``, those without images too.
-        noise: whether they are no images at all.
+        description: of the images and the source of their labels, for reports and manifests.
+        root: their folder; None for arrays.
+        folders: the direct subfolders of ``root``, including those without images.
+        noise: whether they are random noise instead of images.
     """
 
     items: tuple[ImageItem, ...]
@@ -91,22 +91,22 @@ class ImageSet:
     noise: bool = False
 
     def __len__(self) -> int:
-        """Return how many images there are."""
+        """Return the number of images."""
         return len(self.items)
 
     @property
     def labels(self) -> npt.NDArray[np.int64] | None:
-        """The classes ``(N,)``, or None unless every image has one."""
+        """The class indices ``(N,)``, or None if an image has no label."""
         labels = [item.label for item in self.items]
         return None if None in labels else np.array(labels, np.int64)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the images' contents, in their order."""
+        """SHA-256 of the images' contents, in order."""
         return content_key({"images": [item.digest for item in self.items]})
 
     def take(self, indices: Sequence[int], description: str = "") -> ImageSet:
-        """Return the images ``indices``, in that order."""
+        """Return the images at ``indices``, in that order."""
         items = tuple(self.items[int(index)] for index in indices)
         return replace(self, items=items, description=description or self.description)
 
@@ -114,26 +114,24 @@ class ImageSet:
         """Return at most ``limit`` images, spread evenly."""
         if limit >= len(self):
             return self
-        described = f"{self.description}; {limit} of {len(self)}, evenly spread"
-        return self.take(np.linspace(0, len(self) - 1, limit).astype(int).tolist(), described)
+        description = f"{self.description}; {limit} of {len(self)}, evenly spread"
+        return self.take(np.linspace(0, len(self) - 1, limit).astype(int).tolist(), description)
 
-    def labelled(self, labels: Sequence[int], how: str) -> ImageSet:
-        """Return the images with their labels; ``how`` says where these came from."""
+    def with_labels(self, labels: Sequence[int], source: str) -> ImageSet:
+        """Return the images with labels, whose ``source`` is added to the description."""
         pairs = zip(self.items, labels, strict=True)
         items = tuple(replace(item, label=int(label)) for item, label in pairs)
-        return replace(self, items=items, description=f"{self.description}, {how}")
+        return replace(self, items=items, description=f"{self.description}, {source}")
 
 
-# --- finding ---------------------------------------------------------------------------------
+# --- listing ---------------------------------------------------------------------------------
 
 
 def image_set(path: Path | str | ImageSet) -> ImageSet:
     """Return the images of a folder, at any depth and sorted by path, or of an ``.npz``.
 
-    A set is returned as it is.
-
-    An ``.npz`` holds an array ``images`` (or only one): uint8 ``(N, H, W)`` or
-    ``(N, H, W, C)``, or normalised float32 ``(N, C, S, S)``.
+    An ``ImageSet`` is returned unchanged. An ``.npz`` has an array ``images``, or only one array:
+    uint8 ``(N, H, W)`` or ``(N, H, W, C)``, or normalised float32 ``(N, C, S, S)``.
 
     Raises:
         ImageError: there is no image, or the path cannot be read.
@@ -142,7 +140,7 @@ def image_set(path: Path | str | ImageSet) -> ImageSet:
         return path
     path = Path(path)
     if path.suffix == ".npz":
-        items = _items_of_npz(path)
+        items = _load_npz_items(path)
         return ImageSet(items, f"{len(items)} images of '{path}'")
     pairs = [(file, file.relative_to(path)) for file in find_images(path)]
     items = tuple(ImageItem(n.as_posix(), file, "".join(n.parts[:-1][:1])) for file, n in pairs)
@@ -153,36 +151,35 @@ def image_set(path: Path | str | ImageSet) -> ImageSet:
 def find_images(folder: Path | str) -> tuple[Path, ...]:
     """Return the image files under ``folder``, at any depth, sorted by their path.
 
-    Files are picked by suffix (:data:`SUFFIXES`, either case). Hidden
-    files and folders are passed over. Symbolic links are followed, and a folder
-    that was seen already is not entered again, so a loop of links ends.
+    Files are selected by suffix (:data:`SUFFIXES`, in either case). Hidden files and folders are
+    ignored. Symbolic links are followed; each folder is visited once, so cycles of links end.
 
     Raises:
-        ImageError: the folder is missing, not a folder, not readable, or holds no image.
+        ImageError: the folder does not exist, is not a folder, cannot be read, or has no image.
     """
-    found: list[Path] = []
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(folder, onerror=_refuse, followlinks=True):
-        place = os.path.realpath(parent)
-        known, seen = place in seen, seen | {place}
-        folders[:] = [] if known else [name for name in folders if name[0] != "."]
-        named = [Path(parent, name) for name in files if name[0] != "." and not known]
-        found += [p for p in named if p.suffix.lower() in SUFFIXES and p.is_file()]
-    if not found:
-        wrong = f"There is no image in '{folder}' or the folders below it."
-        raise ImageError(wrong, f"Pass a folder with files ending in {', '.join(SUFFIXES)}.")
-    return tuple(sorted(found))
+    images: list[Path] = []
+    visited: set[str] = set()
+    for parent, folders, files in os.walk(folder, onerror=_raise_read_error, followlinks=True):
+        real_path = os.path.realpath(parent)
+        is_visited, visited = real_path in visited, visited | {real_path}
+        folders[:] = [] if is_visited else [name for name in folders if name[0] != "."]
+        paths = [Path(parent, name) for name in files if name[0] != "." and not is_visited]
+        images += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
+    if not images:
+        message = f"There is no image in '{folder}' or its subfolders."
+        raise ImageError(message, f"Pass a folder with files ending in {', '.join(SUFFIXES)}.")
+    return tuple(sorted(images))
 
 
-def _refuse(problem: OSError) -> NoReturn:
-    wrong = f"'{problem.filename}' cannot be read: {problem.strerror}."
-    raise ImageError(wrong, "Check the path and its permissions.") from problem
+def _raise_read_error(error: OSError) -> NoReturn:
+    message = f"'{error.filename}' cannot be read: {error.strerror}."
+    raise ImageError(message, "Check the path and its permissions.") from error
 
 
-def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
+def _load_npz_items(path: Path) -> tuple[ImageItem, ...]:
     try:
-        values = _array(path)
-    except Exception as error:  # NumPy's and zipfile's readers raise almost anything on damage
+        values = _load_npz_array(path)
+    except Exception as error:  # damaged files make NumPy and zipfile raise many types
         raise ImageError(
             f"'{path}' cannot be read as an .npz of images: {error}.",
             "Save it with np.savez(path, images=array): uint8 (N, H, W) or (N, H, W, C), or "
@@ -191,24 +188,24 @@ def _items_of_npz(path: Path) -> tuple[ImageItem, ...]:
     return tuple(ImageItem(f"image {n} of '{path}'", value) for n, value in enumerate(values))
 
 
-def _array(path: Path) -> Values:
-    """Return the images of an archive: ``images``, or its only array.
+def _load_npz_array(path: Path) -> Values:
+    """Return the array ``images`` of an ``.npz``, or its only array.
 
     Raises:
-        ValueError: they are no images, are pickled, or the file is a decompression bomb.
-        KeyError: there are several arrays, and none is called so.
+        ValueError: the array is not of images, is pickled, or the file is a decompression bomb.
+        KeyError: there are several arrays, and none is named ``images``.
     """
     require_regular_file(path)
     size = path.stat().st_size
     with np.load(path, allow_pickle=False) as stored:
         unpacked = sum(entry.file_size for entry in stored.zip.infolist())
-        if unpacked > max(ALWAYS_TAKEN_BYTES, MOST_UNPACKED * size):
-            raise ValueError(f"it has {size:,} bytes and claims to unpack to {unpacked:,}")
+        if unpacked > max(MIN_UNPACK_LIMIT_BYTES, MAX_UNPACK_RATIO * size):
+            raise ValueError(f"it has {size:,} bytes and would unpack to {unpacked:,}")
         values: Values = stored[stored.files[0] if len(stored.files) == 1 else "images"]
-    images = values.dtype == np.uint8 and values.ndim in {3, 4}
-    inputs = values.dtype == np.float32 and values.ndim == 4 and np.isfinite(values).all()
-    if not (values.size and (images or inputs)):
-        raise ValueError(f"the images are {values.dtype} of shape {values.shape}, or not finite")
+    is_images = values.dtype == np.uint8 and values.ndim in {3, 4}
+    is_input = values.dtype == np.float32 and values.ndim == 4 and np.isfinite(values).all()
+    if not (values.size and (is_images or is_input)):
+        raise ValueError(f"the array is {values.dtype} of shape {values.shape}, or not finite")
     return values
 
 
@@ -218,24 +215,23 @@ def _array(path: Path) -> Values:
 def open_image(
     source: Path | str | bytes, *, channels: int = 3, name: str = "", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """Return an image, upright, fully decoded, in the mode of ``channels``; the first of frames.
+    """Return the first frame of an image, decoded, with the mode of ``channels``.
 
-    Every mode becomes grey (1 channel), RGB (3) or RGBA (4) as Pillow's ``convert`` (and so
-    timm) does it: grey is repeated, CMYK converted, a palette looked up. Transparency is kept
-    with 4 channels (an image without it is opaque) and dropped with 1 or 3. Two things are done
-    before that: the EXIF orientation is applied, and 16-bit grey is scaled to 8 bits (Pillow
-    alone would clip it to white).
+    Every mode is converted to grey (1 channel), RGB (3) or RGBA (4) with Pillow's ``convert``, as
+    in timm: grey is repeated, CMYK converted, a palette looked up. Transparency is kept with
+    4 channels (opaque if the image has none) and dropped with 1 or 3. Before the conversion, the
+    EXIF orientation is applied and 16-bit grey is scaled to 8 bits (Pillow would clip it).
 
     Args:
         source: a path, or the bytes of an image file.
         channels: 1, 3 or 4.
-        name: what errors call the image, at the beginning of a sentence; by default its path.
-        max_pixels: more pixels than this are refused before they are decoded.
+        name: of the image at the beginning of error messages; by default its path.
+        max_pixels: images with more pixels are refused before decoding.
 
     Raises:
-        UsageError: no image has so many channels.
+        UsageError: ``channels`` is not 1, 3 or 4.
         ImageError: not an image, damaged, truncated, too large, or of a pixel
-            type without an agreed range (32-bit integers, floats).
+            type without a defined range (32-bit integers, floats).
     """
     mode = preprocess.image_mode(channels)
     name = name or ("The image" if isinstance(source, bytes) else f"'{source}'")
@@ -244,23 +240,23 @@ def open_image(
             require_regular_file(Path(source))
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(stream, formats=FORMATS) as image:
-            return _converted(image, mode, max_pixels)
-    except Exception as problem:  # Pillow's decoders raise almost anything on damaged files
-        reason = getattr(problem, "strerror", "") or " ".join(str(problem).split()).rstrip(".")
-        if isinstance(problem, UnidentifiedImageError):
+            return _convert(image, mode, max_pixels)
+    except Exception as error:  # damaged files make Pillow raise many types
+        reason = getattr(error, "strerror", "") or " ".join(str(error).split()).rstrip(".")
+        if isinstance(error, UnidentifiedImageError):
             reason = "it is in no known image format"
-        elif isinstance(problem, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        elif isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
             reason = f"it is too large to open safely, {reason}"
-        wrong = f"{name} cannot be read as an image: {reason or type(problem).__name__}."
-        raise ImageError(wrong, "Replace the file, make it smaller, or leave it out.") from problem
+        message = f"{name} cannot be read as an image: {reason or type(error).__name__}."
+        raise ImageError(message, "Replace the file, make it smaller, or remove it.") from error
 
 
-def _converted(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
-    """Return an opened image upright, with 8 bits a channel, in ``mode``.
+def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
+    """Return an image with its EXIF orientation applied, converted to ``mode``.
 
     Raises:
         DecompressionBombError: it has more than ``max_pixels``.
-        ValueError: its pixels have no agreed range, or channels that Pillow drops.
+        ValueError: the range of its pixels is undefined, or Pillow would drop a channel.
     """
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height} pixels"
@@ -268,28 +264,28 @@ def _converted(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
     image.seek(0)
     tags = getattr(image, "tag_v2", {})
     if mode == "RGBA" and image.mode == "RGB" and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 3) > 3:
-        raise ValueError("it has more than 3 channels, and none is marked as transparency")
-    ImageOps.exif_transpose(image, in_place=True)  # which makes no copy where nothing is turned
+        raise ValueError("its 4th channel is not marked as transparency")
+    ImageOps.exif_transpose(image, in_place=True)  # makes no copy if there is nothing to do
     upright: Image.Image = image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         bits = np.ravel(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16))[0]
-        largest = (1 << int(bits)) - 1  # what such a file can hold: 4095 for 12 bits
-        values = np.asarray(image).astype(np.float64) * (255 / largest)
+        white = (1 << int(bits)) - 1  # 4095 for 12 bits
+        values = np.asarray(image).astype(np.float64) * (255 / white)
         upright = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
     elif image.mode in {"I", "F"}:
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no agreed range")
+        raise ValueError(f"the range of 32-bit pixels (mode {image.mode}) is undefined")
     if upright.mode == "P" and "transparency" in upright.info:
-        upright = upright.convert("RGBA")  # straight to RGB, Pillow warns
+        upright = upright.convert("RGBA")  # Pillow warns on a direct conversion to RGB
     if upright.mode not in {"1", "L", "LA", "P", "PA", "RGB", "RGBA"}:
-        upright = upright.convert("RGB")  # the others have no way to RGBA
+        upright = upright.convert("RGB")  # other modes have no direct conversion to RGBA
     return upright.convert(mode)
 
 
 def decode_item(item: ImageItem, channels: int = 3) -> Image.Image | None:
-    """Return an item as an image in the mode of ``channels``; None for arrays that are none.
+    """Return an item as an image with the mode of ``channels``; None for other arrays.
 
     Raises:
-        UsageError: no image has so many channels.
+        UsageError: ``channels`` is not 1, 3 or 4.
         ImageError: it cannot be read.
     """
     if isinstance(item.data, Path):
@@ -301,22 +297,23 @@ def decode_item(item: ImageItem, channels: int = 3) -> Image.Image | None:
     return Image.fromarray(np.ascontiguousarray(values)).convert(preprocess.image_mode(channels))
 
 
-def item_values(item: ImageItem, preprocessing: Preprocessing) -> Values:
+def load_item(item: ImageItem, preprocessing: Preprocessing) -> Values:
     """Return an item's pixels ``(H, W, C)`` uint8, or its network input ``(C, H, W)`` float32.
 
     Raises:
-        UsageError: the network's channels are not an image's, or an array is not of its size.
+        UsageError: an image file cannot have the network's number of channels, or an array has
+            another shape than the network's input.
         ImageError: it cannot be read.
     """
     image = decode_item(item, preprocessing.channels)
     if image is not None:
         return preprocess.pixels_from_image(image, preprocessing)
-    values, channels = np.asarray(item.data), (preprocessing.channels,)
-    bytes_ = values.dtype == np.uint8
-    wanted = (*preprocessing.sides, *channels) if bytes_ else (*channels, *preprocessing.sides)
-    if values.shape != wanted:
+    values, (height, width) = np.asarray(item.data), preprocessing.sides
+    shape = (preprocessing.channels, height, width)
+    shape = (height, width, preprocessing.channels) if values.dtype == np.uint8 else shape
+    if values.shape != shape:
         raise UsageError(
-            f"The {item.name} is an array of shape {values.shape}; the network takes {wanted}.",
+            f"The {item.name} is an array of shape {values.shape}; the network takes {shape}.",
             "Save it in the network's size; only uint8 images of 1, 3 or 4 channels are resized.",
         )
     return values
@@ -327,16 +324,16 @@ def item_values(item: ImageItem, preprocessing: Preprocessing) -> Values:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some images, ready for the network.
+    """A batch of network input.
 
     Attributes:
-        indices: which of the items they are.
+        indices: of its items.
         inputs: ``(n, C, H, W)`` float32, normalised; n may be 0.
-        pixels: the same ``(n, H, W, C)`` uint8 before normalisation; None where an item is
-            network input already.
+        pixels: the same ``(n, H, W, C)`` uint8 before normalisation; None if the items are
+            normalised arrays.
         unreadable: index and reason of each item that could not be read.
-        names: what each is called in a report, where images are to be checked on.
-        description: all of them in one phrase.
+        names: of the images in reports, for :func:`~van_deploy.data.samples.verification_images`.
+        description: of all images in one phrase.
     """
 
     indices: tuple[int, ...]
@@ -347,23 +344,24 @@ class Batch:
     description: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[int, Values | str], preprocessing: Preprocessing) -> Batch:
-        """Return the batch of what :func:`item_values` gave, by index, or why it did not."""
-        good = {index: value for index, value in values.items() if not isinstance(value, str)}
-        bad = tuple((index, value) for index, value in values.items() if isinstance(value, str))
+    def stack(cls, values: Mapping[int, Values | str], preprocessing: Preprocessing) -> Batch:
+        """Return a batch of values of :func:`load_item` by index; a ``str`` is a read error."""
+        arrays = {index: value for index, value in values.items() if not isinstance(value, str)}
+        errors = tuple((index, value) for index, value in values.items() if isinstance(value, str))
         empty = np.empty((*preprocessing.sides, preprocessing.channels), np.uint8)
-        stacked = np.stack([*good.values()] or [empty])[: len(good)]
+        stacked = np.stack([*arrays.values()] or [empty])[: len(arrays)]
         if stacked.dtype == np.uint8:
-            return cls(tuple(good), preprocess.normalise(stacked, preprocessing), stacked, bad)
-        return cls(tuple(good), stacked, None, bad)
+            normalised = preprocess.normalise(stacked, preprocessing)
+            return cls(tuple(arrays), normalised, stacked, errors)
+        return cls(tuple(arrays), stacked, None, errors)
 
     def __len__(self) -> int:
-        """Return how many there are."""
+        """Return the number of images."""
         return len(self.inputs)
 
     @property
     def values(self) -> Values:
-        """The pixels where there are any, else the inputs."""
+        """The pixels, or the inputs if there are no pixels."""
         return self.inputs if self.pixels is None else self.pixels
 
 
@@ -375,34 +373,35 @@ def decoded_batches(
     indices: Sequence[int] | None = None,
     workers: int = 1,
 ) -> Iterator[Batch]:
-    """Yield the items in their order as network input, ``batch`` of them at a time.
+    """Yield the items in order as network input, in batches of ``batch`` items.
 
-    Pillow decodes and resizes without Python's lock, so threads are enough. At most
-    :data:`AHEAD` batches wait. A batch is smaller by what could not be read.
+    Threads are enough, since Pillow releases the GIL to decode and resize. At most
+    :data:`PREFETCH_BATCHES` batches are decoded in advance. Unreadable items are omitted from
+    their batch.
 
     Args:
         items: the images.
         preprocessing: of the network.
-        batch: items a batch, 1 or more.
-        indices: which of the items; all by default.
-        workers: threads.
+        batch: items per batch, 1 or more.
+        indices: of the items to use; by default all.
+        workers: number of threads.
 
     Raises:
-        UsageError: the network's channels are not an image's, or an array is not of its size.
+        UsageError: an item does not match the network's channels or input shape.
     """
     every = range(len(items)) if indices is None else indices
     groups = [every[start : start + batch] for start in range(0, len(every), batch)]
 
-    def values(index: int) -> Values | str:
+    def load(index: int) -> Values | str:
         try:
-            return item_values(items[index], preprocessing)
+            return load_item(items[index], preprocessing)
         except ImageError as error:
             return error.message
 
     with ThreadPoolExecutor(max(1, workers), thread_name_prefix="decode") as pool:
         waiting: deque[Any] = deque()
-        for group in (*groups, *[()] * AHEAD):
-            waiting.append({index: pool.submit(values, index) for index in group})
-            if len(waiting) > AHEAD:
-                ready = {index: future.result() for index, future in waiting.popleft().items()}
-                yield Batch.of(ready, preprocessing)
+        for group in (*groups, *[()] * PREFETCH_BATCHES):
+            waiting.append({index: pool.submit(load, index) for index in group})
+            if len(waiting) > PREFETCH_BATCHES:
+                values = {index: future.result() for index, future in waiting.popleft().items()}
+                yield Batch.stack(values, preprocessing)

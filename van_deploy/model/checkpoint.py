@@ -106,20 +106,20 @@ def load_van(
     variant = get_variant(spec) if is_variant or not (is_path or spec == EMBEDDED_NAME) else None
     if variant and weights == "random" and not (expect_sha256 or container or head):
         loaded = _load_random(spec, variant, seed, overrides)
-        return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
-    if weights == "random" or (weights and not variant):
-        wrong = f"'{spec}' cannot be combined with --weights {weights} and the other options"
+    elif weights == "random" or (weights and not variant):
+        message = f"'{spec}' cannot be combined with --weights {weights} and the other options"
         reason = "only variants take --weights; random weights have no digest, container or head"
-        raise UsageError(f"{wrong}: {reason}.", "Give a checkpoint, or a variant and --weights.")
-    if variant and not weights:
-        weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
-        if not weights:
-            wrong = f"{variant.name} has no public ImageNet-1K weights."
-            raise UsageError(wrong, variant.weights_note)
-    location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
-    file = find_weights(location, expect_sha256, offline)
-    checkpoint = read_weights(file.path, container)
-    loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
+        raise UsageError(f"{message}: {reason}.", "Give a checkpoint, or a variant and --weights.")
+    elif variant and not (weights or variant.weights):
+        message = f"{variant.name} has no public ImageNet-1K weights."
+        raise UsageError(message, variant.weights_note)
+    else:
+        if variant and not weights:
+            weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
+        location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
+        file = find_weights(location, expect_sha256, offline)
+        checkpoint = read_weights(file.path, container)
+        loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
     return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 
 
@@ -142,8 +142,8 @@ def _load_checkpoint(
     config, assumed = config_from_state_dict(checkpoint.tensors, overrides.get("head"))
     if variant and config.variant != variant.name:
         other = config.variant or "another architecture"
-        wrong = f"The weights are not of {variant.name} but of {other}: {config.trunk}."
-        raise CheckpointError(wrong, "Give that name, or the file without a name.")
+        message = f"The weights are not of {variant.name} but of {other}: {config.trunk}."
+        raise CheckpointError(message, "Give that name, or the file without a name.")
     stages = overrides.get("out_indices", () if config.num_classes else ALL_STAGES)
     config, preprocessing, names, notes = read_metadata(config, checkpoint, file, overrides)
     config = config.backbone(tuple(stages)) if stages or "out_indices" in overrides else config
@@ -210,7 +210,7 @@ def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
     it only matters in training.
 
     Raises:
-        CheckpointError: tensors are missing, unexpected or of the wrong shape; they are listed.
+        CheckpointError: tensors are missing, unexpected or of the message shape; they are listed.
     """
     with torch.device("meta"):  # shapes only, which is fast and draws no random numbers
         model = VAN(config)
@@ -220,8 +220,8 @@ def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
         model.load_state_dict(dict(state), assign=True)
     except RuntimeError as error:
         _, _, differences = " ".join(str(error).split()).partition("for VAN: ")
-        wrong = f"The checkpoint does not match the VAN of its shapes: {differences[:1000]}"
-        raise CheckpointError(wrong, _COMPLETE_HINT) from None
+        message = f"The checkpoint does not match the VAN of its shapes: {differences[:1000]}"
+        raise CheckpointError(message, _COMPLETE_HINT) from None
     return model.eval().requires_grad_(False)
 
 
@@ -252,8 +252,8 @@ def config_from_state_dict(
     lka = "block1.0.attn.spatial_gating_unit"
     k0, k1 = (_shape(state, f"{lka}.{n}.weight", 4)[3] for n in ("conv0", "conv_spatial"))
     if k0 % 2 == 0 or k1 % 2 == 0:
-        wrong = f"The kernel sizes of {lka} are {(k0, k1)}; LKA's are odd (5 and 7)."
-        raise CheckpointError(wrong, "Pass a VAN with odd kernels, which keep the maps' size.")
+        message = f"The kernel sizes of {lka} are {(k0, k1)}; LKA's are odd (5 and 7)."
+        raise CheckpointError(message, "Pass a VAN with odd kernels, which keep the maps' size.")
     layers, notes = _head_layers(state, head)
     classes = [layer for layer in layers if isinstance(layer, int)]
     if not layers and any(name.startswith("head.") for name in state):
@@ -276,8 +276,8 @@ def config_from_state_dict(
 def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
     shape = tuple(state[name].shape) if name in state else ()
     if len(shape) != dimensions or 0 in shape:
-        wrong = f"The checkpoint's {name} is missing or has an invalid shape: {shape}."
-        raise CheckpointError(wrong, _COMPLETE_HINT)
+        message = f"The checkpoint's {name} is missing or has an invalid shape: {shape}."
+        raise CheckpointError(message, _COMPLETE_HINT)
     return shape
 
 
@@ -298,9 +298,9 @@ def _head_layers(
     pairs = zip_longest(kinds, names, fillvalue="?")
     if any(name not in HEAD_LAYERS if kind == "?" else name != kind for kind, name in pairs):
         what = f"--head {','.join(requested)} does not match" if requested else "Unknown head"
-        wrong = f"{what}: its layers are {', '.join(kinds)}; the weights do not define each '?'."
+        message = f"{what}: its layers are {', '.join(kinds)}; the weights do not define each '?'."
         such = f"--head {','.join(kinds).replace('?', 'relu')} (or {', '.join(HEAD_LAYERS)})"
-        raise (UsageError if requested else CheckpointError)(wrong, f"Name all layers: {such}.")
+        raise (UsageError if requested else CheckpointError)(message, f"Name all layers: {such}.")
     layers = (len(w) if name == "linear" else name for w, name in zip_longest(weights, names))
     note = "the head begins with layers without weights, assumed to be dropout (--head)"
     return tuple(layers), (note,) if first and not requested else ()

@@ -86,56 +86,53 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
     is_file = path.exists() or (WEIGHTS_SUFFIX.search(spec) and not (repo and repo["file"]))
     if path.is_dir():
         stem = path.resolve().name
-        path /= _select_weights_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
+        path /= _select_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
     elif is_file or spec.startswith((".", "/", "~")):
         stem = path.resolve().parent.name if stem.lower() in _GENERIC_STEMS else stem
     elif repo is None:
-        wrong = f"'{spec}' is not an existing file, a repository (owner/name) or 'random'."
-        raise UsageError(wrong, "Give a path, a Hugging Face repository (owner/name), or random.")
+        message = f"'{spec}' is not an existing file, a repository (owner/name) or 'random'."
+        raise UsageError(message, "Give a path, a Hugging Face repository (owner/name), or random.")
     else:
         owner, _, stem = repo["repo"].partition("/")
         path, note = _download(repo["repo"], repo["revision"] or "main", repo["file"], offline)
         official = owner.lower() == "visual-attention-network"
         source = f"{repo['repo']}/{path.name}"
-    digest, blob, configs = "", path.resolve(), list[Path]()
+    digest, blob, files = "", path.resolve(), list[Path]()
     with contextlib.suppress(OSError):  # load_file reports the error
         digest = file_sha256(path)
-        files = (path.parent / CONFIG, path.parent / PROCESSOR)
-        configs = [file for file in files if file.exists()]
+        files = [f for f in (path.parent / CONFIG, path.parent / PROCESSOR) if f.exists()]
     # The hub names large files' blobs by their SHA-256.
     if digest and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
         with contextlib.suppress(OSError):  # the cache may be read-only
             blob.unlink()
-        wrong = f"{source} is damaged: its SHA-256 is {digest}, the hub announced {blob.name}."
-        raise DownloadError(wrong, f"Remove {blob} if it still exists, and try again.")
+        message = f"{source} is damaged: its SHA-256 is {digest}, the hub announced {blob.name}."
+        raise DownloadError(message, f"Remove {blob} if it still exists, and try again.")
     if digest and expect_sha256 and digest != expect_sha256.lower():
-        wrong = f"{source} is another file: its SHA-256 is {digest}, expected: {expect_sha256}."
-        raise DownloadError(wrong, "Check the digest and HF_ENDPOINT, or download the file again.")
+        message = f"{source} is another file: its SHA-256 is {digest}, expected: {expect_sha256}."
+        raise DownloadError(message, "Check the digest and HF_ENDPOINT, or download it again.")
     name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "van"
     notes = tuple(filter(None, (note, LICENCE if official else "")))
-    contents = {file.name: _read_json_object(file) for file in configs}
-    return WeightsFile(name, path, digest, contents, official, notes)
+    return WeightsFile(name, path, digest, {f.name: _read_json(f) for f in files}, official, notes)
 
 
-def _select_weights_file(names: Iterable[str], folder: str) -> str:
+def _select_file(names: Iterable[str], folder: str) -> str:
     """Return ``model.safetensors``, else ``pytorch_model.bin``, else the only weights file."""
     names = sorted(names)
     candidates = [name for name in _DEFAULT_FILES if name in names][:1]
     candidates = candidates or [name for name in names if WEIGHTS_SUFFIX.search(name)]
     if len(candidates) != 1:
         files = ", ".join((candidates or names)[:10])
-        wrong = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
-        example = folder + (candidates or ["weights.pth"])[0]
-        raise UsageError(wrong, f"Select one, such as {example}.")
+        message = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
+        raise UsageError(message, f"Select one, such as {folder}{[*candidates, 'weights.pth'][0]}.")
     return candidates[0]
 
 
-def _read_json_object(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(read_text_file(file)))
     except (OSError, ValueError, TypeError) as error:
-        wrong = f"The file {file} cannot be read: {error}."
-        raise CheckpointError(wrong, "Correct it, or remove it from the folder.") from None
+        message = f"The file {file} cannot be read: {error}."
+        raise CheckpointError(message, "Correct it, or remove it from the folder.") from None
 
 
 # --- the hub ---------------------------------------------------------------------------------
@@ -157,9 +154,7 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
                 raise
             offline, reason = True, str(error).strip().partition("\n")[0]
             note = f"the cached copy is used, since the hub is not available: {reason}"
-        selected = file or (
-            _select_weights_file(names, f"{repo_id}:") if names else _DEFAULT_FILES[0]
-        )
+        selected = file or (_select_file(names, f"{repo_id}:") if names else _DEFAULT_FILES[0])
         folder = selected[: selected.rfind("/") + 1]
         configs = [folder + name for name in (CONFIG, PROCESSOR) if folder + name in names]
         get = partial(api.hf_hub_download, repo_id, revision=revision, local_files_only=offline)
@@ -205,9 +200,9 @@ def load_file(path: Path) -> Mapping[Any, Any]:
     if head[8:9] == b"{":
         return _load_safetensors(path)
     if not head.startswith((b"PK", b"\x80")):
-        wrong = f"The file {path} is not a checkpoint: it begins with {head!r}."
+        message = f"The file {path} is not a checkpoint: it begins with {head!r}."
         hint = "b'<' begins a web page, b'version https://git-lfs' a Git LFS pointer"
-        raise CheckpointError(wrong, f"Pass a file of torch.save or safetensors ({hint}).")
+        raise CheckpointError(message, f"Pass a file of torch.save or safetensors ({hint}).")
     content = _load_pickle(path, mmap=head.startswith(b"PK") and _is_uncompressed_zip(path))
     if isinstance(content, Mapping):
         return content
@@ -284,5 +279,5 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     if not unsafe:
         raise _read_error(path, "its pickle was not written by torch.save")
     names = ", ".join(unsafe[:3])
-    wrong = f"{path} is refused: its pickle imports {names}, so loading it would execute code."
-    raise CheckpointError(wrong, f"If you trust it, open it in its own program. {_SAVE_HINT}")
+    message = f"{path} is refused: its pickle imports {names}, so loading it would execute code."
+    raise CheckpointError(message, f"If you trust it, open it in its own program. {_SAVE_HINT}")

@@ -130,15 +130,13 @@ def find_network(
     """
     mappings = dict(_tensor_mappings(content))
     if container not in (None, TOP_LEVEL):
-        every = [
-            (f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()
-        ]
-        prefixed = {name: t for full, name, t in every if full.startswith(f"{container}.")}
+        rows = [(f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()]
+        prefixed = {name: t for full, name, t in rows if full.startswith(f"{container}.")}
         selected = mappings.get(container) or prefixed
         if not selected:
             available = (f"{path or TOP_LEVEL} ({len(ts)})" for path, ts in mappings.items())
-            wrong = f"The checkpoint has no tensors under '{container}'."
-            raise UsageError(wrong, f"It has tensors in: {', '.join(available)}.")
+            message = f"The checkpoint has no tensors under '{container}'."
+            raise UsageError(message, f"It has tensors in: {', '.join(available)}.")
         mappings = {container: selected}
     networks: dict[tuple[str, str, str], DetectedNetwork] = {}
     for path, (name, anchor) in itertools.product(mappings, _ANCHORS.items()):
@@ -150,8 +148,8 @@ def find_network(
     detected = list(networks.values())
     if not detected:
         names = max(map(list, mappings.values()), key=len, default=[])
-        wrong = f"The checkpoint is not a VAN ({len(names)} tensors: {_join_names(names, 5)})."
-        raise CheckpointError(wrong, "Pass a VAN with official, Transformers or mmpretrain names.")
+        message = f"The checkpoint is not a VAN ({len(names)} tensors: {_join_names(names, 5)})."
+        raise CheckpointError(message, "Pass a VAN (official, Transformers or mmpretrain names).")
     complete = [n for n in detected if len({stage for stage, _ in n.blocks}) == STAGES]
     candidates = complete or detected
     averaged = [network for network in candidates if _AVERAGED.search(network.path)]
@@ -159,9 +157,9 @@ def find_network(
     if len(selection) > 1:
         places = ", ".join(f"{one.format} names under '{one.container}'" for one in selection)
         choices = " or --container ".join(one.container for one in selection)
-        wrong = f"The checkpoint contains several networks, or one in mixed formats: {places}."
+        message = f"The checkpoint contains several networks, or one in mixed formats: {places}."
         remedy = f"Select one: --container {choices}; or save one network's state dict."
-        raise (UsageError if complete else CheckpointError)(wrong, remedy)
+        raise (UsageError if complete else CheckpointError)(message, remedy)
     others = ", ".join(one.container for one in candidates if one is not selection[0])
     note = f"the file also contains {others}: the averaged weights are used (--container)"
     return selection[0], (note,) if others else ()
@@ -217,8 +215,8 @@ def official_names(network: DetectedNetwork) -> tuple[dict[str, str], tuple[str,
         unknown = [name for name in unknown if name not in ignored]
     if unknown:
         select = f", or select it with --container {network.container}" if prefix else ""
-        wrong = f"The checkpoint contains tensors that are not the VAN's: {_join_names(unknown)}."
-        raise CheckpointError(wrong, f"Save the state dict of one complete VAN{select}.")
+        message = f"The checkpoint contains tensors that are not the VAN's: {_join_names(unknown)}."
+        raise CheckpointError(message, f"Save the state dict of one complete VAN{select}.")
     if ignored:
         notes.append(f"tensors in the file that are not the network's: {_join_names(ignored)}")
     return names, tuple(notes)

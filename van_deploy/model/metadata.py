@@ -142,9 +142,9 @@ def _check_values(where: str, values: Values, allowed: Mapping[str, tuple[Any, .
     for key, expected in allowed.items():
         if values.get(key) not in (None, *expected):
             options, value = " or ".join(map(str, expected)), reprlib.repr(values[key])
-            wrong = f"T{where[1:]} has {key} {value}; this network needs {options}."
+            message = f"{key} is {value} in {where}; this network needs {options}."
             move = ", or move the weights out of its folder" if _BESIDE in where else ""
-            raise CheckpointError(wrong, f"Correct or remove '{key}'{move}.")
+            raise CheckpointError(message, f"Correct or remove '{key}'{move}.")
 
 
 def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> dict[str, Any]:
@@ -182,8 +182,8 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         return ", ".join(others[:10])
 
     if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
-        wrong = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
-        raise CheckpointError(wrong, "Correct it, or move the weights out of its folder.")
+        message = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
+        raise CheckpointError(message, "Correct it, or move the weights out of its folder.")
     used = {k: values[k] for k in ("strides", "layer_norm_eps", "problem_type") if k in values}
     texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
     texts["unknown keys in"] = unknown(content)
@@ -237,8 +237,8 @@ def _read_preprocessing(
         return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
-        empty, ignored = (None, "", [], ()), {*overrides, "source"}
-        values = {k: v for k, v in read(content).items() if k not in ignored and v not in empty}
+        items, ignored = read(content).items(), {*overrides, "source"}
+        values = {k: v for k, v in items if k not in ignored and v not in (None, "", [], ())}
         if {"image_size", "crop_pct"} & overrides.keys():
             values.pop("resize_size", None)
         assumed = ", ".join(k for k in _OPTIONS if k not in values and k not in overrides)
@@ -247,8 +247,8 @@ def _read_preprocessing(
     except (UsageError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
         if not overrides.keys() >= set(_OPTIONS):
             reason = e.message if isinstance(e, UsageError) else f"{str(e)[:200]}."
-            wrong = f"{source[0].upper()}{source[1:]} cannot be used: {reason}"
-            raise CheckpointError(wrong, _PREPROCESSING_HINT) from None
+            message = f"{source[0].upper()}{source[1:]} cannot be used: {reason}"
+            raise CheckpointError(message, _PREPROCESSING_HINT) from None
         result = default
     if source.endswith(_BESIDE) and file.is_official:
         if str(result) != str(default):
@@ -276,8 +276,8 @@ def _read_class_names(
     if len(sources) > 1:
         (one, where), (two, other), *_ = sources.items()
         index = next(i for i, name in enumerate(one) if name != two[i])
-        wrong = f"Class {index} is '{one[index]}' in {where}, but '{two[index]}' in {other}."
-        raise CheckpointError(wrong, _LABELS_HINT)
+        message = f"Class {index} is '{one[index]}' in {where}, but '{two[index]}' in {other}."
+        raise CheckpointError(message, _LABELS_HINT)
     notes += [f"class names from {where}" for where in sources.values()]
     return next(iter(sources), None)
 
@@ -300,6 +300,6 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
     if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's
         return names[1:]
     if len(names) != classes:
-        wrong = f"{key} in {table} has {len(value)} entries, but the network has {classes} classes."
-        raise CheckpointError(wrong, _LABELS_HINT)
+        message = f"{key} in {table} has {len(value)} entries; the network has {classes} classes."
+        raise CheckpointError(message, _LABELS_HINT)
     return names

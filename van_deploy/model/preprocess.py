@@ -28,7 +28,6 @@ from van_deploy.errors import ImageError, UsageError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch
     from PIL import Image
 
 # timm's names of Pillow's filters.
@@ -81,15 +80,13 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Set the default ``resize_size`` and check that the values are consistent."""
         if not self.resize_size:
-            object.__setattr__(
-                self, "resize_size", _timm_resize_size(self.image_size, self.crop_pct)
-            )
+            object.__setattr__(self, "resize_size", _timm_resize(self.image_size, self.crop_pct))
         if len(self.mean) != len(self.std):
             raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
         resized, crop = height_width(self.resize_size), height_width(self.image_size)
         if resized[0] < crop[0] or resized[1] < crop[1]:
-            image = f"an image resized to {self.resize_size}"
-            raise ValueError(f"crops {self.image_size} pixels from {image}")
+            sizes = f"{self.image_size} pixels from an image resized to {self.resize_size}"
+            raise ValueError(f"crops {sizes}")
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -118,8 +115,8 @@ class Preprocessing:
         for name in {"mean", "std"} & values.keys():
             value = values[name] if isinstance(values[name], list | tuple) else (values[name],)
             if len(value) not in (1, self.channels):
-                wrong = f"The {name} has {len(value)} values for {self.channels} channels."
-                raise UsageError(wrong, f"Give one value, or {self.channels}.")
+                message = f"The {name} has {len(value)} values for {self.channels} channels."
+                raise UsageError(message, f"Give one value, or {self.channels}.")
             values[name] = tuple(value) * (self.channels // len(value))
         return self.from_dict({**self.as_dict(), **resize, "source": source, **values})
 
@@ -140,32 +137,29 @@ class Preprocessing:
             detail = error.errors(include_url=False)[0]
         text = detail["msg"].removeprefix("Value error, ")
         value = f"{detail['loc'][0]} {reprlib.repr(detail['input'])}: " if detail["loc"] else "it "
-        wrong = f"The preprocessing is invalid: {value}{text}."
-        raise UsageError(wrong, "Correct it: mean and std are of values in 0..1, not 0..255.")
+        message = f"The preprocessing is invalid: {value}{text}."
+        raise UsageError(message, "Correct it: mean and std are of values in 0..1, not 0..255.")
 
-    def transform(self) -> Callable[[Image.Image], torch.Tensor]:
+    def transform(self) -> Callable[[Image.Image], Any]:
         """Return the evaluation transform, from an image to ``(C, H, W)`` float32, normalised.
 
         It raises the errors of :func:`pixels_from_image`.
         """
-        import torch
+        from torch import from_numpy
 
-        return lambda image: torch.from_numpy(
-            normalise(pixels_from_image(image, self)[None], self)[0]
-        )
+        return lambda image: from_numpy(normalise(pixels_from_image(image, self)[None], self)[0])
 
     def __str__(self) -> str:
         """Return the values on one line, without their source."""
-        side, pct = self.resize_size, f"{self.crop_pct:g}"
+        size, side, pct = format_size(self.image_size), self.resize_size, f"{self.crop_pct:g}"
         resize = f"resize {side if isinstance(side, int) else format_size(side)}"
-        crop = f"crop {pct}" if _timm_resize_size(self.image_size, float(pct)) == side else resize
+        crop = f"crop {pct}" if _timm_resize(self.image_size, float(pct)) == side else resize
         crop += "" if self.crop_mode == "center" else f", {self.crop_mode}"
         mean, std = ("/".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
-        size = format_size(self.image_size)
         return f"{size} {self.interpolation}, {crop}, mean {mean}, std {std}"
 
 
-def _timm_resize_size(size: ImageSize, crop_pct: float) -> ImageSize:
+def _timm_resize(size: ImageSize, crop_pct: float) -> ImageSize:
     """Return timm's size to resize to before a crop of ``crop_pct``."""
     height, width = (math.floor(side / crop_pct) for side in height_width(size))
     return height if isinstance(size, int) else (height, width)
@@ -197,9 +191,9 @@ def image_mode(channels: int) -> str:
         UsageError: ``channels`` is not 1, 3 or 4.
     """
     if channels not in _MODES:
-        wrong = f"The network takes {channels} channels, and image files have 1, 3 or 4."
+        message = f"The network takes {channels} channels, and image files have 1, 3 or 4."
         arrays = f"uint8 (N, H, W, {channels}) or normalised float32 (N, {channels}, H, W)"
-        raise UsageError(wrong, f"Give an .npz with 'images', {arrays}; a server takes tensors.")
+        raise UsageError(message, f"Give an .npz with 'images', {arrays}; a server takes tensors.")
     return _MODES[channels]
 
 
@@ -262,8 +256,8 @@ def _resized_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[
     else:
         resized = _divide_size(size, min(ratios))
     if resized[0] * resized[1] > MAX_PIXELS:
-        wrong = f"An image of {width} x {height} pixels resizes to {max(resized)} pixels."
-        raise ImageError(wrong, "Crop the image to the relevant part first.")
+        message = f"An image of {width} x {height} pixels resizes to {max(resized)} pixels."
+        raise ImageError(message, "Crop the image to the relevant part first.")
     return resized
 
 

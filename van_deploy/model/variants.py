@@ -80,8 +80,8 @@ class VanConfig:
         indices = tuple(index for index in range(len(self.depths)) if index in out_indices)
         if not indices or len(indices) != len(out_indices):
             requested = ", ".join(map(str, out_indices)) or "(none)"
-            wrong = f"The stages {requested} are not distinct numbers of 0 to {STAGES - 1}."
-            raise UsageError(wrong, "Give --out-indices as in timm, such as 0,1,2,3.")
+            message = f"The stages {requested} are not distinct numbers of 0 to {STAGES - 1}."
+            raise UsageError(message, "Give --out-indices as in timm, such as 0,1,2,3.")
         return replace(self, num_classes=0, head=(), out_indices=indices)
 
     @property
@@ -230,7 +230,7 @@ def get_variant(name: str) -> Variant:
     similar = difflib.get_close_matches(key, list(VARIANTS), n=3, cutoff=0.5)
     guess = f"Did you mean {' or '.join(similar)}? " if similar else ""
     remedy = f"{guess}Known: {', '.join(VARIANTS)}; for a checkpoint give its path, ./mine.pth."
-    raise UsageError(f"There is no VAN variant named '{name}'.", remedy)
+    raise UsageError(f"There is no VAN variant called '{name}'.", remedy)
 
 
 @dataclass(frozen=True)
