@@ -138,10 +138,7 @@ def test_fp32_nodes_match_modules_or_regular_expressions(digits: Digits) -> None
     assert "block2.1.mlp.fc1" not in kept
     found = fp32_nodes(digits.graph, (r"block1\.\d\.mlp\.fc1",))
     assert set(found) == {"block1.0.mlp.fc1", "block1.1.mlp.fc1"}
-    for keep, message in (
-        ("block9", "'block9' matches no"),
-        ("(", "not a valid regular"),
-    ):
+    for keep, message in (("block9", "'block9' matches no"), ("(", "not a valid regular")):
         with pytest.raises(UsageError, match=message):
             fp32_nodes(digits.graph, (keep,))
 
@@ -156,9 +153,7 @@ def test_audit_keeps_weights_that_fp16_rounds_to_zero(digits: Digits) -> None:
     assert "which FP16 rounds to zero" in vanishing["block1.0.mlp.fc2"]
 
 
-def test_audit_keeps_overflowing_nodes_and_their_neighbours_and_recommends_bf16(
-    digits: Digits,
-) -> None:
+def test_audit_keeps_overflowing_nodes_and_recommends_bf16(digits: Digits) -> None:
     factors = {f"{GATE}.conv0.weight": 2.0**15, f"{GATE}.conv0.bias": 2.0**15}
     loud = scaled(digits.graph, {**factors, f"{GATE}.conv_spatial.weight": 2.0**-15})
     ranges = observe_ranges(van_from_onnx(loud, digits.loaded.config), batches(digits.train), ())

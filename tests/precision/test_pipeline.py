@@ -233,10 +233,7 @@ def test_failed_quantisation_does_not_change_the_bundle(
         ({"target": "cpu", "strict": True}, "strict= is for FP16"),
         ({"rest": "fp32", "strict": True}, "rest= is fp32"),
         ({"bias_correction": False}, "equalize= shifts channels"),
-        (
-            {"scope": ("auto",), "max_drop": 1.0},
-            "auto times whole.* conflicts with max_drop=",
-        ),
+        ({"scope": ("auto",), "max_drop": 1.0}, "auto times whole scopes.* max_drop="),
         ({"noise": True, "images": Path("x")}, "noise= and images= conflict"),
     ],
 )

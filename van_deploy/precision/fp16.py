@@ -121,7 +121,7 @@ def audit_ranges(
         )
     if problems:
         advice = (
-            f"FP16 cannot represent {len(problems)} tensor(s); BF16 can, since it has FP32's range: "
+            f"FP16 cannot represent {len(problems)} tensor(s), BF16 can (it has FP32's range): "
             "compare with `van-deploy quantize --precision bf16`"
         )
     nonzero = [(name, size) for name, size in largest.items() if size > 0]
