@@ -1,4 +1,4 @@
-"""Pins are versions that are asked for, the bill of materials lists them, audits do not pretend."""
+"""Pins meet the requirements, the bill of materials lists them, and audits report failures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ HERE = [one for one in DECLARED if one.marker is None or one.marker.evaluate({"e
 
 
 def unmet(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[str]:
-    """Return the requirements that the version there is does not meet."""
+    """Return the requirements that are not met by the given versions."""
     return [
         f"{one} refuses {version}"
         for one in wanted
