@@ -21,21 +21,10 @@ from van_deploy.errors import UsageError
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import write_digits_folder
 
-RECIPE = """
-[model]
-name = "van_digits"
-
-[batch]
-min = 1
-opt = 2
-max = 4
-
-[export]
-opset = 18
-embed_preprocess = "uint8"
-
-[precision]
-make = ["fp16"]
+RECIPE = """batch = "1:2:4"
+model = {name = "van_digits"}
+export = {opset = 18, embed_preprocess = "uint8"}
+precision = {make = ["fp16"]}
 """
 OPTIONS: dict[str, Any] = {"batch": "1:2:4", "opset": 18, "embed_preprocess": "uint8"}
 OPTIONS |= {"precision": ["fp16"]}

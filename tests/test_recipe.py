@@ -50,10 +50,8 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[export]\noutputs=['top5', 'top5']": "export.outputs repeats an output. Give each output",
     "[export]\nout_indices=[1]": "export.out_indices selects feature maps, and export.features is",
     "[batch]\nmin=4\nopt=2": "range 4:2:32 is not min <= opt <= max. Give three rising",
-    "batch='1:2'": "'batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one size.",
     "[preprocessing]\nmean=0.5": "'preprocessing.mean' is 0.5: it should be a list.",
     "[preprocessing]\ncrop_pct=nan": "'preprocessing.crop_pct' is nan: it should be a finite",
-    "[precision]\nmake=['int4']": "'precision.make.0' is 'int4': it should be 'fp16', ",
     "[precision]\ncalibrate_on_noise=true\nimages='x'": (
         "precision.calibrate_on_noise and precision.images conflict. Remove one"
     ),
@@ -66,7 +64,6 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[engines]\nworkspace='lots'": "'engines.workspace' is 'lots': it should be a number",
     "[evaluate]\nlabels='l.txt'": "evaluate.labels needs evaluate.images. Give",
     "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images needs classes.",
-    "[export]\nfeatures=true\noutputs=['top5']": "and export.outputs top5 needs classes.",
     "[preprocessing]\nimage_size=64\n[export]\ndynamic_size='96:128:160'": (
         "image_size 64x64 is outside export.dynamic_size 96:128:160. Give a size in the"
     ),
