@@ -1,4 +1,4 @@
-"""Runs fuzzing, faults and load, and writes their tables into docs/reliability.md.
+"""Run fuzzing, fault injection and load tests, and write their tables into docs/reliability.md.
 
 python -m reliability                               # everything, about two hours
 python -m reliability --only fuzz,requests
@@ -26,45 +26,43 @@ PARTS = {"fuzz": fuzz.table, "requests": requests.table, "faults": faults.table,
 
 
 def main() -> int:
-    """Run the parts asked for; return 1 if one found a fault."""
+    """Run the requested parts; return 1 if one has a failure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--count", type=int, help="of cases, images and requests")
     parser.add_argument("--seed", type=int, default=0, help="of fuzz and requests")
     parser.add_argument("--kind", nargs="*", default=[], choices=list(KINDS), help="of fuzz")
-    asked = parser.parse_args()
-    found, whole = [], not (asked.count or asked.seed or asked.kind)
-    for name in asked.only.split(","):
+    args = parser.parse_args()
+    failed, write_page = False, not (args.count or args.seed or args.kind)
+    for name in args.only.split(","):
         if name not in PARTS:
-            parser.error(f"there is no part '{name}'; known: {', '.join(PARTS)}")
-        more = {"seed": asked.seed} if name in {"fuzz", "requests"} else {}
-        more |= {"only": asked.kind} if name == "fuzz" else {}
+            parser.error(f"unknown part '{name}'; choose from {', '.join(PARTS)}")
+        options = {"seed": args.seed} if name in {"fuzz", "requests"} else {}
+        options |= {"only": args.kind} if name == "fuzz" else {}
         start = time.monotonic()
-        columns, rows, wrong = PARTS[name](asked.count, **more)
-        table = "\n".join(
-            [markdown_table(columns, rows), *(f"- fault: {fault}" for fault in wrong)]
-        )
-        print(f"{name}\n\n{table}", file=sys.stderr, flush=True)
-        if whole:
-            write_atomic(PAGE, _with_section(name, time.monotonic() - start, table))
-        found += wrong
-    return int(bool(found))
+        columns, rows, failures = PARTS[name](args.count, **options)
+        lines = [markdown_table(columns, rows), *(f"- failure: {failure}" for failure in failures)]
+        print(f"{name}\n", *lines, sep="\n", file=sys.stderr, flush=True)
+        if write_page:
+            _write_section(name, time.monotonic() - start, "\n".join(lines))
+        failed = failed or bool(failures)
+    return int(failed)
 
 
-def _with_section(name: str, seconds: float, table: str) -> str:
-    """Return the page with what was found between the marks of a part."""
-    page, total = PAGE.read_text(encoding="utf-8"), memory().total_bytes
+def _write_section(name: str, seconds: float, table: str) -> None:
+    """Replace the section of one part in the page."""
     versions = ", ".join(f"{n} {version}" for n, version in tool_versions(*EXPORT_TOOLS).items())
+    total = memory().total_bytes
     gib = f", {total / 2**30:.0f} GiB" if total else ""
-    facts = (
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s",
-        f"{cpu().name}, {cpu().cores_allowed} cores{gib}",
-        versions,
-        f"`python -m reliability --only {name}`",
-    )
-    block = "\n".join([*(f"- {fact}" for fact in facts), "", table])
+    block = f"""- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s
+- {cpu().name}, {cpu().cores_allowed} cores{gib}
+- {versions}
+- `python -m reliability --only {name}`
+
+{table}"""
     pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    return pattern.sub(lambda mark: f"{mark[1]}{block}\n{mark[2]}", page)
+    page = PAGE.read_text(encoding="utf-8")
+    write_atomic(PAGE, pattern.sub(lambda mark: f"{mark[1]}{block}\n{mark[2]}", page))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Bad days: killed commands, full disks, read-only folders, writers side by side, odd clocks.
+"""Inject faults: killed commands, full disks, read-only folders, concurrent writers, odd clocks.
 
-After each the bundle must be the old one or the new one, whole, and the next run of
-the same command must succeed. What this machine does not allow (a small file system
-needs the right to mount one) is reported as skipped, with the reason.
+After each fault the bundle must be the old one or the new one, complete, and the next run of
+the same command must succeed. Faults that this machine does not support (mounting a small file
+system needs a privilege) are reported as skipped, with the reason.
 
-A step on the disk is an entry that is opened to write, made, renamed or removed inside the bundle;
-Python's audit hooks see them. Killing at random moments hardly ever falls between two renames;
-this goes through all of them. Such commands run in forks of a process that has imported
-everything: what a command imports takes longer than what it does.
+A step is a file-system entry of the bundle that is opened for writing, created, renamed or removed;
+Python's audit hooks report them. Killing at random moments rarely hits the time between two
+renames; these tests go through all steps. The commands run in forks of a process that has imported
+all packages, because importing takes longer than the command.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from typing import Any
 from reliability.load import export_test_bundle
 
 FORKS = multiprocessing.get_context("forkserver")
-IMPORTED = (
+PRELOADED = [
     *("torch", "torch._dynamo", "torch.onnx", "torchvision", "timm", "onnx", "onnxscript"),
     *("onnxsim", "onnxruntime", "tensorrt_rtx", "van_deploy.pipeline", "van_deploy.cli.make"),
-)
-NEEDS_ROOM = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
-CHANGES = {*NEEDS_ROOM, "os.remove", "os.rmdir", "os.truncate"} - {"open"}
-PATHS = (str, bytes, os.PathLike)
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+]
+EVENTS_NEEDING_SPACE = {"os.mkdir", "os.rename", "open", "os.link", "os.symlink"}
+EVENTS = {*EVENTS_NEEDING_SPACE, "os.remove", "os.rmdir", "os.truncate"}
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SIZES_KIB = (64, 256, 512, 900, 1300, 1800, 2600, 3600, 5000)
-MOST_STEPS = 1000
-STOPS = {"kill": "`kill -9` before", "full": "disk full from"}
+STEP_LIMIT = 1000
+INTERRUPTIONS = {"kill": "`kill -9` before", "full": "disk full from"}
+# The commands that write.
 COMMANDS = {
     "export": "export van_digits --output {bundle} --force",
     "quantize": "quantize {bundle} --precision fp16 --force",
@@ -50,8 +50,6 @@ COMMANDS = {
     "run": "run van_digits --precision fp16 --output {bundle} --force",
     "report": "report {bundle}",
 }
-"""The commands that write."""
-PREDICT = "predict {bundle} {bundle}/golden/0.png"
 CLOCK = """
 import itertools, time
 start, steps = time.time(), itertools.count()
@@ -62,103 +60,99 @@ main()
 
 
 @dataclass
-class Trials:
-    """What became of one fault: what came out how often, what must not be, why it was not tried."""
+class FaultResult:
+    """Result of one fault: counted outcomes, failures, and the reason if it was skipped."""
 
     fault: str
     outcomes: Counter[str] = field(default_factory=Counter)
-    broken: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     skipped: str = ""
 
-    def judge(
+    def add(
         self,
-        what: str,
-        ended: tuple[int, str],
+        step: str,
+        result: tuple[int, str],
         allowed: Collection[int] = (0,),
         bundle: Path | None = None,
     ) -> None:
-        """Count how a command ended; another exit code, a traceback or a mixture is broken."""
-        (code, said), problem = ended, bundle_is_whole(bundle) if bundle else ""
-        if problem or code not in allowed or "Traceback" in said:
-            self.broken.append(f"{what}: {code} {problem} {said[-600:]}")
-        self.outcomes[f"exit code {code}" if code else "ended well"] += 1
+        """Count a command's exit code; other codes, tracebacks and damaged bundles are failures."""
+        (code, stderr), problem = result, bundle_problem(bundle) if bundle else ""
+        if problem or code not in allowed or "Traceback" in stderr:
+            self.failures.append(f"{step}: {code} {problem} {stderr[-600:]}")
+        self.outcomes[f"exit code {code}"] += 1
 
-    def run(self, line: str, *allowed: int, bundle: Path, **how: Any) -> None:
-        """Run a command on a bundle, and judge how it ended."""
-        self.judge(line, van_deploy(line, bundle, **how), allowed, bundle)
+    def run(self, line: str, *allowed: int, bundle: Path, **options: Any) -> None:
+        """Run a command on a bundle and add its result."""
+        self.add(line, run_command(line, bundle, **options), allowed, bundle)
 
 
-def van_deploy(
+def run_command(
     line: str, bundle: Path, program: Sequence[str] = ("-m", "van_deploy"), **environment: str
 ) -> tuple[int, str]:
-    """Run a command on a bundle as a process of its own; return its exit code and its stderr."""
-    words = [sys.executable, *program, *words_of(line, bundle)]
+    """Run a command on a bundle in a process of its own; return its exit code and its stderr."""
+    words = [sys.executable, *program, *(word.format(bundle=bundle) for word in line.split())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     return done.returncode, done.stderr
 
 
-def words_of(line: str, bundle: Path) -> list[str]:
-    """Return a command's words, its bundle filled in."""
-    return [word.format(bundle=bundle) for word in line.split()]
+def bundle_problem(folder: Path) -> str:
+    """Return the problem of a bundle that the next command opens, or "".
 
-
-def bundle_is_whole(folder: Path) -> str:
-    """Return what is wrong with a bundle, opened as the next command would; "" is good.
-
-    No bundle at all is good as well: nothing was there, nothing is. What the next writer sweeps
-    up is no harm.
+    A folder without a bundle is correct if it contains only files that the next writer removes.
     """
     from van_deploy.bundle import MANIFEST, Bundle
     from van_deploy.errors import VanDeployError
 
     if not (folder / MANIFEST).exists() and not (folder / ".pending").is_dir():
         names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-        strangers = [n for n in names if n != ".lock" and not n.startswith(".staging-")]
-        return f"{folder.name} has no manifest and holds {strangers}" if strangers else ""
+        names = [n for n in names if n != ".lock" and not n.startswith(".staging-")]
+        return f"{folder.name} has no manifest and contains {names}" if names else ""
     try:
         return "; ".join(Bundle.open(folder).problems())
     except VanDeployError as error:
         return error.message
 
 
-def stopped_at_every_step(
-    folder: Path, only: Sequence[str] = tuple(COMMANDS), kinds: Sequence[str] = tuple(STOPS)
-) -> Iterator[Trials]:
-    """Kill commands before each of their steps, or let the disk be full from there on."""
+def interrupt_every_step(
+    folder: Path,
+    commands: Sequence[str] = tuple(COMMANDS),
+    kinds: Sequence[str] = tuple(INTERRUPTIONS),
+) -> Iterator[FaultResult]:
+    """Kill commands before each of their steps, or fill the disk from there on."""
     base = export_test_bundle(folder / "base", "van_digits")
-    FORKS.set_forkserver_preload(list(IMPORTED))  # what is not installed is left out
-    for kind, name in itertools.product(kinds, only):
-        trials = Trials(f"{STOPS[kind]} every step of `{name}`, on the bundle's files")
+    FORKS.set_forkserver_preload(PRELOADED)  # ignores packages that are not installed
+    for kind, name in itertools.product(kinds, commands):
+        result = FaultResult(f"{INTERRUPTIONS[kind]} every step of `{name}`, on the bundle's files")
         target = folder / f"{kind}-{name}"
-        for step in range(1, MOST_STEPS):
+        for step in range(1, STEP_LIMIT):
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(base, target)
-            ended = _forked(name, target, kind, step)
-            if ended[0] == 3 and "not installed" in ended[1]:
-                trials.skipped = ended[1].strip().splitlines()[0]
+            code, stderr = _run_in_fork(name, target, kind, step)
+            if code == 3 and "not installed" in stderr:
+                result.skipped = stderr.strip().splitlines()[0]
                 break
-            if ended[0] == 0:  # there was no such step any more
+            if code == 0:  # the command has fewer steps
                 break
-            trials.judge(f"step {step}", ended, (3, -signal.SIGKILL), target)
-            again = _forked(name, target, kind, MOST_STEPS)
-            if again[0] or bundle_is_whole(target):
-                trials.broken.append(f"the run after step {step}: {again}")
+            result.add(f"step {step}", (code, stderr), (3, -signal.SIGKILL), target)
+            code, stderr = _run_in_fork(name, target, kind, STEP_LIMIT)
+            if code or bundle_problem(target):
+                result.failures.append(f"the run after step {step}: {code} {stderr}")
         else:
-            trials.broken.append(f"it never came to an end in {MOST_STEPS} steps")
-        yield trials
+            result.failures.append(f"more than {STEP_LIMIT} steps")
+        yield result
 
 
-def _forked(name: str, target: Path, kind: str, step: int) -> tuple[int, str]:
-    """Return the exit code of a command that is stopped at a step, and its stderr."""
-    log = target.parent / "said"
-    process = FORKS.Process(target=_run, args=(name, target, kind, step, log))
+def _run_in_fork(name: str, target: Path, kind: str, step: int) -> tuple[int, str]:
+    """Return the exit code and the stderr of a command that is interrupted at a step."""
+    log = target.parent / "stderr"
+    process = FORKS.Process(target=_run_interrupted, args=(name, target, kind, step, log))
     process.start()
     process.join()
     return process.exitcode or 0, log.read_text(errors="replace")
 
 
-def _run(name: str, target: Path, kind: str, step: int, log: Path) -> None:
+def _run_interrupted(name: str, target: Path, kind: str, step: int, log: Path) -> None:
     import torch
 
     from van_deploy.cli.app import app
@@ -166,24 +160,26 @@ def _run(name: str, target: Path, kind: str, step: int, log: Path) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     torch.set_num_threads(1)
-    sys.addaudithook(_stopping(os.path.realpath(target), kind, step))
-    app([*words_of(COMMANDS[name], target), "--json"], prog_name="van-deploy")
+    sys.addaudithook(_interruption(os.path.realpath(target), kind, step))
+    words = [word.format(bundle=target) for word in COMMANDS[name].split()]
+    app([*words, "--json"], prog_name="van-deploy")
 
 
-def _stopping(place: str, kind: str, step: int) -> Callable[[str, tuple[Any, ...]], None]:
-    """Return an audit hook that counts what is changed below ``place``, and stops it there."""
+def _interruption(folder: str, kind: str, step: int) -> Callable[[str, tuple[Any, ...]], None]:
+    """Return an audit hook that counts the changes in ``folder`` and interrupts one of them."""
     number = itertools.count(1)
 
-    def hook(event: str, details: tuple[Any, ...]) -> None:
-        writes = event == "open" and isinstance(details[2], int) and details[2] & WRITING
-        if not (writes or event in CHANGES) or not isinstance(details[0], PATHS):
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event not in EVENTS or not isinstance(args[0], str | bytes | os.PathLike):
             return
-        if not os.path.realpath(os.fsdecode(details[0])).startswith(place + os.sep):
+        if event == "open" and not (isinstance(args[2], int) and args[2] & WRITE_FLAGS):
             return
-        at = next(number)
-        if kind == "kill" and at == step:
+        if not os.path.realpath(os.fsdecode(args[0])).startswith(folder + os.sep):
+            return
+        current = next(number)
+        if kind == "kill" and current == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        if kind == "full" and at >= step and event in NEEDS_ROOM:
+        if kind == "full" and current >= step and event in EVENTS_NEEDING_SPACE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return hook
@@ -191,16 +187,16 @@ def _stopping(place: str, kind: str, step: int) -> Callable[[str, tuple[Any, ...
 
 @contextlib.contextmanager
 def small_disk(folder: Path, kib: int) -> Iterator[None]:
-    """Mount a file system of that size on ``folder``.
+    """Mount a file system of ``kib`` KiB on ``folder``.
 
     Raises:
-        OSError: this process may not mount one.
+        OSError: this process has no permission to mount one.
     """
     folder.mkdir(exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(folder)]
     done = subprocess.run(["mount", *options], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise OSError(f"no file system may be mounted here: {done.stderr.strip()}")
+        raise OSError(f"cannot mount a file system: {done.stderr.strip()}")
     try:
         yield
     finally:
@@ -208,90 +204,90 @@ def small_disk(folder: Path, kib: int) -> Iterator[None]:
 
 
 def full_disk(
-    folder: Path, only: Sequence[str] = ("export", "quantize", "build"), sizes: Any = SIZES_KIB
-) -> Iterator[Trials]:
-    """Run commands that write where the disk fills up at ever later writes."""
+    folder: Path, commands: Sequence[str] = ("export", "quantize", "build"), sizes: Any = SIZES_KIB
+) -> Iterator[FaultResult]:
+    """Run commands that write on disks of increasing size."""
     base, disk = export_test_bundle(folder / "full-base", "van_digits"), folder / "disk"
     used = 64 + sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) // 1024
-    for name in only:
-        trials = Trials(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
+    for name in commands:
+        result = FaultResult(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
         try:
             for free in sizes:
                 with small_disk(disk, free + (0 if name == "export" else used)):
                     if name != "export":
                         shutil.copytree(base, disk / "bundle")
                     (disk / "tmp").mkdir()
-                    full: Any = {"bundle": disk / "bundle", "TMPDIR": str(disk / "tmp")}
-                    trials.run(COMMANDS[name], 0, 3, **full)
+                    paths: Any = {"bundle": disk / "bundle", "TMPDIR": str(disk / "tmp")}
+                    result.run(COMMANDS[name], 0, 3, **paths)
         except OSError as error:
-            trials.skipped = str(error)
-        yield trials
+            result.skipped = str(error)
+        yield result
 
 
-def read_only(folder: Path) -> Iterator[Trials]:
-    """Run every command that reads, and every one that writes, on a read-only bundle."""
-    trials, disk = Trials("a bundle on a read-only file system"), folder / "ro"
+def read_only_disk(folder: Path) -> Iterator[FaultResult]:
+    """Run commands that read, and commands that write, on a read-only bundle."""
+    result, disk = FaultResult("a bundle on a read-only file system"), folder / "ro"
     base = export_test_bundle(folder / "base", "van_digits")
+    lines: dict[tuple[int, ...], tuple[str, ...]] = {
+        (0,): ("info {bundle}", "inspect {bundle}", "predict {bundle} {bundle}/golden/0.png"),
+        (0, 3, 5): ("verify {bundle} --no-modules", "drift {bundle} --level stage"),
+        (3, 5): (COMMANDS["quantize"], COMMANDS["build"], COMMANDS["export"]),
+    }
     try:
         with small_disk(disk, 20_000):
             bundle = Path(shutil.copytree(base, disk / "bundle"))
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-            for line in ("info {bundle}", "inspect {bundle}", PREDICT):
-                trials.run(line, 0, bundle=bundle)
-            for line in ("verify {bundle} --no-modules", "drift {bundle} --level stage"):
-                trials.run(line, 0, 3, 5, bundle=bundle)
-            for name in ("quantize", "build", "export"):
-                trials.run(COMMANDS[name], 3, 5, bundle=bundle)
+            for allowed, line in ((codes, line) for codes in lines for line in lines[codes]):
+                result.run(line, *allowed, bundle=bundle)
     except OSError as error:
-        trials.skipped = str(error)
-    yield trials
+        result.skipped = str(error)
+    yield result
 
 
-def two_writers(folder: Path) -> Iterator[Trials]:
-    """Let three processes write one bundle at the same time, five times."""
-    trials = Trials("three processes writing one bundle")
+def concurrent_writers(folder: Path) -> Iterator[FaultResult]:
+    """Run three commands that write one bundle at the same time, five times."""
+    result = FaultResult("three processes writing one bundle")
     bundle = export_test_bundle(folder / "shared", "van_digits")
     lines = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(5):
-            for code, said in pool.map(lambda line: van_deploy(line, bundle), lines):
-                replaced = code == 5 and "was replaced while" in said
-                trials.judge("a writer", (0 if replaced else code, said), (0, 3))
-            trials.judge("all writers", (0, ""), bundle=bundle)
-    yield trials
+            for code, stderr in pool.map(lambda line: run_command(line, bundle), lines):
+                replaced = code == 5 and "was replaced while" in stderr
+                result.add("a writer", (0 if replaced else code, stderr), (0, 3))
+            result.add("all writers", (0, ""), bundle=bundle)
+    yield result
 
 
-def odd_places(folder: Path) -> Iterator[Trials]:
-    """Run commands while the clock goes back a minute at every look, and with a spoiled cache."""
-    loop, file = folder / "loop", folder / "a-file"
-    trials, export = Trials("a clock that goes back a minute at every look"), COMMANDS["export"]
+def clock_and_cache(folder: Path) -> Iterator[FaultResult]:
+    """Run commands with a clock that goes backwards, and with an unreadable cache."""
+    loop, file, export = folder / "loop", folder / "a-file", COMMANDS["export"]
+    result = FaultResult("a clock that goes back a minute at every call")
     for line in (export, COMMANDS["quantize"], "verify {bundle} --no-modules", export):
-        trials.run(line, 0, bundle=folder / "clock", program=("-c", CLOCK))
-    yield trials
+        result.run(line, 0, bundle=folder / "clock", program=("-c", CLOCK))
+    yield result
     loop.symlink_to(loop)
-    file.write_text("no folder")
+    file.write_text("not a folder")
+    result = FaultResult("a cache that cannot be read")
     for home in map(str, (file, loop, file / "below", "/proc/1/nothing")):
-        trials, cache = (
-            Trials("a cache that cannot be read"),
-            {"HF_HOME": home, "HF_HUB_CACHE": home},
-        )
+        cache = {"HF_HOME": home, "HF_HUB_CACHE": home}
         for line in ("list", "info van_b1", export):
-            trials.run(line, 0, bundle=folder / "yes", **cache)
-        trials.run("export van_b1 --offline --output {bundle}", 3, 5, bundle=folder / "no", **cache)
+            result.run(line, 0, bundle=folder / "yes", **cache)
+        result.run("export van_b1 --offline --output {bundle}", 3, 5, bundle=folder / "no", **cache)
         if (folder / "no").exists():
-            trials.broken.append("an export that failed left its folder behind")
-        yield trials
+            result.failures.append("a failed export did not remove its folder")
+    yield result
 
 
 def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, a row for each fault tried, and what was broken."""
-    rows, broken = [], list[str]()
-    for fault in (stopped_at_every_step, full_disk, read_only, two_writers, odd_places):
+    """Return the columns, a row for each fault, and the failures."""
+    rows, failures = [], list[str]()
+    faults = (interrupt_every_step, full_disk, read_only_disk, concurrent_writers, clock_and_cache)
+    for inject in faults:
         with tempfile.TemporaryDirectory(prefix="van-deploy-faults-") as folder:
-            for trials in fault(Path(folder)):
-                outcomes = ", ".join(f"{outcome}: {n}" for outcome, n in trials.outcomes.items())
-                outcomes = f"skipped: {trials.skipped}" if trials.skipped else outcomes
-                figures = [str(trials.outcomes.total()), outcomes, str(len(trials.broken))]
-                rows.append([trials.fault, *figures])
-                broken += [f"{trials.fault}: {sentence}" for sentence in trials.broken]
-    return ["fault", "tried", "what happened", "broken"], rows, broken
+            for result in inject(Path(folder)):
+                outcomes = ", ".join(f"{outcome}: {n}" for outcome, n in result.outcomes.items())
+                outcomes = f"skipped: {result.skipped}" if result.skipped else outcomes
+                total, failed = result.outcomes.total(), len(result.failures)
+                rows.append([result.fault, str(total), outcomes, str(failed)])
+                failures += [f"{result.fault}: {message}" for message in result.failures]
+    return ["fault", "runs", "outcomes", "failures"], rows, failures

@@ -1,9 +1,8 @@
-"""Spoiled files, thousands of them: does the program ever do worse than say what is wrong?
+"""Read thousands of corrupt files, and check that each ends with a documented outcome.
 
-Each case must end by itself with a documented outcome: the file was taken, or one of
-the program's own errors, which have exit codes 1 to 5. A traceback, code that ran, a
-case of more than 20 seconds, a process that dies and more than 2 GB are faults. The
-cases of a kind run in a process of their own; Hypothesis shrinks the first that fails.
+A file is either accepted or rejected with one of the program's errors, which have exit codes 1 to
+5. A traceback, executed code, more than 20 seconds for a case, a crashed process and more than
+2 GB are failures. Each kind of file has a process of its own; Hypothesis shrinks the first failure.
 """
 
 from __future__ import annotations
@@ -20,96 +19,95 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from reliability.kinds import KINDS, MARKER, command, make_sound_files
-from reliability.spoiled import Draw, first_fault
+from reliability.corruption import Draw, find_failure
+from reliability.kinds import KINDS, MARKER, command, make_valid_files
 
-TOTAL, LONGEST_S, MOST_BYTES = 10_000, 20.0, 2 * 10**9
-EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
+TOTAL, TIMEOUT_S, MEMORY_LIMIT_BYTES = 10_000, 20.0, 2 * 10**9
+EXECUTION = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
 
-Found = tuple[Counter[int], int, str]
-"""How often each exit code came, the most memory in bytes, and what went wrong or ""."""
-
-
-class _TooLong(BaseException):
-    """A case took more than its time."""
+Result = tuple[Counter[int], int, str]  # cases by exit code, peak memory in bytes, failure or ""
 
 
-def fuzz(kind: str, seed: int, count: int, sound: Path) -> Found:
-    """Return what became of about so many cases, run in a process of their own.
+class _Timeout(BaseException):
+    """A case took longer than :data:`TIMEOUT_S`."""
+
+
+def fuzz(kind: str, seed: int, count: int, valid: Path) -> Result:
+    """Return the result of about ``count`` cases in a process of their own.
 
     Args:
         kind: one of :data:`~reliability.kinds.KINDS`.
         seed: of Hypothesis.
-        count: of cases.
-        sound: folder of the sound files, which are made where they are not there.
+        count: number of cases.
+        valid: folder of the valid files, which are created if they do not exist.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(run_cases, kind, seed, count, sound).result()
+            return pool.submit(run_cases, kind, seed, count, valid).result()
         except BrokenProcessPool:
-            return Counter(), 0, f"{kind}: the process died"
+            return Counter(), 0, f"{kind}: the process crashed"
 
 
-def run_cases(kind: str, seed: int, count: int, sound: Path) -> Found:
-    """Run cases in this process, and return what became of them."""
+def run_cases(kind: str, seed: int, count: int, valid: Path) -> Result:
+    """Return the result of about ``count`` cases in this process."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", NO_COLOR="1")
-    if not sound.exists():
-        sound.mkdir(parents=True)
-        make_sound_files(sound)
-    bundle, image = sound / "bundle", sound / "bundle/golden/0.png"
-    for words in (("info", sound / "zip.pth"), ("inspect", bundle), ("predict", bundle, image)):
-        if command(*words)() != 0:  # also starts what libraries start once
-            return Counter(), 0, f"van-deploy {words[0]} refuses a sound file"
+    if not valid.exists():
+        valid.mkdir(parents=True)
+        make_valid_files(valid)
+    bundle, image = valid / "bundle", valid / "bundle/golden/0.png"
+    for words in (("info", valid / "zip.pth"), ("inspect", bundle), ("predict", bundle, image)):
+        if command(*words)() != 0:  # also starts the helper processes of libraries
+            return Counter(), 0, f"van-deploy {words[0]} rejects a valid file"
     from van_deploy.environment.hardware import peak_memory_bytes
 
     codes, executed = Counter[int](), list[str]()
-    sys.addaudithook(lambda name, _: executed.append(name) if name.startswith(EXECUTES) else None)
+    sys.addaudithook(lambda name, _: executed.append(name) if name.startswith(EXECUTION) else None)
 
     def case(draw: Draw) -> None:
-        with tempfile.TemporaryDirectory(dir=sound) as folder:
-            codes[outcome(draw, kind, sound, Path(folder), executed)] += 1
+        with tempfile.TemporaryDirectory(dir=valid) as folder:
+            codes[run_case(draw, kind, valid, Path(folder), executed)] += 1
 
-    fault = first_fault(case, seed, count)
-    return codes, peak_memory_bytes(), f"{kind}: {fault}" if fault else ""
+    failure = find_failure(case, seed, count)
+    return codes, peak_memory_bytes(), f"{kind}: {failure}" if failure else ""
 
 
-def outcome(
+def run_case(
     draw: Draw,
     kind: str,
-    sound: Path,
+    valid: Path,
     folder: Path,
     executed: list[str],
-    most_bytes: int = MOST_BYTES,
+    memory_limit_bytes: int = MEMORY_LIMIT_BYTES,
 ) -> int:
     """Return the exit code of one case.
 
     Args:
-        draw: what Hypothesis decides.
+        draw: decides the corruption.
         kind: one of :data:`~reliability.kinds.KINDS`.
-        sound: folder of the sound files.
-        folder: where the case may write.
-        executed: what this process has executed; it is emptied before the case.
-        most_bytes: of main memory that this process may ever have held after the case.
+        valid: folder of the valid files.
+        folder: for the files of the case.
+        executed: executions seen by this process's audit hook; cleared before the case.
+        memory_limit_bytes: largest peak memory of this process after the case.
 
     Raises:
-        AssertionError: it ended as none may.
+        AssertionError: the outcome is a failure.
     """
     from van_deploy.cli.app import user_error
     from van_deploy.environment.hardware import peak_memory_bytes
 
-    def too_long(*_: object) -> None:
-        raise _TooLong
+    def raise_timeout(*_: object) -> None:
+        raise _Timeout
 
-    read = KINDS[kind][2](draw, sound, folder)
+    read = KINDS[kind][2](draw, valid, folder)
     executed.clear()
-    signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_S)
-    faulthandler.dump_traceback_later(3 * LONGEST_S, exit=True)  # stuck in native code
+    signal.signal(signal.SIGALRM, raise_timeout)
+    signal.setitimer(signal.ITIMER_REAL, TIMEOUT_S)
+    faulthandler.dump_traceback_later(3 * TIMEOUT_S, exit=True)  # for a hang in native code
     try:
-        found = read()
-        code = found if isinstance(found, int) else 0
-    except _TooLong:
-        raise AssertionError(f"more than {LONGEST_S:.0f} s") from None
+        result = read()
+        code = result if isinstance(result, int) else 0
+    except _Timeout:
+        raise AssertionError(f"more than {TIMEOUT_S:.0f} s") from None
     except Exception as error:
         known = user_error(error)
         if known is None:
@@ -118,9 +116,9 @@ def outcome(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-    if (sound / MARKER).exists() or executed:
-        raise AssertionError(f"it ran something: {executed or 'the payload'}")
-    if not 0 <= code <= 5 or peak_memory_bytes() > most_bytes:
+    if (valid / MARKER).exists() or executed:
+        raise AssertionError(f"executed {executed or 'the payload'}")
+    if not 0 <= code <= 5 or peak_memory_bytes() > memory_limit_bytes:
         raise AssertionError(f"exit code {code}, {peak_memory_bytes() / 1e9:.1f} GB")
     return int(code)
 
@@ -128,16 +126,16 @@ def outcome(
 def table(
     count: int | None, seed: int = 0, only: Sequence[str] = ()
 ) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, a row a kind, and the faults of so many cases in all."""
-    rows, faults, names = [], list[str](), only or list(KINDS)
+    """Return the columns, a row for each kind, and the failures of ``count`` cases in total."""
+    rows, failures, names = [], list[str](), only or list(KINDS)
     with tempfile.TemporaryDirectory(prefix="van-deploy-fuzz-") as folder:
         for name in names:
             share = (count or TOTAL) * KINDS[name][0] / sum(KINDS[other][0] for other in names)
-            codes, peak, fault = fuzz(name, seed, round(share), Path(folder) / "sound")
-            refused = {code: n for code, n in sorted(codes.items()) if code}
-            told = f"{sum(refused.values())} ({', '.join(f'{c}: {n}' for c, n in refused.items())})"
-            figures = [codes.total(), codes[0], told, int(bool(fault)), f"{peak / 1e9:.2f}"]
-            rows.append([name, KINDS[name][1], *map(str, figures)])
-            faults += [fault] if fault else []
-    columns = ["file", "what was spoiled", "cases", "taken", "refused (exit code: cases)", "faults"]
-    return [*columns, "peak GB"], rows, faults
+            codes, peak, failure = fuzz(name, seed, round(share), Path(folder) / "valid")
+            rejected = ", ".join(f"{code}: {n}" for code, n in sorted(codes.items()) if code)
+            cells = [codes.total(), codes[0], f"{codes.total() - codes[0]} ({rejected})"]
+            cells += [int(bool(failure)), f"{peak / 1e9:.2f}"]
+            rows.append([name, KINDS[name][1], *map(str, cells)])
+            failures += [failure] if failure else []
+    columns = ["file", "corruption", "cases", "accepted", "rejected (exit code: cases)"]
+    return [*columns, "failures", "peak GB"], rows, failures

@@ -1,12 +1,11 @@
-"""Puts 60 small faults into the code, one at a time, and says which test notices each.
+"""Mutation testing: put 60 small faults into the code, one at a time, and run its tests.
 
     python -m reliability.mutate                          # this tree
     python -m reliability.mutate --tree ../old --count 60 # another checkout, with its own tests
-    python -m reliability.mutate --area gates --output rows.jsonl   # rows there are kept
+    python -m reliability.mutate --area gates --output rows.jsonl   # existing rows are kept
 
-A fixed seed draws the faults, as many in each area and in each by itself. The tests of the
-package that holds the fault run in a copy of the tree, the file's own first; tests marked
-``slow`` do not.
+Mutants are drawn with a fixed seed, the same number in each area. The tests of the mutated package
+run in a copy of the tree, the tests of the mutated file first; tests marked ``slow`` do not run.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SEED = 15
-LONGEST_S = 900
-TESTS = "not slow and not gpu"
+TIMEOUT_S = 900
+PYTEST = ("-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider")
 
+# Files under ``van_deploy/`` that decide whether an artifact is correct.
 AREAS = {
     "gates": ("checks/*.py", "metrics.py", "intervals.py", "api.py"),
     "fold": ("graph/*.py",),
@@ -40,9 +40,8 @@ AREAS = {
     "bundle": ("bundle/*.py", "files.py", "manifest.py", "signing.py"),
     "engine": ("engine/*.py",),
 }
-"""Files under ``van_deploy/`` that decide whether an artifact is right."""
-
-FURTHER = {
+# Tests outside ``tests/<package>/`` that should detect a fault in a package.
+FURTHER_TESTS = {
     "checks": ("cli/test_gates*.py",),
     "data": ("cli/test_gates*.py", "precision/*.py"),
     "precision": ("cli/test_quantize.py",),
@@ -51,27 +50,12 @@ FURTHER = {
     "bundle": ("test_signing.py", "test_pipeline.py"),
     "": ("test_*.py", "bundle/*.py", "checks/*.py", "cli/test_gates.py"),
 }
-"""Tests beside ``tests/<package>/`` that are to notice a fault in a package."""
-
-SWAPS: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-}
-OTHER_FUNCTION = {"min": "max", "max": "min", "any": "all", "all": "any"}
+PAIRS: tuple[tuple[type[ast.AST], type[ast.AST]], ...] = (
+    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.In, ast.NotIn)),
+    *((ast.Is, ast.IsNot), (ast.And, ast.Or), (ast.Add, ast.Sub), (ast.Mult, ast.Div)),
+)
+OPERATORS = {old: new for pair in PAIRS for old, new in (pair, pair[::-1])}
+FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
 @dataclass(frozen=True, order=True)
@@ -81,10 +65,10 @@ class Mutant:
     Attributes:
         area: a key of :data:`AREAS`.
         file: relative to ``van_deploy/``.
-        line: of the code that is changed.
-        before: that code, as ``ast.unparse`` writes it.
-        after: what takes its place.
-        node: its number in ``ast.walk``'s order.
+        line: of the changed code.
+        before: the original code, as ``ast.unparse`` writes it.
+        after: its replacement.
+        node: index of the node in the order of ``ast.walk``.
     """
 
     area: str
@@ -95,181 +79,162 @@ class Mutant:
     node: int
 
 
-def _fault(node: ast.AST) -> ast.AST | None:
-    """Return what may stand in the place of a node, or None."""
-    changed = copy.deepcopy(node)
-    if isinstance(changed, ast.Compare) and len(changed.ops) == 1:
-        changed.ops = [SWAPS[type(changed.ops[0])]()]  # type: ignore[list-item]
-    elif isinstance(changed, ast.BinOp | ast.BoolOp) and type(changed.op) in SWAPS:
-        changed.op = SWAPS[type(changed.op)]()  # type: ignore[assignment]
-    elif isinstance(changed, ast.Constant) and type(changed.value) in (int, float):
-        changed = ast.Constant(changed.value + 1)  # type: ignore[operator]
-    elif isinstance(changed, ast.Call) and getattr(changed.func, "id", "") in OTHER_FUNCTION:
-        changed.func.id = OTHER_FUNCTION[changed.func.id]  # type: ignore[attr-defined]
-    elif isinstance(changed, ast.IfExp):
-        changed.test = ast.UnaryOp(ast.Not(), changed.test)
-    elif isinstance(changed, ast.Raise | ast.AugAssign):
+def mutate_node(node: ast.AST) -> ast.AST | None:
+    """Return the replacement of a node, or None if it is not mutated."""
+    node = copy.deepcopy(node)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1:
+        node.ops = [OPERATORS[type(node.ops[0])]()]  # type: ignore[list-item]
+    elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OPERATORS:
+        node.op = OPERATORS[type(node.op)]()  # type: ignore[assignment]
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        node = ast.Constant(node.value + 1)  # type: ignore[operator]
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in FUNCTIONS:
+        node.func.id = FUNCTIONS[node.func.id]  # type: ignore[attr-defined]
+    elif isinstance(node, ast.IfExp):
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+    elif isinstance(node, ast.Raise | ast.AugAssign):
         return ast.Pass()
     else:
         return None
-    return ast.fix_missing_locations(changed)
+    return ast.fix_missing_locations(node)
 
 
-def _left_alone(module: ast.Module) -> set[int]:
-    """Return the identities of nodes whose change would be no fault: texts, types, module level."""
-    left = {id(n) for s in module.body if not _has_body(s) for n in ast.walk(s)}
+def _excluded_nodes(module: ast.Module) -> set[int]:
+    """Return the ids of nodes whose change is no fault: messages, types, module level."""
+    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    excluded: list[ast.AST | None] = [n for n in module.body if not isinstance(n, definitions)]
     for node in ast.walk(module):
-        inner: list[ast.AST | None] = []
         if isinstance(node, ast.JoinedStr):
-            inner = [node]
+            excluded.append(node)
         elif isinstance(node, ast.Raise):
-            inner = [node.exc, node.cause]
+            excluded += [node.exc, node.cause]
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            inner = [node.args, node.returns, *node.decorator_list]
+            excluded += [node.args, node.returns, *node.decorator_list]
         elif isinstance(node, ast.AnnAssign):
-            inner = [node.annotation]
-        left |= {id(child) for part in inner if part for child in ast.walk(part)}
-    return left
-
-
-def _has_body(node: ast.AST) -> bool:
-    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            excluded.append(node.annotation)
+    return {id(child) for node in excluded if node for child in ast.walk(node)}
 
 
 def mutants_of(source: str, area: str, file: str) -> Iterator[Mutant]:
-    """Yield every fault that can be put into a module's functions."""
+    """Yield all mutants of a module's functions."""
     module = ast.parse(source)
-    left = _left_alone(module)
-    for number, node in enumerate(ast.walk(module)):
-        fault = None if id(node) in left else _fault(node)
-        if fault is not None:
+    excluded = _excluded_nodes(module)
+    for index, node in enumerate(ast.walk(module)):
+        new = None if id(node) in excluded else mutate_node(node)
+        if new is not None:
             line = getattr(node, "lineno", 0)
-            yield Mutant(area, file, line, ast.unparse(node), ast.unparse(fault), number)
+            yield Mutant(area, file, line, ast.unparse(node), ast.unparse(new), index)
 
 
-def mutated(source: str, mutant: Mutant) -> str:
-    """Return a module's source with the fault in it."""
+def mutated_source(source: str, mutant: Mutant) -> str:
+    """Return a module's source with the mutant applied."""
     module = ast.parse(source)
-    target = next(n for number, n in enumerate(ast.walk(module)) if number == mutant.node)
+    target = list(ast.walk(module))[mutant.node]
 
-    class Put(ast.NodeTransformer):
+    class Replace(ast.NodeTransformer):
         def visit(self, node: ast.AST) -> ast.AST:
-            return (_fault(node) or node) if node is target else super().generic_visit(node)
+            return (mutate_node(node) or node) if node is target else self.generic_visit(node)
 
-    return ast.unparse(Put().visit(module)) + "\n"
+    return ast.unparse(Replace().visit(module)) + "\n"
 
 
-def chosen(tree: Path, count: int) -> list[Mutant]:
-    """Return ``count`` faults of a tree, as many in each area: the same for the same files."""
-    found = list[Mutant]()
+def draw_mutants(tree: Path, count: int) -> list[Mutant]:
+    """Return ``count`` mutants of a tree, the same number in each area; deterministic."""
+    drawn, package = list[Mutant](), tree / "van_deploy"
     for number, (area, patterns) in enumerate(AREAS.items()):
-        files = [path for each in patterns for path in sorted((tree / "van_deploy").glob(each))]
-        every = [
+        files = [path for pattern in patterns for path in sorted(package.glob(pattern))]
+        mutants = [
             mutant
             for path in files
             for mutant in mutants_of(
-                path.read_text("utf-8"), area, path.relative_to(tree / "van_deploy").as_posix()
+                path.read_text("utf-8"), area, path.relative_to(package).as_posix()
             )
         ]
         rng = random.Random(f"{SEED} {area}")
-        found += rng.sample(every, (count - len(found)) // (len(AREAS) - number))
-    return found
+        drawn += rng.sample(mutants, (count - len(drawn)) // (len(AREAS) - number))
+    return drawn
 
 
-class Copy:
-    """A copy of a tree whose tests run against one fault after the other."""
+class TreeCopy:
+    """A copy of a tree in which the tests run against one mutant at a time."""
 
     def __init__(self, tree: Path, folder: Path) -> None:
-        """Copy ``tree`` into ``folder``, without what git and tools keep there."""
+        """Copy ``tree`` into ``folder`` without the files of git and tools."""
         self.tree, self.path = tree, folder / "tree"
         ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist")
         shutil.copytree(tree, self.path, ignore=ignored)
         self._failing: dict[str, list[str]] = {}
 
-    def outcome(self, mutant: Mutant) -> tuple[str, str, float]:
-        """Return ``killed`` or ``survived``, the test that noticed, and the seconds."""
-        target, begun = self.path / "van_deploy" / mutant.file, time.monotonic()
-        tests = self._tests(Path(mutant.file))
-        package = Path(mutant.file).parts[0] if "/" in mutant.file else ""
-        if package not in self._failing:  # what fails without a fault says nothing of one
+    def test(self, mutant: Mutant) -> tuple[str, str, float]:
+        """Return ``killed`` or ``survived``, the test that failed, and the seconds."""
+        target, start = self.path / "van_deploy" / mutant.file, time.monotonic()
+        package = mutant.file.rpartition("/")[0].split("/")[0]
+        tests = self._tests(package, Path(mutant.file).stem)
+        if package not in self._failing:  # tests that fail without a mutant are not used
             self._failing[package] = self._pytest(*tests)[1]
-        sound = target.read_text("utf-8")
-        target.write_text(mutated(sound, mutant), "utf-8")
+        original = target.read_text("utf-8")
+        target.write_text(mutated_source(original, mutant), "utf-8")
         try:
-            left_out = [f"--deselect={test}" for test in self._failing[package]]
-            code, failed = self._pytest("-x", *left_out, *tests)
-            noticed = (failed or [f"pytest ended with {code}"])[0]
+            deselected = [f"--deselect={test}" for test in self._failing[package]]
+            code, failed = self._pytest("-x", *deselected, *tests)
+            failure = (failed or [f"pytest exited with {code}"])[0]
         except subprocess.TimeoutExpired:
-            code, noticed = 1, f"no end in {LONGEST_S} s"
+            code, failure = 1, f"timeout of {TIMEOUT_S} s"
         finally:
-            target.write_text(sound, "utf-8")
-        seconds = round(time.monotonic() - begun, 1)
-        return ("killed", noticed, seconds) if code else ("survived", "", seconds)
+            target.write_text(original, "utf-8")
+        seconds = round(time.monotonic() - start, 1)
+        return ("killed", failure, seconds) if code else ("survived", "", seconds)
 
-    def _tests(self, file: Path) -> list[str]:
-        package, tests = file.parts[0] if len(file.parts) > 1 else "", self.path / "tests"
-        own = [tests / package / f"test_{file.stem}.py", tests / f"test_{package or file.stem}.py"]
-        rest = sorted((tests / package).glob("test_*.py")) if package else []
-        for pattern in FURTHER.get(package, ()):
-            rest += sorted(tests.glob(pattern))
-        found = [p.relative_to(self.path).as_posix() for p in [*own, *rest] if p.is_file()]
-        return list(dict.fromkeys(found))
+    def _tests(self, package: str, stem: str) -> list[str]:
+        tests = self.path / "tests"
+        paths = [tests / package / f"test_{stem}.py", tests / f"test_{package or stem}.py"]
+        paths += sorted((tests / package).glob("test_*.py")) if package else []
+        for pattern in FURTHER_TESTS.get(package, ()):
+            paths += sorted(tests.glob(pattern))
+        existing = [p.relative_to(self.path).as_posix() for p in paths if p.is_file()]
+        return list(dict.fromkeys(existing))
 
-    def _pytest(self, *words: str) -> tuple[int, list[str]]:
+    def _pytest(self, *args: str) -> tuple[int, list[str]]:
         done = subprocess.run(
-            [
-                str(self.tree / ".venv/bin/python"),
-                "-m",
-                "pytest",
-                "-q",
-                "--tb=no",
-                "-rfE",
-                "-p",
-                "no:cacheprovider",
-                "-m",
-                TESTS,
-                *words,
-            ],
+            [str(self.tree / ".venv/bin/python"), *PYTEST, "-m", "not slow and not gpu", *args],
             cwd=self.path,
             env={**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,
             text=True,
             check=False,
-            timeout=LONGEST_S,
+            timeout=TIMEOUT_S,
         )
         return done.returncode, re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
 
 
 def main() -> int:
-    """Run every mutant and print the table; return 1 if one survives."""
+    """Test every mutant and print the survivors; return 1 if there is one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tree", type=Path, default=ROOT, help="the checkout to copy")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--area", choices=list(AREAS), help="one area only")
-    parser.add_argument("--output", type=Path, help="JSON lines of the rows; those there are kept")
-    arguments = parser.parse_args()
-    tree, output, rows = arguments.tree.resolve(), arguments.output, []
-    if output and output.exists():
-        rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
-    known = [Mutant(**row["mutant"]) for row in rows]
+    parser.add_argument("--output", type=Path, help="JSON lines; existing rows are kept")
+    args = parser.parse_args()
+    rows = []
+    if args.output and args.output.exists():
+        rows = [json.loads(line) for line in args.output.read_text("utf-8").splitlines()]
+    tested = [Mutant(**row["mutant"]) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        spoiled = Copy(tree, Path(folder))
-        for mutant in chosen(tree, arguments.count):
-            if mutant in known or arguments.area not in {None, mutant.area}:
+        tree = TreeCopy(args.tree.resolve(), Path(folder))
+        for mutant in draw_mutants(tree.tree, args.count):
+            if mutant in tested or args.area not in {None, mutant.area}:
                 continue
-            outcome, by, seconds = spoiled.outcome(mutant)
-            rows.append(
-                {"mutant": asdict(mutant), "outcome": outcome, "by": by, "seconds": seconds}
-            )
-            if output:
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
-            sys.stderr.write(f"{outcome:9} {seconds:6.1f} s  {mutant.file}:{mutant.line}  {by}\n")
-    survived = [row for row in rows if row["outcome"] == "survived"]
-    for row in survived:
-        at = Mutant(**row["mutant"])
-        sys.stdout.write(f"survived: {at.file}:{at.line}: {at.before} -> {at.after}\n")
-    sys.stdout.write(f"{len(rows) - len(survived)} of {len(rows)} killed\n")
+            outcome, test, seconds = tree.test(mutant)
+            row = {"mutant": asdict(mutant), "outcome": outcome, "by": test, "seconds": seconds}
+            rows.append(row)
+            if args.output:
+                with args.output.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            sys.stderr.write(f"{outcome:9} {seconds:6.1f} s  {mutant.file}:{mutant.line}  {test}\n")
+    survived = [Mutant(**row["mutant"]) for row in rows if row["outcome"] == "survived"]
+    for mutant in survived:
+        print(f"survived: {mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}")
+    print(f"{len(rows) - len(survived)} of {len(rows)} killed")
     return int(bool(survived))
 
 

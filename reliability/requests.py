@@ -21,8 +21,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from reliability.corruption import Draw, corrupt_bytes, corrupt_json, find_failure, one_of
 from reliability.load import export_test_bundle, start_server
-from reliability.spoiled import Draw, first_fault, one_of, spoiled_bytes, spoiled_json
 
 TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
 SILENCE_S = 1.0  # without a response the request is incomplete
@@ -51,7 +51,7 @@ def draw_request(draw: Draw, image: bytes) -> bytes:
     if kind == "get":
         path, method, body = one_of(draw, *PATHS), "GET", b""
     elif kind == "image":
-        body = spoiled_bytes(draw, image) if draw(st.booleans()) else image
+        body = corrupt_bytes(draw, image) if draw(st.booleans()) else image
     else:
         path, rows = f"/v2/models/{NAME}/infer", one_of(draw, 1, 2, 8, 9, 0)
         tail = bytes(rows * ROW) if kind == "binary" else b""
@@ -59,7 +59,7 @@ def draw_request(draw: Draw, image: bytes) -> bytes:
         tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
         outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
         document = {"id": "1", "inputs": [tensor], "outputs": outputs}
-        head = json.dumps(spoiled_json(draw, document) if draw(st.booleans()) else document)
+        head = json.dumps(corrupt_json(draw, document) if draw(st.booleans()) else document)
         headers |= {"Inference-Header-Content-Length": str(len(head))} if tail else {}
         body = head.encode() + tail
     headers["Content-Length"] = str(len(body))
@@ -78,7 +78,7 @@ def draw_connections(draw: Draw, image: bytes) -> list[bytes]:
     for _ in range(draw(st.integers(MAX_CONNECTIONS // 2, MAX_CONNECTIONS))):
         raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
         mutation = one_of(draw, "whole", "whole", "whole", "spoiled", "cut")
-        raw = spoiled_bytes(draw, raw[:600]) + raw[600:] if mutation == "spoiled" else raw
+        raw = corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "spoiled" else raw
         connections.append(raw[: draw(st.integers(0, len(raw)))] if mutation == "cut" else raw)
     return connections
 
@@ -107,7 +107,7 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
             assert not wrong, f"status {wrong} to {raw[:300]!r}"
 
     with ThreadPoolExecutor(MAX_CONNECTIONS) as pool:
-        faults = [fault] if (fault := first_fault(case, seed, count // MEAN_CONNECTIONS)) else []
+        faults = [fault] if (fault := find_failure(case, seed, count // MEAN_CONNECTIONS)) else []
     if send(address, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n") != [200]:
         faults.append("the server does not respond any more")
     return statuses, faults

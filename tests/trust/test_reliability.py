@@ -1,4 +1,4 @@
-"""A seeded share of `make fuzz` and `make faults`, and what they must be able to see."""
+"""A seeded share of `make fuzz` and `make faults`, and tests of their failure detection."""
 
 from __future__ import annotations
 
@@ -12,95 +12,102 @@ from typing import Any
 
 import pytest
 
+from reliability.corruption import Draw, corrupt_document, find_failure
 from reliability.faults import (
     COMMANDS,
-    Trials,
-    bundle_is_whole,
+    FaultResult,
+    bundle_problem,
     full_disk,
-    stopped_at_every_step,
-    van_deploy,
+    interrupt_every_step,
+    run_command,
 )
-from reliability.fuzz import fuzz, outcome
+from reliability.fuzz import fuzz, run_case
 from reliability.kinds import KINDS
-from reliability.spoiled import Draw, first_fault, spoiled_document
 from van_deploy.environment.hardware import peak_memory_bytes
 
 CASES = 11  # of each kind
 
 
 @pytest.mark.slow
-def test_spoiled_files(tmp_path: Path) -> None:
+def test_corrupt_files_are_accepted_or_rejected_with_a_documented_exit_code(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt_rtx") is None:
-        pytest.skip("tensorrt-rtx is not installed, so there is no engine to spoil")
-    codes = Counter[int]()
+        pytest.skip("tensorrt-rtx is not installed, so there is no engine to corrupt")
+    total = Counter[int]()
     for kind in KINDS:
-        found, _, fault = fuzz(kind, 1, CASES, tmp_path / "sound")  # not the seed of `make fuzz`
-        assert fault == ""
-        codes.update(found)
-    assert set(codes) <= set(range(6))
-    assert codes.total() - codes[0] > codes.total() / 3, "few are refused"
+        codes, _, failure = fuzz(kind, 1, CASES, tmp_path / "valid")  # `make fuzz` uses seed 0
+        assert failure == ""
+        assert set(codes) <= set(range(6))
+        total.update(codes)
+        if kind in {"manifest", "calibration", "recipe"}:
+            assert 0 < codes[0] < codes.total(), f"all files of {kind} have the same outcome"
+    assert total.total() - total[0] > total.total() / 3, "few are rejected"
 
 
-def test_what_must_not_be_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fuzzer sees a traceback, another exit code, much memory, and code that runs."""
+def test_fuzzer_detects_crashes_and_bad_exit_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also high memory use and executed code."""
     executed: list[str] = []
-    more = peak_memory_bytes() + 2**30  # this process has run other tests before
+    limit = peak_memory_bytes() + 2**30  # this process has run other tests before
 
     def fails() -> object:
         raise KeyError("x")
 
-    where: Any = {"sound": tmp_path, "folder": tmp_path, "executed": executed}
-    every: tuple[tuple[Callable[[], object], int, str], ...] = (
-        (lambda: 0, more, ""),
+    options: Any = {"valid": tmp_path, "folder": tmp_path, "executed": executed}
+    cases: tuple[tuple[Callable[[], object], int, str], ...] = (
+        (lambda: 0, limit, ""),
         (lambda: 0, 1, "exit code 0, "),
-        (fails, more, "KeyError: 'x'"),
-        (lambda: 9, more, "exit code 9"),
-        (lambda: executed.append("os.system"), more, "it ran something: ['os.system']"),
-        ((tmp_path / "executed").touch, more, "it ran something: the payload"),
+        (fails, limit, "KeyError: 'x'"),
+        (lambda: 9, limit, "exit code 9"),
+        (lambda: executed.append("os.system"), limit, "executed ['os.system']"),
+        ((tmp_path / "executed").touch, limit, "executed the payload"),
     )
-    for read, most, expected in every:
+    for read, most, expected in cases:
         monkeypatch.setitem(KINDS, "image", (1, "", lambda *_, read=read: read))
-        seen = first_fault(partial(outcome, kind="image", most_bytes=most, **where), 0, 1)
-        assert seen.startswith(expected)
-        assert bool(seen) == bool(expected)
+        case = partial(run_case, kind="image", memory_limit_bytes=most, **options)
+        failure = find_failure(case, 0, 1)
+        assert failure.startswith(expected)
+        assert bool(failure) == bool(expected)
 
 
-def test_much_is_spoiled_and_stays_bytes() -> None:
-    document, found = b'{"a": [1, 2, {"b": "c"}], "d": null}', list[bool]()
+def test_corrupt_documents_differ_from_the_original() -> None:
+    document, changed = b'{"a": [1, 2, {"b": "c"}], "d": null}', list[bool]()
 
-    def spoil(draw: Draw) -> None:
-        for sound, suffix in ((document, ".json"), (b"[model]\nname = 'x'\n", ".toml")):
-            spoiled = spoiled_document(draw, sound, suffix)
-            assert isinstance(spoiled, bytes)
-            found.append(spoiled != sound)
+    def corrupt(draw: Draw) -> None:
+        for data, suffix in ((document, ".json"), (b'[model]\nname = "x"\n', ".toml")):
+            corrupted = corrupt_document(draw, data, suffix)
+            assert isinstance(corrupted, bytes)
+            changed.append(corrupted != data)
 
-    assert first_fault(spoil, 0, 50) == ""
-    assert sum(found) > len(found) / 2
+    assert find_failure(corrupt, 0, 50) == ""
+    assert sum(changed) > len(changed) / 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "how"),
-    [(stopped_at_every_step, (["report"], ["kill"])), (full_disk, (["build"], (256, 900)))],
+    ("inject", "args"),
+    [(interrupt_every_step, (["report"], ["kill"])), (full_disk, (["build"], (256, 900)))],
 )
-def test_bad_days(tmp_path: Path, fault: Callable[..., Iterable[Trials]], how: Any) -> None:
-    every = list(fault(tmp_path, *how))
-    assert [sentence for trials in every for sentence in trials.broken] == []
-    if all(trials.skipped for trials in every):
-        pytest.skip("; ".join(trials.skipped for trials in every))
-    assert any(trials.outcomes for trials in every)
+def test_bundle_survives_faults(
+    tmp_path: Path, inject: Callable[..., Iterable[FaultResult]], args: Any
+) -> None:
+    results = list(inject(tmp_path, *args))
+    assert [message for result in results for message in result.failures] == []
+    if all(result.skipped for result in results):
+        pytest.skip("; ".join(result.skipped for result in results))
+    assert any(result.outcomes for result in results)
 
 
 @pytest.mark.slow
-def test_a_mixture_would_be_seen(tmp_path: Path) -> None:
+def test_fault_injection_detects_a_damaged_bundle(tmp_path: Path) -> None:
     folder = tmp_path / "van_digits"
-    assert bundle_is_whole(folder) == ""
-    assert van_deploy(COMMANDS["export"], folder)[0] == 0
-    assert bundle_is_whole(folder) == ""
+    assert bundle_problem(folder) == ""
+    assert run_command(COMMANDS["export"], folder)[0] == 0
+    assert bundle_problem(folder) == ""
     (folder / "model.onnx").write_bytes(b"half")
-    assert "model.onnx" in bundle_is_whole(folder)
+    assert "model.onnx" in bundle_problem(folder)
     (folder / "manifest.json").unlink()
-    assert "has no manifest and holds" in bundle_is_whole(folder)
+    assert "has no manifest and contains" in bundle_problem(folder)
     shutil.rmtree(folder)
     (folder / ".staging-x").mkdir(parents=True)
-    assert bundle_is_whole(folder) == "", "the next writer sweeps that up"
+    assert bundle_problem(folder) == "", "the next writer removes it"
