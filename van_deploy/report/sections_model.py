@@ -273,14 +273,13 @@ def _built(one: Entry) -> list[Block]:
 def build_blocks(report: Entry) -> list[Block]:
     """Return one line an engine, below it why any failed, and what was tuned before them."""
     words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
-    rows, failed = [], []
-    has_several_bundles = len({one["cell"]["bundle"] for one in report["outcomes"]}) > 1
+    rows, failed, bundles = [], [], {one["cell"]["bundle"] for one in report["outcomes"]}
     for one in report["outcomes"]:
         made, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
         size = made.get("plan_bytes", made.get("file_bytes"))
         batch = made["options"]["profiles"] if one["sidecar"] else made.get("batch")
         row = {"state": words[one["outcome"]], "name": one["engine"] or name}
-        bundle = one["cell"]["bundle"] if has_several_bundles else None
+        bundle = one["cell"]["bundle"] if len(bundles) > 1 else None
         rows.append({**made, **row, "bundle": bundle, "size": size, "batch": batch})
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
