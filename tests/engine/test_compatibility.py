@@ -131,9 +131,7 @@ def test_error_lists_every_obstacle(plan: Plan, monkeypatch: pytest.MonkeyPatch)
         (SM89.with_changes(targets=("sm_75",)), ADA, "on that GPU, or use --backend tensorrt-rtx."),
     ],
 )
-def test_options_that_tensorrt_does_not_support(
-    options: BuildOptions, host: Host, message: str
-) -> None:
+def test_unsupported_tensorrt_options(options: BuildOptions, host: Host, message: str) -> None:
     """Those of RTX are in ``tests/cli/test_build.py``."""
     if not message:
         compatibility.require_supported(TENSORRT_11, options, host)
@@ -145,7 +143,7 @@ def test_options_that_tensorrt_does_not_support(
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="measures RTX on a machine with no GPU")
-def test_rtx_really_cannot_build_a_version_compatible_plan(
+def test_unsupported_rtx_plan(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.engine.build.require_supported", lambda *_: None)

@@ -275,14 +275,13 @@ def _engine_blocks(one: Entry) -> list[Block]:
 def build_blocks(report: Entry) -> list[Block]:
     """Return the tuning candidates, a table of the engines, and the failures."""
     states = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
-    rows, failed = [], []
-    has_several_bundles = len({one["cell"]["bundle"] for one in report["outcomes"]}) > 1
+    rows, failed, bundles = [], [], {one["cell"]["bundle"] for one in report["outcomes"]}
     for one in report["outcomes"]:
         record, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
         size = record.get("plan_bytes", record.get("file_bytes"))
         batch = record["options"]["profiles"] if one["sidecar"] else record.get("batch")
         row = {"state": states[one["outcome"]], "name": one["engine"] or name}
-        bundle = one["cell"]["bundle"] if has_several_bundles else None
+        bundle = one["cell"]["bundle"] if len(bundles) > 1 else None
         rows.append({**record, **row, "bundle": bundle, "size": size, "batch": batch})
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
