@@ -23,7 +23,7 @@ from van_deploy.engine.inspect import Layer, layers_from_json
 from van_deploy.engine.sidecar import PACKAGE_SCHEMA, PackageSidecar, Sidecar, sidecar_path
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
-from van_deploy.files import file_sha256
+from van_deploy.files import content_key, file_sha256
 
 NO_GPU = Host()
 A100 = Host("NVIDIA A100", "sm_80", 80 << 30, "580.65.06", (13, 0))
@@ -190,6 +190,16 @@ def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, me
         edit(path)
         with pytest.raises(InputError, match=message):
             load(path)
+
+
+def test_sidecar_with_an_invalid_version_is_refused(plan: Plan, tmp_path: Path) -> None:
+    copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
+    values = json.loads(sidecar_path(copy).read_text())
+    values |= {"backend_version": "1.7x", "sidecar_sha256": ""}
+    values["sidecar_sha256"] = content_key(values)
+    sidecar_path(copy).write_text(json.dumps(values))
+    with pytest.raises(InputError, match="backend_version"):
+        sidecar.load_sidecar(copy)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")
