@@ -158,7 +158,7 @@ def top(**values: Any) -> Edit:
 INVALID: list[tuple[Edit, str]] = [
     *((fp32_file(n), "is outside the b") for n in ("../x", "/etc/passwd", "a/../../b", "a\\b")),
     (lambda m: m.pop("written"), "damaged: 'written' is missing."),
-    (top(artefacts={}), "the key 'artefacts' is unknown.\nDid you mean 'artifacts'?"),
+    (top(artifact={}), "the key 'artifact' is unknown.\nDid you mean 'artifacts'?"),
     (
         lambda m: m["artifacts"]["fp32"].update(precison="fp32"),
         "'artifacts.fp32.precison' is unknown.\nDid you mean 'artifacts.fp32.precision'?",

@@ -96,11 +96,11 @@ def test_paths_are_relative_to_the_recipe(path: Path, tmp_path: Path) -> None:
         "[model]\nweights='mine.pth'\n[precision]\nimages='/train'\ncalibration='set.toml'\n"
         "[evaluate]\nimages='val/../test'\nlabels='labels.txt'\n"
     )
-    recipe = read_recipe(path, parse_assignments(["precision.evaluate=judges"]))
+    recipe = read_recipe(path, parse_assignments(["precision.evaluate=val"]))
     assert recipe.model.weights == str(tmp_path / "mine.pth")
     assert recipe.precision.images == Path("/train")
     assert recipe.precision.calibration == str(tmp_path / "set.toml")
-    assert recipe.precision.evaluate == Path("judges")
+    assert recipe.precision.evaluate == Path("val")
     assert recipe.evaluate.images == tmp_path / "val/../test"
     assert recipe.evaluate.labels == tmp_path / "labels.txt"
 
