@@ -1,7 +1,7 @@
-"""How much of its time ``van-deploy evaluate`` spends in the networks, and how much around them.
+"""Share of the time of ``van-deploy evaluate`` that the networks take.
 
-Each round evaluates JPEG files (decoding, resizing, statistics and all), and feeds tensors
-that are ready to the same networks in the same batches; the ratio is paired by round.
+Each round evaluates JPEG files (with decoding, resizing and metrics) and runs the same networks
+on the same batches of decoded tensors; the ratio is paired by round.
 
     python -m benchmarks.evaluate --images FOLDER
 """
@@ -31,9 +31,9 @@ SHORT_SIDE = 288  # pixels: ImageNet's usual copies are of this size
 
 
 def main() -> int:
-    """Run both in turns and compare."""
+    """Print the table."""
     arguments = parse_options(__doc__, variant="van_b0", images="", count=128, rounds=3)
-    table = Table(("round", "evaluate images/s", "ready tensors images/s", "ratio"))
+    table = Table(("round", "evaluate images/s", "decoded tensors images/s", "ratio"))
     shares = []
     with tempfile.TemporaryDirectory() as name:
         bundle = vd.export(arguments.variant, weights="random", output=Path(name) / "bundle")
@@ -42,7 +42,7 @@ def main() -> int:
         _write_images(found.items, arguments.count, images)
         for number in range(1, arguments.rounds + 1):
             files = bundle.evaluate(images, batch=BATCH, class_order="index").seconds
-            ready = _fed(bundle, images)
+            ready = _time_networks(bundle, images)
             shares.append(ready / files)
             rates = (f"{arguments.count / seconds:.1f}" for seconds in (files, ready))
             table.row(number, *rates, f"{shares[-1]:.3f}")
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
-    """Fill a folder with JPEG files in class folders."""
+    """Write JPEG files to class folders."""
     for index in range(count):
         place = target / str(index % 10) / f"{index:04d}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def _write_images(items: Sequence[Any], count: int, target: Path) -> None:
         image.resize((round(image.width * scale), round(image.height * scale))).save(place)
 
 
-def _fed(bundle: vd.Bundle, images: Path) -> float:
-    """Return the seconds the same networks take for the same batches, ready in memory."""
+def _time_networks(bundle: vd.Bundle, images: Path) -> float:
+    """Return the seconds that the same networks take for the same batches in memory."""
     artifact = bundle.load()
     loaded = original_network(artifact)
     labelled = label_images(images, loaded.config.num_classes, class_order="index")

@@ -1,15 +1,16 @@
-"""How surely `evaluate` passes what is right, and whether it passes anything that is wrong.
+"""False outcomes of the `evaluate` gate on correct and faulty artifacts.
 
     python -m benchmarks.gates --checkpoint FILE --calib FOLDER --eval FOLDER
 
-Every network answers every image once; all that follows is computed from these logits.
+Every network runs on every image once; all results are computed from these logits.
 
-Resamples: the gate of each artifact on bootstrap resamples of the evaluation set. Right artifacts
+Resamples: the gate of each artifact on bootstrap resamples of the evaluation set. Correct artifacts
 should pass, and none should fail.
 
-Wrong artifacts: the logits of each artifact negated, set to 0, shifted by one image in each batch,
-with two classes swapped, drowned in noise, or wrong on a known share of the images; judged on
-random subsets of 5, 50, 500 and 2,000 images. None that lost more than is allowed should pass.
+Faulty artifacts: the logits of each artifact negated, set to 0, shifted by one image in each batch,
+with two classes swapped, with noise, or with wrong classes on a known share of the images,
+evaluated on random subsets of 5, 50, 500 and 2,000 images. None with a loss over the limit should
+pass.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from van_deploy.metrics import Task
 from van_deploy.runners.network import PYTORCH, original_network
 
 COLUMNS = (
-    *("artifact", "images", "judged", "PASS", "INCONCLUSIVE", "FAIL"),
-    *("lost more than allowed", "of these PASS"),
+    *("artifact", "images", "evaluations", "PASS", "INCONCLUSIVE", "FAIL"),
+    *("loss over the limit", "of these PASS"),
 )
 OUTCOMES = ("pass", "inconclusive", "fail")
 RESAMPLES, SUBSETS = 200, 20
 SIZES = (5, 50, 500, 2000)
 BATCH = 32
-# Shares of the images on which a wrong artifact says another class than PyTorch.
+# Shares of the images on which a faulty artifact predicts another class than PyTorch.
 SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.2)
 
 Array = npt.NDArray[Any]
@@ -53,66 +54,66 @@ Fault = Callable[[Array, np.random.Generator], Array]
 
 def main() -> int:
     """Print both tables as one."""
-    given = parse_options(__doc__, checkpoint="van_digits", calib="", eval="", bundle="")
+    args = parse_options(__doc__, checkpoint="van_digits", calib="", eval="", bundle="")
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(given.bundle or f"{folder}/bundle")
-        if not given.bundle:
-            made = api.export(given.checkpoint, place, images=given.calib or None)
-            made.quantize(precision="fp16")
-            made.quantize(precision="int8", images=given.calib or None)
+        place = Path(args.bundle or f"{folder}/bundle")
+        if not args.bundle:
+            exported = api.export(args.checkpoint, place, images=args.calib or None)
+            exported.quantize(precision="fp16")
+            exported.quantize(precision="int8", images=args.calib or None)
         bundle = api.open_bundle(place).load()
         loaded = original_network(bundle, None)
-        images = label_images(Path(given.eval), loaded.config.num_classes, loaded.class_names)
-        asked = EvaluationSettings(images=Path(given.eval))
-        with Networks(bundle, loaded, asked) as networks:
+        images = label_images(Path(args.eval), loaded.config.num_classes, loaded.class_names)
+        settings = EvaluationSettings(images=Path(args.eval))
+        with Networks(bundle, loaded, settings) as networks:
             batches = decoded_batches(images.items, loaded.preprocessing, BATCH)
             logits = [networks.logits(batch) for batch in batches]
-        found = {name: np.concatenate([y[name] for y in logits]) for name in logits[0]}
+        all_logits = {name: np.concatenate([y[name] for y in logits]) for name in logits[0]}
         labels = np.array([item.label for item in images.items], np.int64)
-        return measured(found, labels, golden_samples(bundle).noise_db).print_json()
+        return gate_table(all_logits, labels, golden_samples(bundle).noise_db).print_json()
 
 
-def measured(found: Mapping[str, Array], labels: Array, noise_db: float) -> Table:
+def gate_table(all_logits: Mapping[str, Array], labels: Array, noise_db: float) -> Table:
     """Return both tables as one.
 
     Args:
-        found: the logits ``(N, K)`` of PyTorch and each artifact by name.
+        all_logits: logits ``(N, K)`` of PyTorch and each artifact by name.
         labels: ``(N,)``.
-        noise_db: float32's noise.
+        noise_db: SQNR of PyTorch's float32 against its float64.
     """
     table, rng = Table(COLUMNS), np.random.default_rng(0)
 
-    def judged(name: str, logits: Array, rows: Array) -> ArtifactLoss:
+    def evaluate(name: str, logits: Array, rows: Array) -> ArtifactLoss:
         """Return the gate's verdict on some of the images."""
-        expected = found[PYTORCH][rows]
+        expected = all_logits[PYTORCH][rows]
         before, after = Predictions.of(expected), Predictions.of(logits[rows], reference=expected)
         truth = GroundTruth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
         return compare_predictions(before, after, truth, name)
 
-    def row(name: str, size: int, what: str, losses: Sequence[ArtifactLoss]) -> None:
+    def row(name: str, size: int, kind: str, losses: Sequence[ArtifactLoss]) -> None:
         counts = Counter(loss.outcome.value for loss in losses)
-        lost = [loss for loss in losses if loss.loss.loss > allowed_loss(name).value]
-        through = sum(loss.outcome.value == "pass" for loss in lost)
-        shown = (counts[word] for word in OUTCOMES)
-        table.row(name, size, f"{len(losses)} {what}", *shown, len(lost), through)
+        over_limit = [loss for loss in losses if loss.loss.loss > allowed_loss(name).value]
+        passed = sum(loss.outcome.value == "pass" for loss in over_limit)
+        cells = (counts[outcome] for outcome in OUTCOMES)
+        table.row(name, size, f"{len(losses)} {kind}", *cells, len(over_limit), passed)
 
-    for name, logits in found.items():
+    for name, logits in all_logits.items():
         if name == PYTORCH:
             continue
         drawn = [rng.integers(0, len(labels), len(labels)) for _ in range(RESAMPLES)]
-        row(name, len(labels), "whole", [judged(name, logits, np.arange(len(labels)))])
-        row(name, len(labels), "resamples", [judged(name, logits, rows) for rows in drawn])
+        row(name, len(labels), "whole", [evaluate(name, logits, np.arange(len(labels)))])
+        row(name, len(labels), "resamples", [evaluate(name, logits, rows) for rows in drawn])
         for size in (size for size in SIZES if size <= len(labels)):
             picks, losses = np.random.default_rng(size), []
             for fault in FAULTS.values():
                 for _ in range(SUBSETS):
-                    spoiled = fault(logits.copy(), picks)
+                    faulty = fault(logits.copy(), picks)
                     rows = picks.choice(len(labels), size, replace=False)
-                    losses.append(judged(name, spoiled, rows))
-            row(name, size, "wrong", losses)
+                    losses.append(evaluate(name, faulty, rows))
+            row(name, size, "faulty", losses)
     table.notes.append(
-        f"Wrong artifacts: {', '.join(FAULTS)}, each on {SUBSETS} random subsets of each size. "
-        "Resampled and spoiled are stored logits; every network answered each image once."
+        f"Faulty artifacts: {', '.join(FAULTS)}, each on {SUBSETS} random subsets of each size. "
+        "Resamples and faults use stored logits; every network ran on each image once."
     )
     return table
 
@@ -127,8 +128,8 @@ def _noisy(logits: Array, rng: np.random.Generator) -> Array:
     return logits + rng.normal(0, spread, logits.shape).astype(logits.dtype)
 
 
-def _wrong_on(share: float, logits: Array, rng: np.random.Generator) -> Array:
-    """Make another class the first one on a share of the images."""
+def _wrong_class(share: float, logits: Array, rng: np.random.Generator) -> Array:
+    """Make another class the top-1 class on a share of the images."""
     rows = rng.choice(len(logits), max(1, round(share * len(logits))), replace=False)
     best, worst = logits[rows].argmax(axis=1), logits[rows].argmin(axis=1)
     logits[rows, best], logits[rows, worst] = logits[rows, worst], logits[rows, best]
@@ -140,8 +141,11 @@ FAULTS: Mapping[str, Fault] = {
     "zeroed": lambda logits, rng: np.zeros_like(logits),
     "shifted by one image in each batch": _shifted,
     "two classes swapped": lambda logits, rng: logits[:, [1, 0, *range(2, logits.shape[1])]],
-    "noise as loud as the logits": _noisy,
-    **{f"wrong on {100 * share:g} % of the images": partial(_wrong_on, share) for share in SHARES},
+    "noise with the RMS of the logits": _noisy,
+    **{
+        f"wrong on {100 * share:g} % of the images": partial(_wrong_class, share)
+        for share in SHARES
+    },
 }
 
 

@@ -47,13 +47,7 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.table import Table
-from reliability.load import (
-    LoadResult,
-    export_test_bundle,
-    infer_requests,
-    send_requests,
-    start_server,
-)
+from reliability.load import LoadResult, infer_requests, run_export, send_requests, start_server
 from reliability.tritonserver import PYTHON, run_tritonserver
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
@@ -80,8 +74,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
         runs = [(args.measure, args.bundle, args.requests)]
         if not args.measure:
-            small = export_test_bundle(Path(name) / "van_digits", "van_digits")
-            large = export_test_bundle(Path(name) / "van_b0", "van_b0", "--weights", "random")
+            small = run_export(Path(name) / "van_digits", "van_digits")
+            large = run_export(Path(name) / "van_b0", "van_b0", "--weights", "random")
             runs = [("load", small, 10_000), ("load", large, 2000)]
             runs += [("triton", large, 1200), ("worst", large, 0)]
         for measure, args.bundle, args.requests in runs:

@@ -32,6 +32,7 @@ def find_failure(case: Callable[[Draw], object], seed: int, count: int) -> str:
         max_examples=max(1, count),
         database=None,
         deadline=None,
+        report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(st.data())

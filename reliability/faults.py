@@ -23,13 +23,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reliability.load import export_test_bundle
+from reliability.load import run_export
 
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = [
@@ -41,7 +41,7 @@ EVENTS = {*EVENTS_NEEDING_SPACE, "os.remove", "os.rmdir", "os.truncate"}
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 SIZES_KIB = (64, 256, 512, 900, 1300, 1800, 2600, 3600, 5000)
 STEP_LIMIT = 1000
-INTERRUPTIONS = {"kill": "`kill -9` before", "full": "disk full from"}
+KINDS = {"kill": "`kill -9` before", "full": "disk full from"}
 # The commands that write.
 COMMANDS = {
     "export": "export van_digits --output {bundle} --force",
@@ -58,6 +58,8 @@ from van_deploy.cli.app import main
 main()
 """
 
+Result = tuple[int, str]  # exit code and stderr of a command
+
 
 @dataclass
 class FaultResult:
@@ -68,13 +70,7 @@ class FaultResult:
     failures: list[str] = field(default_factory=list)
     skipped: str = ""
 
-    def add(
-        self,
-        step: str,
-        result: tuple[int, str],
-        allowed: Collection[int] = (0,),
-        bundle: Path | None = None,
-    ) -> None:
+    def add(self, step: str, result: Result, bundle: Path | None, *allowed: int) -> None:
         """Count a command's exit code; other codes, tracebacks and damaged bundles are failures."""
         (code, stderr), problem = result, bundle_problem(bundle) if bundle else ""
         if problem or code not in allowed or "Traceback" in stderr:
@@ -83,12 +79,12 @@ class FaultResult:
 
     def run(self, line: str, *allowed: int, bundle: Path, **options: Any) -> None:
         """Run a command on a bundle and add its result."""
-        self.add(line, run_command(line, bundle, **options), allowed, bundle)
+        self.add(line, run_command(line, bundle, **options), bundle, *allowed)
 
 
 def run_command(
     line: str, bundle: Path, program: Sequence[str] = ("-m", "van_deploy"), **environment: str
-) -> tuple[int, str]:
+) -> Result:
     """Run a command on a bundle in a process of its own; return its exit code and its stderr."""
     words = [sys.executable, *program, *(word.format(bundle=bundle) for word in line.split())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
@@ -115,15 +111,13 @@ def bundle_problem(folder: Path) -> str:
 
 
 def interrupt_every_step(
-    folder: Path,
-    commands: Sequence[str] = tuple(COMMANDS),
-    kinds: Sequence[str] = tuple(INTERRUPTIONS),
+    folder: Path, commands: Sequence[str] = tuple(COMMANDS), kinds: Sequence[str] = tuple(KINDS)
 ) -> Iterator[FaultResult]:
     """Kill commands before each of their steps, or fill the disk from there on."""
-    base = export_test_bundle(folder / "base", "van_digits")
+    base = run_export(folder / "base", "van_digits")
     FORKS.set_forkserver_preload(PRELOADED)  # ignores packages that are not installed
     for kind, name in itertools.product(kinds, commands):
-        result = FaultResult(f"{INTERRUPTIONS[kind]} every step of `{name}`, on the bundle's files")
+        result = FaultResult(f"{KINDS[kind]} every step of `{name}`, on the bundle's files")
         target = folder / f"{kind}-{name}"
         for step in range(1, STEP_LIMIT):
             shutil.rmtree(target, ignore_errors=True)
@@ -134,7 +128,7 @@ def interrupt_every_step(
                 break
             if code == 0:  # the command has fewer steps
                 break
-            result.add(f"step {step}", (code, stderr), (3, -signal.SIGKILL), target)
+            result.add(f"step {step}", (code, stderr), target, 3, -signal.SIGKILL)
             code, stderr = _run_in_fork(name, target, kind, STEP_LIMIT)
             if code or bundle_problem(target):
                 result.failures.append(f"the run after step {step}: {code} {stderr}")
@@ -143,7 +137,7 @@ def interrupt_every_step(
         yield result
 
 
-def _run_in_fork(name: str, target: Path, kind: str, step: int) -> tuple[int, str]:
+def _run_in_fork(name: str, target: Path, kind: str, step: int) -> Result:
     """Return the exit code and the stderr of a command that is interrupted at a step."""
     log = target.parent / "stderr"
     process = FORKS.Process(target=_run_interrupted, args=(name, target, kind, step, log))
@@ -207,7 +201,7 @@ def full_disk(
     folder: Path, commands: Sequence[str] = ("export", "quantize", "build"), sizes: Any = SIZES_KIB
 ) -> Iterator[FaultResult]:
     """Run commands that write on disks of increasing size."""
-    base, disk = export_test_bundle(folder / "full-base", "van_digits"), folder / "disk"
+    base, disk = run_export(folder / "full-base", "van_digits"), folder / "disk"
     used = 64 + sum(p.stat().st_size for p in base.rglob("*") if p.is_file()) // 1024
     for name in commands:
         result = FaultResult(f"disk full during `{name}`, free space from {sizes[0]} KiB up")
@@ -227,7 +221,7 @@ def full_disk(
 def read_only_disk(folder: Path) -> Iterator[FaultResult]:
     """Run commands that read, and commands that write, on a read-only bundle."""
     result, disk = FaultResult("a bundle on a read-only file system"), folder / "ro"
-    base = export_test_bundle(folder / "base", "van_digits")
+    base = run_export(folder / "base", "van_digits")
     lines: dict[tuple[int, ...], tuple[str, ...]] = {
         (0,): ("info {bundle}", "inspect {bundle}", "predict {bundle} {bundle}/golden/0.png"),
         (0, 3, 5): ("verify {bundle} --no-modules", "drift {bundle} --level stage"),
@@ -247,14 +241,14 @@ def read_only_disk(folder: Path) -> Iterator[FaultResult]:
 def concurrent_writers(folder: Path) -> Iterator[FaultResult]:
     """Run three commands that write one bundle at the same time, five times."""
     result = FaultResult("three processes writing one bundle")
-    bundle = export_test_bundle(folder / "shared", "van_digits")
+    bundle = run_export(folder / "shared", "van_digits")
     lines = [COMMANDS[name] for name in ("quantize", "build", "quantize")]
     with ThreadPoolExecutor(3) as pool:
         for _ in range(5):
             for code, stderr in pool.map(lambda line: run_command(line, bundle), lines):
                 replaced = code == 5 and "was replaced while" in stderr
-                result.add("a writer", (0 if replaced else code, stderr), (0, 3))
-            result.add("all writers", (0, ""), bundle=bundle)
+                result.add("a writer", (0 if replaced else code, stderr), None, 0, 3)
+            result.add("all writers", (0, ""), bundle, 0)
     yield result
 
 

@@ -34,6 +34,7 @@ FLAT = 1.1  # largest ratio of the memory of the large run to that of the small 
 TOLERANCE = 1e-4  # of the largest logit: the limit of FP32 artifacts everywhere
 RETRY_S = 0.05
 QUIET = subprocess.DEVNULL
+VAN_DEPLOY = (sys.executable, "-m", "van_deploy")
 
 
 @dataclass
@@ -65,10 +66,9 @@ class Requests:
     expected: npt.NDArray[np.float32]
 
 
-def export_test_bundle(folder: Path, *options: str) -> Path:
+def run_export(folder: Path, *options: str) -> Path:
     """Export a bundle with uint8 artifacts, and return its folder."""
-    command = [sys.executable, "-m", "van_deploy", "export", *options, "--output", str(folder)]
-    command += ["--embed-preprocess", "uint8", "--json"]
+    command = [*VAN_DEPLOY, "export", *options, "--embed-preprocess", "uint8", "-o", str(folder)]
     subprocess.run(command, check=True, stdout=QUIET, stderr=QUIET)
     return folder
 
@@ -81,11 +81,9 @@ def start_server(
     Raises:
         RuntimeError: the server did not start.
     """
-    command = [sys.executable, "-m", "van_deploy", "serve", str(bundle), "--port", str(port)]
+    command = [*VAN_DEPLOY, "serve", str(bundle), "--json", "--port", str(port), *options]
     errors = log.open("w", encoding="utf-8") if log else QUIET
-    server = subprocess.Popen(
-        [*command, "--json", *options], stdout=subprocess.PIPE, stderr=errors, text=True
-    )
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     text = ""
     while not text.endswith("}\n"):
         line = server.stdout.readline() if server.stdout else ""
@@ -112,13 +110,7 @@ def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
 
 
 def send_requests(
-    url: str,
-    requests: Requests,
-    result: LoadResult,
-    count: int,
-    clients: int,
-    *,
-    retry: bool = False,
+    url: str, requests: Requests, result: LoadResult, count: int, clients: int, retry: bool = False
 ) -> None:
     """Send requests from concurrent clients, and compare every response.
 
@@ -171,7 +163,7 @@ def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
         count: number of images and of requests; None for 50,000 and 10,000.
     """
     with tempfile.TemporaryDirectory(prefix="van-deploy-load-") as name:
-        bundle = export_test_bundle(Path(name) / "bundle", "van_digits")
+        bundle = run_export(Path(name) / "bundle", "van_digits")
         rows = evaluate_and_quantize(Path(name), bundle, count or IMAGES)
         rows.append(kill_server_under_load(bundle, count or REQUESTS))
     faults = [" | ".join(row) for row in rows if row[3] != "yes"]
@@ -191,10 +183,8 @@ def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[s
     def peak(command: str, more: tuple[str, ...], images: str, number: int) -> float:
         """Return the peak memory of a command in MB; infinite where it failed."""
         selection.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
-        arguments = [sys.executable, "-m", "van_deploy", command, str(bundle), *more]
-        process = subprocess.Popen(
-            [*arguments, "--images", str(folder / images)], stdout=QUIET, stderr=QUIET
-        )
+        arguments = [*VAN_DEPLOY, command, str(bundle), *more, "--images", str(folder / images)]
+        process = subprocess.Popen(arguments, stdout=QUIET, stderr=QUIET)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         # Exit code 1, a failed gate, is expected.
@@ -240,8 +230,6 @@ def kill_server_under_load(bundle: Path, count: int) -> list[str]:
         server.wait()
     load = f"`serve` under {CLIENTS} clients, killed {kills} times and restarted"
     passed = result.answered == count and not result.wrong and kills == KILLS
-    detail = (
-        f"{result.answered - result.wrong:,} correct, {result.wrong} wrong; "
-        f"{result.retries} retries"
-    )
+    correct = result.answered - result.wrong
+    detail = f"{correct:,} correct, {result.wrong} wrong; {result.retries} retries"
     return [load, f"{count:,} requests", detail, "yes" if passed else "NO"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from reliability.corruption import Draw, corrupt_bytes, corrupt_json, find_failure, one_of
-from reliability.load import export_test_bundle, start_server
+from reliability.load import run_export, start_server
 
 TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
 SILENCE_S = 1.0  # without a response the request is incomplete
@@ -77,8 +77,8 @@ def draw_connections(draw: Draw, image: bytes) -> list[bytes]:
     connections = []
     for _ in range(draw(st.integers(MAX_CONNECTIONS // 2, MAX_CONNECTIONS))):
         raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
-        mutation = one_of(draw, "whole", "whole", "whole", "spoiled", "cut")
-        raw = corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "spoiled" else raw
+        mutation = one_of(draw, "whole", "whole", "whole", "corrupt", "cut")
+        raw = corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "corrupt" else raw
         connections.append(raw[: draw(st.integers(0, len(raw)))] if mutation == "cut" else raw)
     return connections
 
@@ -116,7 +116,7 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
 def table(count: int | None, seed: int = 0) -> tuple[list[str], list[list[str]], list[str]]:
     """Return the columns, one row for each status, and the faults."""
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
-        bundle, log = export_test_bundle(Path(name) / "bundle", "van_digits"), Path(name) / "log"
+        bundle, log = run_export(Path(name) / "bundle", "van_digits"), Path(name) / "log"
         server, url = start_server(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
         image = (bundle / "golden/0.png").read_bytes()
         try:

@@ -249,7 +249,7 @@ def test_classification_commands_are_refused(exported: Bundle, cli: Cli, command
     result = cli(*command.format(exported.path).split())
     assert result.exit_code == 2, result.stderr
     output, name = " ".join(result.stderr.split()), command.split()[0]
-    assert f"gives feature maps (stage1, stage2, stage3, stage4), and `{name}` is of" in output
+    assert f"returns feature maps (stage1, stage2, stage3, stage4), and `{name}` needs" in output
 
 
 def test_build_engines(exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:

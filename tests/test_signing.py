@@ -124,7 +124,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 STALE, UNLISTED = "The signature of .* is not valid", "^1 files in .* are not in its manifest"
 CHANGES: list[tuple[Callable[[Path], object], str]] = [
     *((lambda b, n=n: flip(b / n), f"/{n}' was changed after the manifest") for n in FILES),
-    *((lambda b, n=n: (b / n).unlink(), f"/{n}' is named in the manifest and") for n in FILES),
+    *((lambda b, n=n: (b / n).unlink(), f"/{n}' is in the manifest, but") for n in FILES),
     (edit_digest, STALE),
     (rewrite, STALE),
     (lambda b: (b / MANIFEST).write_bytes((b / MANIFEST).read_bytes() + b" "), STALE),

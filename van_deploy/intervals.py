@@ -1,7 +1,7 @@
-"""What a finite number of images says about a share, a difference or a median. Pure functions.
+"""Confidence intervals of shares, paired differences and medians. Pure functions.
 
-Shares are 0 to 1. Two networks that answer the same images are compared as pairs, never as two
-independent samples.
+Shares are 0 to 1. Two networks on the same images are compared as pairs, not as independent
+samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 Interval = tuple[float, float]
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""Confidence level of all intervals."""
 
 _Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 
@@ -27,7 +27,7 @@ def wilson_interval(hits: int, total: int) -> Interval:
     """Return Wilson's score interval of the share ``hits / total``.
 
     Wilson, "Probable inference, the law of succession, and statistical
-    inference", JASA 22, 1927. Without images nothing is known: (0, 1).
+    inference", JASA 22, 1927. Without images: (0, 1).
 
     >>> low, high = wilson_interval(90, 100)
     >>> round(low, 4), round(high, 4)
@@ -47,16 +47,16 @@ def tango_interval(lost: float, won: float, total: float) -> Interval:
     """Return Tango's score interval of ``(lost - won) / total``, a difference of paired shares.
 
     Tango, "Equivalence test and confidence interval for the difference in proportions for the
-    paired-sample design", Statistics in Medicine 17, 1998: the differences that his score test
-    (:func:`tango_score`) does not reject. It keeps its coverage where few or no pairs differ,
-    where Wald's interval is empty. Without images: (-1, 1).
+    paired-sample design", Statistics in Medicine 17, 1998: the differences that the score test
+    (:func:`tango_score`) does not reject. Unlike Wald's interval, it keeps its coverage if few or
+    no pairs differ. Without images: (-1, 1).
 
     Args:
-        lost: pairs in which only the first is right.
-        won: pairs in which only the second is right.
-        total: all pairs.
+        lost: pairs in which only the first is correct.
+        won: pairs in which only the second is correct.
+        total: number of pairs.
 
-    >>> low, high = tango_interval(9, 3, 32)  # his example in section 6.2
+    >>> low, high = tango_interval(9, 3, 32)  # the example in section 6.2
     >>> round(low, 3), round(high, 3)
     (-0.027, 0.39)
     """
@@ -64,40 +64,40 @@ def tango_interval(lost: float, won: float, total: float) -> Interval:
         return -1.0, 1.0
     estimate = (lost - won) / total
     # The score falls as the difference rises: it is above z below the interval, under -z above it.
-    low = _crossing(lambda end: tango_score(lost, won, total, end) - _Z, -1.0, estimate)
-    high = _crossing(lambda end: tango_score(lost, won, total, end) + _Z, estimate, 1.0)
+    low = _bisect(lambda end: tango_score(lost, won, total, end) - _Z, -1.0, estimate)
+    high = _bisect(lambda end: tango_score(lost, won, total, end) + _Z, estimate, 1.0)
     return low, high
 
 
 def tango_score(lost: float, won: float, total: float, difference: float) -> float:
-    """Return Tango's score statistic that the paired shares differ by ``difference``.
+    """Return Tango's score statistic for the hypothesis that the shares differ by ``difference``.
 
     With ``difference`` 0 it is McNemar's ``(lost - won) / sqrt(lost + won)``. The standard error
-    is that of the data's most probable shares among those with that difference.
+    is that of the maximum-likelihood shares under the hypothesis.
     """
     excess = lost - won - total * difference
     b = (2 * total - lost + won) * difference - lost - won
     root = math.sqrt(max(b * b + 8 * total * won * difference * (1 - difference), 0.0))
-    nuisance = (root - b) / (4 * total)  # the constrained share of pairs that were won
+    nuisance = (root - b) / (4 * total)  # constrained share of the won pairs
     variance = total * (2 * nuisance + difference * (1 - difference))
     if variance <= 0:
         return math.copysign(math.inf, excess) if excess else 0.0
     return excess / math.sqrt(variance)
 
 
-def _crossing(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a falling function passes zero between ``low`` and ``high``."""
+def _bisect(decreasing: Callable[[float], float], low: float, high: float) -> float:
+    """Return the root of a decreasing function between ``low`` and ``high`` by bisection."""
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if falling(middle) > 0 else (low, middle)
+        low, high = (middle, high) if decreasing(middle) > 0 else (low, middle)
     return (low + high) / 2
 
 
 def mcnemar_exact(lost: int, won: int) -> float:
-    """Return the two-sided p-value that as many were ``lost`` as ``won`` but for chance.
+    """Return the two-sided p-value of McNemar's exact test.
 
-    McNemar's test in its exact form: of the images that only one of two
-    networks gets right, each is a fair coin.
+    Under the null hypothesis each image that only one of two networks classifies correctly is
+    equally likely to be ``lost`` or ``won``.
 
     >>> mcnemar_exact(0, 0), mcnemar_exact(6, 0)
     (1.0, 0.03125)
@@ -108,7 +108,7 @@ def mcnemar_exact(lost: int, won: int) -> float:
 
 
 def median_interval(values: Sequence[float]) -> Interval:
-    """Return the interval of a median between two of the ``values``, whatever their distribution.
+    """Return the distribution-free interval of a median, between two of the ``values``.
 
     The ranks are those of the sign test (Conover, "Practical Nonparametric Statistics", 3.2);
     with fewer than 6 values the interval is all of them.
@@ -123,14 +123,14 @@ def median_interval(values: Sequence[float]) -> Interval:
     return ordered[first], ordered[count - 1 - first]
 
 
-def bootstrap_interval(figure: Callable[[npt.NDArray[np.int64]], float], rows: int) -> Interval:
-    """Return the percentile interval of a figure over 1,000 resamples of images.
+def bootstrap_interval(statistic: Callable[[npt.NDArray[np.int64]], float], rows: int) -> Interval:
+    """Return the percentile interval of a statistic over 1,000 resamples of images.
 
     Args:
-        figure: takes the indices ``(rows,)`` of one resample.
-        rows: how many images there are.
+        statistic: function of the indices ``(rows,)`` of one resample.
+        rows: number of images.
     """
     rng = np.random.default_rng(0)
-    found = [figure(rng.integers(0, rows, rows)) for _ in range(1000)]
-    low, high = np.quantile(found, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    values = [statistic(rng.integers(0, rows, rows)) for _ in range(1000)]
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

@@ -1,6 +1,6 @@
-"""How far one set of logits is from another, and which labels they give. Pure functions.
+"""Metrics between two sets of logits, and the labels that logits give. Pure functions.
 
-Logits are ``(N, K)``: one row an image, one column a class.
+Logits are ``(N, K)``: one row per image, one column per class.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Task(str, enum.Enum):
     SINGLE_LABEL = "single-label"
     """One of K classes: softmax, the largest logit."""
     BINARY = "binary"
-    """One logit: sigmoid, yes from 0.5."""
+    """One logit: sigmoid, positive from 0.5."""
     MULTI_LABEL = "multi-label"
-    """K independent labels: sigmoid, each yes from 0.5."""
+    """K independent labels: sigmoid, each positive from 0.5."""
     REGRESSION = "regression"
-    """Values: no probability, and nothing is decided."""
+    """Values without probabilities or decisions."""
 
     @classmethod
     def of(cls, classes: int, problem_type: str | None = None) -> Task:
         """Return the task of a network with ``classes`` logits.
 
         Args:
-            classes: how many logits it has.
-            problem_type: what its weights say, in Transformers' words, if they do.
+            classes: number of logits.
+            problem_type: the ``problem_type`` of a Transformers configuration, or None.
 
         >>> Task.of(1), Task.of(5, "multi_label_classification")
         (<Task.BINARY: 'binary'>, <Task.MULTI_LABEL: 'multi-label'>)
@@ -49,17 +49,17 @@ class Task(str, enum.Enum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """The usual figures of merit of some logits against their reference.
+    """Metrics of logits against their reference.
 
     Attributes:
-        images: rows compared.
+        images: number of rows.
         max_abs: largest absolute difference.
         mean_abs: mean absolute difference.
         relative: ``max|difference| / max|reference|``.
-        cosine: the smallest cosine similarity of any row.
+        cosine: the minimum cosine similarity of any row.
         sqnr_db: see :func:`sqnr_db`.
-        kl: mean Kullback-Leibler divergence of the softmax, in nats; None where the numbers
-            are no classes', as the next two.
+        kl: mean Kullback-Leibler divergence of the softmax, in nats; None if the columns are not
+            classes, like the next two.
         top1_agreement: share of rows with the same top-1 class, 0 to 1.
         top5_agreement: see :func:`topk_agreement`, with ``k = 5``.
     """
@@ -76,40 +76,39 @@ class Comparison:
 
 
 def compare(reference: Array, actual: Array, *, classes: bool = True) -> Comparison:
-    """Return how far ``actual`` is from ``reference``, both ``(N, K)``, in float64.
+    """Return the metrics of ``actual`` against ``reference``, both ``(N, K)``, in float64.
 
-    ``classes`` says whether the K numbers are those of classes.
-
-    NaN in ``actual`` gives NaN or ``-inf`` figures, which pass no tolerance.
+    ``classes`` is whether the columns are classes. NaN in ``actual`` gives NaN or ``-inf``, which
+    exceed every tolerance.
     """
-    expected, found = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
-    difference = np.abs(found - expected)
+    expected, result = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
+    difference = np.abs(result - expected)
     return Comparison(
         images=len(expected),
         max_abs=float(difference.max()),
         mean_abs=float(difference.mean()),
         relative=float(difference.max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny)),
-        cosine=float(cosine(expected, found).min()),
-        sqnr_db=sqnr_db(expected, found),
-        kl=float(kl_divergence(expected, found).mean()) if classes else None,
-        top1_agreement=topk_agreement(expected, found, 1) if classes else None,
-        top5_agreement=topk_agreement(expected, found, 5) if classes else None,
+        cosine=float(cosine(expected, result).min()),
+        sqnr_db=sqnr_db(expected, result),
+        kl=float(kl_divergence(expected, result).mean()) if classes else None,
+        top1_agreement=topk_agreement(expected, result, 1) if classes else None,
+        top5_agreement=topk_agreement(expected, result, 5) if classes else None,
     )
 
 
-def signal_and_noise(reference: Array, found: Array) -> Array:
-    """Return the sums of the squares of a tensor and of its error, ``(2,)`` float64.
+def signal_and_noise(reference: Array, actual: Array) -> Array:
+    """Return the sums of squares of a tensor and of its error, ``(2,)`` float64.
 
-    Such sums of several batches may be added. The error of another shape is infinite.
+    The sums of several batches may be added. With different shapes the error is infinite.
     """
     exact = np.asarray(reference, np.float64)
-    same = found.shape == exact.shape
-    error = np.square(np.asarray(found, np.float64) - exact).sum() if same else math.inf
+    same = actual.shape == exact.shape
+    error = np.square(np.asarray(actual, np.float64) - exact).sum() if same else math.inf
     return np.array([np.square(exact).sum(), error])
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Return ``10 log10(signal / noise)``: ``inf`` without noise, ``-inf`` where it is no number.
+    """Return ``10 log10(signal / noise)``: ``inf`` without noise, ``-inf`` if noise is not finite.
 
     >>> decibels(100.0, 1.0), decibels(1.0, 0.0), decibels(1.0, math.nan)
     (20.0, inf, -inf)
@@ -122,8 +121,8 @@ def decibels(signal: float, noise: float) -> float:
 def sqnr_db(reference: Array, actual: Array) -> float:
     """Return the signal to quantisation noise ratio in decibels.
 
-    ``10 log10(sum(reference^2) / sum((actual - reference)^2))``; ``inf`` where
-    they are equal, ``-inf`` where ``actual`` holds a NaN or an infinity.
+    ``10 log10(sum(reference^2) / sum((actual - reference)^2))``; ``inf`` if they are equal,
+    ``-inf`` if ``actual`` has a NaN or an infinity.
 
     >>> sqnr_db(np.array([[10.0, 0.0]]), np.array([[9.0, 0.0]]))
     20.0
@@ -139,7 +138,7 @@ def rms(logits: Array) -> float:
 def worst_row_sqnr_db(reference: Array, actual: Array) -> float:
     """Return the SQNR of the row with most noise, against the mean signal of all rows, in dB.
 
-    The mean signal, so that a row whose logits happen to be small is not called worse.
+    The signal is the mean of all rows, so that rows with small logits do not count as worse.
     """
     expected = np.asarray(reference, np.float64)
     noise = np.square(np.asarray(actual, np.float64) - expected).mean(axis=1)
@@ -147,7 +146,7 @@ def worst_row_sqnr_db(reference: Array, actual: Array) -> float:
 
 
 def cosine(reference: Array, actual: Array) -> Array:
-    """Return each row's cosine similarity, ``(N,)``: 1 for two rows of zeros, 0 if only one is.
+    """Return each row's cosine similarity, ``(N,)``: 1 for two zero rows, 0 for one zero row.
 
     >>> cosine(np.zeros((2, 1)), np.array([[0.0], [3.0]]))
     array([1., 0.])
@@ -155,14 +154,14 @@ def cosine(reference: Array, actual: Array) -> Array:
     first, second = np.linalg.norm(reference, axis=1), np.linalg.norm(actual, axis=1)
     norms = first * second
     dots = np.einsum("nk,nk->n", reference, actual)
-    alike = ((first == 0) & (second == 0)).astype(np.float64)
-    return np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), alike)
+    both_zero = ((first == 0) & (second == 0)).astype(np.float64)
+    return np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), both_zero)
 
 
 def probabilities(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
-    """Return the probabilities ``(N, K)``: softmax, or a sigmoid for each logit.
+    """Return the probabilities ``(N, K)``: softmax, or a sigmoid of each logit.
 
-    The values of a regression are returned as they are.
+    The values of a regression are returned unchanged.
     """
     if task is Task.SINGLE_LABEL:
         return softmax(logits)
@@ -174,7 +173,7 @@ def probabilities(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """Return the probabilities ``(N, K)`` of each row's classes."""
+    """Return the softmax of each row, ``(N, K)``."""
     shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
     return shifted / shifted.sum(axis=1, keepdims=True)
 
@@ -186,9 +185,9 @@ def kl_divergence(reference: Array, actual: Array) -> Array:
 
 
 def top_classes(logits: Array, k: int) -> npt.NDArray[np.int64]:
-    """Return each row's ``k`` largest columns ``(N, min(k, K))``, the largest first.
+    """Return the top ``k`` classes of each row, ``(N, min(k, K))``, the largest logit first.
 
-    Ties go to the lower column, as in :func:`numpy.argmax`.
+    Ties go to the lower class, as in :func:`numpy.argmax`.
 
     >>> top_classes(np.array([[0.1, 0.7, 0.2]]), 2)
     array([[1, 2]])
@@ -198,24 +197,24 @@ def top_classes(logits: Array, k: int) -> npt.NDArray[np.int64]:
 
 
 def topk_agreement(reference: Array, actual: Array, k: int) -> float:
-    """Return the mean share of each row's first ``k`` classes that are the same, 0 to 1.
+    """Return the mean share of common classes in the top ``k`` of each row, 0 to 1.
 
-    Their order does not count. A row of ``actual`` with a NaN agrees with nothing.
-    With ``K <= k`` classes the top-k classes are always the same.
+    Their order does not count. A row of ``actual`` with a NaN has no agreement. With ``K <= k``
+    classes the top-k classes are always the same.
 
     >>> topk_agreement(np.array([[3.0, 2.0, 1.0, 0.0]]), np.array([[3.0, 0.0, 2.0, 1.0]]), 2)
     0.5
     """
-    expected, found = top_classes(reference, k), top_classes(actual, k)
-    shared = (expected[:, :, None] == found[:, None, :]).any(axis=2).mean(axis=1)
+    expected, top = top_classes(reference, k), top_classes(actual, k)
+    shared = (expected[:, :, None] == top[:, None, :]).any(axis=2).mean(axis=1)
     return float((shared * np.isfinite(actual).all(axis=1)).mean())
 
 
 def decision_margins(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
-    """Return how far each decision is from another one, in logits.
+    """Return the margin of each decision, in logits.
 
-    Of one of K classes: how far the first is ahead of the second, ``(N, 1)``. Of yes or no:
-    how far each logit is from 0, ``(N, K)``. A regression decides nothing: ``(N, 0)``.
+    Single-label: difference of the two largest logits, ``(N, 1)``. Binary and multi-label:
+    distance of each logit from 0, ``(N, K)``. A regression has no decisions: ``(N, 0)``.
 
     >>> decision_margins(np.array([[0.5, 2.0, -1.0]]))
     array([[1.5]])
@@ -228,27 +227,27 @@ def decision_margins(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
 
 
 def decisions(logits: Array, task: Task = Task.SINGLE_LABEL) -> npt.NDArray[np.int64]:
-    """Return the decisions: the class ``(N, 1)``, or 0 and 1 for no and yes ``(N, K)``.
+    """Return the decisions: the class ``(N, 1)``, or 0 or 1 for each label ``(N, K)``.
 
-    -1 stands for a row with a NaN or an infinity.
+    Rows with a NaN or an infinity have -1.
     """
     single = task is Task.SINGLE_LABEL
-    found = logits.argmax(axis=1)[:, None] if single else (logits >= 0)
+    labels = logits.argmax(axis=1)[:, None] if single else (logits >= 0)
     finite = np.isfinite(logits).all(axis=1, keepdims=True)
-    return np.where(finite, found, -1).astype(np.int64)
+    return np.where(finite, labels, -1).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A decision that changed.
+    """A decision that changed (label flip).
 
     Attributes:
-        image: which of the images, from 0.
-        expected: PyTorch's decision: the class, or 0 or 1 for no and yes.
-        found: the artifact's; -1 for a NaN or an infinity.
-        margin: how far PyTorch's decision was from another one, in RMS logits.
-        fault: whether that is more than the noise allowed explains.
-        label: which label was decided on, where there are several.
+        image: index of the image, from 0.
+        expected: PyTorch's decision: the class, or 0 or 1.
+        found: the artifact's decision; -1 for a NaN or an infinity.
+        margin: margin of PyTorch's decision, in RMS logits.
+        fault: whether the margin is larger than the allowed noise explains.
+        label: index of the label, for multi-label networks.
     """
 
     image: int
@@ -259,17 +258,17 @@ class Flip:
     label: int = 0
 
 
-def find_flips(expected: Array, found: Array, task: Task, explained: float) -> list[Flip]:
+def find_flips(expected: Array, actual: Array, task: Task, explained: float) -> list[Flip]:
     """Return the decisions that changed between two sets of logits, the widest margin first.
 
     Args:
         expected: ``(N, K)`` of the reference.
-        found: ``(N, K)``; a row that is not finite is a flip, and always a fault.
+        actual: ``(N, K)``; a row that is not finite is a flip, and always a fault.
         task: how logits become decisions.
-        explained: margins up to this, in RMS logits, are noise.
+        explained: maximum margin, in RMS logits, that noise explains.
     """
     margins = decision_margins(expected, task) / max(rms(expected), np.finfo(np.float64).tiny)
-    return flips_between(decisions(expected, task), decisions(found, task), margins, explained)
+    return flips_between(decisions(expected, task), decisions(actual, task), margins, explained)
 
 
 def flips_between(
@@ -278,16 +277,16 @@ def flips_between(
     """Return the decisions that changed, the widest margin first.
 
     Args:
-        before: those of the reference ``(N, k)``; the first ``m`` columns count.
-        after: the others; -1 is always a fault.
-        margins: of the reference ``(N, m)``, in RMS logits.
-        explained: margins up to this are noise.
+        before: decisions of the reference ``(N, k)``; the first ``m`` columns are compared.
+        after: decisions of the artifact; -1 is always a fault.
+        margins: margins of the reference ``(N, m)``, in RMS logits.
+        explained: maximum margin that noise explains.
     """
     flips = []
     for row, label in np.argwhere(before[:, : margins.shape[1]] != after[:, : margins.shape[1]]):
-        was, now, margin = int(before[row, label]), int(after[row, label]), margins[row, label]
-        fault = bool(margin > explained or now < 0)
-        flips.append(Flip(int(row), was, now, float(margin), fault, int(label)))
+        expected, actual, margin = before[row, label], after[row, label], margins[row, label]
+        fault = bool(margin > explained or actual < 0)
+        flips.append(Flip(int(row), int(expected), int(actual), float(margin), fault, int(label)))
     return sorted(flips, key=lambda flip: -flip.margin)
 
 

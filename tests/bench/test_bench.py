@@ -143,7 +143,7 @@ def test_invalid_options_of_the_bench_command(
 def test_published_limits_are_labelled_as_not_measured(digits_bundle: Bundle, cli: Cli) -> None:
     result = cli("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
     output = " ".join(result.stdout.split())
-    assert "L4 (NVIDIA L4 data sheet (2023)); nothing here was measured" in output
+    assert "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured" in output
     values = json.loads(cli("bench", digits_bundle.path, "--paper-limits", "h100", "--json").stdout)
     assert {limit["precision"] for limit in values["limits"]} == {"fp32", "tf32", "fp16"}
 

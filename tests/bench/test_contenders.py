@@ -62,9 +62,7 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
     return {"kind": kind, "engine": {**engine, "parser_layers": 1}}
 
 
-def test_each_artifact_is_a_contender_or_has_a_reason_to_be_skipped(
-    digits_bundle: Bundle, copy_bundle: Copy
-) -> None:
+def test_contenders_and_skip_reasons(digits_bundle: Bundle, copy_bundle: Copy) -> None:
     targets = [{"settings": {"target": target}} for target in ("tensorrt", "cpu")]
     kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
@@ -93,9 +91,7 @@ def test_each_artifact_is_a_contender_or_has_a_reason_to_be_skipped(
     assert "inductor/package" in gpu_reasons
 
 
-def test_variants_of_the_cuda_provider_record_their_options(
-    digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_provider_variants(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
     settings = BenchSettings(
         device="cuda:1", tf32=False, conv_search="DEFAULT", fuse_conv_bias=True
@@ -111,9 +107,7 @@ def test_variants_of_the_cuda_provider_record_their_options(
     assert CudaOptions(**options) == CudaOptions(False, False, "DEFAULT", True, cuda_graph=True)
 
 
-def test_changed_files_and_bundles_without_artifacts_are_refused(
-    digits_bundle: Bundle, copy_bundle: Copy
-) -> None:
+def test_changed_files_and_empty_bundles(digits_bundle: Bundle, copy_bundle: Copy) -> None:
     empty = with_artifacts(copy_bundle(digits_bundle, "empty"), lambda _: {})
     with pytest.raises(BundleError, match="has no artifact to time"):
         list_contenders(empty, BenchSettings())

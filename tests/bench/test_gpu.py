@@ -100,9 +100,7 @@ def test_timing_waits_for_a_steady_clock_and_reports_throttling(mhz: tuple[int, 
     assert fields["gpu"].sm_mhz in mhz[-2:]
 
 
-def test_gpu_monitor_uses_the_gpu_order_of_cuda(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gpu_monitor_uses_the_gpu_order_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = tuple(Gpu(name, (9, 0), None, uuid=name) for name in ("first", "second"))
     monkeypatch.setattr(gpu, "nvidia_driver", lambda: Driver("580.65.06", (13, 0), gpus))
     answers = {
@@ -151,9 +149,7 @@ def test_reference_is_the_fastest_pytorch_mode_at_the_same_batch() -> None:
         ({"int8": 2.0}, False),
     ],
 )
-def test_warning_if_int8_is_not_faster_than_fp16(
-    times: dict[str, float], has_warning: bool
-) -> None:
+def test_warning_about_slow_int8(times: dict[str, float], has_warning: bool) -> None:
     rows = [row(f"tensorrt/{kind}", ms) for kind, ms in times.items()]
     words = "INT8 is not faster than FP16 here at batch 8 (3.500 ms against 3.000 ms): "
     assert int8_warnings(rows, CONTENDERS) == [f"{words}deploy FP16 on this GPU"] * has_warning

@@ -77,9 +77,7 @@ def test_exhausted_memory_is_recognised(text: str, monkeypatch: pytest.MonkeyPat
     assert Worker().handle("profile", {}).message == "out of memory"
 
 
-def test_failed_contenders_have_an_error_and_the_others_continue(
-    graph: Contender, inputs: Path, tmp_path: Path
-) -> None:
+def test_others_continue_after_a_failure(graph: Contender, inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     narrow = replace(graph, name="narrow", min_batch=2, max_batch=2)
     broken = replace(graph, name="broken", file=str(tmp_path / "model.onnx"))

@@ -1,4 +1,4 @@
-"""Bundles to judge, and broken ones whose manifest vouches for them."""
+"""Bundles for the checks, and broken bundles with a consistent manifest."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ from van_deploy.model.variants import VanConfig
 Broken = Callable[..., Bundle]
 
 
-def overwritten(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
-    """Return the bundle with another graph in an artifact's file, and only digests rewritten."""
-    right = bundle.artifact(name)
-    onnx.save(model, bundle.path / right.file)
-    manifest = bundle.path / MANIFEST
-    new = file_sha256(bundle.path / right.file)
-    manifest.write_text(manifest.read_text().replace(right.sha256, new))
+def overwrite_artifact(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
+    """Replace an artifact's graph and update only the digests in the manifest."""
+    artifact, manifest = bundle.artifact(name), bundle.path / MANIFEST
+    onnx.save(model, bundle.path / artifact.file)
+    digest = file_sha256(bundle.path / artifact.file)
+    manifest.write_text(manifest.read_text().replace(artifact.sha256, digest))
     return Bundle.open(bundle.path)
 
 
 def tiny_bundle(
     folder: Path, classes: int, problem: str = "", images: Path | None = None, **export: Any
 ) -> Path:
-    """Return the bundle of a tiny network of random weights, 32 x 32."""
+    """Return the bundle of a tiny network with random weights, 32 x 32 pixels."""
     from van_deploy.exporting import export_bundle, load_model
     from van_deploy.model.van import random_van
 
@@ -62,9 +61,9 @@ def tiny_bundle(
 
 @pytest.fixture
 def broken(copy_bundle: Copy, tmp_path: Path) -> Broken:
-    """Return a function that puts a broken graph in the place of an artifact, in a new copy.
+    """Return a function that replaces an artifact's graph in a copy of a bundle.
 
-    What was recorded when the right one was made stays recorded: only digests are rewritten.
+    The records of the correct graph stay in the manifest; only the digests change.
     """
 
     def replace(
@@ -73,7 +72,7 @@ def broken(copy_bundle: Copy, tmp_path: Path) -> Broken:
         shutil.rmtree(tmp_path / "broken", ignore_errors=True)
         copy = Bundle.open(copy_bundle(whole, "broken"))
         if name in copy.artifacts and not more:
-            return overwritten(copy, name, model)
+            return overwrite_artifact(copy, name, model)
         return add_artifact(copy, name, precision, model, **more)
 
     return replace

@@ -1,4 +1,4 @@
-"""Graphs that are wrong in one known way: what the gates must catch."""
+"""Faulty graphs for tests of the gates."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 QUANTIZE = "QuantizeLinear"
 Step = tuple[Any, ...]
-"""An operator, the constants it takes, and perhaps its attributes."""
+"""An operator, its constant inputs, and optionally its attributes."""
 
 
-def stored(model: ModelProto) -> dict[str, TensorProto]:
+def initializers(model: ModelProto) -> dict[str, TensorProto]:
     """Return the graph's initialisers by name."""
     return {tensor.name: tensor for tensor in model.graph.initializer}
 
 
 def set_values(tensor: TensorProto, values: np.ndarray) -> None:
-    """Replace what an initialiser holds, in its own type."""
+    """Replace the values of an initialiser and keep its type."""
     kind = numpy_helper.to_array(tensor).dtype
     tensor.CopyFrom(numpy_helper.from_array(np.array(values).astype(kind), tensor.name))
 
 
-def behind(model: ModelProto, tensor: str, *steps: Step) -> ModelProto:
-    """Return the graph with steps behind a tensor: whatever read it reads the last one's result."""
+def insert_after(model: ModelProto, tensor: str, *steps: Step) -> ModelProto:
+    """Insert operators after a tensor; its readers read the output of the last one."""
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
     given, last, place = tensor, f"{tensor}.wrong", 0
     makers = [place for place, node in enumerate(nodes) if tensor in node.output]
@@ -48,55 +48,58 @@ def behind(model: ModelProto, tensor: str, *steps: Step) -> ModelProto:
     return model
 
 
-def negated(model: ModelProto) -> ModelProto:
-    """Return the graph with every logit's sign turned."""
-    return behind(model, "logits", ("Neg", []))
+def negate_logits(model: ModelProto) -> ModelProto:
+    """Negate the logits."""
+    return insert_after(model, "logits", ("Neg", []))
 
 
-def zeroed(model: ModelProto) -> ModelProto:
-    """Return the graph whose logits are all 0."""
-    return behind(model, "logits", ("Mul", [np.float32(0)]))
+def zero_logits(model: ModelProto) -> ModelProto:
+    """Set all logits to 0."""
+    return insert_after(model, "logits", ("Mul", [np.float32(0)]))
 
 
-def rows_reversed(model: ModelProto) -> ModelProto:
-    """Return the graph whose rows come out in reverse order: right for one image alone."""
+def reverse_rows(model: ModelProto) -> ModelProto:
+    """Reverse the rows, which is correct at batch 1."""
     constants = [np.array([value]) for value in (-1, np.iinfo(np.int32).min, 0, -1)]
-    return behind(model, "logits", ("Slice", constants))
+    return insert_after(model, "logits", ("Slice", constants))
 
 
-def classes_swapped(model: ModelProto) -> ModelProto:
-    """Return the graph with the first two classes in each other's place."""
+def swap_classes(model: ModelProto) -> ModelProto:
+    """Swap the first two classes."""
     size = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    return behind(model, "logits", ("Gather", [np.array([1, 0, *range(2, size)])], {"axis": 1}))
+    return insert_after(
+        model, "logits", ("Gather", [np.array([1, 0, *range(2, size)])], {"axis": 1})
+    )
 
 
-def wrong_normalisation(
-    model: ModelProto, right: tuple[float, float], wrong: tuple[float, float]
+def change_normalisation(
+    model: ModelProto, old: tuple[float, float], new: tuple[float, float]
 ) -> ModelProto:
-    """Return the graph fed as if its images had been normalised with ``wrong`` mean and std."""
-    factor, shift = right[1] / wrong[1], (right[0] - wrong[0]) / wrong[1]
-    return behind(model, "images", ("Mul", [np.float32(factor)]), ("Add", [np.float32(shift)]))
+    """Normalise images with the ``new`` mean and standard deviation instead of the ``old`` ones."""
+    factor, shift = old[1] / new[1], (old[0] - new[0]) / new[1]
+    return insert_after(
+        model, "images", ("Mul", [np.float32(factor)]), ("Add", [np.float32(shift)])
+    )
 
 
-def frozen_batch(model: ModelProto, tensor: str, shape: tuple[int, ...]) -> ModelProto:
-    """Return the graph with a Reshape to a batch of one behind a tensor."""
-    return behind(model, tensor, ("Reshape", [np.array([1, *shape[1:]])]))
+def fix_batch(model: ModelProto, tensor: str, shape: tuple[int, ...]) -> ModelProto:
+    """Insert a Reshape to batch 1 after a tensor."""
+    return insert_after(model, tensor, ("Reshape", [np.array([1, *shape[1:]])]))
 
 
-def overflowing(model: ModelProto, tensor: str) -> ModelProto:
-    """Return the graph with a tensor times 2^15 in FP16, and back.
+def overflow_fp16(model: ModelProto, tensor: str) -> ModelProto:
+    """Multiply a tensor by 2^15 in FP16 and divide it again.
 
-    In real arithmetic this is the same network; in FP16 values above 2 pass 65504. ONNX
-    Runtime computes it in FP32 on a CPU.
+    In FP16 values above 2 overflow. ONNX Runtime computes it in FP32 on a CPU.
     """
     factor, half = np.float16(2**15), {"to": TensorProto.FLOAT16}
     there: tuple[Step, ...] = (("Cast", [], half), ("Mul", [factor]), ("Neg", []))
     back: tuple[Step, ...] = (("Mul", [-1 / factor]), ("Cast", [], {"to": TensorProto.FLOAT}))
-    return behind(model, tensor, *there, *back)
+    return insert_after(model, tensor, *there, *back)
 
 
-def perturbed(model: ModelProto, block: str, share: float = 0.01) -> ModelProto:
-    """Return the graph with every convolution weight of one block off by 1 % (RMS)."""
+def perturb_block(model: ModelProto, block: str, share: float = 0.01) -> ModelProto:
+    """Perturb the convolution weights of one block by 1 % (RMS)."""
     rng = np.random.default_rng(0)
     for tensor in model.graph.initializer:
         if tensor.name.startswith(f"{block}.") and tensor.name.endswith(".weight"):
@@ -105,15 +108,15 @@ def perturbed(model: ModelProto, block: str, share: float = 0.01) -> ModelProto:
     return model
 
 
-def swapped_channels(model: ModelProto) -> ModelProto:
-    """Return the graph with red and blue swapped."""
-    weight = stored(model)["patch_embed1.proj.weight"]
+def swap_channels(model: ModelProto) -> ModelProto:
+    """Swap red and blue."""
+    weight = initializers(model)["patch_embed1.proj.weight"]
     set_values(weight, numpy_helper.to_array(weight)[:, ::-1])
     return model
 
 
-def layer_norm_epsilon(model: ModelProto, epsilon: float = 1e-3) -> ModelProto:
-    """Return the graph with another epsilon in its LayerNorms."""
+def change_epsilon(model: ModelProto, epsilon: float = 1e-3) -> ModelProto:
+    """Change the epsilon of the LayerNorms."""
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
@@ -121,43 +124,43 @@ def layer_norm_epsilon(model: ModelProto, epsilon: float = 1e-3) -> ModelProto:
     return model
 
 
-def bias_lost(model: ModelProto, layer: str = "block2.1.mlp.fc1") -> ModelProto:
-    """Return the graph without one convolution's bias."""
+def remove_bias(model: ModelProto, layer: str = "block2.1.mlp.fc1") -> ModelProto:
+    """Set the bias of one convolution to 0."""
     node = next(node for node in model.graph.node if node.name == layer)
-    bias = stored(model)[node.input[2]]
+    bias = initializers(model)[node.input[2]]
     set_values(bias, np.zeros(bias.dims))
     return model
 
 
-def channel_zeroed(model: ModelProto, layer: str = "block1.0.mlp.fc2") -> ModelProto:
-    """Return the graph with one output channel of a convolution at 0: 12 dB or more in INT8."""
+def zero_channel(model: ModelProto, layer: str = "block1.0.mlp.fc2") -> ModelProto:
+    """Set one output channel of a convolution to 0: 12 dB or more in INT8."""
     node = next(node for node in model.graph.node if node.name == layer)
     maker = {n.output[0]: n for n in model.graph.node}.get(node.input[1])
-    tensors, weight = stored(model), node.input[1] if maker is None else maker.input[0]
+    tensors, weight = initializers(model), node.input[1] if maker is None else maker.input[0]
     values = numpy_helper.to_array(tensors[weight]).astype(np.float64)
     sizes = np.abs(values.reshape(len(values), -1)).sum(axis=1)
     if maker is not None:  # integers: their scales make them weights
         sizes *= numpy_helper.to_array(tensors[maker.input[1]])
     for name in (weight, node.input[2]):
-        kept = numpy_helper.to_array(tensors[name]).copy()
-        kept[int(sizes.argmax())] = 0
-        set_values(tensors[name], kept)
+        values = numpy_helper.to_array(tensors[name]).copy()
+        values[int(sizes.argmax())] = 0
+        set_values(tensors[name], values)
     return model
 
 
 # --- scales ----------------------------------------------------------------------------------
 
 
-def scale_times(model: ModelProto, layer: str, of: str, factor: float) -> ModelProto:
-    """Return a Q/DQ graph with another scale in one layer.
+def multiply_scale(model: ModelProto, layer: str, of: str, factor: float) -> ModelProto:
+    """Multiply a scale of one layer of a Q/DQ graph.
 
     Args:
         model: the graph.
         layer: the convolution.
-        of: ``activation``, in its Q and its DQ; ``weight``, rounded anew with it.
-        factor: over the right scale.
+        of: ``activation``, in Q and DQ; ``weight``, whose integers are rounded again.
+        factor: ratio to the correct scale.
     """
-    tensors = stored(model)
+    tensors = initializers(model)
     makers = {node.output[0]: node for node in model.graph.node}
     conv = next(node for node in model.graph.node if node.name == layer)
     scale = tensors[makers[conv.input[0 if of == "activation" else 1]].input[1]]
@@ -168,27 +171,25 @@ def scale_times(model: ModelProto, layer: str, of: str, factor: float) -> ModelP
     return model
 
 
-def scales_changed(
+def change_scales(
     model: ModelProto, change: Callable[[list[np.ndarray]], list[np.ndarray]]
 ) -> ModelProto:
-    """Return a Q/DQ graph with other scales of all activations, made of the right ones."""
+    """Change the scales of all activations of a Q/DQ graph."""
     names = dict.fromkeys(n.input[1] for n in model.graph.node if n.op_type == QUANTIZE)
-    tensors = [stored(model)[name] for name in names]
+    tensors = [initializers(model)[name] for name in names]
     for tensor, value in zip(tensors, change([*map(numpy_helper.to_array, tensors)]), strict=True):
         set_values(tensor, value)
     return model
 
 
-def weights_rounded_anew(
-    model: ModelProto, scales: Callable[[np.ndarray], np.ndarray]
-) -> ModelProto:
-    """Return a Q/DQ graph whose square weights were rounded with other scales.
+def requantize_weights(model: ModelProto, scales: Callable[[np.ndarray], np.ndarray]) -> ModelProto:
+    """Round the square weights of a Q/DQ graph with other scales.
 
     Args:
         model: the graph.
-        scales: from weights ``(O, I)`` to their scales ``(O,)``.
+        scales: maps weights ``(O, I)`` to their scales ``(O,)``.
     """
-    tensors = stored(model)
+    tensors = initializers(model)
     for node in model.graph.node:
         integers = tensors.get(node.input[0])
         if node.op_type != "DequantizeLinear" or integers is None:

@@ -1,4 +1,4 @@
-"""Accuracy and what was lost, of one class among K, of one logit, and of many labels."""
+"""Accuracy and loss of single-label, binary and multi-label predictions."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from van_deploy.metrics import Task, probabilities
 SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
 
 
-def said(classes: list[int], confidence: float = 0.9) -> Predictions:
-    """Return answers of ten classes with that first class, as sure as that."""
+def predictions(classes: list[int], confidence: float = 0.9) -> Predictions:
+    """Return predictions for ten classes with these top-1 classes and this confidence."""
     logits = np.full((len(classes), 10), math.log((1 - confidence) / 9))
     logits[range(len(classes)), classes] = math.log(confidence)
     return Predictions.of(logits.astype(np.float32))
 
 
-def test_counted_by_hand() -> None:
+def test_single_label_accuracy_and_loss() -> None:
     labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    before, after = said([0, 0, 1, 1, 2, 0, 3, 3]), said([0, 1, 1, 1, 2, 2, 0, 0])
+    before, after = (predictions(c) for c in ([0, 0, 1, 1, 2, 0, 3, 3], [0, 1, 1, 1, 2, 2, 0, 0]))
     accuracy = measure_accuracy(before, GroundTruth(labels, 10, SINGLE))
     assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.875)
     assert accuracy.ece == pytest.approx(0.025, abs=1e-6)
@@ -48,8 +48,7 @@ def test_counted_by_hand() -> None:
     assert found.confusions == ((3, 0, 2), (0, 1, 1), (0, 2, 1))
 
 
-def test_top5_of_five_classes_is_no_figure() -> None:
-    """It is 100 % whatever the network says."""
+def test_no_top5_accuracy_of_five_classes() -> None:
     logits = np.random.default_rng(0).normal(size=(20, 5)).astype(np.float32)
     labels = np.zeros(20, np.int64)
     few = measure_accuracy(Predictions.of(logits), GroundTruth(labels, 5, SINGLE))
@@ -60,7 +59,7 @@ def test_top5_of_five_classes_is_no_figure() -> None:
     )
 
 
-def test_a_nan_is_no_answer() -> None:
+def test_nan_logits_are_wrong_predictions() -> None:
     reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
     logits = np.array([[3.0, 1.0, 2.0], [np.nan, 1.0, 2.0]], np.float32)
     found, truth = (
@@ -70,29 +69,29 @@ def test_a_nan_is_no_answer() -> None:
     assert found.classes.tolist() == [[0, 2, 1], [-1, -1, -1]]
     assert found.confidence[1] == 0
     assert measure_accuracy(found, truth).top1 == 0.5
-    judged = compare_predictions(Predictions.of(reference), found, truth, "fp16")
-    assert (judged.sqnr_db, judged.outcome) == (-math.inf, Outcome.FAIL)
-    assert judged.confusions == ((0, -1, 1),)
+    result = compare_predictions(Predictions.of(reference), found, truth, "fp16")
+    assert (result.sqnr_db, result.outcome) == (-math.inf, Outcome.FAIL)
+    assert result.confusions == ((0, -1, 1),)
 
 
-def test_noise_and_flips_over_the_whole_set() -> None:
+def test_sqnr_and_flips_of_the_whole_set() -> None:
     rng = np.random.default_rng(3)
     expected = rng.normal(size=(10, 4)).astype(np.float32)
     found = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
     before, after = Predictions.of(expected), Predictions.of(found, SINGLE, expected)
-    judged = compare_predictions(before, after, GroundTruth(np.zeros(10, int), 4, SINGLE), "fp16")
+    result = compare_predictions(before, after, GroundTruth(np.zeros(10, int), 4, SINGLE), "fp16")
     noise = np.square(found.astype(np.float64) - expected).sum()
     signal = np.square(expected.astype(np.float64)).sum()
-    assert judged.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
+    assert result.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
     changed = np.flatnonzero(expected.argmax(1) != found.argmax(1))
-    assert judged.flips == len(changed) > 0
-    (flips,) = (f for f in judged.findings if f.rule == "label flips")
+    assert result.flips == len(changed) > 0
+    (flips,) = (f for f in result.findings if f.rule == "label flips")
     ordered = np.sort(expected[changed])
     widest = (ordered[:, -1] - ordered[:, -2]).max() / math.sqrt(signal / expected.size)
     assert flips.value == pytest.approx(widest, rel=1e-5)
 
 
-def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
+def test_binary_accuracy_and_loss() -> None:
     expected = np.array([[2.0], [-1.0], [0.5], [-3.0]], np.float32)
     found = np.array([[2.0], [1.0], [-0.5], [-3.0]], np.float32)
     labels = np.array([1, 0, 1, 0])
@@ -102,9 +101,9 @@ def test_one_logit_is_decided_at_half_and_no_argmax() -> None:
     assert after.confidence[[0, 3]].tolist() == pytest.approx(sure)
     accuracy = measure_accuracy(after, GroundTruth(labels, 1, BINARY))
     assert (accuracy.top1, accuracy.top5) == (0.5, None)
-    judged = compare_predictions(before, after, GroundTruth(labels, 1, BINARY), "fp16")
-    assert (judged.loss.lost, judged.loss.won, judged.loss.loss) == (2, 0, 50.0)
-    assert judged.confusions == ((0, 1, 1), (1, 0, 1))
+    result = compare_predictions(before, after, GroundTruth(labels, 1, BINARY), "fp16")
+    assert (result.loss.lost, result.loss.won, result.loss.loss) == (2, 0, 50.0)
+    assert result.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
 
@@ -113,7 +112,7 @@ LOGITS = np.array([[2.0, -1.0, 3.0], [-2.0, 1.0, -1.0]], np.float32)
 LABELS = np.array([[1, 0, 1], [0, 1, 1]])
 
 
-def test_f1_and_its_loss_counted_by_hand() -> None:
+def test_multi_label_f1_and_loss() -> None:
     worse = LOGITS.copy()
     worse[0, 0] = -2.0
     before, after = Predictions.of(LOGITS, MULTI), Predictions.of(worse, MULTI)
@@ -126,8 +125,7 @@ def test_f1_and_its_loss_counted_by_hand() -> None:
     assert loss.interval[0] <= loss.loss <= loss.interval[1]
 
 
-def test_the_interval_resamples_images_and_not_decisions() -> None:
-    """A thousand labels of one image are no thousand observations."""
+def test_f1_interval_resamples_images_and_not_labels() -> None:
     rng = np.random.default_rng(0)
     one = rng.integers(0, 2, (30, 1))
     logits = np.where(rng.random((30, 1)) < 0.2, 1 - 2 * one, 2 * one - 1)
@@ -139,20 +137,17 @@ def test_the_interval_resamples_images_and_not_decisions() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.booleans()), min_size=1, max_size=80))
-def test_the_calibration_error_is_its_definition(found: list[tuple[int, bool]]) -> None:
-    """Guo et al.'s, bin by bin."""
+def test_calibration_error_by_its_definition(results: list[tuple[int, bool]]) -> None:
     # Not on the edge of a bin, where the last digit of a float decides.
-    confidence = np.array([min((share + 0.5) / 10_001, 1.0) for share, _ in found])
-    correct, bins = np.array([right for _, right in found]), np.arange(ECE_BINS) / ECE_BINS
+    confidence = np.array([min((share + 0.5) / 10_001, 1.0) for share, _ in results])
+    correct, bins = np.array([right for _, right in results]), np.arange(ECE_BINS) / ECE_BINS
     inside = [(low < confidence) & (confidence <= low + 1 / ECE_BINS) for low in bins]
-    total = sum(abs((correct[rows] - confidence[rows]).sum()) for rows in inside) / len(found)
+    total = sum(abs((correct[rows] - confidence[rows]).sum()) for rows in inside) / len(results)
     assert expected_calibration_error(confidence, correct) == pytest.approx(total, abs=1e-12)
 
 
 @each("slow", [[6.0], [4.0, 6.0, 9.0]])
-def test_a_restless_machine_gets_more_paired_rounds(
-    monkeypatch: pytest.MonkeyPatch, slow: list[float]
-) -> None:
+def test_varying_times_get_more_rounds(monkeypatch: pytest.MonkeyPatch, slow: list[float]) -> None:
     now, times, rounds = [0.0], itertools.cycle(slow), [-WARMUP_ROUNDS]
 
     def takes(seconds: float, round_: int) -> None:
@@ -160,7 +155,7 @@ def test_a_restless_machine_gets_more_paired_rounds(
         rounds[0] += round_
 
     monkeypatch.setattr("van_deploy.checks.regression.time.perf_counter", lambda: now[0])
-    found = paired_ratio(lambda: takes(next(times), 1), lambda: takes(2.0, 0))
-    assert found.interval
-    assert found.interval[0] <= found.value == 3.0 <= found.interval[1]
+    ratio = paired_ratio(lambda: takes(next(times), 1), lambda: takes(2.0, 0))
+    assert ratio.interval
+    assert ratio.interval[0] <= ratio.value == 3.0 <= ratio.interval[1]
     assert (rounds[0] == ROUNDS[0]) is (len(slow) == 1)

@@ -1,4 +1,4 @@
-"""What PASS means: limits and their origins, outcomes, and the rules on logits and losses."""
+"""Limits and their origins, outcomes, and the rules for logits and losses."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def noisy(expected: np.ndarray, sqnr_db: float) -> np.ndarray:
     return expected + noise * 10 ** (-sqnr_db / 20)
 
 
-def spoiled(row: int, values: float | np.ndarray) -> np.ndarray:
-    found = LOGITS.copy()
-    found[row] = values
-    return found
+def with_row(row: int, values: float | np.ndarray) -> np.ndarray:
+    logits = LOGITS.copy()
+    logits[row] = values
+    return logits
 
 
 @each(
@@ -56,14 +56,12 @@ def spoiled(row: int, values: float | np.ndarray) -> np.ndarray:
         ("tf32", 134.8, 50, "floor for tf32"),
         ("fp16", 134.8, 45, "floor for fp16"),
         ("bf16", 134.8, 30, "floor for bf16"),
-        ("int8", 20.0, 20, "floor for int8"),  # from that noise it was -0.1 dB, and zeroes passed
+        ("int8", 20.0, 20, "floor for int8"),  # the noise does not lower the floor
     ],
 )
-def test_each_class_has_its_floor_and_says_where_from(
-    numeric: str, noise: float, floor: float, origin: str
-) -> None:
-    found = sqnr_floor(numeric, noise)
-    assert (round(found.value, 6), found.origin) == (floor, origin)
+def test_limits_and_their_origins(numeric: str, noise: float, floor: float, origin: str) -> None:
+    limit = sqnr_floor(numeric, noise)
+    assert (round(limit.value, 6), limit.origin) == (floor, origin)
     recipe = GateProfile(sqnr_db=60.0, top1_loss=2.0)
     assert sqnr_floor(numeric, noise, recipe) == Limit(60.0, f"recipe [gates.{numeric}]")
     assert allowed_loss(numeric, recipe) == Limit(2.0, f"recipe [gates.{numeric}]")
@@ -71,7 +69,7 @@ def test_each_class_has_its_floor_and_says_where_from(
     assert gates.numeric_class(precision, tf32=numeric == "tf32") == numeric
 
 
-def test_the_worst_decides_and_nothing_is_no_pass() -> None:
+def test_the_worst_outcome_decides() -> None:
     undecided = [Finding("a", PASS), Finding("b", INCONCLUSIVE)]
     assert outcome_of(undecided) is INCONCLUSIVE
     assert outcome_of([*undecided, pass_or_fail("c", "wrong")]) is FAIL
@@ -89,12 +87,13 @@ def test_the_worst_decides_and_nothing_is_no_pass() -> None:
         (skipped_finding("b", "it gives no logits"), None),
     ],
 )
-def test_what_was_not_shown_needs_leave_of_its_own_kind(
+def test_skips_and_undecided_findings_need_their_own_option(
     finding: Finding, needs: AllowOptions | None
 ) -> None:
     def passes(allowed: AllowOptions, *findings: Finding) -> bool:
         report = CheckReport.__new__(CheckReport)
-        vars(report).update(allowed=allowed, rows=[CheckRow("x", f) for f in findings])
+        vars(report).update(allowed=allowed, rows=[CheckRow(f.rule, f) for f in findings])
+        assert report.failed == [f.rule for f in findings if not allowed.accepts(f)]
         return report.passed
 
     shown = Finding("a", PASS)
@@ -104,58 +103,59 @@ def test_what_was_not_shown_needs_leave_of_its_own_kind(
     assert passes(everything, shown, finding) is (needs is not None)
     if needs is not None:
         assert passes(needs, shown, finding)
-        assert passes(needs, finding) is (finding.outcome is INCONCLUSIVE), "a skip shows nothing"
+        assert passes(needs, finding) is (finding.outcome is INCONCLUSIVE), (
+            "a skip alone is no PASS"
+        )
 
 
 @each(
-    ("numeric", "found", "recorded", "rules", "said"),
+    ("numeric", "actual", "recorded", "rules", "message"),
     [
         ("fp16", noisy(LOGITS, 44.0), None, ["SQNR"], "44.0 dB is below 45.0 dB (floor for "),
-        # INT8 limits of 12.5 dB, where the artifact had 38.9, passed scales times 6.
         ("int8", noisy(LOGITS, 35.0), 38.9, ["SQNR"], "(38.9 dB recorded at creation, minus 3)"),
         ("int8", noisy(LOGITS, 19.0), 21.0, ["SQNR"], "(floor for int8)"),
         ("int8", noisy(LOGITS, 38.0), 38.9, [], ""),
-        ("fp16", spoiled(17, noisy(LOGITS, 32.0)[17]), None, ["worst image"], ""),
-        ("int8", spoiled(3, np.nan), None, ["SQNR", "worst image", "label flips"], ""),
-        ("int8", spoiled(3, np.inf), None, ["SQNR", "worst image", "label flips"], ""),
+        ("fp16", with_row(17, noisy(LOGITS, 32.0)[17]), None, ["worst image"], ""),
+        ("int8", with_row(3, np.nan), None, ["SQNR", "worst image", "label flips"], ""),
+        ("int8", with_row(3, np.inf), None, ["SQNR", "worst image", "label flips"], ""),
         ("int8", LOGITS[:, :9], None, ["shape"], "(40, 9), PyTorch's output has (40, 10)"),
     ],
 )
-def test_what_does_not_hold_says_its_limit(
-    numeric: str, found: np.ndarray, recorded: float | None, rules: list[str], said: str
+def test_logits_that_fail_name_the_limit(
+    numeric: str, actual: np.ndarray, recorded: float | None, rules: list[str], message: str
 ) -> None:
-    findings, flips = gates.check_logits(LOGITS, found, sqnr_floor(numeric, 130.0), recorded)
+    findings, flips = gates.check_logits(LOGITS, actual, sqnr_floor(numeric, 130.0), recorded)
     assert [f.rule for f in findings if f.outcome is FAIL] == rules
-    assert said in findings[0].message
-    if not np.isfinite(found).all():
+    assert message in findings[0].message
+    if not np.isfinite(actual).all():
         assert (flips[0].image, flips[0].found, flips[0].fault) == (3, -1, True)
 
 
 @each(
-    ("task", "expected", "found", "flips"),
+    ("task", "expected", "actual", "flips"),
     [
-        # A narrow margin may flip; a wide one may not, however large the artifact's noise.
+        # A narrow margin may flip; a wide one may not, for any noise of the artifact.
         (SINGLE, [[10, 9.99], [10, 5]], [[9.99, 10], [5, 10]], [(1, 0, True), (0, 0, False)]),
-        # One logit: decided at 0; argmax gave 100 % agreement, whatever it was.
+        # One logit is decided at 0, not by argmax.
         (BINARY, [[2], [-1], [0.001]], [[2], [1], [-0.001]], [(1, 0, True), (2, 0, False)]),
-        # Many labels: each is a decision.
+        # Multi-label: each label is a decision.
         (MULTI, [[3.0, -3.0, 0.01]], [[3.0, 3.0, -0.01]], [(0, 1, True), (0, 2, False)]),
         (BINARY, [[2.0], [-1.0]], [[2.001], [-1.001]], []),
         (SINGLE, [[10, 9.99, 0]], [[np.nan, 10, 0]], [(0, 0, True)]),
         (Task.REGRESSION, [[2.0], [-1.0]], [[-2.0], [1.0]], []),
     ],
 )
-def test_flips_are_explained_by_the_allowed_noise_and_not_by_their_own(
-    task: Task, expected: object, found: object, flips: list[tuple[int, int, bool]]
+def test_only_the_allowed_noise_explains_flips(
+    task: Task, expected: object, actual: object, flips: list[tuple[int, int, bool]]
 ) -> None:
-    pair, floor = (np.array(expected), np.array(found)), Limit(45.0, "x")
-    findings, given = gates.check_logits(*pair, floor, task=task)
-    assert [(f.image, f.label, f.fault) for f in given] == flips
-    fails = {f.rule for f in findings if f.outcome is FAIL}
-    assert ("label flips" in fails) is any(fault for _, _, fault in flips)
+    pair, floor = (np.array(expected), np.array(actual)), Limit(45.0, "x")
+    findings, changed = gates.check_logits(*pair, floor, task=task)
+    assert [(f.image, f.label, f.fault) for f in changed] == flips
+    failed = {f.rule for f in findings if f.outcome is FAIL}
+    assert ("label flips" in failed) is any(fault for _, _, fault in flips)
 
 
-def test_a_row_shifted_by_one_fails_batch_invariance() -> None:
+def test_shifted_rows_fail_batch_invariance() -> None:
     floor = sqnr_floor("int8", 130.0)
     assert gates.check_batch_invariance(LOGITS, LOGITS, floor, 8).outcome is PASS
     shifted = gates.check_batch_invariance(LOGITS, np.roll(LOGITS, 1, axis=0), floor, 8)
@@ -166,31 +166,31 @@ def test_a_row_shifted_by_one_fails_batch_invariance() -> None:
 @each(
     ("loss", "numeric", "message"),
     [
-        # McNemar's p is 0.06 there, which was a PASS.
+        # McNemar's p is 0.06.
         ((5, 0, 5), "int8", "+13.10 to +100.00 pp of top-1 lost on 5 images, 1 allowed"),
         ((4, 0, 5), "int8", "pp of top-1 lost on 5 images, 1 allowed (allowed for int8)"),
-        # Twice what is allowed passed.
+        # Twice the allowed loss.
         ((20, 0, 2000), "bf16", "+0.65 to +1.54 pp of top-1 lost on 2000 images, 0.5 allowed"),
     ],
 )
-def test_a_loss_that_is_shown_fails(loss: tuple[int, int, int], numeric: str, message: str) -> None:
-    found = check_loss(paired_loss(*loss), allowed_loss(numeric))
-    assert found.outcome is FAIL
-    assert message in found.message
+def test_a_proven_loss_fails(loss: tuple[int, int, int], numeric: str, message: str) -> None:
+    finding = check_loss(paired_loss(*loss), allowed_loss(numeric))
+    assert finding.outcome is FAIL
+    assert message in finding.message
 
 
 @each(("allowed", "images"), [(1.0, 381), (0.5, 765)])
-def test_too_few_images_say_how_many_would_decide(allowed: float, images: int) -> None:
+def test_too_few_images_report_how_many_would_decide(allowed: float, images: int) -> None:
     limit, few = Limit(allowed, "x"), paired_loss(0, 0, images - 1)
     assert check_loss(paired_loss(0, 0, images), limit).outcome is PASS
     assert check_loss(few, limit).outcome is INCONCLUSIVE
     assert f"about {images} images would decide" in check_loss(few, limit).message
     assert check_loss(few, limit, lossy=False).outcome is PASS
-    assert check_loss(Loss(9, 0.0, (-1.0, allowed)), limit).outcome is PASS, "within"
+    assert check_loss(Loss(9, 0.0, (-1.0, allowed)), limit).outcome is PASS
     assert check_loss(Loss(9, 0.0, (allowed, 2.0)), limit).outcome is INCONCLUSIVE
 
 
-def test_how_many_images_decide() -> None:
+def test_number_of_images_that_decide() -> None:
     just = check_loss(paired_loss(10, 0, 1000), INT8)
     assert "no number of images would decide" in just.message
     needed = gates.images_to_decide(paired_loss(6, 3, 400), 1.0)
@@ -201,7 +201,7 @@ def test_how_many_images_decide() -> None:
 
 @settings(deadline=None)
 @given(st.sampled_from([5, 50, 500, 2000]), st.data())
-def test_none_that_lost_more_than_allowed_passes(images: int, data: st.DataObject) -> None:
+def test_a_loss_over_the_limit_never_passes(images: int, data: st.DataObject) -> None:
     lost = data.draw(st.integers(0, images))
     loss = paired_loss(lost, data.draw(st.integers(0, images - lost)), images)
     for allowed in (allowed_loss("bf16"), INT8):
@@ -220,7 +220,7 @@ def test_none_that_lost_more_than_allowed_passes(images: int, data: st.DataObjec
         (30, 2000, 50.0, 0.01, FAIL),  # a loss is shown, though every flip is a near-tie
     ],
 )
-def test_near_lossless_numbers_decide(
+def test_near_lossless_artifacts(
     lost: int, images: int, sqnr: float, margin: float, outcome: Outcome
 ) -> None:
     before, after = np.array([[1.0, 1.0 - margin, 0.0]]), np.array([[0.0, 1.0, 0.0]])

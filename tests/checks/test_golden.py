@@ -1,4 +1,4 @@
-"""Golden samples: what is kept at export, and who refuses what."""
+"""Golden samples: content, originals, and damaged files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from van_deploy.metrics import sqnr_db
 from van_deploy.model.preprocess import OFFICIAL, normalise
 
 
-def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
+def test_logits_and_noise_match_pytorch(digits: Subject) -> None:
     samples = golden_samples(digits.bundle)
     assert len(samples) == 16
     assert samples.pixels is not None
@@ -39,16 +39,16 @@ def test_they_are_pytorchs_own_answers(digits: Subject) -> None:
     assert samples.noise_db == pytest.approx(sqnr_db(double, single), abs=1e-3)
 
 
-def test_the_originals_and_the_terms(digits: Subject) -> None:
-    ours = digits.bundle.manifest.golden
-    assert ours is not None
-    assert ours.originals == ("golden/0.png", "golden/1.png")
+def test_originals_and_licence(digits: Subject) -> None:
+    golden = digits.bundle.manifest.golden
+    assert golden is not None
+    assert golden.originals == ("golden/0.png", "golden/1.png")
     found = check_originals(digits.bundle, digits.samples)
     assert [(f.outcome, f.value) for f in found] == [(Outcome.PASS, 0.0)] * 2
-    assert "scikit-image's and scikit-learn's own photographs" in ours.licence
+    assert "scikit-image's and scikit-learn's own photographs" in golden.licence
 
 
-def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_bundle: Copy) -> None:
+def test_another_resize_filter_fails(digits: Subject, copy_bundle: Copy) -> None:
     path = copy_bundle(digits)
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["preprocessing"]["interpolation"] = "nearest"
@@ -56,11 +56,11 @@ def test_another_resize_on_this_machine_is_seen(digits: Subject, copy_bundle: Co
     bundle = Bundle.open(path)
     found = check_originals(bundle, golden_samples(bundle))
     assert {f.outcome for f in found} == {Outcome.FAIL}
-    wrong = "from golden sample 0: the decoder or the preprocessing differs"
-    assert found[0].message.endswith(wrong)
+    message = "from golden sample 0: the decoder or the preprocessing differs"
+    assert found[0].message.endswith(message)
 
 
-def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
+def test_five_channels_have_no_originals() -> None:
     five = replace(OFFICIAL, mean=(0.5,) * 5, std=(0.5,) * 5, image_size=32)
     images, originals = golden_images("five", five, None)
     assert originals == ()
@@ -68,7 +68,7 @@ def test_other_channel_counts_keep_tensors_and_no_originals() -> None:
     assert len({row.tobytes() for row in images.inputs}) == 16
 
 
-def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
+def test_one_image_gives_distinct_samples(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     Image.fromarray(values).save(tmp_path / "a.png")
     images, originals = golden_images("one", OFFICIAL, tmp_path)
@@ -77,7 +77,7 @@ def test_of_few_images_none_is_there_twice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", ["samples", "images", "none"])
-def test_the_users_images_stay_at_home(tmp_path: Path, digits: Subject, choice: str) -> None:
+def test_manifest_names_the_image_source(tmp_path: Path, digits: Subject, choice: str) -> None:
     path = tiny_bundle(tmp_path, 7, images=digits.labelled, golden=choice, simplify=False)
     bundle = Bundle.open(path)
     golden = bundle.manifest.golden
@@ -86,8 +86,8 @@ def test_the_users_images_stay_at_home(tmp_path: Path, digits: Subject, choice: 
         assert golden is not None
         assert ("photographs" in golden.images) is (choice == "samples")
         assert (str(digits.labelled) in written) is (choice == "images")
-        given = golden.licence == "the terms of the images given with --images"
-        assert given is (choice == "images")
+        is_user = golden.licence == "the terms of the images given with --images"
+        assert is_user is (choice == "images")
     else:
         assert golden is None
         assert not list(path.glob("golden*"))
@@ -96,26 +96,26 @@ def test_the_users_images_stay_at_home(tmp_path: Path, digits: Subject, choice: 
 
 
 @each(
-    ("kept", "said"),
+    ("names", "message"),
     [((), "are damaged"), (("pixels", "noise_db"), "logits is not a file in the archive")],
 )
-def test_golden_samples_that_are_damaged(
-    digits: Subject, copy_bundle: Copy, kept: tuple[str, ...], said: str
+def test_damaged_golden_samples(
+    digits: Subject, copy_bundle: Copy, names: tuple[str, ...], message: str
 ) -> None:
-    path = copy_bundle(digits, said)
+    path = copy_bundle(digits, message)
     file, manifest = path / "golden.npz", path / "manifest.json"
     before, arrays = file_sha256(file), dict(np.load(file))
-    np.savez(file, **{name: arrays[name] for name in kept})
-    if not kept:
+    np.savez(file, **{name: arrays[name] for name in names})
+    if not names:
         file.write_bytes(b"PK nothing")
     manifest.write_text(manifest.read_text().replace(before, file_sha256(file)))
     with pytest.raises(BundleError) as error:
         golden_samples(Bundle.open(path))
-    assert said in error.value.message
+    assert message in error.value.message
     assert error.value.remedy == "Export the model again with `van-deploy export --force`."
 
 
-def test_a_changed_file(digits: Subject, copy_bundle: Copy) -> None:
+def test_changed_original(digits: Subject, copy_bundle: Copy) -> None:
     path = copy_bundle(digits)
     (path / "golden" / "1.png").write_bytes(b"")
     with pytest.raises(BundleError, match=r"1\.png' was changed after the manifest"):

@@ -1,4 +1,4 @@
-"""Faults whose manifest vouches for them: verify passes none, nor a sabotaged quantiser."""
+"""Faulty graphs and quantisers with a consistent manifest fail."""
 
 from __future__ import annotations
 
@@ -25,93 +25,91 @@ Fault = Callable[[ModelProto], ModelProto]
 
 INT8 = Limit(20.0, "floor for int8")
 FAULTS: tuple[Fault, ...] = (
-    *(faults.negated, faults.zeroed, faults.rows_reversed, faults.classes_swapped),
-    *(faults.swapped_channels, faults.layer_norm_epsilon, faults.bias_lost, faults.channel_zeroed),
+    *(faults.negate_logits, faults.zero_logits, faults.reverse_rows, faults.swap_classes),
+    *(faults.swap_channels, faults.change_epsilon, faults.remove_bias, faults.zero_channel),
 )
 
 
 @pytest.fixture(params=["digits", pytest.param("cifar", marks=pytest.mark.slow)])
 def whole(request: pytest.FixtureRequest) -> Subject:
-    """Return the embedded network and, where it is, the shared one."""
+    """Return the bundle of the embedded network, or of a trained network if available."""
     found: Subject = request.getfixturevalue(request.param)
     return found
 
 
 @each(("name", "fault"), [(name, fault) for name in ("fp32", "fp16", "int8") for fault in FAULTS])
-def test_a_fault_of_3_db_fails(whole: Subject, broken: Broken, name: str, fault: Fault) -> None:
+def test_faults_of_3_db_fail(whole: Subject, broken: Broken, name: str, fault: Fault) -> None:
     (recorded,) = whole.bundle.artifact(name).golden_sqnr_db.values()
     model, inputs = fault(whole.graph(name)), whole.samples.inputs
     with OnnxRuntimeRunner(model) as runner:
         apart = [runner.run(image[None]) for image in inputs]
         answers = (np.concatenate(apart), runner.run(inputs))
     effect = recorded - min(sqnr_db(whole.samples.logits, found) for found in answers)
-    asked = VerifySettings(artifacts=(name,), modules=False)
-    report = verify_bundle(broken(whole, name, name, model), whole.samples, asked)
+    settings = VerifySettings(artifacts=(name,), modules=False)
+    report = verify_bundle(broken(whole, name, name, model), whole.samples, settings)
     if effect >= RECORD_MARGIN_DB:
         assert report.artifacts[name].outcome is Outcome.FAIL, effect
     else:
-        mild = {faults.layer_norm_epsilon, faults.swapped_channels, faults.bias_lost}
+        mild = {faults.change_epsilon, faults.swap_channels, faults.remove_bias}
         assert fault in mild, effect
 
 
 Change = Callable[[Any], Any]
-# What becomes of all activation scales, or which scales weights (O, I) are rounded with.
+# Change of all activation scales, or the scales for rounding weights (O, I).
 SABOTAGE: list[tuple[Callable[..., ModelProto], Change]] = [
-    *((faults.scales_changed, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
-    (faults.scales_changed, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
-    (faults.scales_changed, lambda scales: scales[-5:] + scales[:-5]),  # of another block
+    *((faults.change_scales, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
+    (faults.change_scales, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
+    (faults.change_scales, lambda scales: scales[-5:] + scales[:-5]),  # of another block
     *(
-        (faults.weights_rounded_anew, lambda w, by=by: by * abs(w).max(axis=1) / 127)
+        (faults.requantize_weights, lambda w, by=by: by * abs(w).max(axis=1) / 127)
         for by in (0.3, 2, 6)
     ),
-    (faults.weights_rounded_anew, lambda w: abs(w).max(axis=0) / 127),  # of the wrong axis
+    (faults.requantize_weights, lambda w: abs(w).max(axis=0) / 127),  # of the other axis
 ]
 
 
 @each(("sabotage", "change"), SABOTAGE)
-def test_no_sabotaged_quantiser_passes(
+def test_faulty_quantisers_fail(
     whole: Subject, broken: Broken, sabotage: Callable[..., ModelProto], change: Change
 ) -> None:
-    """Its own records are consistent: what it makes is all that is known of it."""
     model = sabotage(whole.graph("int8"), change)
     judged, record = check_new_graph(model, "int8", whole.samples)  # as quantize asks
     assert judged.outcome is Outcome.FAIL, judged.reason
     bundle = broken(whole, "int8", "int8", model, golden_sqnr_db=record)
-    asked = VerifySettings(artifacts=("int8",), modules=False)
-    assert verify_bundle(bundle, whole.samples, asked).artifacts["int8"].outcome is Outcome.FAIL
+    settings = VerifySettings(artifacts=("int8",), modules=False)
+    assert verify_bundle(bundle, whole.samples, settings).artifacts["int8"].outcome is Outcome.FAIL
 
 
-def test_a_right_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
-    findings, wrong = check_graph(whole.graph("int8"), "int8", whole.samples, INT8)
+def test_a_correct_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
+    findings, bad = check_graph(whole.graph("int8"), "int8", whole.samples, INT8)
     found = {finding.rule: finding.value or 0.0 for finding in findings}
     assert {finding.outcome for finding in findings} == {Outcome.PASS}
     assert found["median scale"] == pytest.approx(1.0, abs=0.15)
     assert found["spread of scales"] <= 0.05
-    assert wrong == []
+    assert bad == []
 
 
-def test_each_wrong_scale_is_named(judged: Subject) -> None:
-    """A weight's scale that is twice too large costs one bit in one layer; the integers show it."""
-    few, model = judged.samples.first(2), judged.graph("int8")
+def test_each_faulty_scale_is_reported(digits: Subject) -> None:
+    few, model = digits.samples.first(2), digits.graph("int8")
     made = {node.output[0]: node.op_type for node in model.graph.node}
     rounded = {name for name, kind in made.items() if kind == "DequantizeLinear"}
     layers = [node.name for node in model.graph.node if rounded.intersection(node.input[1:2])]
     for layer in layers[::7]:
         for of, factor in (("weight", 2), ("activation", 8)):
-            model = faults.scale_times(judged.graph("int8"), layer, of, factor)
+            model = faults.multiply_scale(digits.graph("int8"), layer, of, factor)
             assert layer in dict(check_graph(model, "int8", few, INT8)[1])
 
 
-def test_on_sample_images_one_scale_decides_nothing_and_all_do(judged: Subject) -> None:
-    general = replace(judged.samples, description="16 images and shifts of 7 natural photographs")
-    nodes = judged.graph("int8").graph.node
+def test_one_scale_is_inconclusive_on_sample_photographs(digits: Subject) -> None:
+    general = replace(digits.samples, description="16 images and shifts of 7 natural photographs")
+    nodes = digits.graph("int8").graph.node
     rounded = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
     layer = next(n.name for n in nodes if n.op_type == "Conv" and n.input[0] in rounded)
-    one = faults.scale_times(judged.graph("int8"), layer, "activation", 8)
-    every = faults.scales_changed(judged.graph("int8"), lambda scales: [6 * s for s in scales])
+    one = faults.multiply_scale(digits.graph("int8"), layer, "activation", 8)
+    every = faults.change_scales(digits.graph("int8"), lambda scales: [6 * s for s in scales])
     for model, samples, outcome, word in (
         (one, general, Outcome.INCONCLUSIVE, "--images"),
-        (one, judged.samples, Outcome.FAIL, "is allowed"),
+        (one, digits.samples, Outcome.FAIL, "is allowed"),
         (every, general, Outcome.FAIL, "times the optimal"),
     ):
         findings, _ = check_graph(model, "int8", samples, INT8)

@@ -1,4 +1,4 @@
-"""What verify finds of right and broken artifacts, and the part that drift names."""
+"""Verification of correct and broken artifacts, and the parts that drift reports."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ PASS, FAIL = Outcome.PASS, Outcome.FAIL
 
 
 def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtifactVerdict:
-    asked = VerifySettings(artifacts=(name,))
-    return verify_bundle(bundle, whole.samples, asked).artifacts[name]
+    settings = VerifySettings(artifacts=(name,))
+    return verify_bundle(bundle, whole.samples, settings).artifacts[name]
 
 
 def drift(whole: Subject, bundle: Bundle, *names: str, known: bool = True) -> DriftReport:
-    asked, few = DriftSettings(artifacts=names), whole.samples.first(2)
-    return drift_of_bundle(bundle, few, asked, whole.loaded if known else None, no_progress)
+    settings, few = DriftSettings(artifacts=names), whole.samples.first(2)
+    return drift_of_bundle(bundle, few, settings, whole.loaded if known else None, no_progress)
 
 
-def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(digits: Subject) -> None:
+def test_artifacts_pass_on_the_golden_samples(digits: Subject) -> None:
     report = verify_bundle(digits.bundle, digits.samples)
     assert report.passed
     assert report.against == "the golden samples"
@@ -58,13 +58,13 @@ def test_they_pass_on_the_golden_samples_and_say_where_limits_came_from(digits: 
 
 
 @pytest.mark.slow
-def test_the_shared_network(cifar: Subject) -> None:
+def test_trained_network_passes(cifar: Subject) -> None:
     found = verify_bundle(cifar.bundle, cifar.samples).artifacts
     outcomes = {name: verdict.outcome for name, verdict in found.items()}
     assert outcomes == {"fp32": PASS, "fp16": PASS, "int8": PASS}
 
 
-def test_they_pass_against_the_original_network(digits: Subject) -> None:
+def test_artifacts_pass_against_the_original_network(digits: Subject) -> None:
     samples = samples_for(digits.bundle, digits.loaded, None)
     report = verify_bundle(digits.bundle, samples, loaded=digits.loaded)
     assert report.passed
@@ -73,8 +73,7 @@ def test_they_pass_against_the_original_network(digits: Subject) -> None:
     assert np.array_equal(samples.logits, digits.samples.logits)
 
 
-def test_without_a_record_the_floor_alone_holds(digits: Subject, copy_bundle: Copy) -> None:
-    """Another runtime, provider or class than the record's."""
+def test_without_a_record_the_floor_is_the_limit(digits: Subject, copy_bundle: Copy) -> None:
     bundle = add_artifact(Bundle.open(copy_bundle(digits)), "fp16", "fp16", digits.graph("fp16"))
     limit = verdict_of(digits, bundle, "fp16").limit
     assert limit is not None
@@ -91,7 +90,7 @@ def test_without_a_record_the_floor_alone_holds(digits: Subject, copy_bundle: Co
         ("top5", None, [1, 1, 1, np.nan, 1], FAIL, "probabilities"),
     ],
 )
-def test_an_embedded_graph(
+def test_embedded_graphs(
     digits: Subject,
     copy_bundle: Copy,
     tmp_path: Path,
@@ -104,7 +103,7 @@ def test_an_embedded_graph(
     preprocessing = digits.loaded.preprocessing.override(mean=mean)
     model = embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", (output,))
     if factors:
-        faults.behind(model, TOP_PROBABILITIES, ("Mul", [np.array(factors, np.float32)]))
+        faults.insert_after(model, TOP_PROBABILITIES, ("Mul", [np.array(factors, np.float32)]))
     copy = Bundle.open(copy_bundle(digits, f"copy {tmp_path.name}"))
     verdict = verdict_of(
         digits, add_artifact(copy, "bytes", "fp32", model, embedded="uint8"), "bytes"
@@ -114,17 +113,17 @@ def test_an_embedded_graph(
 
 OVERFLOW = "passes 65504, the largest number of FP16"
 Fault = Callable[[ModelProto], ModelProto]
-OTHER_IMAGES = partial(faults.wrong_normalisation, right=(0.305, 0.375), wrong=(0.5, 0.5))
+OTHER_IMAGES = partial(faults.change_normalisation, old=(0.305, 0.375), new=(0.5, 0.5))
 PLACED: list[tuple[str, Fault, str]] = [
     ("fp32", OTHER_IMAGES, "patch_embed1"),
-    *(("fp16", partial(faults.perturbed, block=b), b) for b in DIGITS_BLOCKS[::4]),
-    *(("fp32", partial(faults.perturbed, block=b), b) for b in DIGITS_BLOCKS[::8]),
-    *(("fp16", partial(faults.overflowing, tensor=t), t) for t in ("norm1", "norm4")),
+    *(("fp16", partial(faults.perturb_block, block=b), b) for b in DIGITS_BLOCKS[::4]),
+    *(("fp32", partial(faults.perturb_block, block=b), b) for b in DIGITS_BLOCKS[::8]),
+    *(("fp16", partial(faults.overflow_fp16, tensor=t), t) for t in ("norm1", "norm4")),
 ]
 
 
 @each(("precision", "spoil", "block"), PLACED)
-def test_a_fault_fails_and_drift_names_its_block(
+def test_drift_reports_the_block_of_a_fault(
     digits: Subject, broken: Broken, precision: str, spoil: Fault, block: str
 ) -> None:
     bundle = broken(digits, "broken", precision, spoil(digits.graph(precision)))
@@ -132,19 +131,19 @@ def test_a_fault_fails_and_drift_names_its_block(
     assert verdict.outcome is FAIL, verdict.findings
     assert drift(digits, bundle, "broken").artifacts["broken"].worst_names[0] == block
     overflows = sum(finding.message.count(OVERFLOW) for finding in verdict.findings)
-    assert overflows == block.startswith("norm"), "it is named where it begins, and there only"
+    assert overflows == block.startswith("norm")
 
 
-def test_a_manifest_of_other_preprocessing(digits: Subject, copy_bundle: Copy) -> None:
+def test_edited_preprocessing_fails(digits: Subject, copy_bundle: Copy) -> None:
     bundle = Bundle.open(copy_bundle(digits))
-    wrong = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
-    edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": wrong}))
+    other = replace(bundle.manifest.preprocessing, mean=(0.5,) * 3)
+    edited = Bundle(bundle.path, bundle.manifest.model_copy(update={"preprocessing": other}))
     report = verify_bundle(edited, golden_samples(edited), VerifySettings(artifacts=("fp32",)))
     assert report.artifacts["fp32"].outcome is FAIL
 
 
-def test_a_frozen_batch(digits: Subject, broken: Broken) -> None:
-    model = faults.frozen_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
+def test_fixed_batch_fails(digits: Subject, broken: Broken) -> None:
+    model = faults.fix_batch(digits.graph("fp32"), "block2.1", (1, 32, 8, 8))
     verdict = verdict_of(digits, broken(digits, "frozen", "fp32", model), "frozen")
     failed = [row.batch for row in verdict.batches if row.outcome is FAIL]
     assert failed == [2, 3, 4, 5, 6]
@@ -153,19 +152,18 @@ def test_a_frozen_batch(digits: Subject, broken: Broken) -> None:
     assert said.startswith("modules cannot be compared: does not run at batch 2")
 
 
-def test_a_graph_that_does_not_load_fails_alone(digits: Subject, broken: Broken) -> None:
+def test_a_graph_that_does_not_load_fails(digits: Subject, broken: Broken) -> None:
     model = digits.graph("fp16")
     next(node for node in model.graph.node if node.op_type == "Gelu").op_type = "Gelo"
     bundle = broken(digits, "fp16", "fp16", model)
-    asked = VerifySettings(modules=False, artifacts=("fp16", "fp32"))
-    report = verify_bundle(bundle, digits.samples, asked)
+    settings = VerifySettings(modules=False, artifacts=("fp16", "fp32"))
+    report = verify_bundle(bundle, digits.samples, settings)
     assert [v.outcome for v in report.artifacts.values()] == [FAIL, PASS]
     assert report.artifacts["fp16"].reason.startswith("it does not load: ONNX Runtime")
     assert not report
 
 
-def test_a_graph_that_gives_nothing_known_is_no_pass(digits: Subject, broken: Broken) -> None:
-    """Its answers were compared with nothing, which was a PASS."""
+def test_unknown_outputs_fail(digits: Subject, broken: Broken) -> None:
     model = digits.graph("fp16")
     next(node for node in model.graph.node if node.output[0] == "logits").output[0] = "scores"
     model.graph.output[0].name = "scores"
@@ -173,35 +171,33 @@ def test_a_graph_that_gives_nothing_known_is_no_pass(digits: Subject, broken: Br
     assert verdict.outcome is FAIL
 
 
-def test_an_overflow_that_cannot_be_looked_for_is_no_pass(digits: Subject, broken: Broken) -> None:
-    """Any exception there meant 'no overflow'."""
+def test_a_failed_overflow_check_fails(digits: Subject, broken: Broken) -> None:
     model = digits.graph("fp16")
     model.opset_import[0].version = 17  # no Gelu there, which ONNX Runtime finds in its own
     bundle = broken(digits, "fp16", "fp16", model)
     assert verdict_of(digits, bundle, "fp16").outcome is FAIL
 
 
-def test_an_engine_that_was_not_run_is_no_pass(digits: Subject, copy_bundle: Copy) -> None:
-    """Verify passed with every engine skipped."""
+def test_a_skipped_engine_alone_is_no_pass(digits: Subject, copy_bundle: Copy) -> None:
     bundle = add_placeholder_engine(copy_bundle(digits), "x", made_from="fp16")
-    asked = VerifySettings(artifacts=("x",), allow_skip=("engines",))
-    report = verify_bundle(bundle, digits.samples, asked)
+    settings = VerifySettings(artifacts=("x",), allow_skip=("engines",))
+    report = verify_bundle(bundle, digits.samples, settings)
     if report.artifacts["x"].outcome is not Outcome.SKIPPED:
         pytest.skip("this machine has a GPU")
     assert report.artifacts["x"].reason == "engine not executed: no GPU"
     assert not report, "nothing was verified"
 
 
-def test_model_onnx_stands_in_for_the_network(digits: Subject, broken: Broken) -> None:
-    bundle = broken(digits, "fp16", "fp16", faults.perturbed(digits.graph("fp16"), "block3.1"))
+def test_drift_against_model_onnx(digits: Subject, broken: Broken) -> None:
+    bundle = broken(digits, "fp16", "fp16", faults.perturb_block(digits.graph("fp16"), "block3.1"))
     report = drift(digits, bundle, known=False)
     assert list(report.artifacts) == ["fp16", "int8"]
     assert report.artifacts["fp16"].worst_names[0] == "block3.1"
     assert [link.name for link in report.chain] == ["PyTorch float32", "fp32", "fp16", "int8"]
 
 
-def test_a_model_onnx_that_does_not_hold_is_no_reference(digits: Subject, broken: Broken) -> None:
-    model = faults.perturbed(digits.graph("fp32"), "block1.0")
+def test_a_failed_model_onnx_is_no_reference(digits: Subject, broken: Broken) -> None:
+    model = faults.perturb_block(digits.graph("fp32"), "block1.0")
     bundle = broken(digits, "fp32", "fp32", model)
     with pytest.raises(GateFailed, match=r"model\.onnx fails its gate on the golden samples"):
         drift(digits, bundle, known=False)
@@ -210,12 +206,12 @@ def test_a_model_onnx_that_does_not_hold_is_no_reference(digits: Subject, broken
     assert not report, "its modules were compared with nothing"
 
 
-def test_a_wrong_scale_is_named_though_its_error_is_small(digits: Subject, broken: Broken) -> None:
+def test_drift_reports_a_faulty_scale(digits: Subject, broken: Broken) -> None:
     layer = "block2.1.mlp.fc2"
-    model = faults.scale_times(digits.graph("int8"), layer, "activation", 8)
-    asked = DriftSettings(level="module", artifacts=("int8",))
+    model = faults.multiply_scale(digits.graph("int8"), layer, "activation", 8)
+    settings = DriftSettings(level="module", artifacts=("int8",))
     bundle = broken(digits, "int8", "int8", model)
-    found = drift_of_bundle(bundle, digits.samples, asked, digits.loaded, no_progress).artifacts[
+    found = drift_of_bundle(bundle, digits.samples, settings, digits.loaded, no_progress).artifacts[
         "int8"
     ]
     assert found.worst_names[0] == layer

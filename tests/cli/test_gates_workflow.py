@@ -1,4 +1,4 @@
-"""The GitHub Actions workflow of ``docs/ci.md``: it is one, and its commands do what it says."""
+"""The commands of the GitHub Actions workflow in ``docs/ci.md``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ make = ["fp16"]
 
 
 @pytest.mark.slow
-def test_its_commands_run(
+def test_workflow_commands(
     cli: Cli, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     yaml = pytest.importorskip("yaml")
@@ -48,7 +48,7 @@ def test_its_commands_run(
     assert cli(*run[1:]).exit_code == 0
     assert check[:2] == ["van-deploy", "check"]
     assert cli(*check[1:]).exit_code == 5  # there is no baseline yet
-    assert cli(*check[1:], "--update").exit_code == 0  # as the page says, by hand, once
+    assert cli(*check[1:], "--update").exit_code == 0  # once, by hand
     result = cli(*check[1:])
     assert result.exit_code == 0, result.stderr
     assert (tmp_path / "summary.md").read_text().count("## ✅ van-deploy: van_digits passed") == 2

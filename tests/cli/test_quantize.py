@@ -26,12 +26,12 @@ def bundle(digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_int8_prints_three_precisions_and_a_recommendation(cli: Cli, bundle: Path) -> None:
     result = cli("quantize", bundle, *FAST)
     assert result.exit_code == 0
-    table, _ = result.stdout.split("judged on")
+    table, _ = result.stdout.split("evaluated on")
     words = [line.split()[0] for line in table.splitlines() if line.strip()]
     assert [word for word in words if word[-1].isdigit()] == ["FP32", "FP16", "INT8"]
     assert "recommended             speed not measured: " in result.stdout
     judged = "102 held-out images of 512 of 1437 training images of handwritten digits"
-    assert f"judged on               {judged}" in result.stdout
+    assert f"evaluated on            {judged}" in result.stdout
     assert "int8: built: new" in result.stderr
     again = cli("quantize", bundle, *FAST, "--json")
     assert "int8: reused: " in again.stderr

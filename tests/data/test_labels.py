@@ -107,6 +107,7 @@ def test_class_folders(
             for first in ("plankton", "tench, Tinca tinca")
         ),
         (list(map(str, range(11))), 11, list("abcdefghijk"), UNKNOWN_ORDER),
+        (("9\u00b2", "10\u00b2"), 2, None, UNKNOWN_ORDER),  # superscripts are not numbers
     ],
 )
 def test_unknown_class_folders(
@@ -240,6 +241,7 @@ def test_label_file_formats(
         (b"a.png 2\n", None, r"\(1 lines\) has no label for 2 of the 3 images, the first: 'b c"),
         (b"2\n1\n", None, r"\(2 lines\) has no label for 3 of the 3 images"),
         (b"a.png 1\nb\xe9.png 2\n", None, "cannot be read: it is not UTF-8"),
+        (b"2\n0\n" + b"9" * 5000, None, "' in line 3 of .* matches no class of this"),
         (b"4\n4\n4\n", None, "'4' in line 1 of .* matches 0 or 4 of this network"),
         *((b"2\n0\n1\n", order, "is for class folders, but") for order in ("strings", "natural")),
     ],

@@ -70,9 +70,7 @@ def test_backend_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path
         (("sm_90",), None, TENSORRT),
     ],
 )
-def test_backend_that_auto_selects(
-    rtx: Backend, monkeypatch: pytest.MonkeyPatch, **case: Any
-) -> None:
+def test_automatic_backend(rtx: Backend, monkeypatch: pytest.MonkeyPatch, **case: Any) -> None:
     targets, gpu, name = case.values()
     tensorrt = ModuleType("tensorrt")
     tensorrt.__dict__["__version__"] = "11.4.0.106"

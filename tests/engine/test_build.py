@@ -58,9 +58,7 @@ def test_plan_has_a_complete_sidecar_and_a_log(rtx: Backend, digits_onnx: Path, 
     assert str(plan.path.parent).encode() not in data
 
 
-def test_parallel_builds_are_reproducible(
-    build: Build, digits_onnx: Path, plan: Plan, tmp_path: Path
-) -> None:
+def test_reproducible_builds(build: Build, digits_onnx: Path, plan: Plan, tmp_path: Path) -> None:
     named = SM89.with_changes(profiling=Profiling.DETAILED)  # layer names
     far = tmp_path / "a folder with a much longer name than the first" / "other.plan"
     far.parent.mkdir()
@@ -149,9 +147,7 @@ def test_existing_plan_survives_a_failed_build(build: Build, plan: Plan, tmp_pat
         (signal.SIGSEGV, ConversionError, "ended the build with signal SIGSEGV"),
     ],
 )
-def test_interrupted_and_crashed_builds_leave_no_files(
-    build: Build, tmp_path: Path, **case: Any
-) -> None:
+def test_stopped_builds_leave_no_files(build: Build, tmp_path: Path, **case: Any) -> None:
     signal_number, error, message = case.values()
     workers: set[psutil.Process] = set()
     others = set(psutil.Process().children())  # of other tests
@@ -172,9 +168,7 @@ def test_interrupted_and_crashed_builds_leave_no_files(
     assert not [worker for worker in workers if worker.is_running()]
 
 
-def test_end_of_stdin_cancels_the_build_at_the_next_step(
-    rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path
-) -> None:
+def test_build_is_cancelled(rtx: Backend, digits_onnx: Path, plan: Plan, tmp_path: Path) -> None:
     (tmp_path / ONNX).symlink_to(digits_onnx)
     job = dict.fromkeys(("timing_cache", "external_weights"))
     text = json.dumps({**job, "backend": rtx.name, "options": SM89.as_dict()})
@@ -187,9 +181,7 @@ def test_end_of_stdin_cancels_the_build_at_the_next_step(
     assert not any('"built"' in event for event in events)
 
 
-def test_worker_exits_and_removes_its_folder_when_the_parent_is_killed(
-    rtx: Backend, digits_onnx: Path, tmp_path: Path
-) -> None:
+def test_worker_exits_with_its_parent(rtx: Backend, digits_onnx: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.engine.conftest import *\n"
         "engine_from_onnx(Path(sys.argv[1]), Path(sys.argv[2]), backend=load_backend(RTX),\n"

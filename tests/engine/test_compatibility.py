@@ -23,7 +23,7 @@ from van_deploy.engine.inspect import Layer, layers_from_json
 from van_deploy.engine.sidecar import PACKAGE_SCHEMA, PackageSidecar, Sidecar, sidecar_path
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
-from van_deploy.files import file_sha256
+from van_deploy.files import content_key, file_sha256
 
 NO_GPU = Host()
 A100 = Host("NVIDIA A100", "sm_80", 80 << 30, "580.65.06", (13, 0))
@@ -131,9 +131,7 @@ def test_error_lists_every_obstacle(plan: Plan, monkeypatch: pytest.MonkeyPatch)
         (SM89.with_changes(targets=("sm_75",)), ADA, "on that GPU, or use --backend tensorrt-rtx."),
     ],
 )
-def test_options_that_tensorrt_does_not_support(
-    options: BuildOptions, host: Host, message: str
-) -> None:
+def test_unsupported_tensorrt_options(options: BuildOptions, host: Host, message: str) -> None:
     """Those of RTX are in ``tests/cli/test_build.py``."""
     if not message:
         compatibility.require_supported(TENSORRT_11, options, host)
@@ -145,7 +143,7 @@ def test_options_that_tensorrt_does_not_support(
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="measures RTX on a machine with no GPU")
-def test_rtx_really_cannot_build_a_version_compatible_plan(
+def test_unsupported_rtx_plan(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("van_deploy.engine.build.require_supported", lambda *_: None)
@@ -192,6 +190,16 @@ def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, me
         edit(path)
         with pytest.raises(InputError, match=message):
             load(path)
+
+
+def test_sidecar_with_an_invalid_version_is_refused(plan: Plan, tmp_path: Path) -> None:
+    copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
+    values = json.loads(sidecar_path(copy).read_text())
+    values |= {"backend_version": "1.7x", "sidecar_sha256": ""}
+    values["sidecar_sha256"] = content_key(values)
+    sidecar_path(copy).write_text(json.dumps(values))
+    with pytest.raises(InputError, match="backend_version"):
+        sidecar.load_sidecar(copy)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")

@@ -89,9 +89,7 @@ def test_nothing_is_built_if_an_onnx_file_is_missing(rtx: Backend, folder: Path)
     assert not (folder / "engines").exists()
 
 
-def test_engine_from_a_graph_with_preprocessing(
-    rtx: Backend, copy_bundle: Copy, uint8_bundle: Bundle
-) -> None:
+def test_engine_with_preprocessing(rtx: Backend, copy_bundle: Copy, uint8_bundle: Bundle) -> None:
     outcome = build(copy_bundle(uint8_bundle), precision="fp32-uint8")
     assert outcome.engine == f"van_digits-fp32-uint8-sm89-rtx{rtx.release}"
     assert outcome.sidecar is not None
@@ -131,7 +129,7 @@ def test_fleet_file_is_read_as_cells(fleet_file: Path) -> None:
         read_fleet(fleet_file)
 
 
-def test_table_of_several_bundles_has_a_bundle_column(
+def test_table_of_several_bundles(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -145,9 +143,7 @@ def test_table_of_several_bundles_has_a_bundle_column(
 
 
 @pytest.mark.slow
-def test_fleet_continues_after_a_failure_and_resumes(
-    rtx: Backend, fleet_file: Path, cli: Cli
-) -> None:
+def test_fleet_continues_after_a_failure(rtx: Backend, fleet_file: Path, cli: Cli) -> None:
     first = cli("build", "--matrix", fleet_file)
     assert first.exit_code == 4
     assert f"van_digits-fp32-sm86-rtx{rtx.release}" in first.stdout

@@ -128,9 +128,7 @@ def test_commands_support_packages(
 
 
 @pytest.mark.slow
-def test_package_is_reused_and_a_changed_file_is_not_loaded(
-    copy_bundle: Copy, package_bundle: Path
-) -> None:
+def test_reused_and_changed_packages(copy_bundle: Copy, package_bundle: Path) -> None:
     folder = copy_bundle(package_bundle)
     again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
     assert [one.outcome for one in again.outcomes] == ["reused"]

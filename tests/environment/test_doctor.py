@@ -81,9 +81,7 @@ RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ON
         ("compile packages with Inductor", None, {}, "there is no C++ compiler 'no-such-compiler'"),
     ],
 )
-def test_requirements_and_tasks(
-    env: Environment, monkeypatch: pytest.MonkeyPatch, **case: Any
-) -> None:
+def test_requirements(env: Environment, monkeypatch: pytest.MonkeyPatch, **case: Any) -> None:
     """Probes reveal a PyTorch without CUDA on a GPU machine, and a provider without libraries."""
     name, driver, changes, problem = case.values()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
@@ -158,9 +156,7 @@ BOTH = "onnxruntime onnxruntime-gpu"
         ("tensorrt-cu12 tensorrt-cu13", "13.0", None, "are both", "'tensorrt-cu13'"),
     ],
 )
-def test_conflicts_between_packages(
-    env: Environment, monkeypatch: pytest.MonkeyPatch, **case: Any
-) -> None:
+def test_conflicts(env: Environment, monkeypatch: pytest.MonkeyPatch, **case: Any) -> None:
     installed, torch_cuda, ort_cuda, problem, remedy = case.values()
     monkeypatch.setattr(packages, "installed_version", dict.fromkeys(installed.split(), "1.0").get)
     monkeypatch.setattr(packages, "import_error", lambda module: None)

@@ -17,14 +17,14 @@ from van_deploy.model.checkpoint import LoadedVan, load_van
 
 @dataclass(frozen=True)
 class Exported:
-    """The embedded network and its graphs; nothing of it is to be changed.
+    """The embedded network and its graphs; tests must not change them.
 
     Attributes:
-        loaded: as it was trained.
+        loaded: the original network.
         images: five held-out digits, ``(5, 3, S, S)``.
         folded: with every rewrite.
         graph: of the folded network.
-        unfolded: the graph of the network as it is.
+        unfolded: the graph of the original network.
     """
 
     loaded: LoadedVan

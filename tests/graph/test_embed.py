@@ -1,4 +1,4 @@
-"""Preprocessing inside the graph: the same bits into the network, and answers behind it."""
+"""Preprocessing embedded in the graph (bit-identical), and outputs after the network."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def pixels(count: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
-def test_the_network_is_given_the_very_bits_of_the_file_pipeline(plain: onnx.ModelProto) -> None:
-    """So that borders are exact, too, where padding stands for the mean colour."""
+def test_embedded_preprocessing_is_bit_identical(plain: onnx.ModelProto) -> None:
+    """Borders are exact too, where padding represents the mean colour."""
     embedded = embed_preprocessing(plain, PREPROCESSING, "uint8")
     head = onnx.utils.Extractor(embedded).extract_model(["pixels"], ["images"])
     every = np.arange(256, dtype=np.uint8).repeat(12).reshape(1, 32, 32, 3)
@@ -62,7 +62,7 @@ def test_the_network_is_given_the_very_bits_of_the_file_pipeline(plain: onnx.Mod
 
 @each("outputs", [ALL, ("top5",), ("probabilities",), ("top5", "logits")])
 @each("task", [Task.SINGLE_LABEL, Task.MULTI_LABEL])
-def test_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> None:
+def test_embedded_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> None:
     loud, values = onnx.ModelProto.FromString(plain.SerializeToString()), pixels(3)
     for tensor in loud.graph.initializer:  # so loud that the best five are ties after a softmax
         if tensor.name.startswith("head"):
@@ -88,7 +88,9 @@ def test_outputs(plain: onnx.ModelProto, outputs: Sequence[str], task: Task) -> 
         np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_other_outputs_are_refused_and_these_build_in_tensorrt(plain: onnx.ModelProto) -> None:
+def test_backbones_are_rejected_and_embedded_graphs_build_in_tensorrt(
+    plain: onnx.ModelProto,
+) -> None:
     maps = onnx.ModelProto.FromString(plain.SerializeToString())
     maps.graph.output[0].name = "stage4"
     with pytest.raises(ConversionError, match="the graph outputs 'stage4', not 'logits'"):

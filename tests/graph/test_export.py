@@ -1,4 +1,4 @@
-"""The exported graph: its size, its names, its dynamic batch, every opset, and its file."""
+"""The exported graph: operators, names, dynamic batch, opsets, simplification and files."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_golden_operator_counts(depths: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("opset", slow_but({17, 20, 23}, {n: n for n in range(17, 24)}))
-def test_every_opset_is_the_one_asked_for_and_answers_alike(digits: Exported, opset: int) -> None:
+def test_every_opset_gives_the_same_outputs(digits: Exported, opset: int) -> None:
     model = onnx_from_van(digits.folded, digits.loaded.preprocessing.image_size, opset=opset)
     onnx.checker.check_model(model, full_check=True)
     assert [entry.version for entry in model.opset_import] == [opset]
@@ -76,7 +76,7 @@ def test_every_opset_is_the_one_asked_for_and_answers_alike(digits: Exported, op
         assert compare(expected[:batch], actual).relative < 1e-5
 
 
-def test_every_value_is_named_after_the_module_that_made_it(digits: Exported) -> None:
+def test_values_are_named_after_their_modules(digits: Exported) -> None:
     graph, model = digits.graph.graph, digits.loaded.model
     modules = {name for name, _ in model.named_modules()}
     made = [node.output[0] for node in graph.node if node.output[0] != "logits"]
@@ -98,7 +98,7 @@ def test_every_value_is_named_after_the_module_that_made_it(digits: Exported) ->
 # --- simplification --------------------------------------------------------------------------
 
 
-def test_the_unfolded_network_loses_nodes_to_simplification(digits: Exported) -> None:
+def test_simplification_removes_nodes_of_the_unfolded_network(digits: Exported) -> None:
     before = digits.unfolded
     assert operator_counts(before)["BatchNormalization"] == 2 * sum(digits.loaded.config.depths)
     model, facts = simplify_onnx(before, digits.images.numpy(), onnxruntime_outputs)
@@ -109,7 +109,7 @@ def test_the_unfolded_network_loses_nodes_to_simplification(digits: Exported) ->
     assert facts["relative_error"] < 1e-5
 
 
-def test_exporters_that_fail_and_a_simplified_graph_that_answers_differently(
+def test_failed_exports_and_incorrect_simplifications(
     digits: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.onnx, "export", fails)
@@ -138,7 +138,7 @@ def test_exporters_that_fail_and_a_simplified_graph_that_answers_differently(
 # --- files -----------------------------------------------------------------------------------
 
 
-def test_large_weights_go_into_a_file_of_their_own(digits: Exported, tmp_path: Path) -> None:
+def test_large_weights_are_saved_as_external_data(digits: Exported, tmp_path: Path) -> None:
     path, images = tmp_path / "model.onnx", digits.images.numpy()
     expected = onnxruntime_outputs(digits.graph, images)["logits"]
     files = save_onnx(copy.deepcopy(digits.graph), path, external_limit_bytes=1000)
@@ -159,7 +159,7 @@ def test_large_weights_go_into_a_file_of_their_own(digits: Exported, tmp_path: P
         lambda model: model.metadata_props.add(key="b", value="not UTF-8"),
     ],
 )
-def test_a_damaged_file_is_one_message(
+def test_damaged_files_are_rejected(
     digits: Exported, tmp_path: Path, spoil: Callable[[onnx.ModelProto], object]
 ) -> None:
     path, model = tmp_path / "m.onnx", copy.deepcopy(digits.graph)

@@ -1,4 +1,4 @@
-"""Folding is exact, whichever rewrites are chosen, and can be read back from the graph."""
+"""Folding is exact for every selection of rewrites; networks rebuilt from the graph."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NAMES = {field.name for field in fields(Rewrites)}
 NEEDED = {"block_norm", "layer_scale", "residual_stream"}
 
 
-def choices() -> list[set[str]]:
+def selections() -> list[set[str]]:
     """Return all rewrites, none, each one alone, and all but each one."""
     alone = [{name} if name != "residual_stream" else NEEDED for name in NAMES]
     but_one = [NAMES - {name} for name in NAMES]
     return [*alone, *(c if c >= NEEDED else c - {"residual_stream"} for c in but_one), set(), NAMES]
 
 
-def with_carries(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN:
+def with_skip_gains(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN:
     """Return a copy whose residual factors in stage 3, by block and channel, are ``skip_gains``."""
     model = copy.deepcopy(model)
     for (block, channel), skip_gain in skip_gains.items():
@@ -39,8 +39,8 @@ def with_carries(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN:
     return model
 
 
-@each("chosen", choices())
-def test_every_choice_of_rewrites_is_exact(digits: Exported, chosen: set[str]) -> None:
+@each("chosen", selections())
+def test_every_selection_of_rewrites_is_exact(digits: Exported, chosen: set[str]) -> None:
     rewrites = Rewrites(**{name: name in chosen for name in NAMES})
     report = fold_van(digits.loaded.model, digits.images[:1], rewrites)
     assert report.relative_error <= FOLD_TOLERANCE
@@ -53,7 +53,7 @@ def test_every_choice_of_rewrites_is_exact(digits: Exported, chosen: set[str]) -
         assert torch.equal(found, expected)
 
 
-def test_everything_folded_leaves_nothing_and_the_original_as_it_was(digits: Exported) -> None:
+def test_all_rewrites_remove_all_norms_and_do_not_change_the_original(digits: Exported) -> None:
     before = copy.deepcopy(digits.loaded.model.state_dict())
     report = fold_van(digits.loaded.model, digits.images)
     blocks = sum(digits.loaded.config.depths)
@@ -78,15 +78,15 @@ def test_everything_folded_leaves_nothing_and_the_original_as_it_was(digits: Exp
         ({(1, 5): 0.0, (0, 0): SKIP_GAIN_LIMIT**-0.7, (2, 0): SKIP_GAIN_LIMIT**-0.7}, 1),
     ],
 )
-def test_a_stream_that_cannot_be_rescaled_keeps_a_multiply_and_stays_exact(
+def test_skip_gain_beyond_the_limit_keeps_a_multiply(
     digits: Exported, skip_gains: dict[tuple[int, int], float], kept: int
 ) -> None:
-    report = fold_van(with_carries(digits.loaded.model, skip_gains), digits.images)
+    report = fold_van(with_skip_gains(digits.loaded.model, skip_gains), digits.images)
     assert report.multiplies_kept == kept
     assert report.relative_error <= FOLD_TOLERANCE
 
 
-def test_a_wrong_rewrite_and_nan_are_noticed(
+def test_incorrect_rewrites_and_nan_fail_the_report(
     digits: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forgets_the_shift(block: Any) -> None:
@@ -108,9 +108,9 @@ def test_the_stream_cannot_be_rescaled_without_its_carry() -> None:
 
 
 @each("opset", [17, 20])
-def test_the_rebuilt_network_is_the_folded_one(digits: Exported, opset: int) -> None:
+def test_rebuilt_network_matches_the_folded_one(digits: Exported, opset: int) -> None:
     """Also where one channel cannot be re-scaled, and leaves the others absorbed."""
-    model = with_carries(digits.loaded.model, {(1, 5): 0.0})
+    model = with_skip_gains(digits.loaded.model, {(1, 5): 0.0})
     folded = fold_van(model, digits.images[:1]).model
     graph = onnx_from_van(folded, digits.loaded.preprocessing.image_size, opset=opset)
     rebuilt = van_from_onnx(graph, digits.loaded.config)
@@ -126,7 +126,7 @@ def test_the_rebuilt_network_is_the_folded_one(digits: Exported, opset: int) -> 
     assert torch.equal(usual[:, others], left[:, others])
 
 
-def test_every_tensor_is_placed_and_other_graphs_are_refused(digits: Exported) -> None:
+def test_rebuilt_network_places_all_tensors_and_other_graphs_are_rejected(digits: Exported) -> None:
     config, graph = digits.loaded.config, digits.graph
     rebuilt = van_from_onnx(graph, config)
     made = {name for node in graph.graph.node for name in node.output}

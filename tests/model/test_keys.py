@@ -13,7 +13,7 @@ from tests.each import each
 from tests.model.conftest import rename
 from van_deploy.errors import CheckpointError, UsageError, VanDeployError
 from van_deploy.model.checkpoint import (
-    config_from_state_dict,
+    config_from_state,
     load_van,
     network_from_state,
     read_weights,
@@ -195,7 +195,7 @@ def test_config_of_every_variant(name: str) -> None:
     config = VARIANTS[name].config
     with torch.device("meta"):
         model = VAN(config)
-    assert config_from_state_dict(model.state_dict()) == (config, ())
+    assert config_from_state(model.state_dict()) == (config, ())
     assert config.variant == name
     assert config.parameter_count() == sum(p.numel() for p in model.parameters())
     head = config.embed_dims[-1] * config.num_classes

@@ -56,7 +56,7 @@ def test_override() -> None:
         ({"interpolation": "random"}, "interpolation 'random': Input should be 'nearest'"),
         ({"crop_pct": 0}, "crop_pct 0: Input should be greater than 0"),
         ({"crop_pct": 1.5}, "crop_pct 1.5: Input should be less than or equal to 1"),
-        ({"resize_size": 200}, "crops 224 pixels from an image resized to 200"),
+        ({"resize_size": 200}, "it has image_size 224 > resize_size 200"),
         ({"crop": 1.0}, "crop 1.0: Unexpected keyword argument"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The embedded network's graph, and digits it was and was not trained on."""
+"""The embedded network's graph, with training and held-out digits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from van_deploy.precision.scales import ChannelRange, Images, observe_ranges
 
 @dataclass(frozen=True)
 class Digits:
-    """The embedded trained network; nothing of it is to be changed.
+    """The embedded trained network; tests must not change it.
 
     Attributes:
-        loaded: as it was trained.
+        loaded: the original network.
         graph: its folded FP32 graph.
         network: rebuilt from the graph.
         pointwise: its 1x1 convolutions.
         train: 64 digits of the training part, ``(N, 3, S, S)``.
-        heldout: 48 digits it was not trained on.
-        ranges: of its tensors on ``train``, all counted.
-        expected: its logits of ``heldout``.
+        heldout: 48 held-out digits.
+        ranges: of its tensors on ``train``, with histograms.
+        expected: its logits on ``heldout``.
     """
 
     loaded: LoadedVan
@@ -62,5 +62,5 @@ def batches(images: Images, size: int = 16) -> list[Images]:
 
 
 def run(model: ModelProto, images: Images, *, fuse: bool = False) -> Images:
-    """Return a graph's logits in ONNX Runtime."""
+    """Return a graph's logits from ONNX Runtime."""
     return logits_session(model, fuse=fuse, threads=1)(images)

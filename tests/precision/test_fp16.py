@@ -1,4 +1,4 @@
-"""FP16 and BF16 graphs: their types, how BF16 is emulated, what stays FP32, and what refuses."""
+"""FP16 and BF16 graphs: types, BF16 emulation, nodes kept in FP32, and the FP16 audit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GATE = "block2.0.attn.spatial_gating_unit"
 
 
 def scaled(model: ModelProto, factors: Mapping[str, float]) -> ModelProto:
-    """Return the graph with some stored tensors multiplied."""
+    """Return the graph with some initialisers multiplied."""
     changed = copy.deepcopy(model)
     for tensor in changed.graph.initializer:
         if tensor.name in factors:
@@ -53,7 +53,7 @@ def scaled(model: ModelProto, factors: Mapping[str, float]) -> ModelProto:
         (bf16_from_fp32, BFLOAT16, DEFAULT_KEEP, 8),  # four norms in and out, less the images
     ],
 )
-def test_types_stand_in_the_file_and_it_answers_as_fp32_does(
+def test_16_bit_graphs_have_explicit_types_and_match_fp32(
     digits: Digits, make: Callable[..., ModelProto], kind: int, keep: tuple[str, ...], casts: int
 ) -> None:
     kept = fp32_nodes(digits.graph, keep)
@@ -70,7 +70,7 @@ def test_types_stand_in_the_file_and_it_answers_as_fp32_does(
     assert sqnr_db(digits.expected, run(half, digits.heldout)) > (60 if kind == FLOAT16 else 50)
 
 
-def test_a_weight_read_in_both_types_is_stored_twice(digits: Digits) -> None:
+def test_weight_used_in_both_types_is_stored_twice(digits: Digits) -> None:
     shared = copy.deepcopy(digits.graph)
     nodes = {node.name: node for node in shared.graph.node}
     first, second = (nodes[f"block1.{block}.attn.proj_1"] for block in (0, 1))
@@ -84,7 +84,7 @@ def test_a_weight_read_in_both_types_is_stored_twice(digits: Digits) -> None:
 # --- BF16 ------------------------------------------------------------------------------------
 
 
-def test_the_emulation_rounds_every_result_and_nothing_else(digits: Digits) -> None:
+def test_bf16_emulation_rounds_every_bf16_result_only(digits: Digits) -> None:
     half = bf16_from_fp32(digits.graph, fp32_nodes(digits.graph, DEFAULT_KEEP))
     emulation = emulate_bf16(half)
     checker.check_model(emulation, full_check=True)
@@ -98,7 +98,7 @@ def test_the_emulation_rounds_every_result_and_nothing_else(digits: Digits) -> N
         assert (values.astype(np.float32).view(np.uint32) & 0xFFFF).any() == (name not in names)
 
 
-def test_one_convolution_is_emulated_as_it_would_be_computed() -> None:
+def test_bf16_emulation_of_one_convolution_is_exact() -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((3, 4, 1, 1)).astype(ml_dtypes.bfloat16)
     info, node = helper.make_tensor_value_info, helper.make_node("Conv", ["x", "w"], ["y"])
@@ -115,7 +115,7 @@ def test_one_convolution_is_emulated_as_it_would_be_computed() -> None:
 
 @pytest.mark.slow
 @each("opset", [18, 23])
-def test_an_opset_is_raised_if_need_be_or_refused(digits: Digits, opset: int) -> None:
+def test_bf16_upgrades_or_rejects_the_opset(digits: Digits, opset: int) -> None:
     folded = fold_van(digits.loaded.model, torch.from_numpy(digits.heldout[:1])).model
     graph = onnx_from_van(folded, 64, opset=opset)
     half = bf16_from_fp32(graph, fp32_nodes(graph, DEFAULT_KEEP))
@@ -130,7 +130,7 @@ def test_an_opset_is_raised_if_need_be_or_refused(digits: Digits, opset: int) ->
 # --- what stays FP32 -------------------------------------------------------------------------
 
 
-def test_what_is_kept_is_a_module_or_an_expression(digits: Digits) -> None:
+def test_fp32_nodes_match_modules_or_regular_expressions(digits: Digits) -> None:
     kept = fp32_nodes(digits.graph, ("block2.0", "norm1"))
     assert {name.split(".")[0] for name in kept} == {"block2", "norm1"}
     assert "block2.0" in kept
@@ -138,15 +138,12 @@ def test_what_is_kept_is_a_module_or_an_expression(digits: Digits) -> None:
     assert "block2.1.mlp.fc1" not in kept
     found = fp32_nodes(digits.graph, (r"block1\.\d\.mlp\.fc1",))
     assert set(found) == {"block1.0.mlp.fc1", "block1.1.mlp.fc1"}
-    for keep, message in (
-        ("block9", "'block9' matches no"),
-        ("(", "not a valid regular"),
-    ):
+    for keep, message in (("block9", "'block9' matches no"), ("(", "not a valid regular")):
         with pytest.raises(UsageError, match=message):
             fp32_nodes(digits.graph, (keep,))
 
 
-def test_a_quiet_network_has_no_problem_and_weights_that_vanish_are_kept(digits: Digits) -> None:
+def test_audit_keeps_weights_that_fp16_rounds_to_zero(digits: Digits) -> None:
     audit = audit_ranges(digits.graph, digits.ranges, (), strict=True)
     assert (audit["problems"], audit["kept"], audit["advice"]) == ([], {}, "")
     assert audit["largest_activation"][1] == max(r.largest for r in digits.ranges.values())
@@ -156,7 +153,7 @@ def test_a_quiet_network_has_no_problem_and_weights_that_vanish_are_kept(digits:
     assert "which FP16 rounds to zero" in vanishing["block1.0.mlp.fc2"]
 
 
-def test_what_overflows_is_kept_with_what_touches_it_and_bf16_is_advised(digits: Digits) -> None:
+def test_audit_keeps_overflowing_nodes_and_recommends_bf16(digits: Digits) -> None:
     factors = {f"{GATE}.conv0.weight": 2.0**15, f"{GATE}.conv0.bias": 2.0**15}
     loud = scaled(digits.graph, {**factors, f"{GATE}.conv_spatial.weight": 2.0**-15})
     ranges = observe_ranges(van_from_onnx(loud, digits.loaded.config), batches(digits.train), ())

@@ -1,4 +1,4 @@
-"""Which images calibrate, and which are held out: chosen, split, and never on both sides."""
+"""Selection of calibration and held-out images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def groups(images: ImageSet) -> Counter[str]:
     return Counter(item.group for item in images.items)
 
 
-def test_a_choice_is_balanced_and_follows_its_seed(digits: Path, tmp_path: Path) -> None:
+def test_selection_is_balanced_and_depends_on_its_seed(digits: Path, tmp_path: Path) -> None:
     chosen = choose_images(ImageSelection(count=30), digits)
     assert groups(chosen) == {str(digit): 3 for digit in range(10)}
     assert chosen.description == f"30 of 60 images of '{digits}'"
@@ -50,7 +50,9 @@ def test_a_choice_is_balanced_and_follows_its_seed(digits: Path, tmp_path: Path)
     assert groups(choose_images(ImageSelection(count=12), tmp_path)) == {"0": 2, "1": 5, "2": 5}
 
 
-def test_the_split_keeps_every_class_and_shares_no_image(digits: Path, tmp_path: Path) -> None:
+def test_split_has_all_classes_in_both_parts_and_shares_no_image(
+    digits: Path, tmp_path: Path
+) -> None:
     chosen = choose_images(ImageSelection(count=50), digits)
     kept, aside = split(chosen, 0.2)
     assert (len(kept), groups(aside)) == (40, {str(digit): 1 for digit in range(10)})
@@ -66,7 +68,7 @@ def test_the_split_keeps_every_class_and_shares_no_image(digits: Path, tmp_path:
 
 
 @each(("shades", "message"), [([1], "too few to calibrate on"), ([5, 5, 5], "cannot be split")])
-def test_too_few_different_images_are_refused(
+def test_too_few_different_images_are_rejected(
     shades: list[int], message: str, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "x.npz", np.array(shades, np.uint8).repeat(4).reshape(-1, 2, 2))
@@ -74,7 +76,7 @@ def test_too_few_different_images_are_refused(
         split(choose_images(ImageSelection(), tmp_path / "x.npz"), 0.2)
 
 
-def test_shipped_sets_are_described_and_the_digits_are_the_ones_named(digits: Path) -> None:
+def test_builtin_sets_have_descriptions_and_the_digits_match_their_digest(digits: Path) -> None:
     known = builtin_files(CALIBRATION_SETS)
     assert {"cifar10", "digits", "folder", "imagenet-512"} <= set(known)
     for found in map(load_calibration_set, known):

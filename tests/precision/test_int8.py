@@ -1,4 +1,4 @@
-"""INT8: what is quantised and equalised, both targets' graphs, and the search for a budget."""
+"""INT8: scopes, equalisation, the graphs of both targets, and the search for a budget."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ from van_deploy.precision.scales import PAIR_LIMIT, SMALLEST_SCALE, observe_rang
 
 
 def parts(model: ModelProto) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Return a graph's stored values, and which node makes each of the others."""
+    """Return a graph's initialisers, and the node that computes each other value."""
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     return values, {o: n for n in model.graph.node for o in n.output}
 
 
 @pytest.fixture(scope="module")
 def plain(digits: Digits) -> QuantizationPlan:
-    """Return the plan without any technique."""
+    """Return a plan without any technique."""
     return make_plan(Equalization(digits.network), digits.ranges, digits.pointwise)
 
 
 @pytest.fixture(scope="module")
 def plan(digits: Digits) -> QuantizationPlan:
-    """Return the plan with every technique."""
+    """Return a plan with every technique."""
     changed = equalize(digits.network, digits.ranges, digits.pointwise)
     return correct_biases(make_plan(changed, digits.ranges, digits.pointwise), digits.train)
 
@@ -66,11 +66,11 @@ def cpu_plan(digits: Digits) -> QuantizationPlan:
     return correct_biases(make_plan(changed, digits.ranges, layers, target="cpu"), digits.train)
 
 
-# --- what is quantised -----------------------------------------------------------------------
+# --- scopes ----------------------------------------------------------------------------------
 
 
 @each(("scope", "count"), [("pointwise", 45), ("all", 76), ("deep", 59), (r"fc1$", 9), ("head", 1)])
-def test_what_a_scope_means(digits: Digits, scope: str, count: int) -> None:
+def test_scopes_select_layers(digits: Digits, scope: str, count: int) -> None:
     layers = layers_in_scope(digits.network.model, (scope,))
     assert len(layers) == count
     if count > 1:
@@ -86,7 +86,7 @@ def test_what_a_scope_means(digits: Digits, scope: str, count: int) -> None:
             layers_in_scope(digits.network.model, (wrong,), layers[:1])
 
 
-def test_fewer_layers_lose_the_gates_between_them(cpu_plan: QuantizationPlan) -> None:
+def test_removing_a_layer_removes_its_gate(cpu_plan: QuantizationPlan) -> None:
     unit = "block2.0.attn.spatial_gating_unit"
     fewer = cpu_plan.without([f"{unit}.conv1"])
     assert unit in cpu_plan.layers
@@ -99,9 +99,7 @@ def test_fewer_layers_lose_the_gates_between_them(cpu_plan: QuantizationPlan) ->
 
 @each("scope", ["pointwise", "all", "block2"])
 @each("technique", TECHNIQUES)
-def test_an_equalised_network_computes_what_it_did(
-    digits: Digits, scope: str, technique: str
-) -> None:
+def test_equalised_network_is_equivalent(digits: Digits, scope: str, technique: str) -> None:
     layers = layers_in_scope(digits.network.model, (scope,))
     changed = equalize(digits.network, digits.ranges, layers, [technique])
     assert changed.affines or changed.inserted
@@ -109,7 +107,7 @@ def test_an_equalised_network_computes_what_it_did(
     assert sqnr_db(digits.expected, found) > 100
 
 
-def test_every_changed_tensor_is_what_the_record_says(digits: Digits) -> None:
+def test_recorded_affines_describe_the_changed_tensors(digits: Digits) -> None:
     changed = equalize(digits.network, digits.ranges, digits.pointwise)
     now = observe_ranges(changed.network, batches(digits.train), [])
     assert {"block1.0.add", "block2.0", "block1.0.attn.spatial_gating_unit"} <= set(changed.affines)
@@ -120,29 +118,29 @@ def test_every_changed_tensor_is_what_the_record_says(digits: Digits) -> None:
         assert (affine.factor <= FACTOR_LIMIT).all()
 
 
-def with_a_multiply(network: RebuiltVan) -> None:
+def add_skip_gain(network: RebuiltVan) -> None:
     block = network.model.stage_blocks(2)[1]
     block.skip_gain = torch.ones(len(block.attn.proj_2.weight))
     block.skip_gain[::2] = 0.25
 
 
-def with_a_dead_channel(network: RebuiltVan) -> None:
+def zero_one_channel(network: RebuiltVan) -> None:
     unit = network.model.stage_blocks(1)[0].attn.spatial_gating_unit
     unit.conv_spatial.weight.data[0] = unit.conv1.weight.data[0] = 0.0
     unit.conv1.bias.data[0] = 0.0  # type: ignore[union-attr]
 
 
-@each("spoil", [with_a_multiply, with_a_dead_channel])
-def test_odd_networks_are_equalised_exactly(digits: Digits, spoil: Any) -> None:
+@each("change", [add_skip_gain, zero_one_channel])
+def test_unusual_networks_are_equalised_exactly(digits: Digits, change: Any) -> None:
     other = replace(digits.network, model=copy.deepcopy(digits.network.model))
-    spoil(other)
-    found = observe_ranges(other, batches(digits.train), set(other.tensors))
-    pair = [QuantizationPlan(n) for n in (other, equalize(other, found, digits.pointwise).network)]
+    change(other)
+    ranges = observe_ranges(other, batches(digits.train), set(other.tensors))
+    pair = [QuantizationPlan(n) for n in (other, equalize(other, ranges, digits.pointwise).network)]
     before, after = (logits(each, digits.train[:8]) for each in pair)
     assert sqnr_db(before, after) > 100
 
 
-def test_the_techniques_bring_decibels_and_leave_the_original_as_it_was(
+def test_techniques_improve_the_sqnr_and_do_not_change_the_original(
     digits: Digits, plan: QuantizationPlan, plain: QuantizationPlan
 ) -> None:
     network = digits.network
@@ -160,7 +158,7 @@ def test_the_techniques_bring_decibels_and_leave_the_original_as_it_was(
 # --- graphs ----------------------------------------------------------------------------------
 
 
-def test_a_graph_for_tensorrt_computes_what_was_planned_in_the_form_it_reads(
+def test_tensorrt_graph_matches_the_plan_and_has_explicit_qdq(
     digits: Digits, plan: QuantizationPlan
 ) -> None:
     single = qdq_for_tensorrt(digits.graph, plan, rest="fp32")
@@ -194,10 +192,10 @@ def test_a_graph_for_tensorrt_computes_what_was_planned_in_the_form_it_reads(
         qdq_for_tensorrt(old, plan)
 
 
-def test_an_added_node_adds_no_kernel(
+def test_inserted_nodes_add_no_kernel(
     digits: Digits, plan: QuantizationPlan, plain: QuantizationPlan
 ) -> None:
-    """Kernels of one block in the plan that TensorRT for RTX builds, for Ada GPUs."""
+    """Number of kernels of one block in an Ada plan of TensorRT for RTX."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     kept = default_fp32_nodes(digits.graph)
     graphs = [qdq_for_tensorrt(digits.graph, made, kept=kept) for made in (plain, plan)]
@@ -207,10 +205,10 @@ def test_an_added_node_adds_no_kernel(
     assert before == added > fp16
 
 
-def test_integer_kernels_compute_what_the_file_for_a_cpu_says(
+def test_integer_kernels_match_the_qdq_graph_for_a_cpu(
     digits: Digits, cpu_plan: QuantizationPlan
 ) -> None:
-    """With or without VNNI: against every pair as written, and against FP32."""
+    """Fused kernels match separate Q/DQ nodes and FP32, with or without VNNI."""
     graph = qdq_for_cpu(digits.graph, cpu_plan)
     checker.check_model(graph, full_check=True)
     fused = run(graph, digits.heldout, fuse=True)
@@ -242,14 +240,14 @@ def test_integer_kernels_compute_what_the_file_for_a_cpu_says(
         *((99, 16, False, 45), (30, 4, False, 4), (5, 6, True, 6)),  # the best that was seen
     ],
 )
-def test_the_fewest_that_hold_are_kept(
+def test_search_keeps_the_fewest_layers_that_meet_the_budget(
     plain: QuantizationPlan, needed: int, limit: int, passed: bool, kept: int
 ) -> None:
     ranking = tuple(LayerSensitivity(name, 30.0 + n, 0.01) for n, name in enumerate(plain.layers))
 
-    def lost(candidate: QuantizationPlan) -> int:  # it holds without the ``needed`` worst layers
-        gone = len(plain.layers) - len(candidate.layers)
-        return 2 * (needed - gone) + 1 if gone < needed else 1
+    def lost(candidate: QuantizationPlan) -> int:  # passes without the first ``needed`` layers
+        removed = len(plain.layers) - len(candidate.layers)
+        return 2 * (needed - removed) + 1 if removed < needed else 1
 
     report = search_fp16_layers(plain, ranking, lost, 0.2, 500, limit=limit)
     assert report["passed"] == passed
@@ -258,7 +256,7 @@ def test_the_fewest_that_hold_are_kept(
     assert len(report["trials"]) <= min(limit, 13)
 
 
-def test_layers_are_ranked_by_noise_for_the_work_they_do(
+def test_layers_are_ranked_by_noise_per_multiply_add(
     digits: Digits, plain: QuantizationPlan
 ) -> None:
     work = multiply_adds(digits.network.model, 3, 64)
@@ -266,13 +264,13 @@ def test_layers_are_ranked_by_noise_for_the_work_they_do(
     assert work["head"] == 64 * 10
     ranking = rank_layers(plain, digits.train[:4], work)
     assert {layer.name for layer in ranking} == set(plain.convolutions)
-    worths = [layer.ranking_db for layer in ranking]
-    assert worths == sorted(worths)
+    order = [layer.ranking_db for layer in ranking]
+    assert order == sorted(order)
     assert all(20 < layer.sqnr_db < 90 for layer in ranking)
     assert sum(layer.share for layer in ranking) == pytest.approx(0.57, abs=0.01)
 
 
-def test_improvements_do_not_offset_regressions_and_a_budget_below_one_image_is_refused() -> None:
+def test_improvements_do_not_offset_regressions_and_too_small_budgets_are_rejected() -> None:
     expected, after = (np.eye(3, dtype=np.float32)[rows] for rows in ([0, 1, 2, 0], [0, 2, 1, 1]))
     assert count_lost_labels(expected, after, np.array([0, 1, 1, 1])) == 1
     assert count_lost_labels(expected, after, None) == 3

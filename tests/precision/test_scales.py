@@ -1,4 +1,4 @@
-"""Histograms hold every value, and scales are what they are defined by."""
+"""Histograms count every value, and scales follow their definitions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def error(values: Images, quantizer: Quantizer) -> float:
 
 
 @each("layout", [torch.contiguous_format, torch.channels_last])
-def test_values_land_in_the_bin_of_their_channel(layout: torch.memory_format) -> None:
+def test_histogram_bins_of_each_channel(layout: torch.memory_format) -> None:
     values = torch.zeros(2, 3, 4, 4).contiguous(memory_format=layout)
     values[:, 1] = 0.7
     values[0, 2, 0, :] = torch.tensor([-3.0, 1e-9, 60000.0, -1e8])
@@ -54,24 +54,22 @@ def test_values_land_in_the_bin_of_their_channel(layout: torch.memory_format) ->
     assert 1 < (rising[1:] / rising[:-1]).max() <= 1.13
 
 
-def test_batches_of_any_size_give_the_same_and_only_the_asked_are_counted(digits: Digits) -> None:
+def test_ranges_do_not_depend_on_the_batch_size(digits: Digits) -> None:
     name = "block1.0.mlp.act"
-    found, once = (
-        scales.observe_ranges(digits.network, batches(digits.train, 7), [name]),
-        digits.ranges,
-    )
-    difference = np.abs(found[name].counts.astype(float) - once[name].counts).sum()
-    assert difference < 1e-3 * found[name].counts.sum()
-    assert found[name].counts.sum() == once[name].counts.sum()
-    for end in ("minimum", "maximum"):
-        assert np.allclose(getattr(found[name], end), getattr(once[name], end), rtol=1e-4)
-    assert set(found) == set(digits.network.tensors)
-    assert [tensor for tensor, r in found.items() if r.counts.size] == [name]
-    assert found["images"].largest == pytest.approx(np.abs(digits.train).max())
+    ranges = scales.observe_ranges(digits.network, batches(digits.train, 7), [name])
+    actual, expected = ranges[name], digits.ranges[name]
+    difference = np.abs(actual.counts.astype(float) - expected.counts).sum()
+    assert difference < 1e-3 * actual.counts.sum()
+    assert actual.counts.sum() == expected.counts.sum()
+    assert np.allclose(actual.minimum, expected.minimum, rtol=1e-4)
+    assert np.allclose(actual.maximum, expected.maximum, rtol=1e-4)
+    assert set(ranges) == set(digits.network.tensors)
+    assert [tensor for tensor, r in ranges.items() if r.counts.size] == [name]
+    assert ranges["images"].largest == pytest.approx(np.abs(digits.train).max())
     assert [scales.range_batch_size(side**2) for side in (64, 224, 2000)] == [32, 5, 1]
 
 
-def test_what_is_not_finite_is_named(digits: Digits) -> None:
+def test_nan_is_rejected_with_the_name_of_its_tensor(digits: Digits) -> None:
     broken = replace(digits.network, model=copy.deepcopy(digits.network.model))
     broken.model.stage_blocks(2)[0].mlp.fc1.bias.data[0] = torch.nan  # type: ignore[union-attr]
     with pytest.raises(ConversionError, match=r"'block2\.0\.mlp\.fc1' is infinite or NaN"):
@@ -81,7 +79,7 @@ def test_what_is_not_finite_is_named(digits: Digits) -> None:
 # --- scales ----------------------------------------------------------------------------------
 
 
-def test_minmax_clips_nothing_and_percentile_no_more_than_its_share(heavy: Images) -> None:
+def test_minmax_clips_nothing_and_percentile_clips_at_most_its_share(heavy: Images) -> None:
     found = scales.symmetric_quantizer(record(heavy), "minmax")
     assert float(found.scale) * 127 == pytest.approx(np.abs(heavy).max(), rel=1e-3)
     assert found.limits == (-128, 127)
@@ -96,7 +94,7 @@ def test_minmax_clips_nothing_and_percentile_no_more_than_its_share(heavy: Image
     assert (np.abs(heavy) <= 127.01 * found.scale).all()
 
 
-def test_mse_is_the_least_error_and_an_affine_stands_before_the_rounding(heavy: Images) -> None:
+def test_mse_minimises_the_error_after_the_affine(heavy: Images) -> None:
     found = scales.symmetric_quantizer(record(heavy), "mse")
     tried = [error(heavy, Quantizer(found.scale * f)) for f in np.geomspace(0.3, 4, 60)]
     assert error(heavy, found) <= 1.02 * min(tried)
@@ -105,38 +103,29 @@ def test_mse_is_the_least_error_and_an_affine_stands_before_the_rounding(heavy: 
         assert error(heavy, clipped) < 0.9 * error(heavy, whole)
     affine = ChannelAffine(np.array([0.1, 0.0, -1.0]), np.array([0.1, 1.0, 2.0]))
     changed = affine.apply(heavy).astype(np.float32)
-    found, direct = (
-        scales.symmetric_quantizer(record(heavy), "mse", affine),
-        scales.symmetric_quantizer(record(changed), "mse"),
-    )
+    found = scales.symmetric_quantizer(record(heavy), "mse", affine)
+    direct = scales.symmetric_quantizer(record(changed), "mse")
     assert float(found.scale) == pytest.approx(float(direct.scale), rel=0.1)
     multiplier, offset = affine.multiply_add()
     assert np.allclose(heavy * multiplier + offset, changed, atol=1e-5)
 
 
 @each("method", ("minmax", "percentile", "mse"))
-def test_unsigned_represents_zero_and_never_reaches_beyond_the_data(
-    heavy: Images, method: Method
-) -> None:
+def test_unsigned_range_contains_zero_and_fits_the_data(heavy: Images, method: Method) -> None:
     values = np.maximum(heavy, -0.17)
     found = scales.unsigned_quantizer(record(values), method)
     low, high = (limit * float(found.scale) for limit in found.limits)
     assert found.limits[0] == -found.zero_point <= 0
     assert low >= values.min() - 2 * float(found.scale)
     assert high <= values.max() + 2 * float(found.scale)
-    found = scales.unsigned_quantizer(
-        record(heavy), method, lowest=-0.5
-    )  # no integers are spent below it
+    found = scales.unsigned_quantizer(record(heavy), method, lowest=-0.5)
     assert found.limits[0] * float(found.scale) >= -0.5 - float(found.scale)
     zeros = record(np.zeros((10, 2), np.float32))
-    for quantizer in (
-        scales.symmetric_quantizer(zeros, method),
-        scales.unsigned_quantizer(zeros, method),
-    ):
-        assert float(quantizer.scale) == scales.SMALLEST_SCALE
+    for make in (scales.symmetric_quantizer, scales.unsigned_quantizer):
+        assert float(make(zeros, method).scale) == scales.SMALLEST_SCALE
 
 
-def test_weights_use_all_integers_and_neighbouring_products_fit_into_16_bits() -> None:
+def test_weight_scales_use_all_integers_without_overflow() -> None:
     wanted = np.array([0.0, 0.1, 1.2345, 1e9])
     found = scales.fp16_scales(wanted)
     assert (found.astype(np.float16).astype(np.float32) == found).all()

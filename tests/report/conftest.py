@@ -1,4 +1,4 @@
-"""A bundle with everything in it that a report can show, measured for real once."""
+"""A bundle with all measurements of a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from van_deploy.bundle import Bundle
 
 @pytest.fixture(scope="session")
 def full(artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path) -> Bundle:
-    """Return van_digits verified, with drift, accuracy and a benchmark; not to be changed."""
+    """Return van_digits with verification, drift, accuracy and a benchmark; not to be changed."""
 
     def make(folder: Path) -> None:
         shutil.copytree(digits_bundle.path, folder)

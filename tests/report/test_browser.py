@@ -1,4 +1,4 @@
-"""The page in a real browser: light, dark, narrow and printed."""
+"""The HTML report in Chromium: light, dark, narrow and printed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FLAGS = (
     *("--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"),
 )
 DARK = "--blink-settings=preferredColorScheme=0"
-WITHIN_S = 120
+TIMEOUT_S = 120
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        CHROMIUM is None, reason="there is no Chromium here (Debian: apt-get install chromium)"
+        CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)"
     ),
 ]
 
@@ -40,18 +40,18 @@ def page(full: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chromium(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     words = [str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()]
-    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=WITHIN_S)
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
 
 
 def screenshot(page: Path, folder: Path, *flags: str, width: int = 1180) -> np.ndarray:
     target = folder / "shot.png"
     size = f"--window-size={width},1600"
     chromium(page, folder / "profile", size, f"--screenshot={target}", *flags)
-    with Image.open(target) as picture:
-        return np.asarray(picture.convert("RGB"), np.float64)
+    with Image.open(target) as image:
+        return np.asarray(image.convert("RGB"), np.float64)
 
 
-def test_it_is_light_by_day_and_dark_by_night(page: Path, tmp_path: Path) -> None:
+def test_light_and_dark_mode(page: Path, tmp_path: Path) -> None:
     light = screenshot(page, tmp_path / "light")
     dark = screenshot(page, tmp_path / "dark", DARK)
     assert light.shape == dark.shape == (1600, 1180, 3)
@@ -62,7 +62,7 @@ def test_it_is_light_by_day_and_dark_by_night(page: Path, tmp_path: Path) -> Non
     assert light.std() > 15, "there is something on the page"
 
 
-def test_it_reads_without_errors_and_fits_a_narrow_window(page: Path, tmp_path: Path) -> None:
+def test_no_console_errors_and_no_overflow_in_a_narrow_window(page: Path, tmp_path: Path) -> None:
     result = chromium(page, tmp_path / "profile", "--dump-dom")
     assert "Throughput against accuracy: each artifact" in result.stdout
     assert [line for line in result.stderr.splitlines() if ":CONSOLE" in line] == []
@@ -70,7 +70,7 @@ def test_it_reads_without_errors_and_fits_a_narrow_window(page: Path, tmp_path: 
     assert (narrow[:, -3:] == narrow[0, 0]).all(), "nothing reaches over the right edge"
 
 
-def test_it_prints(page: Path, tmp_path: Path) -> None:
+def test_print(page: Path, tmp_path: Path) -> None:
     target = tmp_path / "report.pdf"
     chromium(page, tmp_path / "profile", DARK, "--no-pdf-header-footer", f"--print-to-pdf={target}")
     data = target.read_bytes()

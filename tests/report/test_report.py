@@ -1,14 +1,14 @@
-"""Reports of real bundles: what they say, in HTML, in Markdown and in a terminal."""
+"""Reports of measured bundles in HTML, Markdown and a terminal."""
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,12 +26,12 @@ from van_deploy.report.render_rich import HarmlessConsole, rich_from_blocks
 from van_deploy.report.sections_checks import quantize_blocks
 
 
-def edited(folder: Path, **checks: object) -> Bundle:
-    """Return the bundle, whose manifest says something else of some checks."""
+def document_with(folder: Path, change: Callable[[Any], None]) -> Document:
+    """Return the report of a bundle after a change of the checks in its manifest."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["checks"].update(checks)
+    change(manifest["checks"])
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    return Bundle.open(folder)
+    return document_of_bundle(Bundle.open(folder))
 
 
 def in_terminal(blocks: Iterable[Block], width: int) -> list[str]:
@@ -46,7 +46,7 @@ def document(full: Bundle) -> Document:
     return document_of_bundle(full)
 
 
-def test_the_page_has_every_section_and_needs_nothing_but_itself(document: Document) -> None:
+def test_html_is_complete_and_self_contained(document: Document) -> None:
     html = html_from_document(document)
     body = ET.fromstring(html[html.index("<body>") : html.index("</html>")])
     assert [heading.text for heading in body.iter("h2")] == [
@@ -61,20 +61,20 @@ def test_the_page_has_every_section_and_needs_nothing_but_itself(document: Docum
     assert "@media print" in html
 
 
-def test_an_export_alone_says_what_was_not_measured(uint8_bundle: Bundle) -> None:
+def test_missing_measurements_are_listed(uint8_bundle: Bundle) -> None:
     document = document_of_bundle(uint8_bundle)
     assert document.state == "PASS"
     shown = "| ✅ PASS | embedded fp32-uint8 | relative difference"
     assert shown in markdown_from_document(document)
     assert not {"Verification", "Accuracy", "Drift", "Speed"} & set(document.sections)
-    (left,) = document.sections["Not measured"]
-    assert isinstance(left, doc.Table)
-    said = " ".join(" ".join(row) for row in left.rows)
+    (missing,) = document.sections["Not measured"]
+    assert isinstance(missing, doc.Table)
+    text = " ".join(" ".join(row) for row in missing.rows)
     for command in ("verify", "evaluate", "drift", "bench", "quantize", "build"):
-        assert f"van-deploy {command}" in said
+        assert f"van-deploy {command}" in text
 
 
-def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None:
+def test_values_are_those_of_the_manifest(full: Bundle, document: Document) -> None:
     text = markdown_from_document(document)
     accuracy = full.manifest.checks["evaluate"]["accuracy"]
     bench = json.loads((full.path / "bench.json").read_text())
@@ -96,7 +96,7 @@ def test_figures_are_the_manifests_own(full: Bundle, document: Document) -> None
     assert allowed == f"{allowed_loss('fp32').value:g}", "and no other rule's limit"
 
 
-def test_all_three_say_the_same_and_name_no_folder(full: Bundle, document: Document) -> None:
+def test_all_formats_have_the_same_content_and_no_folders(full: Bundle, document: Document) -> None:
     html, text = html_from_document(document), markdown_from_document(document)
     folder = str(full.path.parent)
     assert folder in json.dumps(full.manifest.checks["evaluate"]["images"])
@@ -113,14 +113,15 @@ def test_all_three_say_the_same_and_name_no_folder(full: Bundle, document: Docum
 
 
 @each(("outcome", "tone"), [("fail", "bad"), ("inconclusive", "open")])
-def test_what_is_not_passed_comes_first_and_in_its_own_colour(
+def test_failed_checks_come_first_and_have_a_colour(
     full: Bundle, copy_bundle: Copy, outcome: str, tone: str
 ) -> None:
-    evaluated, state = copy.deepcopy(full.manifest.checks["evaluate"]), outcome.upper()
-    loss = evaluated["losses"]["fp32"]
-    loss["outcome"] = loss["findings"][-1]["outcome"] = outcome
-    loss["findings"][-1]["message"] = "too much was lost"
-    document = document_of_bundle(edited(copy_bundle(full, outcome), evaluate=evaluated))
+    def fail(checks: Any) -> None:
+        loss, state = checks["evaluate"]["losses"]["fp32"], {"outcome": outcome}
+        loss["findings"][-1].update(state, message="too much was lost")
+        loss.update(state)
+
+    document, state = document_with(copy_bundle(full, outcome), fail), outcome.upper()
     assert document.state == state
     assert f"; 1 {'failed' if outcome == 'fail' else 'undecided'}; 1 skipped" in document.note
     (verdicts,) = document.sections["Verdicts"]
@@ -129,37 +130,54 @@ def test_what_is_not_passed_comes_first_and_in_its_own_colour(
     assert verdicts.rows[0][2].endswith("; too much was lost")
     html = html_from_document(document)
     assert html.count(f'<span class="badge {tone}">{state}</span>') >= 3
-    assert f"{state}</text>" in html, "and is written beside the interval"
+    assert f"{state}</text>" in html, "next to the interval"
 
 
-def test_images_that_are_read_otherwise_here_are_no_pass(full: Bundle, copy_bundle: Copy) -> None:
-    verified = copy.deepcopy(full.manifest.checks["verify"])
-    verified["findings"][0].update(outcome="fail", message="another decoder")
-    del verified["artifacts"]["fp32"]
-    document = document_of_bundle(edited(copy_bundle(full), verify=verified))
+def test_different_decoding_fails(full: Bundle, copy_bundle: Copy) -> None:
+    def change(checks: Any) -> None:
+        checks["verify"]["findings"][0].update(outcome="fail", message="another decoder")
+        del checks["verify"]["artifacts"]["fp32"]
+
+    document = document_with(copy_bundle(full), change)
     assert document.state == "FAIL"
     text = markdown_from_document(document)
     assert "| ❌ FAIL | preprocessing/0.png | another decoder |" in text
-    assert "| fp32 | left out by `van-deploy verify` |" in text
+    assert "| fp32 | not selected in `van-deploy verify` |" in text
 
 
-def test_results_of_another_file_are_named_in_the_banner(full: Bundle, copy_bundle: Copy) -> None:
-    evaluated = copy.deepcopy(full.manifest.checks["evaluate"])
-    evaluated["artifacts_sha256"]["fp32"] = "0" * 64
-    bundle = edited(copy_bundle(full), evaluate=evaluated)
-    document = document_of_bundle(bundle)
-    said = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
-    assert document.notices == doc.notices("STALE", [said])
+def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:
+    folder = copy_bundle(full)
+    stale = {"artifacts_sha256": {"fp32": "0" * 64}}
+    document = document_with(folder, lambda checks: checks["evaluate"].update(stale))
+    message = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
+    assert document.notices == doc.notices("STALE", [message])
     assert document.state == "INCONCLUSIVE"
     assert "top-1 of fp32" not in markdown_from_document(document)
     html = html_from_document(document)
     assert html.index("evaluate of fp32") < html.index("<h2>"), "above everything else"
-    with (bundle.path / "model.onnx").open("ab") as file:
+    with (folder / "model.onnx").open("ab") as file:
         file.write(b"!")
-    assert document_of_bundle(bundle).state == "FAIL", "a file is no longer the manifest's"
+    assert document_of_bundle(Bundle.open(folder)).state == "FAIL"
 
 
-def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
+def test_stale_and_unreadable_benchmarks_are_left_out(full: Bundle, copy_bundle: Copy) -> None:
+    folder = copy_bundle(full)
+    bench = json.loads((folder / "bench.json").read_text())
+    name = next(name for name in bench["contenders"] if name.startswith("ort-cpu"))
+    bench["contenders"][name]["sha256"] = "0" * 64
+    (folder / "bench.json").write_text(json.dumps(bench))
+    text = markdown_from_document(document_of_bundle(Bundle.open(folder)))
+    assert f"speed of {name}: measured on another" in text
+    assert f"| {name} |" not in text
+    assert "| pytorch |" in text
+    for content in ("{", '{"schema": "van-deploy/bench/1", "rows": []}'):
+        (folder / "bench.json").write_text(content)
+        document = document_of_bundle(Bundle.open(folder))
+        assert "Speed" not in document.sections
+        assert "bench.json: not of this version" in markdown_from_document(document)
+
+
+def test_markup_and_control_characters_are_escaped() -> None:
     nasty = '<script>alert("x")</script> & $title'
     blocks: list[Block] = [
         *(
@@ -181,14 +199,14 @@ def test_nothing_from_a_bundle_is_taken_for_markup() -> None:
 
 
 @each(("columns", "folded"), [("ms = 1 .1f", True), ("verdict = 0 state; ms = 1 .1f", False)])
-def test_a_long_table_is_folded_but_no_verdict(columns: str, folded: bool) -> None:
+def test_long_tables_without_verdicts_are_collapsed(columns: str, folded: bool) -> None:
     blocks = table([("fail", 1.0)] * 30, columns, "title")
     html = html_from_document(Document("name", "", "FAIL", "", {"Speed": blocks}))
     assert ("<details>" in html) is folded
 
 
 @each("width", [60, 80, 100])
-def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) -> None:
+def test_a_wide_table_becomes_a_list(width: int) -> None:
     row = {"name": "fp16", "verdict": "inconclusive", "why": "more images would decide " * 3}
     numbers = {f"n{i}": 1234.5 + i for i in range(9)}
     columns = "verdict = verdict state; artifact = name name; " + "; ".join(
@@ -201,55 +219,48 @@ def test_a_table_that_does_not_fit_becomes_lines_instead_of_slivers(width: int) 
     assert all(f"{value:,.2f}" in text for value in numbers.values()), "no number is broken"
 
 
-def test_the_command_writes_both_files(full: Bundle, cli: Cli, copy_bundle: Copy) -> None:
+def test_report_command_writes_html_and_markdown(full: Bundle, cli: Cli, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
     assert cli("report", folder).exit_code == 0
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ✅ van_digits\n")
     assert Bundle.open(folder).problems() == []
-    elsewhere = folder.parent / "deep" / "page.html"
-    values = json.loads(cli("report", folder, "--output", elsewhere, "--json").stdout)
+    output = folder.parent / "deep" / "page.html"
+    values = json.loads(cli("report", folder, "--output", output, "--json").stdout)
     assert values["verdict"] == "PASS"
-    assert set(values["files"]) == {str(elsewhere), str(elsewhere.with_suffix(".md"))}
+    assert set(values["files"]) == {str(output), str(output.with_suffix(".md"))}
     assert cli("report", folder / "nothing").exit_code == 5
-    result = cli("report", folder, "--output", folder / "report.md")
-    assert result.exit_code == 5
-    assert "is where the Markdown would go" in result.stderr
-    assert cli("report", folder, "--output", folder / "model.onnx/report.html").exit_code == 5
-
-
-def test_a_benchmark_of_other_files_or_of_another_version(full: Bundle, copy_bundle: Copy) -> None:
-    folder = copy_bundle(full)
-    bench = json.loads((folder / "bench.json").read_text())
-    name = next(name for name in bench["contenders"] if name.startswith("ort-cpu"))
-    bench["contenders"][name]["sha256"] = "0" * 64
-    (folder / "bench.json").write_text(json.dumps(bench))
-    text = markdown_from_document(document_of_bundle(Bundle.open(folder)))
-    assert f"speed of {name}: measured on another" in text
-    assert f"| {name} |" not in text
-    assert "| pytorch |" in text
-    for unread in ("{", '{"schema": "van-deploy/bench/1", "rows": []}'):
-        (folder / "bench.json").write_text(unread)
-        document = document_of_bundle(Bundle.open(folder))
-        assert "Speed" not in document.sections
-        assert "bench.json: not of this version" in markdown_from_document(document)
+    for name in ("report.md", "model.onnx/report.html"):
+        assert cli("report", folder, "--output", folder / name).exit_code == 5
 
 
 @each(("passed", "gate"), [(True, "PASS"), (False, "FAIL")])
-def test_the_table_of_precisions_is_whole_in_a_pipe(passed: bool, gate: str) -> None:
-    names = "name size_bytes sqnr_db cosine kl agreement correct images doubts ms_per_image passed"
-    values = ("int8", 123 << 20, 37.04, 0.99873, 1.8e-4, 0.9935, 1538, 2000, (), 116.06, passed)
-    line = dict(zip(names.split(), values, strict=True), top1_interval=(0.75, 0.787))
+def test_quantize_table_fits_a_pipe(passed: bool, gate: str) -> None:
+    row = {
+        "name": "int8",
+        "size_bytes": 123 << 20,
+        "sqnr_db": 37.04,
+        "cosine": 0.99873,
+        "kl": 1.8e-4,
+        "agreement": 0.9935,
+        "correct": 1538,
+        "images": 2000,
+        "doubts": (),
+        "ms_per_image": 116.06,
+        "passed": passed,
+        "top1_interval": (0.75, 0.787),
+    }
+    images = {"images": 5, "description": "images"}
     facts = {
-        "comparison": [{**line, "passed": None}, line],
-        "judged_on": {"images": 5, "description": "images"},
-        "calibration": {"images": 5, "description": "images", "noise": False, "unreadable": []},
+        "comparison": [{**row, "passed": None}, row],
+        "judged_on": images,
+        "calibration": {**images, "noise": False, "unreadable": []},
         "recommended": None,
         "why": "speed not measured",
         "judged": {"findings": [{"outcome": "inconclusive", "rule": "scales", "message": "odd"}]},
     }
-    made = {"facts": facts, "artifact": "int8", "bundle": "b", "seconds": {}, "reused": False}
-    shown = "\n".join(in_terminal(quantize_blocks(made), 100))
+    result = {"facts": facts, "artifact": "int8", "bundle": "b", "seconds": {}, "reused": False}
+    output = "\n".join(in_terminal(quantize_blocks(result), 100))
     for text in ("precision", "top-1 %", "gate", "123.0 MiB", "76.90", "75.00 to 78.70", gate):
-        assert text in shown
-    assert "INCONCLUSIVE  scales: odd" in shown  # of the golden samples: what ends it with 1
+        assert text in output
+    assert "INCONCLUSIVE  scales: odd" in output  # the reason for exit code 1

@@ -106,10 +106,6 @@ def test_metadata_and_configuration_match_the_package(module: Any, triton: Trito
     assert shapes == {"pixels": [-1, 64, 64, 3]}
     names = ["logits", "probabilities", "top5_classes", "top5_probabilities"]
     assert [t["name"] for t in metadata["outputs"]] == names
-    assert config["max_batch_size"] == 8
-    batching = config["dynamic_batching"]
-    assert batching["preferred_batch_size"] == [2, 8]
-    assert batching["default_queue_policy"]["max_queue_size"] == 256
     (group,) = config["instance_group"]
     assert (group["count"], group["kind"]) == (2, "KIND_CPU")
     assert config["parameters"]["intra_op_thread_count"]["string_value"] == "1"

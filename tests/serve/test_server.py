@@ -60,6 +60,11 @@ def expected(digits: Bundle, pixels: Any) -> Any:
     return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
+@pytest.fixture
+def image(golden_image: Path) -> bytes:
+    return golden_image.read_bytes()
+
+
 def client_of(server: Running) -> Any:
     return triton.InferenceServerClient(server.address, concurrency=4)
 
@@ -213,16 +218,10 @@ REFUSED: list[tuple[str, bytes | None, Mapping[str, str], int, str]] = [
 ]
 
 
-@each(("path", "body", "headers", "status", "message"), REFUSED)
-def test_invalid_requests_are_refused(
-    server: Running,
-    path: str,
-    body: bytes | None,
-    headers: Mapping[str, str],
-    status: int,
-    message: str,
-) -> None:
-    actual, answer, _ = send(server, path, body, headers)
+@each("case", REFUSED)
+def test_invalid_requests_are_refused(server: Running, case: Any) -> None:
+    *request, status, message = case
+    actual, answer, _ = send(server, *request)
     assert (actual, message in answer["error"]) == (status, True), answer
 
 
@@ -291,9 +290,9 @@ def test_large_json_is_parsed_and_written_in_another_process(
 
 
 def test_predict_matches_the_golden_sample_and_the_page_has_a_security_policy(
-    server: Running, digits: Bundle, golden_image: Path
+    server: Running, digits: Bundle, image: bytes
 ) -> None:
-    image, top = golden_image.read_bytes(), top5_of(digits)
+    top = top5_of(digits)
     status, answer, _ = send(server, "/predict?compare=1", image)
     assert (status, answer["image"]) == (200, {"width": 8, "height": 8})
     actual = {c["index"]: c["probability"] for c in answer["top"]}
@@ -332,8 +331,8 @@ def test_limits_of_heads_and_chunks(server: Running, sent: bytes, status: int) -
         assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
 
 
-def test_slow_pipelined_and_aborted_requests(digits: Bundle, golden_image: Path) -> None:
-    image, received = golden_image.read_bytes(), b""
+def test_slow_pipelined_and_aborted_requests(digits: Bundle, image: bytes) -> None:
+    received = b""
     with (
         serving(digits, read_timeout_s=0.5) as server,
         connected(server, HEAD + b"\r\n") as client,
@@ -362,7 +361,7 @@ def test_slow_pipelined_and_aborted_requests(digits: Bundle, golden_image: Path)
     assert b"HTTP/1.1 400" in received
 
 
-def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, golden_image: Path) -> None:
+def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, image: bytes) -> None:
     options: dict[str, Any] = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
     with serving(digits, read_timeout_s=20, **options) as server:
         quota = server.service.reader.quota
@@ -374,7 +373,7 @@ def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, golden_ima
             assert send(server, LIVE)[0] == 200
             with connected(server, post_head(2 * MIB) + bytes(2 * MIB)) as large:
                 assert large.recv(99).startswith(b"HTTP/1.1 413")  # read to its end, not stored
-            status, answer, _ = send(server, "/predict?compare=1", golden_image.read_bytes())
+            status, answer, _ = send(server, "/predict?compare=1", image)
             assert (status, "pytorch" in answer) == (200, False)
         wait_until(lambda: quota.used == 0)
         assert send(server, "/predict", bytes(200_000))[0] == 422
@@ -397,9 +396,9 @@ def test_refused_bodies_are_freed_immediately(server: Running) -> None:
 
 
 def test_full_queue_returns_429_and_queued_requests_are_answered(
-    digits: Bundle, golden_image: Path, pixels: Any
+    digits: Bundle, image: bytes, pixels: Any
 ) -> None:
-    gate, image = threading.Event(), golden_image.read_bytes()
+    gate = threading.Event()
     head = tensor(shape=[8, 64, 64, 3], parameters={"binary_data_size": 8 * ROW}, data=None)
     body, size = head + pixels[:8].tobytes(), {JSON_LENGTH: str(len(head))}
     with (
@@ -445,8 +444,8 @@ def test_idle_instances_share_queued_requests(digits: Bundle, pixels: Any) -> No
     assert [values.shape for values in logits] == [(2, 10)] * 4
 
 
-def test_shutdown_finishes_requests_in_progress(digits: Bundle, golden_image: Path) -> None:
-    gate, image = threading.Event(), golden_image.read_bytes()
+def test_shutdown_finishes_requests_in_progress(digits: Bundle, image: bytes) -> None:
+    gate = threading.Event()
     with (
         ThreadPoolExecutor(1) as pool,
         serving(digits, slow=gate, artifacts=("fp32-uint8",)) as server,
@@ -463,11 +462,11 @@ def test_shutdown_finishes_requests_in_progress(digits: Bundle, golden_image: Pa
         assert pending.result(30)[0] == 200
 
 
-def test_draining_or_full_server_returns_503(digits: Bundle, golden_image: Path) -> None:
+def test_draining_or_full_server_returns_503(digits: Bundle, image: bytes) -> None:
     with serving(digits, max_connections=3) as server, contextlib.ExitStack() as stack:
         server.service.reader.draining = True
         assert send(server, "/v2/health/ready")[0] == 503
-        status, answer, headers = send(server, "/predict", golden_image.read_bytes())
+        status, answer, headers = send(server, "/predict", image)
         assert (status, answer["error"]) == (503, "The server is shutting down.")
         assert headers["Retry-After"] == "1"
         clients = [stack.enter_context(connected(server)) for _ in range(4)]
@@ -476,9 +475,8 @@ def test_draining_or_full_server_returns_503(digits: Bundle, golden_image: Path)
 
 
 def test_model_failure_returns_500_and_is_logged(
-    digits: Bundle, golden_image: Path, capfd: pytest.CaptureFixture[str]
+    digits: Bundle, image: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    image = golden_image.read_bytes()
     with serving(digits, artifacts=("fp32-uint8",), log_requests=True) as server:
         network = server.service.models[BYTES].network
         run, network.run = network.run, lambda _: [][0]  # type: ignore
@@ -500,13 +498,9 @@ def test_model_failure_returns_500_and_is_logged(
 
 @pytest.mark.parametrize("in_a_file", [True, False])
 def test_only_page_and_health_are_accessible_without_the_key(
-    digits: Bundle,
-    tmp_path: Path,
-    golden_image: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    in_a_file: bool,
+    digits: Bundle, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch, in_a_file: bool
 ) -> None:
-    key, image, file = "s3cret-" + "k" * 32, golden_image.read_bytes(), tmp_path / "key"
+    key, file = "s3cret-" + "k" * 32, tmp_path / "key"
     file.write_text(f"{key}\n")
     settings: dict[str, Any] = {"api_key_file": file} if in_a_file else {}
     monkeypatch.setenv("VAN_DEPLOY_API_KEY", "another" if in_a_file else key)
@@ -565,7 +559,7 @@ def test_concurrent_clients_get_correct_results_in_shared_batches(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_serve_command_ends_with_its_parser_process(
-    digits: Bundle, golden_image: Path, number: signal.Signals
+    digits: Bundle, image: bytes, number: signal.Signals
 ) -> None:
     words = ["-m", "van_deploy", "serve", str(digits.path), "--port", "0", "--json"]
     pipe = subprocess.PIPE
@@ -578,7 +572,7 @@ def test_serve_command_ends_with_its_parser_process(
         assert document["models"] == [BYTES]
         server = Running(None, document["url"][len("http://") :], process.kill)  # type: ignore[arg-type]
         try:
-            assert send(server, "/predict", golden_image.read_bytes())[0] == 200
+            assert send(server, "/predict", image)[0] == 200
             assert send(server, INFER, tensor())[0] == 200
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.send_signal(number)
@@ -594,15 +588,13 @@ def test_serve_command_ends_with_its_parser_process(
 
 @pytest.mark.slow
 def test_fuzzed_requests_get_a_status_and_no_traceback(
-    digits: Bundle, golden_image: Path, capfd: pytest.CaptureFixture[str]
+    digits: Bundle, image: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A seeded sample of the 10,000 requests of ``python -m reliability --only requests``."""
     from reliability.requests import fuzz_requests
 
     with serving(digits, artifacts=("fp32-uint8",), read_timeout_s=0.5) as server:
-        statuses, faults = fuzz_requests(
-            f"http://{server.address}", 0, 600, golden_image.read_bytes()
-        )
+        statuses, faults = fuzz_requests(f"http://{server.address}", 0, 600, image)
         assert server.service.reader.quota.used == 0
     assert faults == []
     assert {200, 400, 404, 405, 422} <= set(statuses)

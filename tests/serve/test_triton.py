@@ -34,14 +34,8 @@ from van_deploy.data.images import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.model.preprocess import pixels_from_image
 from van_deploy.runners.network import Network
+from van_deploy.serve import triton
 from van_deploy.serve.package import check_package, render_client, write_environment
-from van_deploy.serve.triton import (
-    TritonModel,
-    check_release,
-    preferred_batches,
-    releases,
-    triton_models,
-)
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
@@ -136,7 +130,7 @@ def test_preferred_batch_sizes_come_from_the_benchmark(digits: Bundle) -> None:
     rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
     checks = {**digits.manifest.checks, "bench": {"rows": rows}}
     measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
-    assert preferred_batches(Network(measured, "fp32-uint8")) == [4, 8]
+    assert triton.preferred_batches(Network(measured, "fp32-uint8")) == [4, 8]
 
 
 def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> None:
@@ -199,7 +193,7 @@ def test_default_release_is_the_newest_that_loads_the_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (compose,) = yaml_of(write_package(digits) / "compose.yaml")
-    newest = next(iter(releases()["releases"]))
+    newest = next(iter(triton.releases()["releases"]))
     assert compose["services"]["triton"]["image"] == f"nvcr.io/nvidia/tritonserver:{newest}-py3"
     plan = with_plans(backend_version="10.6.0.26")
     (kserve,) = yaml_of(write_package(plan, "plan-sm_89") / "kserve.yaml")
@@ -210,10 +204,10 @@ def test_default_release_is_the_newest_that_loads_the_models(
     release = findings[f"{NAME}: release"]
     assert (result.exit_code, release["outcome"]) == (0, None)
     assert release["detail"].startswith("not checked: the ONNX Runtime version of")
-    (model,) = triton_models(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
+    (model,) = triton.triton_models(digits, ["fp32-uint8"])  # of opset 20 and IR version 9
     for newest_loaded, fits in (((20, 9), True), ((19, 9), False), ((20, 8), False)):
-        monkeypatch.setitem(releases()["onnx"], "1.27", newest_loaded)
-        assert check_release("26.07", model).outcome is fits
+        monkeypatch.setitem(triton.releases()["onnx"], "1.27", newest_loaded)
+        assert triton.check_release("26.07", model).outcome is fits
 
 
 def test_python_backend_packages_onnx_runtime(
@@ -369,7 +363,7 @@ def test_client_preprocessing_matches_the_library(
     changes: dict[str, Any] = {"crop_mode": mode, "resize_size": resize, "crop_rounding": rounding}
     network, file = Network(digits, "fp32-uint8"), tmp_path / "client.py"
     network.preprocessing = replace(digits.manifest.preprocessing, **changes)
-    file.write_text(render_client(TritonModel(NAME, "onnxruntime", network)))
+    file.write_text(render_client(triton.TritonModel(NAME, "onnxruntime", network)))
     spec = importlib.util.spec_from_file_location("client", file)
     assert spec
     assert spec.loader

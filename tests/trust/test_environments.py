@@ -1,4 +1,4 @@
-"""Places a program meets: a read-only installation, odd names, closed streams."""
+"""Unusual environments: read-only installation, non-ASCII names, closed streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.each import each
 
-# Nothing may be written below INSTALLED, and nobody knows a home folder.
+# Makes INSTALLED read-only, and the home folder unknown.
 HOOK = """
 import os, pwd, sys
 
@@ -48,8 +48,8 @@ LOCALES = {
 
 
 @pytest.mark.slow
-def test_names_of_any_language_in_any_locale(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
-    """The bundle is made in the plain C locale; all names are non-ASCII."""
+def test_non_ascii_names_in_any_locale(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """The bundle is exported in the C locale; all names are non-ASCII."""
     installed, hooks, folder = (tmp_path / name for name in ("site", "hooks", "Bänder 文件"))
     wheel.extractall(installed)
     hooks.mkdir()
@@ -60,7 +60,7 @@ def test_names_of_any_language_in_any_locale(wheel: zipfile.ZipFile, tmp_path: P
     environment |= {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
 
     def run(locale: str, *words: str, code: int = 0) -> str:
-        ran = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "van_deploy", *words],
             cwd=folder,
             env={**environment, "PYTHONUTF8": "0", **LOCALES[locale]},
@@ -68,17 +68,17 @@ def test_names_of_any_language_in_any_locale(wheel: zipfile.ZipFile, tmp_path: P
             capture_output=True,
             check=False,
         )
-        told = ran.stderr.decode("utf-8", "replace")
-        assert (ran.returncode, "Traceback" in told) == (code, False), told
-        return ran.stdout.decode("utf-8", "replace") if not code else told
+        stderr = done.stderr.decode("utf-8", "replace")
+        assert (done.returncode, "Traceback" in stderr) == (code, False), stderr
+        return done.stdout.decode("utf-8", "replace") if not code else stderr
 
     bundle = "mein Bündel 一"
     run("ascii", "export", "van_digits", "--output", bundle)
     shutil.copy(folder / bundle / "golden/0.png", folder / "Größe eins.png")
     for locale in LOCALES:
         for words in (("info", bundle), ("predict", bundle, "Größe eins.png")):
-            said = run(locale, *words, "--json")
-            assert locale == "latin-1" or json.loads(said)
+            stdout = run(locale, *words, "--json")
+            assert locale == "latin-1" or json.loads(stdout)
         assert run(locale, "predict", bundle, "½ nichts.png", code=5).startswith("error: ")
     run("ascii", "package", "triton", bundle, "-o", "Triton für alle")
     run("utf-8", "report", bundle, "-o", "Bericht ½ eins.html")
@@ -94,14 +94,14 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
 
 @each("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_closed_streams(closed: str) -> None:
-    """A service, or a shell, may start a program without them."""
-    ran = shell(f"{sys.executable} -m van_deploy report nosuch {closed}")
-    assert ran.returncode == 5
-    assert ran.stderr == "" if "2>" in closed else ran.stderr.startswith("error: There is no ")
+    """A service or a shell may start a program without standard streams."""
+    done = shell(f"{sys.executable} -m van_deploy report nosuch {closed}")
+    assert done.returncode == 5
+    assert done.stderr == "" if "2>" in closed else done.stderr.startswith("error: There is no ")
 
 
-def test_a_working_folder_that_is_gone(tmp_path: Path) -> None:
+def test_deleted_working_folder(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
-    ran = shell(f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} -m van_deploy list")
-    assert ran.returncode == 5
-    assert ran.stderr.startswith("error: The working folder cannot be used: ")
+    done = shell(f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} -m van_deploy list")
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: The working folder cannot be used: ")

@@ -1,8 +1,8 @@
-"""Hosts that lack something: every command with the network refused, and without PyTorch.
+"""Restricted hosts: every command without network access, and without PyTorch.
 
-The commands of a host run one after the other in one process, on one bundle. Its Python and
-that of every process it starts load a ``sitecustomize`` whose audit hook refuses whatever
-leaves the machine and writes it down, so that a refusal somebody swallows is seen too.
+The commands of a host run in one process, on one bundle. Its Python and that of every child process
+load a ``sitecustomize`` whose audit hook blocks and logs all connections to other machines, so that
+blocked connections are found even if the error is caught.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _refuse(event, details):
 sys.addaudithook(_refuse)
 """
 
-# Every finder is asked as usual, and what may not be there is not found by any. A lone
-# command (serve) is the process's own.
+# Wraps every import finder so that blocked modules are not found. A single command (serve)
+# runs as the main program.
 DRIVER = """
 import json, sys
 
@@ -95,7 +95,7 @@ json.dump(done, open(sys.argv[2], "w", encoding="utf-8"))
 
 
 class Host:
-    """A machine that refuses the network and lacks some modules; its files are in ``folder``."""
+    """A host without network and without some modules; its files are in ``folder``."""
 
     def __init__(self, folder: Path, blocked: Sequence[str] = ()) -> None:
         self.folder, self.blocked, self.out = folder, blocked, folder / "out.json"
@@ -112,7 +112,7 @@ class Host:
         return subprocess.Popen(words, env=self.environment, **pipes)
 
     def run(self, *lines: str) -> dict[str, list[Any]]:
-        """Return exit code and outputs of each command, by its line."""
+        """Return exit code, stdout and stderr of each command, by its line."""
         process = self.started(*lines)
         _, said = process.communicate(timeout=WITHIN_S)
         assert process.returncode == 0, said
@@ -120,7 +120,7 @@ class Host:
 
     @contextlib.contextmanager
     def serving(self, bundle: Path) -> Iterator[str]:
-        """Run `serve` and give its address."""
+        """Run `serve` and yield its address."""
         server, text = self.started(f"serve {bundle} --port 0 --json"), ""
         assert server.stdout
         try:
@@ -138,7 +138,7 @@ class Host:
 
 
 def every_command(folder: Path, images: Path) -> list[str]:
-    """Return every command on ``van_digits`` but `serve`, small; `run` goes over the bundle."""
+    """Return small runs of every command except `serve` on ``van_digits``."""
     bundle, key = folder / "b", folder / "k.pem"
     secret = ed25519.Ed25519PrivateKey.generate()
     plain, spki = pem.NoEncryption(), pem.PublicFormat.SubjectPublicKeyInfo
@@ -163,7 +163,7 @@ def every_command(folder: Path, images: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_no_command_asks_for_the_network(tmp_path: Path, digits: Subject) -> None:
+def test_no_command_needs_the_network(tmp_path: Path, digits: Subject) -> None:
     host = Host(tmp_path)
     done = host.run(*every_command(tmp_path, digits.labelled))
     assert {line: found[2] for line, found in done.items() if found[0]} == {}
@@ -181,18 +181,18 @@ def test_no_command_asks_for_the_network(tmp_path: Path, digits: Subject) -> Non
 
 
 @pytest.mark.slow
-def test_it_starts_without_each_optional_package(tmp_path: Path) -> None:
+def test_commands_start_without_each_optional_package(tmp_path: Path) -> None:
     """``tests/test_architecture.py`` imports every module without all of them."""
     for package in OPTIONAL:
         done = Host(tmp_path / package, [package]).run("--help", "list", "doctor")
         assert [found[0] for found in done.values()] == [0, 0, 0], (package, done)
 
 
-# --- without PyTorch: only what requirements-runtime.txt names -----------------------------------
+# --- without PyTorch: only the packages of requirements-runtime.txt ------------------------------
 
 
-def lacking() -> list[str]:
-    """Return the top-level modules that a host with requirements-runtime.txt lacks."""
+def missing_modules() -> list[str]:
+    """Return the top-level modules that are missing with requirements-runtime.txt only."""
     lines = (ROOT / "requirements-runtime.txt").read_text().splitlines()
     wanted = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
     there = {"van-deploy"}
@@ -208,8 +208,8 @@ def lacking() -> list[str]:
     return sorted(m for m, owners in modules if not there & set(map(canonicalize_name, owners)))
 
 
-def test_a_host_without_pytorch_and_the_weights(digits: Subject, tmp_path: Path) -> None:
-    blocked = lacking()
+def test_host_without_pytorch_and_weights(digits: Subject, tmp_path: Path) -> None:
+    blocked = missing_modules()
     assert {"torch", "timm", "torchvision"} <= set(blocked)
     path = Path(shutil.copytree(digits.bundle.path, tmp_path / "bundle"))
     add_placeholder_engine(path, "fp16-sm89")

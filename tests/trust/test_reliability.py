@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import strategies as st
 
 from reliability.corruption import Draw, corrupt_document, find_failure
 from reliability.faults import (
@@ -81,6 +82,15 @@ def test_corrupt_documents_differ_from_the_original() -> None:
 
     assert find_failure(corrupt, 0, 50) == ""
     assert sum(changed) > len(changed) / 2
+
+
+def test_find_failure_reports_one_of_several_failures() -> None:
+    def fails(draw: Draw) -> None:
+        if draw(st.booleans()):
+            raise AssertionError("first")
+        assert not draw(st.booleans()), "second"
+
+    assert find_failure(fails, 0, 50).startswith(("first", "second"))
 
 
 @pytest.mark.slow

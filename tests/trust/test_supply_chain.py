@@ -1,4 +1,4 @@
-"""Pins are versions that are asked for, the bill of materials lists them, audits do not pretend."""
+"""Pins meet the requirements, the bill of materials lists them, and audits report failures."""
 
 from __future__ import annotations
 
@@ -29,21 +29,17 @@ from supply_chain.pins import (
 )
 from tests.each import each
 
-NAMES = EXTRAS
 PINS = read_pins(PINNED)
 MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 MODULES |= {"pynvml": "nvidia-ml-py"}
 INSTALLED = {str(canonicalize_name(d.name)): d.version for d in metadata.distributions()}
-HERE = [
-    one
-    for one in declared_requirements(NAMES)
-    if one.marker is None or one.marker.evaluate({"extra": ""})
-]
+DECLARED = declared_requirements(EXTRAS)
+HERE = [one for one in DECLARED if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
-def refused(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[str]:
-    """Return the requirements that the version there is does not meet."""
+def unmet(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[str]:
+    """Return the requirements that are not met by the given versions."""
     return [
         f"{one} refuses {version}"
         for one in wanted
@@ -52,32 +48,29 @@ def refused(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[
     ]
 
 
-def test_what_is_pinned_and_installed_is_what_is_asked_for() -> None:
-    assert "gpu" not in NAMES
-    assert refused(HERE, INSTALLED) == []
+def test_pinned_and_installed_versions_meet_the_requirements() -> None:
+    assert "gpu" not in EXTRAS
+    assert unmet(HERE, INSTALLED) == []
     direct = {canonicalize_name(one.name) for one in HERE}
     assert direct <= PINS.keys() | ({"tomli"} if sys.version_info < (3, 11) else set())
-    assert refused(declared_requirements(NAMES), PINS) == []
-    everything = resolve_dependencies(
-        one for one in declared_requirements(NAMES) if canonicalize_name(one.name) in INSTALLED
-    )
+    assert unmet(DECLARED, PINS) == []
+    everything = resolve_dependencies(r for r in DECLARED if canonicalize_name(r.name) in INSTALLED)
     same = {name: PINS[name] for name in everything if INSTALLED.get(name) == PINS.get(name)}
-    assert refused((one for several in everything.values() for one in several), same) == []
+    assert unmet((one for several in everything.values() for one in several), same) == []
 
 
-def test_pins_are_plain_names_and_versions_in_order() -> None:
+def test_pins_are_sorted_names_and_public_versions() -> None:
     for pins in (PINS, read_pins(LOWEST)):
         assert list(pins) == sorted(pins)
         for name, version in pins.items():
             assert canonicalize_name(name) == name != "van-deploy"
             assert Version(version).local is None
     assert read_pins(LOWEST) == lower_bounds(declared_requirements(MIN_TESTED))
-    assert [
-        w for w in declared_requirements() if not any(s.operator == ">=" for s in w.specifier)
-    ] == []
+    unbounded = [w for w in declared_requirements() if ">=" not in str(w.specifier)]
+    assert unbounded == []
 
 
-def test_every_package_that_is_imported_is_declared() -> None:
+def test_imported_packages_are_declared() -> None:
     known = {str(canonicalize_name(one.name)) for one in declared_requirements()}
     known |= {"click", "ml-dtypes", "onnx-ir", "protobuf", "pydantic-core", "triton"}
     known |= {"typing-extensions"}  # each comes with one of those
@@ -92,7 +85,7 @@ def test_every_package_that_is_imported_is_declared() -> None:
     assert missing == set()
 
 
-def test_the_bill_of_materials_lists_the_pins_as_cyclonedx() -> None:
+def test_bill_of_materials_lists_the_pins_as_cyclonedx() -> None:
     text = BILL.read_text(encoding="utf-8")
     assert json.loads(text) == bill_of_materials(PINS)
     pytest.importorskip("cyclonedx", reason="cyclonedx-python-lib comes with pip-audit")
@@ -120,19 +113,19 @@ FOUND = (
     [
         ([CLEAN], "", 0, ["1 packages audited, 0 with known vulnerabilities"]),
         ([CLEAN, KNOWN, UNKNOWN], "", 1, [*FOUND]),
-        # It could not ask, which fails unless that is allowed.
+        # The service is unreachable, which fails unless it is allowed.
         ([UNKNOWN, UNKNOWN], "", None, ["none of 2 packages is known to the service"]),
         (None, "Traceback\nConnectionError: no route\n", None, ["ConnectionError: no route"]),
         (None, "", None, ["pip-audit wrote no report"]),
     ],
 )
-def test_an_audit_says_what_it_found_or_that_it_could_not_ask(
+def test_audit_reports_vulnerabilities_or_an_unreachable_service(
     report: object, complaint: str, code: int | None, lines: list[str]
 ) -> None:
     text = "" if report is None else json.dumps({"dependencies": report})
     for allowed, end in ((False, "FAILED"), (True, "SKIPPED")):
-        ended, said = audit.summarize_audit(text, complaint, allowed)
+        actual, messages = audit.summarize_audit(text, complaint, allowed)
         if code is None:
-            assert (ended, said[0]) == (not allowed, f"{end}: nothing was audited: {lines[0]}")
+            assert (actual, messages[0]) == (not allowed, f"{end}: nothing was audited: {lines[0]}")
         else:
-            assert (ended, said) == (code, lines)
+            assert (actual, messages) == (code, lines)

@@ -82,13 +82,12 @@ class TimedProcess(WorkerProcess):
         low, high = self.contender.min_batch, self.contender.max_batch
         if self.load_s:  # else the failure to load stays
             message = f"batch {batch} is outside the engine's profile ({low} to {high})"
-            fits = high is None or low <= batch <= high
-            self.failure = None if fits else WorkerError(message)
+            self.failure = None if low <= batch <= (high or batch) else WorkerError(message)
         return {"images": self.images, "batch": batch}
 
-    def warm_up(self, batch: int, warmup_s: float) -> None:
+    def warm_up(self, batch: int, budget: Budget) -> None:
         """Load a batch and warm up; a failure is recorded."""
-        arguments = {**self.begin_batch(batch), "warmup_s": warmup_s}
+        arguments = {**self.begin_batch(batch), "warmup_s": budget.warmup_s}
         if times := self.try_request("warm_up", **arguments):
             first_ms, self.call_ms = times
             self.row = replace(self.row, first_call_ms=first_ms)
@@ -177,10 +176,8 @@ class InterleavedBenchmark(ExitStack):
                 process.__exit__()
                 process.__enter__()  # restarted for the next batch size
             self._progress(f"Batch {batch}: warming up {process.name}")
-            if on_gpu:
-                process.measure_on_gpu(batch, budget)
-            else:
-                process.warm_up(batch, budget.warmup_s)
+            prepare = process.measure_on_gpu if on_gpu else process.warm_up
+            prepare(batch, budget)
         active = [] if on_gpu else [process for process in processes if not process.failure]
         reference = next((p for p in active if p.name == self.settings.reference), None)
         slice_s = budget.slice_s(reference.call_ms / 1e3 if reference else 0.0)

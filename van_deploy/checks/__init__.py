@@ -1,1 +1,1 @@
-"""Whether an artifact still is the network it was made from."""
+"""Checks of artifacts against the original network."""

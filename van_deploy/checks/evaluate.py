@@ -337,7 +337,7 @@ def evaluate_bundle(
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
     start, total = time.perf_counter(), len(images)
     with Networks(bundle, loaded, settings) as networks:
-        for indices, failed, predicted in _predict(networks, images, settings):
+        for indices, failed, predicted in _predict(networks, images):
             rows += indices
             unreadable += failed
             pieces += [predicted] if predicted else []
@@ -353,8 +353,7 @@ def evaluate_bundle(
     for name in networks.runners:
         columns = zip(*(predicted[name] for predicted in pieces), strict=True)
         predictions[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
-    golden = bundle.manifest.golden is not None
-    noise_db = samples_for(bundle, None if golden else loaded, None).noise_db
+    noise_db = samples_for(bundle, None if bundle.manifest.golden else loaded, None).noise_db
     classes, task = loaded.config.num_classes, task_of(bundle)
     truth = GroundTruth(labels[np.sort(rows)], classes, task, noise_db, rules)
     return EvaluateReport(
@@ -393,12 +392,11 @@ def _labelled_set(
     return images, np.asarray(images.labels)
 
 
-def _predict(
-    networks: Networks, images: ImageSet, settings: EvaluationSettings
-) -> Iterator[BatchResult]:
+def _predict(networks: Networks, images: ImageSet) -> Iterator[BatchResult]:
     """Yield the networks' predictions, batch by batch, computed here or on Ray."""
+    settings = networks.settings
     if settings.on == "here":
-        yield from _predict_here(networks, images, settings)
+        yield from _predict_here(networks, images)
         return
     step = settings.batch * BATCHES_PER_TASK
     tasks = [
@@ -406,8 +404,7 @@ def _predict(
         for start in range(0, len(images), step)
     ]
     shared = (str(networks.bundle.path.absolute()), tuple(networks.runners), images, settings)
-    address = settings.ray_address or None
-    for done in run_on_ray(_predict_on_worker, tasks, shared=shared, address=address):
+    for done in run_on_ray(_on_worker, tasks, shared=shared, address=settings.ray_address or None):
         if done.failure:
             raise ConversionError(
                 f"A machine of the Ray cluster failed: {done.failure}",
@@ -417,17 +414,17 @@ def _predict(
 
 
 def _predict_here(
-    networks: Networks, images: ImageSet, settings: EvaluationSettings, indices: Sequence[int] = ()
+    networks: Networks, images: ImageSet, indices: Sequence[int] = ()
 ) -> Iterator[BatchResult]:
     """Yield the networks' predictions, batch by batch; none for batches without readable images.
 
     Args:
         networks: PyTorch and the artifacts.
         images: the evaluation set.
-        settings: batch size and number of decoding threads.
         indices: indices of the images, decoded by one thread; all images if empty.
     """
     preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
+    settings = networks.settings
     workers = 1 if indices else settings.workers or len(os.sched_getaffinity(0))
     options: dict[str, Any] = {"indices": indices or None, "workers": workers}
     for batch in decoded_batches(images.items, preprocessing, settings.batch, **options):
@@ -439,7 +436,7 @@ def _predict_here(
         yield batch.indices, batch.unreadable, predictions
 
 
-def _predict_on_worker(
+def _on_worker(
     shared: tuple[str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
 ) -> list[BatchResult]:
     """Return the predictions for some images on a Ray worker, which loads the networks once."""
@@ -447,7 +444,7 @@ def _predict_on_worker(
     networks = _worker_networks(path, settings)
     if missing := set(names).difference(networks.runners):
         raise ConversionError(f"It cannot run {', '.join(sorted(missing))}.")
-    return list(_predict_here(networks, images, settings, indices))
+    return list(_predict_here(networks, images, indices))
 
 
 @lru_cache(maxsize=1)

@@ -182,9 +182,7 @@ def check_scales(
     values, rows = _run_without_rounding(model, rounded, samples)
     ratios = {name: _scale_ratio(q, stored, values[q.input[0]]) for name, q in rounded.items()}
     findings, activations = _check_activation_scales(ratios, rounded, method, for_cpus)
-    weights = {
-        name: _weight_scale_fault(node, stored, for_cpus) for name, node in weights_dq.items()
-    }
+    weights = {name: _weight_fault(node, stored, for_cpus) for name, node in weights_dq.items()}
     faults = [
         (node.name, fault)
         for name, fault in (*activations.items(), *weights.items())
@@ -262,9 +260,8 @@ def _check_activation_scales(
 ) -> tuple[list[Finding], dict[str, str]]:
     """Return the findings on all ratios of scales, and the fault of each scale or ""."""
     centre, largest = gates.SCALE_BOUNDS.get(method, gates.SCALE_BOUNDS["mse"])
-    smallest, (factor, max_share) = gates.MIN_SCALE_RATIO, gates.SCALE_SPREAD
-    if for_cpus:  # unsigned activations
-        smallest, (factor, max_share) = gates.MIN_UNSIGNED_SCALE_RATIO, gates.UNSIGNED_SPREAD
+    smallest, max_share = gates.UNSIGNED_SCALES if for_cpus else gates.SIGNED_SCALES
+    factor = gates.SCALE_SPREAD_FACTOR
     faults = {
         output: (
             f"the scale of '{rounded[output].input[0]}' is {ratio:.2f} times the scale of least "
@@ -279,10 +276,8 @@ def _check_activation_scales(
     slack = gates.SCALE_MEDIAN_FACTOR
     origin = f"expected for '{method}': {centre:g}, to a factor of {slack:g}"
     median_text = f"the median activation scale is {median:.2f} times the optimal scale; {origin}"
-    share_text = (
-        f"{100 * share:.0f} % of the activation scales differ from the median by a factor over "
-        f"{factor:g}; at most {100 * max_share:.0f} % may"
-    )
+    share_limit_text = f"by a factor over {factor:g}; at most {100 * max_share:.0f} % may"
+    share_text = f"{100 * share:.0f} % of the scales differ from the median {share_limit_text}"
     is_off, is_wide = max(median / centre, centre / median) > slack, share > max_share
     centre_limit, share_limit = Limit(centre, origin), Limit(max_share, "floor for int8")
     return [
@@ -298,7 +293,7 @@ def _combined_finding(rule: str, faults: Mapping[str, str]) -> Finding:
     return pass_or_fail(rule, "; ".join([*messages[:2], *more]), shown=shown)
 
 
-def _weight_scale_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) -> str:
+def _weight_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) -> str:
     """Return the fault of a weight's scale according to its integers, or "".
 
     For CPUs a channel has the finest scale if two integers that are multiplied together sum to 127

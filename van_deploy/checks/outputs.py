@@ -16,16 +16,10 @@ import onnx
 from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
-from van_deploy.checks.gates import (
-    Finding,
-    Limit,
-    Outcome,
-    check_batch_invariance,
-    check_logits,
-    pass_or_fail,
-)
+from van_deploy.checks.gates import Finding, Limit, Outcome, pass_or_fail
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import Fault, check_scales, one_line, overflows_of_graph
+from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
@@ -127,16 +121,13 @@ class Networks(ExitStack):
     """
 
     def __init__(
-        self,
-        bundle: Bundle,
-        loaded: LoadedVan,
-        settings: config.EvaluationSettings,
-        threads: int = 0,
+        self, bundle: Bundle, loaded: LoadedVan, settings: EvaluationSettings, threads: int = 0
     ) -> None:
         from van_deploy.runners.pytorch import TorchRunner
 
         super().__init__()
-        self.bundle, self.loaded, self._torch = bundle, loaded, TorchRunner(loaded.model)
+        self.bundle, self.loaded, self.settings = bundle, loaded, settings
+        self._torch = TorchRunner(loaded.model)
         self.numeric, self.skipped = dict[str, str](), dict[str, Finding]()
         self._artifacts: dict[str, Network] = {}
         for name in select_artifacts(bundle, settings.artifacts):
@@ -300,7 +291,7 @@ def check_outputs(
                 record = recorded_db if native else None
                 findings += _check_rows(of, actual, floor, record, where)[0]
             if native and actual.shape == alone.shape:
-                findings.append(check_batch_invariance(alone, actual, floor, size))
+                findings.append(gates.check_batch_invariance(alone, actual, floor, size))
                 outcome = gates.outcome_of(findings[0 if shift else start :])
                 row = BatchRow(size, outcome, level(of.logits, actual), findings[-1].value)
         if native:
@@ -333,10 +324,10 @@ def _check_rows(
     """Return the findings on the logits, or on each feature map, and the label flips."""
     options = (floor, recorded_db, samples.task)
     if not samples.outputs.widths or actual.shape != samples.logits.shape:
-        return check_logits(samples.logits, actual, *options, where)
+        return gates.check_logits(samples.logits, actual, *options, where)
     findings, maps = [], samples.outputs.parts(actual)
     for name, expected in samples.outputs.parts(samples.logits).items():
-        findings += check_logits(expected, maps[name], *options, f"{where}{name}: ")[0]
+        findings += gates.check_logits(expected, maps[name], *options, f"{where}{name}: ")[0]
     return findings, []
 
 

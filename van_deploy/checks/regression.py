@@ -302,13 +302,11 @@ def _compare_value(
         message = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
         outcome = Outcome.PASS if low >= least else Outcome.FAIL
         if low < least <= high:
-            outcome = Outcome.INCONCLUSIVE
-            message += ": measure again on an idle machine"
+            outcome, message = Outcome.INCONCLUSIVE, f"{message}: measure again on an idle machine"
         return Finding(rule, outcome, message, now.value, limit, "x")
     if rule == "SQNR":
-        return gates.check_minimum(
-            rule, now.value, Limit(then.value - drop, f"baseline minus {drop:g}")
-        )
+        limit = Limit(then.value - drop, f"baseline minus {drop:g}")
+        return gates.check_minimum(rule, now.value, limit)
     slack = gates.chance_label_changes(images)
     origin = f"baseline minus {slack} of {images} images, which may change by chance"
     fewest = round(then.value - 100 * slack / max(images, 1), 9)

@@ -16,14 +16,7 @@ import onnx
 from van_deploy.bundle import Artifact, Bundle, edit_bundle
 from van_deploy.checks import gates, outputs
 from van_deploy.checks.drift import DriftRow, Reference, drift_of_artifact, module_reference
-from van_deploy.checks.gates import (
-    Finding,
-    Limit,
-    Outcome,
-    numeric_class,
-    pass_or_fail,
-    skipped_finding,
-)
+from van_deploy.checks.gates import Finding, Limit, Outcome, numeric_class, pass_or_fail
 from van_deploy.checks.golden import Samples, check_originals
 from van_deploy.checks.graphs import one_line
 from van_deploy.checks.outputs import NetworkVerdict
@@ -206,7 +199,7 @@ def _check_modules(
 ) -> tuple[tuple[DriftRow, ...], Finding]:
     """Return the modules with the lowest isolated SQNR, and the finding on the lowest."""
     if isinstance(reference, str):
-        return (), skipped_finding("modules", reference)
+        return (), gates.skipped_finding("modules", reference)
     rows = drift_of_artifact(bundle, artifact, reference, images[:MODULE_IMAGES], "module")
     worst = sorted((r for r in rows if r.isolated_db is not None), key=lambda row: row.level)
     if not worst:

@@ -30,7 +30,7 @@ TENSORFLOW_FILE = "imagenet_2012_validation_synset_labels.txt"
 KIT_FILE = "ILSVRC2012_validation_ground_truth.txt"
 GROUND_TRUTH_FILES = (KAGGLE_FILE, TENSORFLOW_FILE, "val.txt", KIT_FILE)  # val.txt is Caffe's
 WORDNET_ID = re.compile(r"n\d{8}")
-_NUMBER = re.compile("[0-9]+")
+_NUMBER = re.compile("[0-9]{1,255}")  # int() refuses very long numbers
 Lines = list[tuple[int, str]]  # line numbers, from 1, and text
 
 
@@ -180,7 +180,7 @@ def natural_key(name: str) -> list[str | int]:
     >>> sorted(["class10", "class2", "B", "a"], key=natural_key)
     ['a', 'B', 'class2', 'class10']
     """
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def _label_by_order(

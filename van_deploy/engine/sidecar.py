@@ -10,7 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
-from pydantic import Field
+from packaging.version import Version
+from pydantic import AfterValidator, Field
 
 from van_deploy import schema
 from van_deploy.config import BatchRange, BuildOptions
@@ -24,6 +25,11 @@ from van_deploy.schema import Count, FileName, SafeDataclass, Schema, Text, Vers
 SCHEMA: Final = "van-deploy/engine/2"
 PACKAGE_SCHEMA: Final = "van-deploy/inductor/1"
 REBUILD = "Build the engine again with `van-deploy build`."
+
+
+def _check_version(value: str) -> str:
+    Version(value)  # InvalidVersion is a ValueError
+    return value
 
 
 class Tensor(Schema):
@@ -101,7 +107,7 @@ class Sidecar(SidecarBase):
     plan_sha256: Text
     plan_bytes: Count
     backend: Literal["tensorrt", "tensorrt-rtx"]
-    backend_version: Text
+    backend_version: Annotated[Text, AfterValidator(_check_version)]
     cuda: Count | None
     built_on: Text | None
     options: BuildOptions

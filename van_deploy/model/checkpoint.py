@@ -26,7 +26,7 @@ from torch import Tensor
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.embedded import EMBEDDED_NAME, EMBEDDED_WEIGHTS
 from van_deploy.model.files import WEIGHTS_SUFFIX, WeightsFile, find_weights, load_file
-from van_deploy.model.keys import TOP_LEVEL, Checkpoint, find_network, official_names
+from van_deploy.model.keys import TOP_LEVEL, Checkpoint, Notes, State, find_network, official_names
 from van_deploy.model.metadata import Values, read_metadata
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
@@ -111,15 +111,13 @@ def load_van(
         reason = "only variants take --weights; random weights have no digest, container or head"
         raise UsageError(f"{message}: {reason}.", "Give a checkpoint, or a variant and --weights.")
     elif variant and not (weights or variant.weights):
-        message = f"{variant.name} has no public ImageNet-1K weights."
-        raise UsageError(message, variant.weights_note)
+        raise UsageError(f"{variant.name} has no public ImageNet-1K weights.", variant.weights_note)
     else:
         if variant and not weights:
             weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
         location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
         file = find_weights(location, expect_sha256, offline)
-        checkpoint = read_weights(file.path, container)
-        loaded = _load_checkpoint(spec, variant, file, checkpoint, overrides)
+        loaded = _load_weights(spec, variant, file, read_weights(file.path, container), overrides)
     return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 
 
@@ -135,11 +133,11 @@ def _load_random(spec: str, variant: Variant, seed: int, overrides: Values) -> L
     return LoadedVan(variant.name, model, config, source, preprocessing, None)
 
 
-def _load_checkpoint(
+def _load_weights(
     spec: str, variant: Variant | None, file: WeightsFile, checkpoint: Checkpoint, overrides: Values
 ) -> LoadedVan:
     """Return the network of a weights file, with its metadata."""
-    config, assumed = config_from_state_dict(checkpoint.tensors, overrides.get("head"))
+    config, assumed = config_from_state(checkpoint.tensors, overrides.get("head"))
     if variant and config.variant != variant.name:
         other = config.variant or "another architecture"
         message = f"The weights are not of {variant.name} but of {other}: {config.trunk}."
@@ -179,8 +177,7 @@ def read_weights(path: Path, container: str | None = None) -> Checkpoint:
     state = {new: _copy_as_float32(old, network.tensors[old]) for old, new in names.items()}
     if dtypes := {str(network.tensors[old].dtype)[6:] for old in names} - {"float32"}:
         notes += (f"weights converted to float32 from {', '.join(sorted(dtypes))}",)
-    place = network.path or TOP_LEVEL
-    return Checkpoint(state, network.format, place, content, (*choice, *notes))
+    return Checkpoint(state, network.format, network.path or TOP_LEVEL, content, (*choice, *notes))
 
 
 def _copy_as_float32(name: str, tensor: Tensor) -> Tensor:
@@ -202,7 +199,7 @@ def _copy_as_float32(name: str, tensor: Tensor) -> Tensor:
     raise CheckpointError(f"The tensor {name[:200]} {problem}.", "Pass an earlier checkpoint.")
 
 
-def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
+def network_from_state(state: State, config: VanConfig) -> VAN:
     """Return the network of an architecture with the weights of a state dict.
 
     It is in evaluation mode, float32, without gradients, and shares the tensors'
@@ -228,9 +225,7 @@ def network_from_state(state: Mapping[str, Tensor], config: VanConfig) -> VAN:
 # --- the architecture ------------------------------------------------------------------------
 
 
-def config_from_state_dict(
-    state: Mapping[str, Tensor], head: Sequence[str] | None = None
-) -> tuple[VanConfig, tuple[str, ...]]:
+def config_from_state(state: State, head: Sequence[str] | None = None) -> tuple[VanConfig, Notes]:
     """Return the architecture of a state dict with official names, and notes on assumptions.
 
     Args:
@@ -273,7 +268,7 @@ def config_from_state_dict(
     return config, notes
 
 
-def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+def _shape(state: State, name: str, dimensions: int) -> tuple[int, ...]:
     shape = tuple(state[name].shape) if name in state else ()
     if len(shape) != dimensions or 0 in shape:
         message = f"The checkpoint's {name} is missing or has an invalid shape: {shape}."
@@ -281,26 +276,24 @@ def _shape(state: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int
     return shape
 
 
-def _head_layers(
-    state: Mapping[str, Tensor], requested: Sequence[str] | None
-) -> tuple[tuple[int | str, ...], tuple[str, ...]]:
+def _head_layers(state: State, head: Sequence[str] | None) -> tuple[tuple[int | str, ...], Notes]:
     """Return the layers of a sequential head (empty for a linear one), and notes."""
     pattern = re.compile(r"head\.(\d{1,3})\.(weight|running_mean)")
     numbers = {int(match[1]) for name in state if (match := pattern.fullmatch(name))}
     if not numbers or "head.weight" in state:
-        if requested is not None:
+        if head is not None:
             raise UsageError("The head is not a sequence of layers.", "Omit --head.")
         return (), ()
     first, last = min(numbers), max(numbers)
     weights = [state.get(f"head.{index}.weight", torch.empty(())) for index in range(last + 1)]
     kinds = ["?" if not w.ndim else "linear" if w.ndim == 2 else "batchnorm" for w in weights]
-    names = requested or ["dropout"] * first + kinds[first:]
+    names = head or ["dropout"] * first + kinds[first:]
     pairs = zip_longest(kinds, names, fillvalue="?")
     if any(name not in HEAD_LAYERS if kind == "?" else name != kind for kind, name in pairs):
-        what = f"--head {','.join(requested)} does not match" if requested else "Unknown head"
+        what = f"--head {','.join(head)} does not match" if head else "Unknown head"
         message = f"{what}: its layers are {', '.join(kinds)}; the weights do not define each '?'."
         such = f"--head {','.join(kinds).replace('?', 'relu')} (or {', '.join(HEAD_LAYERS)})"
-        raise (UsageError if requested else CheckpointError)(message, f"Name all layers: {such}.")
+        raise (UsageError if head else CheckpointError)(message, f"Name all layers: {such}.")
     layers = (len(w) if name == "linear" else name for w, name in zip_longest(weights, names))
     note = "the head begins with layers without weights, assumed to be dropout (--head)"
-    return tuple(layers), (note,) if first and not requested else ()
+    return tuple(layers), (note,) if first and not head else ()

@@ -25,6 +25,8 @@ from torch import Tensor
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model.variants import STAGES
 
+Notes = tuple[str, ...]
+State = Mapping[str, Tensor]
 FORMATS = ("official", "transformers", "mmpretrain")
 
 # Prefix of a block's modules; {s} is the stage from 1, {z} the stage from 0, {b} the block.
@@ -70,7 +72,7 @@ _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
 TOP_LEVEL = "top level"
 
 
-class DetectedNetwork(NamedTuple):
+class NetworkMatch(NamedTuple):
     """A VAN, or a part of one, among the tensors of a file.
 
     Attributes:
@@ -82,7 +84,7 @@ class DetectedNetwork(NamedTuple):
     """
 
     path: str
-    tensors: Mapping[str, Tensor]
+    tensors: State
     format: str
     prefix: str
     blocks: set[tuple[int, str]]
@@ -110,12 +112,10 @@ class Checkpoint(NamedTuple):
     format: str
     container: str
     content: Mapping[Any, Any]
-    notes: tuple[str, ...]
+    notes: Notes
 
 
-def find_network(
-    content: Mapping[Any, Any], container: str | None
-) -> tuple[DetectedNetwork, tuple[str, ...]]:
+def find_network(content: Mapping[Any, Any], container: str | None) -> tuple[NetworkMatch, Notes]:
     """Return the only network in a file, and notes for the user.
 
     Args:
@@ -138,11 +138,11 @@ def find_network(
             message = f"The checkpoint has no tensors under '{container}'."
             raise UsageError(message, f"It has tensors in: {', '.join(available)}.")
         mappings = {container: selected}
-    networks: dict[tuple[str, str, str], DetectedNetwork] = {}
+    networks: dict[tuple[str, str, str], NetworkMatch] = {}
     for path, (name, anchor) in itertools.product(mappings, _ANCHORS.items()):
         for match in filter(None, map(anchor.fullmatch, mappings[path])):
             prefix, stage, block = match.groups()
-            network = DetectedNetwork(path, mappings[path], name, prefix, set())
+            network = NetworkMatch(path, mappings[path], name, prefix, set())
             network = networks.setdefault((path, name, prefix), network)
             network.blocks.add((int(stage) + (name == "transformers"), block))
     detected = list(networks.values())
@@ -180,7 +180,7 @@ def _tensor_mappings(
             yield from _tensor_mappings(inner, f"{path}.{key}" if path else key, depth - 1)
 
 
-def official_names(network: DetectedNetwork) -> tuple[dict[str, str], tuple[str, ...]]:
+def official_names(network: NetworkMatch) -> tuple[dict[str, str], Notes]:
     """Return the official name of each tensor by its name in the file, and notes for the user.
 
     Raises:

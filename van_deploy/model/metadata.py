@@ -147,20 +147,31 @@ def _check_values(where: str, values: Values, allowed: Mapping[str, tuple[Any, .
             raise CheckpointError(message, f"Correct or remove '{key}'{move}.")
 
 
+def _table(where: str, values: Values, key: str) -> Values:
+    """Return the table at ``key``, empty if there is none; any other value is an error."""
+    table = values.get(key) or {}
+    _check_values(where, {key: table}, {key: (table if isinstance(table, Mapping) else "a table",)})
+    return table
+
+
+def _valid_eps(eps: object) -> tuple[object]:
+    return (eps if type(eps) is float and 0 < eps < 1 else "between 0 and 1",)
+
+
 def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> dict[str, Any]:
     """Return the values that a ``config.json`` adds, and check its others against the tensors."""
     where = f"the {CONFIG}{_BESIDE}"
     if not _NETWORK_KEYS & content.keys():
         notes += [f"{where} does not describe a network and is not used"] if content else []
         return {}
-    arguments, cfg = content.get("model_args") or {}, content.get("pretrained_cfg") or {}
-    channels, *_ = (cfg or content).get("input_size") or [None]
-    values = {**content, "in_chans": channels, **arguments}
+    arguments, cfg = (_table(where, content, key) for key in ("model_args", "pretrained_cfg"))
+    size = (cfg or content).get("input_size") or [None]
+    values = {**content, "in_chans": size[0] if isinstance(size, list) else size, **arguments}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
     name = str(values.get("architecture", "")).partition(".")[0]
     is_custom = name.startswith("van") and name not in VARIANTS
     values["architecture"] = name or None
-    strides, eps = values.get("strides", config.strides), values.get("layer_norm_eps", 1e-6)
+    strides = values.get("strides", config.strides)
     valid = isinstance(strides, tuple) and len(strides) == len(config.depths)
     valid = valid and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
     allowed = {
@@ -171,7 +182,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
         "strides": (strides if valid else "four numbers from 1 to 8",),
-        "layer_norm_eps": (eps if type(eps) is float and 0 < eps < 1 else "between 0 and 1",),
+        "layer_norm_eps": _valid_eps(values.get("layer_norm_eps")),
         "problem_type": _PROBLEM_TYPES,
         **_ALLOWED,
     }
@@ -184,7 +195,8 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
         message = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
         raise CheckpointError(message, "Correct it, or move the weights out of its folder.")
-    used = {k: values[k] for k in ("strides", "layer_norm_eps", "problem_type") if k in values}
+    keys = ("strides", "layer_norm_eps", "problem_type")
+    used = {key: values[key] for key in keys if key in values}
     texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
     texts["unknown keys in"] = unknown(content)
     notes += [f"{prefix} {where}: {text}" for prefix, text in texts.items() if text]
@@ -192,11 +204,12 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
 
 
 def _read_openmmlab(config: Values) -> dict[str, Any]:
-    model = config.get("model") or {}
-    backbone, head = model.get("backbone") or {}, model.get("head") or {}
-    _check_values(f"{_OWN} configuration", backbone, {"block_cfgs": ({},)})
-    eps = (backbone.get("norm_cfg") or {}).get("eps")
-    values: dict[str, Any] = {"layer_norm_eps": float(eps)} if eps else {}
+    where = f"{_OWN} configuration"
+    model = _table(where, config, "model")
+    backbone, head = _table(where, model, "backbone"), _table(where, model, "head")
+    eps = _table(where, backbone, "norm_cfg").get("eps")
+    _check_values(where, {**backbone, "eps": eps}, {"block_cfgs": ({},), "eps": _valid_eps(eps)})
+    values: dict[str, Any] = {"layer_norm_eps": eps} if eps else {}
     if str(head.get("type")).startswith("MultiLabel"):
         values["problem_type"] = "multi_label_classification"
     return values
@@ -293,8 +306,7 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
             pairs = [(i, n) if key != "class_to_idx" else (n, i) for i, n in value.items()]
             by_index = {int(index): name for index, name in pairs}
             items = [by_index[index] for index in range(len(value))]
-        if all(isinstance(item, str | int) for item in items):
-            names = tuple(map(str, items))
+        names = tuple(map(str, items)) if all(isinstance(n, str | int) for n in items) else ()
     if names and names == tuple(f"LABEL_{index}" for index in range(len(names))):
         return ()
     if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's

@@ -85,8 +85,7 @@ class Preprocessing:
             raise ValueError(f"has {len(self.mean)} means and {len(self.std)} deviations")
         resized, crop = height_width(self.resize_size), height_width(self.image_size)
         if resized[0] < crop[0] or resized[1] < crop[1]:
-            sizes = f"{self.image_size} pixels from an image resized to {self.resize_size}"
-            raise ValueError(f"crops {sizes}")
+            raise ValueError(f"has image_size {self.image_size} > resize_size {self.resize_size}")
 
     @property
     def sides(self) -> tuple[int, int]:

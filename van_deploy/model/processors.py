@@ -113,8 +113,8 @@ def from_processor(processor: Source) -> Values:
         if size >= _CONVNEXT_SQUASH_SIZE:
             return {**values, **_resize_and_crop(size, size), "crop_mode": "squash"}
         _require(isinstance(pct, int | float) and 0 < pct <= 1, "crop_pct", pct, "not in (0, 1]")
-        sizes = {"resize_size": int(size / pct), "crop_pct": float(pct)}
-        return {**values, **sizes, "image_size": size}
+        values |= {"resize_size": int(size / pct), "crop_pct": float(pct)}
+        return {**values, "image_size": size}
     crops = config.get("do_center_crop", bool(crop))
     _require(crops == bool(crop) or (crop and mode == "squash"), "do_center_crop", crops)
     side = _square_side("crop_size", config.get("crop_size", crop)) if crops else size
@@ -188,11 +188,10 @@ def _resize_and_crop(size: Any, crop: Any) -> Values:
 
 def _square_side(key: str, size: Any, edges: Set[str] = frozenset({"height", "width"})) -> Any:
     """Return the side of a square given as a number, two equal ones, or a dict of ``edges``."""
-    sides = size
     if isinstance(size, Mapping):
         _require(size.keys() == edges, key, size, f"not {' and '.join(sorted(edges))}")
-        sides = list(size.values())
-    sides = sides if isinstance(sides, list | tuple) else [sides]
+        size = list(size.values())
+    sides = size if isinstance(size, list | tuple) else [size]
     is_square = len(sides) in (1, 2) and sides[0] == sides[-1]
     _require(is_square, key, size, "but only squares are supported")
     return sides[0]

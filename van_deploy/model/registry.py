@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
 
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.preprocess import OFFICIAL
@@ -47,15 +46,13 @@ def _van(cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, **options: 
 def _register(variant: Variant) -> None:
     """Register a variant with timm under its name."""
     features = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    fixed = {"model_cfg": variant.config, "feature_cfg": features}
 
-    def create(pretrained: bool = False, **options: Any) -> nn.Module:
-        overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
-        if pretrained and not {"file", "url", "state_dict"} & overlay.keys():
-            overlay["state_dict"] = load_van(variant.name).model.state_dict()
-        options |= {**fixed, "pretrained_cfg_overlay": overlay}
-        model: nn.Module = build_model_with_cfg(_van, variant.name, pretrained, **options)
-        return model
+    def create(pretrained: bool = False, **options: Any) -> Any:
+        extra = dict(options.pop("pretrained_cfg_overlay", None) or {})
+        if pretrained and not {"file", "url", "state_dict"} & extra.keys():
+            extra["state_dict"] = load_van(variant.name).model.state_dict()
+        options.update(model_cfg=variant.config, feature_cfg=features, pretrained_cfg_overlay=extra)
+        return build_model_with_cfg(_van, variant.name, pretrained, **options)
 
     create.__name__, create.__doc__ = variant.name, f"Return {variant.name}."
     globals()[variant.name] = register_model(create)  # timm adds the name to __all__

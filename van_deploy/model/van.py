@@ -18,20 +18,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from timm.layers import DropPath, trunc_normal_
-from timm.layers.format import Format
+from timm.layers import DropPath, Format, trunc_normal_
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from torch.optim.swa_utils import update_bn
 
 from van_deploy.model.variants import STAGES, VanConfig
 
 # Layers without weights that a sequential head may contain, with PyTorch's default arguments.
-_ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)
-_LAYERS: tuple[type[nn.Module], ...] = (nn.Dropout, nn.Identity, nn.Flatten, *_ACTIVATIONS)
-HEAD_LAYERS = {kind.__name__.lower(): kind for kind in (*_LAYERS, nn.Mish, nn.Hardswish)}
+_LAYERS = "Dropout Identity Flatten Tanh Sigmoid ReLU ReLU6 LeakyReLU ELU GELU SiLU Mish Hardswish"
+HEAD_LAYERS: dict[str, type[nn.Module]] = {n.lower(): getattr(nn, n) for n in _LAYERS.split()}
 
 
 class DWConv(nn.Module):
@@ -170,8 +167,8 @@ class VAN(nn.Module):
             x, blocks = checkpoint_seq(blocks, x), []
         for block in blocks:
             x = block(x)
-        norm = self.get_submodule(f"norm{stage}")
-        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+        x = self.get_submodule(f"norm{stage}")(x.permute(0, 2, 3, 1))
+        return x.permute(0, 3, 1, 2).contiguous()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images ``(N, in_chans, H, W)`` to feature maps ``(N, embed_dims[-1], h, w)``."""
@@ -301,7 +298,7 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
             for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
                 if "layer_scale" in name:
                     parameter.mul_(min(1.0, 3 / depth))
-        update_bn([smooth_images(4, config.in_chans, 96)], model)
+        torch.optim.swa_utils.update_bn([smooth_images(4, config.in_chans, 96)], model)
     return model.eval()
 
 

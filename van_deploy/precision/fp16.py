@@ -120,9 +120,8 @@ def audit_ranges(
             "--precision bf16, which has FP32's range.",
         )
     if problems:
-        noun = "tensor or weight" if len(problems) == 1 else "tensors and weights"
         advice = (
-            f"FP16 cannot represent {len(problems)} {noun}; BF16 can, since it has FP32's range: "
+            f"FP16 cannot represent {len(problems)} tensor(s), BF16 can (it has FP32's range): "
             "compare with `van-deploy quantize --precision bf16`"
         )
     nonzero = [(name, size) for name, size in largest.items() if size > 0]

@@ -164,19 +164,14 @@ class _GraphWriter:
         node.replace_input_with(index, floats)
 
     def _insert_pair(
-        self,
-        before: ir.Node,
-        value: ir.Value,
-        name: str,
-        quantizer: Quantizer,
-        dtype: npt.DTypeLike,
+        self, node: ir.Node, value: ir.Value, name: str, quantizer: Quantizer, dtype: npt.DTypeLike
     ) -> ir.Value:
+        """Insert a Q/DQ pair of ``value`` before ``node``; return the dequantised value."""
         integer = np.dtype(np.int8 if quantizer.signed else np.uint8)
         scale = self.store(f"{name}.scale", np.array(quantizer.scale, dtype))
         zero = self.store(f"{name}.zero_point", np.array(quantizer.zero_point, integer))
-        codes = self.insert(before, "QuantizeLinear", [value, scale, zero], f"{name}.{integer}")
-        inputs = [codes, scale, zero]
-        return self.insert(before, "DequantizeLinear", inputs, f"{name}.dequantized")
+        codes = self.insert(node, "QuantizeLinear", [value, scale, zero], f"{name}.{integer}")
+        return self.insert(node, "DequantizeLinear", [codes, scale, zero], f"{name}.dequantized")
 
     def store(self, name: str, values: Array) -> ir.Value:
         """Return a new initialiser."""

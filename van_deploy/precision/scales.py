@@ -285,10 +285,7 @@ def symmetric_quantizer(
 
 
 def unsigned_quantizer(
-    record: ChannelRange,
-    method: Method,
-    affine: ChannelAffine = IDENTITY,
-    lowest: float = -np.inf,
+    record: ChannelRange, method: Method, affine: ChannelAffine = IDENTITY, lowest: float = -np.inf
 ) -> Quantizer:
     """Return an unsigned quantiser with a zero-point, for a tensor with an asymmetric range.
 

@@ -1,9 +1,9 @@
-"""What a command or a report says, free of how it looks: sections of blocks.
+"""Content of a command's output or a report, independent of the format: sections of blocks.
 
-``report/sections_*.py`` make blocks from results in their JSON form, the one that ``--json``
-prints and the manifest keeps. :mod:`van_deploy.report.render_rich` draws them in a terminal,
+``report/sections_*.py`` create blocks from results in their JSON form, which ``--json`` prints and
+the manifest stores. :mod:`van_deploy.report.render_rich` renders blocks in a terminal,
 :mod:`~van_deploy.report.render_html` as one page and :mod:`~van_deploy.report.render_markdown` as
-a job's summary, so none can say what the others do not.
+Markdown, so all formats have the same content.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from van_deploy.config.sizes import format_size
 # A result in its JSON form (:func:`van_deploy.documents.plain`).
 Entry: TypeAlias = Mapping[str, Any]
 
-# Forms of cells that are set to the left: text that may be broken over lines, a name that may
-# not, and a state.
+# Left-aligned formats: text that may wrap, a name that may not, and a state.
 TEXT_FORMATS = ("", "name", "state")
 
-# The states that have a colour, and which. A state is always written out as well.
+# Colour class of each state; other states have none. The state itself is always shown as text.
 STATE_COLOURS: Mapping[str, str] = {
     **dict.fromkeys(("PASS", "OK", "YES", "HERE"), "good"),
     "FAIL": "bad",
@@ -30,24 +29,24 @@ STATE_COLOURS: Mapping[str, str] = {
     **dict.fromkeys(("SKIPPED", "NOTE", "LIMIT"), "skip"),
 }
 STATE_NAMES = {True: "PASS", False: "FAIL", None: "SKIPPED", "passed": "PASS", "failed": "FAIL"}
-LONGEST_LIST = 12  # of a list that is shown whole
+LONGEST_LIST = 12  # longer lists are abbreviated
 
 
 @dataclass(frozen=True)
 class Paragraph:
-    """One paragraph; what stands between backticks is code."""
+    """One paragraph; text between backticks is code."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Properties:
-    """Names and their values, or states and what is said of each, below each other.
+    """A list of names and values, or of states and messages.
 
     Attributes:
-        pairs: both as text.
-        title: one line above.
-        states: whether they are states.
+        pairs: names and values as text.
+        title: title of the list.
+        states: whether the names are states.
     """
 
     pairs: Sequence[tuple[str, str]]
@@ -60,10 +59,10 @@ class Table:
     """A table.
 
     Attributes:
-        columns: headers, with the unit, and the form of what stands below each (see
-            :func:`format_value`). Numbers are set to the right.
-        rows: cells as text, as many as there are columns.
-        title: one line above. A page shows a long table that has one closed at first.
+        columns: format of each column (see :func:`format_value`) by header, which has the unit.
+            Numbers are right-aligned.
+        rows: cells as text, one per column.
+        title: title of the table. A long table with a title is collapsed in HTML.
     """
 
     columns: Mapping[str, str]
@@ -73,11 +72,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot; where there are no drawings, a table beside it has its numbers.
+    """A plot, shown in HTML only; a table in the same section has its numbers.
 
     Attributes:
         svg: an ``<svg>`` element that takes its colours from the page.
-        caption: what it shows.
+        caption: caption of the plot.
     """
 
     svg: str
@@ -92,13 +91,13 @@ class Document:
     """A whole report.
 
     Attributes:
-        title: what it is about.
-        subtitle: what that is, on one line.
-        state: PASS, FAIL, INCONCLUSIVE or SKIPPED, for everything together.
-        note: how many checks said what.
-        sections: what stands below each heading.
-        notices: what has to be known before the numbers: results of other files.
-        footer: who wrote it and when.
+        title: name of the model or check.
+        subtitle: description in one line.
+        state: overall state: PASS, FAIL, INCONCLUSIVE or SKIPPED.
+        note: number of checks by outcome.
+        sections: blocks by heading.
+        notices: blocks above the sections, such as results of other files.
+        footer: version and date.
     """
 
     title: str
@@ -111,62 +110,60 @@ class Document:
 
 
 def table(rows: Iterable[Any], columns: str, title: str = "") -> list[Block]:
-    """Return a table of the rows, or nothing where there are none.
+    """Return a table of the rows, or nothing if there are no values.
 
     Args:
         rows: mappings or sequences.
-        columns: ``header = where form``, separated by ``;``. Where is a path such as
-            ``limit.value``, or the position in a sequence; the form is text where none is given,
-            and the header the path's last part. Columns and rows without values are left out.
-        title: one line above.
+        columns: ``header = path format``, separated by ``;``. A path is a chain of keys such as
+            ``limit.value``, or an index of a sequence. The default format is text, the default
+            header the last key. Columns and rows without values are left out.
+        title: title of the table.
 
     >>> table([{"at": {"ms": 4.2}, "no": None}, {}], "latency = at.ms .2f; at.ms .1f; none = no")
     [Table(columns={'latency': '.2f', 'ms': '.1f'}, rows=[['4.20', '4.2']], title='')]
     """
-    places = list(_places(columns))
-    found = [[_at(row, where) for _, where, _ in places] for row in rows]
-    found = [values for values in found if not all(map(_missing, values))]
-    used = [i for i in range(len(places)) if not all(_missing(values[i]) for values in found)]
-    cells = [[format_value(values[i], places[i][2]) for i in used] for values in found]
-    forms = {places[i][0]: places[i][2] for i in used}
-    return [Table(forms, cells, title)] if used else []
+    specs = list(_parse_columns(columns))
+    values = [[_lookup(row, path) for _, path, _ in specs] for row in rows]
+    values = [row for row in values if not all(map(_is_empty, row))]
+    used = [i for i in range(len(specs)) if not all(_is_empty(row[i]) for row in values)]
+    cells = [[format_value(row[i], specs[i][2]) for i in used] for row in values]
+    formats = {specs[i][0]: specs[i][2] for i in used}
+    return [Table(formats, cells, title)] if used else []
 
 
-def properties(entry: Entry, places: str, title: str = "") -> list[Block]:
-    """Return some of a result's values, named as the columns of :func:`table` are.
+def properties(entry: Entry, columns: str, title: str = "") -> list[Block]:
+    """Return a list of a result's values; ``columns`` as in :func:`table`.
 
     >>> properties({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
     [Properties(pairs=[('size', '2.0 KiB')], title='', states=False)]
     """
-    found = ((name, _at(entry, where), form) for name, where, form in _places(places))
-    pairs = [
-        (name, format_value(value, form)) for name, value, form in found if not _missing(value)
-    ]
+    pairs = []
+    for name, path, form in _parse_columns(columns):
+        if not _is_empty(value := _lookup(entry, path)):
+            pairs.append((name, format_value(value, form)))
     return [Properties(pairs, title)] if pairs else []
 
 
 def key_values(values: Mapping[str, object], title: str = "") -> list[Block]:
-    """Return values by their names; what has none is left out."""
-    pairs = [
-        (name, format_value(value, "")) for name, value in values.items() if not _missing(value)
-    ]
+    """Return a list of values by name, without the empty ones."""
+    pairs = [(k, format_value(value, "")) for k, value in values.items() if not _is_empty(value)]
     return [Properties(pairs, title)] if pairs else []
 
 
-def _places(text: str) -> Iterator[tuple[str, str, str]]:
-    """Yield header, path and form of each part of ``header = path form; ...``."""
+def _parse_columns(text: str) -> Iterator[tuple[str, str, str]]:
+    """Yield header, path and format of each part of ``header = path format; ...``."""
     for part in text.split(";"):
-        header, _, place = part.strip().rpartition(" = ")
-        where, _, form = place.partition(" ")
-        yield header or where.rpartition(".")[2].replace("_", " "), where, form
+        header, _, spec = part.strip().rpartition(" = ")
+        path, _, form = spec.partition(" ")
+        yield header or path.rpartition(".")[2].replace("_", " "), path, form
 
 
-def _missing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def _at(value: Any, path: str) -> Any:
-    """Return what a path leads to; None where it leads nowhere."""
+def _lookup(value: Any, path: str) -> Any:
+    """Return the value at a path, or None."""
     for part in path.split("."):
         if isinstance(value, Mapping):
             value = value.get(part)
@@ -176,39 +173,39 @@ def _at(value: Any, path: str) -> Any:
 
 
 def checks_table(rows: Iterable[tuple[str | bool | None, str, str]]) -> list[Block]:
-    """Return one line a check: its outcome, its name, and what was shown, or why it was skipped."""
-    found = [(state_text(outcome), name, said) for outcome, name, said in rows]
-    return table(found, "verdict = 0 state; check = 1 name; measured = 2")
+    """Return a table of checks from outcome, name, and measurement or reason of each."""
+    cells = [(state_text(outcome), name, message) for outcome, name, message in rows]
+    return table(cells, "verdict = 0 state; check = 1 name; measured = 2")
 
 
-def nested_rows(rows: Iterable[Entry], key: str, most: int | None = None) -> list[dict[str, Any]]:
-    """Return the mappings that each row holds under a key, at most so many, with its ``about``.
+def nested_rows(rows: Iterable[Entry], key: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the mappings under a key of each row, at most ``limit`` per row, with its ``about``.
 
     >>> nested_rows([{"about": "fp16", "batches": [{"batch": 1}, {"batch": 2}]}], "batches", 1)
     [{'about': 'fp16', 'batch': 1}]
     """
-    return [{"about": row["about"], **one} for row in rows for one in row[key][:most]]
+    return [{"about": row["about"], **nested} for row in rows for nested in row[key][:limit]]
 
 
 def limit_lines(lines: Sequence[str], count: int) -> list[str]:
-    """Return the first lines, and how many more there are."""
+    """Return the first lines, and the number of the others as a last line."""
     return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]
 
 
 def notices(state: str, lines: Iterable[str]) -> list[Block]:
-    """Return sentences with a state before each, or nothing where there are none."""
+    """Return a list of messages with a state, or nothing if there are no messages."""
     pairs = [(state, line) for line in lines]
     return [Properties(pairs, states=True)] if pairs else []
 
 
-# --- figures -----------------------------------------------------------------------------------
+# --- values ------------------------------------------------------------------------------------
 
 
 def format_value(value: Any, form: str) -> str:
-    """Return a cell's text.
+    """Return a value as the text of a cell.
 
     Args:
-        value: what the cell holds, as JSON spells it; None is ``-``, or nothing in text.
+        value: the value as in JSON; None is ``-``, or empty in text.
         form: one of :data:`TEXT_FORMATS` or :data:`FORMATTERS`, ``number`` (unchanged), or a format
             such as ``.1f``. Text that is not a number is returned unchanged.
 
@@ -230,11 +227,8 @@ def format_value(value: Any, form: str) -> str:
     if isinstance(value, Mapping):
         return ", ".join(_entry(key, item) for key, item in value.items())
     if isinstance(value, list | tuple):
-        return (
-            join_values(value)
-            if len(value) <= LONGEST_LIST
-            else f"{join_values(value[:8])} ... ({len(value)})"
-        )
+        short = len(value) <= LONGEST_LIST
+        return join_values(value) if short else f"{join_values(value[:8])} ... ({len(value)})"
     return format(value, form if form[:1] in tuple("+,.dg") else "g" * isinstance(value, float))
 
 
@@ -244,7 +238,7 @@ def _entry(key: str, value: Any) -> str:
 
 
 def state_text(outcome: str | bool | None) -> str:
-    """Return the word for an outcome.
+    """Return the state of an outcome as text.
 
     >>> state_text(True), state_text("pass"), state_text("missing")
     ('PASS', 'PASS', 'MISSING')
@@ -253,7 +247,7 @@ def state_text(outcome: str | bool | None) -> str:
 
 
 def scale_to_unit(value: float, step: float, units: Sequence[str]) -> str:
-    """Return a number in the largest unit that it fills; each is ``step`` times the one before."""
+    """Return a number in the largest unit up to it; each unit is ``step`` times the previous."""
     power = 0
     while abs(value) >= step and power + 1 < len(units):
         value, power = value / step, power + 1
@@ -261,7 +255,7 @@ def scale_to_unit(value: float, step: float, units: Sequence[str]) -> str:
 
 
 def bytes_text(size: float) -> str:
-    """Return a size in bytes as people read it, in binary units.
+    """Return a size in bytes in a binary unit.
 
     >>> bytes_text(512), bytes_text(16_500_000), bytes_text(25_276_502_016)
     ('512 B', '15.7 MiB', '23.5 GiB')
@@ -270,7 +264,7 @@ def bytes_text(size: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """Return a large count with its decimal unit.
+    """Return a count in a decimal unit.
 
     >>> count_text(431), count_text(4_103_176), count_text(2_506_000_000)
     ('431', '4.1 M', '2.5 G')
@@ -279,7 +273,7 @@ def count_text(count: float) -> str:
 
 
 def ms_text(value: float) -> str:
-    """Return milliseconds with three figures.
+    """Return milliseconds with three digits.
 
     >>> ms_text(0.4213), ms_text(12.345), ms_text(4321.0)
     ('0.421', '12.3', '4,321')
@@ -288,13 +282,13 @@ def ms_text(value: float) -> str:
 
 
 def join_values(values: Iterable[object], separator: str = " ") -> str:
-    """Return values in one line, floats without trailing zeros."""
+    """Return values joined in one line, floats without trailing zeros."""
     return separator.join(f"{v:g}" if isinstance(v, float) else format_value(v, "") for v in values)
 
 
-# Kinds of numbers: the parts of a version, a share and the two ends of an interval in percent, an
-# interval in points, a ratio with its 95 % interval, such as ``4.13 (4.00-4.31)``, and height x
-# width.
+# Named formats: "dotted" for versions, "percent" for a share and "percents" for an interval of
+# shares, "points" for an interval in points, "ratio" for a ratio with its 95 % interval, such as
+# ``4.13 (4.00-4.31)``, and "size" for height x width.
 FORMATTERS: Mapping[str, Callable[[Any], str]] = {
     "bytes": bytes_text,
     "count": count_text,

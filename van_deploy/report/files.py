@@ -1,4 +1,4 @@
-"""Reports that are files: a bundle's whole story as a page, a check's as a summary and JUnit."""
+"""Report files: the deployment report of a bundle, the job summary and JUnit XML of a check."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from van_deploy.documents import plain
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import write_atomic
 from van_deploy.report import document as doc
-from van_deploy.report import sections_bench as timed
-from van_deploy.report import sections_checks as judged
-from van_deploy.report import sections_model as model
+from van_deploy.report import sections_bench, sections_checks, sections_model
 from van_deploy.report.document import Block, Document, Entry, state_text, table
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
@@ -28,56 +26,56 @@ from van_deploy.report.render_markdown import markdown_from_document
 if TYPE_CHECKING:
     from van_deploy.checks.regression import CheckReport
 
-# State, name and detail of a check.
+# State, name and message of a check.
 Verdict = tuple[str, str, str]
 
-# Keys of a check's result under which there is one entry an artifact.
+# Keys of a check's result with one entry per artifact.
 BY_ARTIFACT = ("artifacts", "accuracy", "losses", "runners")
 
-# What is not measured without its command: checks, precisions and kinds of artifacts by name.
+# Commands for missing checks, precisions and kinds of artifacts.
 COMMANDS = {
     "verify": "every artifact against PyTorch at every batch size: `van-deploy verify`",
     "evaluate": "accuracy on labelled images: `van-deploy evaluate`",
-    "drift": "where in the network an artifact drifts: `van-deploy drift`",
+    "drift": "the error of each part of the network: `van-deploy drift`",
     "bench": "speed: `van-deploy bench`",
-    "fp16": "not made: `van-deploy quantize --precision fp16`",
-    "int8": "not made: `van-deploy quantize --precision int8`",
+    "fp16": "not created: `van-deploy quantize --precision fp16`",
+    "int8": "not created: `van-deploy quantize --precision int8`",
     "engine": "not built: `van-deploy build`",
 }
 
-# The worst first, and how the number of checks in each is worded.
+# From the worst to the best, with the word for the number of checks.
 STATES = {"FAIL": "failed", "INCONCLUSIVE": "undecided", "PASS": "", "SKIPPED": "skipped"}
 QUOTED_PATH = re.compile(r"'(?:[A-Za-z]:[\\/]|/)[^']*?([^'/\\]+)[/\\]?'")
 BARE_PATH = re.compile(r"(?<![\w.:/'<-])/(?:[^\s'\"/,;()]+/)+([^\s'\"/,;()]+)")
 
 
 def document_of_bundle(bundle: Bundle) -> Document:
-    """Return the report of a bundle: everything its manifest and its benchmark say.
+    """Return the report of a bundle from its manifest and its benchmark.
 
-    Results of files that are no longer in the bundle are left out and named at the top; what no
-    command has measured yet is named in the last section. Paths lose their folders: a report is
-    read elsewhere.
+    Results of other files than those in the bundle are left out and listed at the top; missing
+    measurements are listed in the last section. Paths lose their folders, because the report is
+    read on other machines.
 
     Raises:
-        BundleError: a file of an artifact is missing, or a check's record in the manifest
+        BundleError: a file of an artifact is missing, or the record of a check in the manifest
             cannot be read.
     """
     try:
         return _document(bundle)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BundleError(
-            f"The manifest of '{bundle.path}' records a check or a graph in a form that this "
-            f"version does not read ({type(error).__name__}: {error}).",
-            "Run the checks again with this version; if it wrote the bundle, please report it.",
+            f"The manifest of '{bundle.path}' has a record of a check or a graph that this "
+            f"version cannot read ({type(error).__name__}: {error}).",
+            "Run the checks again with this version; if it wrote the bundle, report a bug.",
         ) from error
 
 
 def _document(bundle: Bundle) -> Document:
     manifest, sizes = portable(plain(bundle.manifest)), bundle.sizes()
-    manifest["checks"], bench, stale = _fresh(bundle, manifest["checks"])
+    manifest["checks"], bench, stale = _drop_stale(bundle, manifest["checks"])
     problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
-    said = f"all {len(bundle.digests)} have the manifest's SHA-256"
-    verdicts = [*(problems or [("PASS", "files", said)]), *_verdicts(manifest["checks"])]
+    message = f"all {len(bundle.digests)} have the manifest's SHA-256"
+    verdicts = [*(problems or [("PASS", "files", message)]), *_verdicts(manifest["checks"])]
     states = Counter(state for state, _, _ in verdicts)
     state = next(state for state in STATES if states[state])
     words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
@@ -107,58 +105,61 @@ def _sections(
     ordered = sorted(verdicts, key=lambda verdict: [*STATES, verdict[0]].index(verdict[0]))
     yield "Verdicts", doc.checks_table(ordered)
     notes = doc.notices("NOTE", manifest["weights"]["notes"])
-    yield "Model", [*model.model_facts(manifest), *notes]
-    yield "Artifacts", model.artifacts_table(manifest, sizes)
+    yield "Model", [*sections_model.model_properties(manifest), *notes]
+    yield "Artifacts", sections_model.artifacts_table(manifest, sizes)
     if checks.get("verify", {}).get("artifacts"):
-        yield "Verification", judged.verify_blocks(checks["verify"], manifest["class_names"])
+        names = manifest["class_names"]
+        yield "Verification", sections_checks.verify_blocks(checks["verify"], names)
     if checks.get("evaluate", {}).get("losses"):
-        yield "Accuracy", judged.evaluate_blocks(checks["evaluate"])
+        yield "Accuracy", sections_checks.evaluate_blocks(checks["evaluate"])
     if checks.get("drift", {}).get("artifacts"):
-        yield "Drift", judged.drift_blocks(checks["drift"])
+        yield "Drift", sections_checks.drift_blocks(checks["drift"])
     if bench is not None and bench["rows"]:
         accuracies = checks.get("evaluate", {}).get("accuracy", {})
-        yield "Speed", [*timed.bench_blocks(bench), *timed.tradeoff_plots(accuracies, bench)]
-    yield "Preprocessing", model.preprocessing_facts(manifest["preprocessing"])
-    yield "Graph", model.graph_blocks(artifacts)
+        tradeoff = sections_bench.tradeoff_plots(accuracies, bench)
+        yield "Speed", [*sections_bench.bench_blocks(bench), *tradeoff]
+    yield "Preprocessing", sections_model.preprocessing_properties(manifest["preprocessing"])
+    yield "Graph", sections_model.graph_blocks(artifacts)
     files = [(n, file, digest) for n, e in artifacts.items() for file, digest in e["files"].items()]
     columns = "artifact = 0 name; file = 1 name; SHA-256 = 2 name"
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
     yield "Provenance", [*doc.key_values(made_with), *table(files, columns, "Every file")]
     done = {*checks, *(e[key] for e in artifacts.values() for key in ("precision", "kind"))}
-    left = [(name, said) for state, name, said in verdicts if state == "SKIPPED"]
-    left += [(name, what) for name, what in COMMANDS.items() if name not in done]
+    missing = [(name, message) for state, name, message in verdicts if state == "SKIPPED"]
+    missing += [(name, command) for name, command in COMMANDS.items() if name not in done]
     verified = checks.get("verify", {}).get("artifacts", artifacts)
-    left += [(n, "left out by `van-deploy verify`") for n in artifacts if n not in verified]
-    yield "Not measured", table(left, "what = 0 name; why = 1")
+    missing += [(n, "not selected in `van-deploy verify`") for n in artifacts if n not in verified]
+    yield "Not measured", table(missing, "name = 0 name; reason = 1")
 
 
 def _verdicts(checks: Entry) -> Iterator[Verdict]:
     """Yield the verdict of every check."""
-    for outcome, name, said in model.proof_rows(checks):
-        yield state_text(outcome), name, said
-    for found in checks.get("verify", {}).get("findings", ()):
-        yield state_text(found["outcome"]), found["rule"], found["message"] or "as when exported"
+    for outcome, name, message in sections_model.export_check_rows(checks):
+        yield state_text(outcome), name, message
+    for finding in checks.get("verify", {}).get("findings", ()):
+        message = finding["message"] or "same pixels as at export"
+        yield state_text(finding["outcome"]), finding["rule"], message
     for name, verdict in checks.get("verify", {}).get("artifacts", {}).items():
-        figures, limit, said = verdict["comparison"], verdict["limit"], verdict["reason"]
-        if verdict["outcome"] == "pass" and figures and limit:
-            said = (
-                f"SQNR {float(figures['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
+        comparison, limit, message = verdict["comparison"], verdict["limit"], verdict["reason"]
+        if verdict["outcome"] == "pass" and comparison and limit:
+            message = (
+                f"SQNR {float(comparison['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
                 f"{limit['origin']}), {len(verdict['flips'])} label flips"
             )
-        yield state_text(verdict["outcome"]), f"verify {name}", said
+        yield state_text(verdict["outcome"]), f"verify {name}", message
     evaluated = checks.get("evaluate", {})
     for name, loss in evaluated.get("losses", {}).items():
         own, original = evaluated["accuracy"][name], evaluated["accuracy"]["pytorch"]
         pair = f"{100 * own['top1']:.2f} %, PyTorch {100 * original['top1']:.2f} %"
-        told = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
-        said = "; ".join(filter(None, [pair, *told]))
-        yield state_text(loss["outcome"]), f"{own['metric']} of {name}", said
+        messages = [f["message"] for f in loss["findings"] if f["outcome"] == loss["outcome"]]
+        message = "; ".join(filter(None, [pair, *messages]))
+        yield state_text(loss["outcome"]), f"{own['metric']} of {name}", message
     for name, skipped in evaluated.get("skipped", {}).items():
         yield "SKIPPED", f"evaluate {name}", skipped["message"]
 
 
-def _fresh(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
-    """Return checks and benchmark without what was measured on other files, and what that was."""
+def _drop_stale(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
+    """Return checks and benchmark without stale results, and command and message of the latter."""
     digests = {name: artifact.sha256 for name, artifact in bundle.artifacts.items()}
     fresh, stale, path = {}, [], bundle.path / BENCH_FILE
     for name, entry in checks.items():
@@ -171,8 +172,8 @@ def _fresh(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tup
     try:
         bench = portable(plain(read_report(path)))
     except InputError:
-        unread = [("bench", f"{BENCH_FILE}: not of this version")]
-        return fresh, None, [*stale, *unread * path.is_file()]
+        unreadable = [("bench", f"{BENCH_FILE}: not of this version")]
+        return fresh, None, [*stale, *unreadable * path.is_file()]
     known = {*digests.values(), bundle.manifest.weights.sha256}
     gone = {name for name, entry in bench["contenders"].items() if entry["sha256"] not in known}
     for key in ("rows", "roofline"):
@@ -182,7 +183,7 @@ def _fresh(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tup
 
 
 def portable(value: Any) -> Any:
-    r"""Return what JSON can hold with the folders of every absolute path left out.
+    r"""Return a JSON value with absolute paths reduced to their last part.
 
     >>> portable(["16 of 520 images of '/data/cifar10/calib',\n/srv/a/b.onnx; 3 images/s"])
     ["16 of 520 images of 'calib',\nb.onnx; 3 images/s"]
@@ -201,19 +202,19 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
     """Write a document as HTML and Markdown and return the two paths.
 
     Args:
-        document: what to write.
-        bundle: where to, unless ``output`` is given.
-        output: the HTML file; the Markdown goes beside it.
+        document: the document.
+        bundle: destination, unless ``output`` is given.
+        output: the HTML file; the Markdown file is written to the same folder.
 
     Raises:
-        InputError: ``output`` is called as the Markdown would be, or cannot be written.
+        InputError: ``output`` ends in ``.md``, or cannot be written.
         BundleError: the bundle cannot be written.
     """
-    page = output or bundle.path / "report.html"
-    other = page.with_suffix(".md")
-    if page == other:
-        raise InputError(f"'{page}' is where the Markdown would go.", "Name the HTML file x.html.")
-    texts = {page: html_from_document(document), other: markdown_from_document(document)}
+    html = output or bundle.path / "report.html"
+    markdown = html.with_suffix(".md")
+    if html == markdown:
+        raise InputError(f"'{html}' is the name of the Markdown file.", "Use --output FILE.html.")
+    texts = {html: html_from_document(document), markdown: markdown_from_document(document)}
     if output is None:
         with edit_bundle(bundle.path) as draft:
             for path, text in texts.items():
@@ -224,14 +225,14 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 
 def append_summary(report: CheckReport, path: Path) -> None:
-    """Append a check to a file in GitHub's Markdown, as to ``$GITHUB_STEP_SUMMARY``."""
+    """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``."""
     entry = plain(report)
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
         state="PASS" if report.passed else "FAIL",
         note=f"{len(report.rows)} rows",
-        sections={"Gates and baseline": judged.check_blocks(entry)},
+        sections={"Gates and baseline": sections_checks.check_blocks(entry)},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -239,25 +240,25 @@ def append_summary(report: CheckReport, path: Path) -> None:
 
 
 def write_junit(report: CheckReport, path: Path) -> None:
-    """Write a check as JUnit XML, which every CI server reads: a suite a kind of row.
+    """Write a check as JUnit XML for CI servers, with one test suite per kind of row.
 
-    What was not shown and nobody allowed is a failure there, as it is for the exit code.
+    A finding that is not accepted is a failure, as for the exit code.
     """
     root = ElementTree.Element("testsuites", name="van-deploy check")
-    words = {"skipped": "not checked: ", "inconclusive": "undecided: "}
+    prefixes = {"skipped": "not checked: ", "inconclusive": "undecided: "}
     suites, child = dict[str, ElementTree.Element](), ElementTree.SubElement
     for row in report.rows:
-        found, (kind, _, name) = row.finding, row.name.partition("/")
-        whole = f"{report.model}.{kind}"
+        finding, (kind, _, name) = row.finding, row.name.partition("/")
+        suite = f"{report.model}.{kind}"
         if kind not in suites:
-            suites[kind] = child(root, "testsuite", name=whole)
-        case = child(suites[kind], "testcase", classname=whole, name=name, time="0")
-        if not report.allowed.accepts(found):
-            message = f"{words.get(found.outcome.value, '')}{found.message}"
+            suites[kind] = child(root, "testsuite", name=suite)
+        case = child(suites[kind], "testcase", classname=suite, name=name, time="0")
+        if not report.allowed.accepts(finding):
+            message = f"{prefixes.get(finding.outcome.value, '')}{finding.message}"
             failure = child(case, "failure", message=message, type="gate")
-            failure.text = f"baseline {row.baseline}, now {found.value}: {message}"
-        elif found.outcome.value != "pass":
-            child(case, "skipped", message=found.message)
+            failure.text = f"baseline {row.baseline}, now {finding.value}: {message}"
+        elif finding.outcome.value != "pass":
+            child(case, "skipped", message=finding.message)
     for element in (root, *root):
         for attribute, tag in (("tests", "testcase"), ("failures", "failure"), ("skipped",) * 2):
             element.set(attribute, str(len(element.findall(f".//{tag}"))))
@@ -268,10 +269,10 @@ def write_junit(report: CheckReport, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that somebody asked for, and its folder.
+    """Write a text file and create its folder.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""Two small plots as SVG: rows with their intervals, and lines or points over two axes.
+"""Two types of SVG plots: rows with intervals, and lines or points over two axes.
 
-Colours are the page's CSS variables (``--series-1`` ... and ``--ink``, ``--muted``, ``--grid``,
-``--axis``, ``--surface``), so one drawing serves light, dark and print. Names stand in columns of
-their own or in the legend, so none covers another, and every mark names its value in a
-``<title>``.
+Colours are CSS variables of the page (``--series-1`` ... and ``--ink``, ``--muted``, ``--grid``,
+``--axis``, ``--surface``), so the same plot works in light mode, dark mode and print. Names are in
+a column or in the legend, so they do not overlap, and every mark has a tooltip (``<title>``).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 KNOWN = {"pytorch": 8, "fp32": 1, "int8": 2, "fp16": 3, "bf16": 4}
-CHARACTER = 7.0  # width of one in drawing units at most fonts' 12 pixels, rounded up
+CHARACTER = 7.0  # width of a character in drawing units in most fonts at 12 pixels, rounded up
 ROW, EDGE, BELOW = 28, 12, 46
 WIDTH, LEFT, HEIGHT = 940, 66.0, 270.0
 
@@ -24,13 +23,13 @@ class Mark:
     """One row of :func:`rows_chart`, or one point of :func:`xy_chart`.
 
     Attributes:
-        name: of a row.
-        x: its value.
-        y: of a point.
-        text: at the right of a row.
+        name: name of a row.
+        x: value of a row, or x of a point.
+        y: y of a point.
+        text: text at the right of a row.
         colour: 1 to 8.
         interval: both ends (along x in a row, along y at a point), or None.
-        limit: a line drawn across a row, or None.
+        limit: position of a line across a row, or None.
     """
 
     name: str
@@ -43,14 +42,14 @@ class Mark:
 
 
 def colours(names: Iterable[str]) -> dict[str, int]:
-    """Return the colour of each artifact, the same in every plot: by name, then in order.
+    """Return the colour of each artifact, which is the same in all plots for known names.
 
     >>> colours(["pytorch", "fp32", "mine"])
     {'pytorch': 8, 'fp32': 1, 'mine': 5}
     """
-    found = dict.fromkeys(names)
-    others = [name for name in found if name not in KNOWN]
-    return {name: KNOWN[name] if name in KNOWN else 5 + others.index(name) % 3 for name in found}
+    unique = dict.fromkeys(names)
+    others = [name for name in unique if name not in KNOWN]
+    return {name: KNOWN[name] if name in KNOWN else 5 + others.index(name) % 3 for name in unique}
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
@@ -68,11 +67,11 @@ def nice_ticks(low: float, high: float) -> list[float]:
 
 
 def rows_chart(marks: Sequence[Mark], label: str) -> str:
-    """Return one row a mark: name, a dot with its interval and its limit, text.
+    """Return a chart with one row per mark: name, a dot with its interval and limit, and text.
 
     Args:
-        marks: one a row.
-        label: what ``x`` measures, with its unit.
+        marks: one mark per row.
+        label: axis label with the unit.
     """
     left = EDGE + CHARACTER * max((len(m.name) for m in marks), default=0) + 10
     right = WIDTH - EDGE - CHARACTER * max((len(m.text) for m in marks), default=0) - 10
@@ -80,7 +79,7 @@ def rows_chart(marks: Sequence[Mark], label: str) -> str:
     limits = [mark.limit for mark in marks if mark.limit is not None]
     ends = [end for mark in marks for end in (mark.x, *(mark.interval or ()))]
     scale = _Scale([0.0, *ends, *limits], left, right)
-    parts = [scale.drawn(label, EDGE, bottom)]
+    parts = [scale.axis_svg(label, EDGE, bottom)]
     for index, mark in enumerate(marks):
         middle, colour = EDGE + ROW * (index + 0.5), f"var(--series-{mark.colour})"
         parts.append(_label(left - 10, middle + 4, mark.name, "end"))
@@ -92,18 +91,18 @@ def rows_chart(marks: Sequence[Mark], label: str) -> str:
         if mark.limit is not None:
             path = f"M{scale(mark.limit):.1f} {middle - ROW / 2 + 2:.1f}v{ROW - 4}"
             parts.append(_path(path, "var(--bad)", 2, stroke_dasharray="5 4"))
-        told = f"{mark.name}: {mark.text or _short(mark.x)}"
-        parts.append(_dot(scale(mark.x), middle, colour, told))
+        tooltip = f"{mark.name}: {mark.text or _short(mark.x)}"
+        parts.append(_dot(scale(mark.x), middle, colour, tooltip))
     return _svg(bottom + BELOW, label, parts)
 
 
 def xy_chart(series: Mapping[str, Sequence[Mark]], x_label: str, y_label: str) -> str:
-    """Return lines with a mark at every point, and a legend above them.
+    """Return a chart of lines with a mark at every point, and a legend.
 
     Args:
-        series: points in order of x by the line's name, in the colour of the first.
-        x_label: what ``x`` measures, with its unit.
-        y_label: what ``y`` measures.
+        series: points in the order of x, by line name; the line has the colour of the first.
+        x_label: label of the x axis with the unit.
+        y_label: label of the y axis with the unit.
     """
     at, top, parts = LEFT, 14.0, list[str]()
     for name, points in series.items():
@@ -119,7 +118,7 @@ def xy_chart(series: Mapping[str, Sequence[Mark]], x_label: str, y_label: str) -
     to_x = _Scale([point.x for point in every], LEFT, right)
     ends = [end for point in every for end in (point.y, *(point.interval or ()))]
     to_y = _Scale(ends, top + HEIGHT, top)
-    parts.append(to_x.drawn(x_label, top, top + HEIGHT))
+    parts.append(to_x.axis_svg(x_label, top, top + HEIGHT))
     for tick in to_y.ticks:
         parts.append(_path(f"M{LEFT:.1f} {to_y(tick):.1f}H{right:.1f}", "var(--grid)"))
         parts.append(_label(LEFT - 8, to_y(tick) + 4, _short(tick), "end", "muted"))
@@ -136,13 +135,13 @@ def xy_chart(series: Mapping[str, Sequence[Mark]], x_label: str, y_label: str) -
                 whisker = f"M{to_x(point.x):.1f} {low:.1f}V{high:.1f}"
                 parts.append(_path(whisker, colour, 1.5))
             part = f" ({point.name})" if point.name else ""
-            told = f"{name}{part}: {_short(point.y)} at {_short(point.x)}"
-            parts.append(_dot(to_x(point.x), to_y(point.y), colour, told))
+            tooltip = f"{name}{part}: {_short(point.y)} at {_short(point.x)}"
+            parts.append(_dot(to_x(point.x), to_y(point.y), colour, tooltip))
     return _svg(top + HEIGHT + BELOW, f"{y_label} against {x_label}", parts)
 
 
 class _Scale:
-    """From values to drawing units, with the ticks of the axis; from zero unless that is far."""
+    """Scale from values to drawing units, and the ticks of its axis, which starts at 0 if near."""
 
     def __init__(self, values: Sequence[float], start: float, end: float) -> None:
         low, high = min(values, default=0.0), max(values, default=1.0)
@@ -154,8 +153,8 @@ class _Scale:
         low, high = self.ticks[0], self.ticks[-1]
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
-    def drawn(self, label: str, top: float, bottom: float) -> str:
-        """Return the axis below a plot, with a line up from each tick."""
+    def axis_svg(self, label: str, top: float, bottom: float) -> str:
+        """Return the axis below a plot, with a grid line at each tick."""
         parts = [_path(f"M{self.start:.1f} {bottom:.1f}H{self.end:.1f}", "var(--axis)")]
         for tick in self.ticks:
             line = f"M{self(tick):.1f} {top:.1f}V{bottom:.1f}"
@@ -167,18 +166,18 @@ class _Scale:
 
 
 def _svg(height: float, label: str, parts: Iterable[str]) -> str:
-    given: dict[str, str | float] = {"role": "img", "aria-label": escape(label), "font-size": 12}
+    more: dict[str, str | float] = {"role": "img", "aria-label": escape(label), "font-size": 12}
     box, size = f"0 0 {WIDTH} {height:.0f}", f"{height:.0f}"
-    return _tag("svg", "".join(parts), viewBox=box, width=WIDTH, height=size, **given)
+    return _tag("svg", "".join(parts), viewBox=box, width=WIDTH, height=size, **more)
 
 
 def _path(path: str, colour: str, width: float = 1, **more: str) -> str:
     return _tag("path", d=path, stroke=colour, stroke_width=width, fill="none", **more)
 
 
-def _dot(x: float, y: float, colour: str, told: str) -> str:
+def _dot(x: float, y: float, colour: str, tooltip: str) -> str:
     ring: dict[str, str | float] = {"stroke": "var(--surface)", "stroke_width": 1.5}
-    return _tag("circle", _tag("title", escape(told)), cx=x, cy=y, r=4.5, fill=colour, **ring)
+    return _tag("circle", _tag("title", escape(tooltip)), cx=x, cy=y, r=4.5, fill=colour, **ring)
 
 
 def _label(x: float, y: float, text: str, anchor: str, colour: str = "ink") -> str:
@@ -186,13 +185,13 @@ def _label(x: float, y: float, text: str, anchor: str, colour: str = "ink") -> s
 
 
 def _tag(name: str, inside: str = "", **attributes: str | float) -> str:
-    given = [
+    texts = [
         f' {key.replace("_", "-")}="{value if isinstance(value, str) else f"{value:.6g}"}"'
         for key, value in attributes.items()
     ]
-    return f"<{name}{''.join(given)}>{inside}</{name}>"
+    return f"<{name}{''.join(texts)}>{inside}</{name}>"
 
 
 def _short(value: float) -> str:
-    """Return a short form of a number for a tick."""
+    """Return a number in short form, for ticks and tooltips."""
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:,.4g}"

@@ -1,4 +1,4 @@
-"""A document as one HTML file that needs nothing else: no network, no script, no other file."""
+"""Rendering of a document as one self-contained HTML file without scripts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from van_deploy.report import document as doc
 from van_deploy.report.document import STATE_COLOURS, TEXT_FORMATS, Block, Document
 
 FOLDER = resources.files("van_deploy.report")
-MOST_OPEN = 24  # rows of a table that has a title
+MAX_OPEN_ROWS = 24  # longer tables with a title are collapsed
 
 
 def html_from_document(document: Document) -> str:
-    """Return the document as a whole HTML page, light or dark as the reader's system is."""
+    """Return the document as an HTML page, in the light or dark mode of the reader's system."""
     anchors = {title: "-".join(re.findall(r"\w+", title.lower())) for title in document.sections}
     links = (f'<a href="#{at}">{escape(title)}</a>' for title, at in anchors.items())
     sections = (
-        f'<section id="{anchors[title]}">\n<h2>{escape(title)}</h2>\n{_drawn(blocks)}\n</section>'
+        f'<section id="{anchors[title]}">\n<h2>{escape(title)}</h2>\n{_blocks(blocks)}\n</section>'
         for title, blocks in document.sections.items()
     )
     return Template(FOLDER.joinpath("page.html").read_text(encoding="utf-8")).substitute(
@@ -31,14 +31,14 @@ def html_from_document(document: Document) -> str:
         subtitle=escape(document.subtitle),
         state=_badge(document.state),
         note=escape(document.note),
-        notices=_drawn(document.notices),
+        notices=_blocks(document.notices),
         navigation=" ".join(links),
         sections="\n".join(sections),
         footer=escape(document.footer),
     )
 
 
-def _drawn(blocks: Iterable[Block]) -> str:
+def _blocks(blocks: Iterable[Block]) -> str:
     return "\n".join(map(_block, blocks))
 
 
@@ -60,14 +60,15 @@ def _table(table: doc.Table) -> str:
     forms, title = list(table.columns.values()), escape(table.title)
     head = _row("th", list(table.columns), [form.replace("state", "") for form in forms])
     body = "\n".join(_row("td", row, forms) for row in table.rows)
-    # A verdict and a ratio are always seen.
-    folded = title and len(table.rows) > MOST_OPEN and not {"state", "ratio"}.intersection(forms)
-    caption = f"<caption>{title}</caption>" if title and not folded else ""
+    # Tables with a verdict or a ratio are never collapsed.
+    is_open = len(table.rows) <= MAX_OPEN_ROWS or {"state", "ratio"}.intersection(forms)
+    collapsed = title and not is_open
+    caption = f"<caption>{title}</caption>" if title and not collapsed else ""
     drawn = (
         f'<div class="scroll"><table>{caption}<thead>{head}</thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
-    return f"<details><summary>{title}</summary>{drawn}</details>" if folded else drawn
+    return f"<details><summary>{title}</summary>{drawn}</details>" if collapsed else drawn
 
 
 def _row(tag: str, cells: Sequence[str], forms: Sequence[str]) -> str:

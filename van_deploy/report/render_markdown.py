@@ -1,4 +1,4 @@
-"""A document as GitHub's Markdown, such as a job's summary; plots are left to their tables."""
+"""Rendering of a document as GitHub Markdown, such as a job summary, without plots."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ MARKS = {"PASS": "✅", "FAIL": "❌", "INCONCLUSIVE": "❔", "SKIPPED": "⚠️
 
 
 def markdown_from_document(document: Document, level: int = 1) -> str:
-    """Return the document; ``level`` is that of its first heading."""
+    """Return the document as Markdown; ``level`` is the level of its first heading."""
     head = "#" * level
     parts = [
-        f"{head} {_marked(document.state).split()[0]} {_plain(document.title)}",
-        _plain(document.subtitle),
-        f"**{document.state}**: {_plain(document.note)}",
-        *map(_block, document.notices),
+        f"{head} {_with_mark(document.state).split()[0]} {_escape(document.title)}",
+        _escape(document.subtitle),
+        f"**{document.state}**: {_escape(document.note)}",
+        *map(_render_block, document.notices),
     ]
     for title, blocks in document.sections.items():
-        parts += [f"{head}# {_plain(title)}", *map(_block, blocks)]
-    parts += ["---", _plain(document.footer)] if document.footer else []
+        parts += [f"{head}# {_escape(title)}", *map(_render_block, blocks)]
+    parts += ["---", _escape(document.footer)] if document.footer else []
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def markdown_table(
     columns: Iterable[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()
 ) -> str:
-    r"""Return a table; columns in ``numbers`` are set to the right.
+    r"""Return a Markdown table; columns whose indices are in ``numbers`` are right-aligned.
 
     >>> print(markdown_table(("name", "ms"), [("a|b", "1.5")], {1}))
     | name | ms |
@@ -36,33 +36,33 @@ def markdown_table(
     """
     names, right = list(columns), set(numbers)
     rule = ["---:" if index in right else "---" for index in range(len(names))]
-    lines = [names, rule, *([_plain(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    lines = [names, rule, *([_escape(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _block(block: Block) -> str:
+def _render_block(block: Block) -> str:
     if isinstance(block, Paragraph):
-        return _plain(block.text)
+        return _escape(block.text)
     if isinstance(block, Properties):
-        drawn = _marked if block.states else lambda name: f"**{_plain(name)}**"
-        lines = [f"- {drawn(name)}: {_plain(value)}" for name, value in block.pairs]
-        return "\n".join([f"**{_plain(block.title)}**\n"] * bool(block.title) + lines)
+        drawn = _with_mark if block.states else lambda name: f"**{_escape(name)}**"
+        lines = [f"- {drawn(name)}: {_escape(value)}" for name, value in block.pairs]
+        return "\n".join([f"**{_escape(block.title)}**\n"] * bool(block.title) + lines)
     if not isinstance(block, Table):
         return ""
     forms = list(block.columns.values())
     rows = [
-        [_marked(cell) if form == "state" else cell for cell, form in zip(row, forms, strict=True)]
+        [_with_mark(c) if form == "state" else c for c, form in zip(row, forms, strict=True)]
         for row in block.rows
     ]
     numbers = [index for index, form in enumerate(forms) if form not in TEXT_FORMATS]
-    table = markdown_table(map(_plain, block.columns), rows, numbers)
-    return f"{_plain(block.title)}:\n\n{table}" if block.title else table
+    table = markdown_table(map(_escape, block.columns), rows, numbers)
+    return f"{_escape(block.title)}:\n\n{table}" if block.title else table
 
 
-def _marked(state: str) -> str:
-    return f"{MARKS[state]} {state}" if state in MARKS else _plain(state)
+def _with_mark(state: str) -> str:
+    return f"{MARKS[state]} {state}" if state in MARKS else _escape(state)
 
 
-def _plain(text: str) -> str:
-    """Return text on one line that is not taken for HTML."""
+def _escape(text: str) -> str:
+    """Return text in one line, with HTML escaped."""
     return " ".join(text.split()).replace("<", "&lt;").replace(">", "&gt;")

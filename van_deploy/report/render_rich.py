@@ -1,8 +1,7 @@
-"""Blocks for a terminal. What is shown is text: nothing in it is taken for Rich's markup.
+"""Rendering of blocks in a terminal, as plain text without Rich markup.
 
-A class name, a tensor's name or a file's may hold escape sequences: a terminal that is sent them
-moves its cursor, changes its title, or worse, and Rich passes them on. :class:`HarmlessConsole`
-does not.
+Names of classes, tensors and files may contain escape sequences, which move the cursor, change the
+title, or worse, and Rich prints them. :class:`HarmlessConsole` replaces them.
 """
 
 from __future__ import annotations
@@ -19,15 +18,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from van_deploy.documents import CONTROL_CHARACTERS
-from van_deploy.report.document import (
-    STATE_COLOURS,
-    TEXT_FORMATS,
-    Block,
-    Paragraph,
-    Plot,
-    Properties,
-    Table,
-)
+from van_deploy.report import document as doc
+from van_deploy.report.document import Block, Table
 
 STYLES = {
     "good": "bold green",
@@ -36,21 +28,21 @@ STYLES = {
     "warn": "bold yellow",
     "skip": "yellow",
 }
-GAP = 2  # blanks between columns
-LEAST_TEXT = 20  # columns that a text is broken into at least
+GAP = 2  # spaces between columns
+MIN_TEXT_WIDTH = 20  # characters
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class HarmlessConsole(Console):
-    """Shows a control character as ``\N{REPLACEMENT CHARACTER}``; colours in a text are left out.
+    """Console that prints ``\N{REPLACEMENT CHARACTER}`` for each control character.
 
-    Libraries put colours into messages.
+    Colour codes, which libraries put into messages, are removed.
     """
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Yield the segments of what is printed, each without control characters."""
+        """Yield the segments without control characters."""
         for segment in super().render(renderable, options):
             if not segment.control and CONTROL_CHARACTERS.search(segment.text):
                 text = CONTROL_CHARACTERS.sub(
@@ -61,32 +53,33 @@ class HarmlessConsole(Console):
 
 
 def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
-    """Return blocks below each other, an empty line between; plots are left out.
+    """Return blocks separated by empty lines, without plots.
 
     Args:
-        blocks: what to show.
-        width: columns of the terminal. A table that does not fit becomes a list of each row.
+        blocks: blocks to render.
+        width: width of the terminal in characters. A table that is wider is rendered as one list
+            per row.
     """
-    parts = [_rich(block, width) for block in blocks if not isinstance(block, Plot)]
+    parts = [_rich(block, width) for block in blocks if not isinstance(block, doc.Plot)]
     last = len(parts) - 1
     return Group(*(Padding(part, (0, 0, i != last, 0)) for i, part in enumerate(parts)))
 
 
 def _rich(block: Block, width: int) -> RenderableType:
-    if isinstance(block, Properties):
+    if isinstance(block, doc.Properties):
         form = "state" if block.states else "dim"
         body: RenderableType = _pairs((_cell(n, form), Text(value)) for n, value in block.pairs)
     elif isinstance(block, Table):
         widths = _widths(block, width)
         body = _grid(block, widths) if widths else _records(block)
     else:
-        return Text(block.text.replace("`", "") if isinstance(block, Paragraph) else "")
+        return Text(block.text.replace("`", "") if isinstance(block, doc.Paragraph) else "")
     return Group(Text(block.title, "bold cyan"), body) if block.title else body
 
 
 def _cell(text: str, form: str) -> Text:
     if form == "state":
-        return Text(text, STYLES.get(STATE_COLOURS.get(text, ""), ""), no_wrap=True)
+        return Text(text, STYLES.get(doc.STATE_COLOURS.get(text, ""), ""), no_wrap=True)
     return Text(text, "dim" if text == "-" or form == "dim" else "")
 
 
@@ -100,25 +93,25 @@ def _pairs(rows: Iterable[tuple[Text, Text]]) -> Grid:
 
 
 def _widths(table: Table, width: int) -> list[int]:
-    """Return the width of each column; nothing where they do not fit beside each other."""
-    least, more = [], []
+    """Return the width of each column, or an empty list if the table is too wide."""
+    widths, missing = [], []
     for index, (header, form) in enumerate(table.columns.items()):
         longest = max((cell_len(row[index]) for row in table.rows), default=0)
         word = max(map(cell_len, header.split()), default=0)
-        least.append(max(word, longest if form else min(longest, LEAST_TEXT)))
-        more.append(max(longest, cell_len(header)) - least[-1])
-    spare = width - sum(least) - GAP * (len(least) - 1)
-    for index in sorted(range(len(least)), key=more.__getitem__) if spare >= 0 else ():
-        given = min(more[index], spare)
-        least[index], spare = least[index] + given, spare - given
-    return least if spare >= 0 else []
+        widths.append(max(word, longest if form else min(longest, MIN_TEXT_WIDTH)))
+        missing.append(max(longest, cell_len(header)) - widths[-1])
+    spare = width - sum(widths) - GAP * (len(widths) - 1)
+    for index in sorted(range(len(widths)), key=missing.__getitem__) if spare >= 0 else ():
+        extra = min(missing[index], spare)
+        widths[index], spare = widths[index] + extra, spare - extra
+    return widths if spare >= 0 else []
 
 
 def _grid(table: Table, widths: list[int]) -> Grid:
     padding = (0, GAP - 1, 0, 0)
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding)
     for (header, form), width in zip(table.columns.items(), widths, strict=True):
-        side: JustifyMethod = "left" if form in TEXT_FORMATS else "right"
+        side: JustifyMethod = "left" if form in doc.TEXT_FORMATS else "right"
         grid.add_column(Text(header, "bold"), justify=side, width=width, overflow="fold")
     for row in table.rows:
         grid.add_row(*map(_cell, row, table.columns.values()))
@@ -126,10 +119,10 @@ def _grid(table: Table, widths: list[int]) -> Grid:
 
 
 def _records(table: Table) -> RenderableType:
-    """Return each row as a list of its columns that say something."""
+    """Return each row as a list of its columns that are not empty."""
     records: list[RenderableType] = []
     for row in table.rows:
-        named = zip(table.columns.items(), row, strict=True)
-        said = ((_cell(n, "dim"), _cell(t, form)) for (n, form), t in named if t not in ("", "-"))
-        records.append(Padding(_pairs(said), (0, 0, len(records) + 1 < len(table.rows), 0)))
+        cells = zip(table.columns.items(), row, strict=True)
+        pairs = ((_cell(n, "dim"), _cell(t, form)) for (n, form), t in cells if t not in ("", "-"))
+        records.append(Padding(_pairs(pairs), (0, 0, len(records) + 1 < len(table.rows), 0)))
     return Group(*records)

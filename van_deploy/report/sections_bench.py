@@ -1,4 +1,4 @@
-"""A benchmark as blocks: latency, throughput, limits, and what changed since an older one."""
+"""Blocks of a benchmark: latency, throughput, roofline, and changes since an older benchmark."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 
 def bench_blocks(report: Entry) -> list[Block]:
-    """Return everything a person wants to see of a benchmark."""
-    rows = measured(report)
+    """Return the result of a benchmark."""
+    rows = timed_rows(report)
     failed = [row for row in report["rows"] if row["error"]]
     profiles = [(name, line) for name, lines in report["profiles"].items() for line in lines]
     return [
@@ -20,8 +20,8 @@ def bench_blocks(report: Entry) -> list[Block]:
             report,
             "model; CPU = machine.cpu.name; cores = machine.cpu.cores_allowed; "
             "CPU features = machine.cpu.features; GPU = machine.gpus.0.name; settings.device; "
-            "date; threads a runner = settings.threads; settings.streams; versions; images; "
-            "took s = seconds.wall .0f; timed s = seconds.timed .0f; ratios against = reference",
+            "date; threads per runner = settings.threads; settings.streams; versions; images; "
+            "duration s = seconds.wall .0f; timed s = seconds.timed .0f; reference",
         ),
         *notices("WARNING", report["warnings"]),
         *(_plots(rows) if rows else ()),
@@ -30,7 +30,7 @@ def bench_blocks(report: Entry) -> list[Block]:
             "runner = contender name; batch d; size name; p50 ms = latency.p50_ms ms; "
             "p90 ms = latency.p90_ms ms; p99 ms = latency.p99_ms ms; images/s = images_per_s ,.1f; "
             "faster (95 %) = ratio ratio; rounds number",
-            "Ratios are paired by round; rounds: quiet ones of all, * where a ratio did not settle",
+            "Ratios are paired by round; rounds: undisturbed of all, * if a ratio did not converge",
         ),
         *notices("FAIL", (f"{r['contender']} at batch {r['batch']}: {r['error']}" for r in failed)),
         *table(
@@ -51,28 +51,28 @@ def bench_blocks(report: Entry) -> list[Block]:
             "runner = contender name; batch d; size name; load s = load_s .2f; "
             "first call ms = first_call_ms ms; peak RAM = peak_rss_bytes bytes; "
             "calls = latency.calls d; CV % = latency.cv_percent .1f",
-            "Loading, memory, and unsteadiness (CV: deviation over mean of all calls)",
+            "Loading, memory, and variation (CV: standard deviation over mean of all calls)",
         ),
         *_roofline(report),
         *table(
             profiles,
             "runner = 0 name; 1.kind; 1.ms ms; % = 1.percent .1f; 1.calls .0f",
-            "Time by kind of layer at the largest batch",
+            "Time by type of layer at the largest batch",
         ),
         *notices("SKIPPED", (f"{name}: {reason}" for name, reason in report["skipped"].items())),
         *table(
-            _sized(report["changes"]),
+            _with_size(report["changes"]),
             "runner = contender name; batch d; size name; before_ms ms; after_ms ms; "
-            "ratio change % = ratio_change_percent +.1f; open % = uncertainty_percent .1f; "
-            "moved name; same_file name",
-            "Compared with the older benchmark (open: what both ratios' intervals leave open; "
-            "moved: by more than that and by more than 5 %)",
+            "ratio change % = ratio_change_percent +.1f; uncertainty % = uncertainty_percent .1f; "
+            "changed = moved name; same_file name",
+            "Compared with the older benchmark (uncertainty: of both ratios' intervals; "
+            "changed: by more than that and by more than 5 %)",
         ),
     ]
 
 
-def measured(report: Entry) -> list[dict[str, Any]]:
-    """Return the rows that were timed, each with its artifact, figures, and size if they differ."""
+def timed_rows(report: Entry) -> list[dict[str, Any]]:
+    """Return the timed rows, each with its artifact, latency, rate, and size if several."""
     return [
         {
             **row,
@@ -81,12 +81,12 @@ def measured(report: Entry) -> list[dict[str, Any]]:
             "rate": float(row["images_per_s"] or 0.0),
             "rounds": f"{row['quiet_rounds']} of {row['rounds']}{'*' * (row['settled'] is False)}",
         }
-        for row in _sized([row for row in report["rows"] if row["latency"]])
+        for row in _with_size([row for row in report["rows"] if row["latency"]])
     ]
 
 
-def _sized(rows: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Return rows with the image size as ``size`` where there are several."""
+def _with_size(rows: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return rows with the image size as ``size`` if there are several sizes."""
     sizes = [format_size(row["image_size"]) for row in rows]
     several = len(set(sizes)) > 1
     return [{**r, "size": size if several else ""} for r, size in zip(rows, sizes, strict=True)]
@@ -96,28 +96,28 @@ def _roofline(report: Entry) -> list[Block]:
     ceilings = report["ceilings"] or {"ops_per_s": {}, "bytes_per_s": 0.0}
     known, memory = ceilings["ops_per_s"].items(), ceilings["bytes_per_s"] / 1e9
     rates = "".join(f"{kind} {rate / 1e9:,.0f} G operations/s, " for kind, rate in known)
-    return _reached(report["roofline"], f"Roofline: measured {rates}memory {memory:.1f} GB/s")
+    return _limits_table(report["roofline"], f"Roofline: measured {rates}memory {memory:.1f} GB/s")
 
 
 def limits_blocks(limits: Entry) -> list[Block]:
-    """Return the limits on paper of a device that is not at hand, one line a graph and batch."""
+    """Return the theoretical limits of a device, one row per graph and batch size."""
     rows = [{**one, "rate": 1e3 * one["batch"] / one["least_ms"]} for one in limits["limits"]]
     device, source = limits["device"].upper(), limits["ceilings"]["source"]
-    return _reached(rows, f"Limits on paper of {device} ({source}); nothing here was measured")
+    return _limits_table(rows, f"Theoretical limits of {device} ({source}), not measured")
 
 
-def _reached(rows: Sequence[Entry], title: str) -> list[Block]:
+def _limits_table(rows: Sequence[Entry], title: str) -> list[Block]:
     return table(
-        _sized(rows),
+        _with_size(rows),
         "runner = contender name; precision name; batch d; size name; operations count; "
-        "least ms = least_ms ms; most images/s = rate ,.0f; limit = bound name; "
-        "reached % = percent_of_limit .0f; ms without fusion = unfused_ms ms",
+        "minimum ms = least_ms ms; maximum images/s = rate ,.0f; limit = bound name; "
+        "% of limit = percent_of_limit .0f; ms without fusion = unfused_ms ms",
         title,
     )
 
 
 def _plots(rows: Sequence[Entry]) -> list[Block]:
-    """Return latency at the smallest batch, and latency against batch where there are several."""
+    """Return latency at the smallest batch, and latency against batch if there are several."""
     rows = [row for row in rows if row["image_size"] == rows[0]["image_size"]]
     batches = sorted({row["batch"] for row in rows})
     colour = colours(row["artifact"] for row in rows)
@@ -129,26 +129,26 @@ def _plots(rows: Sequence[Entry]) -> list[Block]:
     caption = f"Latency at batch {batches[0]}: median, whisker to the 99th percentile."
     blocks: list[Block] = [Plot(rows_chart(marks, "latency (ms)"), caption)]
     lines = {}
-    for artifact, fast in fastest_runners(rows).items():
+    for artifact, fast in _fastest_runners(rows).items():
         same = [row for row in rows if row["contender"] == fast["contender"]]
         points = [Mark("", row["batch"], row["p50"], colour=colour[artifact]) for row in same]
         lines[fast["contender"]] = sorted(points, key=lambda point: point.x)
     svg = xy_chart(lines, "batch", "latency, median (ms)")
-    against = Plot(svg, "Latency of one call against batch: each artifact by its fastest runner.")
-    return [*blocks, *[against] * (len(batches) > 1)]
+    caption = "Latency of one call against batch: each artifact with its fastest runner."
+    return [*blocks, *[Plot(svg, caption)] * (len(batches) > 1)]
 
 
-def fastest_runners(rows: Sequence[Entry]) -> dict[str, Entry]:
-    """Return each artifact's row of most images a second at the largest batch, fastest first."""
-    batch, found = max((row["batch"] for row in rows), default=0), dict[str, Entry]()
+def _fastest_runners(rows: Sequence[Entry]) -> dict[str, Entry]:
+    """Return each artifact's row with the highest rate at the largest batch, fastest first."""
+    batch, fastest = max((row["batch"] for row in rows), default=0), dict[str, Entry]()
     for row in sorted((row for row in rows if row["batch"] == batch), key=lambda r: -r["rate"]):
-        found.setdefault(row["artifact"], row)
-    return found
+        fastest.setdefault(row["artifact"], row)
+    return fastest
 
 
 def tradeoff_plots(accuracies: Mapping[str, Entry], report: Entry) -> list[Block]:
-    """Return throughput against accuracy, of the artifacts that have both."""
-    best, colour, series = fastest_runners(measured(report)), colours(accuracies), {}
+    """Return a plot of throughput against accuracy, for artifacts with both."""
+    best, colour, series = _fastest_runners(timed_rows(report)), colours(accuracies), {}
     both = [{**accuracies[name], **best[name]} for name in accuracies if name in best]
     for row in both:
         ends, own = [100 * end for end in row["top1_interval"]], colour[row["artifact"]]
@@ -156,5 +156,5 @@ def tradeoff_plots(accuracies: Mapping[str, Entry], report: Entry) -> list[Block
         series[row["contender"]] = [point]
     batch = max((row["batch"] for row in both), default=0)
     svg = xy_chart(series, f"images/s at batch {batch}", "top-1 (%)")
-    words = "each artifact by its fastest runner here; the whiskers are 95 % intervals"
-    return [Plot(svg, f"Throughput against accuracy: {words}.")] * bool(both)
+    caption = "each artifact with its fastest runner; the whiskers are 95 % intervals"
+    return [Plot(svg, f"Throughput against accuracy: {caption}.")] * bool(both)

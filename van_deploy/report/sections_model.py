@@ -1,4 +1,4 @@
-"""What networks, bundles, ONNX files, engines and machines are, as blocks."""
+"""Blocks that describe networks, bundles, ONNX files, engines and machines."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from van_deploy.report import document as doc
-from van_deploy.report import sections_checks as judged
 from van_deploy.report.document import Block, Entry, checks_table, notices, properties, table
+from van_deploy.report.sections_checks import evaluate_blocks, quantize_blocks, verify_blocks
 
 BATCHES = "batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
-MOST_LAYERS = 200
-MOST_PROBLEMS = 20  # told one by one; --json has them all
+MAX_LAYERS = 200
+MAX_PROBLEMS = 20  # in the text; --json has all
 HUB_OWNER = "Visual-Attention-Network"
 
 
-def model_facts(manifest: Entry) -> list[Block]:
-    """Return what the network is, where its weights come from, and the batches it is made for."""
+def model_properties(manifest: Entry) -> list[Block]:
+    """Return the architecture, the source of the weights, and the batch and image sizes."""
     return properties(
         manifest,
         "model = name; weights = weights.path; weights.format; weights.seed; weights.sha256; "
@@ -27,8 +27,8 @@ def model_facts(manifest: Entry) -> list[Block]:
     )
 
 
-def preprocessing_facts(values: Entry) -> list[Block]:
-    """Return what an image goes through before the network."""
+def preprocessing_properties(values: Entry) -> list[Block]:
+    """Return the preprocessing of images."""
     return properties(
         values,
         "image_size size; resized to = resize_size size; resized side = crop_mode; "
@@ -37,42 +37,42 @@ def preprocessing_facts(values: Entry) -> list[Block]:
     )
 
 
-def proof_rows(checks: Entry) -> Iterator[tuple[str | bool, str, str]]:
+def export_check_rows(checks: Entry) -> Iterator[tuple[str | bool, str, str]]:
     """Yield outcome, name and measurement of rewriting, simplification and agreement."""
     if fold := checks.get("fold"):
-        said = (
+        message = (
             "{batchnorms_folded} BatchNorms folded, {batchnorms_left} left; {layer_scales_folded} "
-            "layer scales folded, {multiplies_kept} multiplies kept; float64 relative error "
+            "layer scales folded, {multiplies_kept} multiplies left; float64 relative error "
         ).format(**fold)
-        error, most = float(fold["relative_error_float64"]), fold["tolerance"]
-        yield fold["passed"], "rewriting", f"{said}{error:.1e} (at most {most:.0e})"
-    if simple := checks.get("simplify"):
-        error = simple["relative_error"]
-        said = "{nodes_before} nodes to {nodes_after}: {reason}".format(**simple)
-        said += f" (removed {doc.format_value(simple['removed'], '')})" * bool(simple["removed"])
-        said += "" if error is None else f", relative error {float(error):.1e}"
-        state = "SKIPPED" if error is None else "PASS" if simple["changed"] else "KEPT"
-        yield state, "simplification", said
+        error, limit = float(fold["relative_error_float64"]), fold["tolerance"]
+        yield fold["passed"], "rewriting", f"{message}{error:.1e} (at most {limit:.0e})"
+    if simplify := checks.get("simplify"):
+        error = simplify["relative_error"]
+        message = "{nodes_before} nodes to {nodes_after}: {reason}".format(**simplify)
+        if removed := simplify["removed"]:
+            message += f" (removed {doc.format_value(removed, '')})"
+        message += "" if error is None else f", relative error {float(error):.1e}"
+        state = "SKIPPED" if error is None else "PASS" if simplify["changed"] else "KEPT"
+        yield state, "simplification", message
     if agreement := checks.get("agreement"):
         levels = (float(b["sqnr_db"]) for b in agreement["batches"] if b["sqnr_db"] is not None)
-        least = min(levels, default=float("nan"))
-        said = f"at least {least:.1f} dB at {_batches(agreement)}: ONNX Runtime against"
-        images = agreement["images"]
-        yield agreement["outcome"], "FP32 agreement", f"{said} PyTorch in float64; {images}"
+        minimum, images = min(levels, default=float("nan")), agreement["images"]
+        message = f"at least {minimum:.1f} dB at {_batches_text(agreement)}: ONNX Runtime against"
+        yield agreement["outcome"], "FP32 agreement", f"{message} PyTorch in float64; {images}"
     for name, embedded in checks.items():
         if name.startswith("embedded "):
-            most = max(row["difference"] for row in embedded["batches"])
-            allowed = f"(at most {embedded['limit']:.0e}) from {embedded['base']}"
-            said = f"relative difference {most:.1e} {allowed}, at {_batches(embedded)}"
-            yield "PASS", name, said
+            difference = max(row["difference"] for row in embedded["batches"])
+            limit = f"(at most {embedded['limit']:.0e}) from {embedded['base']}"
+            at = _batches_text(embedded)
+            yield "PASS", name, f"relative difference {difference:.1e} {limit}, at {at}"
 
 
-def _batches(agreement: Entry) -> str:
+def _batches_text(agreement: Entry) -> str:
     return f"batch {doc.join_values((row['batch'] for row in agreement['batches']), ', ')}"
 
 
 def artifacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
-    """Return one line an artifact, with its bytes from ``sizes``."""
+    """Return a table of the artifacts; ``sizes`` has their sizes in bytes."""
     rows = [
         {**e, "name": name, "size": sizes.get(name), "sha256": e["files"][e["file"]][:12]}
         for name, e in manifest["artifacts"].items()
@@ -85,7 +85,7 @@ def artifacts_table(manifest: Entry, sizes: Mapping[str, int]) -> list[Block]:
 
 
 def graph_blocks(artifacts: Entry) -> list[Block]:
-    """Return how many operators of each kind every ONNX file has."""
+    """Return the number of operators of each type in every ONNX file."""
     counts = {n: e["graph"]["operators"] for n, e in artifacts.items() if e["graph"]}
     kinds = dict.fromkeys(kind for own in counts.values() for kind in own)
     rows = [(kind, *(own.get(kind) for own in counts.values())) for kind in kinds]
@@ -93,77 +93,77 @@ def graph_blocks(artifacts: Entry) -> list[Block]:
     return table(rows, f"operator = 0 name{columns}")
 
 
-def export_blocks(done: Entry) -> list[Block]:
-    """Return what was exported, and every precision that was made of it."""
-    result, manifest = done["export"], done["manifest"]
-    took = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
-    made, checks = "Reused" if result["reused"] else "Wrote", manifest["checks"]
+def export_blocks(report: Entry) -> list[Block]:
+    """Return the result of an export, and of the precisions created with it."""
+    result, manifest = report["export"], report["manifest"]
+    duration = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
+    verb, checks = "Reused" if result["reused"] else "Wrote", manifest["checks"]
     return [
-        *model_facts(manifest),
-        *preprocessing_facts(manifest["preprocessing"]),
-        *checks_table(proof_rows(checks)),
+        *model_properties(manifest),
+        *preprocessing_properties(manifest["preprocessing"]),
+        *checks_table(export_check_rows(checks)),
         *table(checks["agreement"]["batches"], f"verdict = outcome state; {BATCHES}"),
         *artifacts_table(manifest, {}),
-        doc.Paragraph(f"{made} the bundle {result['bundle']}{took} ({result['reason']})."),
-        *(block for other in done["precisions"] for block in judged.quantize_blocks(other)),
+        doc.Paragraph(f"{verb} the bundle {result['bundle']}{duration} ({result['reason']})."),
+        *(block for quantized in report["precisions"] for block in quantize_blocks(quantized)),
     ]
 
 
-def run_blocks(done: Entry) -> list[Block]:
-    """Return everything a run made, and the verdicts of its gates."""
-    failed = " It does not hold its gate; `van-deploy quantize` tells why."
-    lines = [f"Exported: {done['export']['reason']}."]
+def run_blocks(report: Entry) -> list[Block]:
+    """Return the artifacts of a run, and the verdicts of its gates."""
+    failed = " It does not pass its gate; `van-deploy quantize` shows the reason."
+    lines = [f"Exported: {report['export']['reason']}."]
     lines += [
-        f"{made['artifact']}: {made['reason']}.{failed * (not made['passed'])}"
-        for made in done["made"]
+        f"{artifact['artifact']}: {artifact['reason']}.{failed * (not artifact['passed'])}"
+        for artifact in report["made"]
     ]
     return [
         *map(doc.Paragraph, lines),
-        *judged.verify_blocks(done["verify"], (done["evaluate"] or {}).get("class_names")),
-        *(judged.evaluate_blocks(done["evaluate"]) if done["evaluate"] else ()),
-        doc.Paragraph(f"The bundle is {done['bundle']}."),
+        *verify_blocks(report["verify"], (report["evaluate"] or {}).get("class_names")),
+        *(evaluate_blocks(report["evaluate"]) if report["evaluate"] else ()),
+        doc.Paragraph(f"The bundle is {report['bundle']}."),
     ]
 
 
-def info_blocks(described: Entry) -> list[Block]:
-    """Return one model, checkpoint or bundle in full."""
-    if described["kind"] != "bundle":
-        places = (
+def info_blocks(info: Entry) -> list[Block]:
+    """Return the description of a model, checkpoint or bundle."""
+    if info["kind"] != "bundle":
+        columns = (
             "model = name; variant; widths = architecture.embed_dims; architecture.depths; "
             "MLP ratios = architecture.mlp_ratios; kernels = architecture.lka_kernels; "
             "dilation = lka_dilation; classes = architecture.num_classes; parameters ,d; "
             "multiply-adds = multiply_adds count; at pixels = multiply_adds_at; "
-            "top-1 % (published) = top1_percent; weights; about them = weights_note; "
+            "top-1 % (published) = top1_percent; weights; note on weights = weights_note; "
             "on this machine = here; weights file = source.path; source.format; "
-            "under = source.container; source.sha256; class_names"
+            "key in checkpoint = source.container; source.sha256; class_names"
         )
-        notes = (described.get("source") or {"notes": ()})["notes"]
-        preprocessing = preprocessing_facts(described["preprocessing"])
-        return [*properties(described, places), *preprocessing, *notices("NOTE", notes)]
-    manifest, problems = described["manifest"], described["problems"]
-    said = doc.limit_lines(problems, MOST_PROBLEMS) or ["every file is the manifest's"]
+        notes = (info.get("source") or {"notes": ()})["notes"]
+        preprocessing = preprocessing_properties(info["preprocessing"])
+        return [*properties(info, columns), *preprocessing, *notices("NOTE", notes)]
+    manifest, problems = info["manifest"], info["problems"]
+    messages = doc.limit_lines(problems, MAX_PROBLEMS) or ["all files match the manifest"]
     return [
-        *doc.key_values({"bundle": described["path"], "written": manifest["written"]}),
-        *model_facts(manifest),
-        *preprocessing_facts(manifest["preprocessing"]),
-        *checks_table(proof_rows(manifest["checks"])),
-        *artifacts_table(manifest, described["sizes"]),
-        *notices("FAIL" if problems else "PASS", said),
+        *doc.key_values({"bundle": info["path"], "written": manifest["written"]}),
+        *model_properties(manifest),
+        *preprocessing_properties(manifest["preprocessing"]),
+        *checks_table(export_check_rows(manifest["checks"])),
+        *artifacts_table(manifest, info["sizes"]),
+        *notices("FAIL" if problems else "PASS", messages),
         *notices("NOTE", manifest["weights"]["notes"]),
         *doc.key_values(manifest["versions"], "Made with"),
     ]
 
 
 def list_blocks(variants: Sequence[Entry]) -> list[Block]:
-    """Return one line a variant, and remarks on them and on the columns."""
+    """Return a table of the variants, and remarks on the variants and columns."""
     rows, weights = [], {None: "see below", "embedded": "in this package"}
     for item in variants:
-        place = str(item["weights"]).removeprefix(f"{HUB_OWNER}/")
+        repository = str(item["weights"]).removeprefix(f"{HUB_OWNER}/")
         here = "YES" if item["here"] else None
-        rows.append({**item, "here": here, "weights": weights.get(item["weights"], place)})
+        rows.append({**item, "here": here, "weights": weights.get(item["weights"], repository)})
     remarks = {
         **{item["name"]: item["note"] for item in variants},
-        "mult-adds": "multiply-adds of one square image with sides of so many pixels",
+        "mult-adds": "multiply-adds of one square image with sides of px pixels",
         "top-1": f"{variants[0]['top1_on']}, as published; van_digits: {variants[-1]['top1_on']}",
         "weights": f"files in repositories of https://huggingface.co/{HUB_OWNER}",
         "licence": "The public weights are Apache-2.0; their authors add: "
@@ -177,14 +177,14 @@ def list_blocks(variants: Sequence[Entry]) -> list[Block]:
 
 
 def predictions_blocks(predictions: Entry) -> list[Block]:
-    """Return one line an image: its classes, or why it could not be read."""
+    """Return a table of the images with their top classes, or the reason of a failure."""
     rows = []
-    for answer in predictions["predictions"]:
-        first, *others = answer["top"] or [None]
-        then = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in others)
-        state = "FAIL" if answer["error"] else None
-        rows.append((state, answer["source"], first, answer["error"] or then))
-    columns = "verdict = 0 state; image = 1; class = 2.name name; 2.probability .1%; then = 3"
+    for prediction in predictions["predictions"]:
+        first, *others = prediction["top"] or [None]
+        text = ", ".join(f"{c['name']} {c['probability']:.1%}" for c in others)
+        state = "FAIL" if prediction["error"] else None
+        rows.append((state, prediction["source"], first, prediction["error"] or text))
+    columns = "verdict = 0 state; image = 1; class = 2.name name; 2.probability .1%; next = 3"
     return table(rows, columns)
 
 
@@ -192,12 +192,14 @@ def predictions_blocks(predictions: Entry) -> list[Block]:
 
 
 def inspect_blocks(descriptions: Sequence[Entry]) -> list[Block]:
-    """Return what is in each artifact."""
-    blocks = (_onnx(one) if one["kind"] == "onnx" else _built(one) for one in descriptions)
-    return [block for each in blocks for block in each]
+    """Return the description of each artifact."""
+    blocks = list[Block]()
+    for one in descriptions:
+        blocks += _onnx_blocks(one) if one["kind"] == "onnx" else _engine_blocks(one)
+    return blocks
 
 
-def _onnx(one: Entry) -> list[Block]:
+def _onnx_blocks(one: Entry) -> list[Block]:
     graph, named = one["graph"], {}
     for way in ("inputs", "outputs"):
         named[way] = [{"name": name, **tensor} for name, tensor in graph[way].items()]
@@ -207,15 +209,15 @@ def _onnx(one: Entry) -> list[Block]:
             "file; size = bytes bytes; written by = producer; graph.opset; "
             "IR version = graph.ir_version; weights in = external_files",
         ),
-        *_tensors(named),
+        *_tensors_table(named),
         *table(one["weights"].items(), "weights = 0 name; 1.values ,d; size = 1.bytes bytes"),
         *table([*graph["operators"].items(), ("all", graph["nodes"])], "operator = 0; nodes = 1 d"),
         *doc.key_values(one["metadata"], "Metadata"),
     ]
 
 
-def _tensors(named: Entry) -> list[Block]:
-    """Return a row each of ``inputs`` and ``outputs``; a free length is ``N``."""
+def _tensors_table(named: Entry) -> list[Block]:
+    """Return a table of ``inputs`` and ``outputs``; a dynamic length is ``N``."""
     rows = [
         {**tensor, "tensor": way[:-1], "shape": ["N" if n == -1 else n for n in tensor["shape"]]}
         for way in ("inputs", "outputs")
@@ -224,15 +226,15 @@ def _tensors(named: Entry) -> list[Block]:
     return table(rows, "tensor name; name name; type = dtype name; shape")
 
 
-def _built(one: Entry) -> list[Block]:
-    """Return what an engine or a package is, whether it runs here, and its layers if known."""
+def _engine_blocks(one: Entry) -> list[Block]:
+    """Return the facts of an engine or a package, whether it runs here, and its layers."""
     file = "file; size = plan_bytes bytes; sha256 = plan_sha256"
     sidecar, layers = one["sidecar"], one.get("layers") or ()
-    said = f"{len(layers)} layers"
-    shown = table(layers[:MOST_LAYERS], "layer = name; kind name; precision name; nodes", said)
+    columns, title = "layer = name; kind name; precision name; nodes", f"{len(layers)} layers"
+    layer_table = table(layers[:MAX_LAYERS], columns, title)
     if sidecar is None:
-        unknown = notices("WARNING", ["it has no sidecar: nothing says where this plan is from"])
-        return [*properties(one, file), *unknown, *shown]
+        warning = notices("WARNING", ["it has no sidecar: the origin of this plan is unknown"])
+        return [*properties(one, file), *warning, *layer_table]
     off = (None, False, "none")
     options = {key: v for key, v in sidecar.get("options", {}).items() if v not in off}
     build = {**one, **sidecar, "options": options, "log": one.get("log")}
@@ -241,15 +243,15 @@ def _built(one: Entry) -> list[Block]:
         problems = "; ".join(obstacle["problem"] for obstacle in one["obstacles"])
         remedies = dict.fromkeys(obstacle["remedy"] for obstacle in one["obstacles"])
         here = f"runs here: {problems}. {' '.join(remedies)}"
-    gone = "only the engine's own GPU can load it and name them" * bool(one["obstacles"])
-    reason = (gone or one["layers_skipped"]) if "layers_skipped" in one else ""
+    obstacle = "only the engine's own GPU can load it and list them" * bool(one["obstacles"])
+    reason = (obstacle or one["layers_skipped"]) if "layers_skipped" in one else ""
     return [
         *properties(
             one,
             f"name = sidecar.name; {file}; size = sidecar.file_bytes bytes; "
-            "sha256 = sidecar.file_sha256; made from = sidecar.onnx_file; "
-            "of sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
-            "version = sidecar.backend_version; by PyTorch = sidecar.torch; CUDA = sidecar.cuda",
+            "sha256 = sidecar.file_sha256; built from = sidecar.onnx_file; "
+            "ONNX sha256 = sidecar.onnx_sha256; sidecar.precision; sidecar.backend; "
+            "version = sidecar.backend_version; PyTorch = sidecar.torch; CUDA = sidecar.cuda",
         ),
         *properties(
             sidecar,
@@ -257,31 +259,30 @@ def _built(one: Entry) -> list[Block]:
             "input = input_shape; memory on the GPU = device_memory",
             "Serves",
         ),
-        *_tensors(sidecar),
+        *_tensors_table(sidecar),
         *properties(
             {**build, "notes": "\n".join(one.get("build_notes", ()))},
             "parsed in s = parse_seconds .1f; built in s = build_seconds .1f; "
             "peak memory = peak_memory_bytes bytes; parser's layers = parser_layers; "
-            "on = built_on; options; max_autotune; tf32; warnings; log; from the log = notes",
+            "built on = built_on; options; max_autotune; tf32; warnings; log; log messages = notes",
             "Build",
         ),
         *notices("NO" if one["obstacles"] else "YES", [here]),
-        *(shown or notices("SKIPPED", [f"layers: {reason}"] * bool(reason))),
+        *(layer_table or notices("SKIPPED", [f"layers: {reason}"] * bool(reason))),
     ]
 
 
 def build_blocks(report: Entry) -> list[Block]:
-    """Return one line an engine, below it why any failed, and what was tuned before them."""
-    words = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
-    rows, failed = [], []
-    has_several_bundles = len({one["cell"]["bundle"] for one in report["outcomes"]}) > 1
+    """Return the tuning candidates, a table of the engines, and the failures."""
+    states = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
+    rows, failed, bundles = [], [], {one["cell"]["bundle"] for one in report["outcomes"]}
     for one in report["outcomes"]:
-        made, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
-        size = made.get("plan_bytes", made.get("file_bytes"))
-        batch = made["options"]["profiles"] if one["sidecar"] else made.get("batch")
-        row = {"state": words[one["outcome"]], "name": one["engine"] or name}
-        bundle = one["cell"]["bundle"] if has_several_bundles else None
-        rows.append({**made, **row, "bundle": bundle, "size": size, "batch": batch})
+        record, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
+        size = record.get("plan_bytes", record.get("file_bytes"))
+        batch = record["options"]["profiles"] if one["sidecar"] else record.get("batch")
+        row = {"state": states[one["outcome"]], "name": one["engine"] or name}
+        bundle = one["cell"]["bundle"] if len(bundles) > 1 else None
+        rows.append({**record, **row, "bundle": bundle, "size": size, "batch": batch})
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
@@ -292,7 +293,7 @@ def build_blocks(report: Entry) -> list[Block]:
         *table(
             tuned,
             "state state; candidate; batch d; ms = latency_ms .3f; images/s = images_per_s .0f; "
-            "SQNR dB ↑ = sqnr_db .1f; why not = error",
+            "SQNR dB ↑ = sqnr_db .1f; reason = error",
         ),
         *table(
             rows,
@@ -304,13 +305,13 @@ def build_blocks(report: Entry) -> list[Block]:
 
 
 def cell_name(cell: Entry) -> str:
-    """Return what an engine that has no name yet is called."""
+    """Return a name for an engine that is not built yet."""
     bundle = cell["bundle"].rstrip("/").rpartition("/")[2]
     return f"{bundle} {cell['precision']} {'+'.join(cell['targets'])}"
 
 
 def environment_blocks(environment: Entry) -> list[Block]:
-    """Return the machine, the packages, what can be done here, and what clashes."""
+    """Return the machine, its GPUs and packages, the available tasks, and version conflicts."""
     from packaging.utils import canonicalize_name
 
     from van_deploy.environment.packages import pip_command
@@ -324,7 +325,7 @@ def environment_blocks(environment: Entry) -> list[Block]:
         run = fault or f"{pip_command()} install {item['install']}"
         packages.append({**item, "state": state, "version": version, "run": run})
     tasks = environment["abilities"].items()
-    able = [("NO" if lack else "YES", task, lack) for task, lack in tasks]
+    rows = [("NO" if obstacle else "YES", task, obstacle) for task, obstacle in tasks]
     return [
         *properties(
             environment,
@@ -339,8 +340,8 @@ def environment_blocks(environment: Entry) -> list[Block]:
             driver["gpus"],
             "GPU = name name; compute_capability dotted; memory = memory_bytes bytes",
         ),
-        *table(packages, "state state; package = name name; version name; is there for = enables"),
-        *table(able, "here = 0 state; task = 1 name; because = 2.problem"),
-        *table((one for one in packages if one["state"] != "OK"), "to have = name name; run"),
+        *table(packages, "state state; package = name name; version name; needed for = enables"),
+        *table(rows, "available = 0 state; task = 1 name; reason = 2.problem"),
+        *table((one for one in packages if one["state"] != "OK"), "missing = name name; run"),
         *notices("WARNING", (f"{c['problem']}.\n{c['remedy']}" for c in environment["clashes"])),
     ]

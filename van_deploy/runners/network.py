@@ -106,11 +106,6 @@ def require_classifier(bundle: Bundle, command: str) -> None:
         )
 
 
-def onnx_artifacts(bundle: Bundle) -> list[str]:
-    """Return the names of the artifacts that ONNX Runtime runs, in the bundle's order."""
-    return [n for n, item in bundle.artifacts.items() if item.kind not in ("engine", "package")]
-
-
 class Network:
     """Inference with one artifact or the original network. Open it with ``with``.
 

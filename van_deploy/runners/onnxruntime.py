@@ -162,10 +162,9 @@ class OnnxRuntimeRunner(Runner):
             preload_cuda_libraries(ort)
             options.log_severity_level = 4  # errors are also raised as exceptions
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            cuda = asdict(self.options)
-            cuda["enable_cuda_graph"] = cuda.pop("cuda_graph")
+            cuda = asdict(self.options) | {"cudnn_conv_use_max_workspace": True}
             cuda |= {"device_id": self._cuda.device, "user_compute_stream": self._stream}
-            cuda["cudnn_conv_use_max_workspace"] = True
+            cuda["enable_cuda_graph"] = cuda.pop("cuda_graph")
             texts = {k: str(int(v) if isinstance(v, bool) else v) for k, v in cuda.items()}
             providers = [(CUDA, texts)]
         try:
@@ -180,14 +179,11 @@ class OnnxRuntimeRunner(Runner):
                 ) from error
             name = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
             raise _project_error(f"cannot load {name}", error) from error
-        stack.callback(self._close_session)  # before the stream is destroyed
+        stack.callback(self.__dict__.pop, "_session")  # before the stream is destroyed
+        if self.profile_folder is not None:
+            stack.callback(self._session.end_profiling)
         self._graph_count, self._batches = 0, dict[int, DeviceBatch]()
         self._batch_stack = stack.enter_context(ExitStack())  # closed first
-
-    def _close_session(self) -> None:
-        if self.profile_folder is not None:
-            self._session.end_profiling()
-        del self._session
 
     def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
         """Return every output by name, for a batch in the graph's own input type.

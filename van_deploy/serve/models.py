@@ -37,13 +37,13 @@ QUEUE_FULL = "The queue is full: the server has more images than it can process.
 SECONDS = {"buckets": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)}
 ROWS = {"buckets": (1, 2, 4, 8, 16, 32, 64, 128)}
 METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "requests": ("Counter", "Requests answered", "route model status", {}),
-    "request_seconds": ("Histogram", "To answer", "route model", SECONDS),
-    "queue_seconds": ("Histogram", "Waiting for a batch", "model", SECONDS),
-    "queued_images": ("Gauge", "Images in the server", "model", {}),
-    "batch_rows": ("Histogram", "Images in a batch", "model", ROWS),
-    "infer_seconds": ("Histogram", "Running a batch", "model", SECONDS),
-    "infer_cpu_seconds": ("Counter", "Processor time of running batches", "model", {}),
+    "requests": ("Counter", "HTTP requests", "route model status", {}),
+    "request_seconds": ("Histogram", "Seconds per request", "route model", SECONDS),
+    "queue_seconds": ("Histogram", "Seconds in the queue", "model", SECONDS),
+    "queued_images": ("Gauge", "Images queued or running", "model", {}),
+    "batch_rows": ("Histogram", "Images per batch", "model", ROWS),
+    "infer_seconds": ("Histogram", "Seconds per batch", "model", SECONDS),
+    "infer_cpu_seconds": ("Counter", "CPU seconds of batches", "model", {}),
 }
 
 

@@ -131,15 +131,11 @@ def _select_release(models: Sequence[TritonModel], requested: str) -> tuple[str,
     message, accepted = "", {True, None} if requested else {True}
     for release in [requested] if requested else triton.releases()["releases"]:
         findings = [triton.check_release(release, model) for model in models]
-        failed = [
-            (m, f) for m, f in zip(models, findings, strict=True) if f.outcome not in accepted
-        ]
-        if not failed:
+        rejected = next((one for one in findings if one.outcome not in accepted), None)
+        if rejected is None:
             return str(release), findings
-        model, finding = failed[0]
-        message = message or (
-            f"Triton {release} is not known to load '{model.name}': {finding.detail}."
-        )
+        name = rejected.name.removesuffix(": release")
+        message = message or f"Triton {release} is not known to load '{name}': {rejected.detail}."
     raise UsageError(
         message,
         f"Choose another --triton-release (NVIDIA lists their contents: {MATRIX}), or use "
@@ -197,7 +193,7 @@ def _write_package(
         if names:
             (folder / triton.LABELS_FILE).write_text("\n".join(names) + "\n", encoding="utf-8")
         if in_python:
-            (version / "model.py").write_text(render_template("model.py.txt", {}), encoding="utf-8")
+            (version / "model.py").write_text(fill_template("model.py.txt", {}), encoding="utf-8")
             if not (output / "models" / archive).exists():
                 write_environment(output / "models" / archive, python)
         environment = f"$$TRITON_MODEL_DIRECTORY/../{archive}" if in_python else ""
@@ -219,7 +215,7 @@ def _write_package(
     compatible = any(options.version_compatible for options in plans)
     flags = ["gpu" if settings.gpu or plans else "cpu", *["compatible"] * compatible]
     for file in ("compose.yaml", "kubernetes.yaml", "kserve.yaml"):
-        (output / file).write_text(render_template(file, values, flags), encoding="utf-8")
+        (output / file).write_text(fill_template(file, values, flags), encoding="utf-8")
     if network.preprocessing.channels in {1, 3, 4} and network.outputs[0].name == "logits":
         (output / "client.py").write_text(render_client(models[0]), encoding="utf-8")
 
@@ -241,12 +237,10 @@ def render_client(model: TritonModel) -> str:
     }
     activation = ACTIVATIONS.get(network.task, "sigmoid")
     flags = [network.embedding, activation, preprocessing.crop_mode, preprocessing.crop_rounding]
-    return render_template("client.py.txt", values, flags)
+    return fill_template("client.py.txt", values, flags)
 
 
-def render_template(
-    template: str, values: Mapping[str, object], flags: Collection[str] = ()
-) -> str:
+def fill_template(template: str, values: Mapping[str, object], flags: Collection[str] = ()) -> str:
     """Return a file of ``templates/`` with its values filled in.
 
     A line that ends in ``#if FLAG...`` is kept if one of the flags is set; the marker is removed.
@@ -299,7 +293,7 @@ def write_environment(archive: Path, python: str) -> None:
         (root / "bin").mkdir()
         (root / "bin/python3").symlink_to(INTERPRETER)
         for name, target in (("activate.txt", "bin/activate"), ("pyvenv.cfg", "pyvenv.cfg")):
-            (root / target).write_text(render_template(name, {}), encoding="utf-8")
+            (root / target).write_text(fill_template(name, {}), encoding="utf-8")
         with tarfile.open(archive, "w:gz", compresslevel=6) as tar:
             tar.add(root, ".", filter=_normalise_entry)
 

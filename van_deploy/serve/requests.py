@@ -324,19 +324,15 @@ class InferRequest(OpenSchema):
 
 
 def parse_request(
-    body: bytes,
-    json_length: int,
-    model_input: TensorSpec,
-    model_outputs: Sequence[TensorSpec],
-    max_batch: int,
+    body: bytes, json_length: int, spec: TensorSpec, outputs: Sequence[TensorSpec], max_batch: int
 ) -> tuple[Values, InferRequest]:
     """Return the input rows of a request in the model's type, and the rest of the request.
 
     Args:
         body: JSON, followed by binary tensors if there are any.
         json_length: bytes of the JSON.
-        model_input: the model's input.
-        model_outputs: the model's outputs.
+        spec: the model's input.
+        outputs: the model's outputs.
         max_batch: largest number of rows.
 
     Raises:
@@ -349,15 +345,15 @@ def parse_request(
     except ValueError as error:
         raise RequestError(f"The request is not JSON: {error}.") from None
     request = validate(InferRequest, document, where="The request", error=RequestError)
-    if [entry.name for entry in request.inputs] != [model_input.name]:
-        raise RequestError(f"Send exactly one input, '{model_input.name}'.")
-    names = [output.name for output in model_outputs]
+    if [entry.name for entry in request.inputs] != [spec.name]:
+        raise RequestError(f"Send exactly one input, '{spec.name}'.")
+    names = [output.name for output in outputs]
     if unknown := [output.name for output in request.outputs if output.name not in names]:
         text = f"There is no output {unknown[0][:99]!r}; the model has {', '.join(names)}."
         raise RequestError(text)
-    outputs = request.outputs or tuple(_Output(name=name) for name in names)
-    rows = _read_tensor(request.inputs[0], memoryview(body)[json_length:], model_input, max_batch)
-    return rows, request.model_copy(update={"inputs": (), "outputs": outputs})
+    requested = request.outputs or tuple(_Output(name=name) for name in names)
+    rows = _read_tensor(request.inputs[0], memoryview(body)[json_length:], spec, max_batch)
+    return rows, request.model_copy(update={"inputs": (), "outputs": requested})
 
 
 def encode_response(

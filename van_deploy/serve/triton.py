@@ -23,7 +23,7 @@ from van_deploy.config import TritonSettings
 from van_deploy.documents import read_toml_file
 from van_deploy.engine.sidecar import Sidecar, load_sidecar
 from van_deploy.errors import InputError, UsageError
-from van_deploy.runners.network import Network, onnx_artifacts
+from van_deploy.runners.network import Network
 
 # NumPy's and the v2 protocol's names of types; ``config.pbtxt`` adds the prefix ``TYPE_``.
 DATATYPES = {"float32": "FP32", "float16": "FP16", "uint8": "UINT8", "int64": "INT64"}
@@ -77,7 +77,8 @@ def served_name(bundle: Bundle, artifact: str) -> str:
 
 def default_artifacts(bundle: Bundle) -> tuple[str, ...]:
     """Return the artifact that is served by default: ``fp32-uint8`` if it exists, else ``fp32``."""
-    return ("fp32-uint8" if "fp32-uint8" in onnx_artifacts(bundle) else "fp32",)
+    entry = bundle.artifacts.get("fp32-uint8")
+    return ("fp32-uint8" if entry and entry.kind == "serving" else "fp32",)
 
 
 def triton_models(
