@@ -38,7 +38,7 @@ GPU_WORDS = (
     *({"--require", "gpu"}, {"--device", "cuda:0"}, {"--tune"}),
     *({"--runner", "ort-cuda"}, {"--backend", "tensorrt"}),
 )
-SHORTER = {"bench": ("--seconds", "0.05", "--rounds", "2", "--runners", "ort-cpu*")}
+SHORTER = {"bench": ("--seconds", "0.05", "--limit", "0.5", "--runners", "ort-cpu*")}
 
 
 def commands(page: Path) -> list[list[str]]:
