@@ -227,5 +227,6 @@ def test_near_lossless_artifacts(
     explained = gates.flip_margin(45.0)
     flips = find_flips(before, after, SINGLE, explained) if lost else []
     floor = Limit(45.0, "floor for fp16")
-    findings = check_near_lossless(paired_loss(lost, 0, images), FP16, sqnr, floor, flips, SINGLE)
+    loss = check_loss(paired_loss(lost, 0, images), FP16, lossy=False)
+    findings = [*check_near_lossless(sqnr, floor, flips), loss]
     assert outcome_of(findings) is outcome

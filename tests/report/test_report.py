@@ -257,7 +257,11 @@ def test_quantize_table_fits_a_pipe(passed: bool, gate: str) -> None:
         "calibration": {**images, "noise": False, "unreadable": []},
         "recommended": None,
         "why": "speed not measured",
-        "judged": {"findings": [{"outcome": "inconclusive", "rule": "scales", "message": "odd"}]},
+        "judged": {
+            "findings": [
+                {"outcome": "inconclusive", "rule": "scales", "message": "odd", "skip": ""}
+            ]
+        },
     }
     result = {"facts": facts, "artifact": "int8", "bundle": "b", "seconds": {}, "reused": False}
     output = "\n".join(in_terminal(quantize_blocks(result), 100))

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from van_deploy.bundle import Artifact, Bundle
@@ -38,7 +37,7 @@ from van_deploy.checks.outputs import check_graph, check_new_graph, plain_onnx_a
 from van_deploy.config import DriftSettings, GateProfile
 from van_deploy.errors import BundleError, GateFailed
 from van_deploy.graph.names import INPUT_NAME, module_of
-from van_deploy.metrics import decibels, signal_and_noise
+from van_deploy.metrics import Array, decibels, signal_and_noise
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress
@@ -52,7 +51,6 @@ NOT_INSTRUMENTED = (
 IMAGES_AT_ONCE = 2  # more than one, to detect a graph with a fixed batch of one
 MAX_ROWS = 10
 
-Array = npt.NDArray[np.float64]
 Level = Literal["stage", "block", "module"]
 
 _UNIT = re.compile(r"(patch_embed(?P<embed>\d)|block(?P<block>\d)\.\d+|norm(?P<norm>\d)|head)\b")
@@ -78,10 +76,7 @@ class Reference(NamedTuple):
 
 
 def module_reference(
-    bundle: Bundle,
-    samples: Samples,
-    loaded: LoadedVan | None,
-    profile: GateProfile = DEFAULT_PROFILE,
+    bundle: Bundle, samples: Samples, loaded: LoadedVan | None, profile: GateProfile
 ) -> Reference | str:
     """Return the reference: the original network, else ``model.onnx``.
 
@@ -316,7 +311,7 @@ def drift_of_bundle(
     noise_db, outputs = samples.noise_db, samples.outputs
     chain = [DriftRow("PyTorch float32", noise_db, note="float32 noise")]
     progress("Reference outputs")
-    reference = module_reference(bundle, samples, loaded)
+    reference = module_reference(bundle, samples, loaded, DEFAULT_PROFILE)
     if isinstance(reference, str):
         remedy = "Compare with the original network, on a host with PyTorch: --against weights."
         raise GateFailed(f"{reference}.", remedy)

@@ -30,7 +30,7 @@ from van_deploy.data.labels import label_images, multi_label_targets
 from van_deploy.errors import ConversionError, ImageError
 from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
-from van_deploy.metrics import Task
+from van_deploy.metrics import Array, Task
 from van_deploy.ray_tasks import RayTask, run_on_ray
 from van_deploy.runners.network import PYTORCH, original_network, require_classifier, task_of
 from van_deploy.stopwatch import Progress
@@ -39,13 +39,12 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
 BATCHES_PER_TASK = 4  # so that decoding runs ahead of the networks inside a Ray task
+
+# Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural Networks",
+# ICML 2017.
 ECE_BINS = 15
-"""Equal-width bins of confidence, as in Guo et al., "On Calibration of Modern Neural
-Networks", ICML 2017."""
 TOP = 5
 MAX_ROWS = 20  # confusions, and classes that changed
-
-Logits = npt.NDArray[np.floating[Any]]
 
 
 class GroundTruth(NamedTuple):
@@ -88,7 +87,7 @@ class Predictions(NamedTuple):
 
     @classmethod
     def of(
-        cls, logits: Logits, task: Task = Task.SINGLE_LABEL, reference: Logits | None = None
+        cls, logits: Array, task: Task = Task.SINGLE_LABEL, reference: Array | None = None
     ) -> Predictions:
         """Return the predictions from ``logits (n, K)``; without ``reference`` they are its own."""
         values = np.asarray(logits, np.float64)
@@ -204,9 +203,9 @@ def compare_predictions(
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
     explained = gates.flip_margin(floor.value, task)
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
-    findings = [gates.check_loss(loss, allowed, gates.accuracy_metric(task))]
-    if not gates.CLASSES[numeric].lossy:
-        findings = gates.check_near_lossless(loss, allowed, sqnr, floor, flips, task)
+    lossy, metric = gates.CLASSES[numeric].lossy, "F1" if task is Task.MULTI_LABEL else "top-1"
+    findings = [] if lossy else gates.check_near_lossless(sqnr, floor, flips, task)
+    findings.append(gates.check_loss(loss, allowed, metric, lossy))
     pairs = Counter((flip.expected, flip.found) for flip in flips)
     most_common = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MAX_ROWS]
     confusions = tuple((*pair, count) for pair, count in most_common)
@@ -260,8 +259,8 @@ def _changed_classes(
 
 # --- the evaluation --------------------------------------------------------------------------
 
+# Indices of the images, index and reason of unreadable images, predictions of each network.
 BatchResult = tuple[Sequence[int], tuple[tuple[int, str], ...], dict[str, Predictions]]
-"""Indices of the images, index and reason of unreadable images, predictions of each network."""
 
 
 @dataclass(frozen=True)
@@ -424,10 +423,9 @@ def _predict_here(
         indices: indices of the images, decoded by one thread; all images if empty.
     """
     preprocessing, task = networks.loaded.preprocessing, task_of(networks.bundle)
-    settings = networks.settings
-    workers = 1 if indices else settings.workers or len(os.sched_getaffinity(0))
+    workers = 1 if indices else networks.settings.workers or len(os.sched_getaffinity(0))
     options: dict[str, Any] = {"indices": indices or None, "workers": workers}
-    for batch in decoded_batches(images.items, preprocessing, settings.batch, **options):
+    for batch in decoded_batches(images.items, preprocessing, networks.settings.batch, **options):
         logits = networks.logits(batch) if batch.indices else {}
         predictions = {
             name: Predictions.of(y, task, None if name == PYTORCH else logits[PYTORCH])

@@ -72,11 +72,8 @@ SAMPLES_LICENCE = (
     "datasets/images/README.txt in these packages); synthetic images and digits are free"
 )
 
-SKETCH = 2048
-"""Length of the sketch of one feature map of one image."""
-
-IMAGES_AT_OTHER_SIZES = 2
-"""Number of images that are compared at each other size."""
+SKETCH = 2048  # length of the sketch of one feature map of one image
+IMAGES_AT_OTHER_SIZES = 2  # images that are compared at each other size
 
 
 @dataclass(frozen=True)
@@ -128,11 +125,10 @@ class OutputLayout:
         return min(results, key=lambda result: result.sqnr_db)
 
 
-LOGITS_LAYOUT = OutputLayout()
-"""The layout of a classifier."""
+LOGITS_LAYOUT = OutputLayout()  # the layout of a classifier
 
+# Maps size, images and output layout to the float64 rows and the noise of float32 in dB.
 ReferenceFunction = Callable[[str, Images, OutputLayout], tuple[Array, float]]
-"""Maps size, images and output layout to the float64 rows and the noise of float32 in dB."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +253,7 @@ def golden_count(config: VanConfig, preprocessing: Preprocessing) -> int:
     """
     if not config.out_indices:
         return GOLDEN_IMAGES
-    height, width = preprocessing.sides
-    image = height * width * preprocessing.channels
+    image = math.prod(preprocessing.sides) * preprocessing.channels
     image *= 1 if preprocessing.channels in IMAGE_CHANNELS else 4  # inputs are float32
     return max(2, min(GOLDEN_IMAGES, BACKBONE_BYTES // (image + 12 * SKETCH * STAGES)))
 

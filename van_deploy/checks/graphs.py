@@ -25,7 +25,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 from van_deploy.checks import gates
@@ -33,12 +32,12 @@ from van_deploy.checks.gates import Finding, Limit, check_minimum, pass_or_fail
 from van_deploy.checks.golden import Samples
 from van_deploy.data.samples import GENERIC
 from van_deploy.graph.names import INPUT_NAME, make_batch_dynamic_
+from van_deploy.metrics import Array
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import DTYPES, create_session, require_onnxruntime
 
-Array = npt.NDArray[Any]
+# Name of a module or node, and a description of its fault.
 Fault = tuple[str, str]
-"""Name of a module or node, and a description of its fault."""
 
 FED = ".reference"  # suffix of the input that replaces a cut tensor
 LARGEST_FP16 = 65504
@@ -221,8 +220,7 @@ def _run_without_rounding(
     rows, pieces_of = [], {tensor: list[Array]() for tensor in tensors}
     for start in range(0, len(samples), IMAGES_AT_ONCE):
         batch = samples.inputs[start : start + IMAGES_AT_ONCE]
-        values: dict[str, Array] = {INPUT_NAME: batch}
-        values |= run_taps(session, {INPUT_NAME: batch})
+        values = {INPUT_NAME: batch, **dict(run_taps(session, {INPUT_NAME: batch}))}
         rows.append(samples.outputs.rows(values))
         for tensor, pieces in pieces_of.items():
             flat = values[tensor].reshape(-1)
@@ -261,7 +259,6 @@ def _check_activation_scales(
     """Return the findings on all ratios of scales, and the fault of each scale or ""."""
     centre, largest = gates.SCALE_BOUNDS.get(method, gates.SCALE_BOUNDS["mse"])
     smallest, max_share = gates.UNSIGNED_SCALES if for_cpus else gates.SIGNED_SCALES
-    factor = gates.SCALE_SPREAD_FACTOR
     faults = {
         output: (
             f"the scale of '{rounded[output].input[0]}' is {ratio:.2f} times the scale of least "
@@ -272,12 +269,12 @@ def _check_activation_scales(
     }
     values = np.array(list(ratios.values()))
     median = float(np.median(values))
-    share = float(np.mean(np.abs(np.log(values / median)) > np.log(factor)))
+    share = float(np.mean(np.abs(np.log(values / median)) > np.log(gates.SCALE_SPREAD_FACTOR)))
     slack = gates.SCALE_MEDIAN_FACTOR
     origin = f"expected for '{method}': {centre:g}, to a factor of {slack:g}"
     median_text = f"the median activation scale is {median:.2f} times the optimal scale; {origin}"
-    share_limit_text = f"by a factor over {factor:g}; at most {100 * max_share:.0f} % may"
-    share_text = f"{100 * share:.0f} % of the scales differ from the median {share_limit_text}"
+    excess = f"a factor over {gates.SCALE_SPREAD_FACTOR:g}; at most {100 * max_share:.0f} % may"
+    share_text = f"{100 * share:.0f} % of the scales differ from the median by {excess}"
     is_off, is_wide = max(median / centre, centre / median) > slack, share > max_share
     centre_limit, share_limit = Limit(centre, origin), Limit(max_share, "floor for int8")
     return [
@@ -288,9 +285,8 @@ def _check_activation_scales(
 
 def _combined_finding(rule: str, faults: Mapping[str, str]) -> Finding:
     messages = [fault for fault in faults.values() if fault]
-    more = [f"and {len(messages) - 2} more"] * (len(messages) > 2)
     shown = f"{len(faults)} within their bounds"
-    return pass_or_fail(rule, "; ".join([*messages[:2], *more]), shown=shown)
+    return pass_or_fail(rule, "; ".join(gates.limit_lines(messages, 2)), shown=shown)
 
 
 def _weight_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) -> str:

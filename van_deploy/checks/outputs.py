@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
 OVERFLOW_IMAGES = 4
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
-"""Instruction sets for which ONNX Runtime has kernels with another order of summation."""
 
+# Instruction sets for which ONNX Runtime has kernels with another order of summation.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
+# Maps samples and row indices to the network's outputs for these rows.
 Run = Callable[[Samples, npt.NDArray[np.int64]], Outputs]
-"""Maps samples and row indices to the network's outputs for these rows."""
 
 
 # --- artifacts -------------------------------------------------------------------------------
@@ -83,8 +84,7 @@ def open_artifact(
     """
     network = Network(bundle, name, settings, threads=threads or None, spin=spin)
     bundle.verified_path(name, only_file=network.is_engine and settings.trust_engine)
-    obstacle = network.skip_reason()
-    if obstacle is not None:
+    if (obstacle := network.skip_reason()) is not None:
         return gates.skipped_finding("runs", obstacle.reason, obstacle.kind)
     return network
 

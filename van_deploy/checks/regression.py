@@ -51,29 +51,39 @@ class Measurement(Schema):
 
     ``SQNR`` in dB; ``top-1``, ``top-5`` and ``F1`` in percent; ``speed`` as the ratio of the
     original network's time to the artifact's, the median of paired rounds: above 1 is faster.
+
+    Attributes:
+        value: the value.
+        interval: 95 % interval of a speed.
+        by: runner and numeric class of an SQNR.
     """
 
     value: float
     interval: tuple[PositiveFloat, PositiveFloat] | None = None
-    """95 % interval of a speed."""
     by: Text = ""
-    """Runner and numeric class of an SQNR."""
 
 
 class Baseline(VersionedSchema):
-    """Accepted values of a bundle."""
+    """Accepted values of a bundle.
+
+    Attributes:
+        model: name of the model.
+        weights_sha256: digest of its weights.
+        samples_sha256: digest of the images that the artifacts were verified on.
+        against: reference of the verification.
+        evaluation_sha256: digest of the labelled images' names, contents and labels; "" without
+            evaluation.
+        evaluation_images: number of readable images.
+        artifacts: values by artifact and rule.
+    """
 
     schema_: Literal["van-deploy/baseline/4"] = Field("van-deploy/baseline/4", alias="schema")
     model: Text
     weights_sha256: Text
     samples_sha256: Text
-    """Digest of the images that the artifacts were verified on."""
     against: Text
-    """Reference of the verification."""
     evaluation_sha256: Text = ""
-    """Digest of the labelled images' names, contents and labels; "" without evaluation."""
     evaluation_images: Count = 0
-    """Number of readable images."""
     artifacts: dict[Text, dict[Text, Measurement]]
 
 

@@ -60,7 +60,7 @@ class ArtifactVerdict(NetworkVerdict):
     def limit(self) -> Limit | None:
         """Limit of the SQNR: the floor or the record, whichever is higher."""
         limits = [f.limit for f in self.findings if f.rule == "SQNR" and f.limit]
-        return max(limits, key=lambda limit: limit.value, default=None)
+        return max(limits, default=None)
 
     @property
     def margin_db(self) -> float | None:
@@ -205,10 +205,10 @@ def _check_modules(
     if not worst:
         return (), pass_or_fail("modules", f"modules cannot be compared: {rows[0].note}")
     bad = [f"{row.name} {row.level:.1f} dB" for row in worst if row.level < limit.value]
-    more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-    fault = f"modules below {limit.value:g} dB ({limit.origin}): {', '.join(bad[:4])}{more}"
-    shown = f"the worst module is {worst[0].name}"
-    finding = pass_or_fail("modules", fault * bool(bad), worst[0].level, limit, shown)
+    shown = ", ".join(gates.limit_lines(bad, 4))
+    fault = f"modules below {limit.value:g} dB ({limit.origin}): {shown}" * bool(bad)
+    evidence = f"the worst module is {worst[0].name}"
+    finding = pass_or_fail("modules", fault, worst[0].level, limit, evidence)
     return tuple(worst[:MAX_MODULES]), replace(finding, unit="dB")
 
 

@@ -184,7 +184,8 @@ def _findings(
         metric = "agreement" if labels is None else "top-1"
         return [check_minimum("SQNR", sqnr, floor), check_loss(loss, allowed, metric)]
     flips = find_flips(expected, actual, Task.SINGLE_LABEL, flip_margin(floor.value))
-    return check_near_lossless(loss, allowed, sqnr, floor, flips, Task.SINGLE_LABEL)
+    lost = check_loss(loss, allowed, lossy=False)
+    return [*check_near_lossless(sqnr, floor, flips), lost]
 
 
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:

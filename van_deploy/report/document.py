@@ -137,10 +137,8 @@ def properties(entry: Entry, columns: str, title: str = "") -> list[Block]:
     >>> properties({"at": {"bytes": 2048}}, "size = at.bytes bytes; left out = no")
     [Properties(pairs=[('size', '2.0 KiB')], title='', states=False)]
     """
-    pairs = []
-    for name, path, form in _parse_columns(columns):
-        if not _is_empty(value := _lookup(entry, path)):
-            pairs.append((name, format_value(value, form)))
+    values = [(name, _lookup(entry, path), form) for name, path, form in _parse_columns(columns)]
+    pairs = [(name, format_value(v, form)) for name, v, form in values if not _is_empty(v)]
     return [Properties(pairs, title)] if pairs else []
 
 
@@ -185,11 +183,6 @@ def nested_rows(rows: Iterable[Entry], key: str, limit: int | None = None) -> li
     [{'about': 'fp16', 'batch': 1}]
     """
     return [{"about": row["about"], **nested} for row in rows for nested in row[key][:limit]]
-
-
-def limit_lines(lines: Sequence[str], count: int) -> list[str]:
-    """Return the first lines, and the number of the others as a last line."""
-    return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]
 
 
 def notices(state: str, lines: Iterable[str]) -> list[Block]:

@@ -226,13 +226,12 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 def append_summary(report: CheckReport, path: Path) -> None:
     """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``."""
-    entry = plain(report)
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
         state="PASS" if report.passed else "FAIL",
         note=f"{len(report.rows)} rows",
-        sections={"Gates and baseline": sections_checks.check_blocks(entry)},
+        sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -10,13 +10,12 @@ from string import Template
 
 from van_deploy import __version__
 from van_deploy.report import document as doc
-from van_deploy.report.document import STATE_COLOURS, TEXT_FORMATS, Block, Document
 
 FOLDER = resources.files("van_deploy.report")
 MAX_OPEN_ROWS = 24  # longer tables with a title are collapsed
 
 
-def html_from_document(document: Document) -> str:
+def html_from_document(document: doc.Document) -> str:
     """Return the document as an HTML page, in the light or dark mode of the reader's system."""
     anchors = {title: "-".join(re.findall(r"\w+", title.lower())) for title in document.sections}
     links = (f'<a href="#{at}">{escape(title)}</a>' for title, at in anchors.items())
@@ -38,11 +37,11 @@ def html_from_document(document: Document) -> str:
     )
 
 
-def _blocks(blocks: Iterable[Block]) -> str:
+def _blocks(blocks: Iterable[doc.Block]) -> str:
     return "\n".join(map(_block, blocks))
 
 
-def _block(block: Block) -> str:
+def _block(block: doc.Block) -> str:
     if isinstance(block, doc.Paragraph):
         return f"<p>{_text(block.text)}</p>"
     if isinstance(block, doc.Properties):
@@ -74,8 +73,8 @@ def _table(table: doc.Table) -> str:
 def _row(tag: str, cells: Sequence[str], forms: Sequence[str]) -> str:
     drawn = []
     for text, form in zip(cells, forms, strict=True):
-        kind = f' class="{form if form in TEXT_FORMATS else "number"}"' if form else ""
-        body = _badge(text) if form == "state" and text in STATE_COLOURS else _text(text)
+        kind = f' class="{form if form in doc.TEXT_FORMATS else "number"}"' if form else ""
+        body = _badge(text) if form == "state" and text in doc.STATE_COLOURS else _text(text)
         drawn.append(f"<{tag}{kind}>{body}</{tag}>")
     return f"<tr>{''.join(drawn)}</tr>"
 
@@ -85,4 +84,4 @@ def _text(text: str) -> str:
 
 
 def _badge(word: str) -> str:
-    return f'<span class="badge {STATE_COLOURS.get(word, "skip")}">{escape(word)}</span>'
+    return f'<span class="badge {doc.STATE_COLOURS.get(word, "skip")}">{escape(word)}</span>'

@@ -19,7 +19,6 @@ from rich.text import Text
 
 from van_deploy.documents import CONTROL_CHARACTERS
 from van_deploy.report import document as doc
-from van_deploy.report.document import Block, Table
 
 STYLES = {
     "good": "bold green",
@@ -45,14 +44,13 @@ class HarmlessConsole(Console):
         """Yield the segments without control characters."""
         for segment in super().render(renderable, options):
             if not segment.control and CONTROL_CHARACTERS.search(segment.text):
-                text = CONTROL_CHARACTERS.sub(
-                    "\N{REPLACEMENT CHARACTER}", COLOUR.sub("", segment.text)
-                )
+                text = COLOUR.sub("", segment.text)
+                text = CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text)
                 segment = Segment(text, segment.style)
             yield segment
 
 
-def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
+def rich_from_blocks(blocks: Iterable[doc.Block], width: int) -> RenderableType:
     """Return blocks separated by empty lines, without plots.
 
     Args:
@@ -65,11 +63,11 @@ def rich_from_blocks(blocks: Iterable[Block], width: int) -> RenderableType:
     return Group(*(Padding(part, (0, 0, i != last, 0)) for i, part in enumerate(parts)))
 
 
-def _rich(block: Block, width: int) -> RenderableType:
+def _rich(block: doc.Block, width: int) -> RenderableType:
     if isinstance(block, doc.Properties):
         form = "state" if block.states else "dim"
         body: RenderableType = _pairs((_cell(n, form), Text(value)) for n, value in block.pairs)
-    elif isinstance(block, Table):
+    elif isinstance(block, doc.Table):
         widths = _widths(block, width)
         body = _grid(block, widths) if widths else _records(block)
     else:
@@ -92,7 +90,7 @@ def _pairs(rows: Iterable[tuple[Text, Text]]) -> Grid:
     return grid
 
 
-def _widths(table: Table, width: int) -> list[int]:
+def _widths(table: doc.Table, width: int) -> list[int]:
     """Return the width of each column, or an empty list if the table is too wide."""
     widths, missing = [], []
     for index, (header, form) in enumerate(table.columns.items()):
@@ -107,7 +105,7 @@ def _widths(table: Table, width: int) -> list[int]:
     return widths if spare >= 0 else []
 
 
-def _grid(table: Table, widths: list[int]) -> Grid:
+def _grid(table: doc.Table, widths: list[int]) -> Grid:
     padding = (0, GAP - 1, 0, 0)
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=padding)
     for (header, form), width in zip(table.columns.items(), widths, strict=True):
@@ -118,7 +116,7 @@ def _grid(table: Table, widths: list[int]) -> Grid:
     return grid
 
 
-def _records(table: Table) -> RenderableType:
+def _records(table: doc.Table) -> RenderableType:
     """Return each row as a list of its columns that are not empty."""
     records: list[RenderableType] = []
     for row in table.rows:

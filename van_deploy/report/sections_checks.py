@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from van_deploy.checks.gates import AllowOptions, Finding, limit_lines
 from van_deploy.report import document as doc
 from van_deploy.report.document import Block, Entry, Paragraph, notices, table
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
-
-if TYPE_CHECKING:
-    from van_deploy.checks.gates import AllowOptions, Finding
 
 MAX_FLIPS, MAX_MESSAGES, MAX_NAMES = 10, 24, 5
 
@@ -127,7 +124,7 @@ def evaluate_blocks(entry: Entry) -> list[Block]:
             "correct in artifact = after d",
             "Classes with changed accuracy",
         ),
-        *notices("WARNING", [*count, *doc.limit_lines(reasons, MAX_MESSAGES)]),
+        *notices("WARNING", [*count, *limit_lines(reasons, MAX_MESSAGES)]),
     ]
 
 
@@ -142,12 +139,10 @@ def drift_blocks(entry: Entry, top: int = 5) -> list[Block]:
     for name, colour in colours(entry["artifacts"]).items():
         drift = entry["artifacts"][name]
         parts = {row["name"]: row for row in drift["rows"]}
-        points = []
         for place, row in enumerate(drift["rows"], 1):
             if row["sqnr_db"] is not None:
                 sqnr = max(-MAX_DB, min(float(row["sqnr_db"]), MAX_DB))
-                points.append(Mark(row["name"], place, sqnr, colour=colour))
-        series |= {name: points} if points else {}
+                series.setdefault(name, []).append(Mark(row["name"], place, sqnr, colour=colour))
         worst = [parts[part] for part in drift["worst_names"]][:top]
         selection = f"the worst {len(worst)}" if top else "in the order of the network"
         tables += table(
@@ -201,7 +196,7 @@ def _message_blocks(findings: Sequence[Entry]) -> list[Block]:
                 remedy = f" (--allow-skip {one['skip']} accepts that)" if one["skip"] else ""
                 about.setdefault(f"{one['message']}{remedy}", []).append(one["about"])
         lines = [f"{', '.join(dict.fromkeys(names))}: {why}" for why, names in about.items()]
-        blocks += notices(doc.state_text(outcome), doc.limit_lines(lines, MAX_MESSAGES))
+        blocks += notices(doc.state_text(outcome), limit_lines(lines, MAX_MESSAGES))
     return blocks
 
 
@@ -217,7 +212,7 @@ def failure_text(findings: Sequence[tuple[str, Finding]], allowed: AllowOptions,
     for outcome, sentence in FAILURES.items():
         names = [f"'{name}'" for name, finding in failed if finding.outcome.value == outcome]
         if names:
-            return sentence.format(", ".join(doc.limit_lines([*dict.fromkeys(names)], MAX_NAMES)))
+            return sentence.format(", ".join(limit_lines([*dict.fromkeys(names)], MAX_NAMES)))
     if failed and any(f.outcome.value == "pass" for _, f in findings):
         name, finding = failed[0]
         others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
@@ -247,8 +242,6 @@ def quantize_blocks(result: Entry) -> list[Block]:
     search = facts.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
     limit = "Search for a loss of at most {max_drop:g} points of {of} on {images} images"
     findings = (facts.get("judged") or {}).get("findings", ())
-    messages = [(f["outcome"].upper(), f"{f['rule']}: {f['message']}") for f in findings]
-    failed = [pair for pair in messages if pair[0] in {"FAIL", "INCONCLUSIVE"}]
     best = f"{facts['recommended'].upper()}: " if facts["recommended"] else ""
     duration = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
     verb = "Reused" if result["reused"] else "Wrote"
@@ -273,7 +266,7 @@ def quantize_blocks(result: Entry) -> list[Block]:
             "layers in INT8 = quantized; % of the multiply-adds = int8_share percent; "
             "scales = method; recommended = best",
         ),
-        *([doc.Properties(failed, states=True)] if failed else []),
+        *_message_blocks([{**finding, "about": finding["rule"]} for finding in findings]),
         *notices("WARNING", _quantize_warnings(facts)),
         Paragraph(f"{verb} {result['artifact']} in {result['bundle']}{duration}."),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from van_deploy.checks.gates import limit_lines
 from van_deploy.report import document as doc
 from van_deploy.report.document import Block, Entry, checks_table, notices, properties, table
 from van_deploy.report.sections_checks import evaluate_blocks, quantize_blocks, verify_blocks
@@ -141,7 +142,7 @@ def info_blocks(info: Entry) -> list[Block]:
         preprocessing = preprocessing_properties(info["preprocessing"])
         return [*properties(info, columns), *preprocessing, *notices("NOTE", notes)]
     manifest, problems = info["manifest"], info["problems"]
-    messages = doc.limit_lines(problems, MAX_PROBLEMS) or ["all files match the manifest"]
+    messages = limit_lines(problems, MAX_PROBLEMS) or ["all files match the manifest"]
     return [
         *doc.key_values({"bundle": info["path"], "written": manifest["written"]}),
         *model_properties(manifest),
