@@ -54,7 +54,7 @@ class CandidateResult:
         sqnr_db: of its logits on the golden samples.
         passed: whether it passes its gate.
         error: why it was not built or not timed, or fails its gate; "" otherwise.
-        kept: whether it is the fastest, which is built in the bundle.
+        selected: whether it is the fastest, which is built in the bundle.
     """
 
     candidate: str
@@ -65,7 +65,7 @@ class CandidateResult:
     sqnr_db: float | None = None
     passed: bool = False
     error: str = ""
-    kept: bool = False
+    selected: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ def _tune(
             f"No candidate passes its gate: {reasons}.", "See `van-deploy verify`."
         )
     best = results.index(min(passing, key=lambda result: result.latency_ms or 0.0))
-    results[best] = replace(results[best], kept=True)
+    results[best] = replace(results[best], selected=True)
     return replace(_build_candidate(bundle.path, candidates[best]), tuned=tuple(results))
 
 

@@ -244,7 +244,7 @@ class Flip:
     Attributes:
         image: index of the image, from 0.
         expected: PyTorch's decision: the class, or 0 or 1.
-        found: the artifact's decision; -1 for a NaN or an infinity.
+        actual: the artifact's decision; -1 for a NaN or an infinity.
         margin: margin of PyTorch's decision, in RMS logits.
         fault: whether the margin is larger than the allowed noise explains.
         label: index of the label, for multi-label networks.
@@ -252,7 +252,7 @@ class Flip:
 
     image: int
     expected: int
-    found: int
+    actual: int
     margin: float
     fault: bool
     label: int = 0

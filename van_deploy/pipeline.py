@@ -66,14 +66,14 @@ class RunResult(Verdict):
     Attributes:
         bundle: the bundle on disk.
         export: result of the FP32 export.
-        made: the other artifacts: precisions, then engines.
+        artifacts: the other artifacts: precisions, then engines.
         verify: the verdict on each artifact.
         evaluate: accuracy, if the recipe has labelled images.
     """
 
     bundle: Bundle
     export: ExportResult
-    made: tuple[ArtifactResult, ...]
+    artifacts: tuple[ArtifactResult, ...]
     verify: VerifyReport
     evaluate: EvaluateReport | None
 
@@ -81,7 +81,8 @@ class RunResult(Verdict):
     def passed(self) -> bool:
         """Whether every gate passed."""
         is_accurate = self.evaluate is None or self.evaluate.passed
-        return self.verify.passed and is_accurate and all(result.passed for result in self.made)
+        is_valid = self.verify.passed and is_accurate
+        return is_valid and all(result.passed for result in self.artifacts)
 
 
 def export_recipe(
@@ -154,12 +155,12 @@ def run_recipe(
     if engines.precisions:  # reports mistakes before the export starts
         cells = engine_cells(output, engines, recipe.batch, recipe.export.dynamic_size)
     report = export_recipe(loaded, recipe, output, settings, progress)
-    made = [ArtifactResult(one.artifact, one.reason, one.passed) for one in report.precisions]
+    artifacts = [ArtifactResult(one.artifact, one.reason, one.passed) for one in report.precisions]
     if cells:
         cache, force = engines.timing_cache, settings.force
         for one in build_cells(cells, timing_cache=cache, force=force, progress=progress):
             reason = "nothing changed" if one.outcome == REUSED else "built"
-            made.append(ArtifactResult(one.engine, reason, passed=True))
+            artifacts.append(ArtifactResult(one.engine, reason, passed=True))
     bundle = Bundle.open(output)
     progress("Verifying")
     samples, shared = samples_for(bundle, loaded, None), shared_settings(settings)
@@ -172,4 +173,4 @@ def run_recipe(
         evaluation = EvaluationSettings(**{**dict(recipe.evaluate), **shared})
         evaluate = evaluate_bundle(bundle, loaded, evaluation, recipe.gates, progress)
         record_check(bundle, "evaluate", evaluate)
-    return RunResult(Bundle.open(output), report.export, tuple(made), verify, evaluate)
+    return RunResult(Bundle.open(output), report.export, tuple(artifacts), verify, evaluate)

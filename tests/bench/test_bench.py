@@ -159,11 +159,11 @@ def test_load_of_other_processes_is_detected() -> None:
 
 
 @each(
-    ("factor", "spread", "moved"),
+    ("factor", "spread", "changed"),
     [(2.04, 0.01, False), (2.2, 0.02, True), (2.2, 0.2, False), (1.8, 0.02, True)],
 )
 def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
-    report: dict[str, Any], factor: float, spread: float, moved: bool
+    report: dict[str, Any], factor: float, spread: float, changed: bool
 ) -> None:
     def with_ratio(factor: float) -> BenchReport:
         changed = copy.deepcopy(report)
@@ -176,7 +176,7 @@ def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
     changes = compare_reports(with_ratio(2.0), with_ratio(factor)).changes
     assert [change.batch for change in changes] == [1, 2]
     for change in changes:
-        assert (change.same_file, change.moved) == (True, moved)
+        assert (change.same_file, change.changed) == (True, changed)
         assert change.before_ms / change.after_ms == pytest.approx(factor / 2)
         assert change.ratio_change_percent == pytest.approx(100 * (factor / 2 - 1))
 

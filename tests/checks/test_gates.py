@@ -128,7 +128,7 @@ def test_logits_that_fail_name_the_limit(
     assert [f.rule for f in findings if f.outcome is FAIL] == rules
     assert message in findings[0].message
     if not np.isfinite(actual).all():
-        assert (flips[0].image, flips[0].found, flips[0].fault) == (3, -1, True)
+        assert (flips[0].image, flips[0].actual, flips[0].fault) == (3, -1, True)
 
 
 @each(

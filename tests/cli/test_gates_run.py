@@ -59,7 +59,7 @@ def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Pat
     words = ("run", recipe, "--output", output, "--allow-skip", "engines", *ALLOW)
     report = run_json(cli, *words)
     assert report["passed"] is True
-    names = [made["artifact"] for made in report["made"]]
+    names = [result["artifact"] for result in report["artifacts"]]
     assert names[:2] == ["fp16", "int8"]
     assert names[2].startswith("van_digits-fp16-sm89-rtx")
     bundle = Bundle.open(output)
@@ -87,7 +87,7 @@ def test_options_override_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> 
     recipe.write_text(RECIPE.split("[engines]")[0].replace('"fp16", "int8"', '"int8"') + embed)
     words = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
     report = run_json(cli, "run", recipe, "--output", tmp_path / "bundle", *words)
-    assert [made["artifact"] for made in report["made"]] == ["fp16"]
+    assert [result["artifact"] for result in report["artifacts"]] == ["fp16"]
     assert report["evaluate"]["count"] == 60
     artifacts = list(Bundle.open(tmp_path / "bundle").artifacts)
     assert artifacts == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]

@@ -58,7 +58,7 @@ def test_all_rewrites_remove_all_norms_and_do_not_change_the_original(digits: Ex
     report = fold_van(digits.loaded.model, digits.images)
     blocks = sum(digits.loaded.config.depths)
     assert (report.batchnorms_folded, report.batchnorms_left) == (2 * blocks + 4, 0)
-    assert (report.layer_scales_folded, report.multiplies_kept) == (2 * blocks, 0)
+    assert (report.layer_scales_folded, report.multiplies_left) == (2 * blocks, 0)
     assert [m for m in report.model.modules() if isinstance(m, nn.BatchNorm2d)] == []
     names = dict(report.model.named_parameters())
     assert not [name for name in names if "layer_scale" in name or "conv_spatial.bias" in name]
@@ -82,7 +82,7 @@ def test_skip_gain_beyond_the_limit_keeps_a_multiply(
     digits: Exported, skip_gains: dict[tuple[int, int], float], kept: int
 ) -> None:
     report = fold_van(with_skip_gains(digits.loaded.model, skip_gains), digits.images)
-    assert report.multiplies_kept == kept
+    assert report.multiplies_left == kept
     assert report.relative_error <= FOLD_TOLERANCE
 
 

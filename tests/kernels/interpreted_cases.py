@@ -109,7 +109,7 @@ def network(dtype: torch.dtype, skip_gains: int = 0) -> float:
         block: Any = model.get_submodule("block2.0")
         scale = block.norm1.weight / torch.sqrt(block.norm1.running_var + block.norm1.eps)
         block.layer_scale_1.data[3] = 1e-6 / scale[3] - 1 / scale[3]
-    assert fold_van(model, x).multiplies_kept == skip_gains
+    assert fold_van(model, x).multiplies_left == skip_gains
     actual = fuse_van(model, dtype)(x).double()
     expected = model.double()(x.double())
     return float((actual - expected).norm() / expected.norm())

@@ -145,10 +145,10 @@ def test_fp32_nodes_match_modules_or_regular_expressions(digits: Digits) -> None
 
 def test_audit_keeps_weights_that_fp16_rounds_to_zero(digits: Digits) -> None:
     audit = audit_ranges(digits.graph, digits.ranges, (), strict=True)
-    assert (audit["problems"], audit["kept"], audit["advice"]) == ([], {}, "")
+    assert (audit["problems"], audit["fp32_nodes"], audit["advice"]) == ([], {}, "")
     assert audit["largest_activation"][1] == max(r.largest for r in digits.ranges.values())
     tiny = scaled(digits.graph, {"block1.0.mlp.fc2.weight": 1e-9})
-    vanishing = audit_ranges(tiny, digits.ranges, ())["kept"]
+    vanishing = audit_ranges(tiny, digits.ranges, ())["fp32_nodes"]
     assert set(vanishing) == {"block1.0.mlp.fc2"}
     assert "which FP16 rounds to zero" in vanishing["block1.0.mlp.fc2"]
 
@@ -158,7 +158,7 @@ def test_audit_keeps_overflowing_nodes_and_recommends_bf16(digits: Digits) -> No
     loud = scaled(digits.graph, {**factors, f"{GATE}.conv_spatial.weight": 2.0**-15})
     ranges = observe_ranges(van_from_onnx(loud, digits.loaded.config), batches(digits.train), ())
     audit = audit_ranges(loud, ranges, ())
-    kept = audit["kept"]
+    kept = audit["fp32_nodes"]
     assert set(kept) == {f"{GATE}.conv0", f"{GATE}.conv_spatial"}
     assert "beyond half of FP16's 65504" in kept[f"{GATE}.conv0"]
     assert "--precision bf16" in audit["advice"]

@@ -251,7 +251,7 @@ def test_search_keeps_the_fewest_layers_that_meet_the_budget(
 
     report = search_fp16_layers(plain, ranking, lost, 0.2, 500, limit=limit)
     assert report["passed"] == passed
-    assert list(report["kept"]) == [layer.name for layer in ranking[:kept]]
+    assert list(report["excluded"]) == [layer.name for layer in ranking[:kept]]
     assert report["share"] == pytest.approx(0.01 * (45 - kept))
     assert len(report["trials"]) <= min(limit, 13)
 

@@ -75,12 +75,12 @@ def test_all_precisions_are_saved_and_pass(results: dict[str, QuantizeResult]) -
     rows = {"fp16": "fp16", "bf16": "BF16 emulated", "int8": "int8", "int8-cpu": "int8"}
     for (name, result), least in zip(results.items(), (60, 50, 36, 25), strict=True):
         assert result, name
-        assert result.facts["judged"]["outcome"] == "pass"
+        assert result.facts["golden_check"]["outcome"] == "pass"
         assert lines(result)[rows[name]]["sqnr_db"] > least
         if name != "int8-cpu":
             assert result.facts["recommended"] is None
-            assert result.facts["why"].startswith("speed not measured")
-            assert set(result.facts["kept"].values()) == {
+            assert result.facts["recommendation_reason"].startswith("speed not measured")
+            assert set(result.facts["fp32_nodes"].values()) == {
                 f"'{kept}' is kept" for kept in ("norm1", "norm2", "norm3", "norm4", "head")
             }
     assert results["fp16"].facts["audit"]["problems"] == []
@@ -97,7 +97,7 @@ def test_techniques_and_files_match_the_facts(
     techniques = result.facts["techniques"]
     names = [gain["name"] for gain in techniques]
     assert names == ["scales", "bias_correction", "cross_layer", "shift_scale", "shift"]
-    kept = [gain["after_db"] for gain in techniques if gain["kept"]]
+    kept = [gain["after_db"] for gain in techniques if gain["used"]]
     assert kept == sorted(kept)
     sizes = [lines(result)[name]["size_bytes"] for name in ("int8", "fp16", "fp32")]
     assert sizes == sorted(sizes)
@@ -162,10 +162,10 @@ def test_budget_search_does_not_use_evaluation_images(
     result = quantize_bundle(bundle, settings.with_changes(evaluate=heldout))
     assert lines(result)["int8"]["sqnr_db"] > 20
     search = result.facts["search"]
-    assert (search["images"], search["of"]) == (60, "top-1")
+    assert (search["images"], search["metric"]) == (60, "top-1")
     assert len(search["trials"]) <= 3
-    assert result.facts["judged_on"]["images"] == 40
-    assert result.facts["quantized"] == 45 - len(search["kept"])
+    assert result.facts["evaluated_on"]["images"] == 40
+    assert result.facts["quantized"] == 45 - len(search["excluded"])
     own = quantize_bundle(bundle, settings, force=True)
     assert own.facts["search"]["images"] == 48  # the other 12 judge
 
@@ -201,7 +201,7 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
     intervals = {"agreement": round(40 * row["agreement"]), "top1": row["correct"]}
     for name, hits in intervals.items():
         assert tuple(row[f"{name}_interval"]) == wilson_interval(hits, 40)
-    assert "would decide at this rate" in row["doubts"][0]
+    assert "would decide at this rate" in row["inconclusive"][0]
     assert not result.passed
     again = quantize_bundle(bundle, settings.with_changes(allow_inconclusive=True))
     assert (again.reused, again.passed) == (True, True)

@@ -245,7 +245,7 @@ def test_quantize_table_fits_a_pipe(passed: bool, gate: str) -> None:
         "agreement": 0.9935,
         "correct": 1538,
         "images": 2000,
-        "doubts": (),
+        "inconclusive": (),
         "ms_per_image": 116.06,
         "passed": passed,
         "top1_interval": (0.75, 0.787),
@@ -253,11 +253,11 @@ def test_quantize_table_fits_a_pipe(passed: bool, gate: str) -> None:
     images = {"images": 5, "description": "images"}
     facts = {
         "comparison": [{**row, "passed": None}, row],
-        "judged_on": images,
+        "evaluated_on": images,
         "calibration": {**images, "noise": False, "unreadable": []},
         "recommended": None,
-        "why": "speed not measured",
-        "judged": {
+        "recommendation_reason": "speed not measured",
+        "golden_check": {
             "findings": [
                 {"outcome": "inconclusive", "rule": "scales", "message": "odd", "skip": ""}
             ]

@@ -303,7 +303,7 @@ class RowChange:
         after_ms: median latency in the new report.
         ratio_change_percent: change of the ratio to the reference; None without a ratio.
         uncertainty_percent: uncertainty of that change from both 95 % intervals.
-        moved: whether the ratio changed by more than the uncertainty and by more than 5 %.
+        changed: whether the ratio changed by more than the uncertainty and by more than 5 %.
         same_file: whether both reports timed the same file.
     """
 
@@ -314,7 +314,7 @@ class RowChange:
     after_ms: float
     ratio_change_percent: float | None
     uncertainty_percent: float | None
-    moved: bool
+    changed: bool
     same_file: bool
 
 
@@ -428,10 +428,10 @@ def compare_reports(old: BenchReport, new: BenchReport) -> BenchReport:
         before = rows.get(key)
         if before and before.latency and row.latency:
             percent, uncertainty = _ratio_change(before.ratio, row.ratio)
-            moved = abs(percent or 0.0) > max(REPEATABILITY_PERCENT, uncertainty or 0.0)
+            changed = abs(percent or 0.0) > max(REPEATABILITY_PERCENT, uncertainty or 0.0)
             same = old.contenders[row.contender].sha256 == new.contenders[row.contender].sha256
             times = (before.latency.p50_ms, row.latency.p50_ms)
-            changes.append(RowChange(*key, *times, percent, uncertainty, moved, same))
+            changes.append(RowChange(*key, *times, percent, uncertainty, changed, same))
     if not changes:
         raise UsageError(
             "The two benchmarks have no row in common.",

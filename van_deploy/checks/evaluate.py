@@ -206,7 +206,7 @@ def compare_predictions(
     lossy, metric = gates.CLASSES[numeric].lossy, "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [] if lossy else gates.check_near_lossless(sqnr, floor, flips, task)
     findings.append(gates.check_loss(loss, allowed, metric, lossy))
-    pairs = Counter((flip.expected, flip.found) for flip in flips)
+    pairs = Counter((flip.expected, flip.actual) for flip in flips)
     most_common = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MAX_ROWS]
     confusions = tuple((*pair, count) for pair, count in most_common)
     return ArtifactLoss(numeric, loss, tuple(findings), sqnr, len(flips), confusions, changes)

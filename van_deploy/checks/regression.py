@@ -55,12 +55,12 @@ class Measurement(Schema):
     Attributes:
         value: the value.
         interval: 95 % interval of a speed.
-        by: runner and numeric class of an SQNR.
+        runner: runner and numeric class of an SQNR.
     """
 
     value: float
     interval: tuple[PositiveFloat, PositiveFloat] | None = None
-    by: Text = ""
+    runner: Text = ""
 
 
 class Baseline(VersionedSchema):
@@ -100,7 +100,7 @@ def baseline_from(
         values = artifacts.setdefault(name, {})
         if verdict.comparison is not None:
             sqnr = max(-MAX_DB, min(MAX_DB, round(verdict.comparison.sqnr_db, 3)))
-            values["SQNR"] = Measurement(value=sqnr, by=f"{verdict.runner}, {verdict.numeric}")
+            values["SQNR"] = Measurement(value=sqnr, runner=f"{verdict.runner}, {verdict.numeric}")
         if evaluate is not None and (accuracy := evaluate.accuracy.get(name)) is not None:
             # Rounded, so that equal shares are equal numbers.
             metric = accuracy.metric.partition(" ")[0]
@@ -296,9 +296,9 @@ def _compare_value(
         images: size of the evaluation set.
         kind: kind of skip, if the artifact was not run.
     """
-    if rule == "SQNR" and (now is None or now.by != then.by):
-        runner = "the artifact was not run" if now is None else f"run by {now.by}"
-        message = f"{runner}; the baseline was measured with {then.by}"
+    if rule == "SQNR" and (now is None or now.runner != then.runner):
+        runner = "the artifact was not run" if now is None else f"run by {now.runner}"
+        message = f"{runner}; the baseline was measured with {then.runner}"
         return skipped_finding(rule, message, kind or "runtimes")
     if now is None:
         missing = "speed" if rule == "speed" else "accuracy"

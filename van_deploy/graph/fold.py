@@ -218,7 +218,7 @@ class FoldReport:
         batchnorms_folded: number of removed BatchNorms.
         batchnorms_left: number of BatchNorms still in the network.
         layer_scales_folded: number of removed layer scales.
-        multiplies_kept: number of blocks whose skip gain is still a multiply in the graph.
+        multiplies_left: number of blocks whose skip gain is still a multiply in the graph.
         relative_error: ``max|difference| / max|logit|`` between the original
             and the rewritten network, both in float64, on ``images_compared`` images;
             for feature maps, the largest of any stage.
@@ -230,7 +230,7 @@ class FoldReport:
     batchnorms_folded: int
     batchnorms_left: int
     layer_scales_folded: int
-    multiplies_kept: int
+    multiplies_left: int
     relative_error: float
     images_compared: int
 
@@ -276,7 +276,7 @@ def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> Fo
         batchnorms_folded=batchnorms - remaining,
         batchnorms_left=remaining,
         layer_scales_folded=sum(scale is None for scale in scales),
-        multiplies_kept=sum(block.skip_gain is not None for block in blocks),
+        multiplies_left=sum(block.skip_gain is not None for block in blocks),
         relative_error=max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs),
         images_compared=len(images),
     )

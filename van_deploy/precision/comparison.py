@@ -80,7 +80,7 @@ def compare_precisions(
     - ``correct``, the number of correct top-1 predictions, with the ``top1_interval``;
     - ``ms_per_image``, the median latency in the target's runtime;
     - ``passed``, whether the candidate passes its gate (None for FP32), ``failures``, the limits
-      that it exceeds, and ``doubts``, the limits that need more images to decide.
+      that it exceeds, and ``inconclusive``, the limits that need more images to decide.
 
     Args:
         candidates: the graphs, FP32 first.
@@ -130,7 +130,7 @@ def _row(
     ms: float | None,
 ) -> Row:
     """Return a candidate's row of :func:`compare_precisions`."""
-    failures, doubts = (
+    failures, inconclusive = (
         tuple(finding.message for finding in findings if finding.outcome is outcome)
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
     )
@@ -149,7 +149,7 @@ def _row(
         "ms_per_image": ms,
         "passed": None if candidate.precision == "fp32" else not failures,
         "failures": failures,
-        "doubts": doubts,
+        "inconclusive": inconclusive,
         "agreement_interval": None if agreed is None else wilson_interval(agreed, count),
         "top1_interval": None if correct is None else wilson_interval(correct, count),
     }

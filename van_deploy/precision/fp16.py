@@ -85,7 +85,7 @@ def audit_ranges(
 
     Keys: the required ``headroom`` of activations; ``largest_activation`` and
     ``smallest_activation`` as name and magnitude; ``problems``, each with the ``name`` of a
-    tensor or weight, its ``largest`` magnitude and the ``problem``; the nodes to be ``kept`` in
+    tensor or weight, its ``largest`` magnitude and the ``problem``; ``fp32_nodes``, which must stay
     FP32, each with the reason; and ``advice``, "" if there is none.
 
     Args:
@@ -130,7 +130,7 @@ def audit_ranges(
         "largest_activation": max(nonzero, key=lambda item: item[1]),
         "smallest_activation": min(nonzero, key=lambda item: item[1]),
         "problems": problems,
-        "kept": {str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
+        "fp32_nodes": {str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
         "advice": advice,
     }
 

@@ -47,10 +47,10 @@ class Int8Model:
     Attributes:
         plan: the quantised layers and their scales.
         model: the graph for the target.
-        techniques: the effect of each technique on top of the ones kept before it: its ``name``
+        techniques: the effect of each technique on top of those used before it: its ``name``
             (``scales``, ``bias_correction``, or one of :data:`TECHNIQUES`), the SQNR of the logits
             on held-out images ``before_db`` (None for ``scales``) and ``after_db``, both after
-            bias correction where it is kept, and whether it is ``kept``.
+            bias correction where it is used, and whether it is ``used``.
         share: of the multiply-adds that run in INT8, 0..1.
         search: result of the layer search, with an accuracy budget only.
     """
@@ -121,7 +121,7 @@ class Int8Builder:
         if budget is not None:
             require_resolution(budget, len(self.images.search))
         plan, techniques = self._apply_techniques(layers)
-        correct = any(t["kept"] and t["name"] == "bias_correction" for t in techniques)
+        correct = any(t["used"] and t["name"] == "bias_correction" for t in techniques)
 
         def finish(plan: QuantizationPlan) -> tuple[QuantizationPlan, ModelProto]:
             plan = correct_biases(plan, self.correction_inputs) if correct else plan
@@ -132,7 +132,7 @@ class Int8Builder:
 
         if budget is not None:
             search = self._search_layers(plan, lambda candidate: finish(candidate)[1], budget)
-            plan = plan.without(search["kept"])
+            plan = plan.without(search["excluded"])
         plan, model = finish(plan)
         share = sum(self.work[name] for name in plan.convolutions) / sum(self.work.values())
         return Int8Model(plan, model, techniques, share, search)
@@ -148,15 +148,15 @@ class Int8Builder:
         expected, best_db = logits(best, inputs), None
         for name in names:
             self.images.watch.begin(f"Trying {name.replace('_', ' ')}")
-            trial = [*(result["name"] for result in results if result["kept"]), name]
+            trial = [*(result["name"] for result in results if result["used"]), name]
             equalized = equalize(self.network, self.ranges, layers, trial)
             plan = make_plan(equalized, self.ranges, layers, target=target, method=method)
             correct = "bias_correction" in trial
             corrected = correct_biases(plan, self.correction_inputs) if correct else plan
             db = sqnr_db(expected, logits(corrected, inputs))
-            kept = best_db is None or db > best_db
-            results.append({"name": name, "before_db": best_db, "after_db": db, "kept": kept})
-            if kept:
+            used = best_db is None or db > best_db
+            results.append({"name": name, "before_db": best_db, "after_db": db, "used": used})
+            if used:
                 best, best_db = plan, db
         return best, results
 
@@ -264,11 +264,12 @@ def search_fp16_layers(
 ) -> dict[str, Any]:
     """Return the smallest number of sensitive layers to keep in higher precision for a budget.
 
-    Keys, for the manifest: the budget ``max_drop``, the number of ``images`` and the metric,
-    ``of``; the ``ranking``; every evaluated plan (``trials``: the number of layers ``kept``, of
-    images ``lost``, whether it ``holds`` the budget); the layers to be ``kept``, the most sensitive
-    first, each with the reason; the ``share`` of the multiply-adds that stays in INT8, 0..1;
-    ``passed``, whether the resulting plan was evaluated and meets the budget.
+    Keys, for the manifest: the budget ``max_drop``, the number of ``images`` and the ``metric``;
+    the ``ranking``; every evaluated plan (``trials``: the number of ``excluded`` layers, of images
+    ``lost``, and whether the plan is ``within_budget``); the ``excluded`` layers, which stay in
+    higher precision, the most sensitive first, each with the reason; the ``share`` of the
+    multiply-adds that stays in INT8, 0..1; ``passed``, whether the resulting plan was evaluated
+    and meets the budget.
 
     Args:
         plan: with all layers quantised.
@@ -281,12 +282,12 @@ def search_fp16_layers(
     """
     trials: dict[int, dict[str, Any]] = {}
 
-    def meets_budget(kept: int) -> bool:
-        if kept not in trials:
-            count = lost(plan.without([layer.name for layer in ranking[:kept]]))
+    def meets_budget(excluded: int) -> bool:
+        if excluded not in trials:
+            count = lost(plan.without([layer.name for layer in ranking[:excluded]]))
             within = 100 * count / images <= max_drop
-            trials[kept] = {"kept": kept, "lost": count, "holds": within}
-        return bool(trials[kept]["holds"])
+            trials[excluded] = {"excluded": excluded, "lost": count, "within_budget": within}
+        return bool(trials[excluded]["within_budget"])
 
     failing, passing = -1, 0
     while len(trials) < limit and not meets_budget(passing) and passing < len(ranking):
@@ -294,21 +295,22 @@ def search_fp16_layers(
     while len(trials) < limit and passing in trials and passing - failing > 1:
         middle = (failing + passing) // 2
         failing, passing = (failing, middle) if meets_budget(middle) else (middle, passing)
-    kept = passing
-    if not (kept in trials and trials[kept]["holds"]):
-        kept = min(trials.values(), key=lambda trial: (trial["lost"], trial["kept"]))["kept"]
+    excluded = passing
+    if not (excluded in trials and trials[excluded]["within_budget"]):
+        best = min(trials.values(), key=lambda trial: (trial["lost"], trial["excluded"]))
+        excluded = best["excluded"]
     reasons = {
         layer.name: f"isolated SQNR {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
         f"of the work, rank {rank} of {len(ranking)}"
-        for rank, layer in enumerate(ranking[:kept], 1)
+        for rank, layer in enumerate(ranking[:excluded], 1)
     }
     return {
         "max_drop": max_drop,
         "images": images,
-        "of": metric,
+        "metric": metric,
         "ranking": [asdict(layer) for layer in ranking],
         "trials": list(trials.values()),
-        "kept": reasons,
-        "share": sum(layer.share for layer in ranking[kept:]),
-        "passed": trials[kept]["holds"],
+        "excluded": reasons,
+        "share": sum(layer.share for layer in ranking[excluded:]),
+        "passed": trials[excluded]["within_budget"],
     }

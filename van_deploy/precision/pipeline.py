@@ -72,9 +72,9 @@ class QuantizeResult:
         """Whether the requested precision passes its gates and meets the accuracy budget."""
         within_budget = self.facts.get("search", {}).get("passed", True)
         accepted = {"pass", "inconclusive"} if self.allow_inconclusive else {"pass"}
-        golden_passed = self.facts.get("judged", {}).get("outcome", "pass") in accepted
+        golden_passed = self.facts.get("golden_check", {}).get("outcome", "pass") in accepted
         (row,) = (row for row in self.facts["comparison"] if row["requested"])
-        conclusive = self.allow_inconclusive or not row["doubts"]
+        conclusive = self.allow_inconclusive or not row["inconclusive"]
         return bool(within_budget and golden_passed and conclusive and row["passed"])
 
     def __bool__(self) -> bool:
@@ -206,9 +206,9 @@ class _QuantizeJob:
         kept = {**(default_fp32_nodes(model) if settings.keep_defaults else {}), **user_kept}
         if settings.precision != "bf16":  # BF16 has FP32's range
             audit = audit_ranges(model, ranges, kept, strict=settings.strict)
-            kept |= audit["kept"]
+            kept |= audit["fp32_nodes"]
             self.facts["audit"] = {"images": len(self.images.calibration), **audit}
-        self.facts["kept"] = kept
+        self.facts["fp32_nodes"] = kept
         return kept
 
     def compare(self, candidates: Sequence[Candidate]) -> Candidate:
@@ -232,10 +232,10 @@ class _QuantizeJob:
         best, reason = recommend(rows, chosen)
         description = images.evaluation.description
         self.facts |= {
-            "judged_on": {"images": chosen["images"], "description": description},
+            "evaluated_on": {"images": chosen["images"], "description": description},
             "comparison": [{**row, "requested": row is chosen} for row in rows],
             "recommended": best,
-            "why": reason,
+            "recommendation_reason": reason,
         }
         return candidates[rows.index(chosen)]
 
@@ -246,7 +246,7 @@ class _QuantizeJob:
         self.images.watch.begin("Checking the golden samples")
         samples, method = golden_samples(self.bundle), self.settings.method
         result, sqnr = check_new_graph(graph, self.settings.precision, samples, method=method)
-        self.facts["judged"] = {"images": samples.description, **plain(result)}
+        self.facts["golden_check"] = {"images": samples.description, **plain(result)}
         return sqnr
 
     def write_(self, chosen: Candidate, ranges: Mapping[str, ChannelRange]) -> None:

@@ -64,7 +64,7 @@ def bench_blocks(report: Entry) -> list[Block]:
             _with_size(report["changes"]),
             "runner = contender name; batch d; size name; before_ms ms; after_ms ms; "
             "ratio change % = ratio_change_percent +.1f; uncertainty % = uncertainty_percent .1f; "
-            "changed = moved name; same_file name",
+            "changed name; same_file name",
             "Compared with the older benchmark (uncertainty: of both ratios' intervals; "
             "changed: by more than that and by more than 5 %)",
         ),

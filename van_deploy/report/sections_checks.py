@@ -45,7 +45,7 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
     flips = []
     for flip in doc.nested_rows(ran, "flips", MAX_FLIPS):
         state, image = "FAIL" if flip["fault"] else "explained", entry["names"][flip["image"]]
-        labels = (_class_name(flip[key], names) for key in ("expected", "found"))
+        labels = (_class_name(flip[key], names) for key in ("expected", "actual"))
         flips.append((state, flip["about"], image, *labels, flip["margin"]))
     noise = f"PyTorch's own float32 noise is {float(entry['noise_db']):.1f} dB."
     return [
@@ -239,9 +239,9 @@ def quantize_blocks(result: Entry) -> list[Block]:
         empty = dict.fromkeys(("cosine", "kl", "agreement")) if row["passed"] is None else {}
         top1 = None if row["correct"] is None else row["correct"] / row["images"]
         rows.append({**row, **empty, "name": row["name"].upper(), "top1": top1})
-    search = facts.get("search") or {"kept": {}, "max_drop": 0.0, "of": "", "images": 0}
-    limit = "Search for a loss of at most {max_drop:g} points of {of} on {images} images"
-    findings = (facts.get("judged") or {}).get("findings", ())
+    search = facts.get("search") or {"excluded": {}, "max_drop": 0.0, "metric": "", "images": 0}
+    limit = "Search for a loss of at most {max_drop:g} points of {metric} on {images} images"
+    findings = (facts.get("golden_check") or {}).get("findings", ())
     best = f"{facts['recommended'].upper()}: " if facts["recommended"] else ""
     duration = f" in {sum(result['seconds'].values()):.1f} s" if result["seconds"] else ""
     verb = "Reused" if result["reused"] else "Wrote"
@@ -249,10 +249,10 @@ def quantize_blocks(result: Entry) -> list[Block]:
         *table(
             facts.get("techniques") or (),
             "technique = name name; SQNR before dB ↑ = before_db .2f; after = after_db .2f; "
-            "used = kept name",
+            "used name",
             "Effect of each technique on held-out images",
         ),
-        *table(search["kept"].items(), "not in INT8 = 0 name; reason = 1", limit.format(**search)),
+        *table(search["excluded"].items(), "excluded = 0 name; reason = 1", limit.format(**search)),
         *table(
             rows,
             "precision = name name; size = size_bytes bytes; SQNR dB ↑ = sqnr_db .1f; "
@@ -261,8 +261,8 @@ def quantize_blocks(result: Entry) -> list[Block]:
             "gate = passed state",
         ),
         *doc.properties(
-            {**facts, "best": best + facts["why"]},
-            "evaluated on = judged_on.description; ranges from = calibration.description; "
+            {**facts, "best": best + facts["recommendation_reason"]},
+            "evaluated on = evaluated_on.description; ranges from = calibration.description; "
             "layers in INT8 = quantized; % of the multiply-adds = int8_share percent; "
             "scales = method; recommended = best",
         ),
@@ -283,8 +283,8 @@ def _quantize_warnings(facts: Entry) -> Iterator[str]:
         trials = f"{len(search['trials'])} evaluations"
         yield f"no plan was within {search['max_drop']:g} points of loss in {trials}"
     for row in facts["comparison"]:
-        for reason in row["doubts"] if row["passed"] else ():
+        for reason in row["inconclusive"] if row["passed"] else ():
             yield f"{row['name'].upper()} is undecided: {reason}"
-    yield from (f"{node} stays in FP32: {why}" for node, why in audit.get("kept", {}).items())
+    yield from (f"{node} stays FP32: {why}" for node, why in audit.get("fp32_nodes", {}).items())
     if audit.get("advice"):
         yield audit["advice"]

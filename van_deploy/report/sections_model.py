@@ -43,7 +43,7 @@ def export_check_rows(checks: Entry) -> Iterator[tuple[str | bool, str, str]]:
     if fold := checks.get("fold"):
         message = (
             "{batchnorms_folded} BatchNorms folded, {batchnorms_left} left; {layer_scales_folded} "
-            "layer scales folded, {multiplies_kept} multiplies left; float64 relative error "
+            "layer scales folded, {multiplies_left} multiplies left; float64 relative error "
         ).format(**fold)
         error, limit = float(fold["relative_error_float64"]), fold["tolerance"]
         yield fold["passed"], "rewriting", f"{message}{error:.1e} (at most {limit:.0e})"
@@ -116,7 +116,7 @@ def run_blocks(report: Entry) -> list[Block]:
     lines = [f"Exported: {report['export']['reason']}."]
     lines += [
         f"{artifact['artifact']}: {artifact['reason']}.{failed * (not artifact['passed'])}"
-        for artifact in report["made"]
+        for artifact in report["artifacts"]
     ]
     return [
         *map(doc.Paragraph, lines),
@@ -287,7 +287,7 @@ def build_blocks(report: Entry) -> list[Block]:
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
-        {**one, "state": "KEPT" if one["kept"] else doc.state_text(one["passed"])}
+        {**one, "state": "SELECTED" if one["selected"] else doc.state_text(one["passed"])}
         for one in sorted(report["tuned"], key=lambda one: one["latency_ms"] or math.inf)
     ]
     return [
