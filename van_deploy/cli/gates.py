@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from van_deploy.checks.verify import VerifyReport
 
 FILES = "Files"
-REMEDY = "See the rows above; `van-deploy drift` finds the module."
 
 
-def _failure(
-    report: VerifyReport | EvaluateReport | CheckReport, done: str, remedy: str = REMEDY
-) -> GateFailed | None:
+def _failure(report: VerifyReport | EvaluateReport | CheckReport, done: str) -> GateFailed | None:
+    from van_deploy.checks.gates import Outcome
     from van_deploy.report.sections_checks import failure_text
 
     if report:
         return None
-    return GateFailed(failure_text(report.named_findings(), report.allowed, done), remedy)
+    findings = report.named_findings()
+    is_wrong = done != "checked" and any(f.outcome is Outcome.FAIL for _, f in findings)
+    remedy = "See the rows above" + "; `van-deploy drift` finds the module" * is_wrong + "."
+    return GateFailed(failure_text(findings, report.allowed, done), remedy)
 
 
 def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings]) -> Output:
@@ -105,5 +106,5 @@ def check(
     if summary is not None:
         append_summary(report, summary)
     notes = [f"Wrote {baseline}; review and commit it."] if update and report else []
-    failure = _failure(report, "checked", "See the rows above.")
+    failure = _failure(report, "checked")
     return Output(report, check_blocks, notes, failure)
