@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.artifacts import Copy
 from tests.each import each
 from tests.manifest_parts import WEIGHTS, artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
@@ -195,6 +196,23 @@ INVALID: list[tuple[Edit, str]] = [
 ]
 
 
+def test_classes_that_artifacts_were_not_made_with_are_refused(
+    digits_bundle: Bundle, copy_bundle: Copy
+) -> None:
+    path = copy_bundle(digits_bundle) / MANIFEST
+    text = path.read_text()
+    swapped, wider = json.loads(text), json.loads(text)
+    swapped["class_names"].reverse()
+    wider["artifacts"]["fp32"]["graph"]["outputs"]["logits"]["shape"][-1] = 11
+    for manifest, message in (
+        (swapped, "has other class names than those 'fp32' was made with"),
+        (wider, "has 10 classes; the logits of 'fp32' have 11"),
+    ):
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(BundleError, match=message):
+            Bundle.open(path.parent)
+
+
 TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
     (f'{{"schema": "{SCHEMA}", "artifacts": 2}}', "is damaged: "),
@@ -204,6 +222,10 @@ TEXTS = [
     ("[" * 41 + "]" * 41, "it should be a table"),
     ("\udcff", "it is not UTF-8"),
     (" " * (64 * 2**20 + 1), "it has more than 67,108,864 bytes"),
+    (
+        '{"schema": "van-deploy/bundle/9", "name": "m"}',
+        f"this version reads '{SCHEMA}'.\nA newer van-deploy wrote it: upgrade",
+    ),
     (
         '{"schema": "van-deploy/bundle/1", "name": "m"}',
         f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"

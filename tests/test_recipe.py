@@ -41,7 +41,7 @@ MISTAKES = {  # contents of a file, and a part of the message
     ".".join("a" * 60) + " = 1": "nested more than 40 deep",
     f"a = '{'x' * 70_000}'": "it has a line of 70,006 characters",
     "[export]\nopset = 18\nopset = 20\n": "is not TOML: Cannot overwrite a value (at line 3",
-    "[model]\nname=3": "'model.name' is 3: it should be a text. Correct it.",
+    "[model]\nname=3": "'model.name' is 3: it should be a text. Give a value as",
     "model=3": "'model' is 3: it should be a table.",
     "[export]\nopset='20'": "'export.opset' is '20': it should be a whole number.",
     "[export]\nopset=20.0": "'export.opset' is 20.0: it should be a whole number.",

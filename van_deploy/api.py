@@ -24,10 +24,12 @@ from van_deploy.checks.outputs import shared_settings
 from van_deploy.checks.verify import DEFAULT_GATES, VerifyReport, record_check, verify_bundle
 from van_deploy.config.named_options import EXPORT, Change, parse_changes, parse_settings
 from van_deploy.documents import Verdict
+from van_deploy.errors import InputError
 from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, original_network, require_classifier
+from van_deploy.schema import read_document
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
@@ -252,7 +254,10 @@ class Bundle:
         """
         bundle, settings = self.load(), parse_settings(config.CheckSettings, options)
         gates, file, progress = _load_gates(settings.recipe), Path(baseline), self.progress
-        saved = None if update else regression.read_baseline(file)
+        saved = None
+        if not update:
+            remedy = regression.UPDATE_REMEDY
+            saved = read_document(regression.Baseline, file, "baseline", InputError, remedy)
         loaded, samples = self._load_reference(bundle, settings)
         shared = shared_settings(settings)
         verification = config.VerifySettings(**shared)

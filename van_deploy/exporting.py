@@ -25,7 +25,7 @@ from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
 from van_deploy.graph.fold import Rewrites, fold_van
-from van_deploy.manifest import GoldenInfo, GraphInfo, NetworkInfo
+from van_deploy.manifest import MANIFEST, GoldenInfo, GraphInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import VARIANT_NAMES
@@ -70,7 +70,7 @@ def load_model(
 
     Raises:
         VanDeployError: as :func:`~van_deploy.model.checkpoint.load_van`.
-        UsageError: it is a backbone, and the recipe does not export feature maps.
+        UsageError: it is a bundle, or a backbone whose feature maps the recipe does not export.
     """
     settings, export = recipe.model, recipe.export
     known = {EMBEDDED_NAME, *VARIANT_NAMES}
@@ -80,6 +80,11 @@ def load_model(
     preprocessing = recipe.preprocessing.model_dump()
     if export.dynamic_size is not None and preprocessing["image_size"] is None:
         preprocessing["image_size"] = export.dynamic_size.opt
+    if (Path(spec) / MANIFEST).exists():
+        raise UsageError(
+            f"'{spec}' is a bundle, and a bundle is made from weights.",
+            "Give the weights, or use the bundle with `van-deploy quantize`, `build` or `verify`.",
+        )
     progress("Loading weights")
     loaded = load_van(
         spec,
@@ -261,7 +266,7 @@ def _cache_key(loaded: LoadedVan, recipe: Recipe, inputs: Images) -> dict[str, A
         "weights": loaded.source.sha256,
         "architecture": asdict(loaded.config),
         "preprocessing": loaded.preprocessing.as_dict(),
-        "class names": content_key({"names": loaded.class_names}),
+        "class names": content_key({"names": loaded.class_names or ()}),
         "rewrites": asdict(_rewrites(recipe)),
         # Graphs with preprocessing inside are separate artifacts.
         "export": recipe.export.model_dump(mode="json", exclude={"embed_preprocess", "outputs"}),

@@ -275,6 +275,21 @@ class Manifest(NetworkInfo, VersionedSchema):
     checks: dict[Text, JsonObject]
     files: dict[RelativePath, Text]
 
+    @model_validator(mode="after")
+    def _check_artifacts(self) -> Manifest:
+        """Refuse class names or a number of classes that the artifacts were not made with."""
+        for name, entry in self.artifacts.items():
+            recorded = entry.made_with.get("class names")
+            if recorded not in (None, content_key({"names": self.class_names or ()})):
+                raise ValueError(f"has other class names than those '{name}' was made with")
+            logits = entry.graph.outputs.get("logits") if entry.graph else None
+            if logits and logits.shape[-1] != self.architecture.num_classes:
+                raise ValueError(
+                    f"has {self.architecture.num_classes} classes; the logits of '{name}' have "
+                    f"{logits.shape[-1]}"
+                )
+        return self
+
 
 def parse_manifest(text: str, path: Path) -> Manifest:
     """Return the manifest in ``text``, the contents of ``path``; does not open the files in it.

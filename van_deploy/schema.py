@@ -33,6 +33,7 @@ from van_deploy import documents
 from van_deploy.errors import InputError, UsageError
 
 MAX_NUMBER = 2**62
+VALUE_REMEDY = "Give a value as `--help` or docs/recipe.md describes it."
 
 Model = TypeVar("Model", bound="Schema")
 Document = TypeVar("Document", bound="VersionedSchema")
@@ -145,7 +146,7 @@ def validate(
     *,
     where: str = "",
     error: type[InputError] | type[UsageError] = UsageError,
-    remedy: str = "Correct it.",
+    remedy: str = VALUE_REMEDY,
     key_names: KeyNames | None = None,
 ) -> Model:
     """Return an instance of ``model`` with ``values``.
@@ -178,7 +179,7 @@ def validate(
         message = f"{where}: {failure.message}" if where else failure.message
         raise error(message, failure.remedy) from None
     if mistake.has_key_name:
-        error, where, remedy = UsageError, "", "Correct it."
+        error, where, remedy = UsageError, "", VALUE_REMEDY
     sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), mistake.message)
     raise error(f"{where}: {mistake.message}" if where else sentence, mistake.remedy or remedy)
 
@@ -215,6 +216,9 @@ def read_document(
         raise error(f"{where}: {failure}.", remedy) from failure
     schema = raw.get("schema") if isinstance(raw, Mapping) else None
     if isinstance(schema, str) and schema != model.schema_name():
+        base, number = model.schema_name().rsplit("/", 1)
+        if schema.startswith(f"{base}/") and schema[len(base) + 1 :] > number:
+            remedy = "A newer van-deploy wrote it: upgrade, or write it again with this version."
         raise error(
             f"'{path}' has schema '{schema[:100]}'; this version reads '{model.schema_name()}'.",
             remedy,

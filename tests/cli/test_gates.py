@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from junitparser import JUnitXml, Skipped
@@ -16,6 +17,7 @@ from tests.checks import faults
 from tests.checks.conftest import overwrite_artifact
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
+from van_deploy.files import file_sha256
 
 FEW = ("--against", "weights", "--count", "6")
 ALLOW = ("--allow-inconclusive",)  # 60 images are too few for INT8
@@ -261,6 +263,7 @@ def test_check_refuses_a_baseline_of_something_else(
     images = Path(shutil.copytree(digits.labelled, tmp_path / "images"))
     next((images / "5").glob("*.png")).unlink()
     text, weights = baseline.read_text(), digits.bundle.manifest.weights.sha256
+    reference = json.loads(text)["reference_sha256"]
     other_model = text.replace('"van_digits"', '"van_b1"')
     for content, words, message in (
         (None, (), "Write one with --update, review it, and commit it."),
@@ -268,6 +271,7 @@ def test_check_refuses_a_baseline_of_something_else(
         (text, ("--evaluate", images), "was measured with another evaluation set: "),
         (other_model, (), "another model: van_b1, this run has van_digits."),
         (text.replace(weights, "0" * 64), (), "other weights: 000000000000, this run has "),
+        (text.replace(reference, "0" * 64), (), "other reference outputs or class names: 0000"),
         (text.replace("line/4", "line/2"), (), "this version reads 'van-deploy/baseline/4'."),
         ('{"stranger": 1, ' + text[1:], (), "the key 'stranger' is unknown."),
         (text[:-10], (), "is damaged: "),
@@ -276,6 +280,20 @@ def test_check_refuses_a_baseline_of_something_else(
         if content is not None:
             baseline.write_text(content)
         assert message in fail(cli, "check", path, "--baseline", baseline, *words, code=5)
+
+
+def test_check_refuses_golden_samples_with_other_outputs(
+    cli: Cli, path: Path, baseline: Path
+) -> None:
+    """The graph could have been changed with them, so that ``verify`` passes."""
+    golden = path / "golden.npz"
+    arrays = dict(np.load(golden))
+    arrays["logits"] = arrays["logits"][:, ::-1]
+    np.savez(golden, **arrays)
+    files = {"golden.npz": file_sha256(golden)}
+    edit_json(path / "manifest.json", lambda m: m["artifacts"]["fp32"]["files"].update(files))
+    message = fail(cli, "check", path, "--baseline", baseline, code=5)
+    assert "other reference outputs or class names" in message
 
 
 @pytest.mark.slow

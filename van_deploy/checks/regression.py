@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, PositiveFloat
 
 from van_deploy.bundle import Bundle
@@ -26,8 +26,9 @@ from van_deploy.checks.outputs import inputs_for, open_artifact
 from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
+from van_deploy.files import content_key
 from van_deploy.intervals import median_interval
-from van_deploy.schema import Count, Schema, Text, VersionedSchema, read_document
+from van_deploy.schema import Count, Schema, Text, VersionedSchema
 
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
@@ -37,13 +38,13 @@ MUST_MATCH = {
     "model": "another model",
     "weights_sha256": "other weights",
     "samples_sha256": "other images to verify on",
+    "reference_sha256": "other reference outputs or class names",
     "against": "another reference",
     "evaluation_sha256": "another evaluation set",
     "evaluation_images": "another number of readable images",
 }
 MAX_DB = 300.0  # written for an infinite SQNR
-WARMUP_ROUNDS = 2
-ROUNDS = (25, 200)  # minimum, and maximum while the interval is too wide
+WARMUP_ROUNDS, ROUNDS = 2, (25, 200)  # minimum, and maximum while the interval is too wide
 
 
 class Measurement(Schema):
@@ -70,6 +71,8 @@ class Baseline(VersionedSchema):
         model: name of the model.
         weights_sha256: digest of its weights.
         samples_sha256: digest of the images that the artifacts were verified on.
+        reference_sha256: digest of the reference's logits on them, rounded to 3 decimals, and of
+            the class names.
         against: reference of the verification.
         evaluation_sha256: digest of the labelled images' names, contents and labels; "" without
             evaluation.
@@ -81,6 +84,7 @@ class Baseline(VersionedSchema):
     model: Text
     weights_sha256: Text
     samples_sha256: Text
+    reference_sha256: Text
     against: Text
     evaluation_sha256: Text = ""
     evaluation_images: Count = 0
@@ -96,6 +100,8 @@ def baseline_from(
 ) -> Baseline:
     """Return a baseline with the measured values."""
     artifacts: dict[str, dict[str, Measurement]] = {}
+    # In float64 another processor changes later decimals only.
+    reference = [np.round(samples.logits, 3).tolist(), bundle.manifest.class_names]
     for name, verdict in verify.artifacts.items():
         values = artifacts.setdefault(name, {})
         if verdict.comparison is not None:
@@ -114,20 +120,12 @@ def baseline_from(
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
         samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
+        reference_sha256=content_key({"reference": reference}),
         against=verify.against,
         evaluation_sha256="" if evaluate is None else evaluate.dataset_sha256,
         evaluation_images=0 if evaluate is None else evaluate.count,
         artifacts=artifacts,
     )
-
-
-def read_baseline(path: Path) -> Baseline:
-    """Read a baseline from a file.
-
-    Raises:
-        InputError: the file cannot be read, has another version, or is not a baseline.
-    """
-    return read_document(Baseline, path, "baseline", InputError, UPDATE_REMEDY)
 
 
 # --- speed -----------------------------------------------------------------------------------

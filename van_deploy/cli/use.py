@@ -134,11 +134,11 @@ def predict(
     if not json_lines:
         predictions = Predictions(source.path, artifact, rate, tuple(saved))
         print_result(predictions, as_json, predictions_blocks)
-    print_note(f"{artifact}: {total} images, {rate:.1f} images/s")
+    print_note(f"{artifact}: {total} image{'s' * (total != 1)}, {rate:.1f} images/s")
     if failed:
         raise ImageError(
             f"{failed} of {total} images could not be read.",
-            "Replace or remove these files; the predictions of the others are above.",
+            "Replace or remove these files.",
         )
 
 

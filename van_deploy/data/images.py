@@ -173,7 +173,10 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
 
 def _raise_read_error(error: OSError) -> NoReturn:
     message = f"'{error.filename}' cannot be read: {error.strerror}."
-    raise ImageError(message, "Check the path and its permissions.") from error
+    remedy = "Check the path and its permissions."
+    if isinstance(error, NotADirectoryError):
+        remedy = "Give a folder of images or an .npz file."
+    raise ImageError(message, remedy) from error
 
 
 def _load_npz_items(path: Path) -> tuple[ImageItem, ...]:

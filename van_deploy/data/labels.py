@@ -212,10 +212,11 @@ def _label_by_order(
         by_group = dict(zip(groups, orders[order or "strings"], strict=True))
         labels = [by_group[item.group] for item in images.items]
         return images.with_labels(labels, f"class folders {how}{unused_file}")
+    known = "class names" if names.names else "classes, which have no names"
     message = (
         f"{f'--class-order {order} is not possible: ' if order else ''}{len(unmatched)} of the "
         f"{len(groups)} folders in '{images.root}' do not match one of the network's "
-        f"{names.count} class names: {', '.join(unmatched[:5])}{unused_file}."
+        f"{names.count} {known}: {', '.join(unmatched[:5])}{unused_file}."
     )
     if use_order and orders and not order:
         message += " The order of the network's classes is unknown. Possible orders:"

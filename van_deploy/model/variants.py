@@ -229,8 +229,8 @@ def get_variant(name: str) -> Variant:
         return variant
     similar = difflib.get_close_matches(key, list(VARIANTS), n=3, cutoff=0.5)
     guess = f"Did you mean {' or '.join(similar)}? " if similar else ""
-    remedy = f"{guess}Known: {', '.join(VARIANTS)}; for a checkpoint give its path, ./mine.pth."
-    raise UsageError(f"There is no VAN variant called '{name}'.", remedy)
+    remedy = f"{guess}Known: {', '.join(VARIANTS)}, van_digits; or give a checkpoint's path."
+    raise UsageError(f"There is no VAN variant and no file called '{name}'.", remedy)
 
 
 @dataclass(frozen=True)

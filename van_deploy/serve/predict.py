@@ -44,7 +44,7 @@ def find_sources(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
         if isinstance(image, bytes):
             sources.append(image)
         elif not (path := Path(image)).exists():
-            remedy = "Check the path; a URL must be downloaded first."
+            remedy = "Check the path; images are files or folders on this machine."
             raise ImageError(f"There is no image '{image}'.", remedy)
         else:
             sources += find_images(path) if path.is_dir() else [path]
