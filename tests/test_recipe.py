@@ -37,6 +37,8 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[modle]\nname='x'": "the key 'modle' is unknown. Did you mean 'model'?",
     "[model]\nnam='x'": "the key 'model.nam' is unknown. Did you mean 'model.name'?",
     "[model\n": "is not TOML",
+    "int=3": "the key 'int' is unknown. Known keys: ",
+    "[export]\n'[x]'=3": "the key 'export.[x]' is unknown. Known keys: ",
     **dict.fromkeys((f"a={'[' * n}{']' * n}" for n in (60, 20_000)), "nested more than 40 deep"),
     ".".join("a" * 60) + " = 1": "nested more than 40 deep",
     f"a = '{'x' * 70_000}'": "it has a line of 70,006 characters",

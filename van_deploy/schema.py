@@ -275,13 +275,19 @@ class ValidationMessage:
 
     def __init__(self, model: type[Schema], error: ErrorDetails, key_names: KeyNames) -> None:
         self._key_names, self.has_key_name, self.remedy = key_names, False, ""
-        self._location = [part for part in error["loc"] if not _is_union_branch(part)]
+        is_unknown = error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}
+        unknown = len(error["loc"]) - is_unknown  # index of a key that may look like a branch
+        self._location = [
+            part
+            for index, part in enumerate(error["loc"])
+            if index == unknown or not _is_union_branch(part)
+        ]
         key = self._key_name(self._location)
         conflict = error.get("ctx", {}).get("error")
         if isinstance(conflict, ConflictError):
             self.message = self._fill(conflict.message)
             self.remedy = self._fill(conflict.remedy)
-        elif error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        elif is_unknown:
             self.message = f"the key '{key}' is unknown."
             self.remedy = self._suggestion(model, key)
         elif error["type"] == "missing":

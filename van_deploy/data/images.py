@@ -173,9 +173,8 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
 
 def _raise_read_error(error: OSError) -> NoReturn:
     message = f"'{error.filename}' cannot be read: {error.strerror}."
-    remedy = "Check the path and its permissions."
-    if isinstance(error, NotADirectoryError):
-        remedy = "Give a folder of images or an .npz file."
+    is_file = isinstance(error, NotADirectoryError)
+    remedy = "Give a folder or an .npz file." if is_file else "Check the path and its permissions."
     raise ImageError(message, remedy) from error
 
 
