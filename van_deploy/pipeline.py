@@ -17,7 +17,10 @@ from van_deploy.engine.fleet import REUSED, build_cells, engine_cells
 from van_deploy.errors import UsageError
 from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
+from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.precision.images import choose_images
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
+from van_deploy.recipe import ImageSelection
 from van_deploy.serve.embedded import embed_artifacts
 from van_deploy.stopwatch import Progress, Stopwatch
 
@@ -102,13 +105,19 @@ def export_recipe(
         VanDeployError: as :func:`run_recipe`.
     """
     clock, images, force = Stopwatch(progress), settings.images, settings.force
-    exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
-    precisions = []
+    requested = []
     for name in recipe.precision.make:
         quantize = recipe.precision.of(name)
         if images is not None and quantize.sources == (None, None):
             quantize = quantize.with_changes(images=images)
-        progress(f"Making '{name}'")
+        requested.append(quantize)
+        has_images = quantize.noise or quantize.sources != (None, None)
+        if name == "int8" and not has_images and loaded.name != EMBEDDED_NAME:
+            choose_images(ImageSelection())  # raises the error, before anything is written
+    exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
+    precisions = []
+    for quantize in requested:
+        progress(f"Making '{quantize.precision}'")
         precisions.append(quantize_bundle(output, quantize, force=force, progress=progress))
     if recipe.export.embeds:
         clock.begin("Embedding and checking preprocessing")

@@ -13,6 +13,7 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
+from van_deploy.model.embedded import EMBEDDED_WEIGHTS
 
 FAST = ("--no-bias-correction", "--no-equalize", "--threads", "1")
 
@@ -39,6 +40,14 @@ def test_int8_prints_three_precisions_and_a_recommendation(cli: Cli, bundle: Pat
     assert (found["artifact"], found["passed"]) == ("int8", True)
     row = found["facts"]["comparison"][1]
     assert row["top1_interval"][0] < row["correct"] / row["images"] <= row["top1_interval"][1]
+
+
+def test_export_refuses_int8_without_images_before_it_writes(cli: Cli, tmp_path: Path) -> None:
+    weights = shutil.copy(EMBEDDED_WEIGHTS, tmp_path / "mine.safetensors")
+    result = cli("export", weights, "--output", tmp_path / "mine", "--precision", "int8")
+    assert result.exit_code == 5
+    assert "INT8 needs calibration images, and none were given." in result.stderr
+    assert not (tmp_path / "mine").exists()
 
 
 def test_result_below_its_gate_exits_with_1(
