@@ -8,13 +8,16 @@ report what they skipped.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -104,12 +107,17 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
 def serve_and_stop(words: list[str]) -> None:
     """Start a server as a page writes it, on a free port, and stop it as a service manager does."""
     command = [sys.executable, "-m", "van_deploy", *words, "--port", "0"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=environment, **streams) as server:
+        killer = threading.Timer(100, server.kill)  # a server that prints no address
+        killer.start()
         lines = []
-        for line in server.stderr:
+        for line in server.stdout or ():
             lines.append(line)
             if "http://" in line:
                 break
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0, lines
+        lines += server.stdout or ()
+        killer.cancel()
+        assert server.wait() == 0, lines
