@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +206,8 @@ def _depth(value: Any) -> int:
     """Return the number of lists and tables around the innermost one."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return max((1 + _depth(one) for one in inner if isinstance(one, dict | list)), default=0)
+
+
+def limit_lines(lines: Sequence[str], count: int) -> list[str]:
+    """Return the first lines, and the number of the others as a last line."""
+    return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]

@@ -172,7 +172,7 @@ def test_variant_with_a_checkpoint(shared_checkpoint: Path, checkpoint: Path) ->
     [
         ("van_b4", {}, UsageError, "van_b4 has no public .*mmpretrain .*--weights"),
         ("van_b5", {}, UsageError, "van_b5 has no public .*ImageNet-21K.*--weights"),
-        ("van_b9", {}, UsageError, "There is no VAN variant called 'van_b9'"),
+        ("van_b9", {}, UsageError, "There is no VAN variant and no file called 'van_b9'"),
         ("./x.pth", {"weights": "random"}, UsageError, "cannot be combined with --weights random"),
         (
             "van_digits",

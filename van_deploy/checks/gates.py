@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from van_deploy.config import GateProfile
+from van_deploy.documents import limit_lines
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
@@ -238,11 +239,6 @@ MAX_IMAGES_TO_DECIDE = 10**8
 
 # Messages of one verdict that are shown.
 MAX_MESSAGES = 4
-
-
-def limit_lines(lines: Sequence[str], count: int) -> list[str]:
-    """Return the first lines, and the number of the others as a last line."""
-    return [*lines[:count], *[f"and {len(lines) - count:,} more"] * (len(lines) > count)]
 
 
 def outcome_of(findings: Iterable[Finding]) -> Outcome:

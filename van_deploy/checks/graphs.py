@@ -31,6 +31,7 @@ from van_deploy.checks import gates
 from van_deploy.checks.gates import Finding, Limit, check_minimum, pass_or_fail
 from van_deploy.checks.golden import Samples
 from van_deploy.data.samples import GENERIC
+from van_deploy.documents import limit_lines
 from van_deploy.graph.names import INPUT_NAME, make_batch_dynamic_
 from van_deploy.metrics import Array
 from van_deploy.runners.base import Images
@@ -286,7 +287,7 @@ def _check_activation_scales(
 def _combined_finding(rule: str, faults: Mapping[str, str]) -> Finding:
     messages = [fault for fault in faults.values() if fault]
     shown = f"{len(faults)} within their bounds"
-    return pass_or_fail(rule, "; ".join(gates.limit_lines(messages, 2)), shown=shown)
+    return pass_or_fail(rule, "; ".join(limit_lines(messages, 2)), shown=shown)
 
 
 def _weight_fault(node: NodeProto, stored: Mapping[str, Array], for_cpus: bool) -> str:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field, PositiveFloat
 
 from van_deploy.bundle import Bundle
@@ -101,7 +100,7 @@ def baseline_from(
     """Return a baseline with the measured values."""
     artifacts: dict[str, dict[str, Measurement]] = {}
     # In float64 another processor changes later decimals only.
-    reference = [np.round(samples.logits, 3).tolist(), bundle.manifest.class_names]
+    reference = [samples.logits.round(3).tolist(), bundle.manifest.class_names]
     for name, verdict in verify.artifacts.items():
         values = artifacts.setdefault(name, {})
         if verdict.comparison is not None:

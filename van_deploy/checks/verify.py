@@ -21,7 +21,7 @@ from van_deploy.checks.golden import Samples, check_originals
 from van_deploy.checks.graphs import one_line
 from van_deploy.checks.outputs import NetworkVerdict
 from van_deploy.config import GateSettings, VerifySettings
-from van_deploy.documents import plain
+from van_deploy.documents import limit_lines, plain
 from van_deploy.errors import ConversionError, VanDeployError
 from van_deploy.runners.base import Images
 from van_deploy.runners.network import Network
@@ -205,7 +205,7 @@ def _check_modules(
     if not worst:
         return (), pass_or_fail("modules", f"modules cannot be compared: {rows[0].note}")
     bad = [f"{row.name} {row.level:.1f} dB" for row in worst if row.level < limit.value]
-    shown = ", ".join(gates.limit_lines(bad, 4))
+    shown = ", ".join(limit_lines(bad, 4))
     fault = f"modules below {limit.value:g} dB ({limit.origin}): {shown}" * bool(bad)
     evidence = f"the worst module is {worst[0].name}"
     finding = pass_or_fail("modules", fault, worst[0].level, limit, evidence)

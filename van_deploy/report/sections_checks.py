@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from van_deploy.checks.gates import AllowOptions, Finding, limit_lines
+from van_deploy.documents import limit_lines
 from van_deploy.report import document as doc
 from van_deploy.report.document import Block, Entry, Paragraph, notices, table
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
+
+if TYPE_CHECKING:
+    from van_deploy.checks.gates import AllowOptions, Finding
 
 MAX_FLIPS, MAX_MESSAGES, MAX_NAMES = 10, 24, 5
 

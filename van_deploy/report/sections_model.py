@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from van_deploy.checks.gates import limit_lines
+from van_deploy.documents import limit_lines
 from van_deploy.report import document as doc
 from van_deploy.report.document import Block, Entry, checks_table, notices, properties, table
 from van_deploy.report.sections_checks import evaluate_blocks, quantize_blocks, verify_blocks
 
 BATCHES = "batch d; SQNR dB ↑ = sqnr_db .1f; batch invariance dB ↑ = invariance_db .1f"
-MAX_LAYERS = 200
-MAX_PROBLEMS = 20  # in the text; --json has all
+MAX_LAYERS, MAX_PROBLEMS = 200, 20  # in the text; --json has all
 HUB_OWNER = "Visual-Attention-Network"
 
 
