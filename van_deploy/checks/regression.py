@@ -100,7 +100,8 @@ def baseline_from(
     """Return a baseline with the measured values."""
     artifacts: dict[str, dict[str, Measurement]] = {}
     # In float64 another processor changes later decimals only.
-    reference = [samples.logits.round(3).tolist(), bundle.manifest.class_names]
+    logits = (samples.logits.round(3) + 0.0).tolist()  # without negative zeros
+    reference = {"logits": logits, "class names": bundle.manifest.class_names}
     for name, verdict in verify.artifacts.items():
         values = artifacts.setdefault(name, {})
         if verdict.comparison is not None:
@@ -119,7 +120,7 @@ def baseline_from(
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
         samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
-        reference_sha256=content_key({"reference": reference}),
+        reference_sha256=content_key(reference),
         against=verify.against,
         evaluation_sha256="" if evaluate is None else evaluate.dataset_sha256,
         evaluation_images=0 if evaluate is None else evaluate.count,
