@@ -108,7 +108,7 @@ bench: $(TESTED)
 	$(BIN)/python -m benchmarks
 
 # A user's commands on a GPU; without a GPU, those that run on a CPU. PART=a: PyTorch and this
-# project's kernels, 3 minutes; PART=b: every runtime, tests and gates, 5 minutes.
+# project's kernels, 3 minutes on a GPU; PART=b: every runtime, tests and gates, 5 minutes.
 PART ?= a
 gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)
