@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.conftest import Make, for_channels
 from tests.each import each
+from tests.errors import error_of
 from van_deploy.data.images import ImageItem, ImageSet, decode_item, open_image
 from van_deploy.data.samples import (
     dead_leaves_image,
@@ -20,12 +22,7 @@ from van_deploy.data.samples import (
     verification_images,
 )
 from van_deploy.errors import ImageError, UsageError
-from van_deploy.model.preprocess import Preprocessing, normalise, pixels_from_image
-
-
-def for_channels(channels: int = 3, side: int = 32) -> Preprocessing:
-    """Return the preprocessing of a network for small images."""
-    return Preprocessing(side, (0.5,) * channels, (0.25,) * channels, "bilinear", 1.0, "a test")
+from van_deploy.model.preprocess import normalise, pixels_from_image
 
 
 def spectral_slope(image: Any) -> float:
@@ -58,12 +55,10 @@ def test_synthetic_samples(monkeypatch: Any) -> None:
     samples = sample_set()
     assert samples.description.startswith("8 synthetic dead-leaves images (no photographs")
     assert len({item.digest for item in samples.items}) == 8
-    slopes = [spectral_slope(dead_leaves_image(seed, 320)) for seed in (1, 2)]
-    assert all(-2.7 < slope < -1.5 for slope in slopes), slopes
-    once, other, again = (dead_leaves_image(seed, 96) for seed in (3, 4, 3))
-    assert (once.shape, str(once.dtype)) == ((96, 96, 3), "uint8")
-    assert np.array_equal(once, again)
-    assert not np.array_equal(once, other)
+    assert samples.digest == sample_set().digest
+    for item in samples.items[:2]:
+        assert (np.shape(item.data), np.asarray(item.data).dtype) == ((320, 320, 3), np.uint8)
+        assert -2.7 < spectral_slope(item.data) < -1.5
 
 
 def test_digits_and_noise() -> None:
@@ -74,9 +69,9 @@ def test_digits_and_noise() -> None:
     assert not {i.digest for i in train.items} & {i.digest for i in heldout.items}
     noise = noise_set(4, for_channels(5))
     assert (noise.noise, noise.description) == (True, "4 samples of NOISE, no images")
-    assert all(np.asarray(item.data).shape == (5, 32, 32) for item in noise.items)
-    assert noise.digest == noise_set(4, for_channels(5)).digest
-    assert noise.digest != noise_set(4, for_channels(5), seed=1).digest
+    assert all(np.shape(item.data) == (5, 32, 32) for item in noise.items)
+    same, other = (noise_set(4, for_channels(5), seed).digest for seed in (0, 1))
+    assert noise.digest == same != other
 
 
 # --- what a network is batch on ------------------------------------------------------------
@@ -84,11 +79,10 @@ def test_digits_and_noise() -> None:
 
 def test_shifts_are_added_to_few_images(tmp_path: Path) -> None:
     for seed in (0, 1):
-        image = Image.fromarray(dead_leaves_image(seed, 160)).resize((200, 160))
-        image.save(tmp_path / f"{seed}.png")
+        Image.fromarray(dead_leaves_image(seed, (160, 200))).save(tmp_path / f"{seed}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     batch = verification_images("", for_channels(), 33, tmp_path)
-    assert (len(batch), batch.inputs.shape) == (33, (33, 3, 32, 32))
+    assert batch.inputs.shape == (33, 3, 32, 32)
     assert len({values.tobytes() for values in batch.inputs}) == 33
     assert batch.names[:3] == ("0.png", "1.png", "shifted 0.png")
     assert batch.description.startswith(f"33 images and shifts of 3 images of '{tmp_path}'; 1 co")
@@ -101,14 +95,11 @@ def test_shifts_are_added_to_few_images(tmp_path: Path) -> None:
     assert np.array_equal(batch.inputs[:5], few.inputs)
 
 
-def test_images_are_spread_evenly_and_distinct(tmp_path: Path) -> None:
-    for number in range(40):
-        path = tmp_path / f"{number // 10}" / f"{number:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.new("L", (32, 32), 5 * number).save(path)
-    batch = verification_images("", for_channels(1), 4, tmp_path)
+def test_images_are_spread_evenly_and_distinct(make: Make) -> None:
+    root = make(*(f"{number // 10}/{number:02d}.png" for number in range(40)))
+    batch = verification_images("", for_channels(), 4, root)
     assert batch.names == ("0/00.png", "1/13.png", "2/26.png", "3/39.png")
-    assert batch.description == f"4 of 40 images of '{tmp_path}'"
+    assert batch.description == f"4 of 40 images of '{root}'"
     values = [np.full((32, 32), shade, np.uint8) for shade in (9, 77, 9, 9)]
     items = tuple(ImageItem(str(number), value) for number, value in enumerate(values))
     distinct = verification_images("", for_channels(1), 2, ImageSet(items, "4 images"))
@@ -125,31 +116,29 @@ def test_synthetic_samples_with_other_channels() -> None:
     assert "(no photographs with 13 channels installed)" in batch.description
 
 
-@each(
-    "values",
-    [
-        np.random.default_rng(0).integers(0, 256, (2, 32, 32, 5), dtype=np.uint8),
-        np.random.default_rng(0).standard_normal((2, 5, 32, 32)).astype(np.float32),
-    ],
-)
-def test_shifts_are_added_to_few_arrays(values: Any, tmp_path: Path) -> None:
+@each("kind", [np.uint8, np.float32])
+def test_shifts_are_added_to_few_arrays(kind: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 256, (2, 32, 32, 5) if kind is np.uint8 else (2, 5, 32, 32))
+    values = values.astype(kind)
     np.savez(tmp_path / "x.npz", values)
     batch = verification_images("", for_channels(5), 6, tmp_path / "x.npz")
     assert np.array_equal(batch.values[:2], values)
     assert len({one.tobytes() for one in batch.values}) == 6
     assert np.array_equal(np.sort(batch.values[2], None), np.sort(values[0], None))
-    assert (batch.pixels is None) == (values.dtype == np.float32)
+    assert (batch.pixels is None) == (kind is np.float32)
 
 
 def test_unusable_images(tmp_path: Path) -> None:
     Image.new("L", (64, 64), 7).save(tmp_path / "flat.png")
-    with pytest.raises(ImageError, match="Only 1 of 4 distinct inputs could be made from the 1 im"):
-        verification_images("", for_channels(), 4, tmp_path)
-    with pytest.raises(UsageError, match=r"takes 2 channels.*\n.*uint8 \(N, H, W, 2\)"):
-        verification_images("", for_channels(2), 4, tmp_path)
+    grey = ImageSet((ImageItem("image 0", np.zeros((3, 48, 48), np.float32)),), "1 images")
+    for error, channels, source, message in (
+        (ImageError, 3, tmp_path, "Only 1 of 4 distinct inputs could be made from the 1 images"),
+        (UsageError, 2, tmp_path, "takes 2 channels"),
+        (UsageError, 3, grey, "an array of shape (3, 48, 48); the network takes"),  # not resized
+    ):
+        refusal = error_of(error, verification_images, "", for_channels(channels), 4, source)
+        assert message in refusal.message
     (tmp_path / "flat.png").write_bytes(b"")
     with pytest.raises(ImageError, match=r"Only 0 of 4 .* 1 could not be read, the first: '"):
         verification_images("", for_channels(), 4, tmp_path)
-    images = ImageSet((ImageItem("image 0", np.zeros((3, 48, 48), np.float32)),), "1 images")
-    with pytest.raises(UsageError, match=r"an array of shape \(3, 48, 48\); the network takes"):
-        verification_images("", for_channels(), 1, images)  # a float array is not resized
