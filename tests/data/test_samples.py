@@ -57,8 +57,9 @@ def test_synthetic_samples(monkeypatch: Any) -> None:
     assert len({item.digest for item in samples.items}) == 8
     assert samples.digest == sample_set().digest
     for item in samples.items[:2]:
-        assert (np.shape(item.data), np.asarray(item.data).dtype) == ((320, 320, 3), np.uint8)
-        assert -2.7 < spectral_slope(item.data) < -1.5
+        pixels = np.asarray(item.data)
+        assert (pixels.shape, str(pixels.dtype)) == ((320, 320, 3), "uint8")
+        assert -2.7 < spectral_slope(pixels) < -1.5
 
 
 def test_digits_and_noise() -> None:
@@ -69,7 +70,7 @@ def test_digits_and_noise() -> None:
     assert not {i.digest for i in train.items} & {i.digest for i in heldout.items}
     noise = noise_set(4, for_channels(5))
     assert (noise.noise, noise.description) == (True, "4 samples of NOISE, no images")
-    assert all(np.shape(item.data) == (5, 32, 32) for item in noise.items)
+    assert all(np.asarray(item.data).shape == (5, 32, 32) for item in noise.items)
     same, other = (noise_set(4, for_channels(5), seed).digest for seed in (0, 1))
     assert noise.digest == same != other
 

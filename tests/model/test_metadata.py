@@ -240,7 +240,8 @@ def test_unsupported_preprocessing(load: Load, content: Content, message: str) -
 
 @each("name", ["img_size", "input_size", "mean", "std", "crop_pct", "classes", "gp"])
 def test_exponentially_nested_lists(load: Load, name: str) -> None:
-    start, value = time.monotonic(), ["x"]
+    start = time.monotonic()
+    value: Any = ["x"]
     for _ in range(60):
         value = [value, value]  # 2**60 strings that share their memory, as a pickle can contain
     error_of(CheckpointError, load, {name: value})
@@ -278,7 +279,7 @@ def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> Non
         model=EPS,
     )
     mmpretrain["meta"]["dataset_meta"] = {"classes": NAMES}
-    colour = {f"image_{key}": value for key, value in COLOUR.items()}
+    colour: Content = {f"image_{key}": value for key, value in COLOUR.items()}
     size = {"pretrained_cfg": {**resize, "input_size": [3, 64, 64]}}
     contents = {
         "official": {"args": argparse.Namespace(**resize, img_size=64), "class_to_idx": INDEX},
