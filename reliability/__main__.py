@@ -1,7 +1,7 @@
 """Run fuzzing, fault injection and load tests, and write their tables into docs/reliability.md.
 
 python -m reliability                               # everything, about two hours
-python -m reliability --only fuzz,requests
+python -m reliability --only fuzz requests
 python -m reliability --only fuzz --kind image --count 500 --seed 7
 """
 
@@ -28,19 +28,15 @@ PARTS = {"fuzz": fuzz.table, "requests": requests.table, "faults": faults.table,
 def main() -> int:
     """Run the requested parts; return 1 if one has a failure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--count", type=int, help="of cases, images and requests")
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--count", type=int, default=0, help="of cases, images and requests")
     parser.add_argument("--seed", type=int, default=0, help="of fuzz and requests")
-    parser.add_argument("--kind", nargs="*", default=[], choices=list(KINDS), help="of fuzz")
-    args = parser.parse_args()
-    failed, write_page = False, not (args.count or args.seed or args.kind)
-    for name in args.only.split(","):
-        if name not in PARTS:
-            parser.error(f"unknown part '{name}'; choose from {', '.join(PARTS)}")
-        options = {"seed": args.seed} if name in {"fuzz", "requests"} else {}
-        options |= {"only": args.kind} if name == "fuzz" else {}
+    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
+    args, failed = parser.parse_args(), False
+    write_page = (args.count, args.seed, args.kind) == (0, 0, list(KINDS))
+    for name in args.only:
         start = time.monotonic()
-        columns, rows, failures = PARTS[name](args.count, **options)
+        columns, rows, failures = PARTS[name](args)
         lines = [markdown_table(columns, rows), *(f"- failure: {failure}" for failure in failures)]
         print(f"{name}\n", *lines, sep="\n", file=sys.stderr, flush=True)
         if write_page:

@@ -19,27 +19,18 @@ from tests.each import each
 HOOK = """
 import os, pwd, sys
 
-INSTALLED = os.path.realpath(os.environ["INSTALLED"])
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
+INSTALLED = os.path.realpath(os.environ["INSTALLED"]) + os.sep
+pwd.getpwuid = {}.__getitem__
 
-def _nobody(*_):
-    raise KeyError("getpwuid(): uid not found")
+def refuse(event, details):
+    writing = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if (writing or event in CHANGES) and isinstance(details[0], (str, bytes)):
+        if os.path.realpath(os.fsdecode(details[0])).startswith(INSTALLED):
+            raise OSError(30, "Read-only file system", os.fsdecode(details[0]))
 
-pwd.getpwuid = _nobody
-
-def _read_only(event, details):
-    if event == "open":
-        path, writing = details[0], details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"):
-        path, writing = details[0], True
-    else:
-        return
-    if writing and isinstance(path, (str, bytes)):
-        if os.path.realpath(os.fsdecode(path)).startswith(INSTALLED + os.sep):
-            raise OSError(30, "Read-only file system", os.fsdecode(path))
-
-sys.addaudithook(_read_only)
+sys.addaudithook(refuse)
 """
-
 LOCALES = {
     "ascii": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
     "latin-1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
