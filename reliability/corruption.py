@@ -34,9 +34,15 @@ def find_failure(
     options: dict[str, Any] = {"suppress_health_check": list(hypothesis.HealthCheck)}
     options |= {"deadline": timeout_s and 1000 * timeout_s, "report_multiple_bugs": False}
     settings = hypothesis.settings(max_examples=max(1, count), database=None, **options)
-    cases = hypothesis.given(st.data())(lambda data: case(data.draw))
+
+    @settings
+    @hypothesis.seed(seed)
+    @hypothesis.given(st.data())
+    def cases(data: st.DataObject) -> None:
+        case(data.draw)
+
     try:
-        settings(hypothesis.seed(seed)(cases))()
+        cases()
     except (AssertionError, hypothesis.errors.HypothesisException) as error:
         return str(error) or "a case failed"
     return ""

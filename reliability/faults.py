@@ -22,13 +22,13 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from reliability.load import run_export
+from reliability.outcome import Outcome
 
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = "torch._dynamo torch.onnx torchvision timm onnxscript onnxsim onnxruntime tensorrt_rtx"
@@ -48,14 +48,10 @@ COMMANDS = {
     "report": "report {bundle}",
 }
 WRITERS = ("export", "quantize", "build")
-READ_ONLY = {
-    "info {bundle}": (0,),
-    "inspect {bundle}": (0,),
-    "predict {bundle} {bundle}/golden/0.png": (0,),
-    "verify {bundle} --no-modules": (0, 3, 5),
-    "drift {bundle} --level stage": (0, 3, 5),
-    **{COMMANDS[name]: (3, 5) for name in WRITERS},
-}
+READERS = ("info {bundle}", "inspect {bundle}", "predict {bundle} {bundle}/golden/0.png")
+CHECKS = ("verify {bundle} --no-modules", "drift {bundle} --level stage")
+READ_ONLY = {**dict.fromkeys(READERS, (0,)), **dict.fromkeys(CHECKS, (0, 3, 5))}
+READ_ONLY |= {COMMANDS[name]: (3, 5) for name in WRITERS}
 CLOCK = """
 import itertools, time
 start, steps = time.time(), itertools.count()
@@ -65,14 +61,6 @@ main()
 """
 
 Result = tuple[int, str]  # exit code and stderr of a command
-
-
-class Outcome(NamedTuple):
-    """Outcome of one run with a fault, and a message if it is a failure."""
-
-    fault: str
-    text: str
-    failure: str = ""
 
 
 def check(fault: str, step: str, result: Result, bundle: Path | None, *allowed: int) -> Outcome:
@@ -159,9 +147,8 @@ def _run_interrupted(name: str, target: Path, kind: str, step: int, log: Path) -
     def interrupt(event: str, args: tuple[Any, ...]) -> None:
         if event not in EVENTS or not isinstance(args[0], str | bytes | os.PathLike):
             return
-        if event == "open" and not (isinstance(args[2], int) and args[2] & WRITE_FLAGS):
-            return
-        if not os.path.realpath(os.fsdecode(args[0])).startswith(folder):
+        reads = event == "open" and not (isinstance(args[2], int) and args[2] & WRITE_FLAGS)
+        if reads or not os.path.realpath(os.fsdecode(args[0])).startswith(folder):
             return
         current = next(number)
         if kind == "kill" and current == step:
@@ -245,18 +232,9 @@ def clock_and_cache(folder: Path) -> Iterator[Outcome]:
             yield Outcome(fault, "", "a failed export did not remove its folder")
 
 
-def table(_: Namespace) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, a row for each fault, and the failures."""
+def run(_: Namespace) -> Iterator[Outcome]:
+    """Inject all faults."""
     faults = (interrupt_every_step, full_disk, read_only_disk, concurrent_writers, clock_and_cache)
-    results: dict[str, list[Outcome]] = {}
     for inject in faults:
         with tempfile.TemporaryDirectory(prefix="van-deploy-faults-") as folder:
-            for outcome in inject(Path(folder)):
-                results.setdefault(outcome.fault, []).append(outcome)
-    rows, failures = [], [one.failure for each in results.values() for one in each if one.failure]
-    for fault, outcomes in results.items():
-        texts = Counter(outcome.text for outcome in outcomes)
-        listed = ", ".join(f"{text}: {n}" for text, n in texts.items())
-        failed = sum(bool(outcome.failure) for outcome in outcomes)
-        rows.append([fault, str(len(outcomes)), listed, str(failed)])
-    return ["fault", "runs", "outcomes", "failures"], rows, failures
+            yield from inject(Path(folder))

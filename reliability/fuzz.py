@@ -14,6 +14,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from reliability.corruption import Draw, find_failure, one_of
 from reliability.kinds import KINDS, MARKER, document, make_valid_files, run_command
+from reliability.outcome import Outcome
 from van_deploy.environment.hardware import peak_memory_bytes
 
 TOTAL, TIMEOUT_S, MEMORY_LIMIT_BYTES = 10_000, 20.0, 2 * 10**9
@@ -105,17 +107,15 @@ def run_case(draw: Draw, kind: str, valid: Path, folder: Path, executed: list[st
     return int(code)
 
 
-def table(options: Namespace) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, a row for each kind, and the failures."""
-    rows, failures, total = [], list[str](), sum(KINDS[name][0] for name in options.kind)
+def run(options: Namespace) -> Iterator[Outcome]:
+    """Fuzz the chosen kinds of files."""
+    total = sum(KINDS[name][0] for name in options.kind)
     with tempfile.TemporaryDirectory(prefix="van-deploy-fuzz-") as folder:
         for name in options.kind:
-            share = round((options.count or TOTAL) * KINDS[name][0] / total)
-            codes, peak, failure = fuzz(name, options.seed, share, Path(folder) / "valid")
-            rejected = ", ".join(f"{code}: {n}" for code, n in sorted(codes.items()) if code)
-            cells = [codes.total(), codes[0], f"{codes.total() - codes[0]} ({rejected})"]
-            cells += [int(bool(failure)), f"{peak / 1e9:.2f}"]
-            rows.append([name, KINDS[name][1], *map(str, cells)])
-            failures += [failure] if failure else []
-    columns = ["file", "corruption", "cases", "accepted", "rejected (exit code: cases)"]
-    return [*columns, "failures", "peak GB"], rows, failures
+            share, description, *_ = KINDS[name]
+            count = round((options.count or TOTAL) * share / total)
+            codes, peak, failure = fuzz(name, options.seed, count, Path(folder) / "valid")
+            what = f"{name}: {description}"
+            for code, number in sorted(codes.items()):
+                yield Outcome(what, f"exit code {code}", count=number)
+            yield Outcome(what, f"peak {peak / 1e9:.2f} GB", failure, 0)

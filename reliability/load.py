@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from reliability.outcome import Outcome
 from van_deploy.bundle import Bundle
 from van_deploy.data.samples import verification_images
 from van_deploy.runners.network import Network
@@ -184,9 +185,9 @@ def peak_mb(*words: object) -> float:
     return usage.ru_maxrss * 1024e-6 if process.returncode <= 1 else math.inf
 
 
-def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[str]]:
-    """Return the peak memory of two commands on ``count`` noise images and on a few of them."""
-    selection, rng, few, rows = folder / "set.toml", np.random.default_rng(0), count // FEW, []
+def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> Iterator[Outcome]:
+    """Compare the peak memory of two commands on ``count`` noise images with that on a few."""
+    selection, rng, few = folder / "set.toml", np.random.default_rng(0), count // FEW
     for number in range(count):
         label = folder / ("few" if number < few else "more") / str(number % 10)
         label.mkdir(parents=True, exist_ok=True)
@@ -196,20 +197,18 @@ def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[s
         ("evaluate", "--artifact fp32"),
         ("quantize", f"--precision int8 --calibration {selection} --method minmax {FAST}"),
     ):
+        words = (command, bundle, *more.split(), "--images")
         selection.write_text(f"[images]\ncount = {few}\n", encoding="utf-8")
-        small = peak_mb(command, bundle, *more.split(), "--images", folder / "few")
+        small = peak_mb(*words, folder / "few")
         selection.write_text(f"[images]\ncount = {count - few}\n", encoding="utf-8")
-        start = time.monotonic()
-        large = peak_mb(command, bundle, *more.split(), "--images", folder / "more")
-        amount = f"{count:,} images, {time.monotonic() - start:.0f} s"
-        passed = "yes" if large <= FLAT * small < math.inf else "NO"
-        detail = f"peak {large:.0f} MB, {small:.0f} MB for {few:,}"
-        rows.append([f"`{command}` on generated images", amount, detail, passed])
-    return rows
+        large = peak_mb(*words, folder / "more")
+        text = f"peak {large:.0f} MB, {small:.0f} MB for {few:,}"
+        failure = "" if large <= FLAT * small < math.inf else text
+        yield Outcome(f"`{command}` on generated images", text, failure, count)
 
 
-def kill_server_under_load(bundle: Path, count: int) -> list[str]:
-    """Return the result of requests to a server that is killed five times and restarted.
+def kill_server_under_load(bundle: Path, count: int) -> Outcome:
+    """Send requests to a server that is killed five times and restarted.
 
     Every client repeats its request until it is answered; every response is compared.
     """
@@ -229,18 +228,15 @@ def kill_server_under_load(bundle: Path, count: int) -> list[str]:
                 kills += not sending.done()
                 server.kill()
         sending.result()
-    load = f"`serve` under {CLIENTS} clients, killed {kills} times and restarted"
-    passed = result.answered == count and not result.wrong and kills == KILLS
+    what = f"`serve` under {CLIENTS} clients, killed {kills} times and restarted"
     correct = result.answered - result.wrong
-    detail = f"{correct:,} correct, {result.wrong} wrong; {result.retries} retries"
-    return [load, f"{count:,} requests", detail, "yes" if passed else "NO"]
+    text = f"{correct:,} correct, {result.wrong} wrong; {result.retries} retries"
+    return Outcome(what, text, "" if (correct, kills) == (count, KILLS) else text, count)
 
 
-def table(options: Namespace) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, one row for each load test, and the failed ones."""
+def run(options: Namespace) -> Iterator[Outcome]:
+    """Run the load tests."""
     with tempfile.TemporaryDirectory(prefix="van-deploy-load-") as name:
         bundle = run_export(Path(name) / "bundle", "van_digits")
-        rows = evaluate_and_quantize(Path(name), bundle, options.count or IMAGES)
-        rows.append(kill_server_under_load(bundle, options.count or REQUESTS))
-    faults = [" | ".join(row) for row in rows if row[3] != "yes"]
-    return ["load", "amount", "result", "passed"], rows, faults
+        yield from evaluate_and_quantize(Path(name), bundle, options.count or IMAGES)
+        yield kill_server_under_load(bundle, options.count or REQUESTS)

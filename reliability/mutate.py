@@ -23,14 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
 SEED, TIMEOUT_S = 15, 900
 PYTEST = ("-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist")
 # The files under van_deploy/ that decide whether an artifact is correct, and further files whose
 # tests should notice a fault in them; the tests of a/b.py are in tests/a/test_b.py.
 AREAS = {
@@ -51,8 +51,7 @@ FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 SKIPPED_FIELDS = {"exc", "cause", "returns", "decorator_list", "annotation"}
 
 
-@dataclass(frozen=True)
-class Mutant:
+class Mutant(NamedTuple):
     """One fault.
 
     Attributes:
@@ -61,7 +60,8 @@ class Mutant:
         line: of the changed code.
         before: the original code, as ``ast.unparse`` writes it.
         after: its replacement.
-        place: the first byte of the code in the file, and the first after it.
+        start: the first byte of the code in the file.
+        end: the first byte after it.
     """
 
     area: str
@@ -69,7 +69,8 @@ class Mutant:
     line: int
     before: str
     after: str
-    place: tuple[int, int]
+    start: int
+    end: int
 
 
 def mutate_node(node: ast.AST) -> ast.AST | None:
@@ -103,7 +104,7 @@ def mutants_of(source: bytes, area: str, file: str) -> Iterator[Mutant]:
         if new is not None and isinstance(node, ast.expr | ast.stmt):
             first, last = node.lineno - 1, (node.end_lineno or 0) - 1
             place = (starts[first] + node.col_offset, starts[last] + (node.end_col_offset or 0))
-            yield Mutant(area, file, node.lineno, ast.unparse(node), ast.unparse(new), place)
+            yield Mutant(area, file, node.lineno, ast.unparse(node), ast.unparse(new), *place)
 
 
 def draw_mutants(tree: Path, count: int) -> list[Mutant]:
@@ -121,44 +122,45 @@ def draw_mutants(tree: Path, count: int) -> list[Mutant]:
     return drawn
 
 
-class TreeCopy:
-    """A copy of a tree in which the tests run against one mutant at a time."""
+def run_pytest(python: Path, tree: Path, *words: str) -> tuple[int, list[str]]:
+    """Run tests in a tree; return the exit code and the tests that failed."""
+    own = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    options: Any = {"capture_output": True, "text": True, "env": {**os.environ, **own}}
+    command = [str(python), "-m", "pytest", *PYTEST, *words]
+    done = subprocess.run(command, cwd=tree, timeout=TIMEOUT_S, check=False, **options)
+    return done.returncode, re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
 
-    def __init__(self, tree: Path, folder: Path) -> None:
-        """Copy ``tree`` into ``folder`` without the files of git and tools."""
-        self.path, self._failing = folder / "tree", dict[str, list[str]]()
-        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist")
-        shutil.copytree(tree, self.path, ignore=ignored)
-        self._command = [str(tree / ".venv/bin/python"), "-m", "pytest", *PYTEST]
-        own = {"PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": "1"}
-        self._environment = {**os.environ, **own}
 
-    def test(self, mutant: Mutant) -> tuple[str, str]:
-        """Return ``killed`` or ``survived``, and the test that failed."""
-        target, found = self.path / "van_deploy" / mutant.file, list[Path]()
-        for pattern in " ".join(AREAS[mutant.area]).split():
-            folder, _, name = f"tests/{pattern}".rpartition("/")
-            found += sorted(self.path.glob(f"{folder}/test_{name}"))
-        found.sort(key=lambda path: path.stem != f"test_{target.stem}")
-        tests = [str(path) for path in dict.fromkeys(found)]
-        if mutant.area not in self._failing:  # tests that fail without a mutant are not used
-            self._failing[mutant.area] = self._pytest(*tests)[1]
-        original, (start, end) = target.read_bytes(), mutant.place
-        target.write_bytes(original[:start] + mutant.after.encode() + original[end:])
-        try:
-            deselected = [f"--deselect={test}" for test in self._failing[mutant.area]]
-            code, failed = self._pytest("-x", *deselected, *tests)
-        except subprocess.TimeoutExpired:
-            return "killed", f"timeout of {TIMEOUT_S} s"
-        finally:
-            target.write_bytes(original)
-        return ("killed", [*failed, f"pytest exited with {code}"][0]) if code else ("survived", "")
+def test_mutant(
+    mutant: Mutant, python: Path, tree: Path, failing: dict[str, list[str]]
+) -> tuple[str, str]:
+    """Return ``killed`` or ``survived``, and the test that failed.
 
-    def _pytest(self, *words: str) -> tuple[int, list[str]]:
-        pipes: Any = {"capture_output": True, "text": True, "timeout": TIMEOUT_S}
-        command = [*self._command, *words]
-        done = subprocess.run(command, cwd=self.path, env=self._environment, check=False, **pipes)
-        return done.returncode, re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    Args:
+        mutant: the fault.
+        python: runs the tests.
+        tree: the copy in which the fault is put.
+        failing: by area, the tests that fail without a mutant, which are not used; is extended.
+    """
+    target, found = tree / "van_deploy" / mutant.file, list[Path]()
+    for pattern in " ".join(AREAS[mutant.area]).split():
+        folder, _, name = f"tests/{pattern}".rpartition("/")
+        found += sorted(tree.glob(f"{folder}/test_{name}"))
+    found.sort(key=lambda path: path.stem != f"test_{target.stem}")
+    tests = [str(path) for path in dict.fromkeys(found)]
+    if mutant.area not in failing:
+        failing[mutant.area] = run_pytest(python, tree, *tests)[1]
+    deselected = [f"--deselect={test}" for test in failing[mutant.area]]
+    original, code = target.read_bytes(), mutant.after.encode()
+    target.write_bytes(original[: mutant.start] + code + original[mutant.end :])
+    try:
+        status, failed = run_pytest(python, tree, "-x", *deselected, *tests)
+    except subprocess.TimeoutExpired:
+        status, failed = 1, [f"timeout of {TIMEOUT_S} s"]
+    finally:
+        target.write_bytes(original)
+    failure = [*failed, f"pytest exited with {status}"][0]
+    return ("killed", failure) if status else ("survived", "")
 
 
 def main() -> int:
@@ -169,20 +171,20 @@ def main() -> int:
     parser.add_argument("--area", choices=list(AREAS), help="one area only")
     parser.add_argument("--output", type=Path, help="JSON lines; existing rows are kept")
     args = parser.parse_args()
-    rows = []
+    rows, failing, python = [], dict[str, list[str]](), args.tree.resolve() / ".venv/bin/python"
     if args.output and args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text("utf-8").splitlines()]
-    tested = [(row["file"], *row["place"], row["after"]) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        tree = TreeCopy(args.tree.resolve(), Path(folder))
-        for mutant in draw_mutants(tree.path, args.count):
-            key = (mutant.file, *mutant.place, mutant.after)
-            if key in tested or args.area not in {None, mutant.area}:
+        tree = Path(shutil.copytree(args.tree, Path(folder) / "tree", ignore=IGNORED))
+        for mutant in draw_mutants(tree, args.count):
+            drawn = mutant._asdict()
+            tested = any(drawn.items() <= row.items() for row in rows)
+            if tested or args.area not in {None, mutant.area}:
                 continue
             start = time.monotonic()
-            outcome, test = tree.test(mutant)
-            row = {"outcome": outcome, "by": test, "seconds": round(time.monotonic() - start, 1)}
-            rows.append({**asdict(mutant), **row})
+            outcome, test = test_mutant(mutant, python, tree, failing)
+            seconds = round(time.monotonic() - start, 1)
+            rows.append({**drawn, "outcome": outcome, "by": test, "seconds": seconds})
             if args.output:
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")

@@ -15,6 +15,7 @@ import socket
 import tempfile
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 
 from reliability.corruption import Draw, corrupt_bytes, corrupt_document, find_failure, one_of
 from reliability.load import run_export, run_server
+from reliability.outcome import Outcome
 
 TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
 SILENCE_S = 1.0  # without a response the request is incomplete
@@ -44,41 +46,38 @@ PATHS = (
 
 
 def draw_request(draw: Draw, image: bytes) -> bytes:
-    """Draw one request."""
-    method, path, body = "POST", "/predict", image
-    headers = {"Host": "x", "Connection": one_of(draw, "close", "keep-alive")}
-    kind = one_of(draw, "json", "binary", "image", "get")
-    if kind == "get":
-        method, path, body = "GET", one_of(draw, *PATHS), b""
-    elif kind == "image":
-        body = corrupt_bytes(draw, image) if draw(st.booleans()) else image
-    else:
-        path, rows = f"/v2/models/{NAME}/infer", one_of(draw, 1, 2, 8, 9, 0)
-        tail = bytes(rows * ROW) if kind == "binary" else b""
-        values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
-        tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
-        outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
-        head = json.dumps({"id": "1", "inputs": [tensor], "outputs": outputs}).encode()
-        head = corrupt_document(draw, head) if draw(st.booleans()) else head
-        headers |= {"Inference-Header-Content-Length": str(len(head))} if tail else {}
-        body = head + tail
-    headers["Content-Length"] = str(len(body))
-    if one_of(draw, True, False, False):
-        headers[one_of(draw, *HEADERS)] = one_of(draw, *VALUES)
-    if one_of(draw, True, False, False, False):
+    """Draw one request: an image, tensors in JSON or binary, or none, with corruptions."""
+    rows, binary = one_of(draw, 1, 2, 8, 9, 0), draw(st.booleans())
+    tail = bytes(rows * ROW) if binary else b""
+    values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
+    tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
+    outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
+    head = json.dumps({"id": "1", "inputs": [tensor], "outputs": outputs}).encode()
+    head = corrupt_document(draw, head) if draw(st.booleans()) else head
+    image = corrupt_bytes(draw, image) if draw(st.booleans()) else image
+    tensors = ("POST", f"/v2/models/{NAME}/infer", head + tail)
+    method, path, body = one_of(
+        draw, tensors, tensors, ("POST", "/predict", image), ("GET", one_of(draw, *PATHS), b"")
+    )
+    if one_of(draw, True, False, False, False, False):
         method, path = one_of(draw, "GET", "HEAD", "PUT", "\x80", "CONNECT"), one_of(draw, *PATHS)
-    version = one_of(draw, "1.1", "1.1", "1.0", "3.0")
-    lines = [f"{method} {path} HTTP/{version}", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [f"{method} {path} HTTP/{one_of(draw, '1.1', '1.1', '1.0', '3.0')}", "Host: x"]
+    lines += [f"Connection: {one_of(draw, 'close', 'keep-alive')}", f"Content-Length: {len(body)}"]
+    lines += (
+        [f"Inference-Header-Content-Length: {len(head)}"] if tail and body == head + tail else []
+    )
+    if one_of(draw, True, False, False):
+        line = f"{one_of(draw, *HEADERS)}: {one_of(draw, *VALUES)}"
+        index = draw(st.integers(1, len(lines)))
+        lines[index : index + 1] = [line]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
 def draw_connection(draw: Draw, image: bytes) -> bytes:
     """Draw the data of one connection: one or two requests, whole, corrupt or cut."""
     raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
-    mutation = one_of(draw, "whole", "whole", "whole", "corrupt", "cut")
-    if mutation == "cut":
-        return raw[: draw(st.integers(0, len(raw)))]
-    return corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "corrupt" else raw
+    cut, corrupt = raw[: draw(st.integers(0, len(raw)))], corrupt_bytes(draw, raw[:600])
+    return one_of(draw, raw, raw, raw, corrupt + raw[600:], cut)
 
 
 def send(address: tuple[str, int], raw: bytes) -> list[int]:
@@ -112,16 +111,17 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
     return statuses, faults
 
 
-def table(options: Namespace) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, one row for each status, and the faults."""
+def run(options: Namespace) -> Iterator[Outcome]:
+    """Fuzz a server of its own."""
     flags = ("--threads", "1", "--read-timeout-s", "0.5")
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
         bundle, log = run_export(Path(name) / "bundle", "van_digits"), Path(name) / "log"
         image = (bundle / "golden/0.png").read_bytes()
         with run_server(bundle, *flags, log=log) as (server, url):
             statuses, faults = fuzz_requests(url, options.seed, options.count or TOTAL, image)
-        text = log.read_text(encoding="utf-8")
+        text, what = log.read_text(encoding="utf-8"), "mutated requests"
     if "raceback" in text or server.returncode:
         faults.append(f"the server ended with {server.returncode}: {text[-3000:]}")
-    rows = [[str(code or "none"), str(n)] for code, n in sorted(statuses.items())]
-    return ["status", "responses"], rows, faults
+    for code, count in sorted(statuses.items()):
+        yield Outcome(what, f"status {code}" if code else "no response", count=count)
+    yield from (Outcome(what, "failed", fault, 0) for fault in faults)
