@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ HEAD_LENGTH = "Inference-Header-Content-Length"
 QUIET = subprocess.DEVNULL
 FAST = "--no-equalize --no-bias-correction --force"
 VAN_DEPLOY = (sys.executable, "-m", "van_deploy")
+# Path, headers, bodies with one image each in the binary protocol, and their expected logits.
+Requests = tuple[str, dict[str, str], list[bytes], npt.NDArray[np.float32]]
 
 
 @dataclass
@@ -63,15 +65,6 @@ class LoadResult:
     retries: int = 0
     latencies_ms: list[float] = field(default_factory=list)
     worst: float = 0.0
-
-
-class Requests(NamedTuple):
-    """Requests with one image in the binary protocol, and their expected logits."""
-
-    path: str
-    headers: dict[str, str]
-    bodies: list[bytes]
-    expected: npt.NDArray[np.float32]
 
 
 def run_export(folder: Path, *options: str) -> Path:
@@ -125,7 +118,7 @@ def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
     head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
     path = f"/v2/models/{served_name(bundle, artifact)}/infer"
     bodies = [head + row.tobytes() for row in inputs]
-    return Requests(path, {HEAD_LENGTH: str(len(head))}, bodies, np.concatenate(expected))
+    return path, {HEAD_LENGTH: str(len(head))}, bodies, np.concatenate(expected)
 
 
 def send_requests(
@@ -141,16 +134,15 @@ def send_requests(
         clients: number of clients, each with its own connection.
         retry: whether a client repeats a request until it is answered.
     """
-    numbers = iter(range(count))
+    numbers, (path, headers, bodies, expected) = iter(range(count)), requests
 
     def client(_: int) -> None:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
         for number in numbers:
-            index, status, pending = number % len(requests.bodies), 0, True
+            index, status, pending = number % len(bodies), 0, True
             while pending:
                 start = time.perf_counter()
                 try:
-                    path, headers, bodies, _ = requests
                     connection.request("POST", path, bodies[index], headers)
                     response = connection.getresponse()
                     status, content = response.status, response.read()
@@ -162,12 +154,8 @@ def send_requests(
                 time.sleep(RETRY_S * pending)
             result.latencies_ms.append(1e3 * (time.perf_counter() - start))
             if status == 200:
-                tail, expected = (
-                    content[int(response.headers[HEAD_LENGTH]) :],
-                    requests.expected[index],
-                )
-                difference = np.abs(np.frombuffer(tail, np.float32) - expected).max()
-                difference /= np.abs(expected).max()
+                logits = np.frombuffer(content[int(response.headers[HEAD_LENGTH]) :], np.float32)
+                difference = np.abs(logits - expected[index]).max() / np.abs(expected[index]).max()
                 result.answered += 1
                 result.worst = max(result.worst, float(difference))
                 result.wrong += not difference <= TOLERANCE

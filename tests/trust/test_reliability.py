@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reliability import faults, fuzz
 from reliability.corruption import Draw, corrupt_document, find_failure
 from reliability.kinds import KINDS
+from reliability.outcome import Outcome
 from tests.each import each
 from van_deploy.environment.hardware import peak_memory_bytes
 
@@ -89,7 +90,7 @@ def test_find_failure_reports_one_of_several_failures() -> None:
     ],
 )
 def test_bundle_survives_faults(
-    tmp_path: Path, inject: Callable[..., Iterable[faults.Outcome]], args: Any
+    tmp_path: Path, inject: Callable[..., Iterable[Outcome]], args: Any
 ) -> None:
     outcomes = list(inject(tmp_path, *args))
     assert [outcome.failure for outcome in outcomes if outcome.failure] == []
