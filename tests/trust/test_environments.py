@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,21 +48,16 @@ def test_non_ascii_names_in_any_locale(wheel: zipfile.ZipFile, tmp_path: Path) -
     folder.mkdir()
     (hooks / "sitecustomize.py").write_text(HOOK)
     kept = ("PATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment |= {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
+    kept_values = {name: os.environ[name] for name in kept if name in os.environ}
+    own = {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
 
     def run(locale: str, *words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "van_deploy", *words],
-            cwd=folder,
-            env={**environment, "PYTHONUTF8": "0", **LOCALES[locale]},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-        stderr = done.stderr.decode("utf-8", "replace")
-        assert (done.returncode, "Traceback" in stderr) == (code, False), stderr
-        return done.stdout.decode("utf-8", "replace") if not code else stderr
+        pipes: Any = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        environment = {**kept_values, **own, "PYTHONUTF8": "0", **LOCALES[locale]}
+        command = [sys.executable, "-m", "van_deploy", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, check=False, **pipes)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        return str(done.stderr if code else done.stdout)
 
     bundle = "mein Bündel 一"
     run("ascii", "export", "van_digits", "--output", bundle)

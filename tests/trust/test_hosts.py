@@ -112,12 +112,9 @@ class Host:
 
 def every_command(folder: Path, images: Path) -> list[str]:
     """Return small runs of every command except `serve` on ``van_digits``."""
-    bundle, key, public = folder / "b", folder / "k.pem", folder / "k.pem.pub"
-    for words in (
-        f"genpkey -algorithm ed25519 -out {key}",
-        f"pkey -pubout -in {key} -out {public}",
-    ):
-        subprocess.run(["openssl", *words.split()], check=True)
+    bundle, key, public = folder / "b", folder / "k", folder / "k.pub"
+    for words in ("genpkey -algorithm ed25519 -out k", "pkey -pubout -in k -out k.pub"):
+        subprocess.run(["openssl", *words.split()], cwd=folder, check=True)
     once = "--batches 1 --seconds 0.1 --calls 2 --limit 0.2 --rounds 1 --warmup 0 --no-save"
     build = f"build {bundle} --target sm_89 --optimization-level 0"
     return [
