@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,14 +51,14 @@ def test_predict_on_a_folder_with_an_unreadable_file(
     assert "1 of 12 images could not be read." in result.stderr
 
 
-def test_standard_input(digits: Bundle, golden_image: Path) -> None:
-    command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
-    done = subprocess.run(command, input=golden_image.read_bytes(), capture_output=True, check=True)
-    top = json.loads(done.stdout)["predictions"][0]["top"]
+def test_standard_input(digits: Bundle, golden_image: Path, cli: Cli) -> None:
+    words = ("predict", digits.path, "-", "--json")
+    result = cli(*words, stdin=golden_image.read_bytes())
+    top = json.loads(result.stdout)["predictions"][0]["top"]
     assert [c["index"] for c in top] == [c.index for c in top5_of(digits)]
-    empty = subprocess.run(command, input=b"", capture_output=True, check=False)
-    assert empty.returncode == 5
-    assert b"Standard input is empty." in empty.stderr
+    empty = cli(*words, stdin=b"")
+    assert empty.exit_code == 5
+    assert "Standard input is empty." in empty.stderr
 
 
 def test_invalid_arguments_and_missing_images(digits: Bundle, golden_image: Path, cli: Cli) -> None:
@@ -83,16 +81,15 @@ def test_embedded_graphs_match_or_nothing_is_written(
     digits: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, batches = copy_bundle(digits), [PIXELS[:size] for size in (1, 2, 3)]
-    settings = ExportSettings(
-        embed_preprocess="normalize", outputs=("logits", "probabilities", "top5")
-    )
+    outputs = ("logits", "probabilities", "top5")
+    settings = ExportSettings(embed_preprocess="normalize", outputs=outputs)
     (result,) = embed_artifacts(Bundle.open(copy), settings, batches)
     assert (result.name, result.base, result.reused) == ("fp32-normalize", "fp32", False)
-    assert result.agreement is not None
-    assert [row["batch"] for row in result.agreement["batches"]] == [1, 2, 3]
-    assert max(row["difference"] for row in result.agreement["batches"]) < 1e-6
-    (second,) = embed_artifacts(Bundle.open(copy), settings, batches)
-    assert second.reused
+    assert result.agreement
+    differences = {row["batch"]: row["difference"] for row in result.agreement["batches"]}
+    assert [*differences] == [1, 2, 3]
+    assert max(differences.values()) < 1e-6
+    assert embed_artifacts(Bundle.open(copy), settings, batches)[0].reused
 
     def other_mean(model: Any, preprocessing: Any, *more: Any) -> Any:
         mean = tuple(value + 0.01 for value in preprocessing.mean)
@@ -103,16 +100,14 @@ def test_embedded_graphs_match_or_nothing_is_written(
         model = embed_preprocessing(*args)
         node = next(n for n in model.graph.node if TOP_PROBABILITIES in n.output)
         node.output[list(node.output).index(TOP_PROBABILITIES)] = "correct"
-        model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
-        model.graph.node.append(helper.make_node("Div", ["zero", "zero"], ["nan"]))
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(np.nan), "nan"))
         model.graph.node.append(helper.make_node("Mul", ["correct", "nan"], [TOP_PROBABILITIES]))
         return model
 
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    changed = settings.with_changes(outputs=("logits", "top5"))
     for faulty in (other_mean, nan_output):
         monkeypatch.setattr(embedded, "embed_preprocessing", faulty)
         with pytest.raises(GateFailed, match=r"At batch 1 'model\.normalize"):
-            embed_artifacts(
-                Bundle.open(copy), settings.with_changes(outputs=("logits", "top5")), batches
-            )
+            embed_artifacts(Bundle.open(copy), changed, batches)
         assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
