@@ -13,13 +13,7 @@ from van_deploy.manifest import EngineInfo
 
 
 def add_plan(
-    bundle: Bundle,
-    target: str = "sm_89",
-    profiles: str = "1:2:8",
-    made_from: str = "fp32",
-    *,
-    version_compatible: bool = False,
-    **changes: Any,
+    bundle: Bundle, target: str = "sm_89", profiles: str = "1:2:8", graph: str = "fp32", **more: Any
 ) -> Bundle:
     """Add a stand-in for a plan, ``plan-TARGET``, to a bundle.
 
@@ -27,15 +21,12 @@ def add_plan(
         bundle: the bundle.
         target: the GPU.
         profiles: batch ranges, separated by commas.
-        made_from: name of the artifact that the plan was built from.
-        version_compatible: the build option.
-        changes: other fields of the sidecar.
+        graph: name of the artifact that the plan was built from.
+        more: other fields of the sidecar; ``options`` are further build options.
     """
     ranges = tuple(BatchRange.model_validate(text) for text in profiles.split(","))
-    options = BuildOptions(
-        profiles=ranges, targets=(target,), version_compatible=version_compatible
-    )
-    name, source = f"plan-{target}", bundle.artifact(made_from)
+    options = BuildOptions(profiles=ranges, targets=(target,), **more.pop("options", {}))
+    name, source = f"plan-{target}", bundle.artifact(graph)
     files = [f"engines/{name}.plan", f"engines/{name}.json"]
     with edit_bundle(bundle.path) as draft:
         plan = draft.file(files[0])
@@ -62,15 +53,10 @@ def add_plan(
             "inputs": (Tensor(name="images", shape=(-1, 3, 64, 64), dtype="float"),),
             "outputs": (Tensor(name="logits", shape=(-1, 10), dtype="float"),),
         }
-        sidecar = Sidecar(**{**fields, **changes})
+        sidecar = Sidecar(**{**fields, **more})
         write_sidecar(plan, sidecar)
-        facts = EngineInfo(
-            backend=sidecar.backend_label, targets=(target,), profiles=ranges, parser_layers=1
-        )
-        origin = Origin(name=made_from, sha256=source.sha256)
-        draft.record(
-            artifact_entry(
-                *(name, "engine", "fp32", files[0], files), made_from=origin, engine=facts
-            )
-        )
+        label, origin = sidecar.backend_label, Origin(name=graph, sha256=source.sha256)
+        facts = EngineInfo(backend=label, targets=(target,), profiles=ranges, parser_layers=1)
+        what = (name, "engine", "fp32", files[0], files)
+        draft.record(artifact_entry(*what, made_from=origin, engine=facts))
     return Bundle.open(bundle.path)

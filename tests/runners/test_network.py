@@ -26,7 +26,7 @@ PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(1
 def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
     """Return a copy of the digits bundle with a stand-in for a plan of the uint8 graph."""
     copy = Bundle.open(copy_bundle(uint8_bundle))
-    return add_plan(copy, profiles="1:1:1,4:4:6", made_from="fp32-uint8")
+    return add_plan(copy, profiles="1:1:1,4:4:6", graph="fp32-uint8")
 
 
 def test_embedded_graphs_and_their_engines_take_bytes(bundle: Bundle) -> None:
@@ -66,9 +66,7 @@ def test_skip_reasons_without_a_gpu(bundle: Bundle, cli: Cli) -> None:
     )
     image = bundle.path / "golden/0.png"
     for words in (("predict", bundle.path, image), ("serve", bundle.path, "--port", "0")):
-        result = cli(*words, "--runner", "ort-cuda")
-        assert result.exit_code == 3
-        assert "CUDAExecutionProvider" in result.stderr
+        assert "CUDAExecutionProvider" in cli.fails(3, *words, "--runner", "ort-cuda")
 
 
 def test_missing_artifacts_sidecars_and_backends(bundle: Bundle) -> None:

@@ -117,7 +117,7 @@ def test_host_code_is_allowed_only_for_version_compatible_plans(
 ) -> None:
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: None)
     bundle = Bundle.open(copy_bundle(uint8_bundle, str(tmp_path / "copy")))
-    plan = plan_of(bundle, backend, version_compatible=version_compatible)
+    plan = plan_of(bundle, backend, options={"version_compatible": version_compatible})
     monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: L4)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
     monkeypatch.setattr(Backend, "runtime", lambda *_: (runtime, None))

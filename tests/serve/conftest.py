@@ -12,17 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests.plans import add_plan
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import golden_samples
 from van_deploy.config import ServiceSettings
-from van_deploy.data.images import open_image
+from van_deploy.data.images import find_images, open_image
 from van_deploy.metrics import softmax
 from van_deploy.model.preprocess import pixels_from_image
-from van_deploy.runners.network import NamedClass
+from van_deploy.runners.network import NamedClass, Network
 from van_deploy.serve.app import App, listen, run_server
 from van_deploy.serve.models import Service
 
@@ -90,6 +89,19 @@ def server(digits: Bundle) -> Iterator[Running]:
         yield running
 
 
+@pytest.fixture(scope="session")
+def pixels(digits: Bundle, heldout_200: Path) -> Any:
+    """Return held-out digits preprocessed for the network, ``(200, 64, 64, 3)`` uint8."""
+    return pixels_of(digits, find_images(heldout_200))
+
+
+@pytest.fixture(scope="session")
+def expected(digits: Bundle, pixels: Any) -> Any:
+    """Return the outputs of the uint8 graph for ``pixels``."""
+    with Network(digits, "fp32-uint8", threads=1) as network:
+        return network.run(pixels)
+
+
 @pytest.fixture
 def golden_image(digits: Bundle) -> Path:
     """Return the bundle's first golden image."""
@@ -111,7 +123,7 @@ def tensor_of(client: Any, values: Any, name: str = "pixels", **options: Any) ->
     return tensor
 
 
-def pixels_of(bundle: Bundle, images: Iterable[Path | Image.Image]) -> Any:
+def pixels_of(bundle: Bundle, images: Iterable[Path]) -> Any:
     """Return images preprocessed for the bundle's network, ``(N, S, S, C)`` uint8."""
-    opened = (i if isinstance(i, Image.Image) else open_image(i) for i in images)
-    return np.stack([pixels_from_image(i, bundle.manifest.preprocessing) for i in opened])
+    preprocessing = bundle.manifest.preprocessing
+    return np.stack([pixels_from_image(open_image(path), preprocessing) for path in images])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import queue
 import re
 import shutil
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -75,11 +74,8 @@ def triton(
 
 @each("module", [http, grpc])
 def test_results_match_the_artifact(
-    module: Any, triton: TritonServer, uint8_bundle: Bundle, heldout_200: Path
+    module: Any, triton: TritonServer, pixels: Any, expected: Any
 ) -> None:
-    pixels = pixels_of(uint8_bundle, find_images(heldout_200))
-    with Network(uint8_bundle, "fp32-uint8", threads=1) as network:
-        expected = network.run(pixels)["logits"]
     classified = [module.InferRequestedOutput("logits", class_count=1)]
     with module.InferenceServerClient(triton.http if module is http else triton.grpc) as client:
         batches = [pixels[start : start + 8] for start in range(0, len(pixels), 8)]
@@ -87,37 +83,38 @@ def test_results_match_the_artifact(
         first = client.infer(NAME, [tensor_of(module, pixels[:1])], outputs=classified)
         with pytest.raises(Exception, match="must be <= 8"):
             client.infer(NAME, [tensor_of(module, pixels[:9])])
-    actual = np.concatenate([result.as_numpy("logits") for result in results])
-    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    logits = expected["logits"]
+    check_logits(results, logits)
     _, index, label = first.as_numpy("logits")[0, 0].decode().split(":")
-    assert (int(index), label) == (expected[0].argmax(), str(expected[0].argmax()))
+    assert (int(index), label) == (logits[0].argmax(), str(logits[0].argmax()))
 
 
-def answers_of(client: Any, name: str, tensor: Any, count: int) -> list[Any]:
-    """Send requests at once; return their results, or errors."""
-    answers: queue.Queue[Any] = queue.Queue()
-    for _ in range(count):
-        client.async_infer(name, [tensor], lambda result, error: answers.put(error or result))
-    return [answers.get(timeout=60) for _ in range(count)]
+def check_logits(results: list[Any], expected: Any) -> None:
+    actual = np.concatenate([result.as_numpy("logits") for result in results])
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_concurrent_requests_are_batched(triton: TritonServer) -> None:
+def answers_of(client: Any, name: str, tensors: list[Any]) -> list[Any]:
+    """Send one request for each tensor at once; return their results, or errors, in order."""
+    answers = [queue.SimpleQueue[Any]() for _ in tensors]
+    for tensor, answer in zip(tensors, answers, strict=True):
+        client.async_infer(name, [tensor], lambda result, error, to=answer: to.put(error or result))
+    return [answer.get(timeout=60) for answer in answers]
+
+
+def test_concurrent_requests_are_batched_and_get_their_own_results(
+    triton: TritonServer, pixels: Any, expected: Any
+) -> None:
     def batches() -> Counter[int]:
         """Return the number of batches by batch size."""
         (stats,) = client.get_inference_statistics(NAME).model_stats
         return Counter({b.batch_size: b.compute_infer.count for b in stats.batch_stats})
 
-    tensor = tensor_of(grpc, np.zeros((1, 64, 64, 3), np.uint8))
     with grpc.InferenceServerClient(triton.grpc) as client:
         before = batches()
-        answers_of(client, NAME, tensor, 64)
-        for _ in range(50):  # a response may arrive before it is counted
-            ran = batches() - before
-            if sum(ran.elements()) == 64:
-                break
-            time.sleep(0.1)
-    assert sum(ran.elements()) == 64
-    assert 1 < max(ran) <= 8
+        answers = answers_of(client, NAME, [tensor_of(grpc, image[None]) for image in pixels])
+        check_logits(answers, expected["logits"])
+        assert 1 < max(batches() - before) <= 8
 
 
 def test_full_queue_is_refused_and_queued_requests_are_answered(
@@ -132,15 +129,15 @@ def test_full_queue_is_refused_and_queued_requests_are_answered(
         Network(cifar_bundle, "fp32", threads=1) as network,
     ):
         rows = network.prepare(pixels_of(cifar_bundle, images))
-        tensor = tensor_of(grpc, rows, "images")
-        answers = answers_of(client, f"{cifar_bundle.name}-fp32", tensor, 16)
+        requests = [tensor_of(grpc, rows, "images") for _ in range(16)]
+        answers = answers_of(client, f"{cifar_bundle.name}-fp32", requests)
         expected = network.run(rows)["logits"]
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     assert 0 < len(refused) < 16
     assert all("Exceeds maximum queue size" in str(error) for error in refused), refused
     for answer in answers:
         if answer not in refused:
-            np.testing.assert_allclose(answer.as_numpy("logits"), expected, rtol=1e-4, atol=1e-4)
+            check_logits([answer], expected)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
