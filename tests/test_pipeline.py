@@ -33,7 +33,9 @@ def loaded(recipe: Recipe) -> LoadedVan:
     return load_model(recipe)
 
 
-def test_export_writes_a_checked_graph_and_its_description(digits_bundle: Bundle, cli: Cli) -> None:
+def test_export_writes_a_checked_graph_and_its_description(
+    digits_bundle: Bundle, uint8_bundle: Bundle, cli: Cli
+) -> None:
     manifest = digits_bundle.manifest
     fold, agreement = manifest.checks["fold"], manifest.checks["agreement"]
     assert (fold["batchnorms_left"], fold["passed"], agreement["outcome"]) == (0, True, "pass")
@@ -43,6 +45,7 @@ def test_export_writes_a_checked_graph_and_its_description(digits_bundle: Bundle
     assert manifest.batch == BATCHES
     assert (digits_bundle.path / "labels.txt").read_text().split() == list("0123456789")
     assert {"labels.txt", "golden.npz"} <= set(digits_bundle.artifact("fp32").files)
+    assert digits_bundle.artifact("fp32").files == uint8_bundle.artifact("fp32").files
     [description] = cli.document("inspect", digits_bundle.path)
     metadata = description["metadata"]  # what a server needs that has the file alone
     assert metadata["van_deploy.preprocessing"] == plain(manifest.preprocessing)

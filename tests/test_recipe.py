@@ -53,9 +53,7 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[batch]\nmin=4\nopt=2": "range 4:2:32 is not min <= opt <= max. Give three rising",
     "[preprocessing]\nmean=0.5": "'preprocessing.mean' is 0.5: it should be a list.",
     "[preprocessing]\ncrop_pct=nan": "'preprocessing.crop_pct' is nan: it should be a finite",
-    "[precision]\ncalibrate_on_noise=true\nimages='x'": (
-        "precision.calibrate_on_noise and precision.images conflict. Remove one"
-    ),
+    "[precision]\ncalibrate_on_noise=true\nimages='x'": "and precision.images conflict. Remove one",
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
     "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",

@@ -89,10 +89,8 @@ def test_all_precisions_are_saved_and_pass(results: dict[str, QuantizeResult]) -
 
 def test_techniques_and_files_match_the_facts(results: dict[str, QuantizeResult]) -> None:
     result, path = results["int8"], results["int8"].bundle.path
-    techniques = result.facts["techniques"]
-    names = [gain["name"] for gain in techniques]
-    assert names == ["scales", "bias_correction", "cross_layer", "shift_scale", "shift"]
-    kept = [gain["after_db"] for gain in techniques if gain["used"]]
+    kept = [gain["after_db"] for gain in result.facts["techniques"] if gain["used"]]
+    assert len(kept) > 1
     assert kept == sorted(kept)
     sizes = [lines(result)[name]["size_bytes"] for name in ("int8", "fp16", "fp32")]
     assert sizes == sorted(sizes)
