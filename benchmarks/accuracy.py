@@ -162,7 +162,7 @@ def gate_table(all_logits: Mapping[str, Array], labels: Array, noise_db: float) 
         truth = GroundTruth(labels[rows], expected.shape[1], Task.SINGLE_LABEL, noise_db)
         return compare_predictions(before, after, truth, name)
 
-    sizes = [size for size in SIZES if size <= len(labels)]
+    sizes = sorted({*(size for size in SIZES if size < len(labels)), len(labels)})
     for name, size, kind in itertools.product(all_logits, sizes, kinds):
         if name == PYTORCH:
             continue

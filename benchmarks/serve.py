@@ -157,7 +157,7 @@ def expensive_requests(infer: str) -> list[Requests]:
     start = b'{"inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [1], "data": ["ab"'
     items = (b",[]", b",{}", b',{"a":[1]}', b",1.5", b",7")
     lists = [start + item * ((mib - 1000) // len(item)) + b"]}]}" for item in items]
-    pairs = [*((infer, body) for body in (*lists, b"[" * (mib - 1000)))]
+    pairs = [(infer, body) for body in (*lists, b"[" * (mib - 1000))]
     pairs += [("/predict", png.getvalue()), ("/predict", bytes(32 * mib))]
     return [Requests(path, body, [b""], np.ones((1, 1), np.float32)) for path, body in pairs]
 

@@ -13,6 +13,7 @@ from benchmarks.exporters import export_all
 from benchmarks.table import Table, measure_process, run_van_deploy
 from van_deploy.bundle import Bundle, edit_bundle
 
+INTERVAL = "{median:.2f} ({low:.2f} to {high:.2f})"
 # By our artifact in a runtime: the files of other exporters in the same runtime.
 RIVALS = {
     "ort-cpu/fp32": "ort-cpu/export,ort-cpu/export-sim,ort-cpu/torchscript-sim",
@@ -63,20 +64,19 @@ def time_commands(commands: Mapping[str, Sequence[str]], rounds: int) -> Table:
     return table
 
 
-def running(variant: str = "van_b0", batches: str = "1,8", seconds: float = 2.0) -> Table:
+def running(variant: str = "van_b0", batches: str = "1,8", seconds: float = 3.0) -> Table:
     """Inference speed on a CPU.
 
     The artifacts of a bundle in every runtime of this machine next to PyTorch's own modes, as
-    `van-deploy bench` measures them: each in its own process, in interleaved rounds. The weights
-    are random: accuracy is not measured here.
+    `van-deploy bench` measures them: each in its own process, in interleaved rounds.
     """
-    table = speed_table("x eager PyTorch (95 %)")
+    table = speed_table(variant, "x eager PyTorch (95 %)")
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
         add_rows(table, create_bundle(variant, folder), batches, seconds)
     return table
 
 
-def rivals(variant: str = "van_b0", batches: str = "1,8", seconds: float = 2.0) -> Table:
+def rivals(variant: str = "van_b0", batches: str = "1,8", seconds: float = 3.0) -> Table:
     """Inference speed compared with other exporters.
 
     `van-deploy bench` of the FP32 and INT8 artifacts of a bundle, and of the files that other
@@ -85,7 +85,7 @@ def rivals(variant: str = "van_b0", batches: str = "1,8", seconds: float = 2.0) 
     onnxsim, and `quantize_static` ONNX Runtime's quantiser of `export-sim` (Q/DQ, uint8
     activations, per channel, MinMax).
     """
-    table = speed_table("x ours (95 %)")
+    table = speed_table(variant, "x ours (95 %)")
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
         bundle = create_bundle(variant, folder)
         own = Bundle.open(bundle).artifact("fp32")
@@ -100,9 +100,10 @@ def rivals(variant: str = "van_b0", batches: str = "1,8", seconds: float = 2.0) 
     return table
 
 
-def speed_table(ratio: str) -> Table:
+def speed_table(variant: str, ratio: str) -> Table:
     """Return an empty table for :func:`add_rows`."""
-    return Table(("runner", "batch", "p50 ms", "p99 ms", "images/s", ratio))
+    columns = ("runner", "batch", "p50 ms", "p99 ms", "images/s", ratio)
+    return Table(columns, notes=[f"{variant} with random weights."])
 
 
 def add_rows(table: Table, bundle: str, batches: str, seconds: float, *words: str) -> None:
@@ -112,7 +113,7 @@ def add_rows(table: Table, bundle: str, batches: str, seconds: float, *words: st
     for row in sorted(report["rows"], key=lambda r: (r["batch"], -(r["images_per_s"] or 0))):
         if latency := row["latency"]:
             figures = f"{latency['p50_ms']:.2f}", f"{latency['p99_ms']:.2f}"
-            ratio = "{median:.2f} ({low:.2f} to {high:.2f})".format(**row["ratio"])
+            ratio = INTERVAL.format(**row["ratio"]) if row["ratio"] else ""
             cells = (row["contender"], row["batch"], *figures)
             table.row(*cells, f"{row['images_per_s']:.1f}", ratio)
     skipped = [f"{name} skipped, {reason}" for name, reason in report["skipped"].items()]
