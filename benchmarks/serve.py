@@ -47,7 +47,8 @@ def serve(requests: int = 10_000, seconds: float = 30.0) -> Table:
     requests.
 
     Args:
-        requests: number of requests to van_digits; a fifth of them to van_b0, a tenth to Triton.
+        requests: number of requests to van_digits; a fifth of them to van_b0, and a hundredth to
+            each of van_b0 and Triton in each round of the comparison.
         seconds: duration of the expensive requests.
     """
     table = Table(("measure", "figures"))
@@ -56,7 +57,7 @@ def serve(requests: int = 10_000, seconds: float = 30.0) -> Table:
         large = run_export(Path(name) / "van_b0", "van_b0", "--weights", "random")
         add_load_row(table, small, requests)
         add_load_row(table, large, requests // 5)
-        add_triton_rows(table, large, requests // (10 * ROUNDS))
+        add_triton_rows(table, large, requests // 100)
         add_expensive_row(table, large, seconds)
     return table
 
