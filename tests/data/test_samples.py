@@ -83,7 +83,7 @@ def test_shifts_are_added_to_few_images(tmp_path: Path) -> None:
         Image.fromarray(dead_leaves_image(seed, (160, 200))).save(tmp_path / f"{seed}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     batch = verification_images("", for_channels(), 33, tmp_path)
-    assert batch.inputs.shape == (33, 3, 32, 32)
+    assert (len(batch), batch.inputs.shape) == (33, (33, 3, 32, 32))
     assert len({values.tobytes() for values in batch.inputs}) == 33
     assert batch.names[:3] == ("0.png", "1.png", "shifted 0.png")
     assert batch.description.startswith(f"33 images and shifts of 3 images of '{tmp_path}'; 1 co")
