@@ -49,8 +49,7 @@ UNKNOWN_ORDER = "The order of the network's classes is unknown"
         (EXACT, 10, EXACT, range(10), "class name"),  # exact names come first
         (("Great_White-shark", "b"), 2, ("great white  shark", "b"), (0, 1), "class name"),
         (("TENCH", "b"), 2, ("tench, Tinca tinca", "b"), (0, 1), "class name"),
-        (("u\u0308ber", "b"), 2, ("\u00fcber", "b"), (0, 1), "class name"),  # as on macOS
-        (("\uff21\uff22", "b"), 2, ("AB", "b"), (0, 1), "class name"),  # full-width letters
+        (("\uff21u\u0308", "b"), 2, ("A\u00fc", "b"), (0, 1), "class name"),  # full-width, macOS
         (("stra\u00dfe", "b"), 2, ("STRASSE", "b"), (0, 1), "class name"),
         (("hot dog", "b"), 2, (" hot dog", "b"), (0, 1), "class name"),
         (("class1", "class2", "class10"), 3, ("class10", "class2", "class1"), (2, 1, 0), "name"),
@@ -61,7 +60,6 @@ UNKNOWN_ORDER = "The order of the network's classes is unknown"
         (("airplane", "bird", "cat"), 3, None, range(3), "(the weights have no class names)"),
         ([f"{number:03}" for number in range(1, 103)], 102, None, range(102), "by number"),
         (("0", "1", "2"), 3, None, range(3), "by number"),
-        (("00", "01", "02"), 3, None, range(3), "by number"),
         (("0", "1", "2"), 3, ("cat", "dog", "emu"), range(3), "by number"),
         (("bad", "good"), 1, None, (0, 1), "(the weights have no class names)"),
         (("0", "1"), 1, None, (0, 1), "by number"),

@@ -70,44 +70,6 @@ def pipeline(*steps: str, **tables: str) -> Content:
 # --- the network -----------------------------------------------------------------------------
 
 
-@each(
-    ("content", "message"),
-    [
-        (hf(strides=[4, 2, 2]), "strides is (4, 2, 2); this network needs four numbers"),
-        (hf(strides=[4, 2, 0, 2]), "strides is (4, 2, 0, 2); this network needs four numbers"),
-        (hf(hidden_act="relu"), "hidden_act is 'relu'; this network needs gelu or gelu_python"),
-        (hf(layer_norm_eps=-1.0), "layer_norm_eps is -1.0; this network needs between 0 and 1"),
-        (hf(layer_norm_eps=1.0), "layer_norm_eps is 1.0; this"),
-        (hf(problem_type="ranking"), "problem_type is 'ranking'; this"),
-        (hf(model_type="vit"), "model_type is 'vit'; this network needs van"),
-        (hf(hidden_sizes=[8, 12, 16, 32]), "hidden_sizes is (8, 12, 16, 32); this"),
-        (hf(depths=[1, 1, 1, 1]), "depths is (1, 1, 1, 1); this network needs (1, 2, 1, 1)"),
-        (hf(num_channels=4), "num_channels is 4; this network needs 3"),
-        (hf(dilation=4), "dilation is 4; this network needs 3"),
-        (timm(architecture="van_b0"), "architecture is 'van_b0'; this network needs None"),
-        (timm(num_classes=7), "num_classes is 7; this network needs 5"),
-        (timm(num_features=7), "num_features is 7; this network needs 24"),
-        (timm(model_args={"depths": [1, 1, 1, 1]}), "depths is (1, 1, 1, 1); this"),
-        (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
-        (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
-        (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
-        (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
-        (hf(input_size=5), "in_chans is 5; this network needs 3"),
-        (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
-        (args(gp="max"), "gp is 'max'; this network needs avg or fast or"),
-        (args(model_kwargs={"a": 1}), "model_kwargs is {'a': 1}; this"),
-        (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "block_cfgs is {'a': 1}"),
-        (pipeline(model="dict(backbone=[1])"), "backbone is [1]; this network needs a table"),
-        (pipeline(model="dict(backbone=dict(norm_cfg=dict(eps='x')))"), "eps is 'x'; this"),
-    ],
-)
-def test_contradictory_metadata(load: Load, content: Content, message: str) -> None:
-    error = error_of(CheckpointError, load, content)
-    assert all(part in error.message for part in message.split("; "))
-    assert ("config.json beside the weights" in error.message) == ("config" in content)
-    assert ("move the weights out of its folder" in error.remedy) == ("config" in content)
-
-
 def test_valid_metadata(load: Load, tiny_config: VanConfig) -> None:
     tensors = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1], "mlp_ratios": [4, 4, 2, 2]}
     more = {"strides": [4, 2, 1, 1], "drop_path_rate": 0.1, "dilation": 3, "se_ratio": 4}
@@ -203,41 +165,6 @@ def test_preprocessing_sources(load: Load, content: Content, text: str) -> None:
     assert actual.source.startswith(places.get(kind, "the checkpoint's own training arguments"))
 
 
-@each(
-    ("content", "message"),
-    [
-        (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
-        (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
-        (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
-        (cfg(label_offset=1), "label_offset is 1, not sup"),
-        (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),
-        (pipeline("dict(type='Rotate')"), "a step of the test pipeline is 'Rotate'"),
-        (pipeline("dict(type='ResizeEdge', edge='long', backend='pillow')"), "ResizeEdge"),
-        (pipeline("dict(type='CenterCrop', crop_size=64)"), "the resized side is None"),
-        (pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"), "takes BGR"),
-        (processor("Segformer"), "but these are supported: "),
-        (processor(do_flip_channel_order=True), "do_flip_channel_order is True, an unknown key"),
-        (processor(size={"height": 64, "width": 64}), "not shortest_edge"),
-        (processor("ViT", size={"shortest_edge": 64}), "not height"),
-        (processor(size=[64, 32]), "only squares are supported"),
-        (processor("ViT", do_center_crop=True), "do_center_crop is"),
-        (processor("Bit", do_center_crop=False), "do_center_crop"),
-        (processor("Bit"), "has image_size 224 > resize_size 64"),
-        (processor(size=0), "image_size 0"),
-        (processor(size="big"), "cannot be used"),
-        (processor(resample=77), "resample is 77, not a filter of Pillow"),
-        (processor(do_resize=False), "do_resize is False"),
-        (processor(rescale_factor=1.0), "rescale_factor is 1.0, not 1/255"),
-        (processor(crop_pct=2), "crop_pct is 2, not in (0, 1]"),
-    ],
-)
-def test_unsupported_preprocessing(load: Load, content: Content, message: str) -> None:
-    error = error_of(CheckpointError, load, content)
-    assert message in error.message
-    assert "--image-size --mean --std" in error.remedy
-    assert load(content, preprocessing=OVERRIDES).preprocessing.image_size == 64
-
-
 @each("name", ["img_size", "input_size", "mean", "std", "crop_pct", "classes", "gp"])
 def test_exponentially_nested_lists(load: Load, name: str) -> None:
     start = time.monotonic()
@@ -324,31 +251,98 @@ def test_class_names(load: Load, inside: Content, names: list[str] | None) -> No
     assert any(note.startswith("class names from ") for note in loaded.source.notes) == bool(names)
 
 
-@each(
-    ("inside", "message"),
-    [
-        ({"classes": NAMES[:4]}, "classes in the file has 4 entries; the network has 5 classes"),
-        ({"classes": [*NAMES[:4], None]}, "classes in the file has 5 entries"),
-        ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx in the file has 2 entries"),
-        (
-            {"classes": NAMES, "class_to_idx": {name: 4 - i for name, i in INDEX.items()}},
-            "Class 0 is 'emu' in class_to_idx in the file, but 'ant' in classes in the file.",
-        ),
-        (
-            {"meta": {"classes": NAMES[::-1]}, **timm(label_names=NAMES)},
-            "Class 0 is 'emu' in classes in the file's meta, but 'ant' in label_names in config.",
-        ),
-    ],
-)
-def test_contradictory_class_names(load: Load, inside: Content, message: str) -> None:
-    error = error_of(CheckpointError, load, inside)
-    assert message in error.message
-    assert "--labels FILE" in error.remedy
-
-
 def test_class_name_of_one_logit(tmp_path: Path, tiny_config: VanConfig) -> None:
     state = random_van(replace(tiny_config, num_classes=1), seed=1).state_dict()
     loaded = load_van(save_weights(tmp_path / "van", state, classes=["cat", "dog"]))
     assert (loaded.config.num_classes, loaded.class_names) == (1, ("dog",))
     note = "one logit: it is unknown whether of two classes or of a regression"
     assert note in loaded.source.notes
+
+
+# --- refusals --------------------------------------------------------------------------------
+
+NETWORK: list[tuple[Content, str]] = [
+    (hf(strides=[4, 2, 2]), "strides is (4, 2, 2); this network needs four numbers"),
+    (hf(strides=[4, 2, 0, 2]), "strides is (4, 2, 0, 2); this network needs four numbers"),
+    (hf(hidden_act="relu"), "hidden_act is 'relu'; this network needs gelu or gelu_python"),
+    (hf(layer_norm_eps=-1.0), "layer_norm_eps is -1.0; this network needs between 0 and 1"),
+    (hf(layer_norm_eps=1.0), "layer_norm_eps is 1.0; this"),
+    (hf(problem_type="ranking"), "problem_type is 'ranking'; this"),
+    (hf(model_type="vit"), "model_type is 'vit'; this network needs van"),
+    (hf(hidden_sizes=[8, 12, 16, 32]), "hidden_sizes is (8, 12, 16, 32); this"),
+    (hf(depths=[1, 1, 1, 1]), "depths is (1, 1, 1, 1); this network needs (1, 2, 1, 1)"),
+    (hf(num_channels=4), "num_channels is 4; this network needs 3"),
+    (hf(dilation=4), "dilation is 4; this network needs 3"),
+    (timm(architecture="van_b0"), "architecture is 'van_b0'; this network needs None"),
+    (timm(num_classes=7), "num_classes is 7; this network needs 5"),
+    (timm(num_features=7), "num_features is 7; this network needs 24"),
+    (timm(model_args={"depths": [1, 1, 1, 1]}), "depths is (1, 1, 1, 1); this"),
+    (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
+    (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
+    (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
+    (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
+    (hf(input_size=5), "in_chans is 5; this network needs 3"),
+    (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
+    (args(gp="max"), "gp is 'max'; this network needs avg or fast or"),
+    (args(model_kwargs={"a": 1}), "model_kwargs is {'a': 1}; this"),
+    (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "block_cfgs is {'a': 1}"),
+    (pipeline(model="dict(backbone=[1])"), "backbone is [1]; this network needs a table"),
+    (pipeline(model="dict(backbone=dict(norm_cfg=dict(eps='x')))"), "eps is 'x'; this"),
+]
+PREPROCESSING: list[tuple[Content, str]] = [
+    (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
+    (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
+    (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
+    (cfg(label_offset=1), "label_offset is 1, not sup"),
+    (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),
+    (pipeline("dict(type='Rotate')"), "a step of the test pipeline is 'Rotate'"),
+    (pipeline("dict(type='ResizeEdge', edge='long', backend='pillow')"), "ResizeEdge"),
+    (pipeline("dict(type='CenterCrop', crop_size=64)"), "the resized side is None"),
+    (pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"), "takes BGR"),
+    (processor("Segformer"), "but these are supported: "),
+    (processor(do_flip_channel_order=True), "do_flip_channel_order is True, an unknown key"),
+    (processor(size={"height": 64, "width": 64}), "not shortest_edge"),
+    (processor("ViT", size={"shortest_edge": 64}), "not height"),
+    (processor(size=[64, 32]), "only squares are supported"),
+    (processor("ViT", do_center_crop=True), "do_center_crop is"),
+    (processor("Bit", do_center_crop=False), "do_center_crop"),
+    (processor("Bit"), "has image_size 224 > resize_size 64"),
+    (processor(size=0), "image_size 0"),
+    (processor(size="big"), "cannot be used"),
+    (processor(resample=77), "resample is 77, not a filter of Pillow"),
+    (processor(do_resize=False), "do_resize is False"),
+    (processor(rescale_factor=1.0), "rescale_factor is 1.0, not 1/255"),
+    (processor(crop_pct=2), "crop_pct is 2, not in (0, 1]"),
+]
+CLASSES: list[tuple[Content, str]] = [
+    ({"classes": NAMES[:4]}, "classes in the file has 4 entries; the network has 5 classes"),
+    ({"classes": [*NAMES[:4], None]}, "classes in the file has 5 entries"),
+    ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx in the file has 2 entries"),
+    (
+        {"classes": NAMES, "class_to_idx": {name: 4 - i for name, i in INDEX.items()}},
+        "Class 0 is 'emu' in class_to_idx in the file, but 'ant' in classes in the file.",
+    ),
+    (
+        {"meta": {"classes": NAMES[::-1]}, **timm(label_names=NAMES)},
+        "Class 0 is 'emu' in classes in the file's meta, but 'ant' in label_names in config.",
+    ),
+]
+
+
+@each(
+    ("content", "message", "remedy"),
+    [
+        *((*row, "Correct") for row in NETWORK),
+        *((*row, "Give all of --image-size --mean --std ") for row in PREPROCESSING),
+        *((*row, "Give --labels FILE") for row in CLASSES),
+    ],
+)
+def test_refused_metadata(load: Load, content: Content, message: str, remedy: str) -> None:
+    error = error_of(CheckpointError, load, content)
+    assert all(part in error.message for part in message.split("; "))
+    assert error.remedy.startswith(remedy)
+    if remedy == "Correct":
+        assert ("config.json beside the weights" in error.message) == ("config" in content)
+        assert ("move the weights out of its folder" in error.remedy) == ("config" in content)
+    else:
+        assert load(content, preprocessing=OVERRIDES, own_labels=True).config.num_classes == 5
