@@ -1,19 +1,23 @@
-"""The command ``run``, with the real engine builder."""
+"""The command ``run``, with the real engine builder, and the GitHub Actions workflow."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from junitparser import JUnitXml
 
-from tests.cli.test_gates import ALLOW, fail, run_json
+from tests.cli.conftest import ALLOW, run_json, text_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.model.embedded import write_digits_folder
 
-RECIPE = """
+MODEL = """
 [model]
 name = "van_digits"
 
@@ -21,7 +25,8 @@ name = "van_digits"
 min = 1
 opt = 2
 max = 4
-
+"""
+RECIPE = f"""{MODEL}
 [precision]
 make = ["fp16", "int8"]
 equalize = false
@@ -54,32 +59,27 @@ def recipe(tmp_path: Path) -> Path:
 )
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
 def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    output = tmp_path / "bundle"
-    fail(cli, "run", recipe, "--output", output)  # the engine is skipped, and 40 images are few
-    words = ("run", recipe, "--output", output, "--allow-skip", "engines", *ALLOW)
+    words = ("run", recipe, "--output", tmp_path / "bundle")
+    text_of(cli, *words)  # the engine is skipped, and 40 images are few
+    words = (*words, "--allow-skip", "engines", ALLOW)
     report = run_json(cli, *words)
-    assert report["passed"] is True
-    names = [result["artifact"] for result in report["artifacts"]]
-    assert names[:2] == ["fp16", "int8"]
-    assert names[2].startswith("van_digits-fp16-sm89-rtx")
-    bundle = Bundle.open(output)
-    assert list(bundle.artifacts) == ["fp32", *names]
-    assert bundle.problems() == []
-    engine = bundle.artifact(names[2]).engine
-    assert engine is not None
-    assert [str(batch) for batch in engine.profiles] == ["1:2:4"]
+    fp16, int8, engine = (result["artifact"] for result in report["artifacts"])
+    assert (report["passed"], fp16, int8) == (True, "fp16", "int8")
+    assert engine.startswith("van_digits-fp16-sm89-rtx")
+    bundle = Bundle.open(tmp_path / "bundle")
+    assert (list(bundle.artifacts), bundle.problems()) == (["fp32", fp16, int8, engine], [])
+    built = bundle.artifact(engine).engine
+    assert built is not None
+    assert [str(batch) for batch in built.profiles] == ["1:2:4"]
     verified = report["verify"]["artifacts"]
     outcomes = {name: entry["outcome"] for name, entry in verified.items()}
-    assert outcomes == {"fp32": "pass", "fp16": "pass", "int8": "pass", names[2]: "skipped"}
-    assert verified[names[2]]["reason"] == "engine not executed: no GPU"
-    assert report["evaluate"]["count"] == 40
-    assert list(report["evaluate"]["skipped"]) == [names[2]]
+    assert outcomes == {"fp32": "pass", "fp16": "pass", "int8": "pass", engine: "skipped"}
+    evaluated = report["evaluate"]
+    assert (evaluated["count"], list(evaluated["skipped"])) == (40, [engine])
     assert set(bundle.manifest.checks) >= {"verify", "evaluate"}
-    again = cli(*words)
-    assert again.exit_code == 0
-    assert "Exported: nothing changed" in again.stdout
-    assert again.stdout.count("nothing changed") > 1  # the export and the engine
-    assert "SKIPPED" in again.stdout
+    again = text_of(cli, *words, code=0)
+    assert "Exported: nothing changed" in again
+    assert again.count("nothing changed") > 1  # the export and the engine
 
 
 def test_options_override_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
@@ -93,17 +93,37 @@ def test_options_override_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> 
     assert artifacts == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]
 
 
-def test_conflicting_precisions_are_refused_before_the_export(
-    cli: Cli, recipe: Path, tmp_path: Path
-) -> None:
+def test_conflicts_and_failed_gates_of_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    words = ("run", recipe, "--output", tmp_path / "bundle")
     recipe.write_text(RECIPE.replace('["fp16", "int8"]', '["int8"]'))
-    output = fail(cli, "run", recipe, "--output", tmp_path / "bundle", code=5)
+    output = text_of(cli, *words, code=5)
     assert "engines.precisions has 'fp16', which the recipe does not make." in output
     assert not (tmp_path / "bundle").exists()
-
-
-def test_a_failed_gate_of_the_recipe_fails_the_run(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    recipe.write_text(f"{RECIPE.split('[precision]')[0]}[gates.fp32]\nsqnr_db = 200.0\n")
-    output = fail(cli, "run", recipe, "--output", tmp_path / "bundle")
-    assert "was written and does not pass its gates." in output
+    recipe.write_text(f"{MODEL}[gates.fp32]\nsqnr_db = 200.0\n")
+    assert "was written and does not pass its gates." in text_of(cli, *words)
     assert Bundle.open(tmp_path / "bundle").manifest.checks["verify"]["passed"] is False
+
+
+@pytest.mark.slow
+def test_commands_of_the_workflow_page(
+    cli: Cli, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = pytest.importorskip("yaml")
+    page = (repository / "docs" / "ci.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    found = {block.get("name"): block for block in map(yaml.safe_load, blocks)}
+    *steps, upload = found["gates"]["jobs"]["check"]["steps"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "mine.toml").write_text(f'{MODEL}[precision]\nmake = ["fp16"]\n')
+    write_digits_folder(tmp_path / "images", "heldout", 40)
+    commands = [shlex.split(os.path.expandvars(step["run"])) for step in steps if "run" in step]
+    assert [words[:2] for words in commands[1:]] == [["van-deploy", "run"], ["van-deploy", "check"]]
+    _, run, check = (words[1:] for words in commands)
+    text_of(cli, *run, code=0)
+    text_of(cli, *check, code=5)  # there is no baseline yet
+    text_of(cli, *check, "--update", code=0)  # once, by hand
+    text_of(cli, *check, code=0)
+    assert (tmp_path / "summary.md").read_text().count("## ✅ van-deploy: van_digits passed") == 2
+    assert JUnitXml.fromfile(upload["with"]["path"]).failures == 0

@@ -1,144 +1,109 @@
-"""Commands created from functions and tables: parsing, validation and help."""
+"""Options on the command line: parsed values, refused values, and help."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any
 
-import typer
-from typer.testing import CliRunner, Result
+import pytest
 
+from tests.conftest import Cli
 from tests.each import each
-from van_deploy.cli.app import CommandGroup
-from van_deploy.cli.options import OptionValues, with_options
-from van_deploy.config import BatchRange
-from van_deploy.config.fields import ByteSize, Table, option
-from van_deploy.config.named_options import RUN, Changes
-
-HOW = "How it is done"
-
-
-class Inner(Table):
-    """A table inside the table.
-
-    Attributes:
-        seconds: At least.
-    """
-
-    PANEL = HOW
-
-    seconds: float = option(3.0, gt=0)
-
-
-class Options(Table):
-    """One option of every kind.
-
-    Attributes:
-        count: How many.
-        kind: Which.
-        fold: Make the [exact] rewrites.
-        batch: Sizes.
-        file: A file.
-        sides: In pixels.
-    """
-
-    count: int = option(20, ge=1, le=40)
-    kind: Literal["fast", "good"] | None = option(None)
-    fold: bool = option(True)
-    force: bool = option(False, key="always")
-    batch: BatchRange = option(BatchRange)
-    size: ByteSize | None = option(None)
-    names: tuple[str, ...] = option((), flags=["--name", "-n"])
-    patterns: tuple[str, ...] = option((), commas=False)
-    sides: tuple[int, ...] = option((1, 2))
-    file: Path | None = option(None)
-    inner: Inner = option(Inner)
-
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        if self.force and not self.fold:
-            yield "{always} and no {fold} conflict.", "Remove {fold}."
-
-
-def run(*words: str) -> tuple[Result, list[object]]:
-    """Run a program with one command; return its result and its arguments."""
-    program = typer.Typer(cls=CommandGroup, pretty_exceptions_enable=False)
-    program.callback()(lambda: None)  # a program with sub-commands
-    called: list[object] = []
-
-    @program.command()
-    @with_options
-    def make(
-        place: str,
-        table: Annotated[OptionValues, Options],
-        changes: Annotated[Changes, RUN],
-        quiet: bool = False,
-    ) -> None:
-        """Make it."""
-        called.extend([place, table.table, {k: c.value for k, c in changes.items()}, quiet])
-
-    result = CliRunner().invoke(program, ["make", *words], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    return result, called
-
-
-def test_every_type_of_option_is_parsed() -> None:
-    assert run("here")[1] == ["here", Options(), {}, False]
-    words = (
-        "here --count 3 --kind good --no-fold --batch 1:2:4 --size 1GiB -n a,b --name c "
-        "--patterns a{1,2} --sides 3,4 --file x.txt --seconds 0.5 --quiet --target sm_89 "
-        "--engine fp16"
-    )
-    result, called = run(*words.split())
-    assert result.exit_code == 0, result.stderr
-    assert called[1] == Options(
-        count=3,
-        kind="good",
-        fold=False,
-        batch=BatchRange(1, 2, 4),
-        size=1 << 30,
-        names=("a", "b", "c"),
-        patterns=("a{1,2}",),
-        sides=(3, 4),
-        file=Path("x.txt"),
-        inner=Inner(seconds=0.5),
-    )
-    changed = {("engines", "targets"): ["sm_89"], ("engines", "precisions"): ["fp16"]}
-    assert called[2:] == [changed, True]
+from van_deploy import api
+from van_deploy.bundle import Bundle
 
 
 @each(
-    ("words", "message"),
+    ("words", "method", "expected"),
     [
-        ("--count 41", "'--count' is 41: it should be less than or equal to 40.\n"),
-        ("--count many", "'--count' is 'many': it should be a whole number.\n"),
-        ("--count 3.0", "'--count' is '3.0': it should be a whole number.\n"),
-        ("--kind slow", "'--kind' is 'slow': it should be 'fast' or 'good'.\n"),
-        ("--batch 1:2", "'--batch' is '1:2': it should be min:opt:max, such as 1:8:32, or one si"),
-        ("--size lots", "'--size' is 'lots': it should be a number and a unit, such as 4GiB."),
-        ("--sides 1,x", "'--sides' is 'x': it should be a whole number.\n"),
-        ("--seconds nan", "'--seconds' is nan: it should be a finite number.\n"),
-        ("--seconds 0", "'--seconds' is 0.0: it should be greater than 0.\n"),
-        ("--always --no-fold", "--always and no --no-fold conflict.\n  Remove --no-fold."),
+        (
+            "quantize -p int8 --scope a{1,2} --scope b --no-equalize --calibrate-on-noise --eval x",
+            "quantize",
+            {
+                "precision": "int8",
+                "scope": ["a{1,2}", "b"],
+                "equalize": False,
+                "calibrate_on_noise": True,
+                "evaluate": "x",
+            },
+        ),
+        (
+            "build --target sm_86,sm_89 --target sm_90 --batch 1:2:4 --optimization-level 2",
+            "build",
+            {
+                "targets": ["sm_86", "sm_89", "sm_90"],
+                "batch": ["1:2:4"],
+                "optimization_level": 2,
+            },
+        ),
+        (
+            "bench --batches 3,4 --seconds 0.5 --p99-ms 2 --no-roofline",
+            "benchmark",
+            {"batches": [3, 4], "seconds": 0.5, "p99_ms": 2.0, "roofline": False, "save": True},
+        ),
     ],
 )
-def test_mistake_names_the_option(words: str, message: str) -> None:
-    result, called = run("here", *words.split())
-    assert (result.exit_code, called) == (2, [])
-    assert result.stderr.startswith(f"error: {message}")
+def test_options_become_arguments_of_the_api(
+    digits_bundle: Bundle, cli: Cli, words: str, method: str, expected: dict[str, Any]
+) -> None:
+    called: dict[str, Any] = {}
+
+    def record(_: api.Bundle, force: bool = False, **options: Any) -> None:
+        called.update(options)
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api.Bundle, method, record)
+        cli(*words.split(), digits_bundle.path)
+    assert called == expected
 
 
-def test_help_shows_choices_default_and_limits() -> None:
-    text = " ".join(run("--help")[0].stdout.replace("│", " ").split())
-    for words in (
-        "--count INTEGER How many. [default: 20; from 1 up to 40]",
-        "--kind fast|good Which.",
-        "--fold --no-fold Make the [exact] rewrites.",
-        "--batch MIN:OPT:MAX Sizes. [default: 1:8:32]",
-        "--name -n TEXT,...",
-        "--sides INTEGER,... In pixels. [default: 1,2]",
-        "--file PATH A file.",
-        "--seconds NUMBER At least. [default: 3.0; above 0]",
-        "--engine TEXT,... fp32, fp16, bf16, int8 or another ONNX artifact",
+@each(
+    ("words", "code", "message"),
+    [
+        ("nonsense", 2, "nonsense"),
+        ("list --nonsense", 2, "--nonsense"),
+        ("doctor x", 2, "x"),
+        (f"info {'a' * 5000}", 5, "File name too long"),
+        (f"inspect {'a' * 300}", 5, "File name too long"),
+        (f"predict {'a' * 300} x", 5, "File name too long"),
+        ("bench BUNDLE --streams 0", 2, "'--streams' is 0: it should be greater than or equal to"),
+        ("bench BUNDLE --rounds many", 2, "'--rounds' is 'many': it should be a whole number."),
+        ("bench BUNDLE --rounds 3.0", 2, "'--rounds' is '3.0': it should be a whole number."),
+        ("bench BUNDLE --seconds nan", 2, "'--seconds' is nan: it should be a finite number."),
+        ("build BUNDLE --target ada", 2, "'--target' is 'ada': it should be compute capabilities"),
+        ("build BUNDLE --batch 8:4:1", 2, "The batch range 8:4:1 is not min <= opt <= max. Giv"),
+        ("build BUNDLE --workspace lots", 2, "'--workspace' is 'lots': it should be a number and"),
+        ("build BUNDLE --optimization-level 9", 2, "'--optimization-level' is 9: it should be le"),
+        ("build BUNDLE --on ray", 2, "--on needs --matrix"),
+        ("quantize BUNDLE --precision int4", 2, "'--precision' is 'int4': it should be 'fp16', '"),
+        ("quantize BUNDLE --target cpu -p fp16", 2, "FP16 is not useful for --target cpu: ONNX"),
+        ("quantize BUNDLE --no-bias-correction", 2, "--equalize shifts channels, which needs cor"),
+        ("quantize BUNDLE --calibration none", 5, "There is no calibration set called 'none'."),
+        ("quantize BUNDLE --scope resnet", 2, "The scope 'resnet' is none of pointwise"),
+        ("quantize BUNDLE --keep block9", 2, "'block9' matches no module or node to keep in FP32."),
+        ("quantize BUNDLE --images /nowhere", 5, "'/nowhere' cannot be read: No such file"),
+        ("verify BUNDLE --images x", 2, "--images needs the original network"),
+        ("verify BUNDLE --artifact fp8", 5, "has no artifact 'fp8'; it has: fp32."),
+    ],
+)
+def test_invalid_requests_write_nothing(
+    digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
+) -> None:
+    path = str(digits_bundle.path)  # a shared bundle: the run fails if one writes to it
+    result = cli(*(path if word == "BUNDLE" else word for word in words.split()))
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert message in " ".join(result.stderr.split())
+
+
+def test_help_shows_choices_default_and_limits(cli: Cli) -> None:
+    for command, shown in (
+        ("bench", "--batches INTEGER,... Batch sizes. [default: 1,8]"),
+        ("bench", "--seconds NUMBER Minimum timed seconds per row. [default: 3.0; above 0]"),
+        ("bench", "--roofline --no-roofline Measure"),
+        ("build", "--batch MIN:OPT:MAX,... Batch sizes"),
+        ("build", "--backend NAME Compiler and runtime."),
+        ("build", "[auto, tensorrt, tensorrt-rtx, inductor; default: auto]"),
+        ("quantize", "--precision -p fp16|bf16|int8 Precision to make. [default: int8]"),
+        ("quantize", "─ Images ─"),
     ):
-        assert words in text
-    assert f"─ {HOW} ─" in text
+        assert shown in " ".join(cli(command, "--help").stdout.replace("│", " ").split())
