@@ -13,6 +13,7 @@ from van_deploy.checks import gates
 from van_deploy.checks.gates import (
     AllowOptions,
     Finding,
+    GateReport,
     Limit,
     Loss,
     Outcome,
@@ -25,7 +26,6 @@ from van_deploy.checks.gates import (
     skipped_finding,
     sqnr_floor,
 )
-from van_deploy.checks.regression import CheckReport, CheckRow
 from van_deploy.config import GateProfile
 from van_deploy.metrics import Task, find_flips
 
@@ -77,6 +77,16 @@ def test_the_worst_outcome_decides() -> None:
     assert outcome_of([]) is Outcome.SKIPPED
 
 
+class Report(GateReport):
+    """A report with these findings."""
+
+    def __init__(self, allowed: AllowOptions, *findings: Finding) -> None:
+        self.allowed, self.findings = allowed, findings
+
+    def named_findings(self) -> list[tuple[str, Finding]]:
+        return [(finding.rule, finding) for finding in self.findings]
+
+
 @each(
     ("finding", "needs"),
     [
@@ -90,22 +100,15 @@ def test_the_worst_outcome_decides() -> None:
 def test_skips_and_undecided_findings_need_their_own_option(
     finding: Finding, needs: AllowOptions | None
 ) -> None:
-    def passes(allowed: AllowOptions, *findings: Finding) -> bool:
-        report = CheckReport.__new__(CheckReport)
-        vars(report).update(allowed=allowed, rows=[CheckRow(f.rule, f) for f in findings])
-        assert report.failed == [f.rule for f in findings if not allowed.accepts(f)]
-        return report.passed
-
-    shown = Finding("a", PASS)
-    assert not passes(AllowOptions(), shown, finding)
-    assert not passes(AllowOptions(("accuracy", "speed")), shown, finding)
+    shown, alone = Finding("a", PASS), finding.outcome is INCONCLUSIVE
+    for allowed in (AllowOptions(), AllowOptions(("accuracy", "speed"))):
+        assert Report(allowed, shown, finding).failed == ["b"]
+        assert not Report(allowed, shown, finding)
     everything = AllowOptions(("engines", "runtimes", "accuracy", "speed"), True)
-    assert passes(everything, shown, finding) is (needs is not None)
+    assert Report(everything, shown, finding).passed is (needs is not None)
     if needs is not None:
-        assert passes(needs, shown, finding)
-        assert passes(needs, finding) is (finding.outcome is INCONCLUSIVE), (
-            "a skip alone is no PASS"
-        )
+        assert Report(needs, shown, finding)
+        assert Report(needs, finding).passed is alone, "a skip alone is no PASS"
 
 
 @each(
@@ -164,35 +167,31 @@ def test_shifted_rows_fail_batch_invariance() -> None:
 
 
 @each(
-    ("loss", "numeric", "message"),
+    ("loss", "allowed", "outcome", "message"),
     [
-        # McNemar's p is 0.06.
-        ((5, 0, 5), "int8", "+13.10 to +100.00 pp of top-1 lost on 5 images, 1 allowed"),
-        ((4, 0, 5), "int8", "pp of top-1 lost on 5 images, 1 allowed (allowed for int8)"),
-        # Twice the allowed loss.
-        ((20, 0, 2000), "bf16", "+0.65 to +1.54 pp of top-1 lost on 2000 images, 0.5 allowed"),
+        (paired_loss(5, 0, 5), 1, FAIL, "+13.10 to +100.00 pp of top-1 lost on 5 images, 1 allow"),
+        (paired_loss(4, 0, 5), 1, FAIL, "(allowed for int8)"),  # McNemar's p is 0.06
+        (paired_loss(20, 0, 2000), 0.5, FAIL, "+0.65 to +1.54 pp of top-1 lost on 2000 images"),
+        (paired_loss(0, 0, 381), 1, PASS, ""),
+        (paired_loss(0, 0, 380), 1, INCONCLUSIVE, "about 381 images would decide"),
+        (paired_loss(0, 0, 765), 0.5, PASS, ""),
+        (paired_loss(0, 0, 764), 0.5, INCONCLUSIVE, "about 765 images would decide"),
+        (paired_loss(10, 0, 1000), 1, INCONCLUSIVE, "no number of images would decide"),
+        (Loss(9, 0.0, (-1.0, 1.0)), 1, PASS, ""),
+        (Loss(9, 0.0, (1.0, 2.0)), 1, INCONCLUSIVE, ""),
     ],
 )
-def test_a_proven_loss_fails(loss: tuple[int, int, int], numeric: str, message: str) -> None:
-    finding = check_loss(paired_loss(*loss), allowed_loss(numeric))
-    assert finding.outcome is FAIL
+def test_losses_pass_fail_or_report_how_many_images_would_decide(
+    loss: Loss, allowed: float, outcome: Outcome, message: str
+) -> None:
+    finding = check_loss(loss, Limit(allowed, "allowed for int8"))
+    assert finding.outcome is outcome
     assert message in finding.message
-
-
-@each(("allowed", "images"), [(1.0, 381), (0.5, 765)])
-def test_too_few_images_report_how_many_would_decide(allowed: float, images: int) -> None:
-    limit, few = Limit(allowed, "x"), paired_loss(0, 0, images - 1)
-    assert check_loss(paired_loss(0, 0, images), limit).outcome is PASS
-    assert check_loss(few, limit).outcome is INCONCLUSIVE
-    assert f"about {images} images would decide" in check_loss(few, limit).message
-    assert check_loss(few, limit, lossy=False).outcome is PASS
-    assert check_loss(Loss(9, 0.0, (-1.0, allowed)), limit).outcome is PASS
-    assert check_loss(Loss(9, 0.0, (allowed, 2.0)), limit).outcome is INCONCLUSIVE
+    near_lossless = check_loss(loss, Limit(allowed, ""), lossy=False)
+    assert near_lossless.outcome is (FAIL if outcome is FAIL else PASS)
 
 
 def test_number_of_images_that_decide() -> None:
-    just = check_loss(paired_loss(10, 0, 1000), INT8)
-    assert "no number of images would decide" in just.message
     needed = gates.images_to_decide(paired_loss(6, 3, 400), 1.0)
     assert needed is not None
     more = paired_loss(round(6 * needed / 400), round(3 * needed / 400), needed)

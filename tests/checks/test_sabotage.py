@@ -13,6 +13,7 @@ from onnx import ModelProto
 from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import Broken
+from tests.checks.faults import Fault
 from tests.each import each
 from van_deploy.checks.gates import RECORD_MARGIN_DB, Limit, Outcome, outcome_of
 from van_deploy.checks.outputs import check_graph, check_new_graph
@@ -20,8 +21,6 @@ from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import VerifySettings
 from van_deploy.metrics import sqnr_db
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-Fault = Callable[[ModelProto], ModelProto]
 
 INT8 = Limit(20.0, "floor for int8")
 FAULTS: tuple[Fault, ...] = (

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy import __version__
-from van_deploy.cli.app import COMMANDS, CommandGroup, user_error
+from van_deploy.cli.app import COMMANDS, CommandGroup
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 from van_deploy.model.variants import VARIANTS
 
@@ -53,33 +53,9 @@ def test_help_lists_every_command_with_an_example(cli: Cli) -> None:
         assert "--json" in page
 
 
-@each("arguments", [("nonsense",), ("list", "--nonsense"), ("doctor", "x")])
-def test_invalid_usage_exits_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
-    result = cli(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert arguments[-1] in result.stderr
-
-
 KINDS = {GateFailed: 1, MissingDependency: 3, ConversionError: 4, BundleError: 5}
 LONG = "SQNR is low in /a/[red]very/" + "long/" * 40  # neither markup nor wrapped
-
-
-@each(
-    ("error", "code"),
-    [
-        *((kind(LONG, "Keep [more].\nOr less."), code) for kind, code in KINDS.items()),
-        (KeyboardInterrupt(), 130),
-    ],
-)
-def test_error_prints_message_and_remedy(error: BaseException, code: int) -> None:
-    result = failing(error)
-    assert (result.exit_code, result.stdout) == (code, "")
-    text = f"{LONG}\n  Keep [more].\n  Or less." if code != 130 else "Interrupted."
-    assert result.stderr == f"error: {text}\n"
-    bug = KeyError("weights")  # a bug keeps its traceback
-    assert failing(bug).exception is bug
-
-
+REMEDY = "Keep [more].\n  Or less."
 NO_MEMORY = "There is not enough memory for this"
 ALLOC = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
 NO_TEMPORARY = "No usable temporary directory found in ['/tmp']"
@@ -92,6 +68,11 @@ def os_error(number: int) -> OSError:
 @each(
     ("failure", "code", "message", "remedy"),
     [
+        *(
+            (kind(LONG, "Keep [more].\nOr less."), c, f"{LONG}\n", REMEDY)
+            for kind, c in KINDS.items()
+        ),
+        (KeyboardInterrupt(), 130, "Interrupted.", ""),
         (os_error(errno.ENOSPC), 3, "'dist/place': No space left on device.", "Free some space"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "Cannot wr", "Free"),
         (MemoryError(), 3, NO_MEMORY, "Use a smaller batch"),
@@ -107,20 +88,20 @@ def os_error(number: int) -> OSError:
         (ModuleNotFoundError("No torch", name="torch.nn"), 3, "This needs torch", "pip install"),
     ],
 )
-def test_system_errors_become_one_message(
-    failure: Exception, code: int, message: str, remedy: str
+def test_errors_become_a_message_and_a_remedy(
+    failure: BaseException, code: int, message: str, remedy: str
 ) -> None:
     result = failing(failure)
-    assert result.exit_code == code
-    first, second = result.stderr.splitlines()
-    assert first.startswith("error: ")
-    assert message in first
-    assert remedy in second
+    assert (result.exit_code, result.stdout) == (code, "")
+    found, _, advice = result.stderr.partition("\n  ")
+    assert found.startswith("error: ")
+    assert message in f"{found}\n"
+    assert remedy in advice
 
 
-@each("error", [OSError(errno.EINVAL, "odd"), RuntimeError("a bug"), ValueError()])
-def test_other_exceptions_stay_bugs(error: Exception) -> None:
-    assert user_error(error) is None
+@each("error", [KeyError("weights"), OSError(errno.EINVAL, "odd"), RuntimeError("a bug")])
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    assert failing(error).exception is error
 
 
 @each("arguments", [("list",), ("list", "--json")])
@@ -141,13 +122,6 @@ def test_output_without_unicode_and_without_docstrings() -> None:
     assert (version.returncode, version.stdout) == (0, f"van-deploy {__version__}\n")
 
 
-def test_too_long_path_is_one_message(cli: Cli) -> None:
-    for words in (("info", "a" * 5000), ("inspect", "a" * 300), ("predict", "a" * 300, "x")):
-        result = cli(*words)
-        assert result.exit_code == 5
-        assert "File name too long" in result.stderr
-
-
 def test_list_shows_every_variant(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -159,11 +133,9 @@ def test_list_shows_every_variant(
     assert b0["multiply_adds"] == VARIANTS["van_b0"].config.mac_count(224)
     assert b0["weights"] == "Visual-Attention-Network/VAN-Tiny-original:van_tiny_754.pth.tar"
     assert (b0["here"], variants["van_b4"]["weights"]) == (None, None)
-    assert Path(variants["van_digits"]["here"]).is_file()
-    result = cli("list")
-    assert (result.exit_code, result.stderr) == (0, "")
-    lines = {line.split(" ")[0]: line for line in result.stdout.splitlines()}
+    output = cli("list").stdout
+    assert "for commercial use, please contact" in output
+    lines = {line.split(" ")[0]: line for line in output.splitlines()}
     assert max(map(len, lines.values())) <= 100
     assert lines["van_b1"].split()[:7] == ["van_b1", "13.9", "M", "2.5", "G", "224", "81.1"]
     assert lines["van_digits"].endswith("  YES   in this package")
-    assert "for commercial use, please contact" in result.stdout

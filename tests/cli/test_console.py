@@ -33,33 +33,29 @@ def test_plain_converts_every_type_of_a_result() -> None:
 
 
 def test_output_is_a_table_or_one_json_document(capsys: Printed) -> None:
-    result = {"name": "van_b1", "blocks": 10}
-    print_result(result, as_json=True, blocks=list)
-    columns = "name = name name; blocks = blocks d"
-    print_result(result, as_json=False, blocks=lambda document: table([document], columns))
-    checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
-    print_result(checks, as_json=False, blocks=checks_table)
+    rows = {"name": HOSTILE, "é": 1, "[bold]": 2}
+    columns = "name = name name; [bold] = é d"
     with progress_bar("Loading") as progress:  # prints nothing without a terminal
         progress("Downloading", 1, 2)
-    out, err = capsys.readouterr()
-    document, text = out.split("}\n")
-    assert json.loads(document + "}") == result
-    lines = text.splitlines()
-    assert lines[:3] == ["name    blocks", "──────────────", "van_b1      10"]
-    assert [line.split()[0] for line in lines[-3:]] == ["PASS", "FAIL", "SKIPPED"]
-    assert lines[-2].endswith("[bold]3 of 8 differ")
-    assert err == ""
-
-
-def test_control_characters_are_not_printed(capsys: Printed) -> None:
-    print_result({"name": HOSTILE}, False, lambda result: table([result], "name = name"))
+    print_result(rows, as_json=False, blocks=lambda document: table([document], columns))
     print_error(HOSTILE, HOSTILE)
     print_note(HOSTILE)
-    for text in capsys.readouterr():
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split() == ["name", "[bold]"]
+    assert err.count("\n") == 3
+    for text in (out, err):
         assert "cat" in text
         assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
-    print_result({"name": HOSTILE, "é": 1}, True, list)
+    print_result(rows, as_json=True, blocks=list)
     text = capsys.readouterr().out
-    assert json.loads(text) == {"name": HOSTILE, "é": 1}
+    assert json.loads(text) == rows
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     assert "é" in text
+
+
+def test_checks_have_their_state_in_front(capsys: Printed) -> None:
+    checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
+    print_result(checks, as_json=False, blocks=checks_table)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ["PASS", "FAIL", "SKIPPED"]
+    assert lines[1].endswith("[bold]3 of 8 differ")

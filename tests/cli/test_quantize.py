@@ -40,18 +40,17 @@ def test_int8_prints_three_precisions_and_a_recommendation(
     found = run_json(cli, "quantize", bundle, *FAST)
     assert (found["artifact"], found["passed"]) == ("int8", True)
     row = found["facts"]["comparison"][-1]
-    low, high = row["top1_interval"]
-    assert low < row["correct"] / row["images"] <= high
+    top1, (low, high) = row["correct"] / row["images"], row["top1_interval"]
+    assert low < top1 <= high
     # The largest numbers of a VAN still fit a pipe, and the reason of exit code 1 is shown.
     row.update(size_bytes=123 << 20, ms_per_image=116.06)
     found["facts"]["golden_check"]["findings"][0].update(outcome="inconclusive", message="odd")
     print_result(found, as_json=False, blocks=quantize_blocks)
     text = capsys.readouterr().out
-    (line,) = (line for line in text.splitlines() if line.startswith("INT8"))
-    shown = [f"{100 * row['correct'] / row['images']:.2f}", f"{100 * low:.2f}", "to"]
-    assert line.split()[:3] == ["INT8", "123.0", "MiB"]
-    assert line.split()[-6:] == [*shown[1:], f"{100 * high:.2f}", "116.06", "PASS"]
-    assert shown[0] in line
+    (words,) = (line.split() for line in text.splitlines() if line.startswith("INT8"))
+    assert words[:3] == ["INT8", "123.0", "MiB"]
+    shown = f"{100 * top1:.2f} {100 * low:.2f} to {100 * high:.2f} 116.06 PASS"
+    assert words[-6:] == shown.split()
     assert "INCONCLUSIVE  SQNR: odd" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,16 +23,7 @@ def full(artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path
         bundle.verify()
         bundle.drift(level="stage", count=2)
         bundle.evaluate(heldout_200)
-        bundle.benchmark(
-            batches=(1, 2),
-            threads=1,
-            runners=("ort-*",),
-            seconds=0.05,
-            calls=2,
-            limit=0.2,
-            rounds=2,
-            warmup=0.0,
-            roofline=False,
-        )
+        short: Any = {"seconds": 0.05, "calls": 2, "limit": 0.2, "rounds": 2, "warmup": 0.0}
+        bundle.benchmark(batches=(1, 2), threads=1, runners=("ort-*",), roofline=False, **short)
 
     return Bundle.open(artifact_cache("full_report", make))
