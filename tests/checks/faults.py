@@ -72,6 +72,11 @@ def change_normalisation(old: tuple[float, float], new: tuple[float, float]) -> 
     return inserted("images", ("Mul", [factor]), ("Add", [shift]))
 
 
+def fix_batch(tensor: str, shape: tuple[int, ...]) -> Fault:
+    """Insert a Reshape to batch 1 after a tensor."""
+    return inserted(tensor, ("Reshape", [np.array([1, *shape])]))
+
+
 def overflow_fp16(tensor: str) -> Fault:
     """Multiply a tensor by 2^15 in FP16 and divide it again.
 

@@ -141,10 +141,7 @@ def lower_opset(model: ModelProto) -> ModelProto:
 @each(
     ("spoil", "reason"),
     [
-        (
-            partial(faults.fix_batch, tensor="block2.1", shape=(1, 32, 8, 8)),
-            "batch 2: it does not ",
-        ),
+        (faults.fix_batch("block2.1", (32, 8, 8)), "batch 2: it does not run: "),
         (rename_operator, "it does not load: ONNX Runtime"),
         (rename_output, ""),
         (lower_opset, ""),
