@@ -1,9 +1,11 @@
-"""Runs of commands with a known exit code, and a bundle that may be changed."""
+"""A bundle that may be changed, and changes of the files in it."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +13,32 @@ import numpy as np
 import pytest
 
 from tests.artifacts import Copy, Subject
-from tests.conftest import Cli
 from van_deploy.files import file_sha256
 
 ALLOW = "--allow-inconclusive"  # the images of the tests are too few for INT8
 
 
-def run_json(cli: Cli, *words: object, code: int = 0) -> dict[str, Any]:
-    """Run a command with ``--json``, check its exit code, and return the document."""
-    result = cli(*words, "--json")
-    assert result.exit_code == code, result.output
-    document: dict[str, Any] = json.loads(result.stdout)
-    return document
-
-
-def text_of(cli: Cli, *words: object, code: int = 1) -> str:
-    """Run a command, check its exit code, and return its output in one line."""
-    result = cli(*words)
-    assert result.exit_code == code, result.output
-    return " ".join(result.output.split())
-
-
-def edit_json(file: Path, change: Callable[[Any], object]) -> None:
-    """Apply ``change`` to the content of a JSON file."""
+@contextmanager
+def edited(file: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file, and write it at the end."""
     values = json.loads(file.read_text())
-    change(values)
+    yield values
     file.write_text(json.dumps(values))
 
 
-def rewrite_golden(bundle: Path, write: Callable[[Path, dict[str, Any]], object]) -> None:
-    """Write other golden samples, and update the digest in the manifest.
-
-    Args:
-        bundle: its folder.
-        write: receives the file and the arrays in it.
-    """
+def replace_golden(bundle: Path, content: bytes) -> None:
+    """Replace the golden samples, and update the digest in the manifest."""
     golden, manifest = bundle / "golden.npz", bundle / "manifest.json"
     before = file_sha256(golden)
-    write(golden, dict(np.load(golden)))
+    golden.write_bytes(content)
     manifest.write_text(manifest.read_text().replace(before, file_sha256(golden)))
+
+
+def npz(**arrays: Any) -> bytes:
+    """Return the content of a file of arrays."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
 @pytest.fixture

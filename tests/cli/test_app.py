@@ -1,15 +1,18 @@
-"""The program: help, version, exit codes, errors, and import time."""
+"""The program: help, version, exit codes, errors, and output."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -18,8 +21,11 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy import __version__
 from van_deploy.cli.app import COMMANDS, CommandGroup
+from van_deploy.cli.console import print_error, print_note, print_result, progress_bar
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 from van_deploy.model.variants import VARIANTS
+from van_deploy.report.document import checks_table, table
 
 
 def failing(error: BaseException) -> Result:
@@ -40,7 +46,7 @@ def python(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
-def test_help_lists_every_command_with_an_example(cli: Cli) -> None:
+def test_help_lists_every_command_with_its_options_and_an_example(cli: Cli) -> None:
     overview = cli("--help").stdout
     listed = {line.strip(" │").split(" ")[0] for line in overview.splitlines()}
     assert set(COMMANDS) <= listed
@@ -48,6 +54,16 @@ def test_help_lists_every_command_with_an_example(cli: Cli) -> None:
     for name, page in {"": overview, **pages}.items():
         assert max(map(len, page.splitlines())) <= 100, name
         assert "…" not in page, name
+    for name, shown in (
+        ("bench", "--batches INTEGER,... Batch sizes. [default: 1,8]"),
+        ("bench", "[default: 3.0; above 0]"),
+        ("bench", "--roofline --no-roofline Measure"),
+        ("build", "--batch MIN:OPT:MAX,... Batch sizes"),
+        ("build", "[auto, tensorrt, tensorrt-rtx, inductor; default: auto]"),
+        ("quantize", "--precision -p fp16|bf16|int8 Precision to make. [default: int8]"),
+        ("quantize", "─ Images ─"),
+    ):
+        assert shown in " ".join(pages[name].replace("│", " ").split())
     for name, page in pages.items():
         assert f"Example: van-deploy {name}" in " ".join(page.split())
         assert "--json" in page
@@ -139,3 +155,52 @@ def test_list_shows_every_variant(
     assert max(map(len, lines.values())) <= 100
     assert lines["van_b1"].split()[:7] == ["van_b1", "13.9", "M", "2.5", "G", "224", "81.1"]
     assert lines["van_digits"].endswith("  YES   in this package")
+
+
+# --- output -----------------------------------------------------------------------------------
+
+Printed = pytest.CaptureFixture[str]
+Colour = Enum("Colour", {"RED": "red"})
+HOSTILE = "\x1b]0;mine\x07\x1b[2J\x9b31mcat\u202egod\r"
+
+
+def test_plain_converts_every_type_of_a_result() -> None:
+    value = {
+        "numbers": [math.inf, -math.inf, math.nan, np.float32(0.5), np.int64(3)],
+        "logits": np.array([[1.0, math.nan]]),
+        Colour.RED: (Path("a") / "b", None, True, 1, Colour.RED),
+    }
+    expected = {"numbers": ["inf", "-inf", "nan", 0.5, 3], "logits": [[1.0, "nan"]]}
+    expected["Colour.RED"] = ["a/b", None, True, 1, "red"]
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        plain({"error": object()})
+
+
+def test_output_is_a_table_or_one_json_document(capsys: Printed) -> None:
+    rows = {"name": HOSTILE, "é": 1, "[bold]": 2}
+    columns = "name = name name; [bold] = é d"
+    with progress_bar("Loading") as progress:  # prints nothing without a terminal
+        progress("Downloading", 1, 2)
+    print_result(rows, as_json=False, blocks=lambda document: table([document], columns))
+    print_error(HOSTILE, HOSTILE)
+    print_note(HOSTILE)
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0].split() == ["name", "[bold]"]
+    assert err.count("\n") == 3
+    for text in (out, err):
+        assert "cat" in text
+        assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
+    print_result(rows, as_json=True, blocks=list)
+    text = capsys.readouterr().out
+    assert json.loads(text) == rows
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "é" in text
+
+
+def test_checks_have_their_state_in_front(capsys: Printed) -> None:
+    checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
+    print_result(checks, as_json=False, blocks=checks_table)
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[0] for line in lines] == ["PASS", "FAIL", "SKIPPED"]
+    assert lines[1].endswith("[bold]3 of 8 differ")

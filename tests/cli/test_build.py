@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.artifacts import Copy
-from tests.cli.conftest import edit_json, run_json, text_of
+from tests.cli.conftest import edited
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_build_for_two_targets(cli: Cli, copy_bundle: Copy, digits_bundle: Bundle) -> None:
     words = ("build", copy_bundle(digits_bundle), "--target")
-    first, second = run_json(cli, *words, "sm_86,sm_89")["outcomes"]
+    first, second = cli.document(*words, "sm_86,sm_89")["outcomes"]
     assert [one["cell"]["targets"] for one in (first, second)] == [["sm_86"], ["sm_89"]]
     assert (first["outcome"], first["sidecar"]["options"]["profiles"]) == ("built", ["1:2:8"])
     artifacts = Bundle.open(Path(words[1])).artifacts
@@ -30,7 +30,7 @@ def test_build_for_two_targets(cli: Cli, copy_bundle: Copy, digits_bundle: Bundl
     again = cli(*words, "sm_86")
     assert again.exit_code == 0
     assert again.stdout.splitlines()[-1].split()[:2] == ["HERE", first["engine"]]
-    (other,) = run_json(cli, *words, "sm_86", "--batch", "1:1:1", "--force")["outcomes"]
+    (other,) = cli.document(*words, "sm_86", "--batch", "1:1:1", "--force")["outcomes"]
     assert other["sidecar"]["options"]["profiles"] == ["1:1:1"]
 
 
@@ -48,12 +48,12 @@ def test_unsupported_options_write_nothing(
     cli: Cli, digits_bundle: Bundle, options: str, message: str
 ) -> None:
     words = ("build", digits_bundle.path, "--target", *options.split())
-    assert message in text_of(cli, *words, code=2)
+    assert message in cli.fails(2, *words)
 
 
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
 def test_build_without_target_needs_a_gpu(cli: Cli, digits_bundle: Bundle) -> None:
-    output = text_of(cli, "build", digits_bundle.path, code=2)
+    output = cli.fails(2, "build", digits_bundle.path)
     assert "needs a target GPU, and none is given" in output
 
 
@@ -61,11 +61,13 @@ def test_missing_precision_is_made_first(
     cli: Cli, copy_bundle: Copy, digits_bundle: Bundle
 ) -> None:
     bundle = copy_bundle(digits_bundle)
-    # A network without built-in images.
-    edit_json(bundle / "manifest.json", lambda values: values.update(name="mine"))
+    with edited(bundle / "manifest.json") as manifest:
+        manifest["name"] = "mine"  # a network without built-in images
     words = ("build", bundle, "--target", "sm_89", "--precision")
-    refused = text_of(cli, *words, "int8", code=5)
+    refused = cli.fails(5, *words, "int8")
     assert "has no artifact 'int8'; it has: fp32." in refused
     assert f"`van-deploy quantize {bundle} --precision int8`." in refused
     assert "Or give --images DIR to make it in this command." in refused
-    assert "fp16: not in the bundle; made as with" in text_of(cli, *words, "fp16", code=0)
+    made = cli(*words, "fp16")
+    assert made.exit_code == 0
+    assert "fp16: not in the bundle; made as with" in made.stderr

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import overwrite_artifact, tiny_bundle
-from tests.cli.conftest import ALLOW, run_json, text_of
+from tests.cli.conftest import ALLOW
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import image_set
@@ -36,7 +36,7 @@ def test_unreadable_images_are_reported(
     for folder in (images, tmp_path / "torn"):
         (folder / "5").mkdir(parents=True, exist_ok=True)
         (folder / "5" / "torn.png").write_bytes(good.read_bytes()[:60])
-    report = run_json(cli, "evaluate", path, "--images", images, "--class-order", "index", ALLOW)
+    report = cli.document("evaluate", path, "--images", images, "--class-order", "index", ALLOW)
     assert report["count"] == 60
     assert "in the requested order (index)" in report["images"]
     ((name, reason),) = report["unreadable"]
@@ -44,10 +44,10 @@ def test_unreadable_images_are_reported(
     assert list(report["accuracy"]) == ["pytorch", "fp32", "fp16", "int8"]
     assert report["accuracy"]["pytorch"]["top1"] == report["accuracy"]["fp32"]["top1"] > 0.9
     assert Bundle.open(path).manifest.checks["evaluate"]["count"] == 60
-    output = text_of(cli, "evaluate", path, "--images", images, "--artifact", "fp32", code=0)
+    output = cli.passes("evaluate", path, "--images", images, "--artifact", "fp32")
     assert "1 image(s) could not be read and were left out." in output
-    assert "torn.png" in output.replace(" ", "")
-    output = text_of(cli, "evaluate", path, "--images", tmp_path / "torn", code=5)
+    assert "torn.png" in "".join(output.split())
+    output = cli.fails(5, "evaluate", path, "--images", tmp_path / "torn")
     assert "None of the 1 images could be read" in output
 
 
@@ -57,7 +57,7 @@ def test_negated_logits_fail(cli: Cli, digits: Subject, path: Path, images: int)
     for name in ("fp16", "int8"):
         overwrite_artifact(Bundle.open(path), name, faults.negate_logits(digits.graph(name)))
     words = ("--images", digits.labelled, "--limit", str(images), ALLOW)
-    losses = run_json(cli, "evaluate", path, *words, code=1)["losses"]
+    losses = cli.document("evaluate", path, *words, code=1)["losses"]
     outcomes = {name: loss["outcome"] for name, loss in losses.items()}
     assert outcomes == {"fp32": "pass", "fp16": "fail", "int8": "fail"}
 
@@ -68,13 +68,13 @@ def test_too_few_images_are_inconclusive(
     recipe = tmp_path / "mine.toml"
     recipe.write_text("[gates.int8]\ntop1_loss = 7.0\n")
     words = ("evaluate", path, "--images", digits.labelled, "--artifact", "int8")
-    output = text_of(cli, *words)
+    output = cli.fails(1, *words)
     message = "The data cannot decide: 'int8'; --allow-inconclusive accepts that."
     assert f"error: {message}" in output
     assert "INCONCLUSIVE int8: -6.02 to +6.02 pp of top-1 lost on 60 images" in output
     assert "about 381 images would decide at this rate of label flips" in output
-    text_of(cli, *words, ALLOW, code=0)
-    (finding,) = run_json(cli, *words, "--recipe", recipe)["losses"]["int8"]["findings"]
+    cli.passes(*words, ALLOW)
+    (finding,) = cli.document(*words, "--recipe", recipe)["losses"]["int8"]["findings"]
     assert finding["limit"] == {"value": 7.0, "origin": "recipe [gates.int8]"}
 
 
@@ -84,10 +84,10 @@ def test_ray_gives_the_same_result(cli: Cli, digits: Subject, path: Path) -> Non
     ray: Any = pytest.importorskip("ray", reason="ray is not installed")
     quiet = dict.fromkeys(("include_dashboard", "log_to_driver", "configure_logging"), False)
     words = ("evaluate", path, "--images", digits.labelled, "--batch", "8", "--artifact", "int8")
-    here = run_json(cli, *words, ALLOW)
+    here = cli.document(*words, ALLOW)
     ray.init(num_cpus=2, object_store_memory=100 << 20, **quiet)
     try:
-        there = run_json(cli, *words, ALLOW, "--on", "ray")
+        there = cli.document(*words, ALLOW, "--on", "ray")
     finally:
         ray.shutdown()
     for key in ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed"):
@@ -120,12 +120,12 @@ def break_graph(bundle: Path, fault: Callable[[ModelProto], ModelProto]) -> None
 def test_binary_network(cli: Cli, tmp_path: Path) -> None:
     # Three labels of twelve differ from the network's decisions.
     words = write_labels(tmp_path, 1, "", lambda n, row: str(1 - row[0] if n < 3 else row[0]))
-    report = run_json(cli, *words, ALLOW)
+    report = cli.document(*words, ALLOW)
     assert report["task"] == "binary"
     assert {a["top1"] for a in report["accuracy"].values()} == {0.75}
     assert report["accuracy"]["fp32"]["top5"] is None
     break_graph(words[1], faults.negate_logits)
-    broken = run_json(cli, *words, code=1)
+    broken = cli.document(*words, code=1)
     assert broken["accuracy"]["fp32"]["top1"] == 0.25
     assert broken["losses"]["fp32"]["flips"] == 12
 
@@ -133,13 +133,13 @@ def test_binary_network(cli: Cli, tmp_path: Path) -> None:
 def test_multi_label_network(cli: Cli, tmp_path: Path) -> None:
     problem = "multi_label_classification"
     words = write_labels(tmp_path, 4, problem, lambda n, row: ",".join(map(str, row.nonzero()[0])))
-    report = run_json(cli, *words, ALLOW)
+    report = cli.document(*words, ALLOW)
     accuracy = report["accuracy"]["fp32"]
     assert (report["task"], accuracy["metric"]) == ("multi-label", "F1 (micro)")
     assert (accuracy["top1"], accuracy["top5"], accuracy["ece"]) == (1.0, None, None)
     break_graph(words[1], faults.zero_logits)
-    output = text_of(cli, *words)
+    output = cli.fails(1, *words)
     assert "error: Failed: 'fp32'." in output
     assert "F1 (micro) %" in output
     assert "top-1" not in output
-    assert "Give --labels FILE with a line" in text_of(cli, *words[:4], code=5)
+    assert "Give --labels FILE with a line" in cli.fails(5, *words[:4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -11,36 +12,24 @@ from pathlib import Path
 import pytest
 from junitparser import JUnitXml
 
-from tests.cli.conftest import ALLOW, run_json, text_of
+from tests.cli.conftest import ALLOW
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.model.embedded import write_digits_folder
 
 MODEL = """
-[model]
-name = "van_digits"
-
-[batch]
-min = 1
-opt = 2
-max = 4
+batch = "1:2:4"
+model = {name = "van_digits"}
 """
 RECIPE = f"""{MODEL}
-[precision]
-make = ["fp16", "int8"]
-equalize = false
-bias_correction = false
-
+precision = {{make = ["fp16", "int8"], equalize = false, bias_correction = false}}
+evaluate = {{images = "labelled", limit = 40}}
 [engines]
 precisions = ["fp16"]
 targets = ["sm_89"]
 backend = "tensorrt-rtx"
 optimization_level = 0
-
-[evaluate]
-images = "labelled"
-limit = 40
 """
 
 
@@ -60,9 +49,9 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
 def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     words = ("run", recipe, "--output", tmp_path / "bundle")
-    text_of(cli, *words)  # the engine is skipped, and 40 images are few
+    cli.fails(1, *words)  # the engine is skipped, and 40 images are few
     words = (*words, "--allow-skip", "engines", ALLOW)
-    report = run_json(cli, *words)
+    report = cli.document(*words)
     fp16, int8, engine = (result["artifact"] for result in report["artifacts"])
     assert (report["passed"], fp16, int8) == (True, "fp16", "int8")
     assert engine.startswith("van_digits-fp16-sm89-rtx")
@@ -77,31 +66,27 @@ def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Pat
     evaluated = report["evaluate"]
     assert (evaluated["count"], list(evaluated["skipped"])) == (40, [engine])
     assert set(bundle.manifest.checks) >= {"verify", "evaluate"}
-    again = text_of(cli, *words, code=0)
+    again = cli.passes(*words)
     assert "Exported: nothing changed" in again
     assert again.count("nothing changed") > 1  # the export and the engine
 
 
-def test_options_override_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    embed = '\n[export]\nembed_preprocess = "uint8"\n'
-    recipe.write_text(RECIPE.split("[engines]")[0].replace('"fp16", "int8"', '"int8"') + embed)
-    words = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
-    report = run_json(cli, "run", recipe, "--output", tmp_path / "bundle", *words)
-    assert [result["artifact"] for result in report["artifacts"]] == ["fp16"]
-    assert report["evaluate"]["count"] == 60
-    artifacts = list(Bundle.open(tmp_path / "bundle").artifacts)
-    assert artifacts == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]
-
-
-def test_conflicts_and_failed_gates_of_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+def test_conflicts_options_and_failed_gates(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     words = ("run", recipe, "--output", tmp_path / "bundle")
     recipe.write_text(RECIPE.replace('["fp16", "int8"]', '["int8"]'))
-    output = text_of(cli, *words, code=5)
-    assert "engines.precisions has 'fp16', which the recipe does not make." in output
+    conflict = "engines.precisions has 'fp16', which the recipe does not make."
+    assert conflict in cli.fails(5, *words)
     assert not (tmp_path / "bundle").exists()
-    recipe.write_text(f"{MODEL}[gates.fp32]\nsqnr_db = 200.0\n")
-    assert "was written and does not pass its gates." in text_of(cli, *words)
-    assert Bundle.open(tmp_path / "bundle").manifest.checks["verify"]["passed"] is False
+    changed = 'export = {embed_preprocess = "uint8"}\nprecision = {make = ["int8"]}\n'
+    recipe.write_text(f"{MODEL}{changed}gates = {{fp32 = {{sqnr_db = 200.0}}}}")
+    options = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
+    result = cli(*words, *options, "--json")
+    assert result.exit_code == 1
+    assert "was written and does not pass its gates." in result.stderr
+    report, bundle = json.loads(result.stdout), Bundle.open(tmp_path / "bundle")
+    assert report["evaluate"]["count"] == 60
+    assert list(bundle.artifacts) == ["fp32", "fp16", "fp32-uint8", "fp16-uint8"]
+    assert bundle.manifest.checks["verify"]["passed"] is False
 
 
 @pytest.mark.slow
@@ -116,14 +101,14 @@ def test_commands_of_the_workflow_page(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "mine.toml").write_text(f'{MODEL}[precision]\nmake = ["fp16"]\n')
+    (tmp_path / "export" / "mine.toml").write_text(f'{MODEL}precision = {{make = ["fp16"]}}')
     write_digits_folder(tmp_path / "images", "heldout", 40)
     commands = [shlex.split(os.path.expandvars(step["run"])) for step in steps if "run" in step]
     assert [words[:2] for words in commands[1:]] == [["van-deploy", "run"], ["van-deploy", "check"]]
     _, run, check = (words[1:] for words in commands)
-    text_of(cli, *run, code=0)
-    text_of(cli, *check, code=5)  # there is no baseline yet
-    text_of(cli, *check, "--update", code=0)  # once, by hand
-    text_of(cli, *check, code=0)
+    cli.passes(*run)
+    cli.fails(5, *check)  # there is no baseline yet
+    cli.passes(*check, "--update")  # once, by hand
+    cli.passes(*check)
     assert (tmp_path / "summary.md").read_text().count("## ✅ van-deploy: van_digits passed") == 2
     assert JUnitXml.fromfile(upload["with"]["path"]).failures == 0

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import run_json, text_of
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
@@ -37,7 +36,7 @@ def test_int8_prints_three_precisions_and_a_recommendation(
     assert f"evaluated on            {judged}" in result.stdout
     assert "int8: built: new" in result.stderr
     assert "int8: reused: " in cli("quantize", bundle, *FAST).stderr
-    found = run_json(cli, "quantize", bundle, *FAST)
+    found = cli.document("quantize", bundle, *FAST)
     assert (found["artifact"], found["passed"]) == ("int8", True)
     row = found["facts"]["comparison"][-1]
     top1, (low, high) = row["correct"] / row["images"], row["top1_interval"]
@@ -57,7 +56,7 @@ def test_int8_prints_three_precisions_and_a_recommendation(
 def test_export_refuses_int8_without_images_before_it_writes(cli: Cli, tmp_path: Path) -> None:
     weights = shutil.copy(EMBEDDED_WEIGHTS, tmp_path / "mine.safetensors")
     words = ("export", weights, "--output", tmp_path / "mine", "--precision", "int8")
-    assert "INT8 needs calibration images, and none were given." in text_of(cli, *words, code=5)
+    assert "INT8 needs calibration images, and none were given." in cli.fails(5, *words)
     assert not (tmp_path / "mine").exists()
 
 
@@ -66,5 +65,5 @@ def test_result_below_its_gate_exits_with_1(
 ) -> None:
     limits = replace(gates.CLASSES["int8"], sqnr_db=90.0)
     monkeypatch.setitem(gates.CLASSES, "int8", limits)
-    output = text_of(cli, "quantize", bundle, "--method", "minmax", *FAST)
+    output = cli.fails(1, "quantize", bundle, "--method", "minmax", *FAST)
     assert "INT8 fails its gate: " in output

@@ -1,18 +1,23 @@
-"""Reports of measured bundles in HTML, Markdown and a terminal."""
+"""Reports of measured bundles in HTML, Markdown, a terminal and Chromium."""
 
 from __future__ import annotations
 
 import io
 import json
 import re
+import shutil
+import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.artifacts import Copy
+import van_deploy as vd
+from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import MANIFEST, Bundle
@@ -23,6 +28,15 @@ from van_deploy.report.files import document_of_bundle
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
 from van_deploy.report.render_rich import HarmlessConsole, rich_from_blocks
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--disable-dev-shm-usage", "--enable-logging=stderr", "--v=0"),
+)
+DARK = "--blink-settings=preferredColorScheme=0"
+TIMEOUT_S = 120
 
 
 def document_with(folder: Path, change: Callable[[Any], None], file: str = MANIFEST) -> Document:
@@ -38,6 +52,22 @@ def in_terminal(blocks: Iterable[Block], width: int) -> list[str]:
     with console.capture() as capture:
         console.print(rich_from_blocks(blocks, width))
     return [line.rstrip() for line in capture.get().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def full(artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path) -> Bundle:
+    """Return van_digits with verification, drift, accuracy and a benchmark; not to be changed."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(digits_bundle.path, folder)
+        bundle = vd.open_bundle(folder)
+        bundle.verify()
+        bundle.drift(level="stage", count=2)
+        bundle.evaluate(heldout_200)
+        short: Any = {"seconds": 0.05, "calls": 2, "limit": 0.2, "rounds": 2, "warmup": 0.0}
+        bundle.benchmark(batches=(1, 2), threads=1, runners=("ort-*",), roofline=False, **short)
+
+    return Bundle.open(artifact_cache("full_report", make))
 
 
 @pytest.fixture(scope="module")
@@ -111,38 +141,32 @@ def test_all_formats_have_the_same_content_and_no_folders(full: Bundle, document
         assert html.count("<tr>") >= sum(len(getattr(b, "rows", ())) for b in blocks)
 
 
-@each(("outcome", "tone", "count"), [("fail", "bad", "1 failed"), ("inconclusive", "open", "1 un")])
+@each(
+    ("outcome", "tone", "count"), [("fail", "bad", "2 failed"), ("inconclusive", "open", "2 und")]
+)
 def test_failed_checks_come_first_and_have_a_colour(
     full: Bundle, copy_bundle: Copy, outcome: str, tone: str, count: str
 ) -> None:
     def fail(values: Any) -> None:
-        loss = values["checks"]["evaluate"]["losses"]["fp32"]
-        loss["findings"][-1].update(outcome=outcome, message="too much was lost")
+        loss, verified = (values["checks"][name] for name in ("evaluate", "verify"))
+        loss = loss["losses"]["fp32"]
+        for finding in (loss["findings"][-1], verified["findings"][0]):
+            finding.update(outcome=outcome, message="not as PyTorch")
         loss.update(outcome=outcome)
+        del verified["artifacts"]["fp32"]
 
     document, state = document_with(copy_bundle(full, outcome), fail), outcome.upper()
     assert document.state == state
     assert f"; {count}" in document.note
     (verdicts,) = document.sections["Verdicts"]
     assert isinstance(verdicts, doc.Table)
-    assert verdicts.rows[0][:2] == [state, "top-1 of fp32"]
-    assert verdicts.rows[0][2].endswith("; too much was lost")
+    assert verdicts.rows[0] == [state, "preprocessing/0.png", "not as PyTorch"]
+    assert verdicts.rows[1][:2] == [state, "top-1 of fp32"]
+    assert verdicts.rows[1][2].endswith("; not as PyTorch")
+    assert "| fp32 | not selected in `van-deploy verify` |" in markdown_from_document(document)
     html = html_from_document(document)
     assert html.count(f'<span class="badge {tone}">{state}</span>') >= 3
     assert f"{state}</text>" in html, "next to the interval"
-
-
-def test_different_decoding_fails(full: Bundle, copy_bundle: Copy) -> None:
-    def change(values: Any) -> None:
-        checked = values["checks"]["verify"]
-        checked["findings"][0].update(outcome="fail", message="another decoder")
-        del checked["artifacts"]["fp32"]
-
-    document = document_with(copy_bundle(full), change)
-    text = markdown_from_document(document)
-    assert document.state == "FAIL"
-    assert "| ❌ FAIL | preprocessing/0.png | another decoder |" in text
-    assert "| fp32 | not selected in `van-deploy verify` |" in text
 
 
 def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:
@@ -211,14 +235,53 @@ def test_a_wide_table_becomes_a_list(width: int) -> None:
 
 def test_report_command_writes_html_and_markdown(full: Bundle, cli: Cli, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
-    assert cli("report", folder).exit_code == 0
+    cli.passes("report", folder)
     assert (folder / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert (folder / "report.md").read_text(encoding="utf-8").startswith("# ✅ van_digits\n")
     assert Bundle.open(folder).problems() == []
     output = folder.parent / "deep" / "page.html"
-    values = json.loads(cli("report", folder, "--output", output, "--json").stdout)
+    values = cli.document("report", folder, "--output", output)
     assert values["verdict"] == "PASS"
     assert set(values["files"]) == {str(output), str(output.with_suffix(".md"))}
-    for words in ((folder / "nothing",), (folder, "--output", folder / "report.md")):
-        assert cli("report", *words).exit_code == 5
-    assert cli("report", folder, "--output", folder / "model.onnx" / "report.html").exit_code == 5
+    cli.fails(5, "report", folder / "nothing")
+    for name in ("report.md", "model.onnx/report.html"):
+        cli.fails(5, "report", folder, "--output", folder / name)
+
+
+# --- in a browser ----------------------------------------------------------------------------
+
+
+def chromium(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    page, profile = folder / "report.html", f"--user-data-dir={folder / 'profile'}"
+    words = [str(CHROMIUM), *FLAGS, profile, *flags, page.as_uri()]
+    return subprocess.run(words, capture_output=True, text=True, check=True, timeout=TIMEOUT_S)
+
+
+def screenshot(folder: Path, *flags: str, width: int = 1180) -> np.ndarray:
+    target = folder / "shot.png"
+    chromium(folder, f"--window-size={width},1600", f"--screenshot={target}", *flags)
+    with Image.open(target) as image:
+        return np.asarray(image.convert("RGB"), np.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+def test_page_in_light_dark_narrow_and_printed(full: Bundle, tmp_path: Path) -> None:
+    page = html_from_document(document_of_bundle(full))
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    light, dark = screenshot(tmp_path), screenshot(tmp_path, DARK)
+    assert light.shape == dark.shape == (1600, 1180, 3)
+    assert light[4, 4].min() > 235
+    assert light.mean() > 200
+    assert light.std() > 15, "there is something on the page"
+    assert dark[4, 4].max() < 40
+    assert dark.mean() < 80
+    narrow = screenshot(tmp_path, width=500)
+    assert (narrow[:, -3:] == narrow[0, 0]).all(), "nothing reaches over the right edge"
+    result = chromium(tmp_path, "--dump-dom")
+    assert "Throughput against accuracy: each artifact" in result.stdout
+    assert [line for line in result.stderr.splitlines() if ":CONSOLE" in line] == []
+    chromium(tmp_path, DARK, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    data = (tmp_path / "report.pdf").read_bytes()
+    assert data.startswith(b"%PDF")
+    assert 2 <= data.count(b"/Type /Page\n") + data.count(b"/Type /Page ") <= 20
