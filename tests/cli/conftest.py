@@ -26,12 +26,13 @@ def edited(file: Path) -> Iterator[Any]:
     file.write_text(json.dumps(values))
 
 
-def replace_golden(bundle: Path, content: bytes) -> None:
-    """Replace the golden samples, and update the digest in the manifest."""
-    golden, manifest = bundle / "golden.npz", bundle / "manifest.json"
-    before = file_sha256(golden)
-    golden.write_bytes(content)
-    manifest.write_text(manifest.read_text().replace(before, file_sha256(golden)))
+def replace_file(bundle: Path, name: str, content: bytes, new_digest: bool = True) -> None:
+    """Replace a file in a bundle, and its digest in the manifest."""
+    file, manifest = bundle / name, bundle / "manifest.json"
+    before = file_sha256(file)
+    file.write_bytes(content)
+    if new_digest:
+        manifest.write_text(manifest.read_text().replace(before, file_sha256(file)))
 
 
 def npz(**arrays: Any) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+import json
 
 import pytest
 
@@ -18,20 +18,6 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason="tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)",
 )
-
-
-def test_build_for_two_targets(cli: Cli, copy_bundle: Copy, digits_bundle: Bundle) -> None:
-    words = ("build", copy_bundle(digits_bundle), "--target")
-    first, second = cli.document(*words, "sm_86,sm_89")["outcomes"]
-    assert [one["cell"]["targets"] for one in (first, second)] == [["sm_86"], ["sm_89"]]
-    assert (first["outcome"], first["sidecar"]["options"]["profiles"]) == ("built", ["1:2:8"])
-    artifacts = Bundle.open(Path(words[1])).artifacts
-    assert list(artifacts) == ["fp32", first["engine"], second["engine"]]
-    again = cli(*words, "sm_86")
-    assert again.exit_code == 0
-    assert again.stdout.splitlines()[-1].split()[:2] == ["HERE", first["engine"]]
-    (other,) = cli.document(*words, "sm_86", "--batch", "1:1:1", "--force")["outcomes"]
-    assert other["sidecar"]["options"]["profiles"] == ["1:1:1"]
 
 
 @each(
@@ -57,17 +43,25 @@ def test_build_without_target_needs_a_gpu(cli: Cli, digits_bundle: Bundle) -> No
     assert "needs a target GPU, and none is given" in output
 
 
-def test_missing_precision_is_made_first(
+def test_missing_precision_is_made_and_built_for_two_targets(
     cli: Cli, copy_bundle: Copy, digits_bundle: Bundle
 ) -> None:
     bundle = copy_bundle(digits_bundle)
     with edited(bundle / "manifest.json") as manifest:
         manifest["name"] = "mine"  # a network without built-in images
-    words = ("build", bundle, "--target", "sm_89", "--precision")
-    refused = cli.fails(5, *words, "int8")
+    refused = cli.fails(5, "build", bundle, "--target", "sm_89", "--precision", "int8")
     assert "has no artifact 'int8'; it has: fp32." in refused
     assert f"`van-deploy quantize {bundle} --precision int8`." in refused
     assert "Or give --images DIR to make it in this command." in refused
-    made = cli(*words, "fp16")
-    assert made.exit_code == 0
-    assert "fp16: not in the bundle; made as with" in made.stderr
+    words = ("build", bundle, "--precision", "fp16", "--target")
+    result = cli(*words, "sm_86,sm_89", "--json")
+    assert "fp16: not in the bundle; made as with" in result.stderr
+    first, second = json.loads(result.stdout)["outcomes"]
+    assert [one["cell"]["targets"] for one in (first, second)] == [["sm_86"], ["sm_89"]]
+    assert (first["outcome"], first["sidecar"]["options"]["profiles"]) == ("built", ["1:2:8"])
+    artifacts = Bundle.open(bundle).artifacts
+    assert list(artifacts) == ["fp32", "fp16", first["engine"], second["engine"]]
+    again = cli.passes(*words, "sm_86").splitlines()[-1]
+    assert again.split()[:2] == ["HERE", first["engine"]]
+    (other,) = cli.document(*words, "sm_86", "--batch", "1:1:1", "--force")["outcomes"]
+    assert other["sidecar"]["options"]["profiles"] == ["1:1:1"]

@@ -16,7 +16,7 @@ import van_deploy as vd
 from tests.artifacts import Subject, add_placeholder_engine
 from tests.checks import faults
 from tests.checks.conftest import overwrite_artifact
-from tests.cli.conftest import ALLOW, edited, npz, replace_golden
+from tests.cli.conftest import ALLOW, edited, npz, replace_file
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
@@ -133,7 +133,7 @@ def test_skipped_engines_fail_unless_they_are_allowed(
 
 
 @each(
-    ("name", "content", "has_digest", "message"),
+    ("name", "content", "new_digest", "message"),
     [
         ("golden.npz", b"?", False, "golden.npz' was changed after the manifest was written"),
         ("golden/1.png", b"", False, "1.png' was changed after the manifest was written"),
@@ -143,12 +143,9 @@ def test_skipped_engines_fail_unless_they_are_allowed(
     fresh="path",
 )
 def test_verify_refuses_edited_golden_samples(
-    cli: Cli, path: Path, name: str, content: bytes, has_digest: bool, message: str
+    cli: Cli, path: Path, name: str, content: bytes, new_digest: bool, message: str
 ) -> None:
-    if has_digest:
-        replace_golden(path, content)
-    else:
-        (path / name).write_bytes(content)
+    replace_file(path, name, content, new_digest)
     assert message in cli.fails(5, "verify", path)
 
 
@@ -230,7 +227,7 @@ def test_check_refuses_a_baseline_of_something_else(
     assert "Write one with --update, review it, and" in cli.fails(5, *words)
     # The graph could have been changed with the golden samples, so that ``verify`` passes.
     arrays = dict(np.load(path / "golden.npz"))
-    replace_golden(path, npz(**{**arrays, "logits": arrays["logits"][:, ::-1]}))
+    replace_file(path, "golden.npz", npz(**{**arrays, "logits": arrays["logits"][:, ::-1]}))
     baseline.write_text(text)
     assert "other reference outputs or class names" in cli.fails(5, *words)
 

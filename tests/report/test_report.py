@@ -141,11 +141,9 @@ def test_all_formats_have_the_same_content_and_no_folders(full: Bundle, document
         assert html.count("<tr>") >= sum(len(getattr(b, "rows", ())) for b in blocks)
 
 
-@each(
-    ("outcome", "tone", "count"), [("fail", "bad", "2 failed"), ("inconclusive", "open", "2 und")]
-)
+@each(("outcome", "tone"), [("fail", "bad"), ("inconclusive", "open")])
 def test_failed_checks_come_first_and_have_a_colour(
-    full: Bundle, copy_bundle: Copy, outcome: str, tone: str, count: str
+    full: Bundle, copy_bundle: Copy, outcome: str, tone: str
 ) -> None:
     def fail(values: Any) -> None:
         loss, verified = (values["checks"][name] for name in ("evaluate", "verify"))
@@ -157,7 +155,7 @@ def test_failed_checks_come_first_and_have_a_colour(
 
     document, state = document_with(copy_bundle(full, outcome), fail), outcome.upper()
     assert document.state == state
-    assert f"; {count}" in document.note
+    assert f"; 2 {'failed' if outcome == 'fail' else 'undecided'}" in document.note
     (verdicts,) = document.sections["Verdicts"]
     assert isinstance(verdicts, doc.Table)
     assert verdicts.rows[0] == [state, "preprocessing/0.png", "not as PyTorch"]
