@@ -1,13 +1,25 @@
-"""Validation of documents with their JSON Schemas."""
+"""Validation of documents with their JSON Schemas, and changes of JSON files."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from supply_chain.reference import DOCUMENTS, document_schema
+
+
+@contextmanager
+def edited(file: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file, and write it at the end."""
+    values = json.loads(file.read_text())
+    yield values
+    file.write_text(json.dumps(values))
 
 
 @cache

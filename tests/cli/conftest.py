@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +13,6 @@ from tests.artifacts import Copy, Subject
 from van_deploy.files import file_sha256
 
 ALLOW = "--allow-inconclusive"  # the images of the tests are too few for INT8
-
-
-@contextmanager
-def edited(file: Path) -> Iterator[Any]:
-    """Yield the content of a JSON file, and write it at the end."""
-    values = json.loads(file.read_text())
-    yield values
-    file.write_text(json.dumps(values))
 
 
 def replace_file(bundle: Path, name: str, content: bytes, new_digest: bool = True) -> None:

@@ -8,9 +8,9 @@ import json
 import pytest
 
 from tests.artifacts import Copy
-from tests.cli.conftest import edited
 from tests.conftest import Cli
 from tests.each import each
+from tests.json_documents import edited
 from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
 

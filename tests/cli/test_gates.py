@@ -16,9 +16,10 @@ import van_deploy as vd
 from tests.artifacts import Subject, add_placeholder_engine
 from tests.checks import faults
 from tests.checks.conftest import overwrite_artifact
-from tests.cli.conftest import ALLOW, edited, npz, replace_file
+from tests.cli.conftest import ALLOW, npz, replace_file
 from tests.conftest import Cli
 from tests.each import each
+from tests.json_documents import edited
 from van_deploy.bundle import Bundle
 
 FEW = ("--against", "weights", "--count", "6")

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import van_deploy as vd
 from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
+from tests.json_documents import edited
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.report import document as doc
@@ -39,11 +40,7 @@ DARK = "--blink-settings=preferredColorScheme=0"
 TIMEOUT_S = 120
 
 
-def document_with(folder: Path, change: Callable[[Any], None], file: str = MANIFEST) -> Document:
-    """Return the report of a bundle after a change of a JSON file in it."""
-    values = json.loads((folder / file).read_text())
-    change(values)
-    (folder / file).write_text(json.dumps(values))
+def report_of(folder: Path) -> Document:
     return document_of_bundle(Bundle.open(folder))
 
 
@@ -145,15 +142,15 @@ def test_all_formats_have_the_same_content_and_no_folders(full: Bundle, document
 def test_failed_checks_come_first_and_have_a_colour(
     full: Bundle, copy_bundle: Copy, outcome: str, tone: str
 ) -> None:
-    def fail(values: Any) -> None:
-        loss, verified = (values["checks"][name] for name in ("evaluate", "verify"))
-        loss = loss["losses"]["fp32"]
+    folder = copy_bundle(full, outcome)
+    with edited(folder / MANIFEST) as manifest:
+        verified, evaluated = (manifest["checks"][name] for name in ("verify", "evaluate"))
+        loss = evaluated["losses"]["fp32"]
         for finding in (loss["findings"][-1], verified["findings"][0]):
             finding.update(outcome=outcome, message="not as PyTorch")
         loss.update(outcome=outcome)
         del verified["artifacts"]["fp32"]
-
-    document, state = document_with(copy_bundle(full, outcome), fail), outcome.upper()
+    document, state = report_of(folder), outcome.upper()
     assert document.state == state
     assert f"; 2 {'failed' if outcome == 'fail' else 'undecided'}" in document.note
     (verdicts,) = document.sections["Verdicts"]
@@ -169,8 +166,9 @@ def test_failed_checks_come_first_and_have_a_colour(
 
 def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
-    stale = {"artifacts_sha256": {"fp32": "0" * 64}}
-    document = document_with(folder, lambda values: values["checks"]["evaluate"].update(stale))
+    with edited(folder / MANIFEST) as manifest:
+        manifest["checks"]["evaluate"]["artifacts_sha256"] = {"fp32": "0" * 64}
+    document = report_of(folder)
     message = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
     assert document.notices == doc.notices("STALE", [message])
     assert document.state == "INCONCLUSIVE"
@@ -179,22 +177,20 @@ def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) ->
     assert html.index("evaluate of fp32") < html.index("<h2>"), "above everything else"
     with (folder / "model.onnx").open("ab") as file:
         file.write(b"!")
-    assert document_of_bundle(Bundle.open(folder)).state == "FAIL"
+    assert report_of(folder).state == "FAIL"
 
 
 def test_stale_and_unreadable_benchmarks_are_left_out(full: Bundle, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
-
-    def change(bench: Any) -> None:
+    with edited(folder / "bench.json") as bench:
         bench["contenders"]["ort-cpu/fp32"]["sha256"] = "0" * 64
-
-    text = markdown_from_document(document_with(folder, change, "bench.json"))
+    text = markdown_from_document(report_of(folder))
     assert "speed of ort-cpu/fp32: measured on another" in text
     assert "| ort-cpu/fp32 |" not in text
     assert "| pytorch |" in text
     for content in ("{", '{"schema": "van-deploy/bench/1", "rows": []}'):
         (folder / "bench.json").write_text(content)
-        document = document_of_bundle(Bundle.open(folder))
+        document = report_of(folder)
         assert "Speed" not in document.sections
         assert "bench.json: not of this version" in markdown_from_document(document)
 
