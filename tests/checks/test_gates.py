@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, f1_score
 
 from tests.each import each
 from van_deploy.checks import evaluate, gates
@@ -238,26 +242,52 @@ def measure(
     )
 
 
-def test_single_label_accuracy_and_loss() -> None:
-    labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-    logits = np.full((2, 8, 10), math.log(0.1 / 9), np.float32)
-    for row, classes in enumerate(([0, 1, 1, 1, 2, 2, 0, 0], [0, 0, 1, 1, 2, 0, 3, 3])):
-        logits[row, range(8), classes] = math.log(0.9)
-    after, before = logits
-    accuracy, _ = measure(SINGLE, labels, after, before)
-    assert (accuracy.images, accuracy.metric, accuracy.top1) == (8, "top-1", 0.875)
-    assert (accuracy.top5, accuracy.ece) == (1.0, pytest.approx(0.025, abs=1e-6))
-    five, _ = measure(SINGLE, labels, after[:, :5], before[:, :5])
-    assert (five.top1, five.top5, five.top5_interval) == (0.875, None, None)
-    _, found = measure(SINGLE, labels, before, after)
-    assert (found.loss.lost, found.loss.won, found.loss.loss) == (3, 1, 25.0)
-    assert found.loss.p_value == binomtest(3, 4, 0.5).pvalue
-    changed = [tuple(change.values()) for change in found.classes]
-    assert changed == [(3, 2, 2, 0), (0, 2, 2, 1), (2, 2, 1, 2)]
-    assert found.confusions == ((3, 0, 2), (0, 1, 1), (0, 2, 1))
+@each(("task", "classes"), [(SINGLE, 5), (SINGLE, 7), (BINARY, 1), (MULTI, 4)])
+def test_accuracy_and_loss_of_every_task(task: Task, classes: int) -> None:
+    rng = np.random.default_rng(3)
+    expected = rng.normal(size=(60, classes))
+    actual = expected + 0.3 * rng.normal(size=expected.shape)
+    before, after, margins = expected >= 0, actual >= 0, abs(expected)
+    confidence = 1 / (1 + np.exp(-abs(actual[:, 0])))
+    if task is SINGLE:
+        before, after = expected.argmax(1), actual.argmax(1)
+        margins = np.diff(np.sort(-expected))[:, 0]
+        confidence = softmax(actual, axis=1).max(1)
+    labels = np.where(rng.random(before.shape) < 0.2, rng.permutation(before), before).astype(int)
+    accuracy, result = measure(task, labels[:, 0] if task is BINARY else labels, expected, actual)
+    score = partial(f1_score, average="micro") if task is MULTI else accuracy_score
+    scores = [score(labels, decided) for decided in (before, after)]
+    assert accuracy.top1 == pytest.approx(scores[1])
+    assert result.loss.loss == pytest.approx(100 * (scores[0] - scores[1]))
+    assert result.loss.interval[0] <= result.loss.loss <= result.loss.interval[1]
+    changed = before != after
+    assert result.flips == changed.sum() > 0
+    pairs = Counter(zip(before[changed].tolist(), after[changed].tolist(), strict=True))
+    assert {pair[:2]: pair[2] for pair in result.confusions} == pairs
+    (flips,) = (finding for finding in result.findings if finding.rule == "label flips")
+    power, noise = np.square(expected).mean(), np.square(actual - expected).mean()
+    assert flips.value == pytest.approx(margins[changed].max() / math.sqrt(power))
+    assert result.sqnr_db == pytest.approx(10 * math.log10(power / noise))
+    if task is MULTI:
+        found = (accuracy.metric, accuracy.ece, result.loss.lost, result.loss.p_value)
+        assert found == ("F1 (micro)", None, None, None)
+        return
+    right, still_right = ((labels == decided).ravel() for decided in (before, after))
+    lost, won = (right & ~still_right).sum(), (~right & still_right).sum()
+    assert (result.loss.lost, result.loss.won) == (lost, won)
+    assert result.loss.p_value == pytest.approx(binomtest(lost, lost + won).pvalue)
+    ece = evaluate.expected_calibration_error(confidence, still_right)
+    assert accuracy.ece == pytest.approx(ece, abs=1e-6)
+    top5 = (np.argsort(-actual)[:, :5] == labels.reshape(-1, 1)).any(1).mean()
+    assert accuracy.top5 == (top5 if classes > 5 else None)
+    assert len(result.classes) > 0
+    for change in result.classes:
+        rows = labels.ravel() == change["label"]
+        counts = [change[name] for name in ("images", "before", "after")]
+        assert counts == [rows.sum(), right[rows].sum(), still_right[rows].sum()]
 
 
-def test_nan_logits_are_wrong_predictions() -> None:
+def test_nan_and_extreme_logits() -> None:
     reference = np.array([[3.0, 1.0, 2.0]] * 2, np.float32)
     logits = reference.copy()
     logits[1, 0] = np.nan
@@ -267,48 +297,8 @@ def test_nan_logits_are_wrong_predictions() -> None:
     accuracy, result = measure(SINGLE, [0, 0], reference, logits)
     assert (accuracy.top1, result.sqnr_db, result.outcome) == (0.5, -math.inf, Outcome.FAIL)
     assert result.confusions == ((0, -1, 1),)
-
-
-def test_sqnr_and_flips_of_the_whole_set() -> None:
-    rng = np.random.default_rng(3)
-    expected = rng.normal(size=(10, 4)).astype(np.float32)
-    actual = expected + 0.3 * rng.normal(size=(10, 4)).astype(np.float32)
-    _, result = measure(SINGLE, [0] * 10, expected, actual)
-    noise = np.square(actual.astype(np.float64) - expected).sum()
-    signal = np.square(expected.astype(np.float64)).sum()
-    assert result.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-5)
-    changed = np.flatnonzero(expected.argmax(1) != actual.argmax(1))
-    assert result.flips == len(changed) > 0
-    (flips,) = (f for f in result.findings if f.rule == "label flips")
-    ordered = np.sort(expected[changed])
-    widest = (ordered[:, -1] - ordered[:, -2]).max() / math.sqrt(signal / expected.size)
-    assert flips.value == pytest.approx(widest, rel=1e-5)
-
-
-def test_binary_accuracy_and_loss() -> None:
-    expected = np.array([[2.0], [-1.0], [0.5], [-3.0]])
-    actual = np.array([[2.0], [1.0], [-0.5], [-3.0]])
-    confidence = Predictions.of(actual, BINARY, expected).confidence[[0, 3]].tolist()
-    assert confidence == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-3))])
-    accuracy, result = measure(BINARY, [1, 0, 1, 0], expected, actual)
-    assert (accuracy.top1, accuracy.top5) == (0.5, None)
-    assert (result.loss.lost, result.loss.won, result.loss.loss) == (2, 0, 50.0)
-    assert result.confusions == ((0, 1, 1), (1, 0, 1))
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
-
-
-def test_multi_label_f1_and_loss() -> None:
-    labels, logits = [[1, 0, 1], [0, 1, 1]], np.array([[2.0, -1.0, 3.0], [-2.0, 1.0, -1.0]])
-    worse = logits.copy()
-    worse[0, 0] = -2.0
-    accuracy, result = measure(MULTI, labels, logits, worse)
-    assert (accuracy.metric, accuracy.top5, accuracy.ece) == ("F1 (micro)", None, None)
-    assert accuracy.top1 == pytest.approx(4 / 6)
-    loss = result.loss
-    assert loss.loss == pytest.approx(100 * (6 / 7 - 4 / 6))
-    assert (loss.lost, loss.won, loss.p_value) == (None, None, None)
-    assert loss.interval[0] <= loss.loss <= loss.interval[1]
 
 
 def test_f1_interval_resamples_images_and_not_labels() -> None:

@@ -175,29 +175,25 @@ def test_plain_converts_every_type_of_a_result() -> None:
 
 
 def test_output_is_a_table_or_one_json_document(capsys: Printed) -> None:
-    rows = {"name": HOSTILE, "é": 1, "[bold]": 2}
-    columns = "name = name name; [bold] = é d"
+    row = {"name": HOSTILE, "é": 1, "[bold]": 2}
+    checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
+    rows = table([row], "name = name name; [bold] = é d")
     with progress_bar("Loading") as progress:  # prints nothing without a terminal
         progress("Downloading", 1, 2)
-    print_result(rows, as_json=False, blocks=lambda document: table([document], columns))
+    print_result(row, as_json=False, blocks=lambda _: [*rows, *checks_table(checks)])
     print_error(HOSTILE, HOSTILE)
     print_note(HOSTILE)
     out, err = capsys.readouterr()
-    assert out.splitlines()[0].split() == ["name", "[bold]"]
+    lines = out.splitlines()
+    assert lines[0].split() == ["name", "[bold]"]
+    assert [line.split()[0] for line in lines[-3:]] == ["PASS", "FAIL", "SKIPPED"]
+    assert lines[-2].endswith("[bold]3 of 8 differ")
     assert err.count("\n") == 3
     for text in (out, err):
         assert "cat" in text
         assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
-    print_result(rows, as_json=True, blocks=list)
+    print_result(row, as_json=True, blocks=list)
     text = capsys.readouterr().out
-    assert json.loads(text) == rows
+    assert json.loads(text) == row
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     assert "é" in text
-
-
-def test_checks_have_their_state_in_front(capsys: Printed) -> None:
-    checks = [(True, "SQNR", ""), ("failed", "top-1", "[bold]3 of 8 differ"), (None, "x", "no GPU")]
-    print_result(checks, as_json=False, blocks=checks_table)
-    lines = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split()[0] for line in lines] == ["PASS", "FAIL", "SKIPPED"]
-    assert lines[1].endswith("[bold]3 of 8 differ")
