@@ -138,23 +138,12 @@ def zero_channel(model: ModelProto) -> ModelProto:
 # --- scales ----------------------------------------------------------------------------------
 
 
-def multiply_scale(model: ModelProto, layer: str, of: str, factor: float) -> ModelProto:
-    """Multiply a scale of one layer of a Q/DQ graph.
-
-    Args:
-        model: the graph.
-        layer: the convolution.
-        of: ``activation``, in Q and DQ; ``weight``, whose integers are rounded again.
-        factor: ratio to the correct scale.
-    """
-    tensors = initializers(model)
+def multiply_scale(model: ModelProto, layer: str, factor: float) -> ModelProto:
+    """Multiply the scale of a convolution's input in a Q/DQ graph."""
     makers = {node.output[0]: node for node in model.graph.node}
     conv = next(node for node in model.graph.node if node.name == layer)
-    scale = tensors[makers[conv.input[0 if of == "activation" else 1]].input[1]]
+    scale = initializers(model)[makers[conv.input[0]].input[1]]
     set_values(scale, numpy_helper.to_array(scale) * factor)
-    if of == "weight":
-        integers = tensors[makers[conv.input[1]].input[0]]
-        set_values(integers, np.rint(numpy_helper.to_array(integers) / factor))
     return model
 
 
@@ -169,12 +158,15 @@ def change_scales(
     return model
 
 
-def requantize_weights(model: ModelProto, scales: Callable[[np.ndarray], np.ndarray]) -> ModelProto:
-    """Round the square weights of a Q/DQ graph with other scales.
+def requantize_weights(
+    model: ModelProto, scales: Callable[[np.ndarray], np.ndarray], layer: str = ""
+) -> ModelProto:
+    """Round weights of a Q/DQ graph with other scales.
 
     Args:
         model: the graph.
         scales: maps weights ``(O, I)`` to their scales ``(O,)``.
+        layer: the convolution; by default all with as many outputs as inputs.
     """
     tensors = initializers(model)
     for node in model.graph.node:
@@ -184,7 +176,8 @@ def requantize_weights(model: ModelProto, scales: Callable[[np.ndarray], np.ndar
         codes = numpy_helper.to_array(integers).astype(np.float64)
         old = numpy_helper.to_array(tensors[node.input[1]]).astype(np.float64)
         matrix = codes.reshape(len(codes), -1) * old[:, None]
-        if matrix.shape[0] == matrix.shape[1]:
+        chosen = integers.name.startswith(f"{layer}.") if layer else len(set(matrix.shape)) == 1
+        if chosen:
             new = scales(matrix).astype(np.float16).astype(np.float64)
             set_values(tensors[node.input[1]], new)
             rounded = np.clip(np.rint(matrix / new[:, None]), -127, 127)

@@ -44,6 +44,7 @@ def test_verify_passes_and_is_recorded(cli: Cli, path: Path) -> None:
     assert (report["passed"], report["against"]) == (True, "the golden samples")
     assert report["modules"].startswith("model.onnx in ONNX Runtime, which passes its gate")
     assert report["names"][:3] == ["golden/0.png", "golden/1.png", "golden 2"]
+    assert [finding["value"] for finding in report["findings"]] == [0.0, 0.0], "the originals"
     assert list(report["artifacts"]) == NAMES
     for name, verdict in report["artifacts"].items():
         assert [row["batch"] for row in verdict["batches"]] == [1, 2, 3, 4, 5, 6]

@@ -48,7 +48,7 @@ def recipe(tmp_path: Path) -> Path:
 )
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
 def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
-    words = ("run", recipe, "--output", tmp_path / "bundle")
+    words: tuple[object, ...] = ("run", recipe, "--output", tmp_path / "bundle")
     cli.fails(1, *words)  # the engine is skipped, and 40 images are few
     words = (*words, "--allow-skip", "engines", ALLOW)
     report = cli.document(*words)
