@@ -1,44 +1,11 @@
-"""Options on the command line: parsed values, refused values, and help."""
+"""Refused requests of all commands."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import pytest
-
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy import api
 from van_deploy.bundle import Bundle
-
-
-@each(
-    ("words", "expected"),
-    [
-        ("quantize --scope a{1,2} --scope b", {"scope": ["a{1,2}", "b"]}),
-        ("quantize --eval x --no-equalize", {"evaluate": "x", "equalize": False}),
-        ("build --target sm_86,sm_89 --target sm_90", {"targets": ["sm_86", "sm_89", "sm_90"]}),
-        (
-            "build --batch 1:2:4 --optimization-level 2",
-            {"batch": ["1:2:4"], "optimization_level": 2},
-        ),
-        ("bench --batches 3,4 --seconds 0.5", {"batches": [3, 4], "seconds": 0.5}),
-    ],
-)
-def test_options_become_arguments_of_the_api(
-    digits_bundle: Bundle, cli: Cli, words: str, expected: dict[str, Any]
-) -> None:
-    called: dict[str, Any] = {}
-
-    def record(_: api.Bundle, force: bool = False, save: bool = True, **options: Any) -> None:
-        called.update(options)
-        raise SystemExit
-
-    with pytest.MonkeyPatch.context() as patch:
-        for method in ("quantize", "build", "benchmark"):
-            patch.setattr(api.Bundle, method, record)
-        cli(*words.split(), digits_bundle.path)
-    assert called == expected
+from van_deploy.model.embedded import EMBEDDED_WEIGHTS
 
 
 @each(
@@ -59,9 +26,10 @@ def test_options_become_arguments_of_the_api(
         ("quantize BUNDLE --precision int4", 2, "'--precision' is 'int4': it should be 'fp16', '"),
         ("quantize BUNDLE --no-bias-correction", 2, "--equalize shifts channels, which needs cor"),
         ("quantize BUNDLE --calibration none", 5, "There is no calibration set called 'none'."),
-        ("quantize BUNDLE --scope resnet", 2, "The scope 'resnet' is none of pointwise"),
+        ("quantize BUNDLE --scope x{1,2}", 2, "The scope 'x{1,2}' is none of pointwise"),
         ("quantize BUNDLE --keep block9", 2, "'block9' matches no module or node to keep in FP32."),
         ("quantize BUNDLE --images /nowhere", 5, "'/nowhere' cannot be read: No such file"),
+        (f"export {EMBEDDED_WEIGHTS} --name m --precision int8 -o BUNDLE/x", 5, "INT8 needs cal"),
         ("verify BUNDLE --images x", 2, "--images needs the original network"),
         ("verify BUNDLE --artifact fp8", 5, "has no artifact 'fp8'; it has: fp32."),
     ],
