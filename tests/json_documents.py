@@ -1,25 +1,17 @@
-"""Validation of documents with their JSON Schemas, and changes of JSON files."""
+"""Edits of JSON files, and validation of documents with their JSON Schemas."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from supply_chain.reference import DOCUMENTS, document_schema
-
-
-@contextmanager
-def edited(file: Path) -> Iterator[Any]:
-    """Yield the content of a JSON file, and write it at the end."""
-    values = json.loads(file.read_text())
-    yield values
-    file.write_text(json.dumps(values))
 
 
 @cache
@@ -43,3 +35,18 @@ def validate_json_output(document: Any, command: str) -> None:
     if all(errors) and errors:
         worst = jsonschema.exceptions.best_match(min(errors, key=len))
         raise AssertionError(f"{command} --json: {worst.json_path}: {worst.message[:300]}")
+
+
+@contextmanager
+def edited(file: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file, and write it at the end."""
+    document = json.loads(file.read_text())
+    yield document
+    file.write_text(json.dumps(document))
+
+
+def edit_json(file: Path, keys: str, value: object) -> None:
+    """Set one value of a JSON file; ``keys`` are the keys that lead to it, with spaces between."""
+    *tables, last = keys.split(" ")
+    with edited(file) as document:
+        reduce(dict.__getitem__, tables, document)[last] = value

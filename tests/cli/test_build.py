@@ -10,7 +10,7 @@ import pytest
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
-from tests.json_documents import edited
+from tests.json_documents import edit_json
 from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
 
@@ -47,8 +47,7 @@ def test_missing_precision_is_made_and_built_for_two_targets(
     cli: Cli, copy_bundle: Copy, digits_bundle: Bundle
 ) -> None:
     bundle = copy_bundle(digits_bundle)
-    with edited(bundle / "manifest.json") as manifest:
-        manifest["name"] = "mine"  # a network without built-in images
+    edit_json(bundle / "manifest.json", "name", "mine")  # a network without built-in images
     refused = cli.fails(5, "build", bundle, "--target", "sm_89", "--precision", "int8")
     assert "has no artifact 'int8'; it has: fp32." in refused
     assert f"`van-deploy quantize {bundle} --precision int8`." in refused

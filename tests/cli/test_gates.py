@@ -19,7 +19,7 @@ from tests.checks.conftest import overwrite_artifact
 from tests.cli.conftest import ALLOW, npz, replace_file
 from tests.conftest import Cli
 from tests.each import each
-from tests.json_documents import edited
+from tests.json_documents import edit_json, edited
 from van_deploy.bundle import Bundle
 
 FEW = ("--against", "weights", "--count", "6")
@@ -88,8 +88,7 @@ def test_a_perturbed_block_is_found_by_all_gates(cli: Cli, perturbed: Path, base
 def test_verify_with_user_images_the_network_and_a_recipe(
     cli: Cli, digits: Subject, path: Path
 ) -> None:
-    with edited(path / "manifest.json") as manifest:
-        manifest["golden"] = None
+    edit_json(path / "manifest.json", "golden", None)
     message = "has no golden samples. Use the original network (--against weights)"
     assert message in cli.fails(5, "verify", path)
     cli.passes("verify", path, *FEW, "--artifact", "fp32", "--no-modules")
@@ -241,10 +240,9 @@ def test_check_compares_speed_by_its_interval(cli: Cli, path: Path, tmp_path: Pa
     words = ("check", path, "--baseline", baseline)
     cli.passes(*words, "--speed", "--update")
 
-    with edited(baseline) as values:
-        for name, low, high in (("fp32", 1e3, 1e4), ("fp16", 1e-6, 1e-5), ("int8", 0.01, 100)):
-            speed = {"value": (low * high) ** 0.5, "interval": [low, high]}
-            values["artifacts"][name]["speed"] = speed
+    for name, low, high in (("fp32", 1e3, 1e4), ("fp16", 1e-6, 1e-5), ("int8", 0.01, 100)):
+        speed = {"value": (low * high) ** 0.5, "interval": [low, high]}
+        edit_json(baseline, f"artifacts {name} speed", speed)
     outcomes = outcomes_of(cli.document(*words, "--speed", code=1))
     speeds = [outcomes[f"baseline/{name}/speed"] for name in NAMES]
     assert speeds == ["fail", "pass", "inconclusive"]

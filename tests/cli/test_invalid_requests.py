@@ -38,4 +38,4 @@ def test_invalid_requests_write_nothing(
     digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
 ) -> None:
     path = str(digits_bundle.path)  # a shared bundle: the run fails if one writes to it
-    assert message in cli.fails(code, *words.replace("BUNDLE", path).split())
+    assert message in cli.fails(code, words.replace("BUNDLE", path))

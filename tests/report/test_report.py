@@ -20,7 +20,7 @@ import van_deploy as vd
 from tests.artifacts import ArtifactCache, Copy
 from tests.conftest import Cli
 from tests.each import each
-from tests.json_documents import edited
+from tests.json_documents import edit_json, edited
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.checks.gates import allowed_loss
 from van_deploy.report import document as doc
@@ -166,8 +166,7 @@ def test_failed_checks_come_first_and_have_a_colour(
 
 def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
-    with edited(folder / MANIFEST) as manifest:
-        manifest["checks"]["evaluate"]["artifacts_sha256"] = {"fp32": "0" * 64}
+    edit_json(folder / MANIFEST, "checks evaluate artifacts_sha256 fp32", "0" * 64)
     document = report_of(folder)
     message = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
     assert document.notices == doc.notices("STALE", [message])
@@ -182,8 +181,7 @@ def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) ->
 
 def test_stale_and_unreadable_benchmarks_are_left_out(full: Bundle, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
-    with edited(folder / "bench.json") as bench:
-        bench["contenders"]["ort-cpu/fp32"]["sha256"] = "0" * 64
+    edit_json(folder / "bench.json", "contenders ort-cpu/fp32 sha256", "0" * 64)
     text = markdown_from_document(report_of(folder))
     assert "speed of ort-cpu/fp32: measured on another" in text
     assert "| ort-cpu/fp32 |" not in text
