@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
 import pytest
@@ -14,10 +13,7 @@ from tests.json_documents import edit_json
 from van_deploy.bundle import Bundle
 from van_deploy.environment.hardware import nvidia_driver
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None,
-    reason="tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)",
-)
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 
 
 @each(

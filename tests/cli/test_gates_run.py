@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -42,12 +41,9 @@ def recipe(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None,
-    reason="tensorrt-rtx is not installed (pip install tensorrt-rtx-cu13)",
-)
 @pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
 def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     words: tuple[object, ...] = ("run", recipe, "--output", tmp_path / "bundle")
     cli.fails(1, *words)  # the engine is skipped, and 40 images are few
     words = (*words, "--allow-skip", "engines", ALLOW)
