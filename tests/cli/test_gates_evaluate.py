@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-import torch
 from onnx import ModelProto
 from PIL import Image
 
@@ -21,8 +20,7 @@ from tests.checks.conftest import overwrite_artifact, tiny_bundle
 from tests.cli.conftest import ALLOW
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
-from van_deploy.data.images import image_set
-from van_deploy.data.samples import verification_images
+from van_deploy.checks.golden import samples_for
 from van_deploy.runners.network import original_network
 
 Labels = Callable[[int, npt.NDArray[np.int64]], str]
@@ -104,11 +102,11 @@ def write_labels(folder: Path, classes: int, problem: str, labels: Labels) -> tu
     pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 40, 3), np.uint8)
     for number, values in enumerate(pixels):
         Image.fromarray(values).save(images / f"{number:02d}.png")
-    loaded = original_network(Bundle.open(path))
-    inputs = verification_images("", loaded.preprocessing, 12, image_set(images)).inputs
-    with torch.inference_mode():
-        decisions = (loaded.model(torch.from_numpy(inputs)).numpy() >= 0).astype(int)
-    lines = [f"{number:02d}.png\t{labels(number, row)}" for number, row in enumerate(decisions)]
+    bundle = Bundle.open(path)
+    samples = samples_for(bundle, original_network(bundle), images, 12)
+    decisions = (samples.logits >= 0).astype(int)
+    named = zip(samples.names, decisions, strict=True)
+    lines = [f"{name}\t{labels(number, row)}" for number, (name, row) in enumerate(named)]
     (folder / "labels.txt").write_text("\n".join(lines))
     return ("evaluate", path, "--images", images, "--labels", folder / "labels.txt")
 
