@@ -274,6 +274,13 @@ def test_unusable_ground_truth_file_is_reported(make: Make) -> None:
     assert "are the development kit's ids" in label_error(kit.parent, 1000)
 
 
+def test_kaggle_solution_file_of_imagenet(make: Make) -> None:
+    root = make("a.png", "b.png", folder="kaggle/val")
+    lines = "a,n02123045 1 2 30 40\nb,n01440764 1 2 3 4 n01440764 5 6 7 8\n"
+    (root.parent / "LOC_val_solution.csv").write_text(f"ImageId,PredictionString\n{lines}")
+    assert [item.label for item in label_images(root, 1000).items] == [281, 0]
+
+
 def test_ground_truth_file_for_class_folders(make: Make) -> None:
     root, text = make("class2", "class10"), "class2/x.png 1\nclass10/x.png 0\n"
     (root.parent / "val.txt").write_text(text)  # parent folders of class folders are not searched
