@@ -37,7 +37,7 @@ from van_deploy.precision.fp16 import bf16_from_fp32, default_fp32_nodes, fp16_f
 from van_deploy.runners.onnxruntime import onnxruntime_outputs
 from van_deploy.schema import validate
 
-TINY = VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)
+TINY = VanConfig((8, 12, 16, 24), (1, 1, 2, 1), (4, 4, 2, 2), num_classes=5)
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 SELECTED = (("stage3",), ("stage1", "stage4"))
 CONFIG = """
