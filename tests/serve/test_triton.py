@@ -23,8 +23,8 @@ from PIL import Image
 from tests.artifacts import Copy, add_artifact
 from tests.conftest import Cli
 from tests.each import each
-from tests.plans import add_plan
-from tests.serve.conftest import PlanMaker, Running, top5_of, write_package
+from tests.plans import PlanMaker, add_plan
+from tests.serve.conftest import Running, top5_of, write_package
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.data.images import open_image
