@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -64,12 +63,11 @@ def test_latency_throughput_and_transfers_are_measured_separately() -> None:
     assert fields["images_per_s"] == pytest.approx(8e3 / fields["queued_ms"])
     assert (fields["upload_ms"], fields["download_ms"]) == (3.0, 0.25)
     assert latency.calls >= 20
-    assert fields["first_call_ms"] > 0
-    assert fields["throttled"] == ()
-    assert Row("x", 8, 224, **fields).queued_ms == fields["queued_ms"]
+    row = Row("x", 8, 224, **fields)
+    assert (row.throttled, bool(row.first_call_ms)) == ((), True)
 
 
-def test_each_gpu_batch_is_one_request_and_a_failure_is_a_row(tmp_path: Path) -> None:
+def test_each_gpu_batch_is_one_request_and_a_failure_is_a_row() -> None:
     requests: list[Any] = []
 
     class FakeProcess(TimedProcess):
@@ -81,15 +79,14 @@ def test_each_gpu_batch_is_one_request_and_a_failure_is_a_row(tmp_path: Path) ->
 
     settings = BenchSettings(device="cuda:0", budget=Budget(seconds=0.5, calls=7))
     contender = Contender("x", "tensorrt", "fp16", max_batch=4)
-    process = FakeProcess(contender, tmp_path / "none.npy", 224, settings)
+    process = FakeProcess(contender, Path("none.npy"), 224, settings)
     process.load_s = 1.0
     benchmark = InterleavedBenchmark([process], settings, no_progress)
     rows = [row for batch in (1, 2, 4, 8) for row in benchmark.run_batch(batch, [process])]
     assert [row.queued_ms for row in rows] == [2.0, None, 2.0, None]
     assert [row.error[:13] for row in rows] == ["", "out of memory", "", "batch 8 is ou"]
-    given = {"images": tmp_path / "none.npy", "batch": 1, "seconds": 0.5, "calls": 7}
-    assert requests[0] == ("time_resident", given)
-    assert len(requests) == 3
+    given = {"images": Path("none.npy"), "batch": 1, "seconds": 0.5, "calls": 7}
+    assert requests == [("time_resident", {**given, "batch": batch}) for batch in (1, 2, 4)]
 
 
 @each("mhz", [(345, 900, 1500, 1900, 1980), (345, 1980) * 200])
@@ -103,19 +100,16 @@ def test_timing_waits_for_a_steady_clock_and_reports_throttling(mhz: tuple[int, 
 def test_gpu_monitor_uses_the_gpu_order_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = tuple(Gpu(name, (9, 0), None, uuid=name) for name in ("first", "second"))
     monkeypatch.setattr(gpu, "nvidia_driver", lambda: Driver("580.65.06", (13, 0), gpus))
-    answers = {
-        "nvmlInit": None,
-        "nvmlDeviceGetHandleByUUID": "handle",
-        "nvmlDeviceGetPowerUsage": 350_000,
-        "nvmlDeviceGetCurrentClocksEventReasons": 0x24,
-    }
-    nvml = {name: Mock(return_value=answer) for name, answer in answers.items()}
-    for name, function in nvml.items():
+    power_mw, reasons = {"second": 350_000}, {"second": 0x24}
+    for name, function in {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetHandleByUUID": str,
+        "nvmlDeviceGetPowerUsage": power_mw.get,
+        "nvmlDeviceGetCurrentClocksEventReasons": reasons.get,
+    }.items():
         monkeypatch.setattr(f"pynvml.{name}", function)
-    state = gpu_monitor("cuda:1")()
-    nvml["nvmlDeviceGetHandleByUUID"].assert_called_once_with("second")
-    nvml["nvmlDeviceGetPowerUsage"].assert_called_once_with("handle")
-    assert state == GpuState(power_w=350.0, throttled=("power cap", "temperature (software)"))
+    state = GpuState(power_w=350.0, throttled=("power cap", "temperature (software)"))
+    assert gpu_monitor("cuda:1")() == state
 
 
 CONTENDERS = [

@@ -39,8 +39,7 @@ def test_plan_has_a_complete_sidecar_and_a_log(rtx: Backend, digits_onnx: Path, 
     assert {path.suffix for path in plan.path.parent.iterdir()} == {".json", ".log", ".plan"}
     assert sidecar.plan_sha256 == file_sha256(plan.path)
     assert sidecar.onnx_sha256 == file_sha256(digits_onnx)
-    assert (sidecar.targets, sidecar.built_on) == (("sm_89",), None)
-    assert sidecar.profiles == (BatchRange(1, 2, 4),)
+    assert (sidecar.options, sidecar.targets, sidecar.built_on) == (SM89, ("sm_89",), None)
     tensors = [(t.name, t.shape[0]) for t in (*sidecar.inputs, *sidecar.outputs)]
     assert tensors == [("images", -1), ("logits", -1)]
     assert 100 << 20 < sidecar.peak_memory_bytes < 2 << 30
@@ -50,7 +49,6 @@ def test_plan_has_a_complete_sidecar_and_a_log(rtx: Backend, digits_onnx: Path, 
     assert "patch_embed1.proj" in plan.path.with_name(f"{name}.log").read_text()
     assert plan.progress[0][:2] == (f"{name}: Building engine", 0)
     assert all(total is None or 0 <= done <= total for _, done, total in plan.progress)
-    assert any(done for _, done, _ in plan.progress)
     runtime, _logger = rtx.runtime(BuildLog())
     malformed = int(rtx.module.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
     flags = [int(runtime.get_engine_validity(d)[1]) & malformed for d in (data, b"header" + data)]
@@ -60,15 +58,15 @@ def test_plan_has_a_complete_sidecar_and_a_log(rtx: Backend, digits_onnx: Path, 
 
 def test_reproducible_builds(build: Build, digits_onnx: Path, plan: Plan, tmp_path: Path) -> None:
     named = SM89.with_changes(profiling=Profiling.DETAILED)  # layer names
-    far = tmp_path / "a folder with a much longer name than the first" / "other.plan"
-    far.parent.mkdir()
-    shutil.copy(digits_onnx, far.with_suffix(".onnx"))
+    far = tmp_path / "a folder with a much longer name than the first"
+    far.mkdir()
+    source = Path(shutil.copy(digits_onnx, far))
     more = SM89.with_changes(profiles=(BatchRange(1, 1, 1), BatchRange(2, 8, 16)))
-    near, other = tmp_path / "near.plan", tmp_path / "other.plan"
-    builds: Any = [(near, named), (far, named, far.with_suffix(".onnx")), (other, more)]
+    plans = tmp_path / "near.plan", far / "other.plan", tmp_path / "other.plan"
     with ThreadPoolExecutor() as pool:
-        first, same, larger = pool.map(lambda arguments: build(*arguments), builds)
-    assert [load_sidecar(path) for path, *_ in builds] == [first, same, larger]
+        sources = (digits_onnx, source, digits_onnx)
+        first, same, larger = pool.map(build, plans, (named, named, more), sources)
+    assert [load_sidecar(path) for path in plans] == [first, same, larger]
     assert len({plan.sidecar.plan_sha256, first.plan_sha256, larger.plan_sha256}) == 3
     sizes = [one.device_memory["activation_bytes"] for one in (plan.sidecar, larger)]
     assert sizes[0] < sizes[1]
@@ -198,18 +196,13 @@ def test_worker_exits_with_its_parent(rtx: Backend, digits_onnx: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-@each(
-    ("options", "name"),
-    [
-        (SM89.with_changes(targets=("sm_86", "sm_89")), "sm86+sm89-rtx1.7.1"),
-        (BuildOptions(), "sm89-trt11.4.0"),
-        (BuildOptions(**AMPERE_PLUS), "ampere-plus-trt11.4.0"),
-        (BuildOptions(version_compatible=True), "sm89-trt11.4.0-vc"),
-    ],
-)
-def test_engine_names(options: BuildOptions, name: str) -> None:
-    backend, host = (RTX_17, Host()) if "rtx" in name else (TENSORRT_11, ADA)
-    assert engine_name("van_b1", "fp16", backend, options, host) == f"van_b1-fp16-{name}"
+def test_engine_names() -> None:
+    two = SM89.with_changes(targets=("sm_86", "sm_89"))
+    assert engine_name("van_b1", "int8", RTX_17, two, Host()) == "van_b1-int8-sm86+sm89-rtx1.7.1"
+    vc: Any = {"version_compatible": True}
+    for changes, name in (({}, "sm89-{}"), (AMPERE_PLUS, "ampere-plus-{}"), (vc, "sm89-{}-vc")):
+        found = engine_name("m", "fp16", TENSORRT_11, BuildOptions(**changes), ADA)
+        assert found == f"m-fp16-{name.format('trt11.4.0')}"
 
 
 class Timings(bytearray):
@@ -232,11 +225,8 @@ def test_parallel_builds_merge_a_shared_timing_cache(rtx: Backend, tmp_path: Pat
     """RTX has no timings, but the same methods as TensorRT."""
     path, own = tmp_path / "caches" / "timing.cache", tmp_path / "own.cache"
     with ThreadPoolExecutor() as pool:
-        list(
-            pool.map(
-                lambda name: save_timing_cache(Config(), Timings(name), path), (b"a", b"b", b"c")
-            )
-        )
+        for name in (b"a", b"b", b"c"):
+            pool.submit(save_timing_cache, Config(), Timings(name), path)
     assert sorted(path.read_bytes()) == sorted(b"abc")
     builder, _logger = rtx.builder(BuildLog())
     config = builder.create_builder_config()

@@ -23,7 +23,7 @@ from van_deploy.engine.inspect import Layer, layers_from_json
 from van_deploy.engine.sidecar import PACKAGE_SCHEMA, PackageSidecar, Sidecar, sidecar_path
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import InputError, MissingDependency, UsageError
-from van_deploy.files import content_key, file_sha256
+from van_deploy.files import file_sha256
 
 NO_GPU = Host()
 A100 = Host("NVIDIA A100", "sm_80", 80 << 30, "580.65.06", (13, 0))
@@ -31,26 +31,22 @@ H100 = Host("NVIDIA H100", "sm_90", None, "580.0", (13, 0))
 TURING = Host("Tesla T4", "sm_75", 16 << 30, "580.65.06", (13, 0))
 OLD = replace(ADA, driver="535.129.03", cuda=(11, 8))
 VC = {"version_compatible": True}
-TEN, ELEVEN, LATER = (
-    {"tensorrt": f"{version}"} for version in ("10.16.1.11", "11.4.0.106", "11.5.0.1")
-)
+TEN, ELEVEN, LATER = ({"tensorrt": v} for v in ("10.16.1.11", "11.4.0.106", "11.5.0.1"))
 Edit = Callable[[Path], object]
 
 
 def tensorrt_sidecar(plan: Plan, version: str, **options: object) -> Sidecar:
-    changed = BuildOptions().with_changes(**options)
-    changes = {"backend": "tensorrt", "backend_version": version, "options": changed}
-    return plan.sidecar.model_copy(update=changes)
+    changes = {"backend_version": version, "options": BuildOptions().with_changes(**options)}
+    return plan.sidecar.model_copy(update={"backend": "tensorrt", **changes})
 
 
 def package_sidecar(**changes: Any) -> PackageSidecar:
     names = ("name", "onnx_file", "onnx_sha256", "file_sha256", "built_on")
-    fields: dict[str, Any] = dict.fromkeys(names, "p")
+    fields: dict[str, Any] = {**dict.fromkeys(names, "p"), "schema": PACKAGE_SCHEMA}
     fields |= {"tf32": True, "max_autotune": False, "cpu_features": (), "file_bytes": 1}
-    fields |= {"batch": BatchRange(1, 4, 8), "input_shape": (-1, 3, 32, 32)}
-    fields |= {"schema": PACKAGE_SCHEMA, "precision": "fp16", "build_seconds": 1.0}
+    fields |= {"batch": BatchRange(1, 4, 8), "input_shape": (-1, 3, 32, 32), "build_seconds": 1.0}
     fields |= {"torch": compatibility.torch_version(), "device": "cuda", "targets": ("sm_90",)}
-    return PackageSidecar(**{**fields, **changes})
+    return PackageSidecar(**{**fields, "precision": "fp16", **changes})
 
 
 ON_CPU = {"device": "cpu", "targets": (platform.machine(),)}
@@ -174,6 +170,7 @@ def swap(file: Path) -> None:
         (edit_sidecar(targets=["sm_90"]), "was edited after it was written"),
         (edit_sidecar(sidecar_sha256="0" * 64), "was edited after it was written"),
         (edit_sidecar(schema="van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
+        (edit_sidecar(backend_version="1.7x"), "backend_version"),
         *((edit_sidecar(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
     ],
 )
@@ -190,16 +187,6 @@ def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, me
         edit(path)
         with pytest.raises(InputError, match=message):
             load(path)
-
-
-def test_sidecar_with_an_invalid_version_is_refused(plan: Plan, tmp_path: Path) -> None:
-    copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
-    values = json.loads(sidecar_path(copy).read_text())
-    values |= {"backend_version": "1.7x", "sidecar_sha256": ""}
-    values["sidecar_sha256"] = content_key(values)
-    sidecar_path(copy).write_text(json.dumps(values))
-    with pytest.raises(InputError, match="backend_version"):
-        sidecar.load_sidecar(copy)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")
@@ -228,8 +215,7 @@ def test_trust_engine_is_only_for_missing_sidecars(cli: Cli, plan: Plan, tmp_pat
     assert "it has no sidecar" in trusted.stdout
     shutil.copy(sidecar_path(plan.path), tmp_path)
     swap(copy)
-    swapped = cli("inspect", copy, "--trust-engine")
-    assert (swapped.exit_code, swapped.stdout) == (5, "")
+    assert cli("inspect", copy, "--trust-engine").exit_code == 5
 
 
 def test_inspector_layers_of_all_tensorrt_versions() -> None:

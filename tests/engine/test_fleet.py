@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,6 @@ def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
     assert (first.outcome, first.engine) == ("built", f"van_digits-fp32-sm89-rtx{rtx.release}")
     assert (artifact.kind, artifact.precision) == ("engine", "fp32")
     assert artifact.made_from == Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
-    assert sorted(Path(file).suffix for file in artifact.files) == [".json", ".log", ".plan"]
-    assert bundle.problems() == []
     assert first.sidecar is not None
     assert first.sidecar.preprocessing == bundle.manifest.preprocessing
     again = build(folder)
@@ -58,28 +57,23 @@ def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
     assert build(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
         build(folder, precision=first.engine)
-    plan = Bundle.open(folder).verified_path(first.engine)
-    plan.write_bytes(plan.read_bytes()[:-1])
-    assert build(folder).outcome == "built", "a damaged engine is built again"
+    bundle.verified_path(first.engine).write_bytes(b"damaged")
+    assert build(folder).outcome == "built"
     assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
-    assert Bundle.open(folder).problems() == Bundle.open(folder).unlisted_files() == []
-    assert len([a for a in Bundle.open(folder).artifacts.values() if a.kind == "engine"]) == 1
+    bundle = Bundle.open(folder)
+    assert bundle.problems() == bundle.unlisted_files() == []
+    assert len([a for a in bundle.artifacts.values() if a.kind == "engine"]) == 1
 
 
 def test_onnx_file_replaced_during_the_build(rtx: Backend, folder: Path, digits_onnx: Path) -> None:
-    replaced: list[str] = []
-
-    def replace_source(phase: str, done: int, total: int | None) -> None:
-        if not replaced:
-            replaced.append(phase)
-            with edit_bundle(folder) as draft:
-                draft.file("model.onnx").write_bytes(digits_onnx.read_bytes() + b"\n")
-                draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
+    def replace_source(*_: object) -> None:
+        with edit_bundle(folder) as draft:
+            draft.file("model.onnx").write_bytes(digits_onnx.read_bytes())
+            draft.record(artifact_entry("fp32", "onnx", "fp32", "model.onnx"))
 
     with pytest.raises(BundleError, match="was replaced while"):
         build(folder, progress=replace_source)
     assert not (folder / "engines").exists()
-    assert replaced == [f"van_digits-fp32-sm89-rtx{rtx.release}: Building engine"]
 
 
 def test_nothing_is_built_if_an_onnx_file_is_missing(rtx: Backend, folder: Path) -> None:
@@ -111,19 +105,15 @@ def test_fleet_file_is_read_as_cells(fleet_file: Path) -> None:
     host = '[hosts.sm_86]\nbackend = "tensorrt"\naccelerator_type = "A10G"\n'
     fleet_file.write_text(FLEET + options + host)
     cells = read_fleet(fleet_file)
-    assert [(c.bundle.name, c.target) for c in cells] == [
-        (name, target) for name in ("van_digits", "van_none") for target in ("sm_86", "sm_80+sm_89")
-    ]
+    folders = [fleet_file.parent / "dist" / name for name in ("van_digits", "van_none")]
+    targets = ("sm_86", "sm_80+sm_89")
+    assert [(c.bundle, c.target) for c in cells] == list(itertools.product(folders, targets))
     assert cells[0].host.backend == "tensorrt"
     assert cells[0].resources == {"num_gpus": 1, "accelerator_type": "A10G"}
     assert "num_gpus" not in cells[1].resources
-    assert cells[0].bundle == fleet_file.parent / "dist" / "van_digits"
-    built_with = cells[1].options
-    assert built_with.profiles == (BatchRange(1, 1, 1), BatchRange(2, 8, 16))
-    assert (built_with.targets, built_with.workspace_bytes) == (
-        ("sm_80", "sm_89"),
-        1 << 30,
-    )
+    changes: Any = {"targets": ("sm_80", "sm_89"), "workspace_bytes": 1 << 30}
+    profiles = (BatchRange(1, 1, 1), BatchRange(2, 8, 16))
+    assert cells[1].options == BuildOptions(profiles=profiles, **changes)
     fleet_file.write_text(FLEET + host.replace("sm_86", "sm_75"))
     with pytest.raises(RecipeError, match=r"fleet.toml.*hosts.sm_75 is for no target"):
         read_fleet(fleet_file)
@@ -133,13 +123,11 @@ def test_table_of_several_bundles(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for bundles, cells in (('"a/one"', ["FAIL", "one"]), ('"a/one", "b/one"', ["FAIL", "a/one"])):
+    for bundles, label in (('"a/one"', "one"), ('"a/one", "b/one"', "a/one")):
         file = tmp_path / "fleet.toml"
         file.write_text(f'[fleet]\nbundles=[{bundles}]\nprecisions=["fp32"]\ntargets=["sm_86"]\n')
-        rows = [
-            line.split()[:2] for line in cli("build", "--matrix", file.name).stdout.splitlines()
-        ]
-        assert cells in rows
+        table = cli("build", "--matrix", file.name).stdout
+        assert f"FAIL  {label} " in table
 
 
 @pytest.mark.slow

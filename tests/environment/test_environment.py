@@ -1,4 +1,4 @@
-"""Installed packages, probes, requirements of tasks and package conflicts."""
+"""Packages and hardware of this machine, probes, requirements of tasks and package conflicts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -17,7 +19,8 @@ from tests.conftest import Cli
 from tests.each import each
 from van_deploy.environment import doctor, packages
 from van_deploy.environment.doctor import CUDA, REQUIREMENTS, Environment
-from van_deploy.environment.hardware import Driver, Gpu
+from van_deploy.environment.hardware import Cpu, Driver, Gpu, cpu, memory, nvidia_driver
+from van_deploy.environment.hardware import peak_memory_bytes as peak_bytes
 from van_deploy.environment.packages import import_without_telemetry, pip_command
 
 L4 = Driver("580.65.06", (13, 0), (Gpu("NVIDIA L4", (8, 9), 24 * 2**30),))
@@ -51,10 +54,8 @@ def test_versions_are_those_of_the_imported_modules(env: Environment) -> None:
     assert env.providers == tuple(onnxruntime.get_available_providers())
     assert env.torch_cuda == torch.version.cuda
     assert env.onnxruntime_cuda == (getattr(onnxruntime, "cuda_version", "") or None)
-    assert [item for item in env.components if item.fault] == []
-    rtx_works = env.trials["tensorrt-rtx"] == ""
-    assert rtx_works == (versions["tensorrt-rtx"] is not None)
-    assert env.clashes == ()
+    assert [item for item in env.components if item.fault] == list(env.clashes) == []
+    assert (env.trials["tensorrt-rtx"] == "") == (versions["tensorrt-rtx"] is not None)
 
 
 RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ONNX Runtime"
@@ -102,15 +103,14 @@ def test_doctor_reports_everything_and_all_missing_requirements(cli: Cli, env: E
         "cannot be loaded (libcudart.so.13: not found)."
     )
     assert error.remedy.splitlines()[0] == f"Run `{PIP} install ray`."
-    lines = cli("doctor").stdout.splitlines()
-    assert max(map(len, lines)) <= 100
-    for item in env.components:
-        assert any(item.name in line.split() for line in lines)
+    table = cli("doctor").stdout
+    assert max(map(len, table.splitlines())) <= 100
+    assert {item.name for item in env.components} <= set(table.split())
     result = json.loads(cli("doctor", "--require", "onnxruntime", "--json").stdout)
     assert result["abilities"]["export ONNX files"] is None
     unknown = cli("doctor", "--require", "tensorflow")
     assert (unknown.exit_code, unknown.stdout) == (2, "")
-    assert all(need in unknown.stderr for need in REQUIREMENTS)
+    assert ", ".join(REQUIREMENTS) in " ".join(unknown.stderr.split())
     if env.find_issue("tensorrt"):
         failed = cli("doctor", "--require", "tensorrt")
         assert (failed.exit_code, "export ONNX files" in failed.stdout) == (3, True)
@@ -119,18 +119,14 @@ def test_doctor_reports_everything_and_all_missing_requirements(cli: Cli, env: E
 
 def test_probes_report_why_they_failed(env: Environment) -> None:
     log = "E: Failed to load x with error: libcuda.so.1: missing."
-    probes = {
-        "fine": ("sys", "m.path"),
-        "raises": ("sys", "raise TypeError('factory function returned nullptr')"),
-        "logs": ("sys", f"m.exit('{log}')"),
-        "dies": ("os", "m._exit(7)"),
+    cases = {
+        ("sys", "m.path"): "",
+        ("sys", "raise TypeError('returned nullptr')"): "TypeError: returned nullptr",
+        ("sys", f"m.exit('{log}')"): "libcuda.so.1: missing",
+        ("os", "m._exit(7)"): "exit code 7",
     }
-    assert doctor.run_probes(probes) == {
-        "fine": "",
-        "raises": "TypeError: factory function returned nullptr",
-        "logs": "libcuda.so.1: missing",
-        "dies": "exit code 7",
-    }
+    probes = {reason: probe for probe, reason in cases.items()}
+    assert doctor.run_probes(probes) == {reason: reason for reason in probes}
     if env.driver is None:  # no import error
         names = ("gpu", "torch-gpu", "cuda-ep")
         reasons = doctor.run_probes({name: doctor.PROBES[name] for name in names})
@@ -160,8 +156,8 @@ def test_conflicts(env: Environment, monkeypatch: pytest.MonkeyPatch, **case: An
     installed, torch_cuda, ort_cuda, problem, remedy = case.values()
     monkeypatch.setattr(packages, "installed_version", dict.fromkeys(installed.split(), "1.0").get)
     monkeypatch.setattr(packages, "import_error", lambda module: None)
-    changed = replace(env, components=packages.find_components(), driver=L4)
-    clashes = replace(changed, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
+    found = {"components": packages.find_components(), "driver": L4}
+    clashes = replace(env, **found, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
     assert len(clashes) == bool(problem)
     for clash in clashes:
         assert problem in clash.problem
@@ -172,29 +168,29 @@ def test_openvino_is_imported_without_telemetry() -> None:
     """OpenVINO 2026.4 resolves www.google-analytics.com when it is imported otherwise."""
     if find_spec("openvino") is None:
         pytest.skip("OpenVINO is not installed")
-    code = (
-        "import sys, time\n"
-        "hosts = []\n"
-        "sys.addaudithook(lambda e, d: hosts.append(d[0]) if e == 'socket.getaddrinfo' else None)\n"
-        "from van_deploy.environment.packages import import_without_telemetry\n"
-        "print(bool(import_without_telemetry('openvino').__version__))\n"
-        "time.sleep(0.5)\n"  # reports are sent from a thread
-        "print(hosts, 'openvino_telemetry' in sys.modules)\n"
-    )
+    code = """
+import sys, time
+hosts = []
+sys.addaudithook(lambda e, d: hosts.append(d[0]) if e == 'socket.getaddrinfo' else None)
+from van_deploy.environment.packages import import_without_telemetry
+print(bool(import_without_telemetry('openvino').__version__))
+time.sleep(0.5)  # reports are sent from a thread
+print(hosts, 'openvino_telemetry' in sys.modules)
+"""
     command = [sys.executable, "-c", code]
     variables = {k: v for k, v in os.environ.items() if k != "CI"}
     assert subprocess.check_output(command, text=True, env=variables) == "True\n[] False\n"
 
 
 def test_telemetry_that_was_imported_before_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "openvino_telemetry", raising=False)
-    with pytest.raises(ImportError):
-        import_without_telemetry("there_is_no_such_module")
-    assert "openvino_telemetry" not in sys.modules
     module = ModuleType("openvino_telemetry")
-    monkeypatch.setitem(sys.modules, "openvino_telemetry", module)
-    assert import_without_telemetry("json").__name__ == "json"
-    assert sys.modules["openvino_telemetry"] is module
+    for before in (None, module):
+        monkeypatch.delitem(sys.modules, module.__name__, raising=False)
+        if before:
+            monkeypatch.setitem(sys.modules, module.__name__, before)
+        with pytest.raises(ImportError):
+            import_without_telemetry("there_is_no_such_module")
+        assert sys.modules.get(module.__name__) is before
 
 
 def test_usage_statistics_of_ray_are_off_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,3 +202,37 @@ def test_usage_statistics_of_ray_are_off_by_default(monkeypatch: pytest.MonkeyPa
         require_ray()
         assert os.environ["RAY_USAGE_STATS_ENABLED"] == value
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")  # a value set by the user is kept
+
+
+def test_cpu_and_memory_of_this_process() -> None:
+    processor, size = cpu(), memory()
+    assert processor.name
+    assert 2**28 < size.available_bytes <= size.total_bytes < 2**50
+    assert 2**24 < peak_bytes() < size.total_bytes
+    if sys.platform == "linux":
+        flags, allowed = Path("/proc/cpuinfo").read_text().split(), os.sched_getaffinity(0)
+        assert set(processor.features) <= set(flags)
+        assert ("avx2" in processor.features) == ("avx2" in flags)
+        os.sched_setaffinity(0, {min(allowed)})
+        restricted = cpu()
+        os.sched_setaffinity(0, allowed)
+        assert restricted.cores_allowed == 1 <= processor.cores_allowed <= processor.cores
+    for features, has in (("avx2 avx512_vnni", False), ("amx_bf16", True), ("asimddp bf16", True)):
+        assert Cpu("a processor", 2, 2, tuple(features.split())).has_bfloat16 is has
+
+
+def test_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    monkeypatch.setattr(pynvml, "nvmlInit", Mock(side_effect=pynvml.NVMLError_LibraryNotFound()))
+    assert nvidia_driver() is None
+
+
+@pytest.mark.gpu
+def test_driver_agrees_with_nvidia_smi() -> None:
+    driver = nvidia_driver()
+    assert driver is not None
+    query = ["--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    expected = subprocess.check_output(["nvidia-smi", *query], text=True).splitlines()
+    found = ((g.name, *(g.compute_capability or ()), driver.version) for g in driver.gpus)
+    assert expected == ["{}, {}.{}, {}".format(*facts) for facts in found]
