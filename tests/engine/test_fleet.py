@@ -57,7 +57,7 @@ def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
     assert build(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
         build(folder, precision=first.engine)
-    bundle.verified_path(first.engine).write_bytes(b"damaged")
+    Bundle.open(folder).verified_path(first.engine).write_bytes(b"damaged")
     assert build(folder).outcome == "built"
     assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
     bundle = Bundle.open(folder)
@@ -127,7 +127,7 @@ def test_table_of_several_bundles(
         file = tmp_path / "fleet.toml"
         file.write_text(f'[fleet]\nbundles=[{bundles}]\nprecisions=["fp32"]\ntargets=["sm_86"]\n')
         table = cli("build", "--matrix", file.name).stdout
-        assert f"FAIL  {label} " in table
+        assert f"FAIL {label} " in " ".join(table.split())
 
 
 @pytest.mark.slow
