@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -36,7 +37,40 @@ from van_deploy.environment.hardware import nvidia_driver
 
 ROOT = Path(__file__).parent.parent
 
-Cli = Callable[..., Result]
+
+class Cli:
+    """Runs ``van-deploy`` in this process; a bug in the program is raised.
+
+    Output with ``--json`` is validated with the command's JSON Schema.
+    """
+
+    def __call__(self, *arguments: object, stdin: bytes | None = None) -> Result:
+        """Run a command; the result has ``exit_code``, ``stdout`` and ``stderr``."""
+        words = [str(argument) for argument in arguments]
+        result = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
+        if "--json" in words and result.stdout:
+            validate_json_output(json.loads(result.stdout), words[0])
+        return result
+
+    def passes(self, *arguments: object, code: int = 0) -> str:
+        """Run a command that must end with ``code``, and return its standard output."""
+        result = self(*arguments)
+        assert result.exit_code == code, (arguments, result.output)
+        return result.stdout
+
+    def document(self, *arguments: object, code: int = 0) -> Any:
+        """Run a command with ``--json`` that must end with ``code``, and return the document."""
+        return json.loads(self.passes(*arguments, "--json", code=code))
+
+    def fails(self, code: int, *arguments: object) -> str:
+        """Run a command that must end with ``code``, and return all its output in one line.
+
+        A command that measured nothing (codes other than 1) must leave its standard output empty.
+        """
+        result = self(*arguments)
+        assert result.exit_code == code, (arguments, result.output)
+        assert code == 1 or not result.stdout, result.stdout
+        return " ".join(result.output.split())
 
 
 @pytest.fixture(scope="session")
@@ -56,22 +90,10 @@ def shared() -> Path:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Return a function that runs ``van-deploy`` in this process, 100 columns wide.
-
-    Its result has ``exit_code``, ``stdout`` and ``stderr``; a bug in the program is raised.
-    Output with ``--json`` is validated with the command's JSON Schema.
-    """
+    """Return a runner of ``van-deploy`` whose output is 100 columns wide, without colours."""
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: str | Path, stdin: bytes | None = None) -> Result:
-        words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
-        if "--json" in words and result.stdout:
-            validate_json_output(json.loads(result.stdout), words[0])
-        return result
-
-    return run
+    return Cli()
 
 
 @pytest.fixture(scope="session")

@@ -187,19 +187,16 @@ def test_commands(
     key.write_bytes(private(password="secret"))
     for password in ("", "wrong"):
         monkeypatch.setenv(PASSWORD_VARIABLE, password)
-        refused = cli("sign", bundle, "--key", key)
-        assert (refused.exit_code, refused.stdout) == (5, "")
-        assert "assword" in refused.stderr
+        assert "assword" in cli.fails(5, "sign", bundle, "--key", key)
     monkeypatch.setenv(PASSWORD_VARIABLE, "secret")
     key.chmod(0o644)
     signed = cli("sign", bundle, "--key", key, "--json")
     assert signed.exit_code == 0
     assert "others on this machine may read" in " ".join(signed.stderr.split())
-    result = cli("verify-signature", bundle, "--public-key", public_key, "--json")
-    assert (result.exit_code, json.loads(result.stdout)["files"]) == (0, len(FILES))
-    table = cli("verify-signature", bundle, "--public-key", public_key).stdout
-    assert "5 files match the signature, and there are no others" in table
-    assert cli("sign", bundle).exit_code == 2
+    verify = ("verify-signature", bundle, "--public-key", public_key)
+    assert cli.document(*verify)["files"] == len(FILES)
+    assert "5 files match the signature, and there are no others" in cli.passes(*verify)
+    cli.fails(2, "sign", bundle)
 
 
 CONSUMERS = [
@@ -214,16 +211,12 @@ def test_commands_refuse_unsigned_and_changed_bundles(
     cli: Cli, bundle: Path, key: Path, public_key: Path, command: str
 ) -> None:
     words = [*command.format(bundle).split(), "--require-signature", public_key]
-    missing = cli(*words)
-    assert (missing.exit_code, missing.stdout) == (5, "")
-    assert missing.stderr.startswith(f"error: The bundle '{bundle}' is not signed")
+    assert cli.fails(5, *words).startswith(f"error: The bundle '{bundle}' is not signed")
     sign_bundle(bundle, key)
     if words[0] == "inspect":  # the signature is accepted, and the file is not ONNX
         assert "is not an ONNX file" in cli(*words).stderr
     (bundle / "labels.txt").write_text("cat\n")
-    edited = cli(*words)
-    assert (edited.exit_code, edited.stdout) == (5, "")
-    assert f"'{bundle}/labels.txt' was changed" in edited.stderr
+    assert f"'{bundle}/labels.txt' was changed" in cli.fails(5, *words)
 
 
 def test_missing_cryptography(
@@ -232,6 +225,5 @@ def test_missing_cryptography(
     for name in [name for name in sys.modules if name.partition(".")[0] == "cryptography"]:
         monkeypatch.setitem(sys.modules, name, None)
     for words in (("sign", "--key"), ("inspect", "--require-signature")):
-        result = cli(words[0], bundle, words[1], public_key)
-        assert result.exit_code == 3
-        assert "pip install 'van-deploy[sign]'" in " ".join(result.stderr.split())
+        refused = cli.fails(3, words[0], bundle, words[1], public_key)
+        assert "pip install 'van-deploy[sign]'" in refused
