@@ -103,47 +103,45 @@ def test_bench_command_saves_compares_and_prints_the_report(
     digits_bundle: Bundle, copy_bundle: Copy, cli: Cli, tmp_path: Path
 ) -> None:
     bundle, output = copy_bundle(digits_bundle), tmp_path / "deep" / "new.json"
-    first = cli("bench", bundle, *SHORT_OPTIONS.split(), "--output", output)
-    assert first.exit_code == 0
-    assert "ort-cpu/fp32" in first.stdout
-    assert "roofline" in first.stdout.lower()
+    table = cli.passes("bench", bundle, *SHORT_OPTIONS.split(), "--output", output)
+    assert "ort-cpu/fp32" in table
+    assert "roofline" in table.lower()
     assert read_report(output) == read_report(bundle / "bench.json")
     summary = Bundle.open(bundle).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1]
-    options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", "--json")
-    result = json.loads(cli("bench", digits_bundle.path, *options, "--compare", output).stdout)
+    options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", "--compare", output)
+    result = cli.document("bench", digits_bundle.path, *options)
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
     assert not (digits_bundle.path / "bench.json").exists()
 
 
-@each(
-    ("words", "code", "message"),
-    [
-        ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
-        ("--runners tvm", 2, "There is no runner 'tvm'."),
-        ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
-        ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
-        ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
-        ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
-        ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
-        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
-    ],
-)
+INVALID = [
+    ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
+    ("--runners tvm", 2, "There is no runner 'tvm'."),
+    ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
+    ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
+    ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
+    ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
+    ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
+    ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
+]
+
+
+@each("words, code, message", INVALID)
 def test_invalid_options_of_the_bench_command(
     digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
 ) -> None:
     if HAS_GPU and "cuda:0" in words:
         pytest.skip("this machine has a GPU")
     options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", *words.split())
-    result = cli("bench", digits_bundle.path, *options)
-    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+    assert message in cli.fails(code, "bench", digits_bundle.path, *options)
 
 
 def test_published_limits_are_labelled_as_not_measured(digits_bundle: Bundle, cli: Cli) -> None:
-    result = cli("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
-    output = " ".join(result.stdout.split())
-    assert "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured" in output
-    values = json.loads(cli("bench", digits_bundle.path, "--paper-limits", "h100", "--json").stdout)
+    output = cli.passes("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
+    title = "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured"
+    assert title in " ".join(output.split())
+    values = cli.document("bench", digits_bundle.path, "--paper-limits", "h100")
     assert {limit["precision"] for limit in values["limits"]} == {"fp32", "tf32", "fp16"}
 
 
@@ -180,18 +178,17 @@ def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
         assert change.ratio_change_percent == pytest.approx(100 * (factor / 2 - 1))
 
 
-@each(
-    ("path", "value", "message"),
-    [
-        ("machine.cpu.name", "Another CPU", "the device was cpu of Another CPU"),
-        ("versions.tensorrt", "10.16.1", "TensorRT's major version was 10"),
-        ("settings.threads", 7, "the number of threads was 7, now it is 1"),
-        ("settings.streams", 3, "the number of streams was 3, now it is 1"),
-        ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
-        ("rows", [], "no row in common"),
-    ],
-    fresh="report",
-)
+DIFFERENCES = [
+    ("machine.cpu.name", "Another CPU", "the device was cpu of Another CPU"),
+    ("versions.tensorrt", "10.16.1", "TensorRT's major version was 10"),
+    ("settings.threads", 7, "the number of threads was 7, now it is 1"),
+    ("settings.streams", 3, "the number of streams was 3, now it is 1"),
+    ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
+    ("rows", [], "no row in common"),
+]
+
+
+@each("path, value, message", DIFFERENCES, fresh="report")
 def test_reports_that_cannot_be_compared(
     report: dict[str, Any], path: str, value: object, message: str
 ) -> None:
@@ -208,19 +205,19 @@ READY = {name: Contender(name, "onnxruntime", "fp32") for name in NAMES}
 SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
 
 
-@each(
-    ("patterns", "names"),
-    [
-        ("", (*NAMES, *SKIPPED)),
-        ("pytorch", ("pytorch",)),
-        ("pytorch*", ("pytorch", "pytorch-compile")),
-        ("ort-cpu", ("ort-cpu/fp32", "ort-cpu/int8-cpu")),
-        ("*/int8* pytorch", ("pytorch", "ort-cpu/int8-cpu")),
-        ("*/fp32", ("ort-cpu/fp32", "openvino/fp32")),
-        ("tvm", "There is no runner 'tvm'."),
-        ("openvino", "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."),
-    ],
-)
+PATTERNS = [
+    ("", (*NAMES, *SKIPPED)),
+    ("pytorch", ("pytorch",)),
+    ("pytorch*", ("pytorch", "pytorch-compile")),
+    ("ort-cpu", ("ort-cpu/fp32", "ort-cpu/int8-cpu")),
+    ("*/int8* pytorch", ("pytorch", "ort-cpu/int8-cpu")),
+    ("*/fp32", ("ort-cpu/fp32", "openvino/fp32")),
+    ("tvm", "There is no runner 'tvm'."),
+    ("openvino", "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."),
+]
+
+
+@each("patterns, names", PATTERNS)
 def test_contenders_are_selected_by_name_runtime_or_pattern(patterns: str, names: Any) -> None:
     try:
         ready, skipped = select_contenders((READY, SKIPPED), patterns.split())

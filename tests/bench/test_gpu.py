@@ -135,14 +135,14 @@ def test_reference_is_the_fastest_pytorch_mode_at_the_same_batch() -> None:
     assert (words, rows[0].ratio and rows[0].ratio.median) == ("tensorrt/fp16", 0.15)
 
 
-@each(
-    ("times", "has_warning"),
-    [
-        ({"fp16": 3.0, "int8": 3.5}, True),
-        ({"fp16": 3.0, "int8": 2.0}, False),
-        ({"int8": 2.0}, False),
-    ],
-)
+TIMES = [
+    ({"fp16": 3.0, "int8": 3.5}, True),
+    ({"fp16": 3.0, "int8": 2.0}, False),
+    ({"int8": 2.0}, False),
+]
+
+
+@each("times, has_warning", TIMES)
 def test_warning_about_slow_int8(times: dict[str, float], has_warning: bool) -> None:
     rows = [row(f"tensorrt/{kind}", ms) for kind, ms in times.items()]
     words = "INT8 is not faster than FP16 here at batch 8 (3.500 ms against 3.000 ms): "
@@ -166,20 +166,20 @@ def test_onnxruntime_on_a_gpu_is_not_profiled() -> None:
         profile_contender(contender, None, None)
 
 
-@each(
-    ("rates", "bytes_per_s", "precision", "ms", "bound"),
-    [
-        # van_b0 at 224, batch 10: 17.28 GFLOP; 82.5 % 1x1, 9.9 % depth-wise; 4.105 M weights
-        ({"fp32": 1e12}, 1e15, "fp32", 17.2845, "compute"),
-        ({"fp32": 1e12, "vector": 1e11}, 1e15, "fp32", 17.2845 * (0.9006 + 0.994), "compute"),
-        ({"fp32": 1e12, "int8": 4e12}, 1e15, "int8", 17.2845 * (0.1753 + 0.8247 / 4), "compute"),
-        ({"fp16": 1e12, "int8": 1e12}, 1e15, "int8", 17.2845, "compute"),
-        ({"tf32": 2e12}, 1e15, "fp32", 17.2845 / 2, "compute"),
-        ({"fp16": 1e18}, 1e9, "fp16", 2 * 4.105 + 4 * 1.515, "memory"),
-        ({"fp32": 1e12}, 1e15, "bf16", None, ""),
-        ({"fp32": 1e12}, 1e15, "int8", None, ""),
-    ],
-)
+RATES = [
+    # van_b0 at 224, batch 10: 17.28 GFLOP; 82.5 % 1x1, 9.9 % depth-wise; 4.105 M weights
+    ({"fp32": 1e12}, 1e15, "fp32", 17.2845, "compute"),
+    ({"fp32": 1e12, "vector": 1e11}, 1e15, "fp32", 17.2845 * (0.9006 + 0.994), "compute"),
+    ({"fp32": 1e12, "int8": 4e12}, 1e15, "int8", 17.2845 * (0.1753 + 0.8247 / 4), "compute"),
+    ({"fp16": 1e12, "int8": 1e12}, 1e15, "int8", 17.2845, "compute"),
+    ({"tf32": 2e12}, 1e15, "fp32", 17.2845 / 2, "compute"),
+    ({"fp16": 1e18}, 1e9, "fp16", 2 * 4.105 + 4 * 1.515, "memory"),
+    ({"fp32": 1e12}, 1e15, "bf16", None, ""),
+    ({"fp32": 1e12}, 1e15, "int8", None, ""),
+]
+
+
+@each("rates, bytes_per_s, precision, ms, bound", RATES)
 def test_minimum_time_is_the_maximum_of_compute_and_memory_time(
     rates: dict[str, float], bytes_per_s: float, precision: str, ms: float | None, bound: str
 ) -> None:

@@ -100,21 +100,20 @@ def fix_batch(model: ModelProto) -> None:
 SIZES = SM89.with_changes(dynamic_size=SizeRange(32, 64, 96))
 
 
-@each(
-    ("change", "options", "message"),
-    [
-        (None, SM89, ""),
-        (None, SIZES, "takes one image size, so it cannot serve 32:64:96"),
-        (quantise_for_cpus, SM89, "UINT8 zero-points, which TensorRT would read as INT8"),
-        (ModelProto.Clear, SM89, "is not an ONNX file"),
-        (make_size_dynamic, SM89, "has dynamic height and width, and no sizes"),
-        (make_size_dynamic, SIZES, ""),
-        (fix_batch, SM89, "has a fixed batch of 4, so it cannot serve 1:2:4"),
-        (fix_batch, SM89.with_changes(profiles=(BatchRange(4, 4, 4),)), ""),
-        (b"hello world, not a protobuf", SM89, "is not an ONNX file"),
-    ],
-    fresh="graph",
-)
+GRAPHS = [
+    (None, SM89, ""),
+    (None, SIZES, "takes one image size, so it cannot serve 32:64:96"),
+    (quantise_for_cpus, SM89, "UINT8 zero-points, which TensorRT would read as INT8"),
+    (ModelProto.Clear, SM89, "is not an ONNX file"),
+    (make_size_dynamic, SM89, "has dynamic height and width, and no sizes"),
+    (make_size_dynamic, SIZES, ""),
+    (fix_batch, SM89, "has a fixed batch of 4, so it cannot serve 1:2:4"),
+    (fix_batch, SM89.with_changes(profiles=(BatchRange(4, 4, 4),)), ""),
+    (b"hello world, not a protobuf", SM89, "is not an ONNX file"),
+]
+
+
+@each("change, options, message", GRAPHS, fresh="graph")
 def test_graphs_that_do_not_match_the_options_or_are_misread_by_tensorrt_are_refused(
     graph: ModelProto, tmp_path: Path, change: Any, options: BuildOptions, message: str
 ) -> None:
@@ -137,14 +136,14 @@ def test_existing_plan_survives_a_failed_build(build: Build, plan: Plan, tmp_pat
     assert len(list(folder.iterdir())) == 3
 
 
-@each(
-    ("signal_number", "error", "message"),
-    [
-        (None, KeyboardInterrupt, None),
-        (signal.SIGKILL, MissingDependency, "was killed, most likely because memory ran out"),
-        (signal.SIGSEGV, ConversionError, "ended the build with signal SIGSEGV"),
-    ],
-)
+STOPS = [
+    (None, KeyboardInterrupt, None),
+    (signal.SIGKILL, MissingDependency, "was killed, most likely because memory ran out"),
+    (signal.SIGSEGV, ConversionError, "ended the build with signal SIGSEGV"),
+]
+
+
+@each("signal_number, error, message", STOPS)
 def test_stopped_builds_leave_no_files(build: Build, tmp_path: Path, **case: Any) -> None:
     signal_number, error, message = case.values()
     workers: set[psutil.Process] = set()

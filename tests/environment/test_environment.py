@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -61,27 +60,27 @@ def test_versions_are_those_of_the_imported_modules(env: Environment) -> None:
 RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ONNX Runtime"
 
 
-@each(
-    ("name", "driver", "changes", "problem"),
-    [
-        ("onnxruntime", None, {}, None),
-        ("gpu", L4, {}, None),
-        ("gpu", NO_GPUS, {}, "the NVIDIA driver found no GPU"),
-        ("gpu", HIDDEN, {}, "CUDA_VISIBLE_DEVICES ('7') hides every GPU (2)"),
-        ("gpu", L4, {"trials": {"gpu": "in use"}}, "test of gpu on this machine failed: in use"),
-        ("cuda-ep", L4, {}, None),
-        ("cuda-ep", None, {}, NO_DRIVER),
-        ("cuda-ep", L4, {"providers": ()}, "ONNX Runtime has no CUDAExecutionProvider"),
-        ("build engines with TensorRT for RTX", None, {}, None),
-        (RUN_RTX, None, {}, NO_DRIVER),
-        (RUN_RTX, L4, {}, None),
-        (RUN_RTX, H100, {}, "TensorRT for RTX does not support NVIDIA H100 (sm_90)"),
-        ("run PyTorch on a GPU", L4, {"trials": {"torch-gpu": "no CUDA"}}, "failed: no CUDA"),
-        ("export ONNX files", L4, {"trials": {"torch-gpu": "no CUDA"}}, None),
-        (RUN_ORT, L4, {"trials": {"cuda-ep": "libcudnn.so.9"}}, "failed: libcudnn.so.9"),
-        ("compile packages with Inductor", None, {}, "there is no C++ compiler 'no-such-compiler'"),
-    ],
-)
+NEEDS = [
+    ("onnxruntime", None, {}, None),
+    ("gpu", L4, {}, None),
+    ("gpu", NO_GPUS, {}, "the NVIDIA driver found no GPU"),
+    ("gpu", HIDDEN, {}, "CUDA_VISIBLE_DEVICES ('7') hides every GPU (2)"),
+    ("gpu", L4, {"trials": {"gpu": "in use"}}, "test of gpu on this machine failed: in use"),
+    ("cuda-ep", L4, {}, None),
+    ("cuda-ep", None, {}, NO_DRIVER),
+    ("cuda-ep", L4, {"providers": ()}, "ONNX Runtime has no CUDAExecutionProvider"),
+    ("build engines with TensorRT for RTX", None, {}, None),
+    (RUN_RTX, None, {}, NO_DRIVER),
+    (RUN_RTX, L4, {}, None),
+    (RUN_RTX, H100, {}, "TensorRT for RTX does not support NVIDIA H100 (sm_90)"),
+    ("run PyTorch on a GPU", L4, {"trials": {"torch-gpu": "no CUDA"}}, "failed: no CUDA"),
+    ("export ONNX files", L4, {"trials": {"torch-gpu": "no CUDA"}}, None),
+    (RUN_ORT, L4, {"trials": {"cuda-ep": "libcudnn.so.9"}}, "failed: libcudnn.so.9"),
+    ("compile packages with Inductor", None, {}, "there is no C++ compiler 'no-such-compiler'"),
+]
+
+
+@each("name, driver, changes, problem", NEEDS)
 def test_requirements(env: Environment, monkeypatch: pytest.MonkeyPatch, **case: Any) -> None:
     """Probes reveal a PyTorch without CUDA on a GPU machine, and a provider without libraries."""
     name, driver, changes, problem = case.values()
@@ -103,14 +102,12 @@ def test_doctor_reports_everything_and_all_missing_requirements(cli: Cli, env: E
         "cannot be loaded (libcudart.so.13: not found)."
     )
     assert error.remedy.splitlines()[0] == f"Run `{PIP} install ray`."
-    table = cli("doctor").stdout
+    table = cli.passes("doctor")
     assert max(map(len, table.splitlines())) <= 100
     assert {item.name for item in env.components} <= set(table.split())
-    result = json.loads(cli("doctor", "--require", "onnxruntime", "--json").stdout)
-    assert result["abilities"]["export ONNX files"] is None
-    unknown = cli("doctor", "--require", "tensorflow")
-    assert (unknown.exit_code, unknown.stdout) == (2, "")
-    assert ", ".join(REQUIREMENTS) in " ".join(unknown.stderr.split())
+    abilities = cli.document("doctor", "--require", "onnxruntime")["abilities"]
+    assert abilities["export ONNX files"] is None
+    assert ", ".join(REQUIREMENTS) in cli.fails(2, "doctor", "--require", "tensorflow")
     if env.find_issue("tensorrt"):
         failed = cli("doctor", "--require", "tensorrt")
         assert (failed.exit_code, "export ONNX files" in failed.stdout) == (3, True)
@@ -137,21 +134,21 @@ def test_probes_report_why_they_failed(env: Environment) -> None:
 BOTH = "onnxruntime onnxruntime-gpu"
 
 
-@each(
-    ("installed", "torch_cuda", "ort_cuda", "problem", "remedy"),
-    [
-        ("onnxruntime tensorrt-rtx-cu13", "13.0", None, "", ""),
-        (BOTH, "13.0", None, "are both", "--yes onnxruntime onnxruntime-gpu && {pip} install"),
-        (BOTH, None, None, "are both", "install 'onnxruntime-gpu[cuda,cudnn]'"),
-        ("tensorrt-cu12", "13.0", None, "is for CUDA 12", "install 'tensorrt-cu13'"),
-        ("tensorrt-rtx-cu12", "13.0", None, "CUDA 12", "install 'tensorrt-rtx-cu13'"),
-        ("tensorrt tensorrt-cu12", "12.8", None, "", ""),
-        ("tensorrt-cu12", None, None, "", ""),
-        ("onnxruntime-gpu", "13.0", "12.8", "is for CUDA 12.8", "Keep one"),
-        ("onnxruntime-gpu", "13.2", "13.0", "", ""),
-        ("tensorrt-cu12 tensorrt-cu13", "13.0", None, "are both", "'tensorrt-cu13'"),
-    ],
-)
+INSTALLED = [
+    ("onnxruntime tensorrt-rtx-cu13", "13.0", None, "", ""),
+    (BOTH, "13.0", None, "are both", "--yes onnxruntime onnxruntime-gpu && {pip} install"),
+    (BOTH, None, None, "are both", "install 'onnxruntime-gpu[cuda,cudnn]'"),
+    ("tensorrt-cu12", "13.0", None, "is for CUDA 12", "install 'tensorrt-cu13'"),
+    ("tensorrt-rtx-cu12", "13.0", None, "CUDA 12", "install 'tensorrt-rtx-cu13'"),
+    ("tensorrt tensorrt-cu12", "12.8", None, "", ""),
+    ("tensorrt-cu12", None, None, "", ""),
+    ("onnxruntime-gpu", "13.0", "12.8", "is for CUDA 12.8", "Keep one"),
+    ("onnxruntime-gpu", "13.2", "13.0", "", ""),
+    ("tensorrt-cu12 tensorrt-cu13", "13.0", None, "are both", "'tensorrt-cu13'"),
+]
+
+
+@each("installed, torch_cuda, ort_cuda, problem, remedy", INSTALLED)
 def test_conflicts(env: Environment, monkeypatch: pytest.MonkeyPatch, **case: Any) -> None:
     installed, torch_cuda, ort_cuda, problem, remedy = case.values()
     monkeypatch.setattr(packages, "installed_version", dict.fromkeys(installed.split(), "1.0").get)
