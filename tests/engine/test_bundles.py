@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import van_deploy
@@ -24,9 +23,7 @@ from van_deploy.engine.compatibility import torch_version
 from van_deploy.engine.fleet import Cell, build_cells, build_on_ray, read_fleet
 from van_deploy.engine.inductor import package_settings
 from van_deploy.errors import BundleError, InputError, RecipeError, UsageError
-from van_deploy.metrics import compare
-from van_deploy.runners.network import PYTORCH, Network
-from van_deploy.runners.pytorch import InductorRunner
+from van_deploy.runners.network import Network
 
 FLEET = """
 [fleet]
@@ -222,26 +219,6 @@ def package_bundle(artifact_cache: ArtifactCache, digits_bundle: Bundle) -> Path
 def package_names(folder: Path) -> dict[str, str]:
     artifacts = Bundle.open(folder).artifacts.values()
     return {item.precision: item.name for item in artifacts if item.kind == "package"}
-
-
-@pytest.mark.slow
-def test_logits_match_pytorch_at_several_batch_sizes(package_bundle: Path) -> None:
-    bundle, names = Bundle.open(package_bundle), package_names(package_bundle)
-    shape = (9, bundle.manifest.architecture.in_chans, *bundle.manifest.preprocessing.sides)
-    images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    with Network(bundle, PYTORCH) as original:
-        expected = next(iter(original.run(images).values()))
-    for precision, floor in (("fp32", 100.0), ("bf16", 30.0)):
-        with InductorRunner(bundle.verified_path(names[precision])) as runner:
-            for batch in (1, 3, 8):
-                metrics = compare(expected[:batch], runner.run(images[:batch]))
-                assert metrics.sqnr_db >= floor, (precision, batch)
-            with pytest.raises(InputError, match="does not serve a batch of 9"):
-                runner.run(images)
-            with pytest.raises(UsageError, match="runs on no GPU"):
-                runner.resident_batch(images[:1])
-        with Network(bundle, names[precision]) as network:  # splits larger batches
-            assert next(iter(network.run(images).values())).shape[0] == 9
 
 
 @pytest.mark.slow

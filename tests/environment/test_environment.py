@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -216,13 +215,6 @@ def test_cpu_and_memory_of_this_process() -> None:
         assert restricted.cores_allowed == 1 <= processor.cores_allowed <= processor.cores
     for features, has in (("avx2 avx512_vnni", False), ("amx_bf16", True), ("asimddp bf16", True)):
         assert Cpu("a processor", 2, 2, tuple(features.split())).has_bfloat16 is has
-
-
-def test_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    import pynvml
-
-    monkeypatch.setattr(pynvml, "nvmlInit", Mock(side_effect=pynvml.NVMLError_LibraryNotFound()))
-    assert nvidia_driver() is None
 
 
 @pytest.mark.gpu
