@@ -1,19 +1,19 @@
 # make demo        the whole main job on the embedded network: no download, no GPU
 # make test        the tests: six minutes on two cores
-# make test-full   the slow ones: faults, fuzzing, Ray, a browser, Triton, wheels, every variant
-# make triton      of these, the packages that a real Triton server is given
+# make test-full   the slow tests: faults, fuzzing, Ray, a browser, Triton, wheels, every variant
+# make triton      of these, only the packages in a real Triton server
 # make check       style, types, layers, spelling; and known vulnerabilities of the pins
 PYTHON ?= python3
 BIN := .venv/bin
 CONSTRAINTS ?=
 INSTALL := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 
-# ONNX Runtime comes in two packages that hold the same module: the one for GPUs
-# is taken where an NVIDIA driver answers, and the other one is removed first.
+# ONNX Runtime comes in two packages with the same module: the one for GPUs is installed if an
+# NVIDIA driver answers, and the other one is removed first.
 RUNTIME := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
 OTHER_ONNXRUNTIME := onnxruntime$(if $(filter cpu,$(RUNTIME)),-gpu)
 
-# What a target needs is installed once; an empty file in .venv says that it was.
+# The needs of a target are installed once; an empty file in .venv marks that.
 READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
@@ -61,25 +61,25 @@ test-full: $(READY)-full
 test-gpu: $(TESTED)
 	$(BIN)/python -m pytest -m gpu
 
-# A part of test-full: packages in a real tritonserver (of a wheel, so without a container).
+# A part of test-full: packages in a real tritonserver (from a wheel, without a container).
 triton: $(TESTED)
 	$(BIN)/python -m pytest tests/serve/test_real_triton.py
 
-# The lowest versions pyproject.toml allows, in an environment of their own: the main job.
+# The main job with the lowest versions that pyproject.toml allows, in a separate environment.
 test-min:
 	rm -rf .venv-min build && $(PYTHON) -m venv .venv-min
 	.venv-min/bin/python -m pip install --constraint constraints-min.txt '.[cpu,serve,sign]'
 	supply_chain/smoke.sh .venv-min/bin
 
-# The main job in an environment of every Python from 3.10 to 3.13 that is here.
+# The main job with every installed Python from 3.10 to 3.13, each in its own environment.
 test-pythons:
 	supply_chain/pythons.sh
 
-# Lines and branches that all tests together run: a table, and coverage.json.
+# Line and branch coverage of all tests: a table, and coverage.json.
 coverage: $(READY)-full
 	$(PYTEST) --cov=van_deploy --cov-branch --cov-report=term --cov-report=json
 
-# Sixty small faults put into the code one by one: which test notices each?
+# Sixty small faults, one at a time: which test fails for each?
 mutate: $(TESTED)
 	$(BIN)/python -m reliability.mutate
 
@@ -94,21 +94,21 @@ lint: $(READY)-lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/lint-imports && $(BIN)/codespell && $(BIN)/mypy
 
-# AUDIT=--allow-offline: a service that does not answer is said, and is no failure.
+# AUDIT=--allow-offline: a service that does not answer is reported and is not a failure.
 audit: $(READY)-audit
 	$(BIN)/python -m supply_chain.audit $(AUDIT)
 
 check: lint audit
 
-# After the tests have passed: what they passed with, and the bill of materials.
+# After the tests have passed: the versions they passed with, and the bill of materials.
 pins: $(READY)-full $(READY)-lint $(READY)-audit
 	$(BIN)/python -m supply_chain.pins
 
 bench: $(TESTED)
 	$(BIN)/python -m benchmarks
 
-# What a GPU does, command by command; on a host with none, on the CPU what runs there. PART=a
-# PyTorch and this project's kernels, three minutes; PART=b every runtime, tests and gates, five.
+# A user's commands on a GPU; without a GPU, those that run on a CPU. PART=a: PyTorch and this
+# project's kernels, 3 minutes on a GPU; PART=b: every runtime, tests and gates, 5 minutes.
 PART ?= a
 gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)

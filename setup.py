@@ -7,5 +7,6 @@ setup(
         *find_packages(include=["van_deploy", "van_deploy.*"]),
         "van_deploy.calibration_sets",
         "van_deploy.recipes",
+        "van_deploy.serve.templates",
     ]
 )

@@ -169,7 +169,8 @@ def _measure(
                         if lines := process.profile():
                             profiles[process.name] = lines
                         elif process.load_s:
-                            warnings.append(f"{process.name} was not profiled: {process.failure}")
+                            reason = " ".join(str(process.failure).split())
+                            warnings.append(f"{process.name} was not profiled: {reason}")
     if not any(row.latency for row in rows):
         reasons = sorted({f"{row.contender}: {row.error}" for row in rows})
         raise ConversionError(

@@ -92,7 +92,7 @@ def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[Pro
         return profile_kernels(resident.launch)
     raise UsageError(
         f"'{contender.name}' cannot be profiled.",
-        "Profile PyTorch, TensorRT, or ONNX Runtime on a CPU.",
+        "Profile PyTorch without compilation or autocast, TensorRT, or ONNX Runtime on a CPU.",
     )
 
 

@@ -19,6 +19,9 @@ MIN_IMAGE_SIZE = 32
 MAX_IMAGE_SIZE = 4096
 """Pixels. A limit that catches typing errors before they fill the memory."""
 
+MAX_BATCH = 65_536
+"""Images. A limit that catches typing errors, as :data:`MAX_IMAGE_SIZE` does."""
+
 
 def height_width(size: ImageSize) -> tuple[int, int]:
     """Return height and width.
@@ -138,9 +141,9 @@ class BatchRange(_Range):
     PATTERN = r"(\d+)(?::(\d+):(\d+))?"
     EXAMPLE = "1:8:32, or one size"
 
-    min: int = option(1, ge=1)
-    opt: int = option(8, ge=1)
-    max: int = option(32, ge=1)
+    min: int = option(1, ge=1, le=MAX_BATCH)
+    opt: int = option(8, ge=1, le=MAX_BATCH)
+    max: int = option(32, ge=1, le=MAX_BATCH)
 
     @property
     def fixed(self) -> int | None:

@@ -177,7 +177,7 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
 # --- reading ---------------------------------------------------------------------------------
 
 _SAVE_HINT = "Save the weights with torch.save(model.state_dict(), 'weights.pth')."
-_DAMAGED_HINT = f"If it is damaged or truncated, download it again. Otherwise: {_SAVE_HINT}"
+_DAMAGED_HINT = f"Download it again if it is damaged or truncated, or: {_SAVE_HINT}"
 # A VAN-B6 has 3,000 tensors and its optimizer twice as many; torch.save does not compress.
 _MAX_ENTRIES, _MAX_UNPACK_RATIO = 30_000, 8
 
@@ -237,8 +237,8 @@ def _is_uncompressed_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise _read_error(path, f"it is an incomplete zip archive ({error})") from None
+    except (zipfile.BadZipFile, OSError, ValueError):
+        raise _read_error(path, "it is an incomplete zip archive") from None
     unpacked = sum(entry.file_size for entry in entries)
     if len(entries) > _MAX_ENTRIES or unpacked > _MAX_UNPACK_RATIO * path.stat().st_size:
         claim = f"it claims to unpack to {unpacked:,} bytes in {len(entries):,} entries"

@@ -127,8 +127,7 @@ def table(rows: Iterable[Any], columns: str, title: str = "") -> list[Block]:
     values = [row for row in values if not all(map(_is_empty, row))]
     used = [i for i in range(len(specs)) if not all(_is_empty(row[i]) for row in values)]
     cells = [[format_value(row[i], specs[i][2]) for i in used] for row in values]
-    formats = {specs[i][0]: specs[i][2] for i in used}
-    return [Table(formats, cells, title)] if used else []
+    return [Table({specs[i][0]: specs[i][2] for i in used}, cells, title)] if used else []
 
 
 def properties(entry: Entry, columns: str, title: str = "") -> list[Block]:

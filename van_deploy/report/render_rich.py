@@ -59,8 +59,7 @@ def rich_from_blocks(blocks: Iterable[doc.Block], width: int) -> RenderableType:
             per row.
     """
     parts = [_rich(block, width) for block in blocks if not isinstance(block, doc.Plot)]
-    last = len(parts) - 1
-    return Group(*(Padding(part, (0, 0, i != last, 0)) for i, part in enumerate(parts)))
+    return Group(*(Padding(one, (0, 0, i < len(parts), 0)) for i, one in enumerate(parts, 1)))
 
 
 def _rich(block: doc.Block, width: int) -> RenderableType:
