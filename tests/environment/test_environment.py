@@ -52,7 +52,7 @@ def test_versions_are_those_of_the_imported_modules(env: Environment) -> None:
     assert env.providers == tuple(onnxruntime.get_available_providers())
     assert env.torch_cuda == torch.version.cuda
     assert env.onnxruntime_cuda == (getattr(onnxruntime, "cuda_version", "") or None)
-    assert [item for item in env.components if item.fault] == list(env.clashes) == []
+    assert [*(item for item in env.components if item.fault), *env.clashes] == []
     assert (env.trials["tensorrt-rtx"] == "") == (versions["tensorrt-rtx"] is not None)
 
 
@@ -152,8 +152,8 @@ def test_conflicts(env: Environment, monkeypatch: pytest.MonkeyPatch, **case: An
     installed, torch_cuda, ort_cuda, problem, remedy = case.values()
     monkeypatch.setattr(packages, "installed_version", dict.fromkeys(installed.split(), "1.0").get)
     monkeypatch.setattr(packages, "import_error", lambda module: None)
-    found = {"components": packages.find_components(), "driver": L4}
-    clashes = replace(env, **found, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
+    changed = replace(env, components=packages.find_components(), driver=L4)
+    clashes = replace(changed, torch_cuda=torch_cuda, onnxruntime_cuda=ort_cuda).clashes
     assert len(clashes) == bool(problem)
     for clash in clashes:
         assert problem in clash.problem

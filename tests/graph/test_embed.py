@@ -20,8 +20,9 @@ from van_deploy.metrics import Task, probabilities
 from van_deploy.model.preprocess import Preprocessing, normalise
 from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
-from van_deploy.runners.onnxruntime import onnxruntime_outputs as run
+from van_deploy.runners.onnxruntime import onnxruntime_outputs
 
+run: Any = onnxruntime_outputs
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PREPROCESSING = Preprocessing(32, MEAN, STD, "bicubic", 0.9, "test")
 ALL = ("logits", "probabilities", "top5")

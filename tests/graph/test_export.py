@@ -68,7 +68,7 @@ def test_values_are_named_after_their_modules(digits: Exported) -> None:
     gate = "block3.1.attn.spatial_gating_unit"
     assert {gate, f"{gate}.conv_spatial", "block3.1.mlp.fc2", "norm4"} <= set(made)
     parameters = {t.name for t in graph.initializer if not t.name.startswith("constant")}
-    assert parameters <= set(model.state_dict())
+    assert parameters <= set(model.state_dict()) - {f"{gate}.conv_spatial.bias"}
     assert b".py" not in digits.graph.SerializeToString()  # no path of this machine
 
 

@@ -65,7 +65,8 @@ def test_skip_gain_beyond_the_limit_keeps_a_multiply(
     digits: Exported, skip_gains: dict[tuple[int, int], float], kept: int
 ) -> None:
     report = fold_van(with_skip_gains(digits.loaded.model, skip_gains), digits.images)
-    assert report.multiplies_left == kept
+    scales = 2 * sum(digits.loaded.config.depths)
+    assert (report.multiplies_left, report.layer_scales_folded) == (kept, scales)
     assert report.relative_error <= FOLD_TOLERANCE
 
 
