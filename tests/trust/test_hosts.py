@@ -182,7 +182,7 @@ def test_no_command_needs_the_network(tmp_path: Path, digits: Subject) -> None:
 
 @pytest.mark.slow
 def test_commands_start_without_each_optional_package(tmp_path: Path) -> None:
-    """``tests/test_architecture.py`` imports every module without all of them."""
+    """``tests/test_packaging.py`` imports every module without all of them."""
     for package in OPTIONAL:
         done = Host(tmp_path / package, [package]).run("--help", "list", "doctor")
         assert [found[0] for found in done.values()] == [0, 0, 0], (package, done)
