@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
 import subprocess
 import sys
 import time
@@ -18,6 +16,8 @@ import pytest
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
+from tests.json_documents import edit_json
+from van_deploy.bench import document
 from van_deploy.bench.benchmark import LoadMonitor, benchmark_bundle
 from van_deploy.bench.contenders import list_contenders, select_contenders
 from van_deploy.bench.document import BenchReport, Contender, compare_reports, read_report
@@ -36,22 +36,19 @@ SHORT = BenchSettings(
     runners=("ort-cpu",),
     budget=Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.02),
 )
-SHORT_OPTIONS = (
-    "--runners ort-cpu --device cpu --threads 1 --warmup 0 --batches 1 --seconds 0.1 --calls 4 "
-    "--rounds 2 --limit 0.5"
+SHORT_BENCH = (
+    "bench --runners ort-cpu --device cpu --threads 1 --warmup 0 --batches 1 --seconds 0.1 "
+    "--calls 4 --rounds 2 --limit 0.5"
 )
 
 
 @pytest.fixture(scope="module")
-def report(digits_bundle: Bundle) -> Any:
-    return json.loads(benchmark_bundle(digits_bundle, SHORT).text())
+def saved(digits_bundle: Bundle) -> BenchReport:
+    return benchmark_bundle(digits_bundle, SHORT)
 
 
-def load(report: dict[str, Any]) -> BenchReport:
-    return BenchReport.model_validate_json(json.dumps(report), strict=True)
-
-
-def test_report_is_consistent_and_reproducible(report: dict[str, Any]) -> None:
+def test_report_is_consistent_and_reproducible(saved: BenchReport) -> None:
+    report = json.loads(saved.text())
     assert [row["batch"] for row in report["rows"]] == [1, 2]
     for row in report["rows"]:
         assert row["latency"]["calls"] >= 4
@@ -103,14 +100,14 @@ def test_bench_command_saves_compares_and_prints_the_report(
     digits_bundle: Bundle, copy_bundle: Copy, cli: Cli, tmp_path: Path
 ) -> None:
     bundle, output = copy_bundle(digits_bundle), tmp_path / "deep" / "new.json"
-    table = cli.passes("bench", bundle, *SHORT_OPTIONS.split(), "--output", output)
+    table = cli.passes(SHORT_BENCH, bundle, "--output", output)
     assert "ort-cpu/fp32" in table
     assert "roofline" in table.lower()
     assert read_report(output) == read_report(bundle / "bench.json")
     summary = Bundle.open(bundle).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1]
-    options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", "--compare", output)
-    result = cli.document("bench", digits_bundle.path, *options)
+    options = ("--no-roofline", "--no-save", "--compare", output)
+    result = cli.document(SHORT_BENCH, digits_bundle.path, *options)
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
     assert not (digits_bundle.path / "bench.json").exists()
 
@@ -133,15 +130,15 @@ def test_invalid_options_of_the_bench_command(
 ) -> None:
     if HAS_GPU and "cuda:0" in words:
         pytest.skip("this machine has a GPU")
-    options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", *words.split())
-    assert message in cli.fails(code, "bench", digits_bundle.path, *options)
+    command = f"{SHORT_BENCH} --no-roofline --no-save {words}"
+    assert message in cli.fails(code, command, digits_bundle.path)
 
 
 def test_published_limits_are_labelled_as_not_measured(digits_bundle: Bundle, cli: Cli) -> None:
-    output = cli.passes("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
+    output = cli.passes("bench --paper-limits L4 --batches 8", digits_bundle.path)
     title = "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured"
     assert title in " ".join(output.split())
-    values = cli.document("bench", digits_bundle.path, "--paper-limits", "h100")
+    values = cli.document("bench --paper-limits h100", digits_bundle.path)
     assert {limit["precision"] for limit in values["limits"]} == {"fp32", "tf32", "fp16"}
 
 
@@ -158,17 +155,15 @@ def test_load_of_other_processes_is_detected() -> None:
 @each(
     ("factor", "spread", "changed"),
     [(2.04, 0.01, False), (2.2, 0.02, True), (2.2, 0.2, False), (1.8, 0.02, True)],
-    fresh="report",
 )
 def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
-    report: dict[str, Any], factor: float, spread: float, changed: bool
+    saved: BenchReport, factor: float, spread: float, changed: bool
 ) -> None:
-    def with_ratio(factor: float) -> BenchReport:
-        for row in report["rows"]:
-            low, high = factor * (1 - spread), factor * (1 + spread)
-            row["ratio"].update(median=factor, low=low, high=high)
-            row["latency"]["p50_ms"] = 1.0 / factor
-        return load(report)
+    def with_ratio(median: float) -> BenchReport:
+        ratio = document.Ratio(median, median * (1 - spread), median * (1 + spread), 9)
+        latency = document.Latency.of([1.0 / median])
+        rows = tuple(replace(row, ratio=ratio, latency=latency) for row in saved.rows)
+        return saved.model_copy(update={"rows": rows})
 
     changes = compare_reports(with_ratio(2.0), with_ratio(factor)).changes
     assert [change.batch for change in changes] == [1, 2]
@@ -179,23 +174,24 @@ def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
 
 
 DIFFERENCES = [
-    ("machine.cpu.name", "Another CPU", "the device was cpu of Another CPU"),
-    ("versions.tensorrt", "10.16.1", "TensorRT's major version was 10"),
-    ("settings.threads", 7, "the number of threads was 7, now it is 1"),
-    ("settings.streams", 3, "the number of streams was 3, now it is 1"),
+    ("machine cpu name", "Another CPU", "the device was cpu of Another CPU"),
+    ("versions tensorrt", "10.16.1", "TensorRT's major version was 10"),
+    ("settings threads", 7, "the number of threads was 7, now it is 1"),
+    ("settings streams", 3, "the number of streams was 3, now it is 1"),
     ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
     ("rows", [], "no row in common"),
 ]
 
 
-@each("path, value, message", DIFFERENCES, fresh="report")
+@each("keys, value, message", DIFFERENCES)
 def test_reports_that_cannot_be_compared(
-    report: dict[str, Any], path: str, value: object, message: str
+    saved: BenchReport, tmp_path: Path, keys: str, value: object, message: str
 ) -> None:
-    new, (*keys, last) = load(report), path.split(".")
-    functools.reduce(operator.getitem, keys, report)[last] = value
+    old = tmp_path / "old.json"
+    old.write_text(saved.text())
+    edit_json(old, keys, value)
     with pytest.raises(UsageError, match=message):
-        compare_reports(load(report), new)
+        compare_reports(read_report(old), saved)
 
 
 # --- contenders ------------------------------------------------------------------------------
@@ -229,10 +225,9 @@ def test_contenders_are_selected_by_name_runtime_or_pattern(patterns: str, names
 
 def with_artifacts(copy: Path, **artifacts: dict[str, Any]) -> Bundle:
     """Return a copy of a bundle with these artifacts, which differ from its FP32 graph."""
-    manifest = json.loads((copy / MANIFEST).read_text())
-    fp32 = manifest["artifacts"]["fp32"]
-    manifest["artifacts"] = {name: {**fp32, **changes} for name, changes in artifacts.items()}
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    fp32 = json.loads((copy / MANIFEST).read_text())["artifacts"]["fp32"]
+    entries = {name: {**fp32, **changes} for name, changes in artifacts.items()}
+    edit_json(copy / MANIFEST, "artifacts", entries)
     return Bundle.open(copy)
 
 

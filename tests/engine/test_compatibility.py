@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import Cli
 from tests.each import each
 from tests.engine.conftest import ADA, AMPERE_PLUS, RTX_17, SM89, TENSORRT_11, Build, Plan
+from tests.json_documents import edit_json
 from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine import compatibility, sidecar
 from van_deploy.engine.backend import RTX, TENSORRT, Host, detect_host
@@ -143,13 +144,12 @@ def test_unsupported_rtx_plan(
     assert list(tmp_path.iterdir()) == []
 
 
-def edit_sidecar(text: str = "", **values: object) -> Edit:
-    def write(file: Path) -> None:
-        path = sidecar_path(file)
-        changed = json.dumps({**json.loads(path.read_text()), **values})
-        path.write_text(changed if values else text, encoding="latin-1")
+def set_field(key: str, value: object) -> Edit:
+    return lambda file: edit_json(sidecar_path(file), key, value)
 
-    return write
+
+def write_text(text: str) -> Edit:
+    return lambda file: sidecar_path(file).write_text(text, encoding="latin-1")
 
 
 def swap(file: Path) -> None:
@@ -160,11 +160,11 @@ EDITS = [
     (lambda file: sidecar_path(file).unlink(), "has no sidecar"),
     (Path.unlink, "There is no engine"),
     (swap, "is not the (plan|package) of its sidecar"),
-    (edit_sidecar(targets=["sm_90"]), "was edited after it was written"),
-    (edit_sidecar(sidecar_sha256="0" * 64), "was edited after it was written"),
-    (edit_sidecar(schema="van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
-    (edit_sidecar(backend_version="1.7x"), "backend_version"),
-    *((edit_sidecar(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
+    (set_field("targets", ["sm_90"]), "was edited after it was written"),
+    (set_field("sidecar_sha256", "0" * 64), "was edited after it was written"),
+    (set_field("schema", "van-deploy/engine/1"), "has schema 'van-deploy/engine/1'"),
+    (set_field("backend_version", "1.7x"), "backend_version"),
+    *((write_text(text), "is damaged") for text in ("", "[]", "{}", "\xff")),
 ]
 
 

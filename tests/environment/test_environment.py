@@ -104,11 +104,11 @@ def test_doctor_reports_everything_and_all_missing_requirements(cli: Cli, env: E
     table = cli.passes("doctor")
     assert max(map(len, table.splitlines())) <= 100
     assert {item.name for item in env.components} <= set(table.split())
-    abilities = cli.document("doctor", "--require", "onnxruntime")["abilities"]
+    abilities = cli.document("doctor --require onnxruntime")["abilities"]
     assert abilities["export ONNX files"] is None
-    assert ", ".join(REQUIREMENTS) in cli.fails(2, "doctor", "--require", "tensorflow")
+    assert ", ".join(REQUIREMENTS) in cli.fails(2, "doctor --require tensorflow")
     if env.find_issue("tensorrt"):
-        failed = cli("doctor", "--require", "tensorrt")
+        failed = cli("doctor --require tensorrt")
         assert (failed.exit_code, "export ONNX files" in failed.stdout) == (3, True)
         assert f"`{PIP} install tensorrt`." in failed.stderr
 
