@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import ModelProto, checker, numpy_helper
 
-from benchmarks.ablation import count_kernels
+from benchmarks.accuracy import count_kernels
 from tests.each import each
 from tests.precision.conftest import Digits, batches, run
 from van_deploy.errors import ConversionError, ImageError, UsageError
