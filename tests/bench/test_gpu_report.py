@@ -8,32 +8,32 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu import report
+from tests.conftest import Cli
 from tests.each import each
 
+SLEEPS = """
+import subprocess, sys
+print('begun', flush=True)
+subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"""
+STEPS = [
+    ("print('fine')", "done", ""),
+    ("raise SystemExit('no such kernel')", "a gate failed", "no such kernel"),
+    ("print('TensorRT is missing'); raise SystemExit(3)", "skipped", "TensorRT is"),
+    ("raise SystemExit(4)", "failed", "no output"),
+    (SLEEPS, "stopped", "it took more than 2 s"),
+    ("print('never')", "skipped", "5 s of the budget were left"),
+]
 
-@each(
-    ("code", "limit_s", "left_s", "state", "reason"),
-    [
-        ("print('fine')", 60, 60, "done", ""),
-        ("raise SystemExit('no such kernel')", 60, 60, "a gate failed", "no such kernel"),
-        ("print('TensorRT is missing'); raise SystemExit(3)", 60, 60, "skipped", "TensorRT is"),
-        ("raise SystemExit(4)", 60, 60, "failed", "no output"),
-        (
-            "import subprocess, sys; print('begun', flush=True); "
-            "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
-            *(1.5, 60, "stopped", "it took more than 2 s"),
-        ),
-        ("print('never')", 60, 5, "skipped", "5 s of the budget were left"),
-    ],
-)
-def test_states_of_a_step(
-    tmp_path: Path, code: str, limit_s: float, left_s: float, state: str, reason: str
-) -> None:
+
+@each("code, state, reason", STEPS)
+def test_states_of_a_step(tmp_path: Path, code: str, state: str, reason: str) -> None:
     (tmp_path / "step.py").write_text(code)
     start = time.monotonic()
-    step = report.Step("step", [str(tmp_path / "step.py")], limit_s)
-    step.run(tmp_path, left_s)
+    step = report.Step("step", [str(tmp_path / "step.py")], 1.5 if code == SLEEPS else 60)
+    step.run(tmp_path, 5 if "never" in code else 60)
     assert (step.state, reason in step.reason) == (state, True), step
     assert time.monotonic() - start < 30, "child processes are killed, too"
     assert ("begun" in step.output) == (state == "stopped")
@@ -47,6 +47,18 @@ def test_steps_are_the_same_with_and_without_a_gpu(part: str) -> None:
     assert names == [step.name for step in on_cpu]
     assert not any(step.skip for step in on_gpu)
     assert all("cuda" not in " ".join(step.words) for step in on_cpu if not step.skip)
+
+
+@each("part", ["a", "b"])
+@each("device", ["cpu", "cuda:0"])
+def test_steps_are_valid_commands(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, device: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without bundles, so that commands end after reading options
+    for step in report.steps_of(part, device):
+        if step.words[0] == "van-deploy":
+            result = cli(*step.words[1:], *(["--help"] if "export" in step.words else []))
+            assert result.exit_code in (0, 5), (step.words, result.output)
 
 
 def test_results_are_saved_as_json_and_as_a_page(tmp_path: Path) -> None:
