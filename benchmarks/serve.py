@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -97,8 +98,8 @@ def add_triton_rows(table: Table, bundle: Path, count: int) -> None:
         tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name,
         contextlib.ExitStack() as stack,
     ):
-        package, options = Path(name) / "package", {"instances": INSTANCES, "threads": 1}
-        options |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
+        package, options = Path(name) / "package", dict[str, Any](backend="python", threads=1)
+        options |= {"instances": INSTANCES, "triton_release": "24.10", "triton_python": PYTHON}
         open_bundle(bundle).package(package, artifacts=(ARTIFACT,), **options)
         running = stack.enter_context(run_tritonserver(package / "models", Path(name) / "server"))
         if running.process.poll() is not None:
@@ -112,7 +113,7 @@ def add_triton_rows(table: Table, bundle: Path, count: int) -> None:
                 start = time.perf_counter()
                 send_requests(urls[server], requests, result, count, CLIENTS)
                 rates[server].append(count / (time.perf_counter() - start))
-    low, ratio, high = np.percentile(np.divide(*rates.values()), [25, 50, 75])
+    low, ratio, high = np.percentile(np.divide(rates["van-deploy"], rates["triton"]), [25, 50, 75])
     own, other = (np.median(values) for values in rates.values())
     wrong = result.wrong + len(result.latencies_ms) - result.answered
     table.row(
