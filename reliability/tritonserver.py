@@ -100,7 +100,10 @@ def run_tritonserver(repository: Path, folder: Path) -> Iterator[TritonServer]:
         addresses.append(f"{host}:{port}")
     free.close()
     addresses[2] = f"http://{addresses[2]}/metrics"
-    libraries = f"{wheel}/nvidia_pytriton.libs:{sysconfig.get_config_var('LIBDIR')}"
+    libraries = f"{wheel}/nvidia_pytriton.libs"
+    # The backend finds the system's own Python library, and needs no other with its packages.
+    if not Path(f"/usr/lib/x86_64-linux-gnu/libpython{PYTHON}.so.1.0").exists():
+        libraries += f":{sysconfig.get_config_var('LIBDIR')}"
     with (log := folder / "log").open("wb") as output:
         streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
         environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
