@@ -105,11 +105,8 @@ def run_tritonserver(repository: Path, folder: Path) -> Iterator[TritonServer]:
         streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
         environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    triton, deadline = (
-        TritonServer(**addresses, log=log, process=process),
-        time.monotonic() + LOAD_S,
-    )
-    ready = f"http://{triton.http}/v2/health/ready"
+    triton = TritonServer(**addresses, log=log, process=process)
+    ready, deadline = f"http://{triton.http}/v2/health/ready", time.monotonic() + LOAD_S
     try:
         while process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
