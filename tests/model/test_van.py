@@ -130,6 +130,16 @@ def test_random_van_activations_are_bounded(config: VanConfig) -> None:
     assert (logits[0] - logits[1]).std() > 0.01, "different images must have different logits"
 
 
+def test_random_weights_do_not_depend_on_the_number_of_threads() -> None:
+    """Otherwise a bundle of random weights could not be timed with other threads."""
+    digests, threads = set[str](), torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        digests.add(sha256_of_state(random_van(VARIANTS["van_b0"].config).state_dict()))
+    torch.set_num_threads(threads)
+    assert len(digests) == 1
+
+
 def test_state_dict_digest() -> None:
     zeros = torch.zeros(2, 3)
     states = ({"a": zeros}, {"b": zeros}, {"a": zeros.T}, {"a": zeros.int()}, {"a": zeros + 1})

@@ -298,7 +298,12 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
             for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
                 if "layer_scale" in name:
                     parameter.mul_(min(1.0, 3 / depth))
-        torch.optim.swa_utils.update_bn([smooth_images(4, config.in_chans, 96)], model)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # other numbers of threads round the statistics differently
+        try:
+            torch.optim.swa_utils.update_bn([smooth_images(4, config.in_chans, 96)], model)
+        finally:
+            torch.set_num_threads(threads)
     return model.eval()
 
 
