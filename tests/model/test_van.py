@@ -137,6 +137,17 @@ def test_random_van_is_deterministic_with_estimated_statistics(tiny_config: VanC
             assert module.momentum == 0.1
 
 
+def test_random_van_does_not_depend_on_the_number_of_threads() -> None:
+    """A process that times a network with fewer threads makes it again and compares its digest."""
+    before, digests = torch.get_num_threads(), set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        digests.add(sha256_of_state(random_van(VARIANTS["van_b0"].config).state_dict()))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert len(digests) == 1
+
+
 @each("config", [VARIANTS["van_b0"].config, VanConfig((8, 12, 16, 24), (1, 1, 60, 1))])
 def test_random_van_activations_are_bounded(config: VanConfig) -> None:
     model = random_van(config, 0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -278,11 +279,13 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
     """Return a VAN with the official initialisation and estimated BatchNorm statistics.
 
     It is in evaluation mode, float32, without gradients. The same seed gives the same
-    network; the global random state is restored. LKA multiplies its input by a function of
-    itself, so activations grow quadratically with depth: in stages of more than 3 blocks
-    the layer scales are reduced.
+    network, with any number of threads; the global random state is restored. LKA multiplies
+    its input by a function of itself, so activations grow quadratically with depth: in stages
+    of more than 3 blocks the layer scales are reduced.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # the rounding of the statistics depends on it
         torch.manual_seed(seed)
         model = VAN(config).requires_grad_(False)
         for module in model.modules():
