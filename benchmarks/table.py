@@ -1,16 +1,21 @@
-"""The table of a section, command-line options, and measured commands."""
+"""The table of a section, and processes that are measured."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -33,54 +38,40 @@ class Table:
         self.rows.append([str(cell) for cell in (*cells, *empty)])
         print("  ".join(self.rows[-1]), file=sys.stderr, flush=True)
 
-    def print_json(self) -> int:
-        """Print the section as JSON; return 0, the exit code."""
-        print(json.dumps(asdict(self), indent=1))
-        return 0
 
-
-def parse_options(text: str | None, **defaults: Any) -> argparse.Namespace:
-    """Return the options of the command line: ``--skip-b6`` for ``skip_b6=False``.
-
-    Args:
-        text: docstring of the module, whose first line describes the command.
-        defaults: default value of each option, whose type is that of the option.
-    """
-    parser = argparse.ArgumentParser(description=(text or "").splitlines()[0])
-    for name, value in defaults.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            parser.add_argument(flag, action="store_true")
-        elif isinstance(value, tuple):
-            parser.add_argument(flag, nargs="*", default=value)
-        else:
-            parser.add_argument(flag, type=type(value), default=value, help=f"default: {value}")
-    return parser.parse_args()
-
-
-def run_van_deploy(*words: object, codes: Sequence[int] = (0,)) -> Any:
-    """Run a van-deploy command with ``--json`` in a new process and return its document.
+def measure_process(
+    command: Sequence[str],
+    codes: Sequence[int] = (0,),
+    stdout: IO[bytes] | int = subprocess.DEVNULL,
+) -> tuple[float, int]:
+    """Run a process and return its wall seconds and its peak resident bytes.
 
     Raises:
-        SystemExit: the exit code is not one of ``codes``.
-    """
-    command = [sys.executable, "-m", "van_deploy", *map(str, words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode not in codes:
-        raise SystemExit(f"{' '.join(command[2:])} ended with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout)
-
-
-def measure_process(command: Sequence[str]) -> tuple[float, int]:
-    """Return the wall seconds and the peak resident bytes of one process.
-
-    Raises:
-        SystemExit: the process fails.
+        RuntimeError: the exit code is not one of ``codes``.
     """
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=stdout, cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+    if process.returncode not in codes:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
     return time.perf_counter() - start, usage.ru_maxrss * 1024
+
+
+def run_van_deploy(*words: object, codes: Sequence[int] = (0,)) -> dict[str, Any]:
+    """Run a van-deploy command with ``--json``; return its document with ``peak_bytes``.
+
+    Raises:
+        RuntimeError: the exit code is not one of ``codes``.
+    """
+    command = [sys.executable, "-m", "van_deploy", *map(str, words), "--json"]
+    with tempfile.TemporaryFile() as file:
+        _, peak_bytes = measure_process(command, codes, file)
+        file.seek(0)
+        return {**json.load(file), "peak_bytes": peak_bytes}
+
+
+def run_in_process(function: Callable[..., Any], *arguments: Any, **values: Any) -> Any:
+    """Return the result of a function that runs in a new process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments, **values).result()

@@ -1,7 +1,7 @@
 """Run fuzzing, fault injection and load tests, and write their tables into docs/reliability.md.
 
 python -m reliability                               # everything, about two hours
-python -m reliability --only fuzz,requests
+python -m reliability --only fuzz requests
 python -m reliability --only fuzz --kind image --count 500 --seed 7
 """
 
@@ -11,58 +11,68 @@ import argparse
 import re
 import sys
 import time
+from collections import Counter
 from datetime import datetime, timezone
 from pathlib import Path
 
 from reliability import faults, fuzz, load, requests
 from reliability.kinds import KINDS
+from reliability.outcome import Outcome
 from van_deploy.environment.hardware import cpu, memory
 from van_deploy.files import write_atomic
 from van_deploy.provenance import EXPORT_TOOLS, tool_versions
 from van_deploy.report.render_markdown import markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
-PARTS = {"fuzz": fuzz.table, "requests": requests.table, "faults": faults.table, "load": load.table}
+PARTS = {"fuzz": fuzz.run, "requests": requests.run, "faults": faults.run, "load": load.run}
 
 
 def main() -> int:
     """Run the requested parts; return 1 if one has a failure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--count", type=int, help="of cases, images and requests")
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--count", type=int, default=0, help="of cases, images and requests")
     parser.add_argument("--seed", type=int, default=0, help="of fuzz and requests")
-    parser.add_argument("--kind", nargs="*", default=[], choices=list(KINDS), help="of fuzz")
-    args = parser.parse_args()
-    failed, write_page = False, not (args.count or args.seed or args.kind)
-    for name in args.only.split(","):
-        if name not in PARTS:
-            parser.error(f"unknown part '{name}'; choose from {', '.join(PARTS)}")
-        options = {"seed": args.seed} if name in {"fuzz", "requests"} else {}
-        options |= {"only": args.kind} if name == "fuzz" else {}
-        start = time.monotonic()
-        columns, rows, failures = PARTS[name](args.count, **options)
-        lines = [markdown_table(columns, rows), *(f"- failure: {failure}" for failure in failures)]
-        print(f"{name}\n", *lines, sep="\n", file=sys.stderr, flush=True)
-        if write_page:
-            _write_section(name, time.monotonic() - start, "\n".join(lines))
-        failed = failed or bool(failures)
-    return int(failed)
+    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
+    args, failures = parser.parse_args(), list[str]()
+    for name in args.only:
+        start, outcomes = time.monotonic(), list(PARTS[name](args))
+        failures += (failed := [outcome.failure for outcome in outcomes if outcome.failure])
+        table = "\n".join([outcome_table(outcomes), *(f"- failure: {text}" for text in failed)])
+        print(f"{name}\n\n{table}", file=sys.stderr, flush=True)
+        if (args.count, args.seed, args.kind) == (0, 0, list(KINDS)):
+            write_section(name, time.monotonic() - start, table)
+    return int(bool(failures))
 
 
-def _write_section(name: str, seconds: float, table: str) -> None:
+def outcome_table(outcomes: list[Outcome]) -> str:
+    """Return a Markdown table with a row for each fault, load or kind of input."""
+    rows = []
+    for what in dict.fromkeys(outcome.what for outcome in outcomes):
+        texts, failed = Counter[str](), 0
+        for outcome in outcomes:
+            if outcome.what == what:
+                texts[outcome.text] += outcome.count
+                failed += bool(outcome.failure)
+        shown = [f"{text}: {n:,}" if n and len(texts) > 1 else text for text, n in texts.items()]
+        rows.append([what, f"{texts.total():,}", ", ".join(shown), str(failed)])
+    return markdown_table(["what", "runs", "outcomes", "failures"], rows)
+
+
+def write_section(name: str, seconds: float, table: str) -> None:
     """Replace the section of one part in the page."""
     versions = ", ".join(f"{n} {version}" for n, version in tool_versions(*EXPORT_TOOLS).items())
-    total = memory().total_bytes
-    gib = f", {total / 2**30:.0f} GiB" if total else ""
-    block = f"""- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s
-- {cpu().name}, {cpu().cores_allowed} cores{gib}
+    memory_gib = (memory().total_bytes or 0) / 2**30
+    block = f"""<!-- begin {name} -->
+- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s
+- {cpu().name}, {cpu().cores_allowed} cores, {memory_gib:.0f} GiB
 - {versions}
 - `python -m reliability --only {name}`
 
-{table}"""
-    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    page = PAGE.read_text(encoding="utf-8")
-    write_atomic(PAGE, pattern.sub(lambda mark: f"{mark[1]}{block}\n{mark[2]}", page))
+{table}
+<!-- end {name} -->"""
+    page, pattern = PAGE.read_text(encoding="utf-8"), f"<!-- begin {name} -->.*<!-- end {name} -->"
+    write_atomic(PAGE, re.sub(pattern, lambda _: block, page, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis
@@ -19,29 +20,30 @@ UNUSUAL_VALUES: tuple[Any, ...] = (
     *([], {}, [[]], [None], {"": 0}, [[[[[]]]]], {"a": {"b": []}}, ["a" * 1000, 1]),
 )
 UNUSUAL_WORDS = (
-    *("", "=", "[", '"', "#", "\n", "\x00", "\ufeff", "[x]\n", "a = 1\n", "nan", "-1"),
-    *("1e999", "9" * 20, "true", '""', "[]", "{}", "../../x", "é", "\\", "[" * 100_000),
+    *("", "=", "[", '"', "#", "\n", "\x00", "\ufeff", "[x]\n", "a = 1\n", "nan", "-1", "1e999"),
+    *("9" * 5000, "true", '""', "[]", "{}", "é", "\\", "[" * 100_000, "[" * 900 + "]" * 900),
 )
+# Parts of a text that are replaced, removed or repeated; a repeated line is a duplicate key.
+TEXT_PATTERNS = {"word": r'"[^"\n]*"|[\w.+-]+|\S|\n', "line": r".+\n?"}
 
 
-def find_failure(case: Callable[[Draw], object], seed: int, count: int) -> str:
+def find_failure(
+    case: Callable[[Draw], object], seed: int, count: int, timeout_s: float | None = None
+) -> str:
     """Return the message of the first of ``count`` cases that fails, shrunk, or ""."""
+    options: dict[str, Any] = {"suppress_health_check": list(hypothesis.HealthCheck)}
+    options |= {"deadline": timeout_s and 1000 * timeout_s, "report_multiple_bugs": False}
+    settings = hypothesis.settings(max_examples=max(1, count), database=None, **options)
 
+    @settings
     @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=max(1, count),
-        database=None,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
     @hypothesis.given(st.data())
     def cases(data: st.DataObject) -> None:
         case(data.draw)
 
     try:
         cases()
-    except (AssertionError, hypothesis.errors.Flaky) as error:
+    except (AssertionError, hypothesis.errors.HypothesisException) as error:
         return str(error) or "a case failed"
     return ""
 
@@ -72,46 +74,34 @@ def corrupt_value(draw: Draw, value: Any) -> Any:
         similar = (value + 1, max(value - 1, 1), 2 * value, value / 2)
     elif isinstance(value, str):
         similar = (value + "x", value[1:], value.upper(), "é", "x")
+    elif isinstance(value, list):
+        similar = (value[1:], 2 * value, [*value[:-1], one_of(draw, *UNUSUAL_VALUES)])
+    elif value:
+        key = one_of(draw, *value)
+        rest = {name: inner for name, inner in value.items() if name != key}
+        similar = (rest, {**value, "x": value[key]}, {**rest, key.upper(): value[key]})
     return one_of(draw, *one_of(draw, similar, similar, UNUSUAL_VALUES))
 
 
-def corrupt_json(draw: Draw, value: Any) -> Any:
-    """Return a document with a value changed, or an entry removed, renamed or repeated."""
-    if not isinstance(value, dict | list) or not value:
-        return corrupt_value(draw, value)
-    change = one_of(draw, *["value"] * 12, "remove", "rename", "repeat", "replace")
-    if change == "replace":
-        return one_of(draw, *UNUSUAL_VALUES)
-    key = one_of(draw, *(value if isinstance(value, dict) else range(len(value))))
-    if isinstance(value, list):
-        new = {"remove": [], "value": [corrupt_json(draw, value[key])]}
-        return [*value[:key], *new.get(change, 2 * [value[key]]), *value[key + 1 :]]
-    if change == "value":
-        return {**value, key: corrupt_json(draw, value[key])}
-    rest = {name: inner for name, inner in value.items() if name != key}
-    return rest if change == "remove" else {**rest, one_of(draw, *UNUSUAL_WORDS): value[key]}
-
-
-def corrupt_document(draw: Draw, data: bytes, suffix: str) -> bytes:
-    """Return a document with corrupt bytes, words (TOML) or values (TOML and JSON)."""
-    if suffix == ".pub" or one_of(draw, True, *[False] * 5):
+def corrupt_document(draw: Draw, data: bytes) -> bytes:
+    """Return JSON or TOML with a value, word or line changed; other data with bytes changed."""
+    text = data.decode()
+    values, change = list(_values(text)), one_of(draw, *["value"] * 11, *TEXT_PATTERNS, "bytes")
+    if not values or change == "bytes":
         return corrupt_bytes(draw, data)
-    if suffix == ".toml":
-        return _corrupt_toml(draw, data.decode()).encode("utf-8", "surrogatepass")
-    document = json.loads(data)
-    text = json.dumps(corrupt_json(draw, document))
-    first, levels = json.dumps(next(iter(document))), one_of(draw, 50, 900, 100_000)
-    more = (f"{first}: 1", f'"x": {"[" * levels}{"]" * levels}', f'"x": {"9" * 5000}')
-    if one_of(draw, True, *[False] * 7):  # a duplicate key, deep nesting or a huge number
-        text = text.replace("{", f"{{{one_of(draw, *more)}, ", 1)
-    return text.encode("utf-8", "surrogatepass")
+    if change == "value":
+        start, end, value = one_of(draw, *values)
+        new = json.dumps(corrupt_value(draw, value))
+    else:
+        place = one_of(draw, *re.finditer(TEXT_PATTERNS[change], text))
+        start, end = place.span()
+        new = one_of(draw, *(UNUSUAL_WORDS if change == "word" else ("", 2 * place[0])))
+    return (text[:start] + new + text[end:]).encode("utf-8", "surrogatepass")
 
 
-def _corrupt_toml(draw: Draw, text: str) -> str:
-    """Return TOML with one value changed, or one word replaced by an unusual one."""
-    if one_of(draw, True, False, False, False):
-        place = one_of(draw, *re.finditer(r"\S+|\n", text))
-        return text[: place.start()] + one_of(draw, *UNUSUAL_WORDS) + text[place.end() :]
-    place = one_of(draw, *re.finditer(r'(?m)^([\w-]+ = )(true|false|-?[\d.]+|"[^"\n]*")$', text))
-    value = json.dumps(corrupt_value(draw, json.loads(place[2])))
-    return text[: place.start()] + place[1] + value + text[place.end() :]
+def _values(text: str) -> Iterator[tuple[int, int, Any]]:
+    """Yield start, end and content of the values and keys of JSON, and of the values of TOML."""
+    for place in re.finditer(r'(?m)\A|^ +|[:=] |\{|, (?=")', text):
+        with contextlib.suppress(ValueError):
+            value, end = json.JSONDecoder().raw_decode(text, place.end())
+            yield place.end(), end, value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,17 +11,20 @@ import shutil
 import struct
 import subprocess
 import zipfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from reliability.corruption import Draw, corrupt_bytes, corrupt_document, corrupt_json, one_of
+from hypothesis import strategies as st
 
-Reader = Callable[[], object]  # reads a corrupt file like a command: returns, or raises its error
-# Corrupts one of the valid files (first folder) into the second folder; returns its reader.
-Corruption = Callable[[Draw, Path, Path], Reader]
+from reliability.corruption import Draw, corrupt_bytes, corrupt_document, one_of
+from van_deploy.config import BuildOptions
+from van_deploy.data.images import open_image
+from van_deploy.engine.build import has_external_weights
+from van_deploy.precision.images import choose_images
+from van_deploy.recipe import load_calibration_set, read_recipe
 
+ROOT = Path(__file__).parent.parent
 MARKER = "executed"  # a file in the folder of valid files that an executed payload creates
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
 LABELS = {str(number): f"digit {number}" for number in range(10)}
@@ -28,26 +32,14 @@ HUB: dict[str, dict[str, Any]] = {
     "config": {"model_type": "van", "hidden_act": "gelu", "num_labels": 10, "id2label": LABELS},
     "preprocessor_config": {"size": {"shortest_edge": 64}, "crop_size": 64, "resample": 3},
 }
-# The file that is corrupted in a copy of its folder, and the commands that read the copy.
-DOCUMENTS: dict[str, tuple[str, ...]] = {
-    "manifest": (
-        "signed/manifest.json",
-        *("info {it}", "inspect {it}", "report {it}", "package triton {it} --output {it}-out"),
-        "predict {it} {valid}/bundle/golden/0.png",
-    ),
-    "signature": (
-        "signed/manifest.json.sig",
-        "verify-signature {it} --public-key {valid}/key/is.pub",
-    ),
-    "key": ("key/is.pub", "verify-signature {valid}/signed --public-key {it}/is.pub"),
-    "sidecar": ("engine/van.json", "inspect {it}/van.plan"),
-    "config": ("hub/config.json", "info {it}"),
-    "preprocessor": ("hub/preprocessor_config.json", "info {it}"),
-}
+KEYS = ("genpkey -algorithm ed25519 -out secret", "pkey -pubout -in secret -out signed/key.pub")
 
 
 def make_valid_files(folder: Path) -> None:
-    """Write valid files of each kind, made from the embedded network, into an empty folder."""
+    """Write valid files of each kind, made from the embedded network, into an empty folder.
+
+    A corruption that changes a document copies its folder.
+    """
     import torch
     from PIL import Image
     from safetensors.torch import save_file
@@ -59,49 +51,42 @@ def make_valid_files(folder: Path) -> None:
     state = {k: v.clone() for k, v in van_deploy.load_van("van_digits").model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, folder / "zip.pth")
     torch.save(state, folder / "old.pth", _use_new_zipfile_serialization=False)
-    for name in ("hub", "key", "engine"):
+    for name in ("hub", "recipe"):
         (folder / name).mkdir()
     save_file(state, folder / "hub/model.safetensors")
     for name, content in HUB.items():
         (folder / f"hub/{name}.json").write_text(json.dumps(content))
-    secret, public = folder / "secret.pem", folder / "key/is.pub"
-    for words in (("genpkey", "-algorithm", "ed25519"), ("pkey", "-pubout", "-in", str(secret))):
-        out = secret if words[0] == "genpkey" else public
-        subprocess.run(["openssl", *words, "-out", str(out)], check=True)
-    shutil.copytree(folder / "bundle", folder / "signed")
-    sign_bundle(folder / "signed", secret)
-    built = Path(shutil.copytree(folder / "bundle", folder / "built"))
-    if command("build", built, "--backend", "tensorrt-rtx", "--target", "sm_89")() == 0:
-        for file in (built / "engines").iterdir():
-            shutil.copy(file, (folder / "engine/van").with_suffix(file.suffix))
-    grey = Image.radial_gradient("L").resize((60, 40))
-    image = Image.merge("RGB", (grey, grey.rotate(90), grey.rotate(180)))
-    more: dict[str, Any] = {"gif": {"save_all": True, "append_images": [image.rotate(9)]}}
-    for suffix in ("png", "jpg", "bmp", "tiff", "webp", "gif", "ppm"):
-        image.save(folder / f"image.{suffix}", **more.get(suffix, {}))
+    signed = Path(shutil.copytree(folder / "bundle", folder / "signed/bundle"))
+    run_command("build", signed, "--backend", "tensorrt-rtx", "--target", "sm_89")
+    for line in KEYS:
+        subprocess.run(["openssl", *line.split()], cwd=folder, check=True)
+    sign_bundle(signed, folder / "secret")
+    page = (ROOT / "docs/recipe.md").read_text(encoding="utf-8")
+    (folder / "recipe/all.toml").write_text(page.partition("```toml\n")[2].partition("```")[0])
+    shutil.copytree(ROOT / "calibration", folder / "calibration")
+    shutil.copytree(folder / "bundle/golden", folder / "calibration/golden")
+    image = Image.open(folder / "bundle/golden/0.png").convert("RGB")
+    for suffix in ("png", "jpg", "bmp", "tiff", "webp", "ppm"):
+        image.save(folder / f"image.{suffix}")
+    image.save(folder / "image.gif", save_all=True, append_images=[image.rotate(9)])
 
 
-def command(*words: object) -> Reader:
-    """Return a reader that runs ``van-deploy`` with these arguments in this process."""
+def run_command(*words: object) -> int:
+    """Run ``van-deploy`` in this process; return its exit code, or raise a bug's error."""
+    from typer.testing import CliRunner
 
-    def run() -> object:
-        from typer.testing import CliRunner
+    from van_deploy.cli.app import app
 
-        from van_deploy.cli.app import app
-
-        result = CliRunner().invoke(app, [*map(str, words), "--json"])
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        return result.exit_code
-
-    return run
+    line = [*map(str, words), "--json"]
+    return CliRunner().invoke(app, line, catch_exceptions=False).exit_code
 
 
-def checkpoint(draw: Draw, valid: Path, folder: Path) -> Reader:
-    """Corrupt bytes, tensors, headers or archives, or write a malicious pickle; read by `info`."""
+def checkpoint(draw: Draw, valid: Path, folder: Path) -> Path:
+    """Corrupt bytes, tensors, headers or archives, or write a malicious pickle."""
     ways = (*[_corrupt_checkpoint_bytes] * 4, *[_corrupt_tensor] * 3)
-    ways = (*ways, _write_payload, _corrupt_header, _write_zip_bomb)
-    return command("info", one_of(draw, *ways)(draw, valid, folder / "weights.pth"))
+    ways = (*ways, *[_corrupt_archive] * 2, _corrupt_header)
+    path: Path = one_of(draw, *ways)(draw, valid, folder / "weights.pth")
+    return path
 
 
 def _corrupt_checkpoint_bytes(draw: Draw, valid: Path, path: Path) -> Path:
@@ -126,136 +111,125 @@ def _corrupt_tensor(draw: Draw, valid: Path, path: Path) -> Path:
     return path
 
 
-def _write_payload(draw: Draw, valid: Path, path: Path) -> Path:
-    """Write a pickle that creates the marker if it is executed."""
+def _corrupt_archive(draw: Draw, valid: Path, path: Path) -> Path:
+    """Write a pickle that creates the marker if it is executed, alone or in an archive, or a bomb.
+
+    A bomb is a small archive that unpacks to a much larger size.
+    """
     marker = str(valid / MARKER)
-    call = one_of(
-        draw,
-        (os.system, (f"touch {marker}",)),
-        (exec, (f"open({marker!r}, 'w')",)),
-        (open, (marker, "w")),
-        (shutil.copy, (__file__, marker)),
-        (eval, ("__import__('os').getpid()",)),
-        (os.mkdir, (marker,)),
-    )
+    calls = {os.system: (f"touch {marker}",), exec: (f"open({marker!r}, 'w')",)}
+    calls |= {open: (marker, "w"), shutil.copy: (__file__, marker), os.mkdir: (marker,)}
+    call = one_of(draw, *calls.items(), (eval, ("__import__('os').getpid()",)))
     payload = type("Payload", (), {"__reduce__": lambda _: call})()
     content = one_of(draw, payload, {"state_dict": payload}, {"epoch": payload})
     data = pickle.dumps(content, protocol=one_of(draw, 0, 2, 5))
     path.write_bytes(data)
-    if one_of(draw, True, False):
-        _rewrite_archive(valid, path, lambda name, old: data if name.endswith("data.pkl") else old)
+    end = one_of(draw, "", "data.pkl", "/data/0", "/data/3", "/data/19")
+    if not end:
+        return path
+    data = data if end == "data.pkl" else bytes(one_of(draw, 2**20, 2**26))
+    with zipfile.ZipFile(valid / "zip.pth") as old, zipfile.ZipFile(path, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, data if name.endswith(end) else old.read(name))
     return path
 
 
 def _corrupt_header(draw: Draw, valid: Path, path: Path) -> Path:
     """Write a safetensors file with incorrect shapes, offsets, types or lengths in its header."""
-    data = (valid / "hub/model.safetensors").read_bytes()
+    data, huge = (valid / "hub/model.safetensors").read_bytes(), one_of(draw, 2**31, 2**62)
     (length,) = struct.unpack("<Q", data[:8])
-    header, huge = corrupt_json(draw, json.loads(data[8 : 8 + length])), one_of(draw, 2**31, 2**62)
-    if isinstance(header, dict) and one_of(draw, True, False):
+    header = json.loads(data[8 : 8 + length])
+    if draw(st.booleans()):
         header["x"] = {"dtype": "F32", "shape": [huge], "data_offsets": [0, 4 * huge]}
-    text = json.dumps(header).encode("utf-8", "surrogatepass")
+    text = corrupt_document(draw, json.dumps(header, indent=1).encode())
     stated = one_of(draw, len(text), len(text), 0, 1, 2**20, 2**63)
     path = path.with_suffix(".safetensors")
     path.write_bytes(struct.pack("<Q", stated) + text + data[8 + length :])
     return path
 
 
-def _write_zip_bomb(draw: Draw, valid: Path, path: Path) -> Path:
-    """Write a small archive that unpacks to a much larger size."""
-    end, size = f"/data/{one_of(draw, 0, 3, 19)}", one_of(draw, 2**20, 2**26)
-    return _rewrite_archive(
-        valid, path, lambda name, old: bytes(size) if name.endswith(end) else old
-    )
+def document(place: str, draw: Draw, valid: Path, folder: Path) -> Path:
+    """Corrupt a document in a copy of its folder.
 
+    Args:
+        place: the folder, and the patterns of the documents in it.
+        draw: decides the corruption.
+        valid: folder of the valid files.
+        folder: for the copy.
+    """
+    from van_deploy.files import content_key
 
-def _rewrite_archive(valid: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
-    """Write the valid archive with the content of its entries changed."""
-    with zipfile.ZipFile(valid / "zip.pth") as old, zipfile.ZipFile(path, "w", 8) as new:
-        for name in old.namelist():
-            new.writestr(name, change(name, old.read(name)))
+    name, *patterns = place.split()
+    it = Path(shutil.copytree(valid / name, folder / "it"))
+    path = one_of(draw, *sorted(path for pattern in patterns for path in it.glob(pattern)))
+    data = corrupt_document(draw, path.read_bytes())
+    if path.parent.name == "engines" and one_of(draw, True, True, False):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            sidecar = {**json.loads(data), "sidecar_sha256": ""}
+            data = json.dumps({**sidecar, "sidecar_sha256": content_key(sidecar)}).encode()
+    path.write_bytes(data)
     return path
 
 
-def document(names: str, draw: Draw, valid: Path, folder: Path) -> Reader:
-    """Corrupt the bytes or values of one document; read by one of its commands."""
-    from van_deploy.files import content_key
-
-    file, *lines = DOCUMENTS[one_of(draw, *names.split())]
-    it = Path(shutil.copytree((valid / file).parent, folder / "it"))
-    path = it / Path(file).name
-    data = corrupt_document(draw, path.read_bytes(), path.suffix)
-    if path.name == "van.json" and one_of(draw, True, True, False):
-        edited = corrupt_json(draw, json.loads(path.read_bytes()))  # with a matching digest
-        if isinstance(edited, dict):
-            edited["sidecar_sha256"] = content_key({**edited, "sidecar_sha256": ""})
-        data = json.dumps(edited).encode("utf-8", "surrogatepass")
-    path.write_bytes(data)
-    words = one_of(draw, *lines).split()
-    return command(*(word.format(it=it, valid=valid) for word in words))
+def read_calibration_set(path: Path) -> object:
+    """Read a calibration set, and choose its own images, or those in a folder."""
+    images = load_calibration_set(str(path)).images
+    return choose_images(images, path.parent / "golden" if images.source == "folder" else None)
 
 
-def settings_file(kind: str, draw: Draw, valid: Path, folder: Path) -> Reader:
-    """Corrupt a recipe or a calibration set; read as `run` and `quantize` read them."""
-    from van_deploy import recipe
-    from van_deploy.precision.images import choose_images
-
-    files = recipe.builtin_files(recipe.RECIPES if kind == "recipe" else recipe.CALIBRATION_SETS)
-    path = Path(shutil.copy(one_of(draw, *sorted(files.values())), folder))
-    path.write_bytes(corrupt_document(draw, path.read_bytes(), path.suffix))
-    if kind == "recipe":
-        return lambda: recipe.read_recipe(path)
-    images = one_of(draw, None, *[valid / "bundle/golden"] * 3)  # a set's own images, or a folder
-    return lambda: choose_images(recipe.load_calibration_set(str(path)).images, images)
+read_as_build = partial(has_external_weights, options=BuildOptions())
 
 
-def onnx_file(draw: Draw, valid: Path, folder: Path) -> Reader:
-    """Corrupt bytes, shapes, types, operators or the opset; read by `inspect` and `build`."""
+def onnx_file(draw: Draw, valid: Path, folder: Path) -> Path:
+    """Corrupt bytes, shapes, types, operators or the opset."""
     import onnx
 
-    from van_deploy.config import BuildOptions
-    from van_deploy.engine.build import has_external_weights
-
-    path, source = folder / "model.onnx", valid / "bundle/model.onnx"
-    change = one_of(draw, "bytes", "bytes", "dims", "type", "operator", "opset")
-    model = onnx.load(source)
+    path, model = folder / "model.onnx", onnx.load(valid / "bundle/model.onnx")
+    data = corrupt_bytes(draw, (valid / "bundle/model.onnx").read_bytes())
     tensor, node = one_of(draw, *model.graph.initializer), one_of(draw, *model.graph.node)
-    if change == "dims":
-        tensor.ClearField("dims")
-        tensor.dims.extend([one_of(draw, -1, 0, 2**31, 2**62) for _ in range(3)])
-    elif change == "type":
+    place = one_of(draw, "bytes", "bytes", "dims", "data_type", "op_type", "version")
+    if place == "dims":
+        tensor.dims[:] = [one_of(draw, -1, 0, 2**31, 2**62) for _ in range(3)]
+    elif place == "data_type":
         tensor.data_type = one_of(draw, *range(40))
-    elif change == "operator":
+    elif place == "op_type":
         node.op_type = one_of(draw, "Loop", "If", "", "é", "Conv", "PyFunc")
-    elif change == "opset":
+    elif place == "version":
         model.opset_import[0].version = one_of(draw, 0, 1, 99, 2**40)
-    data = source.read_bytes()
-    path.write_bytes(corrupt_bytes(draw, data) if change == "bytes" else model.SerializeToString())
-    build = partial(has_external_weights, path, BuildOptions())
-    return one_of(draw, command("inspect", path), build)
+    path.write_bytes(data if place == "bytes" else model.SerializeToString())
+    return path
 
 
-def image(draw: Draw, valid: Path, folder: Path) -> Reader:
-    """Corrupt an image of seven formats, or replace it by PostScript; read as all commands do."""
-    from van_deploy.data.images import open_image
-
+def image(draw: Draw, valid: Path, folder: Path) -> Path:
+    """Corrupt an image of seven formats, or replace it by PostScript."""
     source = one_of(draw, *sorted(valid.glob("image.*")))
     huge = b"P6 %d %d 255\n" % (one_of(draw, 2**16, 2**31), 2**16)  # without pixel data
     data, path = corrupt_bytes(draw, source.read_bytes()), folder / source.name
     # Pillow would pass PostScript to Ghostscript, whatever the file name is.
     path.write_bytes(one_of(draw, data, data, data, data, huge, POSTSCRIPT))
-    return lambda: open_image(path)
+    return path
 
 
-# Share of all cases in thousandths, description of the corruption, and the corruption.
-KINDS: dict[str, tuple[int, str, Corruption]] = {
-    "checkpoint": (250, "archives, tensors, headers, malicious pickles", checkpoint),
-    "onnx": (150, "bytes, shapes, types, operators", onnx_file),
-    "repository": (40, "JSON files of a hub repository", partial(document, "config preprocessor")),
-    "manifest": (130, "manifest of a bundle", partial(document, "manifest")),
-    "recipe": (80, "recipes", partial(settings_file, "recipe")),
-    "calibration": (50, "calibration sets", partial(settings_file, "calibration")),
-    "sidecar": (60, "sidecars of engines, most with a valid digest", partial(document, "sidecar")),
-    "image": (100, "seven formats, and PostScript with their names", image),
-    "signature": (30, "signatures and keys", partial(document, "signature key")),
+READERS = (
+    *("info {it}/bundle", "inspect {it}/bundle", "report {it}/bundle"),
+    "package triton {it}/bundle --output {it}/out",
+    "predict {it}/bundle {it}/bundle/golden/0.png",
+)
+VERIFY = "verify-signature {it}/bundle --public-key {it}/key.pub"
+# Share of all cases in thousandths, description, a function that corrupts one of the valid files in
+# the first folder into the second one (or folder and patterns of documents), and readers: functions
+# of the corrupt file's path, and commands, where {it} is the copied folder of a document.
+KINDS: dict[str, tuple[Any, ...]] = {
+    "checkpoint": (250, "archives, tensors, headers, malicious pickles", checkpoint, "info {path}"),
+    "onnx": (150, "bytes, shapes, types, operators", onnx_file, "inspect {path}", read_as_build),
+    "repository": (40, "JSON files of a hub repository", "hub *.json", "info {it}"),
+    "manifest": (130, "manifest of a bundle", "signed */manifest.json", *READERS),
+    "recipe": (80, "recipes", "recipe all.toml", read_recipe),
+    "calibration": (50, "calibration sets", "calibration *.toml", read_calibration_set),
+    "sidecar": (
+        *(60, "sidecars of engines, most with a valid digest"),
+        *("signed */engines/*.json", "inspect {plan}"),
+    ),
+    "image": (100, "seven formats, and PostScript with their names", image, open_image),
+    "signature": (30, "signatures and keys", "signed */*.sig key.pub", VERIFY),
 }

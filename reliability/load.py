@@ -5,23 +5,30 @@ The server is a separate process; its clients compare every response.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import itertools
 import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from reliability.outcome import Outcome
 from van_deploy.bundle import Bundle
 from van_deploy.data.samples import verification_images
 from van_deploy.runners.network import Network
@@ -33,8 +40,12 @@ CLIENTS, KILLS = 64, 5
 FLAT = 1.1  # largest ratio of the memory of the large run to that of the small run
 TOLERANCE = 1e-4  # of the largest logit: the limit of FP32 artifacts everywhere
 RETRY_S = 0.05
+HEAD_LENGTH = "Inference-Header-Content-Length"
 QUIET = subprocess.DEVNULL
+FAST = "--no-equalize --no-bias-correction --force"
 VAN_DEPLOY = (sys.executable, "-m", "van_deploy")
+# Path, headers, bodies with one image each in the binary protocol, and their expected logits.
+Requests = tuple[str, dict[str, str], list[bytes], npt.NDArray[np.float32]]
 
 
 @dataclass
@@ -56,16 +67,6 @@ class LoadResult:
     worst: float = 0.0
 
 
-@dataclass(frozen=True)
-class Requests:
-    """Requests with one image in the binary protocol, and their expected logits."""
-
-    path: str
-    head: bytes
-    rows: list[bytes]
-    expected: npt.NDArray[np.float32]
-
-
 def run_export(folder: Path, *options: str) -> Path:
     """Export a bundle with uint8 artifacts, and return its folder."""
     command = [*VAN_DEPLOY, "export", *options, "--embed-preprocess", "uint8", "-o", str(folder)]
@@ -73,24 +74,35 @@ def run_export(folder: Path, *options: str) -> Path:
     return folder
 
 
-def start_server(
+@contextlib.contextmanager
+def run_server(
     bundle: Path, *options: str, port: int = 0, log: Path | None = None
-) -> tuple[subprocess.Popen[str], str]:
-    """Start a server, and return its process and URL.
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve a bundle inside the block; yield the process and its URL.
 
     Raises:
-        RuntimeError: the server did not start.
+        ValueError: the server did not start.
     """
     command = [*VAN_DEPLOY, "serve", str(bundle), "--json", "--port", str(port), *options]
-    errors = log.open("w", encoding="utf-8") if log else QUIET
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-    text = ""
-    while not text.endswith("}\n"):
-        line = server.stdout.readline() if server.stdout else ""
-        if not line:
-            raise RuntimeError(f"the server did not start: code {server.wait()}")
-        text += line
-    return server, str(json.loads(text)["url"])
+    pipes: Any = {"stdout": subprocess.PIPE, "text": True}
+    with (
+        open(log or os.devnull, "w", encoding="utf-8") as errors,
+        subprocess.Popen(command, stderr=errors, **pipes) as server,
+    ):
+        try:
+            lines = itertools.takewhile(lambda line: line != "}\n", server.stdout or ())
+            yield server, str(json.loads("".join(lines) + "}")["url"])
+        finally:
+            server.terminate()
+
+
+STARTED: list[Any] = []
+
+
+def start_server(bundle: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    """Start a server, and return its process and URL; use :func:`run_server` instead."""
+    STARTED.append(run_server(bundle, *options))
+    return STARTED[-1].__enter__()
 
 
 def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
@@ -100,13 +112,13 @@ def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
         images = verification_images(bundle.name, network.preprocessing, count, None)
         inputs, spec = network.prepare(images.values), network.input
         expected = [network.run(inputs[i : i + 1])["logits"] for i in range(count)]
-    rows = [row.tobytes() for row in inputs]
     tensor = {"name": spec.name, "shape": [1, *spec.shape], "datatype": DATATYPES[spec.dtype]}
+    tensor["parameters"] = {"binary_data_size": inputs[0].nbytes}
     outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
-    size = {"parameters": {"binary_data_size": len(rows[0])}}
-    head = json.dumps({"inputs": [{**tensor, **size}], "outputs": outputs}).encode()
+    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
     path = f"/v2/models/{served_name(bundle, artifact)}/infer"
-    return Requests(path, head, rows, np.concatenate(expected))
+    bodies = [head + row.tobytes() for row in inputs]
+    return path, {HEAD_LENGTH: str(len(head))}, bodies, np.concatenate(expected)
 
 
 def send_requests(
@@ -122,19 +134,16 @@ def send_requests(
         clients: number of clients, each with its own connection.
         retry: whether a client repeats a request until it is answered.
     """
-    numbers = iter(range(count))
-    length = "Inference-Header-Content-Length"
-    headers = {length: str(len(requests.head))}
+    numbers, (path, headers, bodies, expected) = iter(range(count)), requests
 
     def client(_: int) -> None:
         connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=120)
         for number in numbers:
-            index, status, pending = number % len(requests.rows), 0, True
+            index, status, pending = number % len(bodies), 0, True
             while pending:
                 start = time.perf_counter()
                 try:
-                    body = requests.head + requests.rows[index]
-                    connection.request("POST", requests.path, body, headers)
+                    connection.request("POST", path, bodies[index], headers)
                     response = connection.getresponse()
                     status, content = response.status, response.read()
                 except (OSError, http.client.HTTPException):
@@ -145,9 +154,8 @@ def send_requests(
                 time.sleep(RETRY_S * pending)
             result.latencies_ms.append(1e3 * (time.perf_counter() - start))
             if status == 200:
-                tail, expected = content[int(response.headers[length]) :], requests.expected[index]
-                difference = np.abs(np.frombuffer(tail, np.float32) - expected).max()
-                difference /= np.abs(expected).max()
+                logits = np.frombuffer(content[int(response.headers[HEAD_LENGTH]) :], np.float32)
+                difference = np.abs(logits - expected[index]).max() / np.abs(expected[index]).max()
                 result.answered += 1
                 result.worst = max(result.worst, float(difference))
                 result.wrong += not difference <= TOLERANCE
@@ -156,80 +164,67 @@ def send_requests(
         list(pool.map(client, range(clients)))
 
 
-def table(count: int | None) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, one row for each load test, and the failed ones.
-
-    Args:
-        count: number of images and of requests; None for 50,000 and 10,000.
-    """
-    with tempfile.TemporaryDirectory(prefix="van-deploy-load-") as name:
-        bundle = run_export(Path(name) / "bundle", "van_digits")
-        rows = evaluate_and_quantize(Path(name), bundle, count or IMAGES)
-        rows.append(kill_server_under_load(bundle, count or REQUESTS))
-    faults = [" | ".join(row) for row in rows if row[3] != "yes"]
-    return ["load", "amount", "result", "passed"], rows, faults
+def peak_mb(*words: object) -> float:
+    """Return the peak memory of a command; infinite where it failed."""
+    process = subprocess.Popen([*VAN_DEPLOY, *map(str, words)], stdout=QUIET, stderr=QUIET)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    # Exit code 1, a failed gate, is expected.
+    return usage.ru_maxrss * 1024e-6 if process.returncode <= 1 else math.inf
 
 
-def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> list[list[str]]:
-    """Return the peak memory of two commands on ``count`` noise images and on a few of them."""
-    selection, rng, few = folder / "images.toml", np.random.default_rng(0), count // FEW
-    fast = ("--method", "minmax", "--no-equalize", "--no-bias-correction", "--force")
+def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> Iterator[Outcome]:
+    """Compare the peak memory of two commands on ``count`` noise images with that on a few."""
+    selection, rng, few = folder / "set.toml", np.random.default_rng(0), count // FEW
     for number in range(count):
         label = folder / ("few" if number < few else "more") / str(number % 10)
         label.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (32, 32), np.uint8)
         Image.fromarray(pixels).save(label / f"{number}.png", compress_level=0)
-
-    def peak(command: str, more: tuple[str, ...], images: str, number: int) -> float:
-        """Return the peak memory of a command in MB; infinite where it failed."""
-        selection.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
-        arguments = [*VAN_DEPLOY, command, str(bundle), *more, "--images", str(folder / images)]
-        process = subprocess.Popen(arguments, stdout=QUIET, stderr=QUIET)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        # Exit code 1, a failed gate, is expected.
-        return usage.ru_maxrss * 1024e-6 if process.returncode <= 1 else math.inf
-
-    rows = []
     for command, more in (
-        ("evaluate", ("--artifact", "fp32")),
-        ("quantize", ("--precision", "int8", "--calibration", str(selection), *fast)),
+        ("evaluate", "--artifact fp32"),
+        ("quantize", f"--precision int8 --calibration {selection} --method minmax {FAST}"),
     ):
-        small, start = peak(command, more, "few", few), time.monotonic()
-        large = peak(command, more, "more", count - few)
-        amount = f"{count:,} images, {time.monotonic() - start:.0f} s"
-        passed = "yes" if large <= FLAT * small < math.inf else "NO"
-        detail = f"peak {large:.0f} MB, {small:.0f} MB for {few:,}"
-        rows.append([f"`{command}` on generated images", amount, detail, passed])
-    return rows
+        words = (command, bundle, *more.split(), "--images")
+        selection.write_text(f"[images]\ncount = {few}\n", encoding="utf-8")
+        small = peak_mb(*words, folder / "few")
+        selection.write_text(f"[images]\ncount = {count - few}\n", encoding="utf-8")
+        large = peak_mb(*words, folder / "more")
+        text = f"peak {large:.0f} MB, {small:.0f} MB for {few:,}"
+        failure = "" if large <= FLAT * small < math.inf else text
+        yield Outcome(f"`{command}` on generated images", text, failure, count)
 
 
-def kill_server_under_load(bundle: Path, count: int) -> list[str]:
-    """Return the result of requests to a server that is killed five times and restarted.
+def kill_server_under_load(bundle: Path, count: int) -> Outcome:
+    """Send requests to a server that is killed five times and restarted.
 
     Every client repeats its request until it is answered; every response is compared.
     """
     options = ("--artifact", "fp32-uint8", "--threads", "1", "--no-compare")
     requests, rng = infer_requests(bundle, "fp32-uint8", 16), random.Random(0)
-    server, url = start_server(bundle, *options)
-    port, kills, result = int(url.rsplit(":", 1)[1]), 0, LoadResult()
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            sending = pool.submit(send_requests, url, requests, result, count, CLIENTS, retry=True)
-            while kills < KILLS and not sending.done():
-                threshold = count * (kills + rng.random()) / (KILLS + 1)
+    result, kills, all_requests = LoadResult(), 0, (count, CLIENTS, True)
+    thresholds = [count * (number + rng.random()) / (KILLS + 1) for number in range(KILLS)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with ThreadPoolExecutor(1) as pool:
+        url = f"http://127.0.0.1:{port}"
+        sending = pool.submit(send_requests, url, requests, result, *all_requests)
+        for threshold in (*thresholds, math.inf):
+            with run_server(bundle, *options, port=port) as (server, _):
                 while result.answered < threshold and not sending.done():
                     time.sleep(0.01)
+                kills += not sending.done()
                 server.kill()
-                server.wait()
-                server, _ = start_server(bundle, *options, port=port)
-                kills += 1
-            sending.result()
-    finally:
-        server.terminate()
-        server.wait()
-    load = f"`serve` under {CLIENTS} clients, killed {kills} times and restarted"
-    passed = result.answered == count and not result.wrong and kills == KILLS
+        sending.result()
+    what = f"`serve` under {CLIENTS} clients, killed {kills} times and restarted"
     correct = result.answered - result.wrong
-    detail = f"{correct:,} correct, {result.wrong} wrong; {result.retries} retries"
-    return [load, f"{count:,} requests", detail, "yes" if passed else "NO"]
+    text = f"{correct:,} correct, {result.wrong} wrong; {result.retries} retries"
+    return Outcome(what, text, "" if (correct, kills) == (count, KILLS) else text, count)
+
+
+def run(options: Namespace) -> Iterator[Outcome]:
+    """Run the load tests."""
+    with tempfile.TemporaryDirectory(prefix="van-deploy-load-") as name:
+        bundle = run_export(Path(name) / "bundle", "van_digits")
+        yield from evaluate_and_quantize(Path(name), bundle, options.count or IMAGES)
+        yield kill_server_under_load(bundle, options.count or REQUESTS)

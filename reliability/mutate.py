@@ -4,8 +4,8 @@
     python -m reliability.mutate --tree ../old --count 60 # another checkout, with its own tests
     python -m reliability.mutate --area gates --output rows.jsonl   # existing rows are kept
 
-Mutants are drawn with a fixed seed, the same number in each area. The tests of the mutated package
-run in a copy of the tree, the tests of the mutated file first; tests marked ``slow`` do not run.
+Mutants are drawn with a fixed seed, the same number in each area. The area's tests run in a copy of
+the tree, those of the mutated file first; tests marked ``slow`` do not run.
 """
 
 from __future__ import annotations
@@ -23,32 +23,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parent.parent
-SEED = 15
-TIMEOUT_S = 900
-PYTEST = ("-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider")
-
-# Files under ``van_deploy/`` that decide whether an artifact is correct.
+SEED, TIMEOUT_S = 15, 900
+PYTEST = ("-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", "-m", "not slow and not gpu")
+IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist")
+# The files under van_deploy/ that decide whether an artifact is correct, and further files whose
+# tests should notice a fault in them; the tests of a/b.py are in tests/a/test_b.py.
 AREAS = {
-    "gates": ("checks/*.py", "metrics.py", "intervals.py", "api.py"),
-    "fold": ("graph/*.py",),
-    "precision": ("precision/*.py",),
-    "labels": ("data/*.py", "images/*.py"),
-    "bundle": ("bundle/*.py", "files.py", "manifest.py", "signing.py"),
-    "engine": ("engine/*.py",),
-}
-# Tests outside ``tests/<package>/`` that should detect a fault in a package.
-FURTHER_TESTS = {
-    "checks": ("cli/test_gates*.py",),
-    "data": ("cli/test_gates*.py", "precision/*.py"),
-    "precision": ("cli/test_quantize.py",),
-    "engine": ("cli/test_build.py", "runners/*.py"),
-    "graph": ("test_pipeline.py",),
-    "bundle": ("test_signing.py", "test_pipeline.py"),
-    "": ("test_*.py", "bundle/*.py", "checks/*.py", "cli/test_gates.py"),
+    "gates": ("checks/*.py metrics.py intervals.py api.py", "cli/gates*.py pipeline.py"),
+    "fold": ("graph/*.py", "pipeline.py"),
+    "precision": ("precision/*.py", "cli/quantize.py"),
+    "labels": ("data/*.py images/*.py", "cli/gates*.py precision/*.py"),
+    "bundle": ("bundle/*.py files.py manifest.py signing.py", "bundle.py pipeline.py *.py"),
+    "engine": ("engine/*.py", "cli/build.py runners/*.py"),
 }
 PAIRS: tuple[tuple[type[ast.AST], type[ast.AST]], ...] = (
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.In, ast.NotIn)),
@@ -56,10 +47,11 @@ PAIRS: tuple[tuple[type[ast.AST], type[ast.AST]], ...] = (
 )
 OPERATORS = {old: new for pair in PAIRS for old, new in (pair, pair[::-1])}
 FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
+# Of messages and types: a change there is no fault.
+SKIPPED_FIELDS = {"exc", "cause", "returns", "decorator_list", "annotation"}
 
 
-@dataclass(frozen=True, order=True)
-class Mutant:
+class Mutant(NamedTuple):
     """One fault.
 
     Attributes:
@@ -68,7 +60,8 @@ class Mutant:
         line: of the changed code.
         before: the original code, as ``ast.unparse`` writes it.
         after: its replacement.
-        node: index of the node in the order of ``ast.walk``.
+        start: the first byte of the code in the file.
+        end: the first byte after it.
     """
 
     area: str
@@ -76,7 +69,8 @@ class Mutant:
     line: int
     before: str
     after: str
-    node: int
+    start: int
+    end: int
 
 
 def mutate_node(node: ast.AST) -> ast.AST | None:
@@ -87,124 +81,86 @@ def mutate_node(node: ast.AST) -> ast.AST | None:
     elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OPERATORS:
         node.op = OPERATORS[type(node.op)]()  # type: ignore[assignment]
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        node = ast.Constant(node.value + 1)  # type: ignore[operator]
+        node.value += 1  # type: ignore[operator]
     elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in FUNCTIONS:
         node.func.id = FUNCTIONS[node.func.id]  # type: ignore[attr-defined]
     elif isinstance(node, ast.IfExp):
         node.test = ast.UnaryOp(ast.Not(), node.test)
-    elif isinstance(node, ast.Raise | ast.AugAssign):
-        return ast.Pass()
     else:
-        return None
-    return ast.fix_missing_locations(node)
+        return ast.Pass() if isinstance(node, ast.Raise | ast.AugAssign) else None
+    return node
 
 
-def _excluded_nodes(module: ast.Module) -> set[int]:
-    """Return the ids of nodes whose change is no fault: messages, types, module level."""
-    definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    excluded: list[ast.AST | None] = [n for n in module.body if not isinstance(n, definitions)]
-    for node in ast.walk(module):
-        if isinstance(node, ast.JoinedStr):
-            excluded.append(node)
-        elif isinstance(node, ast.Raise):
-            excluded += [node.exc, node.cause]
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            excluded += [node.args, node.returns, *node.decorator_list]
-        elif isinstance(node, ast.AnnAssign):
-            excluded.append(node.annotation)
-    return {id(child) for node in excluded if node for child in ast.walk(node)}
-
-
-def mutants_of(source: str, area: str, file: str) -> Iterator[Mutant]:
+def mutants_of(source: bytes, area: str, file: str) -> Iterator[Mutant]:
     """Yield all mutants of a module's functions."""
-    module = ast.parse(source)
-    excluded = _excluded_nodes(module)
-    for index, node in enumerate(ast.walk(module)):
-        new = None if id(node) in excluded else mutate_node(node)
-        if new is not None:
-            line = getattr(node, "lineno", 0)
-            yield Mutant(area, file, line, ast.unparse(node), ast.unparse(new), index)
-
-
-def mutated_source(source: str, mutant: Mutant) -> str:
-    """Return a module's source with the mutant applied."""
-    module = ast.parse(source)
-    target = list(ast.walk(module))[mutant.node]
-
-    class Replace(ast.NodeTransformer):
-        def visit(self, node: ast.AST) -> ast.AST:
-            return (mutate_node(node) or node) if node is target else self.generic_visit(node)
-
-    return ast.unparse(Replace().visit(module)) + "\n"
+    starts = [0, *accumulate(map(len, source.splitlines(keepends=True)))]
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    nodes: list[ast.AST] = [n for n in ast.parse(source).body if isinstance(n, definitions)]
+    for node in nodes:  # grows by the inner nodes
+        for name, value in () if isinstance(node, ast.JoinedStr) else ast.iter_fields(node):
+            inner = [] if name in SKIPPED_FIELDS else value if isinstance(value, list) else [value]
+            nodes += [n for n in inner if isinstance(n, ast.AST) and type(n) is not ast.arguments]
+        new = mutate_node(node)
+        if new is not None and isinstance(node, ast.expr | ast.stmt):
+            first, last = node.lineno - 1, (node.end_lineno or 0) - 1
+            place = (starts[first] + node.col_offset, starts[last] + (node.end_col_offset or 0))
+            yield Mutant(area, file, node.lineno, ast.unparse(node), ast.unparse(new), *place)
 
 
 def draw_mutants(tree: Path, count: int) -> list[Mutant]:
     """Return ``count`` mutants of a tree, the same number in each area; deterministic."""
     drawn, package = list[Mutant](), tree / "van_deploy"
-    for number, (area, patterns) in enumerate(AREAS.items()):
-        files = [path for pattern in patterns for path in sorted(package.glob(pattern))]
+    for number, (area, (patterns, _)) in enumerate(AREAS.items()):
         mutants = [
             mutant
-            for path in files
-            for mutant in mutants_of(
-                path.read_text("utf-8"), area, path.relative_to(package).as_posix()
-            )
+            for pattern in patterns.split()
+            for path in sorted(package.glob(pattern))
+            for mutant in mutants_of(path.read_bytes(), area, str(path.relative_to(package)))
         ]
-        rng = random.Random(f"{SEED} {area}")
-        drawn += rng.sample(mutants, (count - len(drawn)) // (len(AREAS) - number))
+        share = (count - len(drawn)) // (len(AREAS) - number)
+        drawn += random.Random(f"{SEED} {area}").sample(mutants, share)
     return drawn
 
 
-class TreeCopy:
-    """A copy of a tree in which the tests run against one mutant at a time."""
+def run_pytest(python: Path, tree: Path, *words: str) -> tuple[int, list[str]]:
+    """Run tests in a tree; return the exit code and the tests that failed."""
+    own = {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    options: Any = {"capture_output": True, "text": True, "env": {**os.environ, **own}}
+    command = [str(python), "-m", "pytest", *PYTEST, *words]
+    done = subprocess.run(command, cwd=tree, timeout=TIMEOUT_S, check=False, **options)
+    return done.returncode, re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
 
-    def __init__(self, tree: Path, folder: Path) -> None:
-        """Copy ``tree`` into ``folder`` without the files of git and tools."""
-        self.tree, self.path = tree, folder / "tree"
-        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "dist")
-        shutil.copytree(tree, self.path, ignore=ignored)
-        self._failing: dict[str, list[str]] = {}
 
-    def test(self, mutant: Mutant) -> tuple[str, str, float]:
-        """Return ``killed`` or ``survived``, the test that failed, and the seconds."""
-        target, start = self.path / "van_deploy" / mutant.file, time.monotonic()
-        package = mutant.file.rpartition("/")[0].split("/")[0]
-        tests = self._tests(package, Path(mutant.file).stem)
-        if package not in self._failing:  # tests that fail without a mutant are not used
-            self._failing[package] = self._pytest(*tests)[1]
-        original = target.read_text("utf-8")
-        target.write_text(mutated_source(original, mutant), "utf-8")
-        try:
-            deselected = [f"--deselect={test}" for test in self._failing[package]]
-            code, failed = self._pytest("-x", *deselected, *tests)
-            failure = (failed or [f"pytest exited with {code}"])[0]
-        except subprocess.TimeoutExpired:
-            code, failure = 1, f"timeout of {TIMEOUT_S} s"
-        finally:
-            target.write_text(original, "utf-8")
-        seconds = round(time.monotonic() - start, 1)
-        return ("killed", failure, seconds) if code else ("survived", "", seconds)
+def test_mutant(
+    mutant: Mutant, python: Path, tree: Path, failing: dict[str, list[str]]
+) -> tuple[str, str]:
+    """Return ``killed`` or ``survived``, and the test that failed.
 
-    def _tests(self, package: str, stem: str) -> list[str]:
-        tests = self.path / "tests"
-        paths = [tests / package / f"test_{stem}.py", tests / f"test_{package or stem}.py"]
-        paths += sorted((tests / package).glob("test_*.py")) if package else []
-        for pattern in FURTHER_TESTS.get(package, ()):
-            paths += sorted(tests.glob(pattern))
-        existing = [p.relative_to(self.path).as_posix() for p in paths if p.is_file()]
-        return list(dict.fromkeys(existing))
-
-    def _pytest(self, *args: str) -> tuple[int, list[str]]:
-        done = subprocess.run(
-            [str(self.tree / ".venv/bin/python"), *PYTEST, "-m", "not slow and not gpu", *args],
-            cwd=self.path,
-            env={**os.environ, "PYTHONPATH": str(self.path), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=TIMEOUT_S,
-        )
-        return done.returncode, re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+    Args:
+        mutant: the fault.
+        python: runs the tests.
+        tree: the copy in which the fault is put.
+        failing: by area, the tests that fail without a mutant, which are not used; is extended.
+    """
+    target, found = tree / "van_deploy" / mutant.file, list[Path]()
+    for pattern in " ".join(AREAS[mutant.area]).split():
+        folder, _, name = f"tests/{pattern}".rpartition("/")
+        found += sorted(tree.glob(f"{folder}/test_{name}"))
+    found.sort(key=lambda path: path.stem != f"test_{target.stem}")
+    tests = [str(path) for path in dict.fromkeys(found)]
+    if mutant.area not in failing:
+        failing[mutant.area] = run_pytest(python, tree, *tests)[1]
+    deselected = [f"--deselect={test}" for test in failing[mutant.area]]
+    original, code = target.read_bytes(), mutant.after.encode()
+    target.write_bytes(original[: mutant.start] + code + original[mutant.end :])
+    try:
+        status, failed = run_pytest(python, tree, "-x", *deselected, *tests)
+    except subprocess.TimeoutExpired:
+        status, failed = 1, [f"timeout of {TIMEOUT_S} s"]
+    finally:
+        target.write_bytes(original)
+    failure = [*failed, f"pytest exited with {status}"][0]
+    return ("killed", failure) if status else ("survived", "")
 
 
 def main() -> int:
@@ -215,25 +171,29 @@ def main() -> int:
     parser.add_argument("--area", choices=list(AREAS), help="one area only")
     parser.add_argument("--output", type=Path, help="JSON lines; existing rows are kept")
     args = parser.parse_args()
-    rows = []
+    rows, failing, python = [], dict[str, list[str]](), args.tree.resolve() / ".venv/bin/python"
     if args.output and args.output.exists():
         rows = [json.loads(line) for line in args.output.read_text("utf-8").splitlines()]
-    tested = [Mutant(**row["mutant"]) for row in rows]
     with tempfile.TemporaryDirectory() as folder:
-        tree = TreeCopy(args.tree.resolve(), Path(folder))
-        for mutant in draw_mutants(tree.tree, args.count):
-            if mutant in tested or args.area not in {None, mutant.area}:
+        tree = Path(shutil.copytree(args.tree, Path(folder) / "tree", ignore=IGNORED))
+        for mutant in draw_mutants(tree, args.count):
+            drawn = mutant._asdict()
+            tested = any(drawn.items() <= row.items() for row in rows)
+            if tested or args.area not in {None, mutant.area}:
                 continue
-            outcome, test, seconds = tree.test(mutant)
-            row = {"mutant": asdict(mutant), "outcome": outcome, "by": test, "seconds": seconds}
-            rows.append(row)
+            start = time.monotonic()
+            outcome, test = test_mutant(mutant, python, tree, failing)
+            seconds = round(time.monotonic() - start, 1)
+            rows.append({**drawn, "outcome": outcome, "by": test, "seconds": seconds})
             if args.output:
                 with args.output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            sys.stderr.write(f"{outcome:9} {seconds:6.1f} s  {mutant.file}:{mutant.line}  {test}\n")
-    survived = [Mutant(**row["mutant"]) for row in rows if row["outcome"] == "survived"]
-    for mutant in survived:
-        print(f"survived: {mutant.file}:{mutant.line}: {mutant.before} -> {mutant.after}")
+                    file.write(json.dumps(rows[-1]) + "\n")
+            print(
+                "{outcome:9} {seconds:6.1f} s  {file}:{line}  {by}".format(**rows[-1]), flush=True
+            )
+    survived = [row for row in rows if row["outcome"] == "survived"]
+    for row in survived:
+        print("survived: {file}:{line}: {before} -> {after}".format(**row))
     print(f"{len(rows) - len(survived)} of {len(rows)} killed")
     return int(bool(survived))
 

@@ -12,17 +12,19 @@ import contextlib
 import json
 import re
 import socket
-import sys
 import tempfile
+from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from hypothesis import strategies as st
 
-from reliability.corruption import Draw, corrupt_bytes, corrupt_json, find_failure, one_of
-from reliability.load import run_export, start_server
+from reliability.corruption import Draw, corrupt_bytes, corrupt_document, find_failure, one_of
+from reliability.load import run_export, run_server
+from reliability.outcome import Outcome
 
 TOTAL, MAX_CONNECTIONS, MEAN_CONNECTIONS = 10_000, 64, 48  # requests in all, connections of a case
 SILENCE_S = 1.0  # without a response the request is incomplete
@@ -44,43 +46,39 @@ PATHS = (
 
 
 def draw_request(draw: Draw, image: bytes) -> bytes:
-    """Draw one request."""
-    kind = one_of(draw, "json", "binary", "image", "get")
-    headers = {"Host": "x", "Connection": one_of(draw, "close", "keep-alive")}
-    path, method, body = "/predict", "POST", image
+    """Draw one request: an image, tensors in JSON or binary, or none, with corruptions."""
+    kind, rows = one_of(draw, "json", "binary", "image", "get"), one_of(draw, 1, 2, 8, 9, 0)
+    tail = bytes(rows * ROW) if kind == "binary" else b""
     if kind == "get":
-        path, method, body = one_of(draw, *PATHS), "GET", b""
+        method, path, body = "GET", one_of(draw, *PATHS), b""
     elif kind == "image":
+        method, path = "POST", "/predict"
         body = corrupt_bytes(draw, image) if draw(st.booleans()) else image
     else:
-        path, rows = f"/v2/models/{NAME}/infer", one_of(draw, 1, 2, 8, 9, 0)
-        tail = bytes(rows * ROW) if kind == "binary" else b""
         values = {"parameters": {"binary_data_size": len(tail)}} if tail else {"data": [7] * ROW}
         tensor = {"name": "pixels", "datatype": "UINT8", "shape": [rows, 64, 64, 3], **values}
         outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
-        document = {"id": "1", "inputs": [tensor], "outputs": outputs}
-        head = json.dumps(corrupt_json(draw, document) if draw(st.booleans()) else document)
-        headers |= {"Inference-Header-Content-Length": str(len(head))} if tail else {}
-        body = head.encode() + tail
-    headers["Content-Length"] = str(len(body))
-    if one_of(draw, True, False, False):
-        headers[one_of(draw, *HEADERS)] = one_of(draw, *VALUES)
-    if one_of(draw, True, False, False, False):
+        head = json.dumps({"id": "1", "inputs": [tensor], "outputs": outputs}).encode()
+        head = corrupt_document(draw, head) if draw(st.booleans()) else head
+        method, path, body = "POST", f"/v2/models/{NAME}/infer", head + tail
+    if one_of(draw, True, False, False, False, False):
         method, path = one_of(draw, "GET", "HEAD", "PUT", "\x80", "CONNECT"), one_of(draw, *PATHS)
-    version = one_of(draw, "1.1", "1.1", "1.0", "3.0")
-    lines = [f"{method} {path} HTTP/{version}", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [f"{method} {path} HTTP/{one_of(draw, '1.1', '1.1', '1.0', '3.0')}", "Host: x"]
+    lines += [f"Connection: {one_of(draw, 'close', 'keep-alive')}", f"Content-Length: {len(body)}"]
+    lines += [f"Inference-Header-Content-Length: {len(body) - len(tail)}"] if tail else []
+    if one_of(draw, True, False, False):
+        index = draw(st.integers(1, len(lines)))
+        lines[index : index + 1] = [f"{one_of(draw, *HEADERS)}: {one_of(draw, *VALUES)}"]
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
-def draw_connections(draw: Draw, image: bytes) -> list[bytes]:
-    """Draw the data of some connections."""
-    connections = []
-    for _ in range(draw(st.integers(MAX_CONNECTIONS // 2, MAX_CONNECTIONS))):
-        raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
-        mutation = one_of(draw, "whole", "whole", "whole", "corrupt", "cut")
-        raw = corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "corrupt" else raw
-        connections.append(raw[: draw(st.integers(0, len(raw)))] if mutation == "cut" else raw)
-    return connections
+def draw_connection(draw: Draw, image: bytes) -> bytes:
+    """Draw the data of one connection: one or two requests, whole, corrupt or cut."""
+    raw = b"".join(draw_request(draw, image) for _ in range(one_of(draw, 1, 1, 1, 2)))
+    mutation = one_of(draw, "whole", "whole", "whole", "corrupt", "cut")
+    if mutation == "cut":
+        return raw[: draw(st.integers(0, len(raw)))]
+    return corrupt_bytes(draw, raw[:600]) + raw[600:] if mutation == "corrupt" else raw
 
 
 def send(address: tuple[str, int], raw: bytes) -> list[int]:
@@ -100,7 +98,8 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
     address, statuses = (host, int(port)), Counter[int]()
 
     def case(draw: Draw) -> None:
-        sent = draw_connections(draw, image)
+        count = draw(st.integers(MAX_CONNECTIONS // 2, MAX_CONNECTIONS))
+        sent = [draw_connection(draw, image) for _ in range(count)]
         for raw, codes in zip(sent, pool.map(partial(send, address), sent), strict=True):
             statuses.update(codes or [0])
             wrong = [code for code in codes if code // 100 not in {1, 2, 4} and code != 503]
@@ -113,21 +112,17 @@ def fuzz_requests(url: str, seed: int, count: int, image: bytes) -> tuple[Counte
     return statuses, faults
 
 
-def table(count: int | None, seed: int = 0) -> tuple[list[str], list[list[str]], list[str]]:
-    """Return the columns, one row for each status, and the faults."""
+def run(options: Namespace) -> Iterator[Outcome]:
+    """Fuzz a server of its own."""
+    flags = ("--threads", "1", "--read-timeout-s", "0.5")
     with tempfile.TemporaryDirectory(prefix="van-deploy-requests-") as name:
         bundle, log = run_export(Path(name) / "bundle", "van_digits"), Path(name) / "log"
-        server, url = start_server(bundle, "--threads", "1", "--read-timeout-s", "0.5", log=log)
         image = (bundle / "golden/0.png").read_bytes()
-        try:
-            statuses, faults = fuzz_requests(url, seed, count or TOTAL, image)
-        finally:
-            server.terminate()
-            code = server.wait(60)
-        log_text = log.read_text(encoding="utf-8")
-    faults += ["a traceback in the log"] * ("raceback" in log_text)
-    faults += [f"the server ended with {code}"] * (code != 0)
-    if faults:
-        print(log_text[-3000:], file=sys.stderr)
-    rows = [[str(code) if code else "none", str(n)] for code, n in sorted(statuses.items())]
-    return ["status", "responses"], rows, faults
+        with run_server(bundle, *flags, log=log) as (server, url):
+            statuses, faults = fuzz_requests(url, options.seed, options.count or TOTAL, image)
+        text, what = log.read_text(encoding="utf-8"), "mutated requests"
+    if "raceback" in text or server.returncode:
+        faults.append(f"the server ended with {server.returncode}: {text[-3000:]}")
+    for code, count in sorted(statuses.items()):
+        yield Outcome(what, f"status {code}" if code else "no response", count=count)
+    yield from (Outcome(what, "failed", fault, 0) for fault in faults)

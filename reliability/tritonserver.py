@@ -19,10 +19,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -31,8 +30,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 LOAD_S = 120
 
 
-@dataclass(frozen=True)
-class TritonServer:
+class TritonServer(NamedTuple):
     """A server that is running or has exited.
 
     Attributes:
@@ -66,31 +64,23 @@ def install_tritonserver() -> Path:
     folder = cache / WHEEL.replace("==", "-")
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=cache) as scratch:
-        if folder.is_dir():
-            return folder
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"pip cannot get {WHEEL}: {done.stderr.strip()[-300:]}")
-        (wheel,) = Path(scratch).glob("*.whl")
-        unpacked = Path(scratch) / "unpacked"
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unpacked)
-        server = unpacked / "pytriton/tritonserver"
-        for program in (server / "bin/tritonserver", *server.glob("python_backend_stubs/*/*")):
-            program.chmod(0o755)
-        os.replace(unpacked, folder)
+        if not folder.is_dir():
+            words = ("install", "-q", "--no-deps", "--no-compile", f"--target={scratch}/new")
+            command = [sys.executable, "-m", "pip", *words, WHEEL]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"pip cannot get {WHEEL}: {done.stderr.strip()[-300:]}")
+            os.replace(f"{scratch}/new", folder)
     return folder
 
 
 @contextlib.contextmanager
-def run_tritonserver(repository: Path, folder: Path, *, threads: int = 2) -> Iterator[TritonServer]:
+def run_tritonserver(repository: Path, folder: Path) -> Iterator[TritonServer]:
     """Serve a model repository inside the block, which starts when Triton is ready or has exited.
 
     Args:
         repository: the folder ``models/`` of a package.
         folder: a new folder for the log and the backends.
-        threads: HTTP threads.
 
     Raises:
         RuntimeError: the server cannot be downloaded, or is neither ready nor exits in time.
@@ -101,42 +91,35 @@ def run_tritonserver(repository: Path, folder: Path, *, threads: int = 2) -> Ite
     backends = Path(shutil.copytree(server / "backends", folder / "backends"))
     stub = server / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
     shutil.copy(stub, backends / "python")  # as in images, for their own Python version
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        http, grpc, metrics = (each.getsockname()[1] for each in free)
     command = [str(server / "bin/tritonserver"), f"--model-repository={repository}"]
     command += [f"--backend-directory={backends}", "--disable-auto-complete-config"]
-    for name, port in (("http", http), ("grpc", grpc), ("metrics", metrics)):
-        command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
-    libraries = [str(wheel / "nvidia_pytriton.libs")]
-    if not Path(f"/usr/lib/x86_64-linux-gnu/libpython{PYTHON}.so.1.0").exists():
-        libraries.append(str(sysconfig.get_config_var("LIBDIR")))
+    addresses, free = list[str](), contextlib.ExitStack()
+    for name in ("http", "grpc", "metrics"):
+        host, port = free.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()
+        command += [f"--{name}-address={host}", f"--{name}-port={port}"]
+        addresses.append(f"{host}:{port}")
+    free.close()
+    addresses[2] = f"http://{addresses[2]}/metrics"
+    libraries = f"{wheel}/nvidia_pytriton.libs:{sysconfig.get_config_var('LIBDIR')}"
     with (log := folder / "log").open("wb") as output:
-        process = subprocess.Popen(
-            [*command, f"--http-thread-count={threads}"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "LD_LIBRARY_PATH": ":".join(libraries)},
-            start_new_session=True,
-        )
-    addresses = (f"127.0.0.1:{http}", f"127.0.0.1:{grpc}", f"http://127.0.0.1:{metrics}/metrics")
+        streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
+        environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     triton, deadline = TritonServer(*addresses, log, process), time.monotonic() + LOAD_S
+    ready = f"http://{triton.http}/v2/health/ready"
     try:
         while process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                urllib.request.urlopen(f"http://{triton.http}/v2/health/ready", timeout=5).close()
+                urllib.request.urlopen(ready, timeout=5).close()
                 break
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"Triton is not ready after {LOAD_S} s:\n{triton.log_text()[-2000:]}"
-                )
+                raise RuntimeError(f"Triton is not ready: {triton.log_text()[-2000:]}")
             time.sleep(0.2)
         yield triton
     finally:
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(40)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(40)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the Python backend's own processes
         process.wait(10)

@@ -11,12 +11,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from supply_chain.pins import PINNED
 
 TIMEOUT_S = 300
+PIP_AUDIT = (
+    *(sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--format", "json"),
+    *("--progress-spinner", "off", "--timeout", "10"),
+)
 
 
 def summarize_audit(report: str, stderr: str, allow_offline: bool = False) -> tuple[int, list[str]]:
@@ -27,46 +30,39 @@ def summarize_audit(report: str, stderr: str, allow_offline: bool = False) -> tu
         stderr: pip-audit's error output.
         allow_offline: pass although no package was audited.
     """
-    try:
-        entries: Sequence[Mapping[str, Any]] = json.loads(report)["dependencies"]
-        reason = f"none of {len(entries)} packages is known to the service"
-    except (ValueError, KeyError, TypeError):
-        entries = []
-        reason = next(iter(stderr.strip().splitlines()[::-1]), "pip-audit wrote no report")
+    entries: list[dict[str, Any]] = json.loads(report)["dependencies"] if report else []
     audited = [entry for entry in entries if "vulns" in entry]
     if not audited:
-        status, hint = ("SKIPPED", "lets") if allow_offline else ("FAILED", "would let")
-        lines = [f"{status}: nothing was audited: {reason[:300]}"]
-        return int(not allow_offline), [*lines, f"--allow-offline {hint} this pass"]
+        errors = stderr.strip().splitlines() or ["pip-audit wrote no report"]
+        reason = (
+            f"none of {len(entries)} packages is known to the service" if entries else errors[-1]
+        )
+        lines = [f"{'SKIPPED' if allow_offline else 'FAILED'}: nothing was audited: {reason[:300]}"]
+        return int(not allow_offline), [*lines, "--allow-offline lets this pass"]
     lines = [
         f"{entry['name']} {entry['version']}: {flaw['id']}, "
-        f"fixed in {', '.join(flaw.get('fix_versions', ())) or 'no version yet'}"
+        f"fixed in {', '.join(flaw['fix_versions']) or 'no version yet'}"
         for entry in audited
         for flaw in entry["vulns"]
     ]
     skipped = [entry for entry in entries if "vulns" not in entry]
-    lines += [f"not audited: {entry['name']}: {entry.get('skip_reason', '')}" for entry in skipped]
+    lines += [f"not audited: {entry['name']}: {entry['skip_reason']}" for entry in skipped]
     vulnerable = sum(bool(entry["vulns"]) for entry in audited)
     lines.append(f"{len(audited)} packages audited, {vulnerable} with known vulnerabilities")
     return int(vulnerable > 0), lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Audit ``constraints.txt``, print the result, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--allow-offline", action="store_true")
-    allow_offline: bool = parser.parse_args(arguments).allow_offline
-    command = [
-        *(sys.executable, "-m", "pip_audit", "--requirement", str(PINNED), "--no-deps"),
-        *("--disable-pip", "--format", "json", "--progress-spinner", "off", "--timeout", "10"),
-    ]
+    allow_offline: bool = parser.parse_args().allow_offline
+    command = [*PIP_AUDIT, "--requirement", str(PINNED)]
     try:
-        audit = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
-        )
+        audit = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         code, lines = summarize_audit(audit.stdout, audit.stderr, allow_offline)
-    except subprocess.TimeoutExpired:
-        code, lines = summarize_audit("", f"no answer in {TIMEOUT_S} s", allow_offline)
+    except subprocess.TimeoutExpired as error:
+        code, lines = summarize_audit("", str(error), allow_offline)
     sys.stdout.write("".join(f"pip-audit: {line}\n" for line in lines))
     return code
 

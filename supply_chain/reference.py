@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +72,19 @@ INPUTS: dict[str, type[BaseModel]] = {
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 BEGIN, END = "<!-- keys: python -m supply_chain.reference -->", "<!-- /keys -->"
 LIMITS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+OPTION_TYPES_HEAD = """\
+# Written by `python -m supply_chain.reference` from van_deploy/config.
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypedDict"""
 CALLS = (
     *("Bench", "Build", "Check", "Drift", "Evaluation", "Export"),
     *("Package", "Predict", "Quantize", "Run", "Verify"),
 )
-TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
-TYPES["object"] = "str"  # a range, written min:opt:max
-WORDS = {"integer": "whole number", "number": "number", "boolean": "true, false"}
-WORDS["object"] = "`min:opt:max`"
+# An object is a range, written min:opt:max.
+TYPES = {"string": "str", "object": "str", "integer": "int", "number": "float", "boolean": "bool"}
+WORDS = {"object": "`min:opt:max`", "integer": "whole number", "boolean": "true, false"}
+WORDS |= {"number": "number", "string": "text"}
 JsonSchema = Mapping[str, Any]
 
 
@@ -170,30 +175,24 @@ def _describe_(kind: type, schema: JsonSchemaValue) -> JsonSchemaValue:
     return schema
 
 
-def resolved_schema(table: type[config.Recipe]) -> dict[str, Any]:
+def resolved_schema(table: type[config.Recipe]) -> Any:
     """Return the JSON Schema of a table with every reference replaced by what it refers to."""
-    schema = table.model_json_schema()
+    schema = {"$defs": {}, **table.model_json_schema()}
 
-    def resolve(value: Any) -> Any:
-        if isinstance(value, list):
-            return [resolve(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        definition = schema["$defs"][value["$ref"].split("/")[-1]] if "$ref" in value else {}
-        return {key: resolve(item) for key, item in {**definition, **value}.items()}
+    def resolve(value: dict[str, Any]) -> dict[str, Any]:
+        definition = schema["$defs"].get(value.get("$ref", "").rpartition("/")[2])
+        return {**_map_objects(definition, resolve), **value} if definition else value
 
-    resolved: dict[str, Any] = resolve(schema)
-    return resolved
+    return _map_objects(schema, resolve)
+
+
+def _map_objects(value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    return json.loads(json.dumps(value), object_hook=change)
 
 
 def option_types() -> str:
     """Return the keyword arguments of the Python API as ``TypedDict`` classes."""
-    lines = [
-        "# Written by `python -m supply_chain.reference` from van_deploy/config.",
-        "from collections.abc import Sequence",
-        "from pathlib import Path",
-        "from typing import Literal, TypedDict",
-    ]
+    lines = [OPTION_TYPES_HEAD]
     for name in CALLS:
         table = config.Recipe if name == "Export" else getattr(config, f"{name}Settings")
         schema = resolved_schema(table)
@@ -203,7 +202,7 @@ def option_types() -> str:
             for part in option.place:
                 value = value["properties"][part]
             lines.append(f"    {option.name}: {_python_type(value)}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, ""])
 
 
 def key_table() -> str:
@@ -245,7 +244,7 @@ def _python_alternative(kind: JsonSchema) -> str:
         return f"Literal[{', '.join(map(json.dumps, kind['enum']))}]"
     if kind["type"] == "array":
         return f"Sequence[{_python_type(kind['items'])}]"
-    return "str | Path" if kind.get("format") == "path" else TYPES[kind["type"]]
+    return "str | Path" if kind.get("format") == "path" else TYPES.get(kind["type"], "None")
 
 
 def _value_text(value: JsonSchema) -> str:
@@ -260,12 +259,11 @@ def _alternative_text(kind: JsonSchema) -> str:
     if kind["type"] == "array":
         return f"list of {_value_text(kind['items'])}"
     limits = {word: kind[key] for word, key in LIMITS.items() if key in kind}
-    name = "path" if kind.get("format") == "path" else WORDS.get(kind["type"], "text")
+    name = "path" if kind.get("format") == "path" else WORDS[kind["type"]]
     return f"{name} {format_range(limits)}".strip()
 
 
 if __name__ == "__main__":
     for path, text in generated_files(Path(__file__).parents[1]).items():
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         sys.stdout.write(f"{path}\n")

@@ -19,9 +19,9 @@ import onnx
 from filelock import FileLock
 from onnx import ModelProto
 
+import van_deploy as vd
 from van_deploy.bundle import Bundle, Origin, edit_bundle
-from van_deploy.config import BatchRange, ExportSettings, ModelSettings, Recipe, RunSettings
-from van_deploy.recipe import load_recipe
+from van_deploy.config import BatchRange
 
 if TYPE_CHECKING:
     from van_deploy.checks.golden import Samples
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from van_deploy.model.variants import VanConfig
 
 BATCHES = BatchRange(1, 2, 8)
-SMALL_SIZE = 32
 CALIBRATION_IMAGES = 48
 
 Copy = Callable[..., Path]
@@ -54,14 +53,16 @@ class ArtifactCache:
         (root / "artifact_cache").mkdir(exist_ok=True)
         return cls(root / "artifact_cache")
 
-    def __call__(self, name: str, make: Callable[[Path], object]) -> Path:
-        """Return the file or folder ``name``; the first call makes it with ``make(path)``."""
+    def __call__(
+        self, name: str, make: Callable[..., object], *arguments: Any, **options: Any
+    ) -> Path:
+        """Return the file or folder ``name``; the first call makes it with ``make(path, ...)``."""
         path = self.root / name
         with FileLock(self.root / f"{name}.lock"):
             if not path.exists():
                 partial = self.root / f"partial-{name}"
                 shutil.rmtree(partial, ignore_errors=True)
-                make(partial)
+                make(partial, *arguments, **options)
                 partial.rename(path)
             self._states.setdefault(path, _state(path))
         return path
@@ -114,40 +115,11 @@ def load_subject(folder: Path, labelled: Path) -> Subject:
     return Subject(bundle, original_network(bundle), golden_samples(bundle), labelled)
 
 
-def digits_graph(path: Path, size: int) -> None:
-    """Write the embedded network, folded, as an ONNX file with a dynamic batch."""
-    import torch
-
-    from van_deploy.graph.export import onnx_from_van
-    from van_deploy.graph.fold import fold_van
-    from van_deploy.model.checkpoint import load_van
-
-    loaded = load_van("van_digits")
-    folded = fold_van(loaded.model, torch.zeros(1, loaded.config.in_chans, size, size))
-    onnx.save(onnx_from_van(folded.model, size, loaded.config.in_chans), path)
-
-
-def export_network(folder: Path, weights: str = "van_digits", images: Path | None = None) -> None:
+def export_network(
+    folder: Path, weights: Path | str = "van_digits", images: Path | None = None, **options: Any
+) -> None:
     """Write a bundle of the embedded network, or of a checkpoint, with ``BATCHES``."""
-    from van_deploy.exporting import export_bundle, load_model
-
-    if weights == "van_digits":
-        recipe = load_recipe(weights).with_changes(batch=BATCHES)
-    else:
-        recipe = Recipe(model=ModelSettings(weights=weights), batch=BATCHES)
-    export_bundle(load_model(recipe), recipe, folder, images=images)
-
-
-def export_uint8_graph(folder: Path, exported: Path) -> None:
-    """Write a copy of a bundle with a uint8 graph that has every output."""
-    from van_deploy.exporting import load_model
-    from van_deploy.pipeline import export_recipe
-    from van_deploy.stopwatch import no_progress
-
-    shutil.copytree(exported, folder)
-    export = ExportSettings(embed_preprocess="uint8", outputs=("logits", "probabilities", "top5"))
-    recipe = load_recipe("van_digits").with_changes(batch=BATCHES, export=export)
-    export_recipe(load_model(recipe), recipe, folder, RunSettings(), no_progress)
+    vd.export(weights, folder, images=images, batch=str(BATCHES), **options)
 
 
 def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:

@@ -20,20 +20,18 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.artifacts import (
-    SMALL_SIZE,
     ArtifactCache,
     Copy,
     Subject,
-    digits_graph,
     export_network,
     export_precisions,
-    export_uint8_graph,
     load_subject,
 )
 from tests.json_documents import validate_json_output
 from van_deploy.bundle import Bundle
 from van_deploy.cli.app import app
 from van_deploy.environment.hardware import nvidia_driver
+from van_deploy.model.embedded import write_digits_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,31 +42,34 @@ class Cli:
     Output with ``--json`` is validated with the command's JSON Schema.
     """
 
-    def __call__(self, *arguments: object, stdin: bytes | None = None) -> Result:
-        """Run a command; the result has ``exit_code``, ``stdout`` and ``stderr``."""
-        words = [str(argument) for argument in arguments]
+    def __call__(self, command: object, *arguments: object, stdin: bytes | None = None) -> Result:
+        """Run a command; the result has ``exit_code``, ``stdout`` and ``stderr``.
+
+        ``command`` is one or more words; each of ``arguments`` is one more word.
+        """
+        words = [*str(command).split(), *map(str, arguments)]
         result = CliRunner().invoke(app, words, input=stdin, catch_exceptions=False)
         if "--json" in words and result.stdout:
             validate_json_output(json.loads(result.stdout), words[0])
         return result
 
-    def passes(self, *arguments: object, code: int = 0) -> str:
+    def passes(self, command: object, *arguments: object, code: int = 0) -> str:
         """Run a command that must end with ``code``, and return its standard output."""
-        result = self(*arguments)
-        assert result.exit_code == code, (arguments, result.output)
+        result = self(command, *arguments)
+        assert result.exit_code == code, (command, arguments, result.output)
         return result.stdout
 
-    def document(self, *arguments: object, code: int = 0) -> Any:
+    def document(self, command: object, *arguments: object, code: int = 0) -> Any:
         """Run a command with ``--json`` that must end with ``code``, and return the document."""
-        return json.loads(self.passes(*arguments, "--json", code=code))
+        return json.loads(self.passes(command, *arguments, "--json", code=code))
 
-    def fails(self, code: int, *arguments: object) -> str:
+    def fails(self, code: int, command: object, *arguments: object) -> str:
         """Run a command that must end with ``code``, and return all its output in one line.
 
         A command that measured nothing (codes other than 1) must leave its standard output empty.
         """
-        result = self(*arguments)
-        assert result.exit_code == code, (arguments, result.output)
+        result = self(command, *arguments)
+        assert result.exit_code == code, (command, arguments, result.output)
         assert code == 1 or not result.stdout, result.stdout
         return " ".join(result.output.split())
 
@@ -148,16 +149,15 @@ def digits_bundle(artifact_cache: ArtifactCache) -> Bundle:
 @pytest.fixture(scope="session")
 def uint8_bundle(artifact_cache: ArtifactCache, digits_bundle: Bundle) -> Bundle:
     """Return ``digits_bundle`` with a uint8 graph that has every output; read-only."""
-    path = artifact_cache(
-        "export_uint8_graph", lambda path: export_uint8_graph(path, digits_bundle.path)
-    )
-    return Bundle.open(path)
+    outputs = ["logits", "probabilities", "top5"]
+    options = {"embed_preprocess": "uint8", "outputs": outputs}
+    return Bundle.open(artifact_cache("uint8", export_network, **options))
 
 
 @pytest.fixture(scope="session")
 def heldout_200(artifact_cache: ArtifactCache) -> Path:
     """Return a folder of 200 labelled held-out digits, a folder a class; read-only."""
-    return _heldout(artifact_cache, 200)
+    return artifact_cache("heldout_200", write_digits_folder, "heldout", 200)
 
 
 @pytest.fixture(scope="session")
@@ -165,15 +165,14 @@ def precisions_bundle(
     artifact_cache: ArtifactCache, digits_bundle: Bundle, heldout_200: Path
 ) -> Path:
     """Return ``digits_bundle`` with FP16 and INT8 graphs; read-only."""
-    return artifact_cache(
-        "export_precisions", lambda path: export_precisions(path, digits_bundle.path, heldout_200)
-    )
+    return artifact_cache("precisions", export_precisions, digits_bundle.path, heldout_200)
 
 
 @pytest.fixture(scope="session")
 def digits(artifact_cache: ArtifactCache, precisions_bundle: Path) -> Subject:
     """Return the digits in FP32, FP16 and INT8 with 60 labelled images; read-only."""
-    return load_subject(precisions_bundle, _heldout(artifact_cache, 60))
+    labelled = artifact_cache("heldout_60", write_digits_folder, "heldout", 60)
+    return load_subject(precisions_bundle, labelled)
 
 
 @pytest.fixture(scope="session")
@@ -187,33 +186,21 @@ def cifar_bundle(artifact_cache: ArtifactCache, shared_checkpoint: Path, shared:
     """Return the bundle of the shared van_b0 as export leaves it; read-only."""
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     images = shared / "data" / "cifar10" / "calib"
-    return Bundle.open(
-        artifact_cache("cifar", lambda path: export_network(path, str(shared_checkpoint), images))
-    )
+    return Bundle.open(artifact_cache("cifar", export_network, shared_checkpoint, images))
 
 
 @pytest.fixture(scope="session")
 def cifar(artifact_cache: ArtifactCache, cifar_bundle: Bundle, shared: Path) -> Subject:
     """Return the shared van_b0 in FP32, FP16 and INT8, with its images; read-only."""
     labelled = shared / "data" / "cifar10" / "eval"
-    path = artifact_cache(
-        "cifar_with_precisions", lambda path: export_precisions(path, cifar_bundle.path, labelled)
-    )
+    path = artifact_cache("cifar_precisions", export_precisions, cifar_bundle.path, labelled)
     return load_subject(path, labelled)
 
 
 @pytest.fixture(scope="session")
 def digits_onnx(artifact_cache: ArtifactCache) -> Path:
     """Return the embedded network as an ONNX file, 32 pixels, dynamic batch; read-only."""
-    return artifact_cache("digits32.onnx", lambda path: digits_graph(path, SMALL_SIZE))
-
-
-def _heldout(artifact_cache: ArtifactCache, count: int) -> Path:
-    from van_deploy.model.embedded import write_digits_folder
-
-    return artifact_cache(
-        f"heldout{count}", lambda path: write_digits_folder(path, "heldout", count)
-    )
+    return artifact_cache("van_digits32", export_network, image_size=32) / "model.onnx"
 
 
 def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:

@@ -37,16 +37,17 @@ def each(
         signature = inspect.signature(test)
 
         @functools.wraps(test)
-        def run_cases(*arguments: Any, **fixtures: Any) -> None:
+        def run_cases(**fixtures: Any) -> None:
             failed: list[tuple[Any, BaseException]] = []
             for number, values in enumerate(listed):
                 kwargs = {**fixtures, **dict(zip(chosen, values, strict=True))}
                 if "tmp_path" in kwargs:
-                    kwargs["tmp_path"] = _folder(kwargs["tmp_path"], number)
+                    kwargs["tmp_path"] /= str(number)
+                    kwargs["tmp_path"].mkdir()
                 if fresh:
                     kwargs[fresh] = _copy(kwargs[fresh], number)
                 try:
-                    test(*arguments, **kwargs)
+                    test(**kwargs)
                 except (Exception, pytest.fail.Exception) as error:
                     failed.append((values, error))
             if failed:
@@ -68,12 +69,6 @@ def _copy(value: object, number: int) -> object:
         return copy.deepcopy(value)
     target = value.with_name(f"{value.name}-{number}")
     return Path(shutil.copytree(value, target, symlinks=True))
-
-
-def _folder(parent: Path, number: int) -> Path:
-    folder = parent / str(number)
-    folder.mkdir()
-    return folder
 
 
 def _short(value: object) -> str:

@@ -1,8 +1,10 @@
-"""Validation of documents with their JSON Schemas."""
+"""Edits of JSON files, and validation of documents with their JSON Schemas."""
 
 from __future__ import annotations
 
-from functools import cache
+import json
+from functools import cache, reduce
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -31,3 +33,11 @@ def validate_json_output(document: Any, command: str) -> None:
     if all(errors) and errors:
         worst = jsonschema.exceptions.best_match(min(errors, key=len))
         raise AssertionError(f"{command} --json: {worst.json_path}: {worst.message[:300]}")
+
+
+def edit_json(file: Path, keys: str, value: object) -> None:
+    """Set one value of a JSON file; ``keys`` are the keys that lead to it, with spaces between."""
+    document = json.loads(file.read_text())
+    *tables, last = keys.split(" ")
+    reduce(dict.__getitem__, tables, document)[last] = value
+    file.write_text(json.dumps(document))

@@ -13,28 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.artifacts import ArtifactCache, Copy
+import van_deploy as vd
+from tests.artifacts import Copy
+from tests.checks import faults
+from tests.checks.conftest import overwrite_artifact
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bundle import Bundle, edit_bundle
-from van_deploy.checks.golden import SKETCH, golden_count, golden_samples, sketch
-from van_deploy.config import BatchRange, ExportSettings, ModelSettings, QuantizeSettings, Recipe
-from van_deploy.config.sizes import ImageSize, SizeRange
-from van_deploy.errors import UsageError
-from van_deploy.exporting import export_bundle, load_model
-from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.fold import FOLD_TOLERANCE, fold_van
+from van_deploy.bundle import Bundle
+from van_deploy.checks.golden import SKETCH, golden_count, sketch
+from van_deploy.config.sizes import ImageSize
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import load_van, network_from_state
 from van_deploy.model.preprocess import OFFICIAL
 from van_deploy.model.van import VAN, random_van
 from van_deploy.model.variants import VARIANTS, VanConfig
-from van_deploy.precision.pipeline import quantize_bundle
-from van_deploy.runners.network import Network
-from van_deploy.runners.onnxruntime import onnxruntime_outputs
 
 TINY = VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)
 STAGES = ("stage1", "stage2", "stage3", "stage4")
+SELECTED = (("stage3",), ("stage1", "stage4"))
 CONFIG = """
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 model = dict(type='EncoderDecoder', pretrained=None, backbone=dict(type='van_tiny'))
@@ -43,42 +39,26 @@ test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(2048, 512), transform
 """
 
 
-def write_segmenter(path: Path, config: str = CONFIG) -> None:
-    """Write a checkpoint in the format of VAN-Segmentation."""
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint in the format of VAN-Segmentation; tests must not change it."""
     body = random_van(TINY, seed=7).state_dict()
     state = {f"backbone.{n}": t for n, t in body.items() if not n.startswith("head.")}
-    generator = torch.Generator().manual_seed(1)
-    for name, shape in {
-        "decode_head.conv_seg.weight": (150, 16, 1, 1),
-        "decode_head.conv_seg.bias": (150,),
-        "auxiliary_head.convs.0.conv.weight": (16, 16, 3, 3),
-    }.items():
-        state[name] = torch.randn(shape, generator=generator)
-    meta = {"CLASSES": [f"thing {n}" for n in range(150)], "config": config, "iter": 40000}
+    state["decode_head.conv_seg.weight"] = torch.ones(150, 16, 1, 1)
+    state["auxiliary_head.convs.0.conv.weight"] = torch.ones(16, 16, 3, 3)
+    meta = {"CLASSES": [f"thing {n}" for n in range(150)], "config": CONFIG, "iter": 40000}
+    path = tmp_path_factory.mktemp("segmenter") / "upernet_van.pth"
     torch.save({"state_dict": state, "meta": meta, "optimizer": {}}, path)
+    return path
 
 
-@pytest.fixture(scope="session")
-def checkpoint(artifact_cache: ArtifactCache) -> Path:
-    """Return a segmenter's checkpoint; tests must not change it."""
-    return artifact_cache("upernet_van.pth", write_segmenter)
-
-
-@pytest.fixture(scope="session")
-def exported(artifact_cache: ArtifactCache, checkpoint: Path) -> Bundle:
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> Bundle:
     """Return its backbone as a bundle with dynamic batch and size; tests must not change it."""
-
-    def make(path: Path) -> None:
-        recipe = Recipe(
-            model=ModelSettings(weights=str(checkpoint)),
-            batch=BatchRange(1, 2, 3),
-            export=ExportSettings(features=True, dynamic_size=SizeRange(32, (32, 64), (64, 96))),
-        )
-        assert export_bundle(load_model(recipe), recipe, path)
-        for precision in ("fp16", "bf16"):
-            assert quantize_bundle(path, recipe.precision.of(precision))
-
-    return Bundle.open(artifact_cache("backbone", make))
+    options: Any = {"features": True, "batch": "1:2:3", "dynamic_size": "32:32x64:64x96"}
+    path = checkpoint.with_name("bundle")
+    assert vd.export(checkpoint, path, **options, precision=["fp16", "bf16"])
+    return Bundle.open(path)
 
 
 def feature_maps(model: VAN, images: Tensor) -> dict[str, Any]:
@@ -107,95 +87,45 @@ def test_backbone_of_a_segmenter(checkpoint: Path) -> None:
     assert np.allclose(loaded.preprocessing.mean, np.array([123.675, 116.28, 103.53]) / 255)
     notes = "; ".join(loaded.source.notes)
     assert "a backbone (official names), without a classification head" in notes
-    assert "not the network's: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in notes
+    assert "not the network's: decode_head.conv_seg.weight, auxiliary_head.convs" in notes
     images = torch.randn(2, 3, 64, 96)
-    expected = feature_maps(random_van(TINY, seed=7), images)
-    with torch.no_grad():
-        actual = dict(zip(STAGES, loaded.model(images), strict=True))
-    assert all(np.allclose(expected[n], actual[n].numpy(), atol=1e-5) for n in STAGES)
-
-
-def test_export_needs_features_option(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
-    result = cli("export", checkpoint, "--output", tmp_path / "b")
-    assert result.exit_code == 2
-    output = " ".join(result.stderr.split())
-    assert "is a backbone without a classification head: it has no logits." in output
-    assert "Export its feature maps with --features." in output
-
-
-# --- the graph -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("out_indices", [(2,), (0, 3)])
-def test_graph_outputs_selected_stages(out_indices: tuple[int, ...]) -> None:
-    model = random_van(TINY, seed=3)
-    backbone = network_from_state(model.state_dict(), TINY.backbone(out_indices))
-    images = torch.randn(3, 3, 64, 96)
-    folded = fold_van(backbone, images[:1])
-    assert folded.relative_error < FOLD_TOLERANCE
-    graph = onnx_from_van(folded.model, (64, 96))
-    onnx.checker.check_model(graph, full_check=True)
-    names = [f"stage{index + 1}" for index in out_indices]
-    assert [value.name for value in graph.graph.output] == names
-    operators = {node.op_type for node in graph.graph.node}
-    assert operators == {"Conv", "Gelu", "Add", "Mul", "Transpose", "LayerNormalization"}
-    depths = sum(TINY.depths[: max(out_indices) + 1])  # later stages are not in the graph
-    assert sum(node.op_type == "Gelu" for node in graph.graph.node) == 2 * depths
-    outputs = onnxruntime_outputs(graph, images.numpy())
-    expected = feature_maps(model.double(), images.double())
-    assert all(sqnr_db(expected[name], outputs[name]) >= 120 for name in names)
+    original = random_van(TINY, seed=7)
+    selected = [network_from_state(original.state_dict(), TINY.backbone(i)) for i in ((2,), (0, 3))]
+    expected = feature_maps(original, images)
+    for network, names in zip((loaded.model, *selected), (STAGES, *SELECTED), strict=True):
+        with torch.no_grad():
+            actual = dict(zip(names, network(images), strict=True))
+        assert all(np.allclose(expected[n], actual[n].numpy(), atol=1e-5) for n in names)
 
 
 # --- the bundle ------------------------------------------------------------------------------
 
 
-def test_outputs_in_the_manifest(exported: Bundle) -> None:
-    manifest = exported.manifest
-    assert manifest.architecture.output_names == STAGES
-    graph = exported.artifact("fp32").graph
-    assert graph is not None
-    assert graph.inputs["images"].shape == ("batch", 3, "height", "width")
-    assert graph.outputs["stage3"].shape == ("batch", 16, "stage3_height", "stage3_width")
-    assert exported.artifact("fp32").golden_sqnr_db.popitem()[1] >= 120
-
-
-def test_golden_samples_sketch_the_maps(exported: Bundle, checkpoint: Path) -> None:
-    samples = golden_samples(exported)
-    assert [other.size for other in samples.others] == ["32x32", "49x65", "64x96"]
-    model = load_van(str(checkpoint)).model.double()
-    for golden in (samples, *samples.others):
-        with torch.no_grad():
-            maps = model(torch.from_numpy(golden.inputs).double())
-        parts = golden.outputs.parts(golden.logits)
-        assert list(parts) == list(STAGES)
-        for part, values in zip(parts.values(), maps, strict=True):
-            assert np.allclose(part, sketch(values.numpy()))
-
-
-def test_verify_checks_every_stage_and_size(exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
-    report = json.loads(run(cli, "verify --json", copy_bundle(exported)))
-    rules = [f["rule"] for f in report["artifacts"]["fp32"]["findings"]]
-    batches = len(report["artifacts"]["fp32"]["batches"])
-    assert rules.count("SQNR") == len(STAGES) * (batches + 3)  # and three other sizes
+def test_commands_check_every_stage_and_size(exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
+    path = copy_bundle(exported)
+    fp32 = cli.document("verify", path)["artifacts"]["fp32"]
+    rules = [finding["rule"] for finding in fp32["findings"]]
+    assert rules.count("SQNR") == len(STAGES) * (len(fp32["batches"]) + 3)  # and 3 other sizes
+    drift = cli.document("drift --level stage --against golden", path)
+    rows = drift["artifacts"]["fp16"]["rows"]
+    assert [row["name"] for row in rows] == list(STAGES)
+    assert min(row["isolated_db"] for row in rows) > 50
+    assert "stage4_height" in cli.passes("inspect", "--json", path / "model.onnx")
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage4"])
 def test_verify_detects_changed_maps(
     exported: Bundle, copy_bundle: Copy, cli: Cli, stage: str
 ) -> None:
-    path: Path = copy_bundle(exported)
-    file = path / "model.onnx"
-    model = onnx.load(file)
+    path = copy_bundle(exported)
+    model = onnx.load(path / "model.onnx")
     norm = next(n for n in model.graph.node if n.name == f"norm{stage[-1]}.layernormalization")
-    scale = next(t for t in model.graph.initializer if t.name == norm.input[1])
+    scale = faults.initializers(model)[norm.input[1]]
     values = onnx.numpy_helper.to_array(scale).copy()
     values[3] *= 1.01
-    scale.CopyFrom(onnx.numpy_helper.from_array(values, scale.name))
-    onnx.save(model, file)
-    update_digests(path)
-    result = cli("verify", path, "--artifact", "fp32")
-    assert result.exit_code == 1
-    assert f"{stage}: SQNR" in " ".join(result.stdout.split())
+    faults.set_values(scale, values)
+    overwrite_artifact(Bundle.open(path), "fp32", model)
+    assert f"{stage}: SQNR" in cli.fails(1, "verify", path, "--artifact", "fp32")
 
 
 def test_sketch_detects_one_incorrect_value() -> None:
@@ -218,99 +148,48 @@ def test_golden_data_stays_small(size: ImageSize) -> None:
     assert count >= 2
 
 
-def test_drift_and_inspect(exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
-    drift = run(cli, "drift --level stage --against golden --json", copy_bundle(exported))
-    rows = json.loads(drift)["artifacts"]["fp16"]["rows"]
-    assert [row["name"] for row in rows] == list(STAGES)
-    assert min(row["isolated_db"] for row in rows) > 50
-    assert "stage4_height" in run(cli, "inspect --json", exported.path / "model.onnx")
-
-
 @pytest.mark.slow
 def test_bench(exported: Bundle, cli: Cli) -> None:
-    options = "--runners ort-cpu/fp32 --runners pytorch --batches 2 --seconds 0.05 --limit 0.1"
-    more = "--warmup 0.01 --calls 3 --rounds 2 --no-roofline --no-save --json"
-    rows = json.loads(run(cli, f"bench {options} {more}", exported.path))["rows"]
+    command = (
+        "bench --runners ort-cpu/fp32 --runners pytorch --batches 2 --seconds 0.05 --limit 0.1 "
+        "--warmup 0.01 --calls 3 --rounds 2 --no-roofline --no-save"
+    )
+    rows = cli.document(command, exported.path)["rows"]
     assert {row["contender"] for row in rows} == {"ort-cpu/fp32", "pytorch"}
     assert {tuple(row["image_size"]) for row in rows} == {(32, 64)}
 
 
-def test_dynamic_size(exported: Bundle, checkpoint: Path) -> None:
-    images = np.random.default_rng(0).standard_normal((2, 3, 64, 33)).astype(np.float32)
-    expected = feature_maps(load_van(str(checkpoint)).model, torch.from_numpy(images))
-    for name, least in (("fp32", 110), ("fp16", 50), ("bf16", 35)):
-        with Network(exported, name) as network:
-            actual = network.run(images)
-        assert all(sqnr_db(expected[stage], actual[stage]) > least for stage in STAGES)
-
-
-@each("command", ["predict {} x.png", "evaluate {} --images x"])
-def test_classification_commands_are_refused(exported: Bundle, cli: Cli, command: str) -> None:
-    result = cli(*command.format(exported.path).split())
-    assert result.exit_code == 2, result.stderr
-    output, name = " ".join(result.stderr.split()), command.split()[0]
-    assert f"returns feature maps (stage1, stage2, stage3, stage4), and `{name}` needs" in output
+@each(
+    ("command", "message"),
+    [
+        ("export {checkpoint} --output b", "a classification head: it has no logits. Export its"),
+        ("predict {bundle} x.png", "(stage1, stage2, stage3, stage4), and `predict` needs"),
+        ("evaluate {bundle} --images x", "(stage1, stage2, stage3, stage4), and `evaluate` needs"),
+        ("quantize {bundle} --precision int8 --max-drop 1", "feature maps, and --max-drop"),
+    ],
+)
+def test_requests_for_classes_are_refused(
+    checkpoint: Path, exported: Bundle, cli: Cli, command: str, message: str
+) -> None:
+    command = command.format(checkpoint=checkpoint, bundle=exported.path)
+    assert message in cli.fails(2, command)
 
 
 def test_build_engines(exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
-    path: Path = copy_bundle(exported)
-    run(cli, "build --precision fp32 --precision bf16 --target sm_89", path)
-    engine = next(a for a in Bundle.open(path).artifacts.values() if a.kind == "engine")
-    sidecar = json.loads((path / engine.file).with_suffix(".json").read_text())
-    assert [output["name"] for output in sidecar["outputs"]] == list(STAGES)
-    assert sidecar["options"]["dynamic_size"] == {"min": 32, "opt": [32, 64], "max": [64, 96]}
-
-
-def run(cli: Cli, command: str, *arguments: str | Path) -> str:
-    """Run a command, which must succeed, and return its output."""
-    result = cli(*command.split(), *arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def update_digests(path: Path) -> None:
-    """Write the digests of the current files to the manifest."""
-    with edit_bundle(path) as draft:
-        artifact = draft.artifacts["fp32"]
-        for file in artifact.files:
-            draft.file(file).write_bytes((path / file).read_bytes())
-        draft.record(artifact)
+    path = copy_bundle(exported)
+    cli.passes("build --precision fp32 --precision bf16 --target sm_89", path)
+    for file in path.glob("engines/*.json"):
+        sidecar = json.loads(file.read_text())
+        assert [output["name"] for output in sidecar["outputs"]] == list(STAGES)
+        assert sidecar["options"]["dynamic_size"] == {"min": 32, "opt": [32, 64], "max": [64, 96]}
+    assert len(list(path.glob("engines/*.json"))) == 2
 
 
 @pytest.mark.slow
 def test_int8(tmp_path: Path, cli: Cli) -> None:
     path = tmp_path / "b"
-    run(cli, "export van_digits --features --batch 1:2:4 --output", path)
+    cli.passes("export van_digits --features --batch 1:2:4 --output", path)
     for options in ("", "--target cpu", "--scope all"):
-        run(cli, f"quantize --precision int8 {options}", path)
-    run(cli, "verify", path)
-
-
-@each(
-    ("options", "message"),
-    [
-        ("--features --outputs probabilities", "--features exports feature maps, and --out"),
-        ("--out-indices 1", "--out-indices selects feature maps, and "),
-        ("--features --out-indices 1,4", "The stages 1, 4 are not distinct numbers of 0 to 3"),
-        ("--features --out-indices 1,1", "The stages 1, 1 are not distinct numbers of 0 to 3"),
-        ("--features --labels x.txt", "--features exports feature maps, and --labels needs"),
-        ("--image-size 224x", "'--image-size' is '224x': it should be a side or height x wid"),
-        ("--image-size 16x64", "should be greater than or equal to 32"),
-        ("--dynamic-size 64x96:96x64:128", "size range 64x96:96x64:128 is not min <= op"),
-        ("--dynamic-size 64:big:128", "should be a side or height x width in pixels: 224"),
-        ("--dynamic-size 64:128", "it should be min:opt:max, such as 192:224:512"),
-        ("--dynamic-size 16:64:128", "should be greater than or equal to 32"),
-        ("--dynamic-size 64:96:128 --image-size 224", "224x224 is outside --dynamic-size 64:96"),
-    ],
-)
-def test_invalid_options(cli: Cli, tmp_path: Path, options: str, message: str) -> None:
-    result = cli("export", "van_digits", *options.split(), "--output", tmp_path / "b")
-    assert result.exit_code == 2, (result.stdout, result.stderr)
-    assert message in " ".join(result.stderr.split())
-    assert not (tmp_path / "b").exists()
-
-
-def test_max_drop_needs_a_classifier(exported: Bundle) -> None:
-    with pytest.raises(UsageError, match="feature maps, and --max-drop"):
-        quantize_bundle(exported.path, QuantizeSettings(max_drop=1.0))
+        cli.passes(f"quantize --precision int8 {options}", path)
+    cli.passes("verify", path)

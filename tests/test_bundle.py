@@ -1,25 +1,32 @@
-"""Bundles: atomic writes, strict reading, and digests."""
+"""Bundles: atomic writes, strict reading, digests, and weights only in the graph's folder."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from filelock import FileLock
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.artifacts import Copy
 from tests.each import each
+from tests.json_documents import edit_json
 from tests.manifest_parts import WEIGHTS, artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
-from van_deploy.errors import BundleError, UsageError
+from van_deploy.config import BuildOptions
+from van_deploy.engine.build import has_external_weights
+from van_deploy.errors import BundleError, InputError, UsageError
+from van_deploy.files import external_files, external_files_in
 from van_deploy.manifest import SCHEMA
 
 
@@ -93,26 +100,22 @@ def test_commit_is_completed_after_a_kill(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     # Three files are moved (two artifacts and the manifest) and then the folder goes.
-    real, done, before = Path.replace, 0, (bundle / MANIFEST).read_text()
+    real, left, before = Path.replace, moves, (bundle / MANIFEST).read_text()
 
-    def kill(self: Path, target: Path) -> Path:
-        nonlocal done
+    def replace(self: Path, target: Path) -> Path:
+        nonlocal left
         if ".pending" in self.parts:
-            if done == moves:
+            if left == 0:
                 raise Killed
-            done += 1
+            left -= 1
         return real(self, target)
 
-    monkeypatch.setattr(Path, "replace", kill)
-    try:
-        with edit_bundle(bundle) as draft:
-            for name, text in (("fp32", "new weights"), ("fp16", "half")):
-                draft.file(f"{name}.onnx").write_text(text)
-                draft.record(artifact_entry(name, "onnx", name, f"{name}.onnx"))
-    except Killed:
-        assert moves < 3
-        assert (bundle / MANIFEST).read_text() == before, "it is the last to be moved"
-    monkeypatch.setattr(Path, "replace", real)
+    with monkeypatch.context() as patch, suppress(Killed), edit_bundle(bundle) as draft:
+        patch.setattr(Path, "replace", replace)
+        for name, text in (("fp32", "new weights"), ("fp16", "half")):
+            draft.file(f"{name}.onnx").write_text(text)
+            draft.record(artifact_entry(name, "onnx", name, f"{name}.onnx"))
+    assert ((bundle / MANIFEST).read_text() == before) is (moves < 3), "it is the last to be moved"
     opened = Bundle.open(bundle)
     assert opened.verified_path("fp32").read_text() == "new weights"
     assert opened.verified_path("fp16").read_text() == "half"
@@ -130,118 +133,78 @@ def test_artifacts_of_a_replaced_source_are_removed(bundle: Path) -> None:
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
 
 
-def nested(levels: int) -> list[Any]:
-    inner: list[Any] = []
-    for _ in range(levels):
-        inner = [inner]
-    return inner
-
-
-Edit = Callable[[dict[str, Any]], object]
-
-
-def fp32_file(file: str) -> Edit:
-    return lambda m: m["artifacts"]["fp32"].update(file=file, files={file: "0" * 64})
-
-
-def section(name: str, **values: Any) -> Edit:
-    return lambda m: m[name].update(values)
-
-
-def file_table(file: str) -> Edit:
-    return lambda m: m["files"].update({file: ""})
-
-
-def top(**values: Any) -> Edit:
-    return lambda m: m.update(values)
-
-
-INVALID: list[tuple[Edit, str]] = [
-    *((fp32_file(n), "is outside the b") for n in ("../x", "/etc/passwd", "a/../../b", "a\\b")),
-    (lambda m: m.pop("written"), "damaged: 'written' is missing."),
-    (top(artifact={}), "the key 'artifact' is unknown.\nDid you mean 'artifacts'?"),
-    (
-        lambda m: m["artifacts"]["fp32"].update(precison="fp32"),
-        "'artifacts.fp32.precison' is unknown.\nDid you mean 'artifacts.fp32.precision'?",
+FP32 = "artifacts fp32"
+GOLDEN = {"file": "../x", "count": 1, "images": "", "originals": [], "licence": ""}
+VALUES: list[tuple[tuple[str, object], str]] = [
+    *(
+        ((f"{FP32} files", {name: "0" * 64}), "is outside the bundle")
+        for name in ("../x", "/etc/passwd", "a/../../b", "a\\b", "")
     ),
-    (
-        section("preprocessing", crop=0.9),
-        "'preprocessing.crop' is unknown.\nDid you mean 'preprocessing.crop_pct'?",
-    ),
-    *((file_table(file), "is not a file name") for file in ("a" * 300, "a\x1b")),
-    (file_table(""), "is outside the bundle"),
-    (top(name='x" } backend: "python'), "it is not a name"),
-    (
-        lambda m: m["artifacts"].update({"x/../../y": m["artifacts"].pop("fp32")}),
-        "'artifacts.x/../../y' is 'x/../../y': it is not a name",
-    ),
-    (top(written="a" * 5000), "it has 5,000 characters"),
-    (top(x=nested(50)), "nested more than 40 deep"),
-    (top(name=float("nan")), "damaged: 'name' is nan"),
-    (section("batch", max="4"), "'batch.max' is '4': it should be a whole number"),
-    (section("batch", max=True), "'batch.max' is True: it should be a whole nu"),
-    (section("batch", max=0), "'batch.max' is 0: it should be greater"),
-    (section("preprocessing", image_size=3), "'preprocessing.image_size' is 3: it"),
-    (section("architecture", out_indices=[9]), "out_indices"),
-    (section("preprocessing", std=[0, 1, 1]), "greater than 0"),
-    (section("preprocessing", mean=[10**400] * 3), "'preprocessing.mean.0' is"),
-    (section("architecture", depths=[-1, 2, 2, 2]), "invalid depths"),
-    (section("architecture", num_classes=0), "invalid num_classes"),
-    (top(class_names=["a"]), "damaged: it has 1 class names for 1000 classes"),
-    (section("architecture", in_chans=4), "it has preprocessing to 3 channels for a network"),
-    (section("weights", spec="a\x1b[2J"), "control characters"),
-    (lambda m: m["artifacts"]["fp32"].update(files={}), "no digest of 'fp32.onnx'"),
-    (top(checks={"x": "\ud800"}), "unpaired surrogate"),
-    (lambda m: m["artifacts"]["fp32"].update(kind="engines"), "it should be 'onnx', 'serving'"),
+    *((("files", {name: ""}), "is not a file name") for name in ("a" * 300, "a\x1b")),
+    (("golden", GOLDEN), "is outside the bundle"),
+    ((f"{FP32} files", {}), "no digest of 'fp32.onnx'"),
+    ((f"{FP32} kind", "engines"), "it should be 'onnx', 'serving'"),
+    (("artifact", {}), "the key 'artifact' is unknown.\nDid you mean 'artifacts'?"),
+    ((f"{FP32} precison", "fp32"), "unknown.\nDid you mean 'artifacts.fp32.precision'?"),
+    (("preprocessing crop", 0.9), "unknown.\nDid you mean 'preprocessing.crop_pct'?"),
+    (("name", 'x" } backend: "python'), "it is not a name"),
+    (("artifacts", {"x/../../y": {}}), "'artifacts.x/../../y' is 'x/../../y': it is not a name"),
+    (("written", "a" * 5000), "it has 5,000 characters"),
+    (("name", float("nan")), "damaged: 'name' is nan"),
+    (("batch max", "4"), "'batch.max' is '4': it should be a whole number"),
+    (("batch max", 0), "'batch.max' is 0: it should be greater"),
+    (("preprocessing image_size", 3), "'preprocessing.image_size' is 3: it"),
+    (("preprocessing std", [0, 1, 1]), "greater than 0"),
+    (("preprocessing mean", [10**400] * 3), "'preprocessing.mean.0' is"),
+    (("architecture out_indices", [9]), "out_indices"),
+    (("architecture depths", [-1, 2, 2, 2]), "invalid depths"),
+    (("architecture num_classes", 0), "invalid num_classes"),
+    (("architecture in_chans", 4), "it has preprocessing to 3 channels for a network"),
+    (("class_names", ["a"]), "damaged: it has 1 class names for 1000 classes"),
+    (("weights spec", "a\x1b[2J"), "control characters"),
+    (("checks", {"x": "\ud800"}), "unpaired surrogate"),
 ]
 
 
 def test_classes_that_artifacts_were_not_made_with_are_refused(
     digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
-    path = copy_bundle(digits_bundle) / MANIFEST
-    text = path.read_text()
-    swapped, wider = json.loads(text), json.loads(text)
-    swapped["class_names"].reverse()
-    wider["artifacts"]["fp32"]["graph"]["outputs"]["logits"]["shape"][-1] = 11
-    for manifest, message in (
-        (swapped, "has other class names than those 'fp32' was made with"),
-        (wider, "has 10 classes; the logits of 'fp32' have 11"),
+    logits = "artifacts fp32 graph outputs logits shape"
+    for keys, value, message in (
+        ("class_names", [*"9876543210"], "has other class names than those 'fp32' was made with"),
+        (logits, ["batch", 11], "has 10 classes; the logits of 'fp32' have 11"),
     ):
-        path.write_text(json.dumps(manifest))
+        path = copy_bundle(digits_bundle, keys)
+        edit_json(path / MANIFEST, keys, value)
         with pytest.raises(BundleError, match=message):
-            Bundle.open(path.parent)
+            Bundle.open(path)
 
 
 TEXTS = [
     *((text, "is damaged: ") for text in ("", "{", "[]", "null", '"x"', "\x00")),
     (f'{{"schema": "{SCHEMA}", "artifacts": 2}}', "is damaged: "),
+    (f'{{"schema": "{SCHEMA}"}}', "is damaged: 'name' is missing."),
     ('{"name": "a", "name": "b"}', "damaged: it has the key 'name' twice"),
-    *((text, "is nested more than 40 deep") for text in ("[" * 200_000, "[" * 42 + "]" * 42)),
-    ('{"a": [' * 30 + "1" + "]}" * 30, "is nested more than 40 deep"),
+    *(
+        (text, "is nested more than 40 deep")
+        for text in ("[" * 200_000, "[" * 42 + "]" * 42, '{"a": [' * 30 + "1" + "]}" * 30)
+    ),
     ("[" * 41 + "]" * 41, "it should be a table"),
     ("\udcff", "it is not UTF-8"),
     (" " * (64 * 2**20 + 1), "it has more than 67,108,864 bytes"),
-    (
-        '{"schema": "van-deploy/bundle/9", "name": "m"}',
-        f"this version reads '{SCHEMA}'.\nA newer van-deploy wrote it: upgrade",
-    ),
-    (
-        '{"schema": "van-deploy/bundle/1", "name": "m"}',
-        f"manifest.json' has schema 'van-deploy/bundle/1'; this version reads '{SCHEMA}'.\n"
-        "Create the bundle again in another folder with `van-deploy export`",
-    ),
+    ('{"schema": "van-deploy/bundle/9"}', "A newer van-deploy wrote it: upgrade"),
+    ('{"schema": "van-deploy/bundle/1"}', f"this version reads '{SCHEMA}'.\nCreate the bundle"),
 ]
 
 
-@each(("change", "message"), [*INVALID, *TEXTS], fresh="bundle")
-def test_invalid_manifests_are_refused(bundle: Path, change: str | Edit, message: str) -> None:
-    text = change if isinstance(change, str) else (bundle / MANIFEST).read_text()
-    if not isinstance(change, str):
-        manifest = json.loads(text)
-        change(manifest)
-        text = json.dumps(manifest)
-    (bundle / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
+@each(("change", "message"), [*VALUES, *TEXTS], fresh="bundle")
+def test_invalid_manifests_are_refused(
+    bundle: Path, change: str | tuple[str, object], message: str
+) -> None:
+    if isinstance(change, str):
+        (bundle / MANIFEST).write_bytes(change.encode(errors="surrogateescape"))
+    else:
+        edit_json(bundle / MANIFEST, *change)
     with pytest.raises(BundleError) as caught:
         Bundle.open(bundle)
     assert message in str(caught.value)
@@ -284,14 +247,9 @@ def test_other_folders_are_not_changed(
 
 
 def test_concurrent_writers_lose_nothing(bundle: Path) -> None:
-    context = multiprocessing.get_context("fork")
     names = [f"a{i}" for i in range(6)]
-    workers = [context.Process(target=put, args=(bundle, name, name)) for name in names]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    with ProcessPoolExecutor(6, multiprocessing.get_context("fork")) as pool:
+        list(pool.map(put, [bundle] * 6, names, names))
     opened = Bundle.open(bundle)
     assert set(opened.artifacts) == {"fp32", *names}
     assert opened.problems() == []
@@ -300,56 +258,40 @@ def test_concurrent_writers_lose_nothing(bundle: Path) -> None:
 # --- untrusted folders --------------------------------------------------------------------------
 
 
-def pending(name: str, text: str) -> Callable[[Path, Path], None]:
-    """Return a function that adds an interrupted commit; ``engines`` is a link elsewhere."""
-
-    def add(bundle: Path, outside: Path) -> None:
-        (bundle / "sub").mkdir()
-        (bundle / "engines").symlink_to(outside)
-        (bundle / ".pending" / name).parent.mkdir(parents=True)
-        (bundle / ".pending" / name).write_text(text)
-
-    return add
-
-
-def gone(*names: str) -> Callable[[Path, Path], None]:
-    return pending(".gone", json.dumps(names))
-
-
-def pipe(name: str) -> Callable[[Path, Path], None]:
-    def add(bundle: Path, outside: Path) -> None:
-        (bundle / name).unlink(missing_ok=True)
-        (bundle / name).parent.mkdir(exist_ok=True)
-        os.mkfifo(bundle / name)
-
-    return add
+GONE = ".pending/.gone"  # names of the files that an interrupted commit removes
 
 
 @each(
-    ("add", "message"),
+    ("file", "content", "message"),
     [
-        (pending("engines/mine", "theirs"), r"engines' is a link"),
-        (gone("engines/mine"), r"engines' is a link"),
-        (lambda b, outside: (b / ".pending").symlink_to(outside), r"\.pending' is a link"),
-        *((pending(".gone", text), "interrupted comm.*damaged") for text in ("", "{", "3", "null")),
-        (gone("sub"), "do not fit the bundle: .*Is a directory"),
-        (gone("fp32.onnx/x"), "do not fit the bundle: .*Not a directory"),
-        (gone("a" * 300), "is not a file name"),
-        (gone("a\nb"), "is not a file name"),
-        (pending("sub", "a file where a folder is"), r"\.pending' do not fit the bundle"),
-        (pipe(MANIFEST), "damaged: .*not a regular file"),
-        (lambda b, _: (b / MANIFEST).rename(b / "x") and (b / MANIFEST).mkdir(), "Is a directory"),
-        (pipe(".pending/.gone"), "damaged: .*not a regular file"),
+        (".pending/engines/mine", "theirs", r"engines' is a link"),
+        (GONE, '["engines/mine"]', r"engines' is a link"),
+        (".pending", lambda path: path.symlink_to("engines"), r"\.pending' is a link"),
+        *((GONE, text, "interrupted comm.*damaged") for text in ("", "{", "3", "null")),
+        (GONE, '["sub"]', "do not fit the bundle: .*Is a directory"),
+        (GONE, '["fp32.onnx/x"]', "do not fit the bundle: .*Not a directory"),
+        (GONE, json.dumps(["a" * 300]), "is not a file name"),
+        (GONE, '["a\\nb"]', "is not a file name"),
+        (".pending/sub", "a file where a folder is", r"\.pending' do not fit the bundle"),
+        *((name, os.mkfifo, "damaged: .*not a regular file") for name in (MANIFEST, GONE)),
+        (MANIFEST, Path.mkdir, "Is a directory"),
     ],
     fresh="bundle",
 )
 def test_links_and_pipes_in_a_bundle_are_refused(
-    bundle: Path, tmp_path: Path, add: Callable[[Path, Path], object], message: str
+    bundle: Path, tmp_path: Path, file: str, content: Any, message: str
 ) -> None:
-    outside = tmp_path / "home"
+    outside, path = tmp_path / "home", bundle / file
     outside.mkdir()
     (outside / "mine").write_text("mine")
-    add(bundle, outside)
+    (bundle / "engines").symlink_to(outside)
+    (bundle / "sub").mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        content(path)
     with pytest.raises(BundleError, match=message):
         Bundle.open(bundle)
     assert (outside / "mine").read_text() == "mine"
@@ -389,7 +331,7 @@ def test_failed_first_writer_keeps_the_second_one_s_bundle(tmp_path: Path) -> No
     folder, begun = tmp_path / "new", threading.Event()
 
     def fails() -> None:
-        with contextlib.suppress(ZeroDivisionError), edit_bundle(folder, name="m"):
+        with suppress(ZeroDivisionError), edit_bundle(folder, name="m"):
             begun.set()
             time.sleep(0.3)
             raise ZeroDivisionError
@@ -400,3 +342,76 @@ def test_failed_first_writer_keeps_the_second_one_s_bundle(tmp_path: Path) -> No
     put(folder, "fp32", "weights")
     first.join()
     assert Bundle.open(folder).verified_path("fp32").read_text() == "weights"
+
+
+# --- external weights of a graph ---------------------------------------------------------------
+
+WEIGHT_VALUES = np.arange(12, dtype=np.float32)
+
+
+def graph_with(location: str, where: str) -> ModelProto:
+    """Return a graph with an external initializer, constant, or constant in a branch."""
+    tensor = numpy_helper.from_array(WEIGHT_VALUES, "w")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=location)
+    initializers, nodes = [tensor], []
+    if where != "initializer":
+        initializers, nodes = [], [helper.make_node("Constant", [], ["w"], value=tensor)]
+    if where == "branch":
+        result = helper.make_tensor_value_info("w", TensorProto.FLOAT, [12])
+        branch = helper.make_graph(nodes, "branch", [], [result])
+        initializers = [numpy_helper.from_array(np.array(True), "yes")]
+        nodes = [helper.make_node("If", ["yes"], ["w"], then_branch=branch, else_branch=branch)]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 12]) for n in "xy")
+    nodes.append(helper.make_node("Add", ["x", "w"], ["y"]))
+    graph = helper.make_graph(nodes, "g", [x], [y], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_external_files_are_found_at_any_depth(tmp_path: Path) -> None:
+    file = tmp_path / "m.onnx"
+    for where in ("initializer", "constant", "branch"):
+        model = graph_with("there.bin", where)
+        assert external_files_in(model) == ("there.bin",)
+        file.write_bytes(model.SerializeToString())
+        assert external_files(file) == ("there.bin",)
+    for content in (b"", b"no graph", b"no graph, with a location"):
+        file.write_bytes(content)
+        assert external_files(file) == ()
+
+
+@each(
+    ("location", "message"),
+    [
+        *((name, "outside its") for name in ("/etc/passwd", "../outside.bin", "..\\x", "a\x00b")),
+        *((name, "a link or in a linked") for name in ("link.bin", "up/outside.bin")),
+        *((name, "not a file in its folder") for name in ("pipe.bin", "")),
+    ],
+)
+def test_weights_outside_the_folder_are_refused(
+    location: str, message: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (tmp_path / "outside.bin").write_bytes(WEIGHT_VALUES.tobytes())
+    (folder / "link.bin").symlink_to("../outside.bin")
+    (folder / "up").symlink_to("..")
+    os.mkfifo(folder / "pipe.bin")
+    (folder / "m.onnx").write_bytes(graph_with(location, "initializer").SerializeToString())
+    with pytest.raises(InputError, match=message):
+        has_external_weights(folder / "m.onnx", BuildOptions())
+
+
+def test_external_weights_must_be_in_the_manifest(tmp_path: Path) -> None:
+    folder, model = tmp_path / "b", graph_with("w.bin", "constant")
+    for files in (["m.onnx", "w.bin"], ["m.onnx"]):
+        with edit_bundle(folder, name="m") as draft:
+            draft.file("m.onnx").write_bytes(model.SerializeToString())
+            draft.file("w.bin").write_bytes(WEIGHT_VALUES.tobytes())
+            draft.description = network_info()
+            draft.record(artifact_entry("fp32", "onnx", "fp32", "m.onnx", files))
+        if "w.bin" in files:
+            assert onnx.load(Bundle.open(folder).verified_path("fp32")).graph.node
+    with pytest.raises(InputError, match=r"'w\.bin', which is not in the manifest"):
+        Bundle.open(folder).verified_path("fp32")

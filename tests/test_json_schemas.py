@@ -16,11 +16,6 @@ from van_deploy.documents import plain, read_toml_file
 from van_deploy.model.variants import list_variants
 
 
-def test_schema_files_match_the_documents(repository: Path) -> None:
-    there = {path.name for path in (repository / "docs/schemas").iterdir()}
-    assert there == {f"{name}.schema.json" for name in (*DOCUMENTS, *INPUTS)}
-
-
 @each("name", DOCUMENTS)
 def test_schemas_are_strict_and_described(name: str) -> None:
     schema = document_schema(name)
@@ -39,9 +34,8 @@ def test_real_documents_are_valid_and_changed_ones_are_not(digits_bundle: Bundle
         with pytest.raises(AssertionError, match=r"^manifest --json: \$"):
             validate_json_output({**manifest, **change}, "manifest")
     listed = plain(list_variants())
-    for value in (listed[0]["top1_percent"], "inf"):  # JSON cannot spell infinity
-        listed[0]["top1_percent"] = value
-        validate_json_output(listed, "list")
+    listed[0]["top1_percent"] = "inf"  # JSON cannot spell infinity
+    validate_json_output(listed, "list")
     listed[0]["top1_percent"] = "much"
     with pytest.raises(AssertionError, match="top1_percent"):
         validate_json_output(listed, "list")

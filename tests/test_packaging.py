@@ -1,20 +1,35 @@
-"""The wheel, its dependencies, and the Makefile."""
+"""The wheel, its dependencies, the cost of imports, and the Makefile.
+
+import-linter checks the layers, and ruff asserts, prints, exits and docstrings; both run in
+``make check``.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
 from van_deploy import __version__
+from van_deploy.bundle import Bundle
 from van_deploy.documents import tomllib
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = {".css", ".html", ".js", ".json", ".md", ".npz", ".py", ".pyi", ".safetensors", ".toml"}
 DATA_PACKAGES = {"export": "van_deploy/recipes", "calibration": "van_deploy/calibration_sets"}
+OPTIONAL = (
+    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray"),
+    *("cryptography", "uvicorn", "prometheus_client", "tritonclient"),
+    *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
+)
+HEAVY = (
+    *("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich"),
+    *("onnxruntime", "tensorrt", "tensorrt_rtx"),
+)
 
 
 @pytest.mark.slow
@@ -46,20 +61,47 @@ def test_extras_have_one_onnxruntime_each() -> None:
     assert found == ["cpu", "gpu"]
 
 
-def test_no_file_contains_a_private_path() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("this is not a git checkout")
-    private = "|".join(("/" + "work/", "/" + "root/", "/" + "home/[a-z]"))
-    words = ["git", "grep", "--untracked", "-I", "--name-only", "--extended-regexp", private]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stdout) == (1, "")
-
-
 def test_make_targets_in_the_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\bmake ([a-z-]+)", readme)) <= targets
-    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    assert phony is not None
-    assert set(phony.group(1).split()) == targets
+
+
+def run_python(*lines: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", "\n".join(lines)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_module_imports_without_optional_packages() -> None:
+    files = sorted(path.relative_to(ROOT) for path in ROOT.glob("van_deploy/**/*.py"))
+    names = [".".join(file.with_suffix("").parts) for file in files]
+    modules = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    result = run_python(
+        "import importlib, sys",
+        f"sys.modules.update(dict.fromkeys({OPTIONAL!r}))",  # None: as if not installed
+        f"for name in {modules!r}:",
+        "    module = importlib.import_module(name)",
+        "    missing = [n for n in getattr(module, '__all__', ()) if not hasattr(module, n)]",
+        "    if missing: raise SystemExit(f'{name}.__all__ has undefined names: {missing}')",
+        "import torch",
+        "if torch.cuda.is_initialized(): raise SystemExit('importing started CUDA')",
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_light_commands_import_no_heavy_package(digits_bundle: Bundle) -> None:
+    result = run_python(
+        "import importlib, pkgutil, sys, van_deploy, van_deploy.errors, van_deploy.model.variants",
+        "from van_deploy.bundle import Bundle",
+        f"assert Bundle.open({str(digits_bundle.path)!r}).manifest.preprocessing.image_size == 64",
+        "import van_deploy.cli as cli",
+        "for module in pkgutil.iter_modules(cli.__path__, 'van_deploy.cli.'):",
+        "    importlib.import_module(module.name)",
+        f"imported = [name for name in {HEAVY!r} if name in sys.modules]",
+        "from typer.testing import CliRunner",
+        "outputs = [CliRunner().invoke(cli.app.app, [word]).stdout for word in ('--help', 'list')]",
+        f"imported += [name for name in {HEAVY!r} if name in sys.modules and name != 'rich']",
+        "print(imported, all(outputs))",
+    )
+    assert (result.stdout, result.stderr) == ("[] True\n", "")

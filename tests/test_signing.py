@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from tests.conftest import Cli
 from tests.each import each
+from tests.json_documents import edit_json
 from tests.manifest_parts import artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, edit_bundle
 from van_deploy.bundle.commit import SIGNATURE
@@ -84,19 +84,11 @@ def test_sign_and_verify(signed: Path, key: Path, public_key: Path) -> None:
         open_signed_bundle(signed, public_key)
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def edit_digest(signed: Path) -> None:
     """Change a file and its digest in the manifest, as an attacker would."""
     (signed / "model.onnx").write_text("another network")
-    manifest = json.loads((signed / MANIFEST).read_text())
     digest = hashlib.sha256(b"another network").hexdigest()
-    manifest["artifacts"]["fp32"]["files"]["model.onnx"] = digest
-    (signed / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    edit_json(signed / MANIFEST, "artifacts fp32 files model.onnx", digest)
     Bundle.open(signed).verified_path("fp32")
 
 
@@ -105,12 +97,8 @@ def rewrite(signed: Path) -> None:
         draft.checks["verify"] = {"passed": True}
 
 
-def edit_signature(**values: object) -> Callable[[Path], None]:
-    def edit(signed: Path) -> None:
-        document = json.loads((signed / SIGNATURE).read_text())
-        (signed / SIGNATURE).write_text(json.dumps({**document, **values}))
-
-    return edit
+def edit_signature(key: str, value: str) -> Callable[[Path], None]:
+    return lambda signed: edit_json(signed / SIGNATURE, key, value)
 
 
 def write(name: str, text: str) -> Callable[[Path], None]:
@@ -123,22 +111,22 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 
 STALE, UNLISTED = "The signature of .* is not valid", "^1 files in .* are not in its manifest"
 CHANGES: list[tuple[Callable[[Path], object], str]] = [
-    *((lambda b, n=n: flip(b / n), f"/{n}' was changed after the manifest") for n in FILES),
+    *((write(n, f"The content of {n}"), f"/{n}' was changed after the manifest") for n in FILES),
     *((lambda b, n=n: (b / n).unlink(), f"/{n}' is in the manifest, but") for n in FILES),
     (edit_digest, STALE),
     (rewrite, STALE),
     (lambda b: (b / MANIFEST).write_bytes((b / MANIFEST).read_bytes() + b" "), STALE),
-    (edit_signature(date="2099-01-01T00:00:00+00:00"), STALE),
-    (edit_signature(signature=base64.b64encode(bytes(64)).decode()), STALE),
+    (edit_signature("date", "2099-01-01T00:00:00+00:00"), STALE),
+    (edit_signature("signature", base64.b64encode(bytes(64)).decode()), STALE),
     (lambda b: (b / SIGNATURE).unlink(), r"is not signed: it has no manifest\.json\.sig"),
     (lambda b: (b / "more").symlink_to(b.parent), UNLISTED),
     (write(".hidden", "x"), UNLISTED),
     (write(".staging-x/model.onnx", "x"), UNLISTED),
     *((write(SIGNATURE, text), "is damaged") for text in ("", "[]", "{}", "\0", "[" * 100_000)),
     (write(SIGNATURE, '{"schema": "van-deploy/signature/9", "algorithm": "none"}'), "has schema"),
-    (edit_signature(algorithm="none"), "is damaged"),
-    *((edit_signature(signature=text), "is damaged") for text in ("AAAA", "!")),
-    (edit_signature(more="x"), "is damaged"),
+    (edit_signature("algorithm", "none"), "is damaged"),
+    *((edit_signature("signature", text), "is damaged") for text in ("AAAA", "!")),
+    (edit_signature("more", "x"), "is damaged"),
 ]
 
 
@@ -210,10 +198,10 @@ CONSUMERS = [
 def test_commands_refuse_unsigned_and_changed_bundles(
     cli: Cli, bundle: Path, key: Path, public_key: Path, command: str
 ) -> None:
-    words = [*command.format(bundle).split(), "--require-signature", public_key]
+    words = (command.format(bundle), "--require-signature", public_key)
     assert cli.fails(5, *words).startswith(f"error: The bundle '{bundle}' is not signed")
     sign_bundle(bundle, key)
-    if words[0] == "inspect":  # the signature is accepted, and the file is not ONNX
+    if command == "inspect {}":  # the signature is accepted, and the file is not ONNX
         assert "is not an ONNX file" in cli(*words).stderr
     (bundle / "labels.txt").write_text("cat\n")
     assert f"'{bundle}/labels.txt' was changed" in cli.fails(5, *words)

@@ -14,10 +14,9 @@ from van_deploy.model.embedded import EMBEDDED_FOLDER, EMBEDDED_WEIGHTS
 
 
 @pytest.mark.slow
-def test_one_short_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_short_epoch(tmp_path: Path) -> None:
     pytest.importorskip("sklearn.datasets")
     make(tmp_path, Schedule(epochs=1, batch=128, image_size=32))
-    assert "epoch  1/1  train top-1 " in capsys.readouterr().out
     weights = tmp_path / EMBEDDED_WEIGHTS.name
     card = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))
     assert card["heldout"] == evaluate(tmp_path)

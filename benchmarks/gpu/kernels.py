@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import functools
 import itertools
 import json
 import math
@@ -28,12 +27,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from tiles import candidates
 
 from van_deploy.bench.gpu import Timer, repeat_for, torch_timer
 from van_deploy.files import write_atomic
 from van_deploy.kernels import launch, network, ops, reference
-from van_deploy.kernels.launch import TILES, Launch, Tile, record_launches
+from van_deploy.kernels.launch import FEW, TILES, Launch, Tile, power_of_two_block, record_launches
 from van_deploy.kernels.network import FusedVan, fuse_van
 from van_deploy.model.van import random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
@@ -43,6 +41,12 @@ MAX_RELATIVE_ERROR = {"fp16": 2e-3, "bf16": 1.6e-2, "fp32": 1e-5}
 TINY = VanConfig((16, 32, 32, 48), (1, 2, 1, 1), (2, 2, 2, 2), num_classes=10)
 CONFIGURATIONS = {"tiny": TINY, **{name: variant.config for name, variant in VARIANTS.items()}}
 L2_BYTES = 128 * 2**20  # minimum total size of rotating inputs, so that none stays in the L2 cache
+TILE_SIZES = {
+    "depthwise": ("ROWS", "BLOCK_P", "BLOCK_C", "num_warps"),
+    "pointwise": ("BLOCK_M", "BLOCK_N", "BLOCK_K", "REPEAT", "num_warps", "num_stages"),
+    "layer_norm": ("BLOCK_M", "num_warps"),
+    "patches": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
+}
 ON_GPU = not launch.INTERPRETED and torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 
@@ -60,14 +64,14 @@ class Results:
 
     def __init__(self, path: Path, **facts: Any) -> None:
         """Start without rows."""
-        self._path, self.facts = path, facts
-        self._lists: dict[str, list[Any]] = {"rows": [], "notes": []}
+        self.path, self.facts = path, facts
+        self.document: dict[str, Any] = {"rows": [], "notes": [], "facts": facts}
 
     def add(self, kind: str, value: Any) -> None:
         """Add to the ``rows`` or the ``notes``, and print it."""
-        self._lists[kind].append(value)
+        self.document[kind].append(value)
         print(value if kind == "notes" else json.dumps(value)[1:-1].replace('"', ""), flush=True)
-        write_atomic(self._path, json.dumps({**self._lists, "facts": self.facts}, indent=1))
+        write_atomic(self.path, json.dumps(self.document, indent=1))
 
     @contextlib.contextmanager
     def note_failure(self, what: str) -> Iterator[None]:
@@ -76,15 +80,6 @@ class Results:
             yield
         except Exception as error:
             self.add("notes", f"{what}: {type(error).__name__}: {error}"[:600])
-
-
-@functools.cache
-def images(name: str, batch: int, size: int) -> torch.Tensor:
-    """Return seeded images ``(batch, C, size, size)`` float32 on the CPU."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        few = smooth_images(min(batch, 16), CONFIGURATIONS[name].in_chans, size)
-    return few.repeat(math.ceil(batch / len(few)), 1, 1, 1)[:batch]
 
 
 def fused_network(name: str, dtype: torch.dtype) -> FusedVan:
@@ -192,15 +187,55 @@ def pad_with_nan(tensor: Any) -> Any:
     return flat[128:-128].view(tensor.shape)
 
 
+def candidates(launch: Launch) -> list[Tile]:
+    """Return the tiles to try for a launch; the first is its own."""
+    kind, own = launch.key.split("/")[0], dict(launch.tile)
+    shapes = [a.shape for a in launch.arguments if isinstance(a, torch.Tensor)]
+    has_few_pixels = math.prod(shapes[-1][:3]) < FEW
+    values: list[tuple[int, ...]]
+    if kind == "depthwise":
+        height, channels, side = shapes[0][1], shapes[0][3], shapes[1][0]
+        dilation = int(launch.key.split("/")[1].split("x")[1])
+        if has_few_pixels:
+            values = [(1, 4, 32, 2), (1, 16, 32, 4), (2, 8, 32, 2), (3, 8, 32, 4), (4, 8, 32, 2)]
+        elif side == 3:
+            values = [(4, 32, 32, 4), (7, 16, 32, 4), (7, 8, 32, 2), (14, 8, 32, 4)]
+        elif dilation == 1:
+            values = [(14, 8, 32, 4), (7, 16, 32, 4), (7, 8, 32, 2)]
+        else:
+            values = [(10, 8, 32, 4), (10, 16, 32, 4), (5, 16, 32, 4), (3, 16, 32, 4)]
+        values = [v for v in values if (v[0] - 1) * dilation < height and channels % v[2] == 0]
+    elif kind == "pointwise":
+        inner = shapes[1][1]
+        k, n, whole = own["BLOCK_K"], own["BLOCK_N"], power_of_two_block(inner, 64)
+        if has_few_pixels:
+            values = [(16, 32, k, 1, 2, 4), (16, 64, k, 1, 4, 4), (32, 32, k, 1, 4, 4)]
+            values += [(64, 32, k, 1, 4, 4), (16, 16, k, 1, 1, 4)]
+            values += [(16, 32, 128, 1, 4, 3)] if inner % 128 == 0 else []
+        else:
+            values = [(64, n, k, 1, 4, 3), (128, n, k, 1, 4, 4), (128, n, k, 1, 8, 3)]
+            values += [(256, n, k, 1, 8, 3), (128, 64, k, 1, 4, 3)]
+            values += [(64, n, whole, 4, 4, 3)] if inner == whole else []
+    elif kind == "layer_norm":
+        m = own["BLOCK_M"]
+        values = [(m * 2, 4), (max(1, m // 2), 4), (max(1, m // 2), 2), (m * 2, 8)]
+    else:
+        kind, n = "patches", own["BLOCK_N"]
+        values = [(128, n, 4, 3), (64, n, 4, 4), (64, n, 4, 2), (64, min(64, n), 2, 3)]
+        if has_few_pixels:
+            values = [(16, 16, 2, 4), (16, 32, 4, 5), (32, 32, 4, 3)]
+    tiles = [own, *({**own, **dict(zip(TILE_SIZES[kind], v, strict=True))} for v in values)]
+    return [tile for place, tile in enumerate(tiles) if tile not in tiles[:place]]
+
+
 def tune_network(
-    args: Any, results: Results, model: FusedVan, batch: int, bandwidth: float
+    args: Any, results: Results, model: FusedVan, x: torch.Tensor, bandwidth: float
 ) -> None:
     """Check and time each kernel of the network, and keep its best tile."""
-    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
     calls, counts = record_calls(model, x)
     for key, call in calls.items():
-        labels = {"network": args.variant, "batch": batch, "kernel": key, "calls": counts[key]}
-        failure = results.note_failure(f"{args.variant}, batch {batch}, {key}")
+        labels = {"network": args.variant, "batch": len(x), "kernel": key, "calls": counts[key]}
+        failure = results.note_failure(f"{args.variant}, batch {len(x)}, {key}")
         with failure, torch.no_grad():
             row = tune_kernel(args, call, bandwidth)
             results.facts["tuned"] = {k: dict(sorted(v.items())) for k, v in sorted(TILES.items())}
@@ -253,22 +288,21 @@ def tune_kernel(args: Any, call: Call, bandwidth: float) -> dict[str, Any]:
     }
 
 
-def time_network(args: Any, results: Results, model: FusedVan, batch: int, tiles: str) -> None:
+def time_network(args: Any, results: Results, model: FusedVan, x: torch.Tensor, tiles: str) -> None:
     """Time the network as a CUDA graph."""
-    x = images(args.variant, batch, args.size).to(DEVICE, model.dtype)
-    failure = results.note_failure(f"{args.variant}, batch {batch}, {tiles} tiles")
+    failure = results.note_failure(f"{args.variant}, batch {len(x)}, {tiles} tiles")
     with failure, torch.no_grad():
         graph = capture(lambda: model(x)) if ON_GPU else None
         seconds = replay_seconds(graph, 0.25) if graph else call_seconds(lambda _: model(x), 1)
-        labels = {"network": args.variant, "batch": batch, "precision": args.dtype}
+        labels = {"network": args.variant, "batch": len(x), "precision": args.dtype}
         what = f"the network as a CUDA graph, {tiles} tiles"
         results.add("rows", {**labels, "what": what, "ms": seconds * 1e3})
 
 
 def count(args: Any, model: FusedVan, batch: int) -> None:
     """Print launches, bytes and operations; no GPU is needed."""
-    channels = model.patch_embed1.weight.shape[2]
-    x = torch.empty(batch, channels, args.size, args.size, device="meta", dtype=model.dtype)
+    shape = (batch, CONFIGURATIONS[args.variant].in_chans, args.size, args.size)
+    x = torch.empty(shape, device="meta", dtype=model.dtype)
     calls, counts = record_calls(copy.deepcopy(model).to("meta"), x)
     launches = [(calls[key].launch, times) for key, times in counts.items()]
     size = sum(one.bytes * n for one, n in launches) / batch / 1e6
@@ -318,13 +352,15 @@ def main() -> int:
     args.tries = args.tries if args.step == "all" else 1
     results.add("notes", f"Copy bandwidth of this device: {bandwidth / 1e9:.1f} GB/s.")
     for args.variant, batch in itertools.product(variants, batches):
-        model = models[args.variant].to(DEVICE)
+        model, config = models[args.variant].to(DEVICE), CONFIGURATIONS[args.variant]
+        torch.manual_seed(1)
+        x = smooth_images(batch, config.in_chans, args.size).to(DEVICE, model.dtype)
         if args.step != "check":
-            time_network(args, results, model, batch, "stored")
+            time_network(args, results, model, x, "stored")
         if args.step != "network":
-            tune_network(args, results, model, batch, bandwidth)
+            tune_network(args, results, model, x, bandwidth)
         if args.step == "all":
-            time_network(args, results, model, batch, "tuned")
+            time_network(args, results, model, x, "tuned")
     return 0
 
 

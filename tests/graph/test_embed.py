@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from benchmarks.ablation import count_kernels
+from benchmarks.accuracy import count_kernels
 from tests.each import each
 from van_deploy.errors import ConversionError
 from van_deploy.graph.embed import embed_preprocessing

@@ -44,17 +44,11 @@ def test_launches_and_bytes_of_van_b0(van_b0: FusedVan) -> None:
     assert sum(launch.bytes for launch in recorded) / 128e6 == pytest.approx(55.6, abs=0.1)
 
 
-def test_tuned_tile_of_the_nearest_number_of_pixels() -> None:
-    tiles = {"layer_norm/32/p12": {"BLOCK_M": 8}, "layer_norm/32/p19": {"BLOCK_M": 64}}
-    assert nearest_tile(tiles, "layer_norm/32/p14") == {"BLOCK_M": 8}
-    assert nearest_tile(tiles, "layer_norm/32/p17") == {"BLOCK_M": 64}
-    assert nearest_tile(tiles, "layer_norm/64/p17") is None
-
-
 def test_stored_tiles_are_those_of_the_kernels(van_b0: FusedVan) -> None:
     stored = tuned_tiles(9, 0)
     for launch in (*launches(van_b0, 1), *launches(van_b0, 128)):
         assert stored[launch.key].keys() == launch.tile.keys()
+    assert nearest_tile(stored, "layer_norm/7/p17") is None
     assert tuned_tiles(1, 0) == {}, "tiles of another GPU"
 
 

@@ -77,13 +77,7 @@ def test_too_few_different_images_are_rejected(
 
 
 def test_builtin_sets_have_descriptions_and_the_digits_match_their_digest(digits: Path) -> None:
-    known = builtin_files(CALIBRATION_SETS)
-    assert {"cifar10", "digits", "folder", "imagenet-512"} <= set(known)
-    for found in map(load_calibration_set, known):
-        assert found.description
-        assert found.images.count >= 100
-        assert 0 < found.images.held_out < 0.5
-        assert found.images.path == ""
+    assert all(load_calibration_set(name).description for name in builtin_files(CALIBRATION_SETS))
     selection = load_calibration_set("digits").images
     chosen = choose_images(selection)
     assert (chosen.digest, len(chosen)) == (selection.digest, 512)

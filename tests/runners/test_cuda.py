@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from tests.each import each
@@ -18,73 +15,22 @@ from van_deploy.runners.base import gpu_index
 from van_deploy.runners.cuda import Cuda, DeviceBatch, require_cuda
 
 bindings = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-CODES = bindings.cudaError_t
-
-
-def runtime(count: Any = (CODES.cudaSuccess, 1), **results: Any) -> Any:
-    """Return a CUDA runtime with its real names and texts, and functions with given results."""
-    functions = {
-        "cudaGetDeviceCount": lambda: count,
-        "cudaSetDevice": lambda _: (CODES.cudaSuccess,),
-        **{name: (lambda *_, result=result: result) for name, result in results.items()},
-    }
-    return SimpleNamespace(
-        cudaError_t=CODES, cudaGetErrorString=bindings.cudaGetErrorString, **functions
-    )
-
-
-def test_cuda_error_codes_become_project_errors() -> None:
-    for code, kind, message in (
-        (CODES.cudaErrorMemoryAllocation, MissingDependency, "The GPU is out of memory"),
-        (CODES.cudaErrorDevicesUnavailable, MissingDependency, "cuda:0 is in use by another"),
-        (CODES.cudaErrorIllegalAddress, ConversionError, "in f: an illegal memory access was"),
-    ):
-        with pytest.raises(kind, match=message):
-            Cuda(runtime(f=(code, None))).call("f")
-
-
-NO_DEVICE_RESULT = (CODES.cudaErrorNoDevice, None)
-NO_GPU = "CUDA finds no GPU here: "
-NO_DEVICE = f"{NO_GPU}no CUDA-capable device is detected; CUDA_VISIBLE_DEVICES is"
-OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version."
-
-
-@each(
-    ("count", "visible", "message"),
-    [
-        ((CODES.cudaErrorInsufficientDriver, None), None, f"{NO_GPU}{OLD_DRIVER}"),
-        (NO_DEVICE_RESULT, "", f"{NO_DEVICE} ''."),
-        (NO_DEVICE_RESULT, "GPU-of-yesterday", f"{NO_DEVICE} 'GPU-of-yesterday'."),
-        ((CODES.cudaSuccess, 2), None, "There is no device cuda:5; CUDA sees 2, from cuda:0."),
-    ],
-)
-def test_unavailable_gpus_are_reported(
-    monkeypatch: pytest.MonkeyPatch, count: Any, visible: str | None, message: str
-) -> None:
-    monkeypatch.setattr("cuda.bindings.runtime", runtime(count=count))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(MissingDependency) as caught:
-        require_cuda(5)
-    assert caught.value.message == message
-    assert caught.value.exit_code == 3
-
-
-@each("device", ["gpu", "cuda:x", "cuda:", "cuda:-1", ""])
-def test_invalid_device_names_are_refused(device: str) -> None:
-    with pytest.raises(UsageError, match=f"There is no device '{device}'."):
-        gpu_index(device)
+CODES, VISIBLE = bindings.cudaError_t, "CUDA_VISIBLE_DEVICES"
 
 
 class HostGpu:
-    """A fake GPU: CUDA's functions on host memory, which track allocations and graphs."""
+    """A fake GPU: CUDA's functions on host memory, which track allocations and graphs.
 
-    def __init__(self) -> None:
+    Args:
+        results: results of other functions, with their error codes.
+    """
+
+    def __init__(self, **results: Any) -> None:
         self.allocated: dict[int, Any] = {}
         self.capture: Any = None
         self.launches = self.captures = 0
-        functions: dict[str, Callable[..., Any]] = {
+        self.results = results
+        self.functions: dict[str, Callable[..., Any]] = {
             **dict.fromkeys(("cudaMalloc", "cudaMallocHost"), self.allocate),
             **dict.fromkeys(("cudaFree", "cudaFreeHost", "cudaGraphExecDestroy"), self.free),
             "cudaMemcpyAsync": lambda to, source, size, *_: ctypes.memmove(to, source, size),
@@ -93,20 +39,17 @@ class HostGpu:
             "cudaGraphInstantiate": self.instantiate,
             "cudaGraphLaunch": self.launch,
         }
-        nothing = ("cudaSetDevice", "cudaStreamSynchronize", "cudaGraphDestroy")
-        functions |= dict.fromkeys(nothing, lambda _: None)
-        self.runtime = SimpleNamespace(
-            cudaError_t=CODES,
-            cudaMemcpyKind=bindings.cudaMemcpyKind,
-            cudaStreamCaptureMode=bindings.cudaStreamCaptureMode,
-            **{
-                name: functools.partial(self.call, function) for name, function in functions.items()
-            },
-        )
 
-    @staticmethod
-    def call(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
-        return CODES.cudaSuccess, function(*arguments)
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(bindings, name)  # fails where CUDA has no such function
+        if name in {"cudaError_t", "cudaGetErrorString", "cudaMemcpyKind", "cudaStreamCaptureMode"}:
+            return real
+
+        def call(*arguments: Any) -> Any:
+            result = self.functions[name](*arguments) if name in self.functions else None
+            return self.results.get(name) or (CODES.cudaSuccess, result)
+
+        return call
 
     def free(self, address: int) -> None:
         del self.allocated[address]
@@ -129,17 +72,57 @@ class HostGpu:
     def enqueue(self, batch: DeviceBatch) -> None:
         """Enqueue a network that doubles each number and sums each row."""
 
-        def array(name: str, *shape: int) -> npt.NDArray[np.float32]:
-            kind = ctypes.c_float * int(np.prod(shape))
-            memory = memoryview(kind.from_address(batch.addresses[name]))
-            return np.frombuffer(memory, np.float32).reshape(shape)
-
         def work(rows: int = batch.rows) -> None:
-            inputs = array("x", rows, 3)
-            array("y", rows, 3)[:] = 2 * inputs
-            array("sum", rows)[:] = inputs.sum(axis=1)
+            addresses = batch.addresses
+            x, y, sums = (
+                np.frombuffer(self.allocated[addresses[name]], np.float32)
+                for name in ("x", "y", "sum")
+            )
+            y[: 3 * rows] = 2 * x[: 3 * rows]
+            sums[:rows] = x[: 3 * rows].reshape(rows, 3).sum(axis=1)
 
         (work() if self.capture is None else self.capture.append(work))
+
+
+@each(
+    ("code", "kind", "message"),
+    [
+        (CODES.cudaErrorMemoryAllocation, MissingDependency, "The GPU is out of memory"),
+        (CODES.cudaErrorDevicesUnavailable, MissingDependency, "cuda:0 is in use by another"),
+        (
+            CODES.cudaErrorIllegalAddress,
+            ConversionError,
+            "in cudaMalloc: an illegal memory access was",
+        ),
+    ],
+)
+def test_cuda_error_codes_become_project_errors(code: Any, kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        Cuda(HostGpu(cudaMalloc=(code, None))).call("cudaMalloc", 8)
+
+
+@each(
+    ("count", "environment", "message"),
+    [
+        ((CODES.cudaErrorInsufficientDriver, None), {}, r"no GPU here: .* CUDA runtime version\."),
+        ((CODES.cudaErrorNoDevice, None), {VISIBLE: ""}, "is detected; CUDA_VISIBLE_DEVICES is ''"),
+        ((CODES.cudaErrorNoDevice, None), {VISIBLE: "GPU-x"}, "CUDA_VISIBLE_DEVICES is 'GPU-x'"),
+        ((CODES.cudaSuccess, 2), {}, "There is no device cuda:5; CUDA sees 2, from cuda:0."),
+    ],
+)
+def test_unavailable_gpus_are_reported(
+    monkeypatch: pytest.MonkeyPatch, count: Any, environment: dict[str, str], message: str
+) -> None:
+    monkeypatch.setattr("cuda.bindings.runtime", HostGpu(cudaGetDeviceCount=count))
+    monkeypatch.setattr("os.environ", environment)
+    with pytest.raises(MissingDependency, match=message):
+        require_cuda(5)
+
+
+@each("device", ["gpu", "cuda:x", "cuda:", "cuda:-1", ""])
+def test_invalid_device_names_are_refused(device: str) -> None:
+    with pytest.raises(UsageError, match=f"There is no device '{device}'."):
+        gpu_index(device)
 
 
 ROW, SUM = ((3,), np.float32), ((), np.float32)
@@ -149,7 +132,7 @@ ROW, SUM = ((3,), np.float32), ((), np.float32)
 def test_device_batch_copies_runs_and_frees(graph: bool) -> None:
     gpu = HostGpu()
     specs = {"x": ROW}, {"y": ROW, "sum": SUM}
-    batch = DeviceBatch(Cuda(gpu.runtime), 7, *specs, 4, gpu.enqueue, graph=graph)
+    batch = DeviceBatch(Cuda(gpu), 7, *specs, 4, gpu.enqueue, graph=graph)
     images = np.arange(12, dtype=np.float32).reshape(4, 3)
     first = batch.infer(images[:2])
     for rows in (4, 1, 2, 4):  # each size is captured once
@@ -163,10 +146,12 @@ def test_device_batch_copies_runs_and_frees(graph: bool) -> None:
     assert gpu.allocated == {}
 
 
-def test_device_batch_frees_memory_when_an_allocation_fails() -> None:
+def test_device_batch_frees_memory_when_an_allocation_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     gpu = HostGpu()
-    results = iter([gpu.runtime.cudaMalloc, lambda _: (CODES.cudaErrorMemoryAllocation, None)])
-    gpu.runtime.cudaMalloc = lambda size: next(results)(size)
+    results = iter([gpu.cudaMalloc, lambda _: (CODES.cudaErrorMemoryAllocation, None)])
+    monkeypatch.setattr(gpu, "cudaMalloc", lambda size: next(results)(size))
     with pytest.raises(MissingDependency, match="The GPU is out of memory"):
-        DeviceBatch(Cuda(gpu.runtime), 7, {"x": ROW}, {"y": ROW}, 4, gpu.enqueue)
+        DeviceBatch(Cuda(gpu), 7, {"x": ROW}, {"y": ROW}, 4, gpu.enqueue)
     assert gpu.allocated == {}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from tests.each import each
 from tests.serve.conftest import top5_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import ExportSettings
-from van_deploy.errors import GateFailed, ImageError
+from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.model.embedded import write_digits_folder
 from van_deploy.serve import embedded
 from van_deploy.serve.embedded import embed_artifacts
-from van_deploy.serve.predict import find_sources
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
@@ -36,9 +33,8 @@ def test_predict_on_a_folder_with_an_unreadable_file(
     folder = write_digits_folder(tmp_path / "digits", "heldout", limit=11)
     words = ("--artifact", artifact, "--batch", "4", "--top-k", "2")
     result = cli("predict", digits.path, folder, *words, "--json")
-    assert result.exit_code == 0
     predictions = json.loads(result.stdout)["predictions"]
-    assert len(predictions) == 11
+    assert (result.exit_code, len(predictions)) == (0, 11)
     correct = sum(p["top"][0]["name"] == Path(p["source"]).parent.name for p in predictions)
     assert correct >= 10  # the network classifies 97 of 100 correctly
     assert all(len(p["top"]) == 2 for p in predictions)
@@ -53,46 +49,40 @@ def test_predict_on_a_folder_with_an_unreadable_file(
     assert "1 of 12 images could not be read." in result.stderr
 
 
-def test_standard_input(digits: Bundle, golden_image: Path) -> None:
-    command = [sys.executable, "-m", "van_deploy", "predict", str(digits.path), "-", "--json"]
-    done = subprocess.run(command, input=golden_image.read_bytes(), capture_output=True, check=True)
-    top = json.loads(done.stdout)["predictions"][0]["top"]
+def test_standard_input(digits: Bundle, golden_image: Path, cli: Cli) -> None:
+    words = ("predict", digits.path, "-", "--json")
+    result = cli(*words, stdin=golden_image.read_bytes())
+    top = json.loads(result.stdout)["predictions"][0]["top"]
     assert [c["index"] for c in top] == [c.index for c in top5_of(digits)]
-    empty = subprocess.run(command, input=b"", capture_output=True, check=False)
-    assert empty.returncode == 5
-    assert b"Standard input is empty." in empty.stderr
+    empty = cli(*words, stdin=b"")
+    assert (empty.exit_code, "Standard input is empty." in empty.stderr) == (5, True)
 
 
 def test_invalid_arguments_and_missing_images(digits: Bundle, golden_image: Path, cli: Cli) -> None:
-    with pytest.raises(ImageError, match=r"There is no image 'nowhere\.jpg'"):
-        find_sources(["nowhere.jpg"])
-    for code, *words in (
-        (2, golden_image, "--batch", "9"),
-        (2, golden_image, "--top-k", "0"),
-        (2, golden_image, "--json", "--jsonl"),
-        (2, "-", "-"),
-        (5, golden_image, "--artifact", "fp8"),
+    for code, message, *words in (
+        (5, "There is no image 'nowhere.jpg'", "nowhere.jpg"),
+        (2, "does not take batches of 9", golden_image, "--batch", "9"),
+        (2, "'--top-k'", golden_image, "--top-k", "0"),
+        (2, "--jsonl", golden_image, "--json", "--jsonl"),
+        (2, "can be read only once", "-", "-"),
+        (5, "has no artifact 'fp8'", golden_image, "--artifact", "fp8"),
     ):
-        assert cli("predict", digits.path, *map(str, words)).exit_code == code
-    table = cli("predict", digits.path, golden_image, "--top-k", "99")
-    assert table.exit_code == 0
-    assert "95.7%" in table.stdout
+        assert message in cli.fails(code, "predict", digits.path, *words)
+    assert "95.7%" in cli.passes("predict", digits.path, golden_image, "--top-k", "99")
 
 
 def test_embedded_graphs_match_or_nothing_is_written(
     digits: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy, batches = copy_bundle(digits), [PIXELS[:size] for size in (1, 2, 3)]
-    settings = ExportSettings(
-        embed_preprocess="normalize", outputs=("logits", "probabilities", "top5")
-    )
+    settings = ExportSettings(embed_preprocess="normalize", outputs=("logits", "top5"))
     (result,) = embed_artifacts(Bundle.open(copy), settings, batches)
     assert (result.name, result.base, result.reused) == ("fp32-normalize", "fp32", False)
-    assert result.agreement is not None
-    assert [row["batch"] for row in result.agreement["batches"]] == [1, 2, 3]
-    assert max(row["difference"] for row in result.agreement["batches"]) < 1e-6
-    (second,) = embed_artifacts(Bundle.open(copy), settings, batches)
-    assert second.reused
+    assert result.agreement
+    differences = {row["batch"]: row["difference"] for row in result.agreement["batches"]}
+    assert [*differences] == [1, 2, 3]
+    assert max(differences.values()) < 1e-6
+    assert embed_artifacts(Bundle.open(copy), settings, batches)[0].reused
 
     def other_mean(model: Any, preprocessing: Any, *more: Any) -> Any:
         mean = tuple(value + 0.01 for value in preprocessing.mean)
@@ -103,16 +93,14 @@ def test_embedded_graphs_match_or_nothing_is_written(
         model = embed_preprocessing(*args)
         node = next(n for n in model.graph.node if TOP_PROBABILITIES in n.output)
         node.output[list(node.output).index(TOP_PROBABILITIES)] = "correct"
-        model.graph.initializer.append(numpy_helper.from_array(np.float32(0), "zero"))
-        model.graph.node.append(helper.make_node("Div", ["zero", "zero"], ["nan"]))
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(np.nan), "nan"))
         model.graph.node.append(helper.make_node("Mul", ["correct", "nan"], [TOP_PROBABILITIES]))
         return model
 
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    changed = settings.with_changes(outputs=("probabilities", "top5"))
     for faulty in (other_mean, nan_output):
         monkeypatch.setattr(embedded, "embed_preprocessing", faulty)
         with pytest.raises(GateFailed, match=r"At batch 1 'model\.normalize"):
-            embed_artifacts(
-                Bundle.open(copy), settings.with_changes(outputs=("logits", "top5")), batches
-            )
+            embed_artifacts(Bundle.open(copy), changed, batches)
         assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before

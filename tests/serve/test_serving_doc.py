@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -17,8 +16,7 @@ from tests.serve.conftest import pixels_of
 from van_deploy.bundle import Bundle
 from van_deploy.runners.network import Network
 
-DOCS = Path(__file__).parents[2] / "docs"
-TEXT, EXAMPLES = (DOCS / "serving.md").read_text(encoding="utf-8"), DOCS / "examples"
+EXAMPLES = Path(__file__).parents[2] / "docs/examples"
 
 
 def run(words: list[str], folder: Path) -> str:
@@ -27,13 +25,6 @@ def run(words: list[str], folder: Path) -> str:
         pytest.skip("ONNX Runtime's C++ headers are not installed")
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def logits_of(bundle: Bundle, image: Path) -> tuple[Any, Any]:
-    """Return a preprocessed image and its logits."""
-    with Network(bundle, "fp32-uint8") as network:
-        pixels = pixels_of(bundle, [image])
-        return pixels[0], network.run(pixels)["logits"][0]
 
 
 def test_python_example(digits: Bundle, tmp_path: Path) -> None:
@@ -45,25 +36,19 @@ def test_python_example(digits: Bundle, tmp_path: Path) -> None:
     shutil.copy(digits.path / "model.uint8.onnx", tmp_path)
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(noise).save(image)
-    _, logits = logits_of(digits, image)
+    with Network(digits, "fp32-uint8") as network:
+        (logits,) = network.run(pixels_of(digits, [image]))["logits"]
     assert run([sys.executable, "main.py"], tmp_path) == f"{np.argsort(-logits)[:5]}\n"
 
 
-def test_cpp_example(digits: Bundle, tmp_path: Path) -> None:
+def test_cpp_example(digits: Bundle, pixels: Any, expected: Any, tmp_path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     source = str(EXAMPLES / "onnxruntime_image.cpp")
     run([compiler, "-std=c++17", source, "-lonnxruntime", "-o", "main"], tmp_path)
-    pixels, logits = logits_of(digits, digits.path / "golden/0.png")
-    (tmp_path / "pixels.rgb").write_bytes(pixels.tobytes())
+    (tmp_path / "pixels.rgb").write_bytes(pixels[0].tobytes())
     model = str(digits.path / "model.uint8.onnx")
-    output = run(["./main", model, "pixels.rgb", str(len(pixels))], tmp_path)
-    np.testing.assert_allclose([float(v) for v in output.split()], logits, atol=1e-4)
-
-
-def test_examples_are_linked_and_parse() -> None:
-    for file in EXAMPLES.iterdir():
-        assert f"(examples/{file.name})" in TEXT
-        if file.suffix == ".py":
-            ast.parse(file.read_text())
+    output = run(["./main", model, "pixels.rgb", str(len(pixels[0]))], tmp_path)
+    logits = [float(number) for number in output.split()]
+    np.testing.assert_allclose(logits, expected["logits"][0], atol=1e-4)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,27 +20,18 @@ from tests.each import each
 HOOK = """
 import os, pwd, sys
 
-INSTALLED = os.path.realpath(os.environ["INSTALLED"])
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
+INSTALLED = os.path.realpath(os.environ["INSTALLED"]) + os.sep
+pwd.getpwuid = {}.__getitem__
 
-def _nobody(*_):
-    raise KeyError("getpwuid(): uid not found")
+def refuse(event, details):
+    writing = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if (writing or event in CHANGES) and isinstance(details[0], (str, bytes)):
+        if os.path.realpath(os.fsdecode(details[0])).startswith(INSTALLED):
+            raise OSError(30, "Read-only file system", os.fsdecode(details[0]))
 
-pwd.getpwuid = _nobody
-
-def _read_only(event, details):
-    if event == "open":
-        path, writing = details[0], details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-    elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate"):
-        path, writing = details[0], True
-    else:
-        return
-    if writing and isinstance(path, (str, bytes)):
-        if os.path.realpath(os.fsdecode(path)).startswith(INSTALLED + os.sep):
-            raise OSError(30, "Read-only file system", os.fsdecode(path))
-
-sys.addaudithook(_read_only)
+sys.addaudithook(refuse)
 """
-
 LOCALES = {
     "ascii": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
     "latin-1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
@@ -56,21 +48,16 @@ def test_non_ascii_names_in_any_locale(wheel: zipfile.ZipFile, tmp_path: Path) -
     folder.mkdir()
     (hooks / "sitecustomize.py").write_text(HOOK)
     kept = ("PATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
-    environment |= {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
+    kept_values = {name: os.environ[name] for name in kept if name in os.environ}
+    own = {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
 
     def run(locale: str, *words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "van_deploy", *words],
-            cwd=folder,
-            env={**environment, "PYTHONUTF8": "0", **LOCALES[locale]},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-        stderr = done.stderr.decode("utf-8", "replace")
-        assert (done.returncode, "Traceback" in stderr) == (code, False), stderr
-        return done.stdout.decode("utf-8", "replace") if not code else stderr
+        pipes: Any = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        environment = {**kept_values, **own, "PYTHONUTF8": "0", **LOCALES[locale]}
+        command = [sys.executable, "-m", "van_deploy", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, check=False, **pipes)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        return str(done.stderr if code else done.stdout)
 
     bundle = "mein Bündel 一"
     run("ascii", "export", "van_digits", "--output", bundle)

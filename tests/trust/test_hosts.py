@@ -1,14 +1,15 @@
 """Restricted hosts: every command without network access, and without PyTorch.
 
 The commands of a host run in one process, on one bundle. Its Python and that of every child process
-load a ``sitecustomize`` whose audit hook blocks and logs all connections to other machines, so that
-blocked connections are found even if the error is caught.
+load a ``sitecustomize`` that hides modules, and whose audit hook blocks and logs all connections to
+other machines, so that blocked connections are found even if the error is caught.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata as metadata
+import itertools
 import json
 import os
 import re
@@ -23,11 +24,10 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import pytest
-from cryptography.hazmat.primitives import serialization as pem
-from cryptography.hazmat.primitives.asymmetric import ed25519
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from supply_chain.pins import resolve_dependencies
 from tests.artifacts import Subject, add_placeholder_engine
 from tests.conftest import ROOT
 from van_deploy.bundle import MANIFEST
@@ -42,55 +42,33 @@ OPTIONAL = (
 HOOK = """
 import json, os, sys
 
-def _refuse(event, details):
+sys.modules.update(dict.fromkeys(json.loads(os.environ["BLOCKED"])))
+
+def refuse(event, details):
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
-        address = details[1]
-        if not isinstance(address, tuple):  # a Unix socket, or an address given before
-            return
-        host = address[0]
+        address = details[1]  # no tuple: a Unix socket, or an address given before
+        host = address[0] if isinstance(address, tuple) else None
     elif event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
         host = details[0]
     else:
         return
-    host = host.decode() if isinstance(host, bytes) else host
-    if not host or str(host).startswith(("127.", "::1", "localhost")):
-        return
-    with open(os.environ["REFUSALS"], "a", encoding="utf-8") as file:
-        file.write(json.dumps(str(host)) + "\\n")
-    raise OSError(101, "the network is refused in this test")
+    if host and not os.fsdecode(host).startswith(("127.", "::1", "localhost")):
+        with open(os.environ["REFUSALS"], "a", encoding="utf-8") as file:
+            file.write(os.fsdecode(host) + "\\n")
+        raise OSError(101, "the network is refused in this test")
 
-sys.addaudithook(_refuse)
+sys.addaudithook(refuse)
 """
-
-# Wraps every import finder so that blocked modules are not found. A single command (serve)
-# runs as the main program.
 DRIVER = """
 import json, sys
-
-class Without:
-    def __init__(self, finder): self.finder = finder
-    def __getattr__(self, name): return getattr(self.finder, name)
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] not in BLOCKED:
-            return self.finder.find_spec(name, path, target)
-
-BLOCKED, lines = json.loads(sys.argv[1])
-before = set(sys.modules)
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-sys.path_importer_cache.clear()
 from typer.testing import CliRunner
-from van_deploy.cli.app import app, main
-if len(lines) == 1:
-    sys.argv = ["van-deploy", *lines[0].split()]
-    main()
-done = {}
-for line in lines:
-    result = CliRunner().invoke(app, line.split())
-    if not isinstance(result.exception, SystemExit | None): raise result.exception
-    done[line] = [result.exit_code, result.stdout, result.stderr]
-found = {name.partition(".")[0] for name in set(sys.modules) - before}
-assert not found & set(BLOCKED), found
-json.dump(done, open(sys.argv[2], "w", encoding="utf-8"))
+from van_deploy.cli.app import app
+
+def run(line):
+    result = CliRunner().invoke(app, line.split(), catch_exceptions=False)
+    return result.exit_code, result.stdout, result.stderr
+
+json.dump({line: run(line) for line in sys.argv[2:]}, open(sys.argv[1], "w", encoding="utf-8"))
 """
 
 
@@ -98,22 +76,21 @@ class Host:
     """A host without network and without some modules; its files are in ``folder``."""
 
     def __init__(self, folder: Path, blocked: Sequence[str] = ()) -> None:
-        self.folder, self.blocked, self.out = folder, blocked, folder / "out.json"
+        self.out, self.refused = folder / "out.json", folder / "refusals"
         (folder / "site").mkdir(parents=True)
         (folder / "site/sitecustomize.py").write_text(HOOK)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        paths = os.pathsep.join(map(str, (folder / "site", ROOT, os.environ.get("PYTHONPATH", ""))))
-        own = {"PYTHONPATH": paths, "REFUSALS": f"{folder}/refusals", "HF_HOME": f"{folder}/hub"}
-        self.environment = {**kept, **own, "COLUMNS": "100", "NO_COLOR": "1"}
+        paths = os.pathsep.join((f"{folder}/site", str(ROOT), os.environ.get("PYTHONPATH", "")))
+        own = {"PYTHONPATH": paths, "REFUSALS": str(self.refused), "BLOCKED": json.dumps(blocked)}
+        self.environment = {**kept, **own, "HF_HOME": f"{folder}/hub", "COLUMNS": "100"}
 
-    def started(self, *lines: str) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", DRIVER, json.dumps([self.blocked, lines]), str(self.out)]
+    def started(self, *words: str) -> subprocess.Popen[str]:
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(words, env=self.environment, **pipes)
+        return subprocess.Popen([sys.executable, *words], env=self.environment, **pipes)
 
     def run(self, *lines: str) -> dict[str, list[Any]]:
         """Return exit code, stdout and stderr of each command, by its line."""
-        process = self.started(*lines)
+        process = self.started("-c", DRIVER, str(self.out), *lines)
         _, said = process.communicate(timeout=WITHIN_S)
         assert process.returncode == 0, said
         return dict(json.loads(self.out.read_text()))
@@ -121,30 +98,23 @@ class Host:
     @contextlib.contextmanager
     def serving(self, bundle: Path) -> Iterator[str]:
         """Run `serve` and yield its address."""
-        server, text = self.started(f"serve {bundle} --port 0 --json"), ""
-        assert server.stdout
+        server = self.started("-m", "van_deploy", "serve", str(bundle), "--port", "0", "--json")
         try:
-            while not text.endswith("}\n"):
-                text += (line := server.stdout.readline())
-                assert line, "the server did not start"
-            yield str(json.loads(text)["url"]).rstrip("/")
+            lines = itertools.takewhile(lambda line: line != "}\n", server.stdout or ())
+            yield str(json.loads("".join(lines) + "}")["url"]).rstrip("/")
         finally:
             server.send_signal(signal.SIGINT)
             server.communicate(timeout=30)
 
     def refusals(self) -> set[str]:
-        file = self.folder / "refusals"
-        return set(map(json.loads, file.read_text().splitlines())) if file.exists() else set()
+        return set(self.refused.read_text().split()) if self.refused.exists() else set()
 
 
 def every_command(folder: Path, images: Path) -> list[str]:
     """Return small runs of every command except `serve` on ``van_digits``."""
-    bundle, key = folder / "b", folder / "k.pem"
-    secret = ed25519.Ed25519PrivateKey.generate()
-    plain, spki = pem.NoEncryption(), pem.PublicFormat.SubjectPublicKeyInfo
-    key.write_bytes(secret.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, plain))
-    public = folder / "k.pem.pub"
-    public.write_bytes(secret.public_key().public_bytes(pem.Encoding.PEM, spki))
+    bundle, key, public = folder / "b", folder / "k", folder / "k.pub"
+    for words in ("genpkey -algorithm ed25519 -out k", "pkey -pubout -in k -out k.pub"):
+        subprocess.run(["openssl", *words.split()], cwd=folder, check=True)
     once = "--batches 1 --seconds 0.1 --calls 2 --limit 0.2 --rounds 1 --warmup 0 --no-save"
     build = f"build {bundle} --target sm_89 --optimization-level 0"
     return [
@@ -182,7 +152,7 @@ def test_no_command_needs_the_network(tmp_path: Path, digits: Subject) -> None:
 
 @pytest.mark.slow
 def test_commands_start_without_each_optional_package(tmp_path: Path) -> None:
-    """``tests/test_architecture.py`` imports every module without all of them."""
+    """``tests/test_packaging.py`` imports every module without all of them."""
     for package in OPTIONAL:
         done = Host(tmp_path / package, [package]).run("--help", "list", "doctor")
         assert [found[0] for found in done.values()] == [0, 0, 0], (package, done)
@@ -194,16 +164,8 @@ def test_commands_start_without_each_optional_package(tmp_path: Path) -> None:
 def missing_modules() -> list[str]:
     """Return the top-level modules that are missing with requirements-runtime.txt only."""
     lines = (ROOT / "requirements-runtime.txt").read_text().splitlines()
-    wanted = [Requirement(text) for line in lines if (text := line.partition("#")[0].strip())]
-    there = {"van-deploy"}
-    while wanted:
-        one = wanted.pop()
-        name = str(canonicalize_name(one.name))
-        if name in there or (one.marker and not one.marker.evaluate({"extra": ""})):
-            continue
-        there.add(name)
-        with contextlib.suppress(metadata.PackageNotFoundError):  # what lacks it will say so
-            wanted += map(Requirement, metadata.requires(name) or ())
+    texts = [text for line in lines if (text := line.partition("#")[0].strip())]
+    there = {"van-deploy", *resolve_dependencies(map(Requirement, texts))}
     modules = metadata.packages_distributions().items()
     return sorted(m for m, owners in modules if not there & set(map(canonicalize_name, owners)))
 

@@ -13,28 +13,15 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from supply_chain import audit
-from supply_chain.pins import (
-    BILL,
-    EXTRAS,
-    LOWEST,
-    MIN_TESTED,
-    PINNED,
-    ROOT,
-    bill_of_materials,
-    declared_requirements,
-    lower_bounds,
-    read_pins,
-    resolve_dependencies,
-)
+from supply_chain import audit, pins
 from tests.each import each
 
-PINS = read_pins(PINNED)
-MODULES = {"PIL": "pillow", "skimage": "scikit-image", "sklearn": "scikit-learn", "yaml": "pyyaml"}
-MODULES |= {"google": "protobuf", "cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
-MODULES |= {"pynvml": "nvidia-ml-py"}
+PINS, LOWEST = pins.read_pins(pins.PINNED), pins.read_pins(pins.LOWEST)
+# Of modules that may be absent: those that are installed say it.
+STANDARD = {*sys.stdlib_module_names, "van_deploy", "tomllib"}
+DISTRIBUTIONS = {"cuda": "cuda-bindings", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 INSTALLED = {str(canonicalize_name(d.name)): d.version for d in metadata.distributions()}
-DECLARED = declared_requirements(EXTRAS)
+DECLARED = pins.declared_requirements(pins.EXTRAS)
 HERE = [one for one in DECLARED if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
@@ -49,52 +36,54 @@ def unmet(wanted: Iterable[Requirement], versions: Mapping[str, str]) -> list[st
 
 
 def test_pinned_and_installed_versions_meet_the_requirements() -> None:
-    assert "gpu" not in EXTRAS
+    assert "gpu" not in pins.EXTRAS
     assert unmet(HERE, INSTALLED) == []
     direct = {canonicalize_name(one.name) for one in HERE}
     assert direct <= PINS.keys() | ({"tomli"} if sys.version_info < (3, 11) else set())
     assert unmet(DECLARED, PINS) == []
-    everything = resolve_dependencies(r for r in DECLARED if canonicalize_name(r.name) in INSTALLED)
+    found = [one for one in DECLARED if canonicalize_name(one.name) in INSTALLED]
+    everything = pins.resolve_dependencies(found)
     same = {name: PINS[name] for name in everything if INSTALLED.get(name) == PINS.get(name)}
     assert unmet((one for several in everything.values() for one in several), same) == []
 
 
 def test_pins_are_sorted_names_and_public_versions() -> None:
-    for pins in (PINS, read_pins(LOWEST)):
-        assert list(pins) == sorted(pins)
-        for name, version in pins.items():
+    for found in (PINS, LOWEST):
+        assert list(found) == sorted(found)
+        for name, version in found.items():
             assert canonicalize_name(name) == name != "van-deploy"
             assert Version(version).local is None
-    assert read_pins(LOWEST) == lower_bounds(declared_requirements(MIN_TESTED))
-    unbounded = [w for w in declared_requirements() if ">=" not in str(w.specifier)]
+    assert pins.lower_bounds(pins.declared_requirements(pins.MIN_TESTED)) == LOWEST
+    unbounded = [w for w in pins.declared_requirements() if ">=" not in str(w.specifier)]
     assert unbounded == []
 
 
 def test_imported_packages_are_declared() -> None:
-    known = {str(canonicalize_name(one.name)) for one in declared_requirements()}
-    known |= {"click", "ml-dtypes", "onnx-ir", "protobuf", "pydantic-core", "triton"}
-    known |= {"typing-extensions"}  # each comes with one of those
-    standard, missing = set(sys.stdlib_module_names) | {"van_deploy", "tomllib"}, set()
-    for path in (ROOT / "van_deploy").rglob("*.py"):
+    known = {str(canonicalize_name(one.name)) for one in pins.declared_requirements()}
+    # Each comes with one of those.
+    known |= {"click", "ml-dtypes", "protobuf", "pydantic-core", "triton", "typing-extensions"}
+    installed, missing = metadata.packages_distributions(), set()
+    for path in (pins.ROOT / "van_deploy").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for module in {name.partition(".")[0] for name in names} - standard:
-                if canonicalize_name(MODULES.get(module, module)) not in known:
+            for module in {name.partition(".")[0] for name in names} - STANDARD:
+                owners = installed.get(module, [DISTRIBUTIONS.get(module, module)])
+                if not known & set(map(canonicalize_name, owners)):
                     missing.add(f"{module} in {path}")
     assert missing == set()
 
 
 def test_bill_of_materials_lists_the_pins_as_cyclonedx() -> None:
-    text = BILL.read_text(encoding="utf-8")
-    assert json.loads(text) == bill_of_materials(PINS)
+    text = pins.BILL.read_text(encoding="utf-8")
+    assert json.loads(text) == pins.bill_of_materials(PINS)
     pytest.importorskip("cyclonedx", reason="cyclonedx-python-lib comes with pip-audit")
     from cyclonedx.schema import SchemaVersion
     from cyclonedx.validation.json import JsonStrictValidator
 
     validator = JsonStrictValidator(SchemaVersion.V1_6)
     assert validator.validate_str(text) is None
-    broken = {**bill_of_materials(PINS), "components": [{"name": "x"}]}
+    broken = {**pins.bill_of_materials(PINS), "components": [{"name": "x"}]}
     assert validator.validate_str(json.dumps(broken)) is not None
 
 
@@ -115,14 +104,14 @@ FOUND = (
         ([CLEAN, KNOWN, UNKNOWN], "", 1, [*FOUND]),
         # The service is unreachable, which fails unless it is allowed.
         ([UNKNOWN, UNKNOWN], "", None, ["none of 2 packages is known to the service"]),
-        (None, "Traceback\nConnectionError: no route\n", None, ["ConnectionError: no route"]),
-        (None, "", None, ["pip-audit wrote no report"]),
+        ([], "Traceback\nConnectionError: no route\n", None, ["ConnectionError: no route"]),
+        ([], "", None, ["pip-audit wrote no report"]),
     ],
 )
 def test_audit_reports_vulnerabilities_or_an_unreachable_service(
-    report: object, complaint: str, code: int | None, lines: list[str]
+    report: list[object], complaint: str, code: int | None, lines: list[str]
 ) -> None:
-    text = "" if report is None else json.dumps({"dependencies": report})
+    text = json.dumps({"dependencies": report}) if report else ""
     for allowed, end in ((False, "FAILED"), (True, "SKIPPED")):
         actual, messages = audit.summarize_audit(text, complaint, allowed)
         if code is None:

@@ -309,7 +309,7 @@ def limit_malloc_retention() -> bool:
 
     glibc raises that threshold to the size of freed blocks, up to 32 MiB; bodies and images then
     stay in its heaps: 1.2 GiB above the model under the worst bodies, and 0.8 GiB with this
-    (``python -m benchmarks.serve worst``). Other C libraries have no such call.
+    (``python -m benchmarks --only serve``). Other C libraries have no such call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(-3, 128 * 1024))  # M_MMAP_THRESHOLD of malloc.h
