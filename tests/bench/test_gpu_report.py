@@ -10,6 +10,8 @@ from pathlib import Path
 
 from benchmarks.gpu import report
 from tests.each import each
+from van_deploy.bench.contenders import ORT_CUDA_VARIANTS, PYTORCH_ON_GPU, select_contenders
+from van_deploy.bench.document import Contender
 
 
 @each(
@@ -47,6 +49,14 @@ def test_steps_are_the_same_with_and_without_a_gpu(part: str) -> None:
     assert names == [step.name for step in on_cpu]
     assert not any(step.skip for step in on_gpu)
     assert all("cuda" not in " ".join(step.words) for step in on_cpu if not step.skip)
+
+
+def test_runners_of_each_gpu_benchmark_exist_where_tensorrt_is_not_installed() -> None:
+    names = [f"{way}/{p}" for way in (*ORT_CUDA_VARIANTS, "inductor") for p in ("fp32", "fp16")]
+    ready = dict.fromkeys([*PYTORCH_ON_GPU, *names], Contender("x", "pytorch", "fp32"))
+    steps = [step for part in "ab" for step in report.steps_of(part, "cuda:0")]
+    for words in (step.words for step in steps if "--runners" in step.words):
+        select_contenders((ready, {}), words[words.index("--runners") + 1].split(","))
 
 
 def test_results_are_saved_as_json_and_as_a_page(tmp_path: Path) -> None:
