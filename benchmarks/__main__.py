@@ -20,22 +20,17 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from benchmarks import accuracy, serve, speed
-from benchmarks.table import ROOT, Table, run_in_process
-from van_deploy.environment.hardware import cpu
-from van_deploy.files import write_atomic
-from van_deploy.provenance import EXPORT_TOOLS, tool_versions
+from benchmarks.table import ROOT, Table, run_in_process, write_section
 from van_deploy.report.render_markdown import markdown_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BUSY_PERCENT = 10.0  # CPU load above which the page notes that the machine was under load
-TOOLS = (*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
 
 SECTIONS: dict[str, Callable[..., Table]] = {
     section.__name__: section
@@ -70,30 +65,21 @@ def _run_section(name: str, values: Mapping[str, str], page: Path) -> int:
     print(f"{name} ...", file=sys.stderr, flush=True)
     busy, start = psutil.cpu_percent(interval=1.0), time.perf_counter()
     given = {key: values[key] for key in _parameters(name) if key in values}
-    typed = {key: type(_parameters(name)[key].default)(text) for key, text in given.items()}
     try:
+        typed = {key: type(_parameters(name)[key].default)(text) for key, text in given.items()}
         table: Table = run_in_process(SECTIONS[name], **typed)
     except Exception as error:
         print(f"{name}: failed: {error}", file=sys.stderr)
         return 1
-    seconds, processor = time.perf_counter() - start, cpu()
-    memory = psutil.virtual_memory().total / 2**30
-    facts = [
-        f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s",
-        f"{processor.name}, {processor.cores_allowed} cores, {memory:.0f} GiB",
-        ", ".join(f"{tool} {version}" for tool, version in tool_versions(*TOOLS).items()),
-        f"`{' '.join(['python -m benchmarks --only', name, *map('='.join, given.items())])}`",
-    ]
+    seconds = time.perf_counter() - start
     if busy > BUSY_PERCENT:
-        facts.append(f"**the machine was under load**: {busy:.0f} % busy before the start")
+        table.notes.append(f"**The machine was under load**: {busy:.0f} % busy before the start.")
     text = (inspect.getdoc(SECTIONS[name]) or "").partition("\n\nArgs:")[0]
-    heading, _, text = text.partition(".\n\n")
+    command = " ".join(["python -m benchmarks --only", name, *map("=".join, given.items())])
     rows = markdown_table(table.columns, table.rows, _numeric_columns(table.rows))
-    parts = [f"## {heading}", text, _bullets(facts), rows, _bullets(table.notes)]
-    section = "\n\n".join(filter(None, parts))
-    pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    old = page.read_text(encoding="utf-8")
-    write_atomic(page, pattern.sub(lambda mark: f"{mark[1]}{section}\n{mark[2]}", old))
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    introduction = "## " + text.replace(".\n\n", "\n\n", 1) + "\n\n"
+    write_section(page, name, command, seconds, f"{rows}\n\n{notes}", introduction)
     return 0
 
 
@@ -101,10 +87,6 @@ def _numeric_columns(rows: Iterable[list[Any]]) -> set[int]:
     pattern = re.compile(r"[-+\d.,]*(\s|$|\d)")
     columns = enumerate(zip(*rows, strict=True))
     return {index for index, cells in columns if all(map(pattern.match, cells))}
-
-
-def _bullets(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,8 +24,8 @@ from reliability.load import (
     Requests,
     infer_requests,
     run_export,
+    run_server,
     send_requests,
-    start_server,
 )
 from reliability.tritonserver import PYTHON, run_tritonserver
 from van_deploy.api import open_bundle
@@ -33,6 +33,9 @@ from van_deploy.bundle import Bundle
 
 ARTIFACT, INSTANCES, CLIENTS = "fp32-uint8", 2, 64
 DISTINCT, ROUNDS = 64, 6
+OPTIONS = (
+    *("--artifact", ARTIFACT, "--threads", "1", "--instances", str(INSTANCES), "--no-compare"),
+)
 
 
 def serve(requests: int = 10_000, seconds: float = 30.0) -> Table:
@@ -65,7 +68,7 @@ def serve(requests: int = 10_000, seconds: float = 30.0) -> Table:
 def add_load_row(table: Table, bundle: Path, count: int) -> None:
     """Measure throughput and overhead, and count lost and wrong responses."""
     result, requests = LoadResult(), infer_requests(bundle, ARTIFACT, DISTINCT)
-    with run_server(bundle) as (url, _):
+    with run_server(bundle, *OPTIONS) as (_, url):
         send_requests(url, requests, LoadResult(), DISTINCT, CLIENTS)  # warm-up
         before, start = server_metrics(url), time.perf_counter()
         send_requests(url, requests, result, count, CLIENTS)
@@ -98,7 +101,7 @@ def add_triton_rows(table: Table, bundle: Path, count: int) -> None:
         options |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
         open_bundle(bundle).package(package, artifacts=(ARTIFACT,), **options)
         running = stack.enter_context(run_tritonserver(package / "models", Path(name) / "server"))
-        url, _ = stack.enter_context(run_server(bundle))
+        _, url = stack.enter_context(run_server(bundle, *OPTIONS))
         urls = {"van-deploy": url, "triton": f"http://{running.http}"}
         for url in urls.values():
             send_requests(url, requests, LoadResult(), DISTINCT, CLIENTS)
@@ -121,10 +124,10 @@ def add_expensive_row(table: Table, bundle: Path, seconds: float) -> None:
     """Measure ``/v2/health/live`` and the server's memory under the most expensive requests."""
     valid, latencies, peak = infer_requests(bundle, ARTIFACT, DISTINCT), list[float](), 0.0
     attacks = expensive_requests(valid.path)
-    with run_server(bundle) as (url, pid):
+    with run_server(bundle, *OPTIONS) as (server, url):
         # Full batches in every instance.
         send_requests(url, valid, LoadResult(), 2 * DISTINCT, DISTINCT)
-        idle = memory_mib(pid)
+        idle = memory_mib(server.pid)
         attacking = multiprocessing.get_context("spawn").Process(target=attack, args=(url, attacks))
         attacking.start()
         time.sleep(3)
@@ -133,7 +136,7 @@ def add_expensive_row(table: Table, bundle: Path, seconds: float) -> None:
             start = time.perf_counter()
             urllib.request.urlopen(f"{url}/v2/health/live", timeout=60).close()
             latencies.append(1e3 * (time.perf_counter() - start))
-            peak = max(peak, memory_mib(pid))
+            peak = max(peak, memory_mib(server.pid))
             time.sleep(0.02)
         attacking.kill()
         attacking.join()
@@ -161,18 +164,6 @@ def expensive_requests(infer: str) -> list[Requests]:
     pairs = [(infer, body) for body in (*lists, b"[" * (mib - 1000))]
     pairs += [("/predict", png.getvalue()), ("/predict", bytes(32 * mib))]
     return [Requests(path, body, [b""], np.ones((1, 1), np.float32)) for path, body in pairs]
-
-
-@contextlib.contextmanager
-def run_server(bundle: Path) -> Iterator[tuple[str, int]]:
-    """Serve the bundle with one thread per instance; yield its URL and process id."""
-    options = ("--artifact", ARTIFACT, "--threads", "1", "--no-compare")
-    server, url = start_server(bundle, *options, "--instances", str(INSTANCES))
-    try:
-        yield url, server.pid
-    finally:
-        server.terminate()
-        server.wait(60)
 
 
 def server_metrics(url: str) -> Counter[str]:

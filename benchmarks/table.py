@@ -1,10 +1,11 @@
-"""The table of a section, and processes that are measured."""
+"""The table of a section, its place on a page, and processes that are measured."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
+
+import psutil
+
+from van_deploy.environment.hardware import cpu
+from van_deploy.files import write_atomic
+from van_deploy.provenance import EXPORT_TOOLS, tool_versions
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,3 +83,30 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, **values: Any)
     """Return the result of a function that runs in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **values).result()
+
+
+def write_section(
+    page: Path, name: str, command: str, seconds: float, table: str, introduction: str = ""
+) -> None:
+    """Write a table between the marks of its section on a page, with the facts about the run.
+
+    Args:
+        page: with ``<!-- begin NAME -->`` and ``<!-- end NAME -->``.
+        name: of the section.
+        command: that writes the section again.
+        seconds: duration of the run.
+        table: in Markdown.
+        introduction: text before the facts, with an empty line at its end.
+    """
+    versions = tool_versions(*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
+    memory = psutil.virtual_memory().total / 2**30
+    section = f"""<!-- begin {name} -->
+{introduction}- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s
+- {cpu().name}, {cpu().cores_allowed} cores, {memory:.0f} GiB
+- {", ".join(f"{tool} {version}" for tool, version in versions.items())}
+- `{command}`
+
+{table.rstrip()}
+<!-- end {name} -->"""
+    text, marks = page.read_text(encoding="utf-8"), f"<!-- begin {name} -->.*<!-- end {name} -->"
+    write_atomic(page, re.sub(marks, lambda _: section, text, flags=re.DOTALL))

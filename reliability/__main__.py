@@ -8,19 +8,15 @@ python -m reliability --only fuzz --kind image --count 500 --seed 7
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarks.table import write_section
 from reliability import faults, fuzz, load, requests
 from reliability.kinds import KINDS
 from reliability.outcome import Outcome
-from van_deploy.environment.hardware import cpu, memory
-from van_deploy.files import write_atomic
-from van_deploy.provenance import EXPORT_TOOLS, tool_versions
 from van_deploy.report.render_markdown import markdown_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "reliability.md"
@@ -41,7 +37,8 @@ def main() -> int:
         table = "\n".join([outcome_table(outcomes), *(f"- failure: {text}" for text in failed)])
         print(f"{name}\n\n{table}", file=sys.stderr, flush=True)
         if (args.count, args.seed, args.kind) == (0, 0, list(KINDS)):
-            write_section(name, time.monotonic() - start, table)
+            command, seconds = f"python -m reliability --only {name}", time.monotonic() - start
+            write_section(PAGE, name, command, seconds, table)
     return int(bool(failures))
 
 
@@ -57,22 +54,6 @@ def outcome_table(outcomes: list[Outcome]) -> str:
         shown = [f"{text}: {n:,}" if n and len(texts) > 1 else text for text, n in texts.items()]
         rows.append([what, f"{texts.total():,}", ", ".join(shown), str(failed)])
     return markdown_table(["what", "runs", "outcomes", "failures"], rows)
-
-
-def write_section(name: str, seconds: float, table: str) -> None:
-    """Replace the section of one part in the page."""
-    versions = ", ".join(f"{n} {version}" for n, version in tool_versions(*EXPORT_TOOLS).items())
-    memory_gib = (memory().total_bytes or 0) / 2**30
-    block = f"""<!-- begin {name} -->
-- {datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC, {seconds:.0f} s
-- {cpu().name}, {cpu().cores_allowed} cores, {memory_gib:.0f} GiB
-- {versions}
-- `python -m reliability --only {name}`
-
-{table}
-<!-- end {name} -->"""
-    page, pattern = PAGE.read_text(encoding="utf-8"), f"<!-- begin {name} -->.*<!-- end {name} -->"
-    write_atomic(PAGE, re.sub(pattern, lambda _: block, page, flags=re.DOTALL))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,17 @@ A file is either accepted or rejected with one of the program's errors, which ha
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import sys
 import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+from benchmarks.table import run_in_process
 from reliability.corruption import Draw, find_failure, one_of
 from reliability.kinds import KINDS, MARKER, document, make_valid_files, run_command
 from reliability.outcome import Outcome
@@ -40,11 +39,10 @@ def fuzz(kind: str, seed: int, count: int, valid: Path) -> Result:
         count: number of cases.
         valid: folder of the valid files, which are created if they do not exist.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_run_cases, kind, seed, count, valid).result()
-        except BrokenProcessPool:
-            return Counter(), 0, f"{kind}: the process crashed"
+    try:
+        return run_in_process(_run_cases, kind, seed, count, valid)
+    except BrokenProcessPool:
+        return Counter(), 0, f"{kind}: the process crashed"
 
 
 def _run_cases(kind: str, seed: int, count: int, valid: Path) -> Result:

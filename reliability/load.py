@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.table import run_van_deploy
 from reliability.outcome import Outcome
 from van_deploy.bundle import Bundle
 from van_deploy.data.samples import verification_images
@@ -41,7 +42,6 @@ FLAT = 1.1  # largest ratio of the memory of the large run to that of the small 
 TOLERANCE = 1e-4  # of the largest logit: the limit of FP32 artifacts everywhere
 RETRY_S = 0.05
 HEAD_LENGTH = "Inference-Header-Content-Length"
-QUIET = subprocess.DEVNULL
 FAST = "--no-equalize --no-bias-correction --force"
 VAN_DEPLOY = (sys.executable, "-m", "van_deploy")
 # Path, headers, bodies with one image each in the binary protocol, and their expected logits.
@@ -69,8 +69,7 @@ class LoadResult:
 
 def run_export(folder: Path, *options: str) -> Path:
     """Export a bundle with uint8 artifacts, and return its folder."""
-    command = [*VAN_DEPLOY, "export", *options, "--embed-preprocess", "uint8", "-o", str(folder)]
-    subprocess.run(command, check=True, stdout=QUIET, stderr=QUIET)
+    run_van_deploy("export", *options, "--embed-preprocess", "uint8", "--output", folder)
     return folder
 
 
@@ -94,15 +93,6 @@ def run_server(
             yield server, str(json.loads("".join(lines) + "}")["url"])
         finally:
             server.terminate()
-
-
-STARTED: list[Any] = []
-
-
-def start_server(bundle: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
-    """Start a server, and return its process and URL; use :func:`run_server` instead."""
-    STARTED.append(run_server(bundle, *options))
-    return STARTED[-1].__enter__()
 
 
 def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
@@ -164,15 +154,6 @@ def send_requests(
         list(pool.map(client, range(clients)))
 
 
-def peak_mb(*words: object) -> float:
-    """Return the peak memory of a command; infinite where it failed."""
-    process = subprocess.Popen([*VAN_DEPLOY, *map(str, words)], stdout=QUIET, stderr=QUIET)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    # Exit code 1, a failed gate, is expected.
-    return usage.ru_maxrss * 1024e-6 if process.returncode <= 1 else math.inf
-
-
 def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> Iterator[Outcome]:
     """Compare the peak memory of two commands on ``count`` noise images with that on a few."""
     selection, rng, few = folder / "set.toml", np.random.default_rng(0), count // FEW
@@ -185,13 +166,14 @@ def evaluate_and_quantize(folder: Path, bundle: Path, count: int) -> Iterator[Ou
         ("evaluate", "--artifact fp32"),
         ("quantize", f"--precision int8 --calibration {selection} --method minmax {FAST}"),
     ):
-        words = (command, bundle, *more.split(), "--images")
-        selection.write_text(f"[images]\ncount = {few}\n", encoding="utf-8")
-        small = peak_mb(*words, folder / "few")
-        selection.write_text(f"[images]\ncount = {count - few}\n", encoding="utf-8")
-        large = peak_mb(*words, folder / "more")
+        peaks = []
+        for name, number in (("few", few), ("more", count - few)):
+            selection.write_text(f"[images]\ncount = {number}\n", encoding="utf-8")
+            words = (command, bundle, *more.split(), "--images", folder / name)
+            peaks.append(run_van_deploy(*words, codes=(0, 1))["peak_bytes"] / 1e6)
+        small, large = peaks  # exit code 1, a failed gate, is expected
         text = f"peak {large:.0f} MB, {small:.0f} MB for {few:,}"
-        failure = "" if large <= FLAT * small < math.inf else text
+        failure = "" if large <= FLAT * small else text
         yield Outcome(f"`{command}` on generated images", text, failure, count)
 
 

@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 SEED, TIMEOUT_S = 15, 900
@@ -50,27 +50,9 @@ FUNCTIONS = {"min": "max", "max": "min", "any": "all", "all": "any"}
 # Of messages and types: a change there is no fault.
 SKIPPED_FIELDS = {"exc", "cause", "returns", "decorator_list", "annotation"}
 
-
-class Mutant(NamedTuple):
-    """One fault.
-
-    Attributes:
-        area: a key of :data:`AREAS`.
-        file: relative to ``van_deploy/``.
-        line: of the changed code.
-        before: the original code, as ``ast.unparse`` writes it.
-        after: its replacement.
-        start: the first byte of the code in the file.
-        end: the first byte after it.
-    """
-
-    area: str
-    file: str
-    line: int
-    before: str
-    after: str
-    start: int
-    end: int
+# A fault: ``area``, ``file`` (relative to van_deploy/), ``line``, code ``before`` and ``after`` as
+# ast.unparse writes it, its first byte in the file (``start``) and the first after it (``end``).
+Mutant = dict[str, Any]
 
 
 def mutate_node(node: ast.AST) -> ast.AST | None:
@@ -103,8 +85,9 @@ def mutants_of(source: bytes, area: str, file: str) -> Iterator[Mutant]:
         new = mutate_node(node)
         if new is not None and isinstance(node, ast.expr | ast.stmt):
             first, last = node.lineno - 1, (node.end_lineno or 0) - 1
-            place = (starts[first] + node.col_offset, starts[last] + (node.end_col_offset or 0))
-            yield Mutant(area, file, node.lineno, ast.unparse(node), ast.unparse(new), *place)
+            start, end = starts[first] + node.col_offset, starts[last] + (node.end_col_offset or 0)
+            mutant = {"area": area, "file": file, "line": node.lineno, "start": start, "end": end}
+            yield {**mutant, "before": ast.unparse(node), "after": ast.unparse(new)}
 
 
 def draw_mutants(tree: Path, count: int) -> list[Mutant]:
@@ -142,17 +125,17 @@ def test_mutant(
         tree: the copy in which the fault is put.
         failing: by area, the tests that fail without a mutant, which are not used; is extended.
     """
-    target, found = tree / "van_deploy" / mutant.file, list[Path]()
-    for pattern in " ".join(AREAS[mutant.area]).split():
+    target, area, found = tree / "van_deploy" / mutant["file"], mutant["area"], list[Path]()
+    for pattern in " ".join(AREAS[area]).split():
         folder, _, name = f"tests/{pattern}".rpartition("/")
         found += sorted(tree.glob(f"{folder}/test_{name}"))
     found.sort(key=lambda path: path.stem != f"test_{target.stem}")
     tests = [str(path) for path in dict.fromkeys(found)]
-    if mutant.area not in failing:
-        failing[mutant.area] = run_pytest(python, tree, *tests)[1]
-    deselected = [f"--deselect={test}" for test in failing[mutant.area]]
-    original, code = target.read_bytes(), mutant.after.encode()
-    target.write_bytes(original[: mutant.start] + code + original[mutant.end :])
+    if area not in failing:
+        failing[area] = run_pytest(python, tree, *tests)[1]
+    deselected = [f"--deselect={test}" for test in failing[area]]
+    original, code = target.read_bytes(), mutant["after"].encode()
+    target.write_bytes(original[: mutant["start"]] + code + original[mutant["end"] :])
     try:
         status, failed = run_pytest(python, tree, "-x", *deselected, *tests)
     except subprocess.TimeoutExpired:
@@ -177,14 +160,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(shutil.copytree(args.tree, Path(folder) / "tree", ignore=IGNORED))
         for mutant in draw_mutants(tree, args.count):
-            drawn = mutant._asdict()
-            tested = any(drawn.items() <= row.items() for row in rows)
-            if tested or args.area not in {None, mutant.area}:
+            tested = any(mutant.items() <= row.items() for row in rows)
+            if tested or args.area not in {None, mutant["area"]}:
                 continue
             start = time.monotonic()
             outcome, test = test_mutant(mutant, python, tree, failing)
             seconds = round(time.monotonic() - start, 1)
-            rows.append({**drawn, "outcome": outcome, "by": test, "seconds": seconds})
+            rows.append({**mutant, "outcome": outcome, "by": test, "seconds": seconds})
             if args.output:
                 with args.output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")

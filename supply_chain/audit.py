@@ -16,10 +16,7 @@ from typing import Any
 from supply_chain.pins import PINNED
 
 TIMEOUT_S = 300
-PIP_AUDIT = (
-    *(sys.executable, "-m", "pip_audit", "--no-deps", "--disable-pip", "--format", "json"),
-    *("--progress-spinner", "off", "--timeout", "10"),
-)
+OPTIONS = "--no-deps --disable-pip --format json --progress-spinner off --timeout 10"
 
 
 def summarize_audit(report: str, stderr: str, allow_offline: bool = False) -> tuple[int, list[str]]:
@@ -33,11 +30,10 @@ def summarize_audit(report: str, stderr: str, allow_offline: bool = False) -> tu
     entries: list[dict[str, Any]] = json.loads(report)["dependencies"] if report else []
     audited = [entry for entry in entries if "vulns" in entry]
     if not audited:
-        errors = stderr.strip().splitlines() or ["pip-audit wrote no report"]
-        reason = (
-            f"none of {len(entries)} packages is known to the service" if entries else errors[-1]
-        )
-        lines = [f"{'SKIPPED' if allow_offline else 'FAILED'}: nothing was audited: {reason[:300]}"]
+        reasons = ["pip-audit wrote no report", *stderr.strip().splitlines()]
+        reasons += [f"none of {len(entries)} packages is known to the service"] * bool(entries)
+        status = "SKIPPED" if allow_offline else "FAILED"
+        lines = [f"{status}: nothing was audited: {reasons[-1][:300]}"]
         return int(not allow_offline), [*lines, "--allow-offline lets this pass"]
     lines = [
         f"{entry['name']} {entry['version']}: {flaw['id']}, "
@@ -57,12 +53,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--allow-offline", action="store_true")
     allow_offline: bool = parser.parse_args().allow_offline
-    command = [*PIP_AUDIT, "--requirement", str(PINNED)]
+    command = [sys.executable, "-m", "pip_audit", *OPTIONS.split(), "--requirement", str(PINNED)]
     try:
         audit = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         code, lines = summarize_audit(audit.stdout, audit.stderr, allow_offline)
-    except subprocess.TimeoutExpired as error:
-        code, lines = summarize_audit("", str(error), allow_offline)
+    except subprocess.TimeoutExpired:
+        code, lines = summarize_audit("", f"no answer in {TIMEOUT_S} s", allow_offline)
     sys.stdout.write("".join(f"pip-audit: {line}\n" for line in lines))
     return code
 

@@ -81,10 +81,16 @@ CALLS = (
     *("Bench", "Build", "Check", "Drift", "Evaluation", "Export"),
     *("Package", "Predict", "Quantize", "Run", "Verify"),
 )
-# An object is a range, written min:opt:max.
-TYPES = {"string": "str", "object": "str", "integer": "int", "number": "float", "boolean": "bool"}
-WORDS = {"object": "`min:opt:max`", "integer": "whole number", "boolean": "true, false"}
-WORDS |= {"number": "number", "string": "text"}
+# In Python, and in words on the page. An object is a range, written min:opt:max.
+TYPES = {
+    "string": ("str", "text"),
+    "path": ("str | Path", "path"),
+    "object": ("str", "`min:opt:max`"),
+    "integer": ("int", "whole number"),
+    "number": ("float", "number"),
+    "boolean": ("bool", "true, false"),
+    "null": ("None", ""),
+}
 JsonSchema = Mapping[str, Any]
 
 
@@ -214,7 +220,7 @@ def key_table() -> str:
         for key, value in _keys(entry):
             default = json.dumps(value.get("default"))
             words = f"`{default}`" if default not in ("null", '""', "[]") else ""
-            lines.append(f"| `{key}` | {_value_text(value)} | {words} | {value['description']} |")
+            lines.append(f"| `{key}` | {_words(value)} | {words} | {value['description']} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -228,39 +234,26 @@ def _keys(table: JsonSchema) -> Iterator[tuple[str, JsonSchema]]:
             yield key, value
 
 
-def _alternatives(value: JsonSchema) -> list[JsonSchema]:
-    """Return the types that a value can have, one schema each."""
-    if "anyOf" not in value:
-        return [value]
-    return [kind for alternative in value["anyOf"] for kind in _alternatives(alternative)]
+def _types(value: JsonSchema) -> list[tuple[str, str]]:
+    """Return each type that a value can have: in Python, and for the page with its limits."""
+    if "anyOf" in value:
+        return [pair for kind in value["anyOf"] for pair in _types(kind)]
+    if "enum" in value:
+        literals = ", ".join(map(json.dumps, value["enum"]))
+        return [(f"Literal[{literals}]", " \\| ".join(f"`{name}`" for name in value["enum"]))]
+    if value["type"] == "array":
+        return [(f"Sequence[{_python_type(value['items'])}]", f"list of {_words(value['items'])}")]
+    python, words = TYPES[value.get("format", value["type"])]
+    limits = {word: value[key] for word, key in LIMITS.items() if key in value}
+    return [(python, f"{words} {format_range(limits)}".strip())]
 
 
 def _python_type(value: JsonSchema) -> str:
-    return " | ".join(dict.fromkeys(map(_python_alternative, _alternatives(value))))
+    return " | ".join(dict.fromkeys(python for python, _ in _types(value)))
 
 
-def _python_alternative(kind: JsonSchema) -> str:
-    if "enum" in kind:
-        return f"Literal[{', '.join(map(json.dumps, kind['enum']))}]"
-    if kind["type"] == "array":
-        return f"Sequence[{_python_type(kind['items'])}]"
-    return "str | Path" if kind.get("format") == "path" else TYPES.get(kind["type"], "None")
-
-
-def _value_text(value: JsonSchema) -> str:
-    """Return the values of a key for the page: types, choices and limits."""
-    kinds = (kind for kind in _alternatives(value) if kind.get("type") != "null")
-    return " or ".join(map(_alternative_text, kinds))
-
-
-def _alternative_text(kind: JsonSchema) -> str:
-    if "enum" in kind:
-        return " \\| ".join(f"`{name}`" for name in kind["enum"])
-    if kind["type"] == "array":
-        return f"list of {_value_text(kind['items'])}"
-    limits = {word: kind[key] for word, key in LIMITS.items() if key in kind}
-    name = "path" if kind.get("format") == "path" else WORDS[kind["type"]]
-    return f"{name} {format_range(limits)}".strip()
+def _words(value: JsonSchema) -> str:
+    return " or ".join(words for _, words in _types(value) if words)
 
 
 if __name__ == "__main__":

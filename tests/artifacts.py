@@ -20,8 +20,11 @@ from filelock import FileLock
 from onnx import ModelProto
 
 import van_deploy as vd
-from van_deploy.bundle import Bundle, Origin, edit_bundle
+from tests.json_documents import edit_json
+from tests.manifest_parts import artifact_entry
+from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange
+from van_deploy.manifest import EngineInfo
 
 if TYPE_CHECKING:
     from van_deploy.checks.golden import Samples
@@ -134,10 +137,7 @@ def export_precisions(folder: Path, exported: Path, labelled: Path) -> None:
     from van_deploy.runners.network import original_network
 
     shutil.copytree(exported, folder)
-    bundle = Bundle.open(folder)
-    with edit_bundle(folder) as draft:
-        batch = BatchRange(1, 4, 6)
-        draft.description = bundle.manifest.model_copy(update={"batch": batch})
+    edit_json(folder / MANIFEST, "batch", {"min": 1, "opt": 4, "max": 6})
     bundle = Bundle.open(folder)
     loaded = original_network(bundle)
     model = onnx.load(bundle.verified_path("fp32"))
@@ -172,40 +172,28 @@ def add_artifact(
     bundle: Bundle, name: str, precision: str, model: ModelProto, **more: Any
 ) -> Bundle:
     """Add a graph to the manifest of a bundle as an artifact."""
-    from tests.manifest_parts import artifact_entry
     from van_deploy.graph.files import graph_facts, save_onnx
 
     kind = "serving" if "embedded" in more else "onnx"
-    origin = Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
+    more |= {"made_from": origin_of(bundle, "fp32"), "graph": graph_facts(model)}
     with edit_bundle(bundle.path) as draft:
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
-        draft.record(
-            artifact_entry(
-                *(name, kind, precision, files[0], files),
-                made_from=origin,
-                graph=graph_facts(model),
-                **more,
-            )
-        )
+        draft.record(artifact_entry(name, kind, precision, files[0], files, **more))
     return Bundle.open(bundle.path)
 
 
 def add_placeholder_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
     """Add a placeholder file as an engine, for tests without a GPU."""
-    from tests.manifest_parts import artifact_entry
-    from van_deploy.manifest import EngineInfo
-
-    source = Bundle.open(folder).artifact(made_from)
-    plan = f"engines/{name}.plan"
+    origin = origin_of(Bundle.open(folder), made_from)
+    precision, plan = Bundle.open(folder).artifact(made_from).precision, f"engines/{name}.plan"
+    facts = EngineInfo(backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1)
     with edit_bundle(folder) as draft:
         draft.file(plan).write_bytes(b"no plan")
-        draft.record(
-            artifact_entry(
-                *(name, "engine", source.precision, plan, [plan]),
-                made_from=Origin(name=made_from, sha256=source.sha256),
-                engine=EngineInfo(
-                    backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1
-                ),
-            )
-        )
+        entry = artifact_entry(name, "engine", precision, plan, made_from=origin, engine=facts)
+        draft.record(entry)
     return Bundle.open(folder)
+
+
+def origin_of(bundle: Bundle, name: str) -> Origin:
+    """Return an artifact of a bundle as the origin of another one."""
+    return Origin(name=name, sha256=bundle.artifact(name).sha256)

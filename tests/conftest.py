@@ -28,6 +28,7 @@ from tests.artifacts import (
     load_subject,
 )
 from tests.json_documents import validate_json_output
+from tests.plans import PlanMaker, add_plan
 from van_deploy.bundle import Bundle
 from van_deploy.cli.app import app
 from van_deploy.environment.hardware import nvidia_driver
@@ -119,6 +120,23 @@ def copy_bundle(tmp_path: Path) -> Copy:
         return Path(shutil.copytree(path, tmp_path / name))
 
     return copy
+
+
+@pytest.fixture
+def with_plans(uint8_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> PlanMaker:
+    """Return a function that adds stand-ins for plans to a new copy of ``uint8_bundle``.
+
+    Its arguments are the targets, by default ``sm_89``, and keywords of ``add_plan``.
+    """
+
+    def add_plans(*targets: str, **changes: Any) -> Bundle:
+        folder = tmp_path_factory.mktemp("with_plans") / "bundle"
+        bundle = Bundle.open(shutil.copytree(uint8_bundle.path, folder))
+        for target in targets or ["sm_89"]:
+            bundle = add_plan(bundle, target, **changes)
+        return bundle
+
+    return add_plans
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, reduce
 from pathlib import Path
 from typing import Any
@@ -35,9 +37,16 @@ def validate_json_output(document: Any, command: str) -> None:
         raise AssertionError(f"{command} --json: {worst.json_path}: {worst.message[:300]}")
 
 
+@contextmanager
+def edited(file: Path) -> Iterator[Any]:
+    """Yield the content of a JSON file, and write it at the end."""
+    document = json.loads(file.read_text())
+    yield document
+    file.write_text(json.dumps(document))
+
+
 def edit_json(file: Path, keys: str, value: object) -> None:
     """Set one value of a JSON file; ``keys`` are the keys that lead to it, with spaces between."""
-    document = json.loads(file.read_text())
     *tables, last = keys.split(" ")
-    reduce(dict.__getitem__, tables, document)[last] = value
-    file.write_text(json.dumps(document))
+    with edited(file) as document:
+        reduce(dict.__getitem__, tables, document)[last] = value

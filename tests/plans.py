@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tests.manifest_parts import artifact_entry
@@ -10,6 +11,8 @@ from van_deploy.config import BatchRange, BuildOptions
 from van_deploy.engine.sidecar import SCHEMA, Sidecar, Tensor, write_sidecar
 from van_deploy.files import file_sha256
 from van_deploy.manifest import EngineInfo
+
+PlanMaker = Callable[..., Bundle]
 
 
 def add_plan(

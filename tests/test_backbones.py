@@ -1,7 +1,8 @@
-"""Backbones: feature maps of a segmenter's checkpoint, in every command."""
+"""Batches, sizes and outputs: every combination of them, and backbones in every command."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,21 +15,29 @@ import torch
 from torch import Tensor
 
 import van_deploy as vd
-from tests.artifacts import Copy
+from tests.artifacts import Copy, int8_graph
 from tests.checks import faults
 from tests.checks.conftest import overwrite_artifact
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import SKETCH, golden_count, sketch
-from van_deploy.config.sizes import ImageSize
+from van_deploy.checks.outputs import batch_sizes
+from van_deploy.config import BatchRange
+from van_deploy.config.sizes import ImageSize, SizeRange, height_width
+from van_deploy.graph.export import onnx_from_van
+from van_deploy.graph.files import operator_counts
+from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import sqnr_db
 from van_deploy.model.checkpoint import load_van, network_from_state
 from van_deploy.model.preprocess import OFFICIAL
-from van_deploy.model.van import VAN, random_van
+from van_deploy.model.van import VAN, random_van, smooth_images
 from van_deploy.model.variants import VARIANTS, VanConfig
+from van_deploy.precision.fp16 import bf16_from_fp32, default_fp32_nodes, fp16_from_fp32
+from van_deploy.runners.onnxruntime import onnxruntime_outputs
+from van_deploy.schema import validate
 
-TINY = VanConfig((8, 12, 16, 24), (1, 2, 1, 1), (4, 4, 2, 2), num_classes=5)
+TINY = VanConfig((8, 12, 16, 24), (1, 1, 2, 1), (4, 4, 2, 2), num_classes=5)
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 SELECTED = (("stage3",), ("stage1", "stage4"))
 CONFIG = """
@@ -37,6 +46,18 @@ model = dict(type='EncoderDecoder', pretrained=None, backbone=dict(type='van_tin
 img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(2048, 512), transforms=[])]
 """
+OPERATORS = {"Conv", "Gelu", "Add", "Mul", "Transpose", "LayerNormalization", "ReduceMean", "Gemm"}
+SIZES: dict[str, tuple[ImageSize, SizeRange | None]] = {
+    "square": (64, None),
+    "64x96": ((64, 96), None),
+    "dynamic size": ((64, 96), SizeRange(32, (64, 96), (96, 128))),
+}
+MIN_DB = {"fp32": 105.0, "fp16": 50.0, "bf16": 34.0, "int8": 20.0}
+ALL = list(itertools.product((None, 2), SIZES, ((), (0, 2))))
+FAST = (
+    *((None, "64x96", (0, 2)), (None, "dynamic size", ())),
+    *((2, "square", (0, 2)), (2, "dynamic size", (0, 2))),
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +97,90 @@ def feature_maps(model: VAN, images: Tensor) -> dict[str, Any]:
     return maps
 
 
-# --- loading ---------------------------------------------------------------------------------
+# --- combinations -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "indices"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in ALL],
+)
+def test_every_combination_agrees_with_pytorch(
+    batch: int | None, size: str, indices: tuple[int, ...]
+) -> None:
+    native, sizes = SIZES[size]
+    config = TINY.backbone(indices) if indices else TINY
+    network = network_from_state(random_van(TINY, seed=5).state_dict(), config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        images = smooth_images(8, 3, 128)
+    height, width = height_width(native)
+    folded = fold_van(network, images[:1, :, :height, :width]).model
+    fp32 = onnx_from_van(folded, native, batch=batch, sizes=sizes)
+    operators = operator_counts(fp32)
+    assert set(operators) <= OPERATORS
+    assert operators["Gelu"] == 2 * (sum(TINY.depths[:3]) if indices else sum(TINY.depths))
+    dims = [d.dim_param or d.dim_value for d in fp32.graph.input[0].type.tensor_type.shape.dim]
+    assert dims == [batch or "batch", 3, *(("height", "width") if sizes else (height, width))]
+    kept = default_fp32_nodes(fp32)
+    graphs = {
+        "fp32": fp32,
+        "fp16": fp16_from_fp32(fp32, kept),
+        "bf16": bf16_from_fp32(fp32, kept),
+        "int8": int8_graph(fp32, config, [images[:, :, :height, :width].numpy()]),
+    }
+    for graph in graphs.values():
+        onnx.checker.check_model(graph, full_check=True)
+    network = network.double()
+    for at in sizes.sample_sizes() if sizes else (native,):
+        rows, columns = height_width(at)
+        crops = images[:2, :, :rows, :columns].contiguous()
+        with torch.no_grad():
+            outputs = network(crops.double())
+        expected = outputs if isinstance(outputs, tuple) else (outputs,)
+        for name, graph in graphs.items():
+            actual = onnxruntime_outputs(graph, crops.numpy())
+            assert list(actual) == list(config.output_names)
+            for stage, value in zip(expected, actual.values(), strict=True):
+                assert sqnr_db(stage.numpy(), value) >= MIN_DB[name], (name, at)
+
+
+def test_ranges_of_sizes_and_batches() -> None:
+    sizes = SizeRange(64, (64, 96), (96, 128))
+    assert (sizes.contains((96, 64)), sizes.contains((97, 64))) == (True, False)
+    assert str(sizes) == "64:64x96:96x128"
+    assert SizeRange(64, 64, 64).sample_sizes() == (64,)
+    sizes = SizeRange((64, 32), (64, 48), (64, 64))
+    assert sizes.sample_sizes() == ((64, 32), (64, 48), (64, 49), 64)
+    eight, rising = validate(BatchRange, "8"), validate(BatchRange, "1:8:8")
+    assert (batch_sizes(eight), eight.fixed, rising.fixed) == ((8,), 8, None)
+    assert batch_sizes(BatchRange()) == (1, 2, 3, 5, 8, 32)
+    assert batch_sizes(BatchRange(1, 2, 2)) == (1, 2)
+
+
+def test_fixed_batch_and_dynamic_size_in_every_command(
+    digits_bundle: Bundle, tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "b"
+    sizes = "--image-size 64x96 --dynamic-size 64:64x96:96x128"
+    cli.passes(f"export van_digits --batch 3 {sizes} --output", path)
+    for precision in ("fp16", "bf16"):
+        cli.passes(f"quantize --precision {precision}", path)
+    fp32 = cli.document("verify", path)["artifacts"]["fp32"]
+    assert [row["batch"] for row in fp32["batches"]] == [3]  # 16 images in batches of 3
+    assert [finding["rule"] for finding in fp32["findings"]].count("SQNR") == 1 + 3  # sizes
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    cli.passes("build --precision fp16 --target sm_89", path)
+    (file,) = path.glob("engines/*.json")
+    assert json.loads(file.read_text())["inputs"][0]["shape"] == [3, 3, -1, -1]
+    for bundle, code, option, message in (
+        (path, 5, "--batch 1:2:4", "has a fixed batch of 3, so it cannot serve 1:2:4"),
+        (path, 2, "--dynamic-size 64:32:96", "is not min <= opt <= max"),
+        (digits_bundle.path, 5, "--dynamic-size 64:64:96", "size, so it cannot serve 64:64:96"),
+    ):
+        assert message in cli.fails(code, f"build --target sm_89 {option}", bundle)
+
+
+# --- backbones --------------------------------------------------------------------------------
 
 
 def test_backbone_of_a_segmenter(checkpoint: Path) -> None:
@@ -96,9 +200,6 @@ def test_backbone_of_a_segmenter(checkpoint: Path) -> None:
         with torch.no_grad():
             actual = dict(zip(names, network(images), strict=True))
         assert all(np.allclose(expected[n], actual[n].numpy(), atol=1e-5) for n in names)
-
-
-# --- the bundle ------------------------------------------------------------------------------
 
 
 def test_commands_check_every_stage_and_size(exported: Bundle, copy_bundle: Copy, cli: Cli) -> None:

@@ -8,21 +8,17 @@ report what they skipped.
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
-import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from reliability.load import run_server
 from tests.conftest import Cli
 from van_deploy.environment.hardware import nvidia_driver
 from van_deploy.model.embedded import EMBEDDED_WEIGHTS, write_digits_folder
@@ -84,7 +80,9 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
     for written in commands(page):
         words = [re.sub(r"van_b\d(?!\.pth)", "van_digits", word) for word in written]
         if "serve" in words[:1]:
-            serve_and_stop(words)
+            with run_server(Path(words[1]), *words[2:], "--port", "0") as (server, _):
+                pass
+            assert server.returncode == 0, written  # stopped as by a service manager
             continue
         stdin = None
         if "<" in words:
@@ -102,22 +100,3 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
             assert not re.search(r"\bFAIL", result.output), (written, result.output)
         else:
             assert result.exit_code == 0, (written, result.output)
-
-
-def serve_and_stop(words: list[str]) -> None:
-    """Start a server as a page writes it, on a free port, and stop it as a service manager does."""
-    command = [sys.executable, "-m", "van_deploy", *words, "--port", "0"]
-    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=environment, **streams) as server:
-        killer = threading.Timer(100, server.kill)  # a server that prints no address
-        killer.start()
-        lines = []
-        for line in server.stdout or ():
-            lines.append(line)
-            if "http://" in line:
-                break
-        server.send_signal(signal.SIGTERM)
-        lines += server.stdout or ()
-        killer.cancel()
-        assert server.wait() == 0, lines

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,7 @@ from tests.each import each
 from van_deploy import config
 from van_deploy.config import BatchRange, Recipe
 from van_deploy.config import named_options as named
-from van_deploy.config.named_options import EXPORT, RUN, Changes, parse_changes
+from van_deploy.config.named_options import EXPORT, RUN, parse_changes
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
 from van_deploy.recipe import builtin_files, parse_assignments, read_recipe, resolve_recipe
@@ -141,33 +143,26 @@ def test_assignments(path: Path) -> None:
     assert recipe.gates.int8.top1_loss == 0.5
 
 
-INVALID: list[tuple[str, object, str]] = [
-    ("--set", "export.opset=40", "'--set export.opset' is 40: it should be less than or equal to"),
-    ("--set", "engines.tf23=false", "unknown. Did you mean '--set engines.tf32'?"),
-    ("--set", "tf32", "--set 'tf32' is not an assignment. Write KEY=VALUE, such as --set engines."),
-    ("--set", "batch.max=8", "'batch.max' cannot be set: 'batch' is not a table. Set 'batch' as"),
-    ("--set", "precision.calibrate_on_noise=true", "--set precision.calibrate_on_noise and precis"),
-    ("opset", 40, "'opset=' is 40: it should be less than or equal to 23."),
-    ("opst", 20, "The key 'opst=' is unknown."),
-    ("batch", "1:2", "'batch=' is '1:2': it should be min:opt:max"),
-    ("precision", ["int4"], "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-    ("outputs", object(), "A value cannot be written as TOML or JSON: Unable to serialize"),
+INVALID: list[tuple[object, str]] = [
+    (["export.opset=40"], "'--set export.opset' is 40: it should be less than or equal to"),
+    (["engines.tf23=false"], "unknown. Did you mean '--set engines.tf32'?"),
+    (["tf32"], "--set 'tf32' is not an assignment. Write KEY=VALUE, such as --set engines."),
+    (["batch.max=8"], "'batch.max' cannot be set: 'batch' is not a table. Set 'batch' as"),
+    (["precision.calibrate_on_noise=true"], "--set precision.calibrate_on_noise and precis"),
+    ({"opset": 40}, "'opset=' is 40: it should be less than or equal to 23."),
+    ({"opst": 20}, "The key 'opst=' is unknown."),
+    ({"batch": "1:2"}, "'batch=' is '1:2': it should be min:opt:max"),
+    ({"precision": ["int4"]}, "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
+    ({"outputs": object()}, "A value cannot be written as TOML or JSON: Unable to serialize"),
 ]
 
 
-@each(("option", "value", "message"), INVALID)
-def test_mistakes_in_changes_name_the_option(
-    path: Path, option: str, value: object, message: str
-) -> None:
+@each(("change", "message"), INVALID)
+def test_mistakes_in_changes_name_the_option(path: Path, change: Any, message: str) -> None:
     path.write_text("batch = '1:2:4'\n[precision]\nimages = 'train'\n")
-
-    def parse(value: object) -> Changes:
-        if option == "--set":
-            return parse_assignments([str(value)])
-        return parse_changes(EXPORT, {option: value})
-
+    parse: Any = parse_assignments if isinstance(change, list) else partial(parse_changes, EXPORT)
     with pytest.raises(UsageError) as caught:
-        read_recipe(path, parse(value))
+        read_recipe(path, parse(change))
     assert message in f"{caught.value.message} {caught.value.remedy}"
 
 

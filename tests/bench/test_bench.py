@@ -1,14 +1,12 @@
-"""Whole benchmarks of the embedded network with the real ONNX Runtime."""
+"""Whole benchmarks of the embedded network with the real ONNX Runtime, and their contenders."""
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
-import operator
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,17 @@ import pytest
 from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
+from tests.json_documents import edit_json
+from van_deploy.bench import document
 from van_deploy.bench.benchmark import LoadMonitor, benchmark_bundle
-from van_deploy.bench.document import BenchReport, compare_reports, read_report
-from van_deploy.bundle import Bundle
+from van_deploy.bench.contenders import list_contenders, select_contenders
+from van_deploy.bench.document import BenchReport, Contender, compare_reports, read_report
+from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import cpu, nvidia_driver
-from van_deploy.errors import UsageError
+from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.runners.base import CudaOptions
+from van_deploy.runners.onnxruntime import CUDA
 
 HAS_GPU = bool((driver := nvidia_driver()) and driver.gpus)
 SHORT = BenchSettings(
@@ -33,37 +36,30 @@ SHORT = BenchSettings(
     runners=("ort-cpu",),
     budget=Budget(seconds=0.1, calls=4, limit_s=0.5, rounds=2, warmup_s=0.02),
 )
-SHORT_OPTIONS = (
-    "--runners ort-cpu --device cpu --threads 1 --warmup 0 --batches 1 --seconds 0.1 --calls 4 "
-    "--rounds 2 --limit 0.5"
+SHORT_BENCH = (
+    "bench --runners ort-cpu --device cpu --threads 1 --warmup 0 --batches 1 --seconds 0.1 "
+    "--calls 4 --rounds 2 --limit 0.5"
 )
 
 
 @pytest.fixture(scope="module")
-def report(digits_bundle: Bundle) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(benchmark_bundle(digits_bundle, SHORT).text())
-    return result
+def saved(digits_bundle: Bundle) -> BenchReport:
+    return benchmark_bundle(digits_bundle, SHORT)
 
 
-def load(report: dict[str, Any]) -> BenchReport:
-    return BenchReport.model_validate_json(json.dumps(report), strict=True)
-
-
-def test_report_is_consistent_and_reproducible(report: dict[str, Any]) -> None:
+def test_report_is_consistent_and_reproducible(saved: BenchReport) -> None:
+    report = json.loads(saved.text())
     assert [row["batch"] for row in report["rows"]] == [1, 2]
     for row in report["rows"]:
-        latency = row["latency"]
-        assert latency["calls"] >= 4
-        assert latency["min_ms"] <= latency["p50_ms"] <= latency["p90_ms"] <= latency["p99_ms"]
-        rate = 1e3 * row["batch"] / latency["mean_ms"]
+        assert row["latency"]["calls"] >= 4
+        rate = 1e3 * row["batch"] / row["latency"]["mean_ms"]
         assert row["images_per_s"] == pytest.approx(rate, rel=0.2)
         assert row["peak_rss_bytes"] > 10e6
         assert min(row["first_call_ms"], row["load_s"]) > 0
         assert row["rounds"] == 2
     assert report["reference"] == "ort-cpu/fp32", "the first available contender"
     assert (report["settings"]["threads"], report["settings"]["device"]) == (1, "cpu")
-    digests = (report["contenders"]["ort-cpu/fp32"]["sha256"], report["weights"]["sha256"])
-    assert all((report["versions"]["onnxruntime"], *digests))
+    assert report["contenders"]["ort-cpu/fp32"]["sha256"]
     assert report["environment"]["MALLOC_MMAP_MAX_"] == "0"
     assert 0 < report["seconds"]["timed"] < report["seconds"]["wall"]
     assert report["ceilings"]["ops_per_s"]["int8"] > 0
@@ -92,9 +88,9 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(uint8_bundle: B
 def test_p99_limit_selects_the_best_batch_size(digits_bundle: Bundle) -> None:
     settings = SHORT.with_changes(roofline=False)
     report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e6))
-    best = (report.best_under_p99 or {})["ort-cpu/fp32"]
     assert [row.batch for row in report.rows] == [1, 2, 4, 8]
-    assert best == max(report.rows, key=lambda row: row.images_per_s or 0)
+    best = max(report.rows, key=lambda row: row.images_per_s or 0)
+    assert report.best_under_p99 == {"ort-cpu/fp32": best}
     report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6))
     assert [row.batch for row in report.rows] == [1], "no larger batch after the limit is exceeded"
     assert report.best_under_p99 == {"ort-cpu/fp32": None}
@@ -104,47 +100,45 @@ def test_bench_command_saves_compares_and_prints_the_report(
     digits_bundle: Bundle, copy_bundle: Copy, cli: Cli, tmp_path: Path
 ) -> None:
     bundle, output = copy_bundle(digits_bundle), tmp_path / "deep" / "new.json"
-    first = cli("bench", bundle, *SHORT_OPTIONS.split(), "--output", output)
-    assert first.exit_code == 0
-    assert "ort-cpu/fp32" in first.stdout
-    assert "roofline" in first.stdout.lower()
+    table = cli.passes(SHORT_BENCH, bundle, "--output", output)
+    assert "ort-cpu/fp32" in table
+    assert "roofline" in table.lower()
     assert read_report(output) == read_report(bundle / "bench.json")
     summary = Bundle.open(bundle).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1]
-    options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", "--json")
-    result = json.loads(cli("bench", digits_bundle.path, *options, "--compare", output).stdout)
+    options = ("--no-roofline", "--no-save", "--compare", output)
+    result = cli.document(SHORT_BENCH, digits_bundle.path, *options)
     assert result["changes"][0]["contender"] == "ort-cpu/fp32"
     assert not (digits_bundle.path / "bench.json").exists()
 
 
-@each(
-    ("words", "code", "message"),
-    [
-        ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
-        ("--runners tvm", 2, "There is no runner 'tvm'."),
-        ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
-        ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
-        ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
-        ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
-        ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
-        ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
-    ],
-)
+INVALID = [
+    ("--batches 1,two", 2, "'--batches' is 'two': it should be a whole number."),
+    ("--runners tvm", 2, "There is no runner 'tvm'."),
+    ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
+    ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
+    ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
+    ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
+    ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
+    ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
+]
+
+
+@each("words, code, message", INVALID)
 def test_invalid_options_of_the_bench_command(
     digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
 ) -> None:
     if HAS_GPU and "cuda:0" in words:
         pytest.skip("this machine has a GPU")
-    options = (*SHORT_OPTIONS.split(), "--no-roofline", "--no-save", *words.split())
-    result = cli("bench", digits_bundle.path, *options)
-    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+    command = f"{SHORT_BENCH} --no-roofline --no-save {words}"
+    assert message in cli.fails(code, command, digits_bundle.path)
 
 
 def test_published_limits_are_labelled_as_not_measured(digits_bundle: Bundle, cli: Cli) -> None:
-    result = cli("bench", digits_bundle.path, "--paper-limits", "L4", "--batches", "8")
-    output = " ".join(result.stdout.split())
-    assert "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured" in output
-    values = json.loads(cli("bench", digits_bundle.path, "--paper-limits", "h100", "--json").stdout)
+    output = cli.passes("bench --paper-limits L4 --batches 8", digits_bundle.path)
+    title = "Theoretical limits of L4 (NVIDIA L4 data sheet (2023)), not measured"
+    assert title in " ".join(output.split())
+    values = cli.document("bench --paper-limits h100", digits_bundle.path)
     assert {limit["precision"] for limit in values["limits"]} == {"fp32", "tf32", "fp16"}
 
 
@@ -163,15 +157,13 @@ def test_load_of_other_processes_is_detected() -> None:
     [(2.04, 0.01, False), (2.2, 0.02, True), (2.2, 0.2, False), (1.8, 0.02, True)],
 )
 def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
-    report: dict[str, Any], factor: float, spread: float, changed: bool
+    saved: BenchReport, factor: float, spread: float, changed: bool
 ) -> None:
-    def with_ratio(factor: float) -> BenchReport:
-        changed = copy.deepcopy(report)
-        for row in changed["rows"]:
-            low, high = factor * (1 - spread), factor * (1 + spread)
-            row["ratio"].update(median=factor, low=low, high=high)
-            row["latency"]["p50_ms"] = 1.0 / factor
-        return load(changed)
+    def with_ratio(median: float) -> BenchReport:
+        ratio = document.Ratio(median, median * (1 - spread), median * (1 + spread), 9)
+        latency = document.Latency.of([1.0 / median])
+        rows = tuple(replace(row, ratio=ratio, latency=latency) for row in saved.rows)
+        return saved.model_copy(update={"rows": rows})
 
     changes = compare_reports(with_ratio(2.0), with_ratio(factor)).changes
     assert [change.batch for change in changes] == [1, 2]
@@ -181,21 +173,116 @@ def test_ratio_moved_if_it_changed_by_more_than_its_uncertainty_and_5_percent(
         assert change.ratio_change_percent == pytest.approx(100 * (factor / 2 - 1))
 
 
-@each(
-    ("path", "value", "message"),
-    [
-        ("machine.cpu.name", "Another CPU", "the device was cpu of Another CPU"),
-        ("versions.tensorrt", "10.16.1", "TensorRT's major version was 10"),
-        ("settings.threads", 7, "the number of threads was 7, now it is 1"),
-        ("settings.streams", 3, "the number of streams was 3, now it is 1"),
-        ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
-        ("rows", [], "no row in common"),
-    ],
-)
+DIFFERENCES = [
+    ("machine cpu name", "Another CPU", "the device was cpu of Another CPU"),
+    ("versions tensorrt", "10.16.1", "TensorRT's major version was 10"),
+    ("settings threads", 7, "the number of threads was 7, now it is 1"),
+    ("settings streams", 3, "the number of streams was 3, now it is 1"),
+    ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
+    ("rows", [], "no row in common"),
+]
+
+
+@each("keys, value, message", DIFFERENCES)
 def test_reports_that_cannot_be_compared(
-    report: dict[str, Any], path: str, value: object, message: str
+    saved: BenchReport, tmp_path: Path, keys: str, value: object, message: str
 ) -> None:
-    old, (*keys, last) = copy.deepcopy(report), path.split(".")
-    functools.reduce(operator.getitem, keys, old)[last] = value
+    old = tmp_path / "old.json"
+    old.write_text(saved.text())
+    edit_json(old, keys, value)
     with pytest.raises(UsageError, match=message):
-        compare_reports(load(old), load(report))
+        compare_reports(read_report(old), saved)
+
+
+# --- contenders ------------------------------------------------------------------------------
+
+NAMES = ("pytorch", "pytorch-compile", "ort-cpu/fp32", "ort-cpu/int8-cpu")
+READY = {name: Contender(name, "onnxruntime", "fp32") for name in NAMES}
+SKIPPED = {"openvino/fp32": "OpenVINO is not installed"}
+
+
+PATTERNS = [
+    ("", (*NAMES, *SKIPPED)),
+    ("pytorch", ("pytorch",)),
+    ("pytorch*", ("pytorch", "pytorch-compile")),
+    ("ort-cpu", ("ort-cpu/fp32", "ort-cpu/int8-cpu")),
+    ("*/int8* pytorch", ("pytorch", "ort-cpu/int8-cpu")),
+    ("*/fp32", ("ort-cpu/fp32", "openvino/fp32")),
+    ("tvm", "There is no runner 'tvm'."),
+    ("openvino", "The runner 'openvino/fp32' cannot start: OpenVINO is not installed."),
+]
+
+
+@each("patterns, names", PATTERNS)
+def test_contenders_are_selected_by_name_runtime_or_pattern(patterns: str, names: Any) -> None:
+    try:
+        ready, skipped = select_contenders((READY, SKIPPED), patterns.split())
+        result: object = (*ready, *skipped)
+    except (UsageError, MissingDependency) as error:
+        result = error.message
+    assert result == names
+
+
+def with_artifacts(copy: Path, **artifacts: dict[str, Any]) -> Bundle:
+    """Return a copy of a bundle with these artifacts, which differ from its FP32 graph."""
+    fp32 = json.loads((copy / MANIFEST).read_text())["artifacts"]["fp32"]
+    entries = {name: {**fp32, **changes} for name, changes in artifacts.items()}
+    edit_json(copy / MANIFEST, "artifacts", entries)
+    return Bundle.open(copy)
+
+
+def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
+    profile = {"min": low, "opt": high, "max": high}
+    engine = {"backend": f"{kind} 1", "targets": [target], "profiles": [profile]}
+    return {"kind": kind, "engine": {**engine, "parser_layers": 1}}
+
+
+def test_contenders_and_skip_reasons(digits_bundle: Bundle, copy_bundle: Copy) -> None:
+    kinds: dict[str, dict[str, Any]] = {
+        "fp32": {},
+        "fp16": {"precision": "fp16"},
+        "int8": {"precision": "int8", "made_with": {"settings": {"target": "tensorrt"}}},
+        "int8-cpu": {"precision": "int8", "made_with": {"settings": {"target": "cpu"}}},
+        "engine": compiled("engine", "sm_89", 2, 8),
+        "package": compiled("package", "x86_64", 1, 128),
+    }
+    bundle = with_artifacts(copy_bundle(digits_bundle), **kinds)
+    (on_cpu, cpu_reasons), (on_gpu, gpu_reasons) = (
+        list_contenders(bundle, BenchSettings(device=device)) for device in ("cpu", "cuda:0")
+    )
+    assert {"pytorch", "ort-cpu/fp32", "ort-cpu/int8-cpu", "inductor/package"} <= set(on_cpu)
+    for name, reason in {
+        "ort-cpu/fp16": "FP16 is for GPUs",
+        "ort-cpu/int8": "quantised for tensorrt",
+        "openvino/int8": "quantised for tensorrt",
+        "tensorrt/engine": "it runs on a GPU" if HAS_GPU else "no NVIDIA GPU was found",
+    }.items():
+        assert cpu_reasons[name].startswith(reason)
+    engine = on_gpu["tensorrt-graph/engine"]
+    assert (engine.min_batch, engine.max_batch, engine.device) == (2, 8, "cuda:0")
+    assert "inductor/package" in gpu_reasons
+
+
+def test_cuda_provider_variants(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
+    options: Any = {"tf32": False, "conv_search": "DEFAULT", "fuse_conv_bias": True}
+    contenders, _ = list_contenders(digits_bundle, BenchSettings(device="cuda:1", **options))
+    assert {entry.device for entry in contenders.values()} == {"cuda:1"}
+    assert "pytorch-compile-fp16" in contenders
+    onnxruntime = {n: CudaOptions(**c.options) for n, c in contenders.items() if "/" in n}
+    chosen = CudaOptions(False, False, "DEFAULT", True)
+    assert onnxruntime == {
+        "ort-cuda/fp32": chosen,
+        "ort-cuda-nhwc/fp32": replace(chosen, prefer_nhwc=True),
+        "ort-cuda-graph/fp32": replace(chosen, cuda_graph=True),
+    }
+
+
+def test_changed_files_and_empty_bundles(digits_bundle: Bundle, copy_bundle: Copy) -> None:
+    empty = with_artifacts(copy_bundle(digits_bundle, "empty"))
+    with pytest.raises(BundleError, match="has no artifact to time"):
+        list_contenders(empty, BenchSettings())
+    folder = copy_bundle(digits_bundle)
+    (folder / "model.onnx").write_bytes(b"!")
+    with pytest.raises(BundleError, match="was changed after the manifest"):
+        list_contenders(Bundle.open(folder), BenchSettings())

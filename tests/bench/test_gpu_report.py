@@ -13,29 +13,26 @@ from tests.each import each
 from van_deploy.bench.contenders import ORT_CUDA_VARIANTS, PYTORCH_ON_GPU, select_contenders
 from van_deploy.bench.document import Contender
 
+SLEEPS = """
+import subprocess, sys
+print('begun', flush=True)
+subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"""
+STEPS = [
+    ("print('fine')", "done", ""),
+    ("raise SystemExit('no such kernel')", "a gate failed", "no such kernel"),
+    ("print('TensorRT is missing'); raise SystemExit(3)", "skipped", "TensorRT is"),
+    ("raise SystemExit(4)", "failed", "no output"),
+    (SLEEPS, "stopped", "it took more than 2 s"),
+    ("print('never')", "skipped", "5 s of the budget were left"),
+]
 
-@each(
-    ("code", "limit_s", "left_s", "state", "reason"),
-    [
-        ("print('fine')", 60, 60, "done", ""),
-        ("raise SystemExit('no such kernel')", 60, 60, "a gate failed", "no such kernel"),
-        ("print('TensorRT is missing'); raise SystemExit(3)", 60, 60, "skipped", "TensorRT is"),
-        ("raise SystemExit(4)", 60, 60, "failed", "no output"),
-        (
-            "import subprocess, sys; print('begun', flush=True); "
-            "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])",
-            *(1.5, 60, "stopped", "it took more than 2 s"),
-        ),
-        ("print('never')", 60, 5, "skipped", "5 s of the budget were left"),
-    ],
-)
-def test_states_of_a_step(
-    tmp_path: Path, code: str, limit_s: float, left_s: float, state: str, reason: str
-) -> None:
+
+@each("code, state, reason", STEPS)
+def test_states_of_a_step(tmp_path: Path, code: str, state: str, reason: str) -> None:
     (tmp_path / "step.py").write_text(code)
     start = time.monotonic()
-    step = report.Step("step", [str(tmp_path / "step.py")], limit_s)
-    step.run(tmp_path, left_s)
+    step = report.Step("step", [str(tmp_path / "step.py")], 1.5 if code == SLEEPS else 60)
+    step.run(tmp_path, 5 if "never" in code else 60)
     assert (step.state, reason in step.reason) == (state, True), step
     assert time.monotonic() - start < 30, "child processes are killed, too"
     assert ("begun" in step.output) == (state == "stopped")

@@ -13,16 +13,11 @@ import pytest
 import torch
 from onnx import ModelProto
 
+import van_deploy as vd
 from tests.artifacts import Copy, Subject, add_artifact
 from van_deploy.bundle import MANIFEST, Bundle
-from van_deploy.config import (
-    BatchRange,
-    ExportSettings,
-    ModelSettings,
-    PreprocessingSettings,
-    Recipe,
-)
 from van_deploy.files import file_sha256
+from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 
 Broken = Callable[..., Bundle]
@@ -37,26 +32,15 @@ def overwrite_artifact(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
     return Bundle.open(bundle.path)
 
 
-def tiny_bundle(
-    folder: Path, classes: int, problem: str = "", images: Path | None = None, **export: Any
-) -> Path:
+def tiny_bundle(folder: Path, classes: int, problem: str = "", **options: Any) -> Path:
     """Return the bundle of a tiny network with random weights, 32 x 32 pixels."""
-    from van_deploy.exporting import export_bundle, load_model
-    from van_deploy.model.van import random_van
-
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)
     torch.save(random_van(config, seed=3).state_dict(), folder / "tiny.pth")
     if problem:
         described = {"model_type": "van", "problem_type": problem}
         (folder / "config.json").write_text(json.dumps(described))
-    recipe = Recipe(
-        model=ModelSettings(weights=str(folder / "tiny.pth")),
-        preprocessing=PreprocessingSettings(image_size=32),
-        batch=BatchRange(1, 2, 3),
-        export=ExportSettings(**export),
-    )
-    export_bundle(load_model(recipe), recipe, folder / "bundle", images=images)
-    return folder / "bundle"
+    weights, bundle = folder / "tiny.pth", folder / "bundle"
+    return vd.export(weights, bundle, image_size=32, batch="1:2:3", **options).path
 
 
 @pytest.fixture

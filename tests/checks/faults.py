@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 QUANTIZE = "QuantizeLinear"
 Step = tuple[Any, ...]
 """An operator, its constant inputs, and optionally its attributes."""
+Fault = Callable[[ModelProto], ModelProto]
 
 
 def initializers(model: ModelProto) -> dict[str, TensorProto]:
@@ -27,67 +28,56 @@ def set_values(tensor: TensorProto, values: np.ndarray) -> None:
 def insert_after(model: ModelProto, tensor: str, *steps: Step) -> ModelProto:
     """Insert operators after a tensor; its readers read the output of the last one."""
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in model.graph.node]
-    given, last, place = tensor, f"{tensor}.wrong", 0
     makers = [place for place, node in enumerate(nodes) if tensor in node.output]
+    given, last = (f"{tensor}.right", tensor) if makers else (tensor, f"{tensor}.wrong")
     if makers:
-        given, last, place = f"{tensor}.right", tensor, makers[0] + 1
         nodes[makers[0]].output[0] = given
     for node in () if makers else nodes:
         node.input[:] = [last if name == tensor else name for name in node.input]
     new = []
-    for number, (kind, constants, *options) in enumerate(steps):
+    for number, (kind, constants, *options) in enumerate(steps, 1):
         names = [f"{tensor}.{number}.{index}" for index in range(len(constants))]
         arrays = map(np.asarray, constants)
         model.graph.initializer.extend(map(numpy_helper.from_array, arrays, names))
-        out = last if number == len(steps) - 1 else f"{tensor}.{number}"
-        name = f"{tensor}.fault{number}"
-        new.append(helper.make_node(kind, [given, *names], [out], name, **dict(*options)))
+        out = last if number == len(steps) else f"{tensor}.{number}"
+        new.append(helper.make_node(kind, [given, *names], [out], f"{out}.fault", **dict(*options)))
         given = out
+    place = makers[0] + 1 if makers else 0
     del model.graph.node[:]
     model.graph.node.extend([*nodes[:place], *new, *nodes[place:]])
     return model
 
 
-def negate_logits(model: ModelProto) -> ModelProto:
-    """Negate the logits."""
-    return insert_after(model, "logits", ("Neg", []))
+def inserted(tensor: str, *steps: Step) -> Fault:
+    """Return a fault: operators after a tensor."""
+    return lambda model: insert_after(model, tensor, *steps)
 
 
-def zero_logits(model: ModelProto) -> ModelProto:
-    """Set all logits to 0."""
-    return insert_after(model, "logits", ("Mul", [np.float32(0)]))
-
-
-def reverse_rows(model: ModelProto) -> ModelProto:
-    """Reverse the rows, which is correct at batch 1."""
-    constants = [np.array([value]) for value in (-1, np.iinfo(np.int32).min, 0, -1)]
-    return insert_after(model, "logits", ("Slice", constants))
+negate_logits = inserted("logits", ("Neg", []))
+zero_logits = inserted("logits", ("Mul", [np.float32(0)]))
+LAST_TO_FIRST = [np.array([value]) for value in (-1, np.iinfo(np.int32).min, 0, -1)]
+reverse_rows = inserted("logits", ("Slice", LAST_TO_FIRST))  # correct at batch 1
 
 
 def swap_classes(model: ModelProto) -> ModelProto:
     """Swap the first two classes."""
     size = model.graph.output[0].type.tensor_type.shape.dim[1].dim_value
-    return insert_after(
-        model, "logits", ("Gather", [np.array([1, 0, *range(2, size)])], {"axis": 1})
-    )
+    order = np.array([1, 0, *range(2, size)])
+    return insert_after(model, "logits", ("Gather", [order], {"axis": 1}))
 
 
-def change_normalisation(
-    model: ModelProto, old: tuple[float, float], new: tuple[float, float]
-) -> ModelProto:
-    """Normalise images with the ``new`` mean and standard deviation instead of the ``old`` ones."""
-    factor, shift = old[1] / new[1], (old[0] - new[0]) / new[1]
-    return insert_after(
-        model, "images", ("Mul", [np.float32(factor)]), ("Add", [np.float32(shift)])
-    )
+def change_normalisation(old: tuple[float, float], new: tuple[float, float]) -> Fault:
+    """Normalise with the ``new`` mean and standard deviation instead of the ``old`` ones."""
+    factor, shift = np.float32(old[1] / new[1]), np.float32((old[0] - new[0]) / new[1])
+    return inserted("images", ("Mul", [factor]), ("Add", [shift]))
 
 
-def fix_batch(model: ModelProto, tensor: str, shape: tuple[int, ...]) -> ModelProto:
+def fix_batch(tensor: str, shape: tuple[int, ...]) -> Fault:
     """Insert a Reshape to batch 1 after a tensor."""
-    return insert_after(model, tensor, ("Reshape", [np.array([1, *shape[1:]])]))
+    return inserted(tensor, ("Reshape", [np.array([1, *shape])]))
 
 
-def overflow_fp16(model: ModelProto, tensor: str) -> ModelProto:
+def overflow_fp16(tensor: str) -> Fault:
     """Multiply a tensor by 2^15 in FP16 and divide it again.
 
     In FP16 values above 2 overflow. ONNX Runtime computes it in FP32 on a CPU.
@@ -95,16 +85,16 @@ def overflow_fp16(model: ModelProto, tensor: str) -> ModelProto:
     factor, half = np.float16(2**15), {"to": TensorProto.FLOAT16}
     there: tuple[Step, ...] = (("Cast", [], half), ("Mul", [factor]), ("Neg", []))
     back: tuple[Step, ...] = (("Mul", [-1 / factor]), ("Cast", [], {"to": TensorProto.FLOAT}))
-    return insert_after(model, tensor, *there, *back)
+    return inserted(tensor, *there, *back)
 
 
-def perturb_block(model: ModelProto, block: str, share: float = 0.01) -> ModelProto:
+def perturb_block(model: ModelProto, block: str) -> ModelProto:
     """Perturb the convolution weights of one block by 1 % (RMS)."""
     rng = np.random.default_rng(0)
     for tensor in model.graph.initializer:
         if tensor.name.startswith(f"{block}.") and tensor.name.endswith(".weight"):
             values = numpy_helper.to_array(tensor).astype(np.float64)
-            set_values(tensor, values * (1 + share * rng.standard_normal(values.shape)))
+            set_values(tensor, values * (1 + 0.01 * rng.standard_normal(values.shape)))
     return model
 
 
@@ -115,59 +105,39 @@ def swap_channels(model: ModelProto) -> ModelProto:
     return model
 
 
-def change_epsilon(model: ModelProto, epsilon: float = 1e-3) -> ModelProto:
+def change_epsilon(model: ModelProto) -> ModelProto:
     """Change the epsilon of the LayerNorms."""
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
-                attribute.f = epsilon
+                attribute.f = 1e-3
     return model
 
 
-def remove_bias(model: ModelProto, layer: str = "block2.1.mlp.fc1") -> ModelProto:
+def remove_bias(model: ModelProto) -> ModelProto:
     """Set the bias of one convolution to 0."""
-    node = next(node for node in model.graph.node if node.name == layer)
-    bias = initializers(model)[node.input[2]]
+    bias = initializers(model)["block2.1.mlp.fc1.bias"]
     set_values(bias, np.zeros(bias.dims))
     return model
 
 
-def zero_channel(model: ModelProto, layer: str = "block1.0.mlp.fc2") -> ModelProto:
-    """Set one output channel of a convolution to 0: 12 dB or more in INT8."""
-    node = next(node for node in model.graph.node if node.name == layer)
-    maker = {n.output[0]: n for n in model.graph.node}.get(node.input[1])
-    tensors, weight = initializers(model), node.input[1] if maker is None else maker.input[0]
-    values = numpy_helper.to_array(tensors[weight]).astype(np.float64)
-    sizes = np.abs(values.reshape(len(values), -1)).sum(axis=1)
-    if maker is not None:  # integers: their scales make them weights
-        sizes *= numpy_helper.to_array(tensors[maker.input[1]])
-    for name in (weight, node.input[2]):
-        values = numpy_helper.to_array(tensors[name]).copy()
-        values[int(sizes.argmax())] = 0
-        set_values(tensors[name], values)
-    return model
+def zero_channel(model: ModelProto) -> ModelProto:
+    """Set one output channel of a convolution to 0."""
+    bias = numpy_helper.to_array(initializers(model)["block1.0.mlp.fc2.bias"])
+    kept = np.ones((len(bias), 1, 1), bias.dtype)
+    kept[0] = 0
+    return insert_after(model, "block1.0.mlp.fc2", ("Mul", [kept]))
 
 
 # --- scales ----------------------------------------------------------------------------------
 
 
-def multiply_scale(model: ModelProto, layer: str, of: str, factor: float) -> ModelProto:
-    """Multiply a scale of one layer of a Q/DQ graph.
-
-    Args:
-        model: the graph.
-        layer: the convolution.
-        of: ``activation``, in Q and DQ; ``weight``, whose integers are rounded again.
-        factor: ratio to the correct scale.
-    """
-    tensors = initializers(model)
+def multiply_scale(model: ModelProto, layer: str, factor: float) -> ModelProto:
+    """Multiply the scale of a convolution's input in a Q/DQ graph."""
     makers = {node.output[0]: node for node in model.graph.node}
     conv = next(node for node in model.graph.node if node.name == layer)
-    scale = tensors[makers[conv.input[0 if of == "activation" else 1]].input[1]]
+    scale = initializers(model)[makers[conv.input[0]].input[1]]
     set_values(scale, numpy_helper.to_array(scale) * factor)
-    if of == "weight":
-        integers = tensors[makers[conv.input[1]].input[0]]
-        set_values(integers, np.rint(numpy_helper.to_array(integers) / factor))
     return model
 
 
@@ -182,12 +152,15 @@ def change_scales(
     return model
 
 
-def requantize_weights(model: ModelProto, scales: Callable[[np.ndarray], np.ndarray]) -> ModelProto:
-    """Round the square weights of a Q/DQ graph with other scales.
+def requantize_weights(
+    model: ModelProto, scales: Callable[[np.ndarray], np.ndarray], layer: str = ""
+) -> ModelProto:
+    """Round weights of a Q/DQ graph with other scales.
 
     Args:
         model: the graph.
         scales: maps weights ``(O, I)`` to their scales ``(O,)``.
+        layer: the convolution; by default all with as many outputs as inputs.
     """
     tensors = initializers(model)
     for node in model.graph.node:
@@ -197,7 +170,8 @@ def requantize_weights(model: ModelProto, scales: Callable[[np.ndarray], np.ndar
         codes = numpy_helper.to_array(integers).astype(np.float64)
         old = numpy_helper.to_array(tensors[node.input[1]]).astype(np.float64)
         matrix = codes.reshape(len(codes), -1) * old[:, None]
-        if matrix.shape[0] == matrix.shape[1]:
+        chosen = integers.name.startswith(f"{layer}.") if layer else len(set(matrix.shape)) == 1
+        if chosen:
             new = scales(matrix).astype(np.float16).astype(np.float64)
             set_values(tensors[node.input[1]], new)
             rounded = np.clip(np.rint(matrix / new[:, None]), -127, 127)

@@ -13,6 +13,7 @@ from onnx import ModelProto
 from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import Broken
+from tests.checks.faults import Fault
 from tests.each import each
 from van_deploy.checks.gates import RECORD_MARGIN_DB, Limit, Outcome, outcome_of
 from van_deploy.checks.outputs import check_graph, check_new_graph
@@ -20,8 +21,6 @@ from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import VerifySettings
 from van_deploy.metrics import sqnr_db
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
-
-Fault = Callable[[ModelProto], ModelProto]
 
 INT8 = Limit(20.0, "floor for int8")
 FAULTS: tuple[Fault, ...] = (
@@ -55,16 +54,19 @@ def test_faults_of_3_db_fail(whole: Subject, broken: Broken, name: str, fault: F
 
 
 Change = Callable[[Any], Any]
-# Change of all activation scales, or the scales for rounding weights (O, I).
+
+
+def minmax(factor: float) -> Change:
+    """Return scales for weights (O, I): those of the largest weights times ``factor``."""
+    return lambda weights: factor * abs(weights).max(axis=1) / 127
+
+
 SABOTAGE: list[tuple[Callable[..., ModelProto], Change]] = [
     *((faults.change_scales, lambda s, by=by: [by * one for one in s]) for by in (0.3, 0.5, 2, 6)),
     (faults.change_scales, lambda scales: scales[-1:] + scales[:-1]),  # of the next layer
     (faults.change_scales, lambda scales: scales[-5:] + scales[:-5]),  # of another block
-    *(
-        (faults.requantize_weights, lambda w, by=by: by * abs(w).max(axis=1) / 127)
-        for by in (0.3, 2, 6)
-    ),
-    (faults.requantize_weights, lambda w: abs(w).max(axis=0) / 127),  # of the other axis
+    *((faults.requantize_weights, minmax(factor)) for factor in (0.3, 2, 6)),
+    (faults.requantize_weights, lambda weights: abs(weights).max(axis=0) / 127),  # other axis
 ]
 
 
@@ -90,22 +92,16 @@ def test_a_correct_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
 
 
 def test_each_faulty_scale_is_reported(digits: Subject) -> None:
-    few, model = digits.samples.first(2), digits.graph("int8")
-    made = {node.output[0]: node.op_type for node in model.graph.node}
-    rounded = {name for name, kind in made.items() if kind == "DequantizeLinear"}
-    layers = [node.name for node in model.graph.node if rounded.intersection(node.input[1:2])]
-    for layer in layers[::7]:
-        for of, factor in (("weight", 2), ("activation", 8)):
-            model = faults.multiply_scale(digits.graph("int8"), layer, of, factor)
-            assert layer in dict(check_graph(model, "int8", few, INT8)[1])
+    names = [tensor.name.split(".weight.int8") for tensor in digits.graph("int8").graph.initializer]
+    for layer in [parts[0] for parts in names if len(parts) > 1][::7]:
+        twice = faults.requantize_weights(digits.graph("int8"), minmax(2), layer)
+        for model in (twice, faults.multiply_scale(digits.graph("int8"), layer, 8)):
+            assert layer in dict(check_graph(model, "int8", digits.samples.first(2), INT8)[1])
 
 
 def test_one_scale_is_inconclusive_on_sample_photographs(digits: Subject) -> None:
     general = replace(digits.samples, description="16 images and shifts of 7 natural photographs")
-    nodes = digits.graph("int8").graph.node
-    rounded = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
-    layer = next(n.name for n in nodes if n.op_type == "Conv" and n.input[0] in rounded)
-    one = faults.multiply_scale(digits.graph("int8"), layer, "activation", 8)
+    one = faults.multiply_scale(digits.graph("int8"), "block1.0.mlp.fc1", 8)
     every = faults.change_scales(digits.graph("int8"), lambda scales: [6 * s for s in scales])
     for model, samples, outcome, word in (
         (one, general, Outcome.INCONCLUSIVE, "--images"),

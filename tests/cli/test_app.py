@@ -1,15 +1,18 @@
-"""The program: help, version, exit codes, errors, and import time."""
+"""The program: help, version, exit codes, errors, and output."""
 
 from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from enum import Enum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner, Result
@@ -17,9 +20,12 @@ from typer.testing import CliRunner, Result
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy import __version__
-from van_deploy.cli.app import COMMANDS, CommandGroup, user_error
+from van_deploy.cli.app import COMMANDS, CommandGroup
+from van_deploy.cli.console import print_error, print_note, print_result, progress_bar
+from van_deploy.documents import plain
 from van_deploy.errors import BundleError, ConversionError, GateFailed, MissingDependency
 from van_deploy.model.variants import VARIANTS
+from van_deploy.report.document import checks_table, table
 
 
 def failing(error: BaseException) -> Result:
@@ -34,13 +40,7 @@ def failing(error: BaseException) -> Result:
     return CliRunner().invoke(program, ["fail"])
 
 
-def python(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "COLUMNS": "100", **extra}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-
-
-def test_help_lists_every_command_with_an_example(cli: Cli) -> None:
+def test_help_lists_every_command_with_its_options_and_an_example(cli: Cli) -> None:
     overview = cli("--help").stdout
     listed = {line.strip(" │").split(" ")[0] for line in overview.splitlines()}
     assert set(COMMANDS) <= listed
@@ -48,38 +48,23 @@ def test_help_lists_every_command_with_an_example(cli: Cli) -> None:
     for name, page in {"": overview, **pages}.items():
         assert max(map(len, page.splitlines())) <= 100, name
         assert "…" not in page, name
+    for name, shown in (
+        ("bench", "--batches INTEGER,... Batch sizes. [default: 1,8]"),
+        ("bench", "[default: 3.0; above 0]"),
+        ("build", "--batch MIN:OPT:MAX,... Batch sizes"),
+        ("build", "[auto, tensorrt, tensorrt-rtx, inductor; default: auto]"),
+        ("quantize", "--precision -p fp16|bf16|int8 Precision to make. [default: int8]"),
+        ("quantize", "─ Images ─"),
+    ):
+        assert shown in " ".join(pages[name].replace("│", " ").split())
     for name, page in pages.items():
         assert f"Example: van-deploy {name}" in " ".join(page.split())
         assert "--json" in page
 
 
-@each("arguments", [("nonsense",), ("list", "--nonsense"), ("doctor", "x")])
-def test_invalid_usage_exits_with_2(cli: Cli, arguments: tuple[str, ...]) -> None:
-    result = cli(*arguments)
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert arguments[-1] in result.stderr
-
-
 KINDS = {GateFailed: 1, MissingDependency: 3, ConversionError: 4, BundleError: 5}
 LONG = "SQNR is low in /a/[red]very/" + "long/" * 40  # neither markup nor wrapped
-
-
-@each(
-    ("error", "code"),
-    [
-        *((kind(LONG, "Keep [more].\nOr less."), code) for kind, code in KINDS.items()),
-        (KeyboardInterrupt(), 130),
-    ],
-)
-def test_error_prints_message_and_remedy(error: BaseException, code: int) -> None:
-    result = failing(error)
-    assert (result.exit_code, result.stdout) == (code, "")
-    text = f"{LONG}\n  Keep [more].\n  Or less." if code != 130 else "Interrupted."
-    assert result.stderr == f"error: {text}\n"
-    bug = KeyError("weights")  # a bug keeps its traceback
-    assert failing(bug).exception is bug
-
-
+REMEDY = "Keep [more].\n  Or less."
 NO_MEMORY = "There is not enough memory for this"
 ALLOC = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
 NO_TEMPORARY = "No usable temporary directory found in ['/tmp']"
@@ -92,6 +77,11 @@ def os_error(number: int) -> OSError:
 @each(
     ("failure", "code", "message", "remedy"),
     [
+        *(
+            (kind(LONG, "Keep [more].\nOr less."), c, f"{LONG}\n", REMEDY)
+            for kind, c in KINDS.items()
+        ),
+        (KeyboardInterrupt(), 130, "Interrupted.", ""),
         (os_error(errno.ENOSPC), 3, "'dist/place': No space left on device.", "Free some space"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "Cannot wr", "Free"),
         (MemoryError(), 3, NO_MEMORY, "Use a smaller batch"),
@@ -107,20 +97,20 @@ def os_error(number: int) -> OSError:
         (ModuleNotFoundError("No torch", name="torch.nn"), 3, "This needs torch", "pip install"),
     ],
 )
-def test_system_errors_become_one_message(
-    failure: Exception, code: int, message: str, remedy: str
+def test_errors_become_a_message_and_a_remedy(
+    failure: BaseException, code: int, message: str, remedy: str
 ) -> None:
     result = failing(failure)
-    assert result.exit_code == code
-    first, second = result.stderr.splitlines()
-    assert first.startswith("error: ")
-    assert message in first
-    assert remedy in second
+    assert (result.exit_code, result.stdout) == (code, "")
+    found, _, advice = result.stderr.partition("\n  ")
+    assert found.startswith("error: ")
+    assert message in f"{found}\n"
+    assert remedy in advice
 
 
-@each("error", [OSError(errno.EINVAL, "odd"), RuntimeError("a bug"), ValueError()])
-def test_other_exceptions_stay_bugs(error: Exception) -> None:
-    assert user_error(error) is None
+@each("error", [KeyError("weights"), OSError(errno.EINVAL, "odd"), RuntimeError("a bug")])
+def test_bugs_keep_their_traceback(error: Exception) -> None:
+    assert failing(error).exception is error
 
 
 @each("arguments", [("list",), ("list", "--json")])
@@ -133,37 +123,71 @@ def test_broken_pipe_prints_nothing(arguments: tuple[str, ...]) -> None:
     assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
 
 
-def test_output_without_unicode_and_without_docstrings() -> None:
-    result = python("-m", "van_deploy", "--help", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    assert result.returncode == 0
+def test_output_without_unicode_and_without_docstrings(cli: Cli) -> None:
+    assert cli.passes("--version") == f"van-deploy {__version__}\n"
+    command = [sys.executable, "-OO", "-m", "van_deploy", "--help"]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=ascii_only)
     assert "doctor" in result.stdout
-    version = python("-OO", "-m", "van_deploy", "--version")
-    assert (version.returncode, version.stdout) == (0, f"van-deploy {__version__}\n")
-
-
-def test_too_long_path_is_one_message(cli: Cli) -> None:
-    for words in (("info", "a" * 5000), ("inspect", "a" * 300), ("predict", "a" * 300, "x")):
-        result = cli(*words)
-        assert result.exit_code == 5
-        assert "File name too long" in result.stderr
 
 
 def test_list_shows_every_variant(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    variants = {item["name"]: item for item in json.loads(cli("list", "--json").stdout)}
+    variants = {item["name"]: item for item in cli.document("list")}
     assert list(variants) == [*VARIANTS, "van_digits"]
-    b0 = variants["van_b0"]
-    assert (b0["parameters"], b0["image_size"], b0["top1_percent"]) == (4105800, 224, 75.4)
-    assert b0["multiply_adds"] == VARIANTS["van_b0"].config.mac_count(224)
-    assert b0["weights"] == "Visual-Attention-Network/VAN-Tiny-original:van_tiny_754.pth.tar"
-    assert (b0["here"], variants["van_b4"]["weights"]) == (None, None)
-    assert Path(variants["van_digits"]["here"]).is_file()
-    result = cli("list")
-    assert (result.exit_code, result.stderr) == (0, "")
-    lines = {line.split(" ")[0]: line for line in result.stdout.splitlines()}
+    assert variants["van_b0"]["multiply_adds"] == VARIANTS["van_b0"].config.mac_count(224)
+    assert (variants["van_b0"]["here"], variants["van_b4"]["weights"]) == (None, None)
+    output = cli.passes("list")
+    assert "for commercial use, please contact" in output
+    lines = {line.split(" ")[0]: line for line in output.splitlines()}
     assert max(map(len, lines.values())) <= 100
     assert lines["van_b1"].split()[:7] == ["van_b1", "13.9", "M", "2.5", "G", "224", "81.1"]
     assert lines["van_digits"].endswith("  YES   in this package")
-    assert "for commercial use, please contact" in result.stdout
+
+
+# --- output -----------------------------------------------------------------------------------
+
+Printed = pytest.CaptureFixture[str]
+Colour = Enum("Colour", {"RED": "red"})
+HOSTILE = "\x1b]0;mine\x07\x1b[2J\x9b31mcat\u202egod\r"
+
+
+def test_plain_converts_every_type_of_a_result() -> None:
+    value = {
+        "numbers": [math.inf, -math.inf, math.nan, np.float32(0.5), np.int64(3)],
+        "logits": np.array([[1.0, math.nan]]),
+        Colour.RED: (Path("a") / "b", None, True, 1, Colour.RED),
+    }
+    expected = {"numbers": ["inf", "-inf", "nan", 0.5, 3], "logits": [[1.0, "nan"]]}
+    expected["Colour.RED"] = ["a/b", None, True, 1, "red"]
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == expected
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        plain({"error": object()})
+
+
+def test_output_is_a_table_or_one_json_document(capsys: Printed) -> None:
+    row = {"name": HOSTILE, "é": 1, "[bold]": 2}
+    differ = ("failed", "top-1", "[bold]3 of 8 differ")
+    checks = checks_table([(True, "SQNR", ""), differ, (None, "x", "no GPU")])
+    rows = table([row], "name = name name; [bold] = é d")
+    with progress_bar("Loading") as progress:  # prints nothing without a terminal
+        progress("Downloading", 1, 2)
+    print_result(row, as_json=False, blocks=lambda _: [*rows, *checks])
+    print_error(HOSTILE, HOSTILE)
+    print_note(HOSTILE)
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split() == ["name", "[bold]"]
+    assert [line.split()[0] for line in lines[-3:]] == ["PASS", "FAIL", "SKIPPED"]
+    assert lines[-2].endswith("[bold]3 of 8 differ")
+    assert err.count("\n") == 3
+    for text in (out, err):
+        assert "cat" in text
+        assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(text)
+    print_result(row, as_json=True, blocks=list)
+    text = capsys.readouterr().out
+    assert json.loads(text) == row
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "é" in text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,13 +67,7 @@ def plan(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return Plan(path, sidecar, calls)
 
 
-@pytest.fixture(scope="session")
-def digits_graph(digits_onnx: Path) -> ModelProto:
-    """Return the embedded network as an ONNX graph with a dynamic batch, 32 pixels."""
-    return onnx.load(digits_onnx)
-
-
 @pytest.fixture
-def graph(digits_graph: ModelProto) -> ModelProto:
-    """Return a copy of that graph, which tests may change."""
-    return copy.deepcopy(digits_graph)
+def graph(digits_onnx: Path) -> ModelProto:
+    """Return the graph of the embedded network, which tests may change."""
+    return onnx.load(digits_onnx)

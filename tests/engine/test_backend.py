@@ -14,7 +14,7 @@ import pytest
 from tests.each import each
 from tests.engine.conftest import ADA
 from van_deploy import config
-from van_deploy.config import BatchRange, BuildOptions, EngineSettings
+from van_deploy.config import BuildOptions, EngineSettings
 from van_deploy.engine import backend
 from van_deploy.engine.backend import RTX, TENSORRT, Backend, detect_host
 from van_deploy.environment.hardware import RTX_TARGETS, Driver, Gpu
@@ -59,17 +59,17 @@ def test_backend_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path
         backend.load_backend(TENSORRT)
 
 
-@each(
-    ("targets", "gpu", "name"),
-    [
-        (("sm_89",), None, RTX),
-        ((), None, RTX),
-        (("sm_86", "sm_89"), "sm_89", RTX),  # one of them is not in this machine
-        ((), "sm_89", TENSORRT),
-        (("sm_90",), "sm_90", TENSORRT),
-        (("sm_90",), None, TENSORRT),
-    ],
-)
+BACKENDS = [
+    (("sm_89",), None, RTX),
+    ((), None, RTX),
+    (("sm_86", "sm_89"), "sm_89", RTX),  # one of them is not in this machine
+    ((), "sm_89", TENSORRT),
+    (("sm_90",), "sm_90", TENSORRT),
+    (("sm_90",), None, TENSORRT),
+]
+
+
+@each("targets, gpu, name", BACKENDS)
 def test_automatic_backend(rtx: Backend, monkeypatch: pytest.MonkeyPatch, **case: Any) -> None:
     targets, gpu, name = case.values()
     tensorrt = ModuleType("tensorrt")
@@ -88,9 +88,11 @@ def test_automatic_backend(rtx: Backend, monkeypatch: pytest.MonkeyPatch, **case
 def test_options_are_applied_to_the_builder_configuration(rtx: Backend) -> None:
     trt = rtx.module
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
-    settings = {"workspace": "256MiB", "optimization_level": 2, "profiling": "detailed"}
-    settings |= {"targets": ["sm_86+sm_89"], "tf32": False}
-    rtx.configure_(config, validate(EngineSettings, settings).of(("sm_86", "sm_89")))
+    table = {"workspace": "0.25 gb", "optimization_level": 2, "profiling": "detailed"}
+    table |= {"targets": ["SM89+8.6", "75"], "tf32": False}
+    settings = validate(EngineSettings, table)
+    assert settings.targets == (("sm_86", "sm_89"), ("sm_75",))
+    rtx.configure_(config, settings.of(settings.targets[0]))
     assert config.num_compute_capabilities == 2
     assert config.get_compute_capability(1) == trt.ComputeCapability.SM89
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 1 << 28
@@ -108,16 +110,3 @@ def test_host_has_the_selected_gpu_of_the_driver() -> None:
     assert detect_host(driver) == ADA
     assert detect_host(driver, backend.device_index("cuda:1")).target == "sm_80"
     assert detect_host(driver, 2).gpu is detect_host(Driver("580.65.06", (13, 0), ())).gpu is None
-
-
-def test_engine_settings_become_build_options_and_survive_json() -> None:
-    table = {"targets": ["SM86", "8.0", "75", "sm_120+8.0"], "batch": ["1:2:4"]}
-    settings = validate(EngineSettings, {**table, "workspace": "1GiB", "tf32": False})
-    assert settings.targets == (("sm_86",), ("sm_80",), ("sm_75",), ("sm_80", "sm_120"))
-    options = settings.of(("sm_89",), BatchRange(1, 3, 9))
-    assert options.profiles == (BatchRange(1, 2, 4),)
-    assert (options.workspace_bytes, options.tf32) == (1 << 30, False)
-    assert validate(BuildOptions, options.as_dict()) == options
-    assert EngineSettings().of((), BatchRange(1, 3, 9)).profiles == (BatchRange(1, 3, 9),)
-    for written, size in {"1024": 1024, "4G": 4 << 30, "0.5 gb": 1 << 29, "1TiB": 1 << 40}.items():
-        assert validate(BuildOptions, {"workspace": written}).workspace_bytes == size

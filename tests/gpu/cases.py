@@ -23,6 +23,7 @@ from van_deploy.runners.base import CudaOptions
 
 DYNAMIC, EIGHT = BatchRange(1, 4, 8), BatchRange(8, 8, 8)
 TWO_PROFILES = (BatchRange(1, 1, 1), BatchRange(2, 4, 8))
+Profiles = tuple[BatchRange, ...]
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,7 @@ def inductor_runner(
 
 @lru_cache(None)
 def build_plan(
-    folder: Path,
-    artifact: str,
-    onnx: Path,
-    tf32: bool = False,
-    profiles: tuple[BatchRange, ...] = TWO_PROFILES,
+    folder: Path, artifact: str, onnx: Path, tf32: bool = False, profiles: Profiles = TWO_PROFILES
 ) -> tuple[Path, Backend]:
     """Return a plan for this machine's GPU and its backend; skip the test without a backend."""
     host = detect_host()
@@ -164,6 +161,7 @@ CASES = (
     Case("cpu-torch-compile", "fp32", torch_runner, ("compile", "fp32", "cpu"), False, (3,)),
     Case("cpu-ort", "fp32", ort_runner, ("fp32",), False),
     Case("cpu-ort-int8", "int8", ort_runner, ("int8",), False),
+    Case("cpu-inductor", "fp32", inductor_runner, ("fp32", "cpu"), False),
     Case("cpu-inductor-bf16", "bf16", inductor_runner, ("bf16", "cpu"), False),
 )
 

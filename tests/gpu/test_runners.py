@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from tests.gpu.cases import Case, Digits, params, require_cuda_provider
 from van_deploy.checks.gates import sqnr_floor
-from van_deploy.errors import ConversionError, InputError, MissingDependency
+from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.metrics import compare
 from van_deploy.runners.base import ResidentBatch
 from van_deploy.runners.cuda import require_cuda
@@ -86,14 +86,16 @@ def test_results_are_not_overwritten_by_later_calls(opened: Opened, digits: Digi
 
 @pytest.mark.parametrize("opened", params("inductor", "tensorrt-fp", "cpu-inductor"), indirect=True)
 def test_unsupported_batch_sizes_and_shapes(opened: Opened, digits: Digits) -> None:
-    runner = opened[1]
+    case, runner = opened
     nine = np.concatenate([digits.images, digits.images[:1]])
-    with pytest.raises(InputError, match="does not serve a batch of 9"):
-        runner.run(nine)
-    with pytest.raises(InputError, match="does not serve a batch of 9"):
-        runner.resident_batch(nine)
+    for call in (runner.run, runner.resident_batch):
+        with pytest.raises(InputError, match="does not serve a batch of 9"):
+            call(nine)
     with pytest.raises(InputError, match=r"not \(1, 3"):
         runner.run(digits.images[:1, :, 1:])
+    if not case.gpu:
+        with pytest.raises(UsageError, match="runs on no GPU"):
+            runner.resident_batch(digits.images[:1])
     assert runner.run(digits.images[:1]).shape == digits.expected[:1].shape
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
+import io
 import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from torch import Tensor
 
 from van_deploy.model.van import VAN, random_van
-from van_deploy.model.variants import VanConfig
+from van_deploy.model.variants import VARIANTS, VanConfig
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +40,6 @@ def tiny(tiny_config: VanConfig) -> VAN:
 # mmpretrain's tools/model_converters/van2mmpretrain.py, and the modules of Transformers'
 # VanForImageClassification.
 NAMES: dict[str, dict[str, Any]] = {
-    "official": {},
     "mmpretrain": {
         r"^(?!head)": "backbone.",
         r"^head\.": "head.fc.",
@@ -74,49 +77,75 @@ def rename(state: Mapping[str, Tensor], target: str) -> dict[str, Tensor]:
     """Return an official state dict with the names of another format."""
     renamed = {}
     for name, tensor in state.items():
-        for pattern, replacement in NAMES[target].items():
+        for pattern, replacement in NAMES.get(target, {}).items():
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     return renamed
 
 
+def has_equal_outputs(one: VAN, other: VAN) -> bool:
+    shape = (2, other.config.in_chans, 64, 64)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    return torch.equal(one(images), other(images))
+
+
+def sample_images() -> list[Image.Image]:
+    """Return noise of sizes that are rounded in every way."""
+    sizes = ((8, 8), (33, 57), (57, 33), (249, 248), (300, 301), (1, 5), (224, 224), (1000, 247))
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+
+
+def save_weights(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    *,
+    config: object = None,
+    processor: object = None,
+    **inside: Any,
+) -> str:
+    """Write a checkpoint with metadata in it and in the JSON beside it; return the folder."""
+    folder.mkdir(exist_ok=True)
+    torch.save({"state_dict": dict(state), **inside}, folder / "model.pth")
+    for name, value in (("config.json", config), ("preprocessor_config.json", processor)):
+        (folder / name).unlink(missing_ok=True)
+        if value is not None:
+            (folder / name).write_text(json.dumps(value))
+    return str(folder)
+
+
 # --- a local hub server --------------------------------------------------------------------
 
 
-@dataclass
-class FakeHub:
+class FakeHub(ThreadingHTTPServer):
     """A local server with the hub's routes: model info, HEAD and ranged GET of files.
 
     Attributes:
         repos: content of each repository's files; another revision is ``owner/name@v1``.
         gated: gated repositories.
-        drop_after: bytes after which the next download's connection is closed, once.
-        announce: incorrect digests to announce, by file name.
         length: incorrect sizes to announce, by file name.
         stall: bytes after which every download stalls until the client closes the connection.
-        log: method, path and Range header of each request.
+        log: method and path of each request.
     """
 
-    url: str = ""
-    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    gated: set[str] = field(default_factory=set)
-    drop_after: int | None = None
-    announce: dict[str, str] = field(default_factory=dict)
-    length: dict[str, int] = field(default_factory=dict)
-    stall: int | None = None
-    log: list[tuple[str, str, str | None]] = field(default_factory=list)
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.length: dict[str, int] = {}
+        self.stall: int | None = None
+        self.log: list[str] = []
 
     def commit(self, repo_id: str) -> str:
         """Return a commit hash of the files."""
         return hashlib.sha1(repr(self.repos.get(repo_id)).encode()).hexdigest()
 
-    def downloads(self, filename: str) -> list[str | None]:
-        """Return the Range header of each GET of a file."""
-        return [r for method, path, r in self.log if method == "GET" and path.endswith(filename)]
-
 
 class _Handler(BaseHTTPRequestHandler):
-    hub: FakeHub
+    server: FakeHub
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: object) -> None:
@@ -126,65 +155,41 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        hub = self.hub
-        hub.log.append((self.command, self.path, self.headers.get("Range")))
-        path = self.path.partition("?")[0].strip("/")
-        is_api, name = path.startswith("api/models/"), ""
-        if is_api:
-            repo_id, _, revision = path.removeprefix("api/models/").partition("/revision/")
-        else:
-            repo_id, _, file = path.partition("/resolve/")
-            revision, _, name = file.partition("/")
-        # a revision is a name or a commit
+        hub, path = self.server, self.path.partition("?")[0]
+        hub.log.append(f"{self.command} {path}")
+        url = re.compile("/(api/models/)?([^/]+/[^/]+)(?:/(?:revision|resolve)/([^/]+))?/?(.*)")
+        is_api, repo_id, revision, name = url.fullmatch(path).groups()  # type: ignore[union-attr]
         keys = [key for key in hub.repos if key.partition("@")[0] == repo_id]
         revisions = {key.partition("@")[2] or "main": key for key in keys}
         revisions |= {hub.commit(key): key for key in keys}
         key = revisions.get(revision or "main", "")
+        files = hub.repos.get(key, {})
         if repo_id in hub.gated:
-            self._error(403, "GatedRepo")
-        elif not keys:
-            self._error(404, "RepoNotFound")
-        elif is_api and not key:
-            self._error(404, "RevisionNotFound")
+            self._send(403, b"", {"X-Error-Code": "GatedRepo"})
+        elif not key:
+            code = "RevisionNotFound" if keys else "RepoNotFound"
+            self._send(404, b"", {"X-Error-Code": code})
         elif is_api:
-            siblings = [{"rfilename": file} for file in hub.repos[key]]
-            info = {"id": repo_id, "modelId": repo_id, "sha": hub.commit(key), "siblings": siblings}
+            siblings = [{"rfilename": file} for file in files]
+            info = {"id": repo_id, "sha": hub.commit(key), "siblings": siblings}
             self._send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
-        elif name not in hub.repos.get(key, {}):
-            self._error(404, "EntryNotFound")
+        elif name not in files:
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         else:
-            self._send_file(key, name)
+            self._send_file(name, files[name], {"X-Repo-Commit": hub.commit(key)})
 
-    def _send_file(self, key: str, name: str) -> None:
-        hub, content = self.hub, self.hub.repos[key][name]
-        digest = hub.announce.get(name, hashlib.sha256(content).hexdigest())
-        headers = {
-            "ETag": f'"{digest}"',
-            "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(hub.length.get(name, len(content))),
-            "X-Repo-Commit": hub.commit(key),
-            "Accept-Ranges": "bytes",
-        }
-        start = int(re.sub(r"\D", "", (self.headers.get("Range") or "0").split("-")[0]) or 0)
-        status, limit, stalls = 206 if start else 200, hub.stall, hub.stall is not None
-        if start:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        is_download = self.command == "GET"
-        if is_download and hub.drop_after is not None and len(content) > hub.drop_after:
-            limit, hub.drop_after, self.close_connection = hub.drop_after, None, True
-        elif name in hub.length:
-            headers["Content-Length"] = str(hub.length[name] - start)
-            self.close_connection = True
-        self._send(status, content[start:], headers, limit)
-        if is_download and stalls:
-            self.wfile.flush()
+    def _send_file(self, name: str, content: bytes, headers: dict[str, str]) -> None:
+        hub, digest = self.server, hashlib.sha256(content).hexdigest()
+        start = int((self.headers.get("Range") or "bytes=0-")[6:].rstrip("-"))
+        length = hub.length.get(name, len(content))
+        headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(length)}
+        headers |= {"Content-Length": str(length - start)}
+        self.close_connection = hub.stall is not None or name in hub.length
+        self._send(206 if start else 200, content[start:], headers, hub.stall)
+        if self.command == "GET" and hub.stall is not None:
             with contextlib.suppress(OSError):
                 self.connection.settimeout(20)
                 self.connection.recv(1)  # returns when the client closes it
-            self.close_connection = True
-
-    def _error(self, status: int, code: str) -> None:
-        self._send(status, b"{}", {"X-Error-Code": code, "X-Error-Message": code})
 
     def _send(
         self, status: int, content: bytes, headers: Mapping[str, str], limit: int | None = None
@@ -198,28 +203,35 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use an empty hub cache in ``tmp_path``, and none of the user's hub settings."""
-    for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """Return a running local hub and use it, with an empty cache in ``tmp_path``."""
+    server = FakeHub()
+    for name in ("HF_TOKEN", "HF_HOME", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # for child processes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    return tmp_path
-
-
-@pytest.fixture
-def hub(caches: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """Return a running local hub; ``HF_ENDPOINT`` is its address."""
-    state = FakeHub()
-    handler = type("Handler", (_Handler,), {"hub": state})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setenv("HF_ENDPOINT", state.url)
-    yield state
+    yield server
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def torch_bytes(content: object) -> bytes:
+    """Return the bytes of a file of ``torch.save``."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def published(hub: FakeHub) -> bytes:
+    """Return the official file of van_b0, with random weights, on the local hub."""
+    repo, _, file = (VARIANTS["van_b0"].weights or "").partition(":")
+    empty = argparse.Namespace(mean=None, std=None, img_size=None, interpolation="", crop_pct=None)
+    state = random_van(VARIANTS["van_b0"].config, 1).state_dict()
+    hub.repos[repo] = {file: torch_bytes({"state_dict": state, "args": empty})}
+    return hub.repos[repo][file]

@@ -1,28 +1,32 @@
-"""Reading weights files: formats, containers, and load_error of damaged or unsafe files."""
+"""Weights files: formats, containers, damaged or unsafe files, and downloads from a local hub."""
 
 from __future__ import annotations
 
 import argparse
-import collections
+import hashlib
+import io
 import os
 import pickle
-import sys
-import types
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save, save_file
 
 from tests.each import each
-from van_deploy.errors import CheckpointError, UsageError
+from tests.errors import error_of
+from tests.model.conftest import FakeHub, torch_bytes
+from training import public_weights
+from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import read_weights
-from van_deploy.model.files import load_file
+from van_deploy.model.files import find_weights, load_file
 from van_deploy.model.van import VAN
+from van_deploy.model.variants import VARIANT_NAMES, VARIANTS, find_cached_weights
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -31,21 +35,19 @@ def has_weights(loaded: Any) -> bool:
     return all(torch.equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS)
 
 
-def load_error(path: Path) -> CheckpointError:
-    with pytest.raises(CheckpointError) as error:
-        load_file(path)
-    assert error.value.remedy
-    return error.value
+def load_error(path: Path) -> str:
+    return str(error_of(CheckpointError, load_file, path))
 
 
-def write_zip(path: Path, entries: dict[str, bytes], kind: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(path, "w", kind) as archive:
+def zip_bytes(entries: dict[str, bytes], kind: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
         for name, content in entries.items():
             archive.writestr(name, content)
-    return path
+    return buffer.getvalue()
 
 
-def save(content: object, path: Path) -> Path:
+def saved(content: object, path: Path) -> Path:
     torch.save(content, path)
     return path
 
@@ -53,88 +55,72 @@ def save(content: object, path: Path) -> Path:
 # --- formats and containers ------------------------------------------------------------------
 
 
-@each("key", ["state_dict", "model", "net", "teacher", "weights", "a.b"])
-def test_container_detection(tmp_path: Path, tiny: VAN, key: str) -> None:
-    more: dict[str, Any] = {"state": {0: {"step": torch.tensor(1.0)}}}
-    first, _, inner = key.partition(".")
-    state = {inner: tiny.state_dict()} if inner else tiny.state_dict()
-    content = {first: state, "epoch": 3, "optimizer": more, "n": WEIGHTS}
-    loaded = read_weights(save(content, tmp_path / "w.pth"))
-    parameters = [n for n in tiny.state_dict() if not n.endswith("num_batches_tracked")]
-    assert (list(loaded.tensors), loaded.container, loaded.notes) == (parameters, key, ())
-    assert loaded.content["epoch"] == 3
-
-
-@each("averaged", ["state_dict_ema", "model_ema", "ema", "ema_model.module"])
-def test_averaged_weights_are_preferred(tmp_path: Path, tiny: VAN, averaged: str) -> None:
-    first, _, inner = averaged.partition(".")
-    ema = {f"net.{name}": 2 * tensor for name, tensor in tiny.state_dict().items()}
-    content = {"state_dict": tiny.state_dict(), first: {inner: ema} if inner else ema}
-    path = save(content, tmp_path / "w.pth")
-    loaded, chosen = read_weights(path), read_weights(path, "state_dict")
-    assert loaded.container == averaged
-    assert torch.equal(loaded.tensors["head.weight"], 2 * chosen.tensors["head.weight"])
-    assert "the file also contains state_dict: the averaged" in loaded.notes[0]
-    assert (chosen.container, chosen.notes) == ("state_dict", ())
+@each(
+    ("places", "option"),
+    [
+        *(([place], None) for place in ("state_dict", "net", "teacher", "a.b")),
+        *((["state_dict", place], None) for place in ("model_ema", "ema", "ema_model.module")),
+        (["state_dict", "state_dict_ema"], None),
+        (["state_dict", "ema"], "state_dict"),
+        *((["student", "teacher"], place) for place in ("student", "teacher", "teacher.net")),
+    ],
+)
+def test_containers(tmp_path: Path, tiny: VAN, places: list[str], option: str | None) -> None:
+    content: dict[str, Any] = {"epoch": 3, "optimizer": {"state": WEIGHTS}, "n": WEIGHTS}
+    for factor, place in enumerate(places, 1):
+        prefix, (first, _, inner) = "net." * (factor - 1), place.partition(".")
+        state = {f"{prefix}{name}": factor * tensor for name, tensor in tiny.state_dict().items()}
+        content[first] = {inner: state} if inner else state
+    loaded = read_weights(saved(content, tmp_path / "w.pth"), option)
+    assert (loaded.container, loaded.content["epoch"]) == (option or places[-1], 3)
+    assert loaded.tensors.keys() == {n for n in tiny.state_dict() if "num_batches" not in n}
+    factor = 1 if loaded.container == places[0] else 2
+    assert torch.equal(loaded.tensors["head.weight"], factor * tiny.get_parameter("head.weight"))
+    used = "the file also contains state_dict: the averaged weights are used (--container)"
+    assert loaded.notes == ((used,) if factor == 2 and option is None else ())
 
 
 def test_several_networks_need_a_container(tmp_path: Path, tiny: VAN) -> None:
-    state: dict[str, Tensor] = tiny.state_dict()
-    other = {f"net.{name}": 2 * tensor for name, tensor in state.items()}
-    path = save({"student": state, "teacher": other}, tmp_path / "w.pth")
-    with pytest.raises(UsageError) as error:
-        read_weights(path)
-    assert "--container student or --container teacher.net; or" in error.value.remedy
-    for container, factor in (("student", 1), ("teacher.net", 2), ("teacher", 2)):
-        loaded = read_weights(path, container)
-        assert torch.equal(loaded.tensors["head.bias"], factor * state["head.bias"])
-        assert loaded.container == container
-    with pytest.raises(UsageError, match="no tensors under 'ema'"):
-        read_weights(path, "ema")
+    other = {f"net.{name}": tensor for name, tensor in tiny.state_dict().items()}
+    path = saved({"student": tiny.state_dict(), "teacher": other}, tmp_path / "w.pth")
+    remedy = error_of(UsageError, read_weights, path).remedy
+    assert "--container student or --container teacher.net; or" in remedy
+    assert "no tensors under 'ema'" in error_of(UsageError, read_weights, path, "ema").message
 
 
-def test_metadata_of_training_scripts(tmp_path: Path, monkeypatch: Any) -> None:
-    arguments = argparse.Namespace(mean=[0.1, 0.2, 0.3], img_size=64, layers=None)
+def test_metadata_of_training_scripts(tmp_path: Path) -> None:
+    arguments, path = argparse.Namespace(mean=[0.1, 0.2], layers=None), tmp_path / "w.pth"
     more = {"metric": np.float64(77.5), "history": np.arange(3.0), "best": np.int64(4)}
-    loaded = load_file(save({"state": WEIGHTS, "args": arguments, **more}, tmp_path / "w.pth"))
+    loaded = load_file(saved({"state": WEIGHTS, "args": arguments, **more}, path))
     assert has_weights(loaded["state"])
     assert (loaded["args"], loaded["metric"]) == (arguments, 77.5)
-    assert has_weights(load_file(save(collections.OrderedDict(WEIGHTS), tmp_path / "flat.pt")))
-    # mmengine's training log
-    names = ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")
-    kind = type("HistoryBuffer", (), {"__module__": names[-1]})
-    with monkeypatch.context() as patch:
-        for name in names:
-            patch.setitem(sys.modules, name, types.ModuleType(name))
-        patch.setattr(sys.modules[names[-1]], "HistoryBuffer", kind, raising=False)
-        buffer = kind()
-        buffer.log = np.arange(3.0)
-        save({**WEIGHTS, "message_hub": {"loss": buffer}}, tmp_path / "w.pth")
-    assert has_weights(load_file(tmp_path / "w.pth"))
+    torch.save({**WEIGHTS, "log": arguments}, path, _use_new_zipfile_serialization=False)
+    names = (b"argparse\nNamespace", b"mmengine.logging.history_buffer\nHistoryBuffer")
+    path.write_bytes(path.read_bytes().replace(*names))  # mmengine's training log
+    assert has_weights(load_file(path))
 
 
 def test_legacy_compressed_and_misnamed_files(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    with zipfile.ZipFile(save(WEIGHTS, tmp_path / "w.pth")) as plain:
-        write_zip(tmp_path / "c.pth", {name: plain.read(name) for name in plain.namelist()})
-    for name in ("old.pth", "c.pth"):
-        assert has_weights(load_file(tmp_path / name))
+    with zipfile.ZipFile(io.BytesIO(torch_bytes(WEIGHTS))) as plain:
+        compressed = zip_bytes({name: plain.read(name) for name in plain.namelist()})
+    (tmp_path / "c.pth").write_bytes(compressed)
     metadata = {"crop_pct": "0.9", "who": "me", "deep": "[" * 100_000}
     save_file(WEIGHTS, tmp_path / "w.bin", metadata=metadata)
+    for name in ("old.pth", "c.pth", "w.bin"):
+        assert has_weights(load_file(tmp_path / name))
     loaded = load_file(tmp_path / "w.bin")
-    assert has_weights(loaded)
     assert (loaded["crop_pct"], loaded["deep"]) == (0.9, metadata["deep"])
 
 
 # --- errors ----------------------------------------------------------------------------------
 
 
-class _Payload:
-    def __init__(self, call: Any, *arguments: Any) -> None:
-        self.call, self.arguments = call, arguments
+class _Payload(tuple[Any, ...]):
+    """A call, which unpickling executes."""
 
     def __reduce__(self) -> Any:
-        return (self.call, self.arguments)
+        return (self[0], self[1:])
 
 
 @each("form", ["zip", "old", "plain"])
@@ -142,22 +128,16 @@ class _Payload:
 def test_code_in_a_pickle_is_not_executed(tmp_path: Path, call: Any, name: str, form: str) -> None:
     trace, path = tmp_path / "trace", tmp_path / "evil.pth"
     code = {os.system: f"mkdir {trace}", eval: f"__import__('os').mkdir({str(trace)!r})"}
-    thing = {"state_dict": WEIGHTS, "extra": _Payload(call, code.get(call, str(trace)))}
+    thing = {"state_dict": WEIGHTS, "extra": _Payload((call, code.get(call, str(trace))))}
     if form == "plain":
         path.write_bytes(pickle.dumps(thing["extra"]))
-        assert "its pickle was not written by torch.save" in load_error(path).message
+        assert "its pickle was not written by torch.save" in load_error(path)
     else:
         torch.save(thing, path, _use_new_zipfile_serialization=form == "zip")
-        message = load_error(path).message
+        message = load_error(path)
         assert f"its pickle imports {name}" in message
         assert "so loading it would execute code" in message
     assert not trace.exists()
-
-
-def test_pickled_modules_are_refused(tmp_path: Path, tiny: VAN) -> None:
-    error = load_error(save(tiny, tmp_path / "content.pth"))
-    assert "its pickle imports van_deploy.model.van.VAN," in error.message
-    assert "torch.save(model.state_dict()" in error.remedy
 
 
 @each("share", [0.0005, 0.3, 0.9, 0.999])
@@ -165,63 +145,206 @@ def test_pickled_modules_are_refused(tmp_path: Path, tiny: VAN) -> None:
 def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
     path = tmp_path / "w.pth"
     weights = {f"layer{index}.weight": torch.randn(100, 10) for index in range(20)}
-    if kind == "safetensors":
-        save_file(weights, path)
-    else:
-        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
-    content = path.read_bytes()
+    torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
+    content = save(weights) if kind == "safetensors" else path.read_bytes()
     path.write_bytes(content[: max(20, int(len(content) * share))])
-    assert "truncated" in str(load_error(path))
+    assert "truncated" in load_error(path)
+
+
+def damaged_archive() -> bytes:
+    """Return an archive whose unsafe imports cannot be listed: its checksum is incorrect."""
+    entries = {"archive/data.pkl": pickle.dumps(print, protocol=2), "archive/version": b"3\n"}
+    data = bytearray(zip_bytes(entries, zipfile.ZIP_STORED))
+    data[data.index(b"PK\x01\x02") + 16] ^= 1  # the checksum in the archive's directory
+    return bytes(data)
 
 
 @each(
-    ("content", "what"),
+    ("content", "message"),
     [
         (b"", "not a checkpoint: it begins with b''"),
         (b"<!DOCTYPE html><html>", "begins with b'<!DOCTYPE html>"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "begins with b'version https://git-l"),
         (b"\x1f\x8b\x08\x00rest", "not a checkpoint"),
         (b"\x80\x02nonsense", "cannot be read"),
         (b"\x08\x00\x00\x00\x00\x00\x00\x00{nonsens", "cannot be read"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, content: bytes, what: str) -> None:
-    (tmp_path / "w.pth").write_bytes(content)
-    assert what in load_error(tmp_path / "w.pth").message
-
-
-@each(
-    ("entries", "what"),
-    [
         ({"readme.txt": b"hello"}, "cannot be read"),
         ({"s/data.pkl": b"", "s/code/t.py": b"", "s/constants.pkl": b""}, "cannot be read"),
         ({"w/data.pkl": b"\0" * 10_000_000}, "claims to unpack to 10,000,000 bytes in 1 entries"),
         ({f"{n}/data.pkl": b"" for n in range(30_001)}, "in 30,001 entries"),
+        (damaged_archive(), ""),
+        ([torch.ones(2)], "contains a list, not a state dict"),
+        (torch.ones(2), ", not a state dict"),
     ],
 )
-def test_other_zips_are_refused(tmp_path: Path, entries: dict[str, bytes], what: str) -> None:
-    assert what in load_error(write_zip(tmp_path / "w.pth", entries)).message
+def test_other_files_are_refused(tmp_path: Path, content: Any, message: str) -> None:
+    data = zip_bytes(content) if isinstance(content, dict) else content
+    data = data if isinstance(data, bytes) else torch_bytes(content)
+    (tmp_path / "w.pth").write_bytes(data)
+    assert message in load_error(tmp_path / "w.pth")
 
 
-def test_unsafe_pickle_in_a_damaged_archive(tmp_path: Path) -> None:
-    """Listing the unsafe imports of the pickle fails on the incorrect checksum."""
-    pickled = {"archive/data.pkl": pickle.dumps(print, protocol=2), "archive/version": b"3\n"}
-    path = write_zip(tmp_path / "w.pth", pickled, zipfile.ZIP_STORED)
-    data = bytearray(path.read_bytes())
-    data[data.index(b"PK\x01\x02") + 16] ^= 1  # the checksum in the archive's directory
-    path.write_bytes(bytes(data))
-    load_error(path)
+def test_missing_special_and_other_files_are_refused(tmp_path: Path, tiny: VAN) -> None:
+    assert "cannot be read: No such file" in load_error(tmp_path / "no.pth")
+    assert "cannot be read: Is a directory" in load_error(tmp_path)
+    os.mkfifo(tmp_path / "fifo.pth")  # which would be waited for
+    assert "it is not a regular file" in load_error(tmp_path / "fifo.pth")
+    message = load_error(saved(tiny, tmp_path / "w.pth"))
+    assert "its pickle imports van_deploy.model.van.VAN," in message
+    assert "torch.save(model.state_dict()" in message
+    path = saved({"epoch": 3, "optimizer": {}}, tmp_path / "w.pth")
+    assert "is not a VAN (0 tensors" in error_of(CheckpointError, read_weights, path).message
 
 
-def test_missing_and_special_files_are_refused(tmp_path: Path) -> None:
-    assert "cannot be read: No such file" in load_error(tmp_path / "no.pth").message
-    assert "cannot be read: Is a directory" in load_error(tmp_path).message
-    os.mkfifo(tmp_path / "w.pth")  # which would be waited for
-    assert "it is not a regular file" in load_error(tmp_path / "w.pth").message
+# --- the hub ---------------------------------------------------------------------------------
+
+REPO = "someone/van"
+CONTENT = bytes(range(256)) * 400
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
 
-def test_other_objects_are_refused(tmp_path: Path) -> None:
-    for thing in ([torch.ones(2)], torch.ones(2)):
-        assert ", not a state dict" in load_error(save(thing, tmp_path / "w.pth")).message
-    with pytest.raises(CheckpointError, match=r"is not a VAN \(0 tensors"):
-        read_weights(save({"epoch": 3, "optimizer": {}}, tmp_path / "w.pth"))
+@pytest.fixture
+def hub(hub: FakeHub) -> FakeHub:
+    """Return the local hub with one repository."""
+    hub.repos[REPO] = {"w.pth": CONTENT}
+    return hub
+
+
+def download_error(spec: str, *, offline: bool = False, sha256: str | None = None) -> str:
+    return error_of(DownloadError, find_weights, spec, sha256, offline).message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("length", {"w.pth": 10**6}), ("length", {"w.pth": 9}), ("stall", 0)]
+)
+def test_incorrect_sizes_and_stalled_downloads(
+    hub: FakeHub, monkeypatch: Any, name: str, value: Any
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
+    start = time.monotonic()
+    monkeypatch.setattr(hub, name, value)
+    assert f"{REPO}/w.pth" in download_error(f"{REPO}:w.pth")
+    assert time.monotonic() - start < 60
+    hub.length, hub.stall = {}, None
+    assert find_weights(f"{REPO}:w.pth").path.read_bytes() == CONTENT
+
+
+def test_offline_mode_and_lost_network(hub: FakeHub, monkeypatch: Any) -> None:
+    hub.repos[REPO]["config.json"] = b'{"a": 1}'
+    for spec in (f"{REPO}:w.pth", REPO):
+        assert "the cache (" in download_error(spec, offline=True)
+    assert hub.log == []
+    online = find_weights(REPO)
+    assert (online.path.read_bytes(), online.sha256, online.name) == (CONTENT, DIGEST, "van")
+    assert online.configs == {"config.json": {"a": 1}}
+    assert find_weights(f"{REPO}:w.pth") == online
+    assert len([line for line in hub.log if line.startswith("GET") and "w.pth" in line]) == 1
+    hub.log.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert find_weights(REPO) == online
+        assert f"{REPO}/v.pth is not available" in download_error(f"{REPO}:v.pth")
+    assert hub.log == []
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    cached = find_weights(REPO)
+    assert cached.path == online.path
+    assert cached.notes[0].startswith("the cached copy is used, since the hub is not available: ")
+    for spec in (f"{REPO}:other.pth", "someone/else", "someone/else:w.pth"):
+        assert "is not available from http://127.0.0.1:9 or the cache" in download_error(spec)
+
+
+def test_revisions(hub: FakeHub) -> None:
+    hub.repos[f"{REPO}@v1"] = {"w.pth": CONTENT + b"old"}
+    commit = hub.commit(f"{REPO}@v1")
+    assert find_weights(REPO).path.read_bytes() == CONTENT
+    for revision in ("v1", commit):
+        for offline, name in ((False, ":w.pth"), (True, "")):
+            file = find_weights(f"{REPO}@{revision}{name}", offline=offline)
+            assert file.path.read_bytes() == CONTENT + b"old"
+    hub.log.clear()
+    assert find_weights(f"{REPO}@{commit}:w.pth").name == "van"
+    assert hub.log == [], "a cached commit needs no request"
+    assert "Revision" in download_error(f"{REPO}@v2")
+
+
+def test_missing_files_and_digests(hub: FakeHub) -> None:
+    for spec in ("nobody/nothing", "nobody/nothing:w.pth"):
+        assert f"is not available from {hub.url}" in download_error(spec)
+        assert "RepositoryNotFoundError" in download_error(spec)
+    assert "EntryNotFoundError" in download_error(f"{REPO}:v.pth")
+    assert "HFValidationError" in download_error("a--b/c")
+    message = f"{REPO}/w.pth is another file: its SHA-256 is {DIGEST}, expected: {'0' * 64}."
+    assert download_error(REPO, sha256="0" * 64) == message
+    file = find_weights(REPO, expect_sha256=DIGEST.upper())
+    file.path.write_bytes(b"damaged")
+    assert f"the hub announced {DIGEST}" in download_error(REPO)
+    assert find_weights(REPO).path.read_bytes() == CONTENT
+    hub.gated.add(REPO)
+    assert "GatedRepoError" in download_error(REPO)  # even if it is cached
+
+
+def test_selection_of_weights_file_and_configs(hub: FakeHub, tmp_path: Path) -> None:
+    configs = {"config.json": b'{"a": 1}', "preprocessor_config.json": b'{"size": 224}'}
+    files = dict.fromkeys(("model.safetensors", "pytorch_model.bin", "sub/w.pth"), CONTENT)
+    hub.repos[REPO] = {**files, **configs, "sub/config.json": b'{"depths": 3}'}
+    file = find_weights(REPO)
+    assert file.path.name == "model.safetensors"
+    assert file.configs == {"config.json": {"a": 1}, "preprocessor_config.json": {"size": 224}}
+    assert find_weights(f"{REPO}:sub/w.pth").configs == {"config.json": {"depths": 3}}
+    hub.repos["me/two"] = {"b.pth": CONTENT, "a.pth.tar": CONTENT, "README.md": b""}
+    hub.repos["me/none"] = {"README.md": b""}
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).touch()
+    for spec, message in (
+        ("me/two", "has 2 PyTorch weights files; its files: a.pth.tar, b.pth.\nSelect one, such"),
+        (tmp_path, f"its files: a.pth, b.pth.\nSelect one, such as {tmp_path}/a.pth"),
+        ("me/none", "has 0 PyTorch weights files; its files: README.md"),
+    ):
+        assert message in str(error_of(UsageError, find_weights, str(spec)))
+
+
+@each("content", [b"[1, 2]", b"{", b"\xff\xfe"])
+def test_invalid_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "w.pth").touch()
+    (tmp_path / "config.json").write_bytes(content)
+    message = error_of(CheckpointError, find_weights, str(tmp_path)).message
+    assert "config.json cannot be read: " in message
+
+
+# --- the public weights ----------------------------------------------------------------------
+
+
+def test_public_weights_script(published: bytes, monkeypatch: Any, capsys: Any) -> None:
+    results = {"export": (0, ""), "verify": (0, ""), "evaluate": (0, "")}
+    monkeypatch.setattr(public_weights, "run_command", lambda name, *_: results[name])
+
+    def output(code: int, *arguments: str) -> str:
+        assert public_weights.main(arguments) == code
+        return capsys.readouterr().out
+
+    assert [*map(find_cached_weights, VARIANTS.values())] == [None] * len(VARIANTS)
+    digest = hashlib.sha256(published).hexdigest()
+    first = output(0, "van_b0")
+    assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in first
+    assert "top-1     not measured (no --imagenet)\nvan_b0: as published" in first
+    cached = find_cached_weights(VARIANTS["van_b0"])
+    assert cached is not None
+    assert cached.read_bytes() == published
+    for top1, code in ((0.754, 0), (0.74, 1)):
+        results["evaluate"] = (0, f'{{"accuracy": {{"fp32": {{"top1": {top1}}}}}}}')
+        measured = output(code, "van_b0", "--imagenet", "val")
+    assert "van_b0: top-1 is 74.00 %, published 75.4 %" in measured
+    results["verify"] = (1, "")
+    assert "van_b0: verify ended with exit code 1" in output(1, "van_b0", "--imagenet", "val")
+    assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in output(1, "van_b1")
+    pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
+    monkeypatch.setitem(VARIANT_NAMES, "van_b0", pinned)
+    assert f"its SHA-256 is {digest}, expected: {'0' * 64}." in output(1, "van_b0")
+
+
+@pytest.mark.slow
+def test_public_weights_end_to_end(published: bytes, tmp_path: Path, capfd: Any) -> None:
+    assert public_weights.main(["van_b0", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "van_b0" / "model.onnx").exists()
+    text = capfd.readouterr().out
+    assert "export    passed" in text
+    assert "verify    passed" in text

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from tests.model.conftest import sample_images
 from van_deploy.model.checkpoint import load_van
-from van_deploy.model.preprocess import Preprocessing, normalise, pixels_from_image
+from van_deploy.model.preprocess import OFFICIAL, normalise, pixels_from_image
 from van_deploy.model.processors import from_processor
 
 pytestmark = pytest.mark.slow
@@ -84,9 +84,7 @@ def transformers(request: pytest.FixtureRequest) -> dict[str, str]:
 
 
 def test_pixels_equal_transformers(transformers: dict[str, str], tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    sizes = ((33, 57), (57, 33), (249, 248), (300, 301), (224, 224), (1000, 247))
-    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    images = [image for image in sample_images() if min(image.size) > 8]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     (tmp_path / "processors.json").write_text(json.dumps(PROCESSORS))
@@ -94,9 +92,7 @@ def test_pixels_equal_transformers(transformers: dict[str, str], tmp_path: Path)
     subprocess.run(command, check=True, env=transformers | {"USE_TORCH": "0"})
     for index, (kind, config) in enumerate(PROCESSORS):
         values = from_processor({"image_processor_type": kind, **config})
-        for key in ("mean", "std"):
-            values[key] = values[key] if isinstance(values[key], list) else [values[key]] * 3
-        preprocessing = Preprocessing.from_dict({"source": "", **values})
+        preprocessing = OFFICIAL.override(**values)
         for number, image in enumerate(images):
             expected = np.load(tmp_path / f"{index}-{number}.npy")
             actual = normalise(pixels_from_image(image, preprocessing)[None], preprocessing)[0]

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
-from tests.plans import add_plan
+from tests.plans import PlanMaker
 from van_deploy.bundle import Bundle
 from van_deploy.config import RunnerSettings
 from van_deploy.engine.backend import detect_host
@@ -23,10 +22,8 @@ PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(1
 
 
 @pytest.fixture
-def bundle(uint8_bundle: Bundle, copy_bundle: Copy) -> Bundle:
-    """Return a copy of the digits bundle with a stand-in for a plan of the uint8 graph."""
-    copy = Bundle.open(copy_bundle(uint8_bundle))
-    return add_plan(copy, profiles="1:1:1,4:4:6", graph="fp32-uint8")
+def bundle(with_plans: PlanMaker) -> Bundle:
+    return with_plans(profiles="1:1:1,4:4:6", graph="fp32-uint8")
 
 
 def test_embedded_graphs_and_their_engines_take_bytes(bundle: Bundle) -> None:

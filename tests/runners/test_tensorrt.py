@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.artifacts import Copy
 from tests.each import each
-from tests.plans import add_plan
-from van_deploy.bundle import Bundle
+from tests.plans import PlanMaker
 from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, Host, load_backend
 from van_deploy.engine.messages import BuildLog
@@ -35,9 +33,9 @@ def backend() -> Backend:
     return load_backend(RTX)
 
 
-def plan_of(bundle: Bundle, backend: Backend, **changes: Any) -> Path:
-    """Add a stand-in for a plan of a backend to a bundle, and return its path."""
-    add_plan(bundle, backend=backend.name, backend_version=backend.version, **changes)
+def plan_of(backend: Backend, with_plans: PlanMaker, **changes: Any) -> Path:
+    """Return a stand-in for a plan of a backend, for an L4."""
+    bundle = with_plans(backend=backend.name, backend_version=backend.version, **changes)
     return bundle.path / "engines/plan-sm_89.plan"
 
 
@@ -73,9 +71,9 @@ def test_input_checks_of_compiled_networks(
 
 
 def test_foreign_swapped_and_unknown_plans_are_refused(
-    backend: Backend, uint8_bundle: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
+    backend: Backend, with_plans: PlanMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(Bundle.open(copy_bundle(uint8_bundle)), backend)
+    plan = plan_of(backend, with_plans)
 
     def refused(message: str, kind: Any = InputError, **options: Any) -> None:
         with pytest.raises(kind, match=message):
@@ -109,15 +107,12 @@ def test_failed_runtime_creation_becomes_a_project_error(backend: Backend) -> No
 @each("version_compatible", [False, True])
 def test_host_code_is_allowed_only_for_version_compatible_plans(
     backend: Backend,
-    uint8_bundle: Bundle,
-    copy_bundle: Copy,
-    tmp_path: Path,
+    with_plans: PlanMaker,
     monkeypatch: pytest.MonkeyPatch,
     version_compatible: bool,
 ) -> None:
     runtime = SimpleNamespace(deserialize_cuda_engine=lambda _: None)
-    bundle = Bundle.open(copy_bundle(uint8_bundle, str(tmp_path / "copy")))
-    plan = plan_of(bundle, backend, options={"version_compatible": version_compatible})
+    plan = plan_of(backend, with_plans, options={"version_compatible": version_compatible})
     monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: L4)
     monkeypatch.setattr("van_deploy.runners.tensorrt.require_cuda", lambda _: None)
     monkeypatch.setattr(Backend, "runtime", lambda *_: (runtime, None))

@@ -1,10 +1,9 @@
-"""A bundle of the embedded network, stand-ins for plans, and servers in threads."""
+"""A bundle of the embedded network, images with their outputs, and servers in threads."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.plans import add_plan
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import golden_samples
@@ -25,27 +23,11 @@ from van_deploy.runners.network import NamedClass, Network
 from van_deploy.serve.app import App, listen, run_server
 from van_deploy.serve.models import Service
 
-PlanMaker = Callable[..., Bundle]
-
 
 @pytest.fixture(scope="session")
 def digits(uint8_bundle: Bundle) -> Bundle:
     """Return a bundle of ``van_digits`` with all outputs in its uint8 graph; do not change it."""
     return uint8_bundle
-
-
-@pytest.fixture
-def with_plans(uint8_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> PlanMaker:
-    """Return a function that adds a stand-in for a plan for each target to a new copy."""
-
-    def add_plans(*targets: str, **changes: Any) -> Bundle:
-        folder = tmp_path_factory.mktemp("with_plans") / "bundle"
-        bundle = Bundle.open(shutil.copytree(uint8_bundle.path, folder))
-        for target in targets or ["sm_89"]:
-            bundle = add_plan(bundle, target, **changes)
-        return bundle
-
-    return add_plans
 
 
 def write_package(folder: Path, bundle: Bundle, *artifacts: str, **options: Any) -> Path:

@@ -9,8 +9,6 @@ import os
 import platform
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import tracemalloc
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from reliability.load import run_server
 from tests.each import each
 from tests.serve.conftest import Running, serving, tensor_of, top5_of
 from van_deploy.bundle import Bundle
@@ -484,31 +483,20 @@ def test_concurrent_clients_get_their_own_results(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_serve_command_ends_with_its_parser_process(
-    digits: Bundle, image: bytes, number: signal.Signals
+    digits: Bundle, image: bytes, tmp_path: Path, number: signal.Signals
 ) -> None:
-    words = ["-m", "van_deploy", "serve", str(digits.path), "--port", "0", "--json"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True) as process:
-        assert process.stdout
-        text = ""
-        while not text.endswith("}\n"):
-            text += process.stdout.readline()
-        document = json.loads(text)
-        assert document["models"] == [BYTES]
-        server = Running(None, document["url"][len("http://") :], process.kill)  # type: ignore[arg-type]
-        try:
-            assert send(server, "/predict", image)[0] == 200
-            assert send(server, INFER, tensor())[0] == 200
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            process.send_signal(number)
-            _, errors = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    with run_server(digits.path, log=tmp_path / "log") as (process, url):
+        server = Running(None, url.removeprefix("http://"), process.kill)  # type: ignore[arg-type]
+        assert send(server, "/predict", image)[0] == 200
+        assert send(server, INFER, tensor())[0] == 200
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(number)
+        code = process.wait(60)
     assert children
     wait_until(lambda: not any(Path("/proc", child).exists() for child in children))
     if number != signal.SIGKILL:
-        assert process.returncode == 0
-        assert errors == "Stopped; all requests in progress were completed.\n"
+        log = (tmp_path / "log").read_text()
+        assert (code, log) == (0, "Stopped; all requests in progress were completed.\n")
 
 
 @pytest.mark.slow

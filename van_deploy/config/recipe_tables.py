@@ -270,7 +270,7 @@ class _Quantization(Table):
         if self.rest == "fp32" and half:
             yield f"{half} is for FP16, and {{rest}} is fp32.", LEAVE_OUT
         if self.equalize and not self.bias_correction:
-            message = "{equalize} shifts channels, which needs {bias_correction} to be accurate."
+            message = "{equalize} shifts channels and needs corrected biases ({bias_correction})."
             yield message, "Switch off {equalize}, too."
         if "auto" in self.scope and (len(self.scope) > 1 or self.max_drop is not None):
             other = "other scopes" if len(self.scope) > 1 else "{max_drop}"

@@ -1,0 +1,41 @@
+"""Refused requests of all commands."""
+
+from __future__ import annotations
+
+from tests.conftest import Cli
+from tests.each import each
+from van_deploy.bundle import Bundle
+from van_deploy.model.embedded import EMBEDDED_WEIGHTS
+
+
+@each(
+    ("words", "code", "message"),
+    [
+        ("nonsense", 2, "nonsense"),
+        ("list --nonsense", 2, "--nonsense"),
+        ("doctor x", 2, "x"),
+        (f"info {'a' * 5000}", 5, "File name too long"),
+        (f"inspect {'a' * 300}", 5, "File name too long"),
+        (f"predict {'a' * 300} x", 5, "File name too long"),
+        ("bench BUNDLE --streams 0", 2, "'--streams' is 0: it should be greater than or equal to"),
+        ("bench BUNDLE --rounds 3.0", 2, "'--rounds' is '3.0': it should be a whole number."),
+        ("bench BUNDLE --seconds nan", 2, "'--seconds' is nan: it should be a finite number."),
+        ("build BUNDLE --target ada", 2, "'--target' is 'ada': it should be compute capabilities"),
+        ("build BUNDLE --workspace lots", 2, "'--workspace' is 'lots': it should be a number and"),
+        ("build BUNDLE --on ray", 2, "--on needs --matrix"),
+        ("quantize BUNDLE --precision int4", 2, "'--precision' is 'int4': it should be 'fp16', '"),
+        ("quantize BUNDLE --no-bias-correction", 2, "--equalize shifts channels and needs correc"),
+        ("quantize BUNDLE --calibration none", 5, "There is no calibration set called 'none'."),
+        ("quantize BUNDLE --scope x{1,2}", 2, "The scope 'x{1,2}' is none of pointwise"),
+        ("quantize BUNDLE --keep block9", 2, "'block9' matches no module or node to keep in FP32."),
+        ("quantize BUNDLE --images /nowhere", 5, "'/nowhere' cannot be read: No such file"),
+        (f"export {EMBEDDED_WEIGHTS} --name m --precision int8 -o BUNDLE/x", 5, "INT8 needs cal"),
+        ("verify BUNDLE --images x", 2, "--images needs the original network"),
+        ("verify BUNDLE --artifact fp8", 5, "has no artifact 'fp8'; it has: fp32."),
+    ],
+)
+def test_invalid_requests_write_nothing(
+    digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
+) -> None:
+    path = str(digits_bundle.path)  # a shared bundle: the run fails if one writes to it
+    assert message in cli.fails(code, words.replace("BUNDLE", path))
