@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 
 import van_deploy
@@ -16,6 +18,8 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.backend import Host
 from van_deploy.errors import ConversionError
+from van_deploy.runners.base import ResidentBatch
+from van_deploy.runners.pytorch import TorchRunner
 
 LEVELS = [f", level {level}, tiling {tiling}" for level in (3, 5) for tiling in ("none", "full")]
 FIXED: dict[str, Any] = {"backend": "inductor", "profiles": (BatchRange(8, 8, 8),)}
@@ -77,3 +81,15 @@ def test_fastest_passing_candidate_is_built(
     times.update(dict.fromkeys(times, (1.0, False)))
     with pytest.raises(ConversionError, match="No candidate passes its gate"):
         van_deploy.open_bundle(folder).build(**options, images=folder)
+
+
+def test_candidate_on_a_gpu_is_timed_with_queued_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "MIN_S", 0.0)
+    runner, resident = Mock(spec=TorchRunner, on_gpu=True), Mock(spec=ResidentBatch)
+    runner.resident_batch.return_value = resident
+    images = np.zeros((2, 3, 8, 8), np.float32)
+    assert building._call_seconds(runner, images) > 0
+    runner.resident_batch.assert_called_once_with(images)
+    group = [*[call.launch()] * building.MIN_CALLS, call.download(), call.logits()]
+    groups = 2 + building.ROUNDS  # the first two warm up and estimate
+    assert resident.method_calls == [call.upload(), *group * groups, call.close()]

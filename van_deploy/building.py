@@ -32,6 +32,7 @@ from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, pack
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
+from van_deploy.runners.base import Runner
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, no_progress
 
@@ -303,18 +304,18 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
 
 
-def _call_seconds(runner: Any, images: npt.NDArray[Any]) -> float:
+def _call_seconds(runner: Runner, images: npt.NDArray[Any]) -> float:
     """Return the minimum mean time of a call: launches queued on the GPU, or runs on the CPU."""
     if not runner.on_gpu:
         return _min_mean_seconds(lambda: runner.run(images), lambda: None)
-    with contextlib.closing(runner.resident(images)) as buffers:
-        buffers.upload()
+    with contextlib.closing(runner.resident_batch(images)) as resident:
+        resident.upload()
 
         def synchronize() -> None:
-            buffers.download()
-            buffers.outputs()
+            resident.download()
+            resident.logits()
 
-        return _min_mean_seconds(buffers.launch, synchronize)
+        return _min_mean_seconds(resident.launch, synchronize)
 
 
 def _min_mean_seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:

@@ -13,6 +13,8 @@ import pytest
 from benchmarks.gpu import report
 from tests.conftest import Cli
 from tests.each import each
+from van_deploy.bench.contenders import ORT_CUDA_VARIANTS, PYTORCH_ON_GPU, select_contenders
+from van_deploy.bench.document import Contender
 
 SLEEPS = """
 import subprocess, sys
@@ -59,6 +61,14 @@ def test_steps_are_valid_commands(
         if step.words[0] == "van-deploy":
             result = cli(*step.words[1:], *(["--help"] if "export" in step.words else []))
             assert result.exit_code in (0, 5), (step.words, result.output)
+
+
+def test_runners_of_each_gpu_benchmark_exist_where_tensorrt_is_not_installed() -> None:
+    names = [f"{way}/{p}" for way in (*ORT_CUDA_VARIANTS, "inductor") for p in ("fp32", "fp16")]
+    ready = dict.fromkeys([*PYTORCH_ON_GPU, *names], Contender("x", "pytorch", "fp32"))
+    steps = [step for part in "ab" for step in report.steps_of(part, "cuda:0")]
+    for words in (step.words for step in steps if "--runners" in step.words):
+        select_contenders((ready, {}), words[words.index("--runners") + 1].split(","))
 
 
 def test_results_are_saved_as_json_and_as_a_page(tmp_path: Path) -> None:

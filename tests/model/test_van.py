@@ -114,6 +114,17 @@ def test_random_van_is_deterministic(tiny_config: VanConfig) -> None:
             assert (values - values.mean().round()).abs().max() > 1e-3, "the default values"
 
 
+def test_random_van_does_not_depend_on_the_number_of_threads() -> None:
+    """A process that times a network with fewer threads makes it again and compares its digest."""
+    before, digests = torch.get_num_threads(), set()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        digests.add(sha256_of_state(random_van(VARIANTS["van_b0"].config).state_dict()))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert len(digests) == 1
+
+
 @each("config", [VARIANTS["van_b0"].config, VanConfig((8, 12, 16, 24), (1, 1, 60, 1))])
 def test_random_van_activations_are_bounded(config: VanConfig) -> None:
     model, largest = random_van(config, 0), list[float]()
@@ -128,16 +139,6 @@ def test_random_van_activations_are_bounded(config: VanConfig) -> None:
     assert 1 < max(largest) < 1000
     assert logits.isfinite().all()
     assert (logits[0] - logits[1]).std() > 0.01, "different images must have different logits"
-
-
-def test_random_weights_do_not_depend_on_the_number_of_threads() -> None:
-    """Otherwise a bundle of random weights could not be timed with other threads."""
-    digests, threads = set[str](), torch.get_num_threads()
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        digests.add(sha256_of_state(random_van(VARIANTS["van_b0"].config).state_dict()))
-    torch.set_num_threads(threads)
-    assert len(digests) == 1
 
 
 def test_state_dict_digest() -> None:

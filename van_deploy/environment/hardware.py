@@ -174,9 +174,13 @@ def _gpu(nvml: Any, handle: Any) -> Gpu:
 
 
 def _pci_address(identifier: Any) -> str:
-    """Return an address such as ``0000:3b:00.0`` from the formats of NVML and CUDA."""
+    r"""Return an address such as ``0000:3b:00.0`` from the formats of NVML and CUDA.
+
+    >>> _pci_address("00000000:3B:00.0"), _pci_address(b"0000:3B:00.0\0   ")  # from cuda-bindings
+    ('0000:3b:00.0', '0000:3b:00.0')
+    """
     text = identifier.decode() if isinstance(identifier, bytes) else str(identifier)
-    return text.rstrip("\0").lower()[-12:]
+    return text.partition("\0")[0].lower()[-12:]
 
 
 def _visible_to_cuda(gpus: list[Gpu]) -> tuple[Gpu, ...]:

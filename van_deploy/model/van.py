@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -278,11 +279,13 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
     """Return a VAN with the official initialisation and estimated BatchNorm statistics.
 
     It is in evaluation mode, float32, without gradients. The same seed gives the same
-    network; the global random state is restored. LKA multiplies its input by a function of
-    itself, so activations grow quadratically with depth: in stages of more than 3 blocks
-    the layer scales are reduced.
+    network, with any number of threads; the global random state is restored. LKA multiplies
+    its input by a function of itself, so activations grow quadratically with depth: in stages
+    of more than 3 blocks the layer scales are reduced.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # the rounding of the statistics depends on it
         torch.manual_seed(seed)
         model = VAN(config).requires_grad_(False)
         for module in model.modules():
@@ -298,12 +301,7 @@ def random_van(config: VanConfig, seed: int = 0) -> VAN:
             for name, parameter in model.get_submodule(f"block{stage}").named_parameters():
                 if "layer_scale" in name:
                     parameter.mul_(min(1.0, 3 / depth))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # other numbers of threads round the statistics differently
-        try:
-            torch.optim.swa_utils.update_bn([smooth_images(4, config.in_chans, 96)], model)
-        finally:
-            torch.set_num_threads(threads)
+        torch.optim.swa_utils.update_bn([smooth_images(4, config.in_chans, 96)], model)
     return model.eval()
 
 

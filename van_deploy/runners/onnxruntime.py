@@ -179,7 +179,8 @@ class OnnxRuntimeRunner(Runner):
                 ) from error
             name = f"'{self.model}'" if isinstance(self.model, Path) else "the graph"
             raise _project_error(f"cannot load {name}", error) from error
-        stack.callback(self.__dict__.pop, "_session")  # before the stream is destroyed
+        # Before the stream is destroyed: the session, and the batches that refer to it.
+        stack.callback(self.__dict__.update, _session=None, _batches={})
         if self.profile_folder is not None:
             stack.callback(self._session.end_profiling)
         self._graph_count, self._batches = 0, dict[int, DeviceBatch]()
