@@ -216,8 +216,9 @@ class VAN(nn.Module):
         after their LayerNorms, as timm's ``features_only`` and OpenMMLab's backbones do.
         """
         if self.config.out_indices:
-            indices = list(self.config.out_indices)
-            return tuple(self.forward_intermediates(x, indices, stop_early=True)[1])
+            return tuple(
+                self.forward_intermediates(x, [*self.config.out_indices], stop_early=True)[1]
+            )
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
@@ -244,8 +245,7 @@ def _build_head(config: VanConfig, pool: str) -> nn.Module:
     """Return an initialised head: one linear layer, a sequence of layers, or ``Identity``."""
     classes, width = config.num_classes, config.embed_dims[-1]
     if pool not in ("avg", "") or (classes and not pool):
-        message = f"global_pool is {pool!r} for {classes} classes"
-        raise ValueError(f"{message}; it can be 'avg', or '' with num_classes=0.")
+        raise ValueError(f"global_pool is {pool!r}; it can be 'avg', or '' with num_classes=0.")
     layers: list[nn.Module] = []
     for layer in config.head or ((classes,) if classes else ()):
         if isinstance(layer, int):
@@ -322,5 +322,4 @@ def smooth_images(count: int, channels: int, side: int) -> Tensor:
 
 def sha256_of_state(state: dict[str, Tensor]) -> str:
     """Return the SHA-256 of a state dict: names, types, shapes and bytes."""
-    tensors = {name: state[name].contiguous() for name in sorted(state)}
-    return hashlib.sha256(save(tensors)).hexdigest()
+    return hashlib.sha256(save({key: state[key].contiguous() for key in sorted(state)})).hexdigest()
