@@ -216,9 +216,8 @@ class VAN(nn.Module):
         after their LayerNorms, as timm's ``features_only`` and OpenMMLab's backbones do.
         """
         if self.config.out_indices:
-            return tuple(
-                self.forward_intermediates(x, [*self.config.out_indices], stop_early=True)[1]
-            )
+            indices = list(self.config.out_indices)
+            return tuple(self.forward_intermediates(x, indices, stop_early=True)[1])
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
