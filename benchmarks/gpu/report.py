@@ -156,7 +156,9 @@ def steps_of(part: str, device: str) -> Iterator[Step]:
         return
     # The last ones are packages and engines, of which a bundle may have none of a kind.
     ort, engines = ("ort-cuda", "pytorch,[it]*") if on_gpu else ("ort-cpu", "pytorch")
-    tests = "-m gpu tests/gpu -q -rs -p no:cacheprovider -o addopts=--import-mode=importlib"
+    # Without the checkout's pyproject.toml, which puts the checkout before the installed wheel.
+    tests = "-m gpu tests/gpu -q -rs -p no:cacheprovider -c /dev/null --rootdir . "
+    tests += "--import-mode=importlib"
     yield Step("tests", ["pytest", *tests.split()], 280, skip)
     yield export("van_b0")
     yield run("export-digits", "export van_digits --output van_digits")
