@@ -24,7 +24,7 @@ from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         ("build BUNDLE --workspace lots", 2, "'--workspace' is 'lots': it should be a number and"),
         ("build BUNDLE --on ray", 2, "--on needs --matrix"),
         ("quantize BUNDLE --precision int4", 2, "'--precision' is 'int4': it should be 'fp16', '"),
-        ("quantize BUNDLE --no-bias-correction", 2, "--equalize shifts channels and needs correc"),
+        ("quantize BUNDLE --no-bias-correction", 2, "--equalize shifts channels and"),
         ("quantize BUNDLE --calibration none", 5, "There is no calibration set called 'none'."),
         ("quantize BUNDLE --scope x{1,2}", 2, "The scope 'x{1,2}' is none of pointwise"),
         ("quantize BUNDLE --keep block9", 2, "'block9' matches no module or node to keep in FP32."),
