@@ -15,6 +15,7 @@ and evaluation images, and photographs; by default the network and the images in
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import re
 import sys
@@ -25,39 +26,42 @@ from typing import Any
 
 import psutil
 
-from benchmarks import accuracy, serve, speed
 from benchmarks.table import ROOT, Table, run_in_process, write_section
 from van_deploy.report.render_markdown import markdown_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 BUSY_PERCENT = 10.0  # CPU load above which the page notes that the machine was under load
 
-SECTIONS: dict[str, Callable[..., Table]] = {
-    section.__name__: section
-    for section in (
+
+@functools.cache
+def _sections() -> dict[str, Callable[..., Table]]:
+    """Return the sections by name, in order; the processes that run them import only their own."""
+    from benchmarks import accuracy, serve, speed
+
+    sections = (
         *(speed.startup, speed.export, speed.running, speed.rivals),
         *(accuracy.evaluate, accuracy.gates, accuracy.precision, accuracy.ablation, serve.serve),
     )
-}
+    return {section.__name__: section for section in sections}
 
 
 def main() -> int:
     """Run the requested sections; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("values", nargs="*", metavar="NAME=VALUE", help="of the sections")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections: %(default)s")
+    parser.add_argument("--only", default=",".join(_sections()), help="sections: %(default)s")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page")
     options = parser.parse_args()
     names, values = options.only.split(","), dict(v.partition("=")[::2] for v in options.values)
-    if unknown := set(names) - set(SECTIONS):
-        parser.error(f"there is no section '{min(unknown)}'; known: {', '.join(SECTIONS)}")
+    if unknown := set(names) - set(_sections()):
+        parser.error(f"there is no section '{min(unknown)}'; known: {', '.join(_sections())}")
     if unknown := set(values) - {key for name in names for key in _parameters(name)}:
         parser.error(f"no section takes a value '{min(unknown)}'")
     return max(_run_section(name, values, options.output) for name in names)
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(SECTIONS[name]).parameters
+    return inspect.signature(_sections()[name]).parameters
 
 
 def _run_section(name: str, values: Mapping[str, str], page: Path) -> int:
@@ -67,14 +71,14 @@ def _run_section(name: str, values: Mapping[str, str], page: Path) -> int:
     given = {key: values[key] for key in _parameters(name) if key in values}
     try:
         typed = {key: type(_parameters(name)[key].default)(text) for key, text in given.items()}
-        table: Table = run_in_process(SECTIONS[name], **typed)
+        table: Table = run_in_process(_sections()[name], **typed)
     except Exception as error:
         print(f"{name}: failed: {error}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start
     if busy > BUSY_PERCENT:
         table.notes.append(f"**The machine was under load**: {busy:.0f} % busy before the start.")
-    text = (inspect.getdoc(SECTIONS[name]) or "").partition("\n\nArgs:")[0]
+    text = (inspect.getdoc(_sections()[name]) or "").partition("\n\nArgs:")[0]
     command = " ".join(["python -m benchmarks --only", name, *map("=".join, given.items())])
     rows = markdown_table(table.columns, table.rows, _numeric_columns(table.rows))
     notes = "\n".join(f"- {note}" for note in table.notes)

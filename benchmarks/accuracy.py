@@ -225,7 +225,7 @@ def precision(checkpoint: str = "", calib: str = "", eval: str = "") -> Table:
                 add_onnxruntime_rows(table, network, ORT_METHODS, 256)
         bundle, few = folder / "van_b0 at 224", write_digits_folder(folder / "few", "heldout", 64)
         run_van_deploy("export", "van_b0", "--weights", "random", "--output", bundle)
-        for count in (80, 640):
+        for count in (80, 512):
             images = write_digits_folder(folder / f"{count}", "train", count)
             add_quantized(table, Network(bundle, images, few), f"--method minmax {ALONE}")
         # ONNX Runtime keeps all activations of all images: 0.09 GB per image at 224 pixels.

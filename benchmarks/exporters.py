@@ -33,7 +33,8 @@ def export_with_torch(variant: str, folder: Path | str) -> tuple[Path, Path]:
     source, target = Path(folder, "export.onnx"), Path(folder, "export-sim.onnx")
     shapes = ({0: torch.export.Dim("batch", min=1)},)
     options = {"opset_version": 20, "verbose": False, "dynamic_shapes": shapes, **NAMES}
-    torch.onnx.export(model, (example,), dynamo=True, **options).save(source)
+    program: Any = torch.onnx.export(model, (example,), dynamo=True, **options)
+    program.save(source)
     onnx.save(onnxsim.simplify(onnx.load(source))[0], target)
     return source, target
 
@@ -47,7 +48,10 @@ def export_all(variant: str, folder: Path) -> tuple[Path, ...]:
     model, example = random_network(variant)
     names = ("torchscript", "torchscript-sim", "prepared", "quantize_static")
     script, script_sim, prepared, quantized = (folder / f"{name}.onnx" for name in names)
-    options = {"opset_version": 17, "dynamic_axes": {n: {0: "batch"} for n in ("images", "logits")}}
+    options: dict[str, Any] = {
+        "opset_version": 17,
+        "dynamic_axes": {n: {0: "batch"} for n in ("images", "logits")},
+    }
     torch.onnx.export(model, (example,), script, dynamo=False, **options, **NAMES)
     onnx.save(onnxsim.simplify(onnx.load(script))[0], script_sim)
     images = np.random.default_rng(1).standard_normal((8, 3, SIZE, SIZE), np.float32)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -97,10 +98,12 @@ def add_triton_rows(table: Table, bundle: Path, count: int) -> None:
         tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name,
         contextlib.ExitStack() as stack,
     ):
-        package, options = Path(name) / "package", {"instances": INSTANCES, "threads": 1}
-        options |= {"backend": "python", "triton_release": "24.10", "triton_python": PYTHON}
+        package, options = Path(name) / "package", dict[str, Any](backend="python", threads=1)
+        options |= {"instances": INSTANCES, "triton_release": "24.10", "triton_python": PYTHON}
         open_bundle(bundle).package(package, artifacts=(ARTIFACT,), **options)
         running = stack.enter_context(run_tritonserver(package / "models", Path(name) / "server"))
+        if running.process.poll() is not None:
+            raise RuntimeError(f"Triton does not run: {running.log_text()[-2000:]}")
         _, url = stack.enter_context(run_server(bundle, *OPTIONS))
         urls = {"van-deploy": url, "triton": f"http://{running.http}"}
         for url in urls.values():
@@ -110,7 +113,7 @@ def add_triton_rows(table: Table, bundle: Path, count: int) -> None:
                 start = time.perf_counter()
                 send_requests(urls[server], requests, result, count, CLIENTS)
                 rates[server].append(count / (time.perf_counter() - start))
-    low, ratio, high = np.percentile(np.divide(*rates.values()), [25, 50, 75])
+    low, ratio, high = np.percentile(np.divide(rates["van-deploy"], rates["triton"]), [25, 50, 75])
     own, other = (np.median(values) for values in rates.values())
     wrong = result.wrong + len(result.latencies_ms) - result.answered
     table.row(
@@ -123,7 +126,7 @@ def add_triton_rows(table: Table, bundle: Path, count: int) -> None:
 def add_expensive_row(table: Table, bundle: Path, seconds: float) -> None:
     """Measure ``/v2/health/live`` and the server's memory under the most expensive requests."""
     valid, latencies, peak = infer_requests(bundle, ARTIFACT, DISTINCT), list[float](), 0.0
-    attacks = expensive_requests(valid.path)
+    attacks = expensive_requests(valid[0])
     with run_server(bundle, *OPTIONS) as (server, url):
         # Full batches in every instance.
         send_requests(url, valid, LoadResult(), 2 * DISTINCT, DISTINCT)
@@ -160,10 +163,10 @@ def expensive_requests(infer: str) -> list[Requests]:
     Image.new("RGBA", (7000, 7000)).save(png, "PNG", compress_level=9)
     start = b'{"inputs": [{"name": "pixels", "datatype": "UINT8", "shape": [1], "data": ["ab"'
     items = (b",[]", b",{}", b',{"a":[1]}', b",1.5", b",7")
-    lists = [start + item * ((mib - 1000) // len(item)) + b"]}]}" for item in items]
-    pairs = [(infer, body) for body in (*lists, b"[" * (mib - 1000))]
+    bodies = [start + item * ((mib - 1000) // len(item)) + b"]}]}" for item in items]
+    pairs = [(infer, body) for body in (*bodies, b"[" * (mib - 1000))]
     pairs += [("/predict", png.getvalue()), ("/predict", bytes(32 * mib))]
-    return [Requests(path, body, [b""], np.ones((1, 1), np.float32)) for path, body in pairs]
+    return [(path, {}, [body], np.ones((1, 1), np.float32)) for path, body in pairs]
 
 
 def server_metrics(url: str) -> Counter[str]:

@@ -1,4 +1,8 @@
-"""Time of commands, and of networks in the runtimes of a CPU."""
+"""Time of commands, and of networks in the runtimes of a CPU.
+
+The peak memory of a process includes that of the process that starts it, so PyTorch is imported
+only where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.exporters import export_all
 from benchmarks.table import Table, measure_process, run_van_deploy
 from van_deploy.bundle import Bundle, edit_bundle
 
@@ -85,6 +88,8 @@ def rivals(variant: str = "van_b0", batches: str = "1,8", seconds: float = 3.0) 
     onnxsim, and `quantize_static` ONNX Runtime's quantiser of `export-sim` (Q/DQ, uint8
     activations, per channel, MinMax).
     """
+    from benchmarks.exporters import export_all
+
     table = speed_table(variant, "x ours (95 %)")
     with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
         bundle = create_bundle(variant, folder)
@@ -116,6 +121,8 @@ def add_rows(table: Table, bundle: str, batches: str, seconds: float, *words: st
             ratio = INTERVAL.format(**row["ratio"]) if row["ratio"] else ""
             cells = (row["contender"], row["batch"], *figures)
             table.row(*cells, f"{row['images_per_s']:.1f}", ratio)
+        else:
+            table.notes.append(f"{row['contender']} at batch {row['batch']}: {row['error']}")
     skipped = [f"{name} skipped, {reason}" for name, reason in report["skipped"].items()]
     table.notes += [*report["warnings"], *skipped]
 

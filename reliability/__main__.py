@@ -49,7 +49,7 @@ def outcome_table(outcomes: list[Outcome]) -> str:
         texts, failed = Counter[str](), 0
         for outcome in outcomes:
             if outcome.what == what:
-                texts[outcome.text] += outcome.count
+                texts[outcome.text] += outcome.runs
                 failed += bool(outcome.failure)
         shown = [f"{text}: {n:,}" if n and len(texts) > 1 else text for text, n in texts.items()]
         rows.append([what, f"{texts.total():,}", ", ".join(shown), str(failed)])

@@ -115,5 +115,5 @@ def run(options: Namespace) -> Iterator[Outcome]:
             codes, peak, failure = fuzz(name, options.seed, count, Path(folder) / "valid")
             what = f"{name}: {description}"
             for code, number in sorted(codes.items()):
-                yield Outcome(what, f"exit code {code}", count=number)
+                yield Outcome(what, f"exit code {code}", runs=number)
             yield Outcome(what, f"peak {peak / 1e9:.2f} GB", failure, 0)

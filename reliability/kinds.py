@@ -117,7 +117,7 @@ def _corrupt_archive(draw: Draw, valid: Path, path: Path) -> Path:
     A bomb is a small archive that unpacks to a much larger size.
     """
     marker = str(valid / MARKER)
-    calls = {os.system: (f"touch {marker}",), exec: (f"open({marker!r}, 'w')",)}
+    calls: dict[Any, Any] = {os.system: (f"touch {marker}",), exec: (f"open({marker!r}, 'w')",)}
     calls |= {open: (marker, "w"), shutil.copy: (__file__, marker), os.mkdir: (marker,)}
     call = one_of(draw, *calls.items(), (eval, ("__import__('os').getpid()",)))
     payload = type("Payload", (), {"__reduce__": lambda _: call})()

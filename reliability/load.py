@@ -103,9 +103,9 @@ def infer_requests(folder: Path, artifact: str, count: int) -> Requests:
         inputs, spec = network.prepare(images.values), network.input
         expected = [network.run(inputs[i : i + 1])["logits"] for i in range(count)]
     tensor = {"name": spec.name, "shape": [1, *spec.shape], "datatype": DATATYPES[spec.dtype]}
-    tensor["parameters"] = {"binary_data_size": inputs[0].nbytes}
+    size = {"parameters": {"binary_data_size": inputs[0].nbytes}}
     outputs = [{"name": "logits", "parameters": {"binary_data": True}}]
-    head = json.dumps({"inputs": [tensor], "outputs": outputs}).encode()
+    head = json.dumps({"inputs": [{**tensor, **size}], "outputs": outputs}).encode()
     path = f"/v2/models/{served_name(bundle, artifact)}/infer"
     bodies = [head + row.tobytes() for row in inputs]
     return path, {HEAD_LENGTH: str(len(head))}, bodies, np.concatenate(expected)

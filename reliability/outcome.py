@@ -10,10 +10,10 @@ class Outcome(NamedTuple):
         what: the fault, load or kind of input: a row of the table.
         text: what happened, such as the exit code.
         failure: the message of a failure.
-        count: number of runs.
+        runs: how many runs ended so.
     """
 
     what: str
     text: str
     failure: str = ""
-    count: int = 1
+    runs: int = 1

@@ -124,5 +124,5 @@ def run(options: Namespace) -> Iterator[Outcome]:
     if "raceback" in text or server.returncode:
         faults.append(f"the server ended with {server.returncode}: {text[-3000:]}")
     for code, count in sorted(statuses.items()):
-        yield Outcome(what, f"status {code}" if code else "no response", count=count)
+        yield Outcome(what, f"status {code}" if code else "no response", runs=count)
     yield from (Outcome(what, "failed", fault, 0) for fault in faults)

@@ -93,20 +93,23 @@ def run_tritonserver(repository: Path, folder: Path) -> Iterator[TritonServer]:
     shutil.copy(stub, backends / "python")  # as in images, for their own Python version
     command = [str(server / "bin/tritonserver"), f"--model-repository={repository}"]
     command += [f"--backend-directory={backends}", "--disable-auto-complete-config"]
-    addresses, free = list[str](), contextlib.ExitStack()
+    addresses, free = dict[str, str](), contextlib.ExitStack()
     for name in ("http", "grpc", "metrics"):
         host, port = free.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()
         command += [f"--{name}-address={host}", f"--{name}-port={port}"]
-        addresses.append(f"{host}:{port}")
+        addresses[name] = f"{host}:{port}"
     free.close()
-    addresses[2] = f"http://{addresses[2]}/metrics"
-    libraries = f"{wheel}/nvidia_pytriton.libs:{sysconfig.get_config_var('LIBDIR')}"
+    addresses["metrics"] = f"http://{addresses['metrics']}/metrics"
+    libraries = f"{wheel}/nvidia_pytriton.libs"
+    # The backend finds the system's own Python library, and needs no other with its packages.
+    if not Path(f"/usr/lib/x86_64-linux-gnu/libpython{PYTHON}.so.1.0").exists():
+        libraries += f":{sysconfig.get_config_var('LIBDIR')}"
     with (log := folder / "log").open("wb") as output:
         streams: Any = {"stdout": output, "stderr": subprocess.STDOUT}
         environment = {**os.environ, "LD_LIBRARY_PATH": libraries}
         process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
-    triton, deadline = TritonServer(*addresses, log, process), time.monotonic() + LOAD_S
-    ready = f"http://{triton.http}/v2/health/ready"
+    triton = TritonServer(**addresses, log=log, process=process)
+    ready, deadline = f"http://{triton.http}/v2/health/ready", time.monotonic() + LOAD_S
     try:
         while process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):

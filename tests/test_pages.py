@@ -1,7 +1,7 @@
 """Every ``van-deploy`` command in README, docs and SECURITY.md is run as it is written.
 
 ``van_digits`` takes the place of the variants, so that nothing is downloaded here
-(``tests/model/test_hub.py`` downloads and exports them); small files take the place of the
+(``tests/model/test_files.py`` downloads and exports them); small files take the place of the
 user's. Commands that need a GPU run as well: without one they end with exit code 3, or gates
 report what they skipped.
 """
@@ -33,6 +33,7 @@ PAGES = [
 ]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELLS = ("", "sh", "bash", "console")
+HEADER = re.compile(r"^(\S.*)\n─{9}", re.MULTILINE)  # of a table in a sample of output
 GPU_WORDS = (
     *({"--require", "gpu"}, {"--device", "cuda:0"}, {"--tune"}),
     *({"--runner", "ort-cuda"}, {"--backend", "tensorrt"}),
@@ -47,6 +48,11 @@ def commands(page: Path) -> list[list[str]]:
     lines = text.replace("\\\n", " ").splitlines()
     every = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
     return [words[1:] for words in every if words[:1] == ["van-deploy"]]
+
+
+def table_headers(text: str) -> set[str]:
+    """Return the header lines of the tables in a text, with single spaces."""
+    return {" ".join(header.split()) for header in HEADER.findall(text)}
 
 
 @pytest.fixture
@@ -69,13 +75,14 @@ def workspace(tmp_path: Path, precisions_bundle: Path, monkeypatch: pytest.Monke
         command = ["openssl", *words.split(), "release.pem"]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
     return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> None:
-    driver = nvidia_driver()
+    driver, headers = nvidia_driver(), set[str]()
     has_gpu = driver is not None and bool(driver.gpus)
     for written in commands(page):
         words = [re.sub(r"van_b\d(?!\.pth)", "van_digits", word) for word in written]
@@ -89,6 +96,7 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
             at = words.index("<")
             words, stdin = words[:at], Path(words[at + 1]).read_bytes()
         result = cli(*words, *SHORTER.get(words[0], ()), stdin=stdin)
+        headers |= table_headers(result.output)
         needs_gpu = any(some <= {*words} for some in GPU_WORDS) and "cpu" not in words
         if needs_gpu and not has_gpu:
             skipped = result.exit_code == 1 and "SKIPPED" in result.output
@@ -100,3 +108,5 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
             assert not re.search(r"\bFAIL", result.output), (written, result.output)
         else:
             assert result.exit_code == 0, (written, result.output)
+    unknown = table_headers(page.read_text(encoding="utf-8")) - headers
+    assert not unknown, "no command of this page prints a table with this header"

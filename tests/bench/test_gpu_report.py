@@ -8,7 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from benchmarks.gpu import report
+from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bench.contenders import ORT_CUDA_VARIANTS, PYTORCH_ON_GPU, select_contenders
 from van_deploy.bench.document import Contender
@@ -46,6 +49,18 @@ def test_steps_are_the_same_with_and_without_a_gpu(part: str) -> None:
     assert names == [step.name for step in on_cpu]
     assert not any(step.skip for step in on_gpu)
     assert all("cuda" not in " ".join(step.words) for step in on_cpu if not step.skip)
+
+
+@each("part", ["a", "b"])
+@each("device", ["cpu", "cuda:0"])
+def test_steps_are_valid_commands(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, device: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # without bundles, so that commands end after reading options
+    for step in report.steps_of(part, device):
+        if step.words[0] == "van-deploy":
+            result = cli(*step.words[1:], *(["--help"] if "export" in step.words else []))
+            assert result.exit_code in (0, 5), (step.words, result.output)
 
 
 def test_runners_of_each_gpu_benchmark_exist_where_tensorrt_is_not_installed() -> None:

@@ -116,6 +116,8 @@ def test_public_weights_by_name(published: bytes) -> None:
     assert (loaded.class_names[0], len(loaded.class_names)) == ("tench, Tinca tinca", 1000)
     assert LICENCE in loaded.source.notes
     assert has_equal_outputs(load_van("van_b0", offline=True).model, loaded.model)
+    message = error_of(DownloadError, load_van, "van_b0", expect_sha256="0" * 64).message
+    assert "is another file: its SHA-256 is" in message
 
 
 def test_official_transformers_repository(hub: FakeHub, tiny_config: VanConfig) -> None:
