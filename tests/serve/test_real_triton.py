@@ -72,6 +72,21 @@ def triton(
         yield running
 
 
+def test_metadata_and_configuration_match_the_package(triton: TritonServer) -> None:
+    with http.InferenceServerClient(triton.http) as client:
+        assert client.is_server_ready()
+        assert client.is_model_ready(NAME, "1")
+        metadata, config = client.get_model_metadata(NAME), client.get_model_config(NAME)
+    assert metadata["platform"] == "python"
+    shapes = {t["name"]: [int(n) for n in t["shape"]] for t in metadata["inputs"]}
+    assert shapes == {"pixels": [-1, 64, 64, 3]}
+    names = ["logits", "probabilities", "top5_classes", "top5_probabilities"]
+    assert [t["name"] for t in metadata["outputs"]] == names
+    (group,) = config["instance_group"]
+    assert (group["count"], group["kind"]) == (2, "KIND_CPU")
+    assert config["parameters"]["intra_op_thread_count"]["string_value"] == "1"
+
+
 @each("module", [http, grpc])
 def test_results_match_the_artifact(
     module: Any, triton: TritonServer, pixels: Any, expected: Any
@@ -117,20 +132,26 @@ def test_concurrent_requests_are_batched_and_get_their_own_results(
         assert 1 < max(batches() - before) <= 8
 
 
-def test_full_queue_is_refused_and_queued_requests_are_answered(
+def test_every_cifar_image_matches_and_a_full_queue_is_refused(
     tmp_path: Path, cifar_bundle: Bundle, shared: Path, environment: dict[str, Any]
 ) -> None:
     options = {"queue_limit": 2, **environment}
     package = write_package(tmp_path / "package", cifar_bundle, "fp32", **options)
-    images = find_images(shared / "data/cifar10/eval")[: cifar_bundle.manifest.batch.max]
+    name, largest = f"{cifar_bundle.name}-fp32", cifar_bundle.manifest.batch.max
+    images = pixels_of(cifar_bundle, find_images(shared / "data/cifar10/eval"))
+    assert len(images) >= 1000
     with (
         run_tritonserver(package / "models", tmp_path / "server") as running,
         grpc.InferenceServerClient(running.grpc) as client,
         Network(cifar_bundle, "fp32", threads=1) as network,
     ):
-        rows = network.prepare(pixels_of(cifar_bundle, images))
+        for start in range(0, len(images), largest):
+            rows = network.prepare(images[start : start + largest])
+            result = client.infer(name, [tensor_of(grpc, rows, "images")])
+            check_logits([result], network.run(rows)["logits"])
+        rows = network.prepare(images[:largest])
         requests = [tensor_of(grpc, rows, "images") for _ in range(16)]
-        answers = answers_of(client, f"{cifar_bundle.name}-fp32", requests)
+        answers = answers_of(client, name, requests)
         expected = network.run(rows)["logits"]
     refused = [answer for answer in answers if isinstance(answer, Exception)]
     assert 0 < len(refused) < 16
