@@ -97,6 +97,9 @@ def write_section(
         seconds: duration of the run.
         table: in Markdown.
         introduction: text before the facts, with an empty line at its end.
+
+    Raises:
+        ValueError: the page has no such marks.
     """
     versions = tool_versions(*EXPORT_TOOLS, "onnxruntime", "openvino", "tensorrt-rtx-cu13")
     memory = psutil.virtual_memory().total / 2**30
@@ -109,4 +112,7 @@ def write_section(
 {table.rstrip()}
 <!-- end {name} -->"""
     text, marks = page.read_text(encoding="utf-8"), f"<!-- begin {name} -->.*<!-- end {name} -->"
-    write_atomic(page, re.sub(marks, lambda _: section, text, flags=re.DOTALL))
+    text, count = re.subn(marks, lambda _: section, text, flags=re.DOTALL)
+    if not count:
+        raise ValueError(f"'{page}' has no marks of the section '{name}'")
+    write_atomic(page, text)
