@@ -35,7 +35,7 @@ from van_deploy.data.samples import verification_images
 from van_deploy.runners.network import Network
 from van_deploy.serve.triton import DATATYPES, served_name
 
-IMAGES, REQUESTS = 50_000, 10_000
+IMAGES, REQUESTS = 10_000, 10_000
 FEW = 20  # the small run uses a twentieth of the images
 CLIENTS, KILLS = 64, 5
 FLAT = 1.1  # largest ratio of the memory of the large run to that of the small run
