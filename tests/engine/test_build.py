@@ -103,7 +103,7 @@ GRAPHS = [
 def test_graphs_that_tensorrt_would_misread_are_refused(
     graph: ModelProto, tmp_path: Path, change: Any, message: str
 ) -> None:
-    """Those of another batch or image size are in ``tests/test_sizes.py``."""
+    """Those of another batch or image size are in ``tests/test_backbones.py``."""
     path = tmp_path / "model.onnx"
     path.write_bytes(change(graph) or graph.SerializeToString())
     with pytest.raises(InputError, match=message):
