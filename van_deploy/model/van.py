@@ -244,7 +244,7 @@ def _build_head(config: VanConfig, pool: str) -> nn.Module:
     """Return an initialised head: one linear layer, a sequence of layers, or ``Identity``."""
     classes, width = config.num_classes, config.embed_dims[-1]
     if pool not in ("avg", "") or (classes and not pool):
-        raise ValueError(f"global_pool is {pool!r}; it can be 'avg', or '' with num_classes=0.")
+        raise ValueError(f"global_pool is {pool!r} for {classes} classes: 'avg', or '' for none.")
     layers: list[nn.Module] = []
     for layer in config.head or ((classes,) if classes else ()):
         if isinstance(layer, int):
