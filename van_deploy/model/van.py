@@ -205,8 +205,7 @@ class VAN(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map feature maps to logits ``(N, num_classes)``; only pool with ``pre_logits``."""
-        if self.global_pool:
-            x = x.mean(dim=(2, 3))
+        x = x.mean(dim=(2, 3)) if self.global_pool else x
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
