@@ -1,5 +1,5 @@
 # make demo        the whole main job on the embedded network: no download, no GPU
-# make test        the tests: six minutes on two cores
+# make test        the fast tests: five minutes on two cores
 # make test-full   the slow tests: faults, fuzzing, Ray, a browser, Triton, wheels, every variant
 # make triton      of these, only the packages in a real Triton server
 # make check       style, types, layers, spelling; and known vulnerabilities of the pins
