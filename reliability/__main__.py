@@ -1,6 +1,6 @@
 """Run fuzzing, fault injection and load tests, and write their tables into docs/reliability.md.
 
-python -m reliability                               # everything, about two hours
+python -m reliability                               # everything, one to two hours
 python -m reliability --only fuzz requests
 python -m reliability --only fuzz --kind image --count 500 --seed 7
 """

@@ -192,7 +192,8 @@ TEXTS = [
     ("[" * 41 + "]" * 41, "it should be a table"),
     ("\udcff", "it is not UTF-8"),
     (" " * (64 * 2**20 + 1), "it has more than 67,108,864 bytes"),
-    ('{"schema": "van-deploy/bundle/9"}', "A newer van-deploy wrote it: upgrade"),
+    ('{"schema": "van-deploy/bundle/10"}', "A newer van-deploy wrote it: upgrade"),
+    ('{"schema": "bundle"}', "Create the bundle again in another folder"),
     ('{"schema": "van-deploy/bundle/1"}', f"this version reads '{SCHEMA}'.\nCreate the bundle"),
 ]
 

@@ -216,8 +216,9 @@ def read_document(
         raise error(f"{where}: {failure}.", remedy) from failure
     schema = raw.get("schema") if isinstance(raw, Mapping) else None
     if isinstance(schema, str) and schema != model.schema_name():
-        base, number = model.schema_name().rsplit("/", 1)
-        if schema.startswith(f"{base}/") and schema[len(base) + 1 :] > number:
+        base, _, number = model.schema_name().rpartition("/")
+        newer = re.fullmatch(rf"{base}/([0-9]{{1,9}})", schema)
+        if newer and int(newer[1]) > int(number):
             remedy = "A newer van-deploy wrote it: upgrade, or write it again with this version."
         raise error(
             f"'{path}' has schema '{schema[:100]}'; this version reads '{model.schema_name()}'.",

@@ -308,8 +308,8 @@ def limit_malloc_retention() -> bool:
     """Make malloc return freed blocks of at least 128 KiB to the system; return whether it can.
 
     glibc raises that threshold to the size of freed blocks, up to 32 MiB; bodies and images then
-    stay in its heaps: 1.2 GiB above the model under the worst bodies, and 0.8 GiB with this
-    (``python -m benchmarks --only serve``). Other C libraries have no such call.
+    stay in its heaps. ``python -m benchmarks --only serve`` measures the memory under the most
+    expensive requests. Other C libraries have no such call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(-3, 128 * 1024))  # M_MMAP_THRESHOLD of malloc.h
