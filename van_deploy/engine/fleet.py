@@ -134,11 +134,6 @@ class Cell:
     host: FleetHost
 
     @property
-    def target(self) -> str:
-        """The targets joined with ``+``, as in ``--target``."""
-        return "+".join(self.targets)
-
-    @property
     def resources(self) -> dict[str, Any]:
         """Resources of its Ray task.
 
@@ -243,8 +238,8 @@ def find_pending(
         cell: the cell.
         host: the machine that builds it.
         force: build the engine even if the bundle already has it.
-        remote: another machine builds it. If the version of its backend is not known, only the
-            ONNX file, the options and the targets are compared.
+        remote: another machine builds it. The version of its backend may not be known, and is
+            then not compared.
 
     Raises:
         BundleError: the bundle has no such artifact, or one of its files was changed.
@@ -262,6 +257,8 @@ def find_pending(
         )
     bundle.verified_path(source.name)
     inputs = _build_inputs(source, cell.targets, cell.options)
+    if cell.host.backend != "auto":
+        inputs["backend"] = cell.host.backend
     if not (remote and cell.host.accelerator_type):
         try:
             backend = choose_backend(cell.host.backend, cell.targets, host.target)
@@ -277,8 +274,7 @@ def _build_inputs(
     source: Artifact, targets: Sequence[str], options: BuildOptions
 ) -> dict[str, Any]:
     """Return the inputs that determine the content of a plan, except the backend."""
-    onnx = {file: sha for file, sha in source.files.items() if ".onnx" in file}
-    return {"onnx": onnx, "targets": targets, "options": options.as_dict()}
+    return {"onnx": source.onnx_files, "targets": targets, "options": options.as_dict()}
 
 
 def find_existing(
@@ -361,7 +357,7 @@ def build_on_ray(
         if isinstance(bundle, BuildOutcome):
             yield bundle
             continue
-        paths = [bundle.path / file for file in bundle.artifact(cell.precision).files]
+        paths = [bundle.path / file for file in bundle.artifact(cell.precision).onnx_files]
         files = {path.name: path.read_bytes() for path in paths}
         tasks.append(RayTask((cell, bundle), (cell, bundle, files), cell.resources))
     for done in run_on_ray(_build_remotely, tasks, address=address):

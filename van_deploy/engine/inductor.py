@@ -36,6 +36,7 @@ from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
+from van_deploy.provenance import code_digest
 from van_deploy.schema import validate
 
 INDUCTOR = "inductor"
@@ -123,10 +124,11 @@ def build_package(
     inputs = {
         **options,
         "tf32": settings.tf32,
-        "onnx": source.files,
+        "onnx": source.onnx_files,
         "target": target,
         "batch": str(batch),
         "fused_kernels": settings.fused_kernels,
+        "code": code_digest("engine", "graph", "kernels", "model"),
     }
     if not force and (existing := find_existing(bundle, inputs, load_package_sidecar)):
         return existing, True
