@@ -179,8 +179,10 @@ def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, me
     assert sidecar.load_package_sidecar(file) == written
     for path, load in ((copy, sidecar.load_sidecar), (file, sidecar.load_package_sidecar)):
         edit(path)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as caught:
             load(path)
+        is_plan = path is copy
+        assert ("--trust-engine" in caught.value.remedy) == ("no sidecar" in message and is_plan)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")

@@ -224,9 +224,9 @@ def _load_verified(file: Path, model: type[SidecarT]) -> SidecarT:
         raise InputError(
             f"'{file}' has no sidecar '{path.name}' in the same folder. Loading an engine runs the "
             "code in it, and without a sidecar its origin is unknown.",
-            "Copy the sidecar to the same folder, or build the engine again. "
-            "Only for a plan you built yourself: --trust-engine, in Python "
-            "`TensorRtRunner(plan, trust_engine=True)`.",
+            "Copy the sidecar to the same folder, or build the engine again."
+            + " Only for a plan you built yourself: --trust-engine, in Python "
+            "`TensorRtRunner(plan, trust_engine=True)`." * (model is Sidecar),
         )
     sidecar = schema.read_document(model, path, "sidecar", InputError, REBUILD)
     if sidecar.sidecar_sha256 != sidecar.digest():
