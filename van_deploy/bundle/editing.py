@@ -19,7 +19,7 @@ from van_deploy.bundle.commit import (
     locked,
     write_error,
 )
-from van_deploy.bundle.reading import Bundle
+from van_deploy.bundle.reading import Bundle, is_bundle
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.manifest import (
@@ -114,8 +114,9 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
 
     Raises:
         BundleError: the folder contains other files or another model's bundle,
-            cannot be written, or is locked by another process for longer
+            cannot be created, or is locked by another process for longer
             than :data:`~van_deploy.bundle.commit.LOCK_WAIT_S` seconds.
+        OSError: an existing bundle is read-only.
     """
     folder = Path(path)
     with contextlib.ExitStack() as lock:
@@ -179,7 +180,7 @@ def _prepare(folder: Path, *, create: bool) -> bool:
         ]
     except OSError as error:
         raise write_error(folder, error) from error
-    if other_files and not (folder / MANIFEST).exists() and not (folder / PENDING).exists():
+    if other_files and not is_bundle(folder):
         raise BundleError(
             f"'{folder}' is not a bundle and contains {', '.join(sorted(other_files)[:3])}.",
             "Nothing was written. Use an empty or a new folder with --output DIR.",

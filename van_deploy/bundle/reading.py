@@ -103,7 +103,7 @@ class Bundle:
             if relative == artifact.file or not only_file:
                 verify(self.path / relative, expected)
         path = self.path / artifact.file
-        if artifact.kind == "onnx":
+        if artifact.kind in {"onnx", "serving"}:
             folder = PurePosixPath(artifact.file).parent
             files = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
             names = [file.relative_to(folder).as_posix() for file in files]
@@ -162,6 +162,12 @@ class Bundle:
             paths = [Path(parent, name).relative_to(self.path) for name in (*files, *links)]
             unlisted += [path.as_posix() for path in paths if path.as_posix() not in listed]
         return sorted(unlisted)
+
+
+def is_bundle(path: Path) -> bool:
+    """Return whether a path is a bundle, its manifest, or a bundle whose commit was interrupted."""
+    folder = path.parent if path.name == MANIFEST else path
+    return (folder / MANIFEST).exists() or (folder / PENDING).is_dir()
 
 
 def verify(path: Path, expected: str) -> None:
