@@ -72,6 +72,8 @@ def test_export_is_reused_until_its_inputs_change(
     moved = replace(loaded, source=replace(loaded.source, path="moved.pth"))
     again = export_bundle(moved, recipe, folder)
     assert (again.reused, again.bundle.manifest.weights.path) == (True, "moved.pth")
+    ema = replace(loaded, source=replace(loaded.source, container="state_dict_ema"))
+    assert export_bundle(ema, recipe, folder).reason == "changed since: container"
     with pytest.raises(BundleError, match="contains the bundle of 'van_digits', not of 'other'"):
         export_bundle(replace(loaded, name="other"), recipe, folder)
     plainer = recipe.export.with_changes(opset=21, fold=False, simplify=False)

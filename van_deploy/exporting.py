@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from onnx import ModelProto
 
-from van_deploy.bundle import Artifact, Bundle, Draft, Origin, edit_bundle, is_bundle
+from van_deploy.bundle import Artifact, Bundle, Draft, Origin, edit_bundle
 from van_deploy.checks import golden
 from van_deploy.checks.gates import Outcome
 from van_deploy.checks.outputs import batch_sizes, check_new_graph
@@ -80,7 +80,7 @@ def load_model(
     preprocessing = recipe.preprocessing.model_dump()
     if export.dynamic_size is not None and preprocessing["image_size"] is None:
         preprocessing["image_size"] = export.dynamic_size.opt
-    if is_bundle(Path(spec)):
+    if Bundle.exists(Path(spec)):
         raise UsageError(
             f"'{spec}' is a bundle, and a bundle is made from weights.",
             "Give the weights, or use the bundle with `van-deploy quantize`, `build` or `verify`.",
@@ -268,6 +268,7 @@ def _cache_key(loaded: LoadedVan, recipe: Recipe, inputs: Images) -> dict[str, A
     return {
         "name": loaded.name,
         "weights": loaded.source.sha256,
+        "container": loaded.source.container,
         "architecture": asdict(loaded.config),
         "preprocessing": loaded.preprocessing.as_dict(),
         "class names": content_key({"names": loaded.class_names or ()}),
