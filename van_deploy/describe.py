@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.bundle import Bundle, Manifest, is_bundle
+from van_deploy.bundle import Bundle, Manifest
 from van_deploy.config.sizes import ImageSize
 from van_deploy.engine.inspect import (
     EngineDescription,
@@ -92,7 +92,7 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
         UsageError: the variant does not exist.
         InputError: the checkpoint or the bundle cannot be read.
     """
-    if is_bundle(Path(model)):
+    if Bundle.exists(Path(model)):
         bundle = Bundle.open(model)
         problems = tuple(bundle.problems())
         return BundleDescription(bundle.path, problems, bundle.sizes(), bundle.manifest)
@@ -137,10 +137,9 @@ def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Ar
             whose artifacts was changed.
     """
     files = [artifact]
-    if artifact.is_dir() or is_bundle(artifact):
+    if artifact.is_dir() or Bundle.exists(artifact):
         bundle = Bundle.open(artifact)
         files = [bundle.verified_path(name) for name in bundle.artifacts]
-    described = list[ArtifactDescription]()
     readers: dict[str, Callable[[Path], ArtifactDescription]] = {
         **dict.fromkeys(ENGINES, partial(describe_engine, trust_engine=trust_engine)),
         ".pt2": describe_package,
@@ -149,12 +148,10 @@ def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Ar
     for file in files:
         if not file.exists():
             raise InputError(f"The file '{file}' does not exist.", "Check the path.")
-        read = readers.get(file.suffix.lower())
-        if read is None:
+        if file.suffix.lower() not in readers:
             raise InputError(
                 f"'{file}' is neither an ONNX file nor an engine.",
                 f"Give a {', '.join(readers)} file or a bundle; "
                 f"`van-deploy info {file}` describes a checkpoint.",
             )
-        described.append(read(file))
-    return described
+    return [readers[file.suffix.lower()](file) for file in files]

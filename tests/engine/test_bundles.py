@@ -50,7 +50,9 @@ def folder(copy_bundle: Copy, digits_bundle: Bundle) -> Path:
     return copy_bundle(digits_bundle, "dist/van_digits")
 
 
-def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
+def test_engine_is_added_reused_and_rebuilt(
+    rtx: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = build(folder)
     bundle = Bundle.open(folder)
     artifact = bundle.artifact(first.engine)
@@ -61,15 +63,17 @@ def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
     assert first.sidecar.preprocessing == bundle.manifest.preprocessing
     again = build(folder)
     assert (again.outcome, again.sidecar) == ("reused", first.sidecar)
-    for backend, kind in (("auto", fleet.BuildOutcome), ("tensorrt", Bundle)):
-        host = fleet.FleetHost(backend=backend, accelerator_type="L4")
-        cell = replace(cell_of(folder), host=host)
+    host = fleet.FleetHost(accelerator_type="L4")
+    for changes, kind in (({}, fleet.BuildOutcome), ({"backend": "tensorrt"}, Bundle)):
+        cell = replace(cell_of(folder), host=host.with_changes(**changes))
         assert isinstance(fleet.find_pending(cell, Host(), remote=True), kind)
     assert build(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
         build(folder, precision=first.engine)
     Bundle.open(folder).verified_path(first.engine).write_bytes(b"damaged")
     assert build(folder).outcome == "built"
+    assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
+    monkeypatch.setattr(fleet, "code_digest", lambda _: "of another version")
     assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
     bundle = Bundle.open(folder)
     assert bundle.problems() == bundle.unlisted_files() == []

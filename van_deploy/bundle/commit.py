@@ -45,8 +45,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         BundleError: another process holds the lock for longer than :data:`LOCK_WAIT_S` seconds,
-            or the lock file is a link or a folder.
-        OSError: the folder is read-only.
+            or the lock file is a link.
+        OSError: the folder is read-only, or the lock file is a folder.
     """
     refuse_links(folder, folder / LOCK)  # acquiring a lock truncates the file
     try:
@@ -57,16 +57,6 @@ def locked(folder: Path) -> Iterator[None]:
             f"Another process has been writing '{folder}' for over {LOCK_WAIT_S:.0f} s.",
             "Wait for it to end, or use another folder.",
         ) from error
-    except IsADirectoryError as error:
-        raise write_error(folder, error) from error
-
-
-def write_error(folder: Path, error: OSError) -> BundleError:
-    """Return the error for a bundle that cannot be written."""
-    return BundleError(
-        f"'{folder}' cannot be written: {error.strerror or error}.",
-        "Change its permissions, or use another folder.",
-    )
 
 
 def commit(folder: Path, staging: Path, manifest: str, removed: Sequence[str]) -> None:

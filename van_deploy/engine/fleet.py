@@ -61,6 +61,7 @@ from van_deploy.errors import (
 )
 from van_deploy.files import content_key
 from van_deploy.manifest import EngineInfo
+from van_deploy.provenance import code_digest
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
 from van_deploy.schema import read_toml_document, validate
 from van_deploy.stopwatch import Progress, no_progress
@@ -274,7 +275,12 @@ def _build_inputs(
     source: Artifact, targets: Sequence[str], options: BuildOptions
 ) -> dict[str, Any]:
     """Return the inputs that determine the content of a plan, except the backend."""
-    return {"onnx": source.onnx_files, "targets": targets, "options": options.as_dict()}
+    return {
+        "onnx": source.onnx_files,
+        "targets": targets,
+        "options": options.as_dict(),
+        "code": code_digest("engine"),
+    }
 
 
 def find_existing(

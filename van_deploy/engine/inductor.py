@@ -9,6 +9,7 @@ of the same version loads without the Python code of the network. A package is n
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -225,6 +226,11 @@ def _compile(network: Any, settings: BuildSettings, row: tuple[int, int, int], f
         ) from error
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise MissingDependency(
+                f"PyTorch cannot write the files of the package: {lines[0][:300]}",
+                "Free some space, or set TMPDIR to a folder with room. Nothing was written.",
+            ) from error
         raise ConversionError(
             f"PyTorch {torch.__version__} cannot compile the network for {settings.device}: "
             f"{lines[0][:300]}",

@@ -20,6 +20,7 @@ from onnx.helper import tensor_dtype_to_np_dtype
 
 from van_deploy.documents import DocumentError, parse_json, require_regular_file
 from van_deploy.errors import InputError
+from van_deploy.files import external_files_in
 from van_deploy.graph.names import fixed_batch
 from van_deploy.manifest import GraphInfo, TensorInfo
 from van_deploy.metrics import compare
@@ -206,10 +207,8 @@ def describe_onnx(path: Path) -> OnnxDescription:
     try:
         require_regular_file(path)
         model = onnx.load_model(path, load_external_data=False)
-        standard = any(opset.domain in {"", "ai.onnx"} for opset in model.opset_import)
-        if not standard or not model.graph.node:
-            reason = "it contains no graph of standard operators"
-            raise DecodeError(reason)  # noqa: TRY301 - handled like protobuf's
+        if not model.graph.node or not any(o.domain in {"", "ai.onnx"} for o in model.opset_import):
+            raise DecodeError("it has no standard operators")  # noqa: TRY301 - like protobuf's
         return _describe_model(model, path)
     except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -224,12 +223,10 @@ def describe_onnx(path: Path) -> OnnxDescription:
 def _describe_model(model: ModelProto, path: Path) -> OnnxDescription:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    external_files = set()
     for tensor in model.graph.initializer:
         dtype = TensorProto.DataType.Name(tensor.data_type).lower()
         counts[dtype] += math.prod(tensor.dims)
         sizes[dtype] += _weight_bytes(tensor)
-        external_files |= {e.value for e in tensor.external_data if e.key == "location"}
     metadata: dict[str, Any] = {entry.key: entry.value for entry in model.metadata_props}
     for key, text in metadata.items():
         with contextlib.suppress(ValueError):  # keeps text that only looks like JSON
@@ -240,7 +237,7 @@ def _describe_model(model: ModelProto, path: Path) -> OnnxDescription:
         graph=graph_facts(model),
         weights={dtype: TypedWeights(counts[dtype], sizes[dtype]) for dtype in counts},
         parameters=sum(counts.values()),
-        external_files=tuple(sorted(external_files)),
+        external_files=external_files_in(model),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         metadata=metadata,
     )

@@ -255,7 +255,7 @@ def _engine_blocks(one: Entry) -> list[Block]:
         ),
         *properties(
             sidecar,
-            "GPUs = targets; CPU features = cpu_features; batch; batch = options.profiles; "
+            "runs on = targets; CPU features = cpu_features; batch; batch = options.profiles; "
             "input = input_shape; memory on the GPU = device_memory",
             "Serves",
         ),
