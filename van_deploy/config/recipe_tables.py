@@ -482,7 +482,7 @@ class BuildSettings(EngineSettings):
 
     PANEL = PLAN
 
-    precisions: tuple[str, ...] = option(("fp32",), flags=["--precision"], panel="")
+    precisions: tuple[str, ...] = option(("fp32",), flags=["--precision"], panel="", min_length=1)
     device: str | None = option(None, panel=HARDWARE, pattern=r"^(cpu|cuda(:\d+)?)$")
     max_autotune: bool = option(False)
     fused_kernels: bool = option(False)
