@@ -46,7 +46,6 @@ from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
     SidecarT,
-    load_sidecar,
     log_path,
     sidecar_path,
 )
@@ -264,10 +263,11 @@ def find_pending(
         try:
             backend = choose_backend(cell.host.backend, cell.targets, host.target)
             inputs |= {"backend": backend.name, "backend_version": backend.version}
+            inputs["cuda"] = backend.cuda
         except MissingDependency:
             if not remote:
                 raise
-    sidecar = None if force else find_existing(bundle, inputs, load_sidecar)
+    sidecar = None if force else find_existing(bundle, inputs, Sidecar.load)
     return bundle if sidecar is None else BuildOutcome(cell, REUSED, sidecar.name, sidecar)
 
 
@@ -429,9 +429,10 @@ def _build_plan(
 
 def _add_plan(cell: Cell, bundle: Bundle, plan: Path) -> BuildOutcome:
     """Add a plan to the bundle of its cell."""
-    source, sidecar = bundle.artifact(cell.precision), load_sidecar(plan)
+    source, sidecar = bundle.artifact(cell.precision), Sidecar.load(plan)
     inputs = _build_inputs(source, sidecar.targets, sidecar.options)
     inputs |= {"backend": sidecar.backend, "backend_version": sidecar.backend_version}
+    inputs["cuda"] = sidecar.cuda
     add_to_bundle(cell.bundle, source, plan, sidecar, inputs)
     return BuildOutcome(cell, BUILT, sidecar.name, sidecar)
 

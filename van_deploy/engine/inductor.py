@@ -30,7 +30,6 @@ from van_deploy.engine.fleet import add_to_bundle, find_existing
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
-    load_package_sidecar,
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
@@ -131,7 +130,7 @@ def build_package(
         "fused_kernels": settings.fused_kernels,
         "code": code_digest("engine", "graph", "kernels", "model"),
     }
-    if not force and (existing := find_existing(bundle, inputs, load_package_sidecar)):
+    if not force and (existing := find_existing(bundle, inputs, PackageSidecar.load)):
         return existing, True
     name, start = _package_name(bundle, settings, target), time.perf_counter()
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
