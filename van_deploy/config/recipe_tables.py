@@ -535,6 +535,11 @@ class Recipe(Table):
         if self.engines.backend == "inductor":
             remedy = "Build a package with `van-deploy build BUNDLE --backend inductor`."
             yield "{engines.backend} inductor is not supported in a recipe.", remedy
+        if self.engines.targets and not self.engines.precisions:
+            message = (
+                "{engines.targets} is given, and {engines.precisions} is not: no engine is built."
+            )
+            yield message, "Give both or none."
         for_cpu = self.precision.target == "cpu"  # its INT8 graph is not for TensorRT
         graphs = ["fp32", *(n for n in self.precision.make if not (for_cpu and n == "int8"))]
         if self.export.embeds:
