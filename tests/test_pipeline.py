@@ -59,7 +59,7 @@ def test_export_writes_a_checked_graph_and_its_description(
 def test_export_is_reused_until_its_inputs_change(
     loaded: LoadedVan, recipe: Recipe, digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
-    """The second graph is neither folded nor simplified."""
+    """The last graph is neither folded nor simplified."""
 
     def written() -> list[int]:
         return [(digits_bundle.path / n).stat().st_mtime_ns for n in (MANIFEST, "model.onnx")]
@@ -68,12 +68,13 @@ def test_export_is_reused_until_its_inputs_change(
     again = export_bundle(loaded, recipe, digits_bundle.path)
     assert (again.reused, again.reason) == (True, "nothing changed")
     assert written() == before
+    ema = replace(loaded, source=replace(loaded.source, container="state_dict_ema"))
+    again = export_bundle(ema, recipe, copy_bundle(digits_bundle, "ema"))
+    assert again.reason == "changed since: container"
     folder = copy_bundle(digits_bundle)
     moved = replace(loaded, source=replace(loaded.source, path="moved.pth"))
     again = export_bundle(moved, recipe, folder)
     assert (again.reused, again.bundle.manifest.weights.path) == (True, "moved.pth")
-    ema = replace(loaded, source=replace(loaded.source, container="state_dict_ema"))
-    assert export_bundle(ema, recipe, folder).reason == "changed since: container"
     with pytest.raises(BundleError, match="contains the bundle of 'van_digits', not of 'other'"):
         export_bundle(replace(loaded, name="other"), recipe, folder)
     plainer = recipe.export.with_changes(opset=21, fold=False, simplify=False)
