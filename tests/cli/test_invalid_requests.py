@@ -23,6 +23,7 @@ from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         ("build BUNDLE --target ada", 2, "'--target' is 'ada': it should be compute capabilities"),
         ("build BUNDLE --precision ''", 2, "'--precision' is []: it should have at least 1 item"),
         ("build --matrix x.toml --ray-address y", 2, "--ray-address needs --on ray."),
+        ("build --matrix x.toml --target sm_89", 2, "--matrix conflicts with --target."),
         ("evaluate BUNDLE --images x --ray-address y", 2, "--ray-address needs --on ray."),
         ("build BUNDLE --workspace lots", 2, "'--workspace' is 'lots': it should be a number and"),
         ("build BUNDLE --on ray", 2, "--on needs --matrix"),

@@ -18,7 +18,7 @@ from van_deploy.cli.options import (
     load_bundle,
 )
 from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
-from van_deploy.config.named_options import EXPORT, RUN, Changes
+from van_deploy.config.named_options import EXPORT, RUN, Changes, named_options
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
 from van_deploy.stopwatch import Progress
@@ -92,7 +92,9 @@ def build(
     Example: van-deploy build dist/van_b1 --precision fp16 --target sm_89
     """
     if fleet.table.matrix is not None:
-        others = {"a bundle": bundle, "--require-signature": require_signature, **options}
+        others = {"a bundle": bundle, "--require-signature": require_signature}
+        flags = named_options(BuildSettings)
+        others |= {flags[name].flags[0]: value for name, value in options.items()}
         conflicts = [name for name, value in others.items() if value is not None]
         if conflicts:
             raise UsageError(
