@@ -177,22 +177,21 @@ def _valid_eps(eps: object) -> tuple[object]:
     return (eps if type(eps) is float and 0 < eps < 1 else "between 0 and 1",)
 
 
+def _valid_strides(strides: object) -> tuple[object]:
+    numbers = strides if isinstance(strides, tuple) else ()
+    valid = all(type(number) is int and 1 <= number <= 8 for number in numbers)
+    return (strides if valid and len(numbers) == STAGES else "four numbers from 1 to 8",)
+
+
 def _read_network(where: str, values: Values, notes: list[str]) -> dict[str, Any]:
-    """Return the values of a table that the network has and its tensors lack."""
+    """Return the values of a table that belong to the network and that its tensors lack."""
     used = {key: values[key] for key in _NETWORK_VALUES if key in values}
-    strides = used.get("strides")
-    if isinstance(strides, list):
-        strides = used["strides"] = tuple(strides)
-    valid = isinstance(strides, tuple) and len(strides) == STAGES
-    valid = valid and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
-    allowed = {
-        "strides": (strides if valid else "four numbers from 1 to 8",),
-        "layer_norm_eps": _valid_eps(used.get("layer_norm_eps")),
-        "problem_type": _PROBLEM_TYPES,
-        **_ALLOWED,
-    }
-    _check_values(where, {**values, **used}, allowed)
-    if text := ", ".join(f"{key} {value}" for key, value in used.items()):
+    used |= {key: tuple(value) for key, value in used.items() if isinstance(value, list)}
+    eps, strides = _valid_eps(used.get("layer_norm_eps")), _valid_strides(used.get("strides"))
+    allowed = {"strides": strides, "layer_norm_eps": eps, "problem_type": _PROBLEM_TYPES}
+    _check_values(where, {**values, **used}, {**allowed, **_ALLOWED})
+    if used:
+        text = ", ".join(f"{key} {value}" for key, value in used.items())
         notes.append(f"from {where}: {text}")
     return used
 
@@ -217,13 +216,12 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         "num_features": (config.embed_dims[-1],),
         "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
-        **_ALLOWED,
     }
     _check_values(where, values, allowed)
     used = _read_network(where, values, notes)
 
     def unknown(keys: Iterable[str]) -> str:
-        known = {*allowed, *_NETWORK_VALUES}
+        known = {*allowed, *_NETWORK_VALUES, *_ALLOWED}
         others = [key[:50] for key in keys if key not in known and not _IGNORED.fullmatch(key)]
         return ", ".join(others[:10])
 
