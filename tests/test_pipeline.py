@@ -179,10 +179,3 @@ def test_invalid_requests_write_nothing(
         command = f"export {words.removeprefix('WITHOUT')} --output b"
         assert message in cli.fails(code, command)
     assert not (tmp_path / "b").exists()
-
-
-def test_random_weights_are_labelled(cli: Cli, tmp_path: Path) -> None:
-    command = "export van_b0 --weights random --batch 1 --image-size 32 --output"
-    document = cli.document(command, tmp_path / "b")
-    assert document["manifest"]["weights"]["format"] == "random"
-    assert any("random weights" in note for note in document["export"]["notes"])
