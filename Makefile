@@ -104,7 +104,7 @@ check: lint audit
 pins: $(READY)-full $(READY)-lint $(READY)-audit
 	$(BIN)/python -m supply_chain.pins
 
-# BENCH='checkpoint=FILE calib=FOLDER eval=FOLDER images=FOLDER': with weights and images of your own.
+# BENCH='checkpoint=FILE calib=FOLDER eval=FOLDER': with weights and images of your own.
 bench: $(TESTED)
 	$(BIN)/python -m benchmarks $(BENCH)
 
@@ -115,10 +115,10 @@ gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)
 
 fuzz: $(TESTED)
-	$(BIN)/python -m reliability --only fuzz requests
+	$(BIN)/python -m reliability --only fuzz,requests
 
 faults: $(TESTED)
-	$(BIN)/python -m reliability --only faults load
+	$(BIN)/python -m reliability --only faults,load
 
 # On a host with a network; IMAGENET=FOLDER measures the published top-1, too. Not run against
 # the real hub yet.
