@@ -124,8 +124,13 @@ def fuse_van(
         UsageError: another network, or a type that the kernels do not support.
         ConversionError: folding changed the network.
     """
-    if not isinstance(model, VAN) or model.training or not model.global_pool:
-        raise UsageError("Only a VAN in eval mode, with average pooling, runs on the kernels.")
+    if not isinstance(model, VAN) or model.training:
+        raise UsageError("Only a VAN in eval mode runs on the kernels.")
+    if not model.global_pool or model.config.out_indices:
+        raise UsageError(
+            "The network returns feature maps, and the kernels run only VANs with pooling.",
+            "Load it with its head, or run it in PyTorch.",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         report = fold_van(model, smooth_images(1, model.config.in_chans, 64))

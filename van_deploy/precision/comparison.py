@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +26,11 @@ from van_deploy.checks.gates import (
     sqnr_floor,
 )
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
-from van_deploy.config import QuantizeSettings
+from van_deploy.config import GateProfile, GateSettings, QuantizeSettings
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
+from van_deploy.metrics import Comparison, Task, decisions, find_flips, sqnr_db
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.scales import Images
 from van_deploy.runners.onnxruntime import create_session, require_onnxruntime
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from van_deploy.precision.int8 import Int8Model
 
 TIMING_ROUNDS = 11
+DEFAULT_RULES = GateSettings()
 
 Labels = npt.NDArray[np.int64]
 Row = dict[str, Any]
@@ -67,6 +68,7 @@ def compare_precisions(
     settings: QuantizeSettings,
     outputs: OutputLayout = LOGITS_LAYOUT,
     providers: Sequence[str] = (),
+    rules: GateSettings = DEFAULT_RULES,
 ) -> list[Row]:
     """Return one table row for each candidate; the first candidate, FP32, is the reference.
 
@@ -75,9 +77,9 @@ def compare_precisions(
 
     - ``name`` and ``precision`` of the candidate, ``size_bytes`` of the file, ``images`` compared;
     - ``sqnr_db`` of the logits over all images, or of the worst feature map; the smallest
-      ``cosine`` of any image; the mean ``kl`` in nats; the ``agreement``, the share (0..1) of
-      images with the same label, with the 95 % ``agreement_interval``;
-    - ``correct``, the number of correct top-1 predictions, with the ``top1_interval``;
+      ``cosine`` of any image; the mean ``kl`` in nats, of classes; the ``agreement``, the share
+      (0..1) of images with the same labels, with the 95 % ``agreement_interval``;
+    - ``correct``, the number of correct labels, with the ``top1_interval``;
     - ``ms_per_image``, the median latency in the target's runtime;
     - ``passed``, whether the candidate passes its gate (None for FP32), ``failures``, the limits
       that it exceeds, and ``inconclusive``, the limits that need more images to decide.
@@ -88,11 +90,12 @@ def compare_precisions(
         settings: the target, the accuracy budget, and ONNX Runtime's threads.
         outputs: of the network.
         providers: ONNX Runtime providers to measure latency with; empty skips the measurement.
+        rules: limits of the recipe, which take precedence.
 
     Raises:
         ConversionError: ONNX Runtime cannot load a graph.
     """
-    fuse, threads = settings.target == "cpu", settings.threads
+    fuse, threads, task = settings.target == "cpu", settings.threads, images.task
     sessions = [
         logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
     ]
@@ -103,22 +106,28 @@ def compare_precisions(
         for run, logits in zip(sessions, batches, strict=True):
             logits.append(run(inputs))
     all_labels = images.evaluation.labels
-    labels = None if all_labels is None or outputs.widths else all_labels[indices]
+    labels = None if all_labels is None else all_labels[indices]
     latencies: Sequence[float | None] = [None] * len(sessions)
     if providers:
         options: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
         timed = [logits_session(c.model, fuse=True, spinning=False, **options) for c in candidates]
         latencies = _interleaved_ms(timed, images.sample(images.evaluation, 1))
+    decides = not outputs.widths and task is not Task.REGRESSION
     expected, rows = np.concatenate(batches[0]), []
     for candidate, logits, ms in zip(candidates, batches, latencies, strict=True):
         actual, precision = np.concatenate(logits), candidate.precision
         figures, findings = outputs.compare(expected, actual), list[Finding]()
-        if images.has_evaluation_set and not outputs.widths and precision != "fp32":
-            findings = _findings(precision, expected, actual, labels, settings.max_drop)
+        if task is not Task.SINGLE_LABEL:
+            figures = replace(figures, kl=None)
+        if images.has_evaluation_set and decides and precision != "fp32":
+            profile, budget = rules.of(precision), settings.max_drop
+            findings = _findings(precision, expected, actual, labels, task, profile, budget)
         elif precision != "fp32":
-            findings = [check_minimum("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
-        correct = None if labels is None else int((actual.argmax(axis=1) == labels).sum())
-        rows.append(_row(candidate, figures, findings, correct, ms))
+            floor = sqnr_floor(precision, np.inf, rules.of(precision))
+            findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
+        changed = count_lost_labels(expected, actual, None, task) if decides else None
+        correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
+        rows.append(_row(candidate, figures, findings, changed, correct, ms))
     return rows
 
 
@@ -126,6 +135,7 @@ def _row(
     candidate: Candidate,
     figures: Comparison,
     findings: Sequence[Finding],
+    changed: int | None,
     correct: int | None,
     ms: float | None,
 ) -> Row:
@@ -134,8 +144,8 @@ def _row(
         tuple(finding.message for finding in findings if finding.outcome is outcome)
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
     )
-    same, count = figures.top1_agreement, figures.images
-    agreed = None if same is None else round(same * count)
+    count = figures.images
+    agreed = None if changed is None else count - changed
     row: Row = {
         "name": candidate.name,
         "precision": candidate.precision,
@@ -143,7 +153,7 @@ def _row(
         "sqnr_db": figures.sqnr_db,
         "cosine": figures.cosine,
         "kl": figures.kl,
-        "agreement": same,
+        "agreement": None if agreed is None else agreed / count,
         "images": count,
         "correct": correct,
         "ms_per_image": ms,
@@ -157,35 +167,43 @@ def _row(
     return row | dict.fromkeys(infinite)
 
 
-def count_lost_labels(expected: Images, actual: Images, labels: Labels | None) -> int:
-    """Return how many images lose their correct top-1 label; without labels, how many change it.
+def count_lost_labels(
+    expected: Images, actual: Images, labels: Labels | None, task: Task = Task.SINGLE_LABEL
+) -> int:
+    """Return how many images lose their correct label; without labels, how many change theirs.
 
     Improvements do not offset regressions.
 
     >>> count_lost_labels(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
     1
     """
-    before, after = expected.argmax(axis=1), actual.argmax(axis=1)
-    changed = before != after
-    return int((changed if labels is None else changed & (before == labels)).sum())
+    before, after = decisions(expected, task), decisions(actual, task)
+    changed = (before != after).any(axis=1)
+    return int((changed if labels is None else changed & (before[:, 0] == labels)).sum())
 
 
 def _findings(
-    precision: str, expected: Images, actual: Images, labels: Labels | None, max_drop: float | None
+    precision: str,
+    expected: Images,
+    actual: Images,
+    labels: Labels | None,
+    task: Task,
+    profile: GateProfile,
+    max_drop: float | None,
 ) -> list[Finding]:
     """Check the logits and the accuracy on an evaluation set against the precision's limits."""
-    floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
+    floor, allowed = sqnr_floor(precision, np.inf, profile), allowed_loss(precision, profile)
     sqnr = sqnr_db(expected, actual)
-    gained = 0 if labels is None else count_lost_labels(actual, expected, labels)
-    loss = paired_loss(count_lost_labels(expected, actual, labels), gained, len(expected))
+    gained = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
+    loss = paired_loss(count_lost_labels(expected, actual, labels, task), gained, len(expected))
     if max_drop is not None and precision == "int8":
         allowed = Limit(max_drop, "--max-drop")
     if precision in LOSSY:
         metric = "agreement" if labels is None else "top-1"
         return [check_minimum("SQNR", sqnr, floor), check_loss(loss, allowed, metric)]
-    flips = find_flips(expected, actual, Task.SINGLE_LABEL, flip_margin(floor.value))
+    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
     lost = check_loss(loss, allowed, lossy=False)
-    return [*check_near_lossless(sqnr, floor, flips), lost]
+    return [*check_near_lossless(sqnr, floor, flips, task), lost]
 
 
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:

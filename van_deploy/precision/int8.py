@@ -189,7 +189,9 @@ class Int8Builder:
         return search_fp16_layers(
             plan,
             ranking,
-            lambda candidate: count_lost_labels(expected, predict(graph_of(candidate))[0], labels),
+            lambda candidate: count_lost_labels(
+                expected, predict(graph_of(candidate))[0], labels, images.task
+            ),
             budget,
             len(indices),
             metric="agreement" if labels is None else "top-1",
