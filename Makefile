@@ -115,10 +115,10 @@ gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)
 
 fuzz: $(TESTED)
-	$(BIN)/python -m reliability --only fuzz requests
+	$(BIN)/python -m reliability --only fuzz,requests
 
 faults: $(TESTED)
-	$(BIN)/python -m reliability --only faults load
+	$(BIN)/python -m reliability --only faults,load
 
 # On a host with a network; IMAGENET=FOLDER measures the published top-1, too. Not run against
 # the real hub yet.

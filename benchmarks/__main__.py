@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.table import ROOT, Table, run_in_process, write_section
+from benchmarks.table import ROOT, Table, names_of, run_in_process, write_section
 from van_deploy.report.render_markdown import markdown_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -49,12 +49,10 @@ def main() -> int:
     """Run the requested sections; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("values", nargs="*", metavar="NAME=VALUE", help="of the sections")
-    parser.add_argument("--only", default=",".join(_sections()), help="sections: %(default)s")
+    parser.add_argument("--only", **names_of(_sections()), help="sections: %(default)s")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page")
     options = parser.parse_args()
-    names, values = options.only.split(","), dict(v.partition("=")[::2] for v in options.values)
-    if unknown := set(names) - set(_sections()):
-        parser.error(f"there is no section '{min(unknown)}'; known: {', '.join(_sections())}")
+    names, values = options.only, dict(v.partition("=")[::2] for v in options.values)
     if unknown := set(values) - {key for name in names for key in _parameters(name)}:
         parser.error(f"no section takes a value '{min(unknown)}'")
     return max(_run_section(name, values, options.output) for name in names)

@@ -65,7 +65,13 @@ class Network(NamedTuple):
 
 
 def export_networks(folder: Path, checkpoint: str, calib: str, eval: str) -> Iterator[Network]:
-    """Export van_digits, and the network of a checkpoint if one is given."""
+    """Export van_digits, and the network of a checkpoint if one is given.
+
+    Raises:
+        ValueError: not all of ``checkpoint``, ``calib`` and ``eval`` are given.
+    """
+    if any((checkpoint, calib, eval)) and not all((checkpoint, calib, eval)):
+        raise ValueError("give all of checkpoint=FILE, calib=FOLDER and eval=FOLDER, or none")
     digits = write_digits_folder(folder / "train", "train", 512)
     networks = [(EMBEDDED_NAME, digits, write_digits_folder(folder / "heldout", "heldout"))]
     if checkpoint:

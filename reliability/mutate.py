@@ -37,7 +37,7 @@ AREAS = {
     "gates": ("checks/*.py metrics.py intervals.py api.py", "cli/gates*.py pipeline.py"),
     "fold": ("graph/*.py", "pipeline.py"),
     "precision": ("precision/*.py", "cli/quantize.py"),
-    "labels": ("data/*.py images/*.py", "cli/gates*.py precision/*.py"),
+    "labels": ("data/*.py", "cli/gates*.py precision/*.py"),
     "bundle": ("bundle/*.py files.py manifest.py signing.py", "bundle.py pipeline.py *.py"),
     "engine": ("engine/*.py", "cli/build.py runners/*.py"),
 }

@@ -43,9 +43,9 @@ CPU_BUDGET = 1800.0
 CALIBRATION_IMAGES = 64
 MIN_STEP_S = 10.0  # a step needs at least this much of the budget
 OUTPUT_LIMIT = 20_000  # characters of a step on the page; results.json has all
-NO_GPU = "no NVIDIA GPU was found"
+NO_GPU = "it needs an NVIDIA GPU"
 # By exit code of van-deploy; 3 is a missing dependency, such as TensorRT.
-STATES = {0: "done", 1: "a gate failed", 3: "skipped"}
+STATES = {0: "done", 1: "a gate did not pass", 3: "skipped"}
 
 ENVIRONMENT = {
     "COLUMNS": "180",
@@ -60,7 +60,8 @@ ENVIRONMENT = {
 INTRODUCTION = """# Results on a GPU
 
 Written by `{command}` on {date}, on {device}. Each block is the output of the command;
-docs/measuring.md explains how `bench` measures. Weights are random with natural statistics.
+docs/measuring.md explains how `bench` measures. On a GPU van_b0 and van_b2 have random weights with
+natural statistics; on a CPU the network is van_digits.
 """
 
 
@@ -73,8 +74,8 @@ class Step:
         words: the command; ``van-deploy`` is that of this Python.
         limit_s: time limit in seconds.
         skip: why it does not run on this machine; "" if it does.
-        state: ``done``, ``a gate failed``, ``skipped``, ``failed`` or ``stopped``.
-        reason: of the state; "" if it is ``done``.
+        state: ``done``, ``a gate did not pass``, ``skipped``, ``failed`` or ``stopped``.
+        reason: of the state, or the last line of a program other than van-deploy.
         seconds: duration.
         output: stdout and stderr.
     """
@@ -112,9 +113,10 @@ class Step:
         limit = min(self.limit_s, seconds)
         try:
             self.output, _ = process.communicate(timeout=limit)
-            self.state = STATES.get(process.returncode, "failed")
+            states = STATES if program == "van-deploy" else {0: "done"}
+            self.state = states.get(process.returncode, "failed")
             last_line = self.output.strip().rpartition("\n")[2].strip() or "no output"
-            self.reason = "" if self.state == "done" else last_line[:300]
+            self.reason = "" if states is STATES and self.state == "done" else last_line[:300]
         except BaseException as error:  # the time limit, or a signal to this process
             os.killpg(process.pid, signal.SIGKILL)  # and its child processes
             self.output, _ = process.communicate()
@@ -235,7 +237,7 @@ def main() -> int:
         "schema": SCHEMA,
         "command": f"python benchmarks/gpu/report.py {' '.join(sys.argv[1:])}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": ", ".join(gpu.name for gpu in gpus) or f"the CPU: {NO_GPU}",
+        "device": device if device == "cpu" else f"{device} of {', '.join(g.name for g in gpus)}",
         "steps": [],
     }
     for step in steps:

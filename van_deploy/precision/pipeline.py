@@ -129,6 +129,7 @@ def quantize_bundle(
             "Omit --max-drop, and choose the layers to keep in higher precision with --keep.",
         )
     watch = Stopwatch(progress)
+    watch.begin("Selecting images")
     job = _QuantizeJob(bundle, settings, select_images(bundle, settings, watch), rules)
     name = settings.artifact
     reason = "--force" if force else bundle.rebuild_reason(name, job.cache_key())
