@@ -205,7 +205,10 @@ def test_weight_scales_use_all_integers_without_overflow() -> None:
     integers = scales.quantize_weight(weight, scales.weight_scales(weight))
     assert np.abs(integers).reshape(3, -1).max(axis=1).tolist() == [127] * 3
     found = scales.cpu_weight_scales(weight, np.zeros(3), np.array(0.1))
-    assert (pair_sums(scales.quantize_weight(weight, found)) <= scales.PAIR_LIMIT).all()
+    for one in (weight, weight[:, :, 0, 0]):  # of a convolution, and of a linear layer
+        integers = scales.quantize_weight(one, found)
+        assert (pair_sums(integers) <= scales.PAIR_LIMIT).all()
+        assert (scales.cpu_weight_scales(one, np.zeros(3), np.array(0.1)) == found).all()
     bias = np.array([1e6, 0.0, 0.0])
     wide = scales.cpu_weight_scales(weight, bias, np.array(1e-4))
     assert bias[0] / (wide[0] * 1e-4) <= 2**30 * 1.01

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from van_deploy.documents import DocumentError, parse_json, require_regular_file
@@ -84,8 +84,13 @@ def opset_of(model: ModelProto) -> int:
 
 
 def tensor_bytes(model: ModelProto) -> int:
-    """Return the size in bytes of all initialisers in memory."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    """Return the size in bytes of all initialisers, including external data."""
+    return sum(_bytes(tensor) for tensor in model.graph.initializer)
+
+
+def _bytes(tensor: TensorProto) -> int:
+    itemsize = tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return len(tensor.raw_data) or math.prod(tensor.dims) * itemsize
 
 
 def simplify_onnx(
@@ -212,7 +217,7 @@ def _describe_model(model: ModelProto, path: Path) -> OnnxDescription:
         dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
         entries = {entry.key: entry.value for entry in tensor.external_data}
         counts[dtype] += math.prod(tensor.dims)
-        sizes[dtype] += int(entries.get("length", 0)) or len(tensor.raw_data)
+        sizes[dtype] += int(entries.get("length", 0)) or _bytes(tensor)
         external_files |= {entries["location"]} if "location" in entries else set()
     metadata: dict[str, Any] = {entry.key: entry.value for entry in model.metadata_props}
     for key, text in metadata.items():

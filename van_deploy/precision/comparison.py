@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +27,11 @@ from van_deploy.checks.gates import (
     sqnr_floor,
 )
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
-from van_deploy.config import GateProfile, GateSettings, QuantizeSettings
+from van_deploy.config import GateSettings, QuantizeSettings
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import Comparison, Task, decisions, find_flips, sqnr_db
+from van_deploy.metrics import Comparison, Task, decisions, find_flips
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.scales import Images
 from van_deploy.runners.onnxruntime import create_session, require_onnxruntime
@@ -95,10 +96,9 @@ def compare_precisions(
     Raises:
         ConversionError: ONNX Runtime cannot load a graph.
     """
-    fuse, threads, task = settings.target == "cpu", settings.threads, images.task
-    sessions = [
-        logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
-    ]
+    task, session = images.task, functools.partial(logits_session, threads=settings.threads)
+    fuse = settings.target == "cpu"
+    sessions = [session(c.model, fuse=fuse, outputs=outputs) for c in candidates]
     batches: list[list[Images]] = [[] for _ in sessions]
     indices: list[int] = []
     for inputs, batch_indices in images.read(images.evaluation, 32):
@@ -109,22 +109,28 @@ def compare_precisions(
     labels = None if all_labels is None else all_labels[indices]
     latencies: Sequence[float | None] = [None] * len(sessions)
     if providers:
-        options: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
-        timed = [logits_session(c.model, fuse=True, spinning=False, **options) for c in candidates]
+        options: dict[str, Any] = {"fuse": True, "spinning": False, "providers": providers}
+        timed = [session(c.model, **options, outputs=None) for c in candidates]
         latencies = _interleaved_ms(timed, images.sample(images.evaluation, 1))
     decides = not outputs.widths and task is not Task.REGRESSION
     expected, rows = np.concatenate(batches[0]), []
     for candidate, logits, ms in zip(candidates, batches, latencies, strict=True):
-        actual, precision = np.concatenate(logits), candidate.precision
+        actual, profile = np.concatenate(logits), rules.of(candidate.precision)
         figures, findings = outputs.compare(expected, actual), list[Finding]()
         if task is not Task.SINGLE_LABEL:
             figures = replace(figures, kl=None)
-        if images.has_evaluation_set and decides and precision != "fp32":
-            profile, budget = rules.of(precision), settings.max_drop
-            findings = _findings(precision, expected, actual, labels, task, profile, budget)
-        elif precision != "fp32":
-            floor = sqnr_floor(precision, np.inf, rules.of(precision))
+        if candidate.precision != "fp32":
+            floor = sqnr_floor(candidate.precision, np.inf, profile)
             findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
+            if images.has_evaluation_set and decides:
+                if candidate.precision not in LOSSY:
+                    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
+                    findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
+                allowed = allowed_loss(candidate.precision, profile)
+                if settings.max_drop is not None and candidate.precision == "int8":
+                    allowed = Limit(settings.max_drop, "--max-drop")
+                lossy = candidate.precision in LOSSY
+                findings.append(_check_loss(expected, actual, labels, task, allowed, lossy))
         changed = count_lost_labels(expected, actual, None, task) if decides else None
         correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
         rows.append(_row(candidate, figures, findings, changed, correct, ms))
@@ -182,28 +188,14 @@ def count_lost_labels(
     return int((changed if labels is None else changed & (before[:, 0] == labels)).sum())
 
 
-def _findings(
-    precision: str,
-    expected: Images,
-    actual: Images,
-    labels: Labels | None,
-    task: Task,
-    profile: GateProfile,
-    max_drop: float | None,
-) -> list[Finding]:
-    """Check the logits and the accuracy on an evaluation set against the precision's limits."""
-    floor, allowed = sqnr_floor(precision, np.inf, profile), allowed_loss(precision, profile)
-    sqnr = sqnr_db(expected, actual)
-    gained = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
-    loss = paired_loss(count_lost_labels(expected, actual, labels, task), gained, len(expected))
-    if max_drop is not None and precision == "int8":
-        allowed = Limit(max_drop, "--max-drop")
-    if precision in LOSSY:
-        metric = "agreement" if labels is None else "top-1"
-        return [check_minimum("SQNR", sqnr, floor), check_loss(loss, allowed, metric)]
-    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
-    lost = check_loss(loss, allowed, lossy=False)
-    return [*check_near_lossless(sqnr, floor, flips, task), lost]
+def _check_loss(
+    expected: Images, actual: Images, labels: Labels | None, task: Task, allowed: Limit, lossy: bool
+) -> Finding:
+    """Check the accuracy, or without labels the agreement, on an evaluation set."""
+    lost = count_lost_labels(expected, actual, labels, task)
+    won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
+    metric = "agreement" if labels is None else "top-1"
+    return check_loss(paired_loss(lost, won, len(expected)), allowed, metric, lossy)
 
 
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
@@ -237,7 +229,7 @@ def logits_session(
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     spinning: bool = True,
-    outputs: OutputLayout = LOGITS_LAYOUT,
+    outputs: OutputLayout | None = LOGITS_LAYOUT,
 ) -> Callable[[Images], Images]:
     """Return a function that maps images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 
@@ -251,7 +243,7 @@ def logits_session(
         providers: of ONNX Runtime.
         spinning: let idle ONNX Runtime threads spin. Disable it when several sessions of one
             process are timed alternately: spinning threads would slow the next session.
-        outputs: of the network.
+        outputs: of the network; None returns its first output, to time the network alone.
 
     Raises:
         ConversionError: ONNX Runtime cannot load the graph.
@@ -280,6 +272,8 @@ def logits_session(
 
     def run(images: Images) -> Images:
         results = session.run(None, {input_name: images})
+        if outputs is None:
+            return np.asarray(results[0])
         return np.asarray(outputs.rows(dict(zip(names, results, strict=True))), dtype=np.float32)
 
     return run

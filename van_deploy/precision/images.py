@@ -196,7 +196,8 @@ def split(images: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, I
     calibration = [i for i, item in enumerate(images.items) if item.digest not in digests]
     if not calibration:
         raise ImageError(f"{len(images)} image(s) cannot be split into two parts.", _TOO_FEW)
-    return images.take(calibration), held
+    description = f"{len(calibration)} calibration images of {images.description}"
+    return images.take(calibration, description), held
 
 
 def _select(images: ImageSet, count: int, seed: int, balanced: bool = True) -> list[int]:

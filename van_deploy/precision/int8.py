@@ -83,10 +83,11 @@ def short(value: npt.ArrayLike) -> float:
     return float(f"{float(value):.6g}")  # type: ignore[arg-type]
 
 
+@dataclass
 class Int8Builder:
     """Builds INT8 graphs of one network.
 
-    Args:
+    Attributes:
         model: the FP32 graph.
         network: rebuilt from the graph.
         ranges: of its tensors, with histograms for every layer that may be quantised.
@@ -95,19 +96,18 @@ class Int8Builder:
         images: for bias correction, validation and layer search.
     """
 
-    def __init__(
-        self,
-        model: ModelProto,
-        network: RebuiltVan,
-        ranges: Mapping[str, ChannelRange],
-        settings: QuantizeSettings,
-        kept: Mapping[str, str],
-        images: ImageSets,
-    ) -> None:
-        self.model, self.network, self.ranges = model, network, ranges
-        self.settings, self.kept, self.images = settings, kept, images
-        preprocessing = images.preprocessing
-        self.work = multiply_adds(network.model, preprocessing.channels, preprocessing.image_size)
+    model: ModelProto
+    network: RebuiltVan
+    ranges: Mapping[str, ChannelRange]
+    settings: QuantizeSettings
+    kept: Mapping[str, str]
+    images: ImageSets
+
+    def __post_init__(self) -> None:
+        """Count the multiply-adds and read the images."""
+        images, preprocessing = self.images, self.images.preprocessing
+        channels, size = preprocessing.channels, preprocessing.image_size
+        self.work = multiply_adds(self.network.model, channels, size)
         self.correction_inputs = images.sample(images.calibration, CORRECTION_IMAGES)
         self.validation_inputs = images.sample(images.held_out, VALIDATION_IMAGES)
 
