@@ -104,7 +104,7 @@ check: lint audit
 pins: $(READY)-full $(READY)-lint $(READY)-audit
 	$(BIN)/python -m supply_chain.pins
 
-# BENCH='checkpoint=FILE calib=FOLDER eval=FOLDER images=FOLDER': with weights and images of your own.
+# BENCH='checkpoint=FILE calib=FOLDER eval=FOLDER': with weights and images of your own.
 bench: $(TESTED)
 	$(BIN)/python -m benchmarks $(BENCH)
 

@@ -8,8 +8,8 @@ Each section is a function that runs in its own process and returns a
 :class:`~benchmarks.table.Table`. Its docstring and table replace the text between its marks on the
 page, with the date, the machine and the versions of the run.
 
-``checkpoint=FILE calib=FOLDER eval=FOLDER images=FOLDER`` are trained weights, their calibration
-and evaluation images, and photographs; by default the network and the images in the package.
+``checkpoint=FILE calib=FOLDER eval=FOLDER`` are trained weights, their calibration and evaluation
+images; by default the network and the images in the package.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _sections() -> dict[str, Callable[..., Table]]:
 
     sections = (
         *(speed.startup, speed.export, speed.running, speed.rivals),
-        *(accuracy.evaluate, accuracy.gates, accuracy.precision, accuracy.ablation, serve.serve),
+        *(accuracy.gates, accuracy.precision, accuracy.ablation, serve.serve),
     )
     return {section.__name__: section for section in sections}
 

@@ -325,7 +325,7 @@ def test_public_weights_script(published: bytes, monkeypatch: Any, capsys: Any) 
     digest = hashlib.sha256(published).hexdigest()
     first = output(0, "van_b0")
     assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in first
-    assert "top-1     not measured (no --imagenet)\nvan_b0: as published" in first
+    assert "top-1     not measured (no --imagenet)\nvan_b0: passed" in first
     cached = find_cached_weights(VARIANTS["van_b0"])
     assert cached is not None
     assert cached.read_bytes() == published
@@ -336,6 +336,8 @@ def test_public_weights_script(published: bytes, monkeypatch: Any, capsys: Any) 
     results["verify"] = (1, "")
     assert "van_b0: verify ended with exit code 1" in output(1, "van_b0", "--imagenet", "val")
     assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in output(1, "van_b1")
+    with pytest.raises(SystemExit, match="2"):
+        public_weights.main(["van_b9"])
     pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
     monkeypatch.setitem(VARIANT_NAMES, "van_b0", pinned)
     assert f"its SHA-256 is {digest}, expected: {'0' * 64}." in output(1, "van_b0")
