@@ -16,6 +16,7 @@ from benchmarks.accuracy import count_kernels
 from tests.each import each
 from tests.precision.conftest import Digits, batches, run
 from tests.precision.test_fp16 import scaled
+from van_deploy.checks.golden import OutputLayout
 from van_deploy.config import QuantizeSettings
 from van_deploy.data.images import ImageItem, ImageSet
 from van_deploy.errors import ConversionError, ImageError, UsageError
@@ -452,10 +453,11 @@ def test_comparison_has_only_the_figures_of_the_task(digits: Digits, task: Task)
     pairs = zip(digits.heldout, labels, strict=True)
     items = tuple(ImageItem(str(n), image, "", label) for n, (image, label) in enumerate(pairs))
     images, preprocessing = ImageSet(items, "digits"), digits.loaded.preprocessing
-    sets = ImageSets(images, images, images, True, preprocessing, task, Stopwatch())
+    sets = ImageSets(images, images, images, True, preprocessing, Stopwatch())
     noisy = scaled(graph, {"head.bias": -1.0, "head.weight": 0.99})
     candidates = [Candidate("fp32", "fp32", graph), Candidate("int8", "int8", noisy)]
-    _, row = compare_precisions(candidates, sets, QuantizeSettings(threads=1))
+    layout = OutputLayout(task=task)
+    _, row = compare_precisions(candidates, sets, QuantizeSettings(threads=1), layout)
     positive = run(graph, digits.heldout) >= 0, run(noisy, digits.heldout) >= 0
     same = float((positive[0] == positive[1]).all(axis=1).mean())
     assert row["kl"] is None

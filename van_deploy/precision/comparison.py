@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,8 +96,8 @@ def compare_precisions(
     Raises:
         ConversionError: ONNX Runtime cannot load a graph.
     """
-    task, session = images.task, functools.partial(logits_session, threads=settings.threads)
-    fuse = settings.target == "cpu"
+    session = functools.partial(logits_session, threads=settings.threads)
+    fuse, task = settings.target == "cpu", outputs.task
     sessions = [session(c.model, fuse=fuse, outputs=outputs) for c in candidates]
     batches: list[list[Images]] = [[] for _ in sessions]
     indices: list[int] = []
@@ -112,17 +112,14 @@ def compare_precisions(
         options: dict[str, Any] = {"fuse": True, "spinning": False, "providers": providers}
         timed = [session(c.model, **options, outputs=None) for c in candidates]
         latencies = _interleaved_ms(timed, images.sample(images.evaluation, 1))
-    decides = not outputs.widths and task is not Task.REGRESSION
     expected, rows = np.concatenate(batches[0]), []
     for candidate, logits, ms in zip(candidates, batches, latencies, strict=True):
         actual, profile = np.concatenate(logits), rules.of(candidate.precision)
         figures, findings = outputs.compare(expected, actual), list[Finding]()
-        if task is not Task.SINGLE_LABEL:
-            figures = replace(figures, kl=None)
         if candidate.precision != "fp32":
             floor = sqnr_floor(candidate.precision, np.inf, profile)
             findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
-            if images.has_evaluation_set and decides:
+            if images.has_evaluation_set and figures.top1_agreement is not None:
                 if candidate.precision not in LOSSY:
                     flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
                     findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
@@ -131,9 +128,8 @@ def compare_precisions(
                     allowed = Limit(settings.max_drop, "--max-drop")
                 lossy = candidate.precision in LOSSY
                 findings.append(_check_loss(expected, actual, labels, task, allowed, lossy))
-        changed = count_lost_labels(expected, actual, None, task) if decides else None
         correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
-        rows.append(_row(candidate, figures, findings, changed, correct, ms))
+        rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
 
 
@@ -141,7 +137,6 @@ def _row(
     candidate: Candidate,
     figures: Comparison,
     findings: Sequence[Finding],
-    changed: int | None,
     correct: int | None,
     ms: float | None,
 ) -> Row:
@@ -150,8 +145,8 @@ def _row(
         tuple(finding.message for finding in findings if finding.outcome is outcome)
         for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
     )
-    count = figures.images
-    agreed = None if changed is None else count - changed
+    same, count = figures.top1_agreement, figures.images
+    agreed = None if same is None else round(same * count)
     row: Row = {
         "name": candidate.name,
         "precision": candidate.precision,
@@ -159,7 +154,7 @@ def _row(
         "sqnr_db": figures.sqnr_db,
         "cosine": figures.cosine,
         "kl": figures.kl,
-        "agreement": None if agreed is None else agreed / count,
+        "agreement": same,
         "images": count,
         "correct": correct,
         "ms_per_image": ms,

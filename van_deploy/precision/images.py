@@ -43,7 +43,6 @@ class ImageSets:
         has_evaluation_set: whether the user gave the evaluation images; otherwise they are the
             held-out ones.
         preprocessing: of the network.
-        task: how its logits become labels.
         watch: receives the progress of reading.
         unreadable: the reasons why images could not be read.
     """
@@ -53,7 +52,6 @@ class ImageSets:
     evaluation: ImageSet
     has_evaluation_set: bool
     preprocessing: Preprocessing
-    task: Task
     watch: Stopwatch
     unreadable: dict[str, None] = field(default_factory=dict)
 
@@ -126,9 +124,7 @@ def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) 
             )
     calibration, held_out = split(chosen, selection.held_out, selection.seed)
     has_set, evaluation = evaluation is not None, evaluation or held_out
-    return ImageSets(
-        calibration, held_out, evaluation, has_set, preprocessing, task_of(bundle), watch
-    )
+    return ImageSets(calibration, held_out, evaluation, has_set, preprocessing, watch)
 
 
 def _with_labels(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:

@@ -21,7 +21,7 @@ from onnx import ModelProto
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError
 from van_deploy.graph.export import RebuiltVan
-from van_deploy.metrics import sqnr_db
+from van_deploy.metrics import Task, sqnr_db
 from van_deploy.precision.comparison import Row, count_lost_labels, logits_session
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import ImageSets
@@ -182,15 +182,18 @@ class Int8Builder:
             return np.concatenate(outputs), indices
 
         images.watch.begin("Searching")
-        ranking = rank_layers(plan, self.validation_inputs[:RANKING_IMAGES], self.work)
+        inputs = images.sample(images.held_out, RANKING_IMAGES)
+        ranking = rank_layers(plan, inputs, self.work)
         expected, indices = predict(self.model)
         labels = images.search.labels
         labels = None if labels is None else labels[indices]
+        config = self.network.model.config
+        task = Task.of(config.num_classes, config.problem_type)
         return search_fp16_layers(
             plan,
             ranking,
             lambda candidate: count_lost_labels(
-                expected, predict(graph_of(candidate))[0], labels, images.task
+                expected, predict(graph_of(candidate))[0], labels, task
             ),
             budget,
             len(indices),

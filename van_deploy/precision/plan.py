@@ -291,8 +291,9 @@ def correct_biases(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
         plan: stays unchanged.
         images: ``(N, C, S, S)``, normalised; see :data:`CORRECTION_PIXELS`.
     """
-    count = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
-    inputs = _channels_last(images[:count])
+    most = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
+    spread = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    inputs = _channels_last(images[spread])
     model = copy.deepcopy(plan.network.model)
     plan = replace(plan, network=replace(plan.network, model=model))
     means: dict[str, Tensor] = {}
