@@ -4,7 +4,7 @@
     python benchmarks/gpu/report.py --part b --output DIR   # every runtime, tests and gates
     python benchmarks/gpu/report.py --part b --output DIR --only doctor,verify-digits
 
-van-deploy must be installed as a wheel: nothing is imported from the checkout. Each step is a
+van-deploy must be installed; this script imports nothing else from the checkout. Each step is a
 command in its own process with a time limit, and the next step runs even after a failure.
 ``results.json`` and ``results.md`` are written after every step, so an interrupted run keeps its
 results. A step that does not fit into the remaining budget is skipped. Without a GPU the commands
