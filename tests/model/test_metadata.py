@@ -296,6 +296,7 @@ NETWORK: list[tuple[Content, str]] = [
     (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
     (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
     (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
+    (cfg(label_offset=1), "label_offset is 1; this network needs 0"),
     (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
     (hf(input_size=5), "in_chans is 5; this network needs 3"),
     (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
@@ -312,14 +313,13 @@ PREPROCESSING: list[tuple[Content, str]] = [
     (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
     (args(input_size=96), "input_size is 96, not channels, height, width"),
     (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
-    (cfg(label_offset=1), "label_offset is 1, not sup"),
     (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),
     (pipeline("dict(type='Rotate')"), "a step of the test pipeline is 'Rotate'"),
     (pipeline("dict(type='ResizeEdge', edge='long', backend='pillow')"), "ResizeEdge"),
     (pipeline("dict(type='CenterCrop', crop_size=64)"), "the resized side is None"),
-    (pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"), "takes BGR"),
     (processor("Segformer"), "but these are supported: "),
-    (processor(do_flip_channel_order=True), "do_flip_channel_order is True, an unknown key"),
+    (processor(do_pad=True), "do_pad is True, an unknown key"),
+    (args(image_size=96, crop_size=64), "crop_size is 64, of which"),
     (processor(size={"height": 64, "width": 64}), "not shortest_edge"),
     (processor("ViT", size={"shortest_edge": 64}), "not height"),
     (processor(size=[64, 32]), "only squares are supported"),
@@ -349,6 +349,19 @@ CLASSES: list[tuple[Content, str]] = [
         "Class 0 is 'emu' in classes in the file's meta, but 'ant' in label_names in config.",
     ),
 ]
+
+
+BGR = (
+    pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"),
+    processor(do_flip_channel_order=True),
+)
+
+
+@each("content", BGR)
+def test_bgr_networks_are_refused(load: Load, content: Content) -> None:
+    for options in ({}, {"preprocessing": OVERRIDES}):
+        error = error_of(CheckpointError, load, content, **options)
+        assert error.message == "The network takes BGR images, which are not supported."
 
 
 @each(

@@ -205,6 +205,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     arguments, cfg = (_table(where, content, key) for key in ("model_args", "pretrained_cfg"))
     size = (cfg or content).get("input_size") or [None]
     values = {**content, "in_chans": size[0] if isinstance(size, list) else size, **arguments}
+    values["label_offset"] = (cfg or content).get("label_offset")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
     name = str(values.get("architecture", "")).partition(".")[0]
     is_custom = name.startswith("van") and name not in VARIANTS
@@ -216,6 +217,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         "num_features": (config.embed_dims[-1],),
         "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
+        "label_offset": (0,),
     }
     _check_values(where, values, allowed)
     used = _read_network(where, values, notes)
@@ -278,7 +280,7 @@ def _read_preprocessing(
     half = OFFICIAL.mean[:1] * config.in_chans
     default = replace(OFFICIAL, mean=half, std=half)
     if not sources:
-        assumed = "assumed: the official weights' (no metadata)"
+        assumed = "assumed: the official weights' (no known metadata)"
         return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
