@@ -196,6 +196,10 @@ def test_preprocessing_in_several_places(load: Load) -> None:
     assert loaded.preprocessing.image_size == 96
     (note,) = loaded.source.notes
     assert note.endswith("; not from the preprocessor_config.json beside the weights")
+    loaded = load({"img_size": 64, **args(img_size=96)})
+    assert loaded.preprocessing.image_size == 96
+    (note,) = loaded.source.notes
+    assert note == "img_size is 64 in the file, but 96 in another place, which is used"
     sizes = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
     content = args(**sizes, classes=["a"])
     message = error_of(CheckpointError, load, content, own_labels=True).message
@@ -206,7 +210,7 @@ def test_preprocessing_in_several_places(load: Load) -> None:
     assert "arguments (mean, std: assumed, the off" in loaded.preprocessing.source
     assert loaded.preprocessing.source.endswith("except image_size, interpolation as requested")
     message = error_of(CheckpointError, load, content, preprocessing=overrides).message
-    assert "classes in the file (1 entries: ['a'])" in message
+    assert "classes in the file's args (1 entries: ['a'])" in message
 
 
 def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> None:
@@ -256,7 +260,7 @@ def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> Non
         (cfg(label_names=NAMES), NAMES),
         (hf(id2label={i: f"LABEL_{i}" for i in range(5)}), None),
         ({"classes": 5, "class_names": None}, None),
-        ({"classes": np.array(NAMES), "args": {"classes": None}}, NAMES),
+        ({"classes": np.array(NAMES), "args": {"classes": None}, "cfg": {"classes": 5}}, NAMES),
         ({"classes": "names.txt"}, None),
         ({"classes": [1, 2, 3, 4, 5]}, list("12345")),
     ],
@@ -311,6 +315,7 @@ NETWORK: list[tuple[Content, str]] = [
 PREPROCESSING: list[tuple[Content, str]] = [
     (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
     (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
+    ({"mean": torch.ones(3).to_sparse()}, "mean tensor("),
     (args(input_size=96), "input_size is 96, not channels, height, width"),
     (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
     (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),

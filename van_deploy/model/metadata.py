@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from timm.models import PretrainedCfg
 from torch import Tensor
 
@@ -105,12 +107,17 @@ def read_metadata(
     Raises:
         CheckpointError: a field contradicts the tensors or another field, or is not supported.
     """
-    content, arguments = checkpoint.content, dict[str, Any]()
-    for table in (content, *map(content.get, _ARGUMENT_TABLES)):
-        arguments |= _as_dict(table)
+    content = checkpoint.content
+    tables = {f"the file's {name}": _as_dict(content.get(name)) for name in _ARGUMENT_TABLES}
+    tables = {"the file": _as_dict(content), **tables}
+    arguments = {key: value for table in tables.values() for key, value in table.items()}
     meta, config_json = _as_dict(content.get("meta")), file.configs.get(CONFIG, {})
     openmmlab = processors.parse_python_config(meta.get("cfg", meta.get("config")))
     notes = [note for key, note in _TRAINING_NOTES.items() if arguments.get(key)]
+    for (place, table), key in itertools.product(tables.items(), processors.ARGUMENT_KEYS):
+        if key in table and reprlib.repr(table[key]) != reprlib.repr(arguments[key]):
+            value, used = reprlib.repr(table[key]), reprlib.repr(arguments[key])
+            notes.append(f"{key} is {value} in {place}, but {used} in another place, which is used")
     values = _read_network(f"{_OWN} arguments", arguments, notes)
     values |= _read_openmmlab(openmmlab) | _read_config_json(config, config_json, notes)
     if "layer_norm_eps" in overrides:
@@ -126,14 +133,14 @@ def read_metadata(
     names = None
     if config.num_classes and not {"class_names", "out_indices"} & overrides.keys():
         meta["classes"] = meta.get("CLASSES", meta.get("classes"))
-        tables = (
-            ("the file", arguments),
+        places = (
+            *tables.items(),
             ("the file's meta", meta),
             ("the file's meta", _as_dict(meta.get("dataset_meta"))),
             (CONFIG, {"label_names": config_json.get("labels"), **config_json}),
             (f"pretrained_cfg in {CONFIG}", _as_dict(config_json.get("pretrained_cfg"))),
         )
-        names = _read_class_names(config.num_classes, tables, notes)
+        names = _read_class_names(config.num_classes, places, notes)
     return replace(config, **values), preprocessing, names, tuple(notes)
 
 
@@ -147,7 +154,8 @@ def _as_dict(value: object) -> dict[str, Any]:
 def _as_list(value: Any) -> Any:
     """Return an array's values as a list, and one value as a number; anything else unchanged."""
     if isinstance(value, Tensor) and value.numel() <= _MAX_TENSOR_LENGTH:
-        value = value.numpy(force=True)
+        is_plain = value.layout == torch.strided and not value.is_quantized
+        value = np.array(value.tolist()) if is_plain else value
     if isinstance(value, np.ndarray | np.generic):
         return value.item() if value.size == 1 else value.ravel().tolist()
     return value
