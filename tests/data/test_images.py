@@ -168,8 +168,8 @@ def twelve_bits() -> bytes:
 SIXTEEN = np.array([[0, 257, 1000], [32896, 65407, 65535]], np.uint16)
 BIG = Image.frombytes("I;16B", (3, 2), SIXTEEN.astype(">u2").tobytes())
 BIG_TAGS = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"MM")
-# of the tag PhotometricInterpretation, 1 and 0
-ZERO_IS_WHITE = [struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0)]
+# the tag PhotometricInterpretation of a TIFF: 0 is black, or white
+BLACK, WHITE = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0))
 SCALED = Image.fromarray(np.array([[0, 1, 4], [128, 255, 255]], np.uint8))
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # rotate clockwise by 90 degrees
@@ -189,7 +189,7 @@ ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [SECOND]}
         (encode(Image.fromarray(SIXTEEN)), SCALED),
         (encode(Image.fromarray(SIXTEEN), "TIFF"), SCALED),
         (encode(BIG, "TIFF", tiffinfo=BIG_TAGS), SCALED),
-        (encode(Image.fromarray(SIXTEEN), "TIFF").replace(*ZERO_IS_WHITE), ImageOps.invert(SCALED)),
+        (encode(Image.fromarray(SIXTEEN), "TIFF").replace(BLACK, WHITE), ImageOps.invert(SCALED)),
         (twelve_bits(), Image.fromarray(np.array([[255, 128]], np.uint8))),
     ],
 )
