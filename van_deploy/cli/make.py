@@ -18,7 +18,7 @@ from van_deploy.cli.options import (
     load_bundle,
 )
 from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
-from van_deploy.config.named_options import EXPORT, RUN, Changes, named_options
+from van_deploy.config.named_options import EXPORT, RUN, Changes
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
 from van_deploy.stopwatch import Progress
@@ -93,9 +93,7 @@ def build(
     """
     if fleet.table.matrix is not None:
         others = {"a bundle": bundle, "--require-signature": require_signature}
-        flags = named_options(BuildSettings)
-        others |= {flags[name].flags[0]: value for name, value in options.items()}
-        conflicts = [name for name, value in others.items() if value is not None]
+        conflicts = [*(name for name, value in others.items() if value), *options.flags]
         if conflicts:
             raise UsageError(
                 f"--matrix conflicts with {', '.join(conflicts)}.",
