@@ -21,7 +21,7 @@ from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         ("bench BUNDLE --rounds 3.0", 2, "'--rounds' is '3.0': it should be a whole number."),
         ("bench BUNDLE --seconds nan", 2, "'--seconds' is nan: it should be a finite number."),
         ("build BUNDLE --target ada", 2, "'--target' is 'ada': it should be compute capabilities"),
-        ("build BUNDLE --precision ''", 2, "'--precision' is []: it should have at least 1 item"),
+        ("build BUNDLE --precision ,", 2, "'--precision' is []: it should have at least 1 item"),
         ("build --matrix x.toml --target sm_89", 2, "--matrix conflicts with --target."),
         ("build BUNDLE --workspace lots", 2, "'--workspace' is 'lots': it should be a number and"),
         ("build BUNDLE --on ray", 2, "--on needs --matrix"),
