@@ -73,9 +73,9 @@ def test_conflicts_options_and_failed_gates(cli: Cli, recipe: Path, tmp_path: Pa
     recipe.write_text(RECIPE.replace('["fp16", "int8"]', '["int8"]'))
     conflict = "engines.precisions has 'fp16', not made by the recipe for "
     assert conflict in cli.fails(5, *words)
-    options = ("--set", 'precision.make=["fp16","int8"]', "--set", "precision.target=cpu")
+    for_cpu = ("--set", 'precision.make=["fp16","int8"]', "--set", "precision.target=cpu")
     conflict = "has 'int8', not made by the recipe for TensorRT."
-    assert conflict in cli.fails(2, *words, *options, "--engine", "fp16,int8")
+    assert conflict in cli.fails(2, *words, *for_cpu, "--engine", "fp16,int8")
     assert not (tmp_path / "bundle").exists()
     changed = 'export = {embed_preprocess = "uint8"}\nprecision = {make = ["int8"]}\n'
     recipe.write_text(f"{MODEL}{changed}gates = {{fp32 = {{sqnr_db = 200.0}}}}")
