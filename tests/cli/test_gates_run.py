@@ -78,7 +78,7 @@ def test_conflicts_options_and_failed_gates(cli: Cli, recipe: Path, tmp_path: Pa
     assert conflict in cli.fails(2, *words, *for_cpu, "--engine", "fp16,int8")
     assert not (tmp_path / "bundle").exists()
     changed = 'export = {embed_preprocess = "uint8"}\nprecision = {make = ["int8"]}\n'
-    recipe.write_text(f"{MODEL}{changed}gates = {{fp32 = {{sqnr_db = 200.0}}}}")
+    recipe.write_text(f"{MODEL}{changed}gates = {{fp16 = {{sqnr_db = 200.0}}}}")
     options = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
     result = cli(*words, *options, "--json")
     assert result.exit_code == 1
