@@ -323,9 +323,8 @@ class Bundle:
         bundle = self.load()
         require_classifier(bundle, "predict")
         sources = find_sources([images] if isinstance(images, Image) else images)
-        batch = settings.batch or min(bundle.manifest.batch.opt, len(sources))
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
-            predictions = predict(network, sources, top=settings.top_k, batch=batch)
+            predictions = predict(network, sources, settings.top_k, settings.batch)
             for done, prediction in enumerate(predictions, 1):
                 self.progress("Predicting", done, len(sources))
                 yield prediction

@@ -21,12 +21,18 @@ from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import find_obstacles
 from van_deploy.engine.sidecar import load_package_sidecar, load_sidecar, sidecar_path
-from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.errors import (
+    BundleError,
+    ConversionError,
+    InputError,
+    MissingDependency,
+    UsageError,
+)
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import Task, probabilities
+from van_deploy.metrics import Task, probabilities, top_classes
 from van_deploy.model.preprocess import Pixels, Preprocessing, normalise
 from van_deploy.runners.base import Images, Outputs, Runner, gpu_index
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
@@ -337,21 +343,27 @@ class Network:
         """Return the most probable classes of each row, in descending order.
 
         Raises:
+            ConversionError: an output is NaN or infinite, so there is no most probable class.
             UsageError: the artifact returns only five classes and more are requested.
         """
-        if OUTPUT_NAME in outputs or "probabilities" in outputs:
-            logits = outputs.get(OUTPUT_NAME)
-            scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
-            shares = scores if logits is None else probabilities(scores, self.task)
-            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+        source = next(n for n in (OUTPUT_NAME, "probabilities", TOP_PROBABILITIES) if n in outputs)
+        scores = outputs[source].astype(np.float32)
+        if bad := int((~np.isfinite(scores)).any(axis=1).sum()):
+            raise ConversionError(
+                f"'{self.name}' computed NaN or infinite values for {bad} of {len(scores)} images.",
+                "Check it with `van-deploy verify`, and use an artifact of another precision.",
+            )
+        if source != TOP_PROBABILITIES:
+            classes = top_classes(scores, count)
+            shares = probabilities(scores, self.task) if source == OUTPUT_NAME else scores
             ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
+        elif count <= scores.shape[1]:
+            classes, ranked = outputs[TOP_CLASSES][:, :count], scores[:, :count]
         else:
-            classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES][:, :count]
-            if count > classes.shape[1]:
-                raise UsageError(
-                    f"'{self.name}' returns only {classes.shape[1]} classes, not {count}.",
-                    f"Request {classes.shape[1]}, or use another artifact.",
-                )
+            raise UsageError(
+                f"'{self.name}' returns only {scores.shape[1]} classes, not {count}.",
+                f"Request {scores.shape[1]}, or use another artifact.",
+            )
         names = self.bundle.manifest.class_names
 
         def named_class(index: int, probability: float) -> NamedClass:
@@ -383,7 +395,7 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",
-            "Install them with `pip install van-deploy`, or compare --against golden.",
+            "Install them with `pip install van-deploy`.",
         ) from error
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture
