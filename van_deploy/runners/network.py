@@ -127,6 +127,7 @@ class Network:
         input: input of :meth:`run`.
         outputs: outputs of :meth:`run`.
         max_batch: largest batch size.
+        profiles: batch sizes of a compiled network or a static graph; empty for a dynamic batch.
         runner: name of the runner, for reports.
         task: the classification task.
         embedding: preprocessing inside the graph: ``none``, ``normalize`` or ``uint8``.
@@ -156,12 +157,12 @@ class Network:
         self.is_engine = entry is not None and entry.kind == "engine"
         self.is_package = entry is not None and entry.kind == "package"
         self.runner = self._settings.runner if entry else PYTORCH
-        self._profiles: Sequence[BatchRange] = ()
+        self.profiles: Sequence[BatchRange] = ()
         if entry and entry.engine:
-            self.runner, self._profiles = entry.engine.backend.split()[0], entry.engine.profiles
+            self.runner, self.profiles = entry.engine.backend.split()[0], entry.engine.profiles
         elif entry and bundle.manifest.batch.fixed and not self.is_package:
-            self._profiles = (bundle.manifest.batch,)
-        self.max_batch = max((p.max for p in self._profiles), default=bundle.manifest.batch.max)
+            self.profiles = (bundle.manifest.batch,)
+        self.max_batch = max((p.max for p in self.profiles), default=bundle.manifest.batch.max)
         if entry and self.is_engine:
             entry = bundle.artifacts.get(entry.made_from.name, entry)
         self.embedding = entry.embedded if entry else "none"
@@ -298,7 +299,7 @@ class Network:
         if self.name == PYTORCH:
             names = [output.name for output in self.outputs]
             return dict(zip(names, self.loaded_runner.run_all(batch).values(), strict=True))
-        if not self._profiles:
+        if not self.profiles:
             outputs: Outputs = self.loaded_runner.run_all(batch)
             return outputs
         starts = range(0, len(batch), self.max_batch)
@@ -314,7 +315,7 @@ class Network:
 
     def supports_batch(self, batch: int) -> bool:
         """Return whether a batch of that many images runs without splitting or padding."""
-        return not self._profiles or any(p.min <= batch <= p.max for p in self._profiles)
+        return not self.profiles or any(p.min <= batch <= p.max for p in self.profiles)
 
     def supports_size(self, sides: Sequence[int]) -> bool:
         """Return whether images of that height and width run without resizing."""

@@ -82,7 +82,7 @@ def default_artifacts(bundle: Bundle) -> tuple[str, ...]:
 
 
 def triton_models(
-    bundle: Bundle, artifacts: Sequence[str], backend: str = "onnxruntime"
+    bundle: Bundle, artifacts: Sequence[str], backend: str = "onnxruntime", *, gpu: bool = False
 ) -> list[TritonModel]:
     """Return artifacts of a bundle as Triton models, after checking every digest.
 
@@ -93,10 +93,12 @@ def triton_models(
         bundle: the bundle.
         artifacts: names of the artifacts.
         backend: Triton backend for ONNX artifacts.
+        gpu: whether ONNX artifacts run on a GPU.
 
     Raises:
         BundleError: an artifact is missing or was changed.
-        InputError: Triton cannot load an artifact, or a sidecar is missing.
+        InputError: Triton cannot load an artifact, or not every batch size has a profile, or a
+            sidecar is missing.
         UsageError: two artifacts cannot be in one repository.
     """
     groups: dict[str, list[str]] = {}
@@ -107,6 +109,11 @@ def triton_models(
                 f"Triton cannot load '{name}': it was built by {artifact.engine.backend}.",
                 "Package the ONNX artifact, or a plan of `tensorrt` for the target GPU.",
             )
+        if artifact.precision == "bf16" and not (artifact.engine or gpu):
+            raise InputError(
+                f"Triton cannot load '{name}': ONNX Runtime has no BF16 convolution on CPUs.",
+                "Package it with --gpu, or package another precision.",
+            )
         source = artifact.made_from.name if artifact.kind == "engine" else name
         groups.setdefault(source, []).append(name)
     models = []
@@ -116,6 +123,16 @@ def triton_models(
             raise UsageError(
                 f"'{names[0]}' and '{names[1]}' are one network and would have one model name.",
                 "Package them separately, into two --output folders.",
+            )
+        largest = network.max_batch
+        gap = next((n for n in range(1, largest) if not network.supports_batch(n)), 0)
+        if gap:
+            profiles = " and ".join(map(str, network.profiles))
+            make = "Build" if network.is_engine else "Export"
+            raise InputError(
+                f"'{names[0]}' takes batches of {profiles}, and none of {gap}: Triton sends any "
+                f"size up to {largest}.",
+                f"{make} it with --batch 1:{largest}:{largest}.",
             )
         if network.is_engine:
             models.append(_model_from_plans(network, served_name(bundle, source), names))
@@ -138,14 +155,6 @@ def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -
         raise UsageError(
             f"{label} cannot be one Triton model: their sidecars differ in {', '.join(different)}.",
             "Build them together with one `van-deploy build --target`, or package one of them.",
-        )
-    largest = max(profile.max for profile in first.profiles)
-    supported = {n for p in first.profiles for n in range(p.min, p.max + 1)}
-    if gaps := sorted({*range(1, largest)} - supported):
-        profiles = ", ".join(map(str, first.profiles))
-        raise InputError(
-            f"The profiles of {label}, {profiles}, do not include a batch of {gaps[0]}.",
-            f"Triton sends any size up to {largest}: build it with --batch 1:{largest}:{largest}.",
         )
     files, capabilities = dict[str, tuple[Path, str]](), dict[str, str]()
     for path, name, sidecar in zip(paths, names, sidecars, strict=True):
