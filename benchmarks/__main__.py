@@ -8,8 +8,8 @@ Each section is a function that runs in its own process and returns a
 :class:`~benchmarks.table.Table`. Its docstring and table replace the text between its marks on the
 page, with the date, the machine and the versions of the run.
 
-``checkpoint=FILE calib=FOLDER eval=FOLDER images=FOLDER`` are trained weights, their calibration
-and evaluation images, and photographs; by default the network and the images in the package.
+``checkpoint=FILE calib=FOLDER eval=FOLDER`` are trained weights, their calibration and evaluation
+images; by default the network and the images in the package.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.table import ROOT, Table, run_in_process, write_section
+from benchmarks.table import ROOT, Table, names_of, run_in_process, write_section
 from van_deploy.report.render_markdown import markdown_table
 
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -40,7 +40,7 @@ def _sections() -> dict[str, Callable[..., Table]]:
 
     sections = (
         *(speed.startup, speed.export, speed.running, speed.rivals),
-        *(accuracy.evaluate, accuracy.gates, accuracy.precision, accuracy.ablation, serve.serve),
+        *(accuracy.gates, accuracy.precision, accuracy.ablation, serve.serve),
     )
     return {section.__name__: section for section in sections}
 
@@ -49,12 +49,10 @@ def main() -> int:
     """Run the requested sections; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("values", nargs="*", metavar="NAME=VALUE", help="of the sections")
-    parser.add_argument("--only", default=",".join(_sections()), help="sections: %(default)s")
+    parser.add_argument("--only", **names_of(_sections()), help="sections: %(default)s")
     parser.add_argument("--output", type=Path, default=PAGE, help="the page")
     options = parser.parse_args()
-    names, values = options.only.split(","), dict(v.partition("=")[::2] for v in options.values)
-    if unknown := set(names) - set(_sections()):
-        parser.error(f"there is no section '{min(unknown)}'; known: {', '.join(_sections())}")
+    names, values = options.only, dict(v.partition("=")[::2] for v in options.values)
     if unknown := set(values) - {key for name in names for key in _parameters(name)}:
         parser.error(f"no section takes a value '{min(unknown)}'")
     return max(_run_section(name, values, options.output) for name in names)

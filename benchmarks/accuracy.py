@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import statistics
 import tempfile
 import time
 from collections import Counter
@@ -65,7 +64,13 @@ class Network(NamedTuple):
 
 
 def export_networks(folder: Path, checkpoint: str, calib: str, eval: str) -> Iterator[Network]:
-    """Export van_digits, and the network of a checkpoint if one is given."""
+    """Export van_digits, and the network of a checkpoint if one is given.
+
+    Raises:
+        ValueError: not all of ``checkpoint``, ``calib`` and ``eval`` are given.
+    """
+    if any((checkpoint, calib, eval)) and not all((checkpoint, calib, eval)):
+        raise ValueError("give all of checkpoint=FILE, calib=FOLDER and eval=FOLDER, or none")
     digits = write_digits_folder(folder / "train", "train", 512)
     networks = [(EMBEDDED_NAME, digits, write_digits_folder(folder / "heldout", "heldout"))]
     if checkpoint:
@@ -74,40 +79,6 @@ def export_networks(folder: Path, checkpoint: str, calib: str, eval: str) -> Ite
         bundle = folder / Path(spec).name.partition(".")[0]
         run_van_deploy("export", spec, "--output", bundle)
         yield Network(bundle, *images)
-
-
-def evaluate(images: str = "", rounds: int = 3) -> Table:
-    """Evaluation throughput.
-
-    `van-deploy evaluate` of van_b0 in PyTorch and ONNX Runtime, from image files and from the same
-    images decoded and resized in advance (`.npz`). The ratio is the share of the time that is not
-    spent on decoding and resizing. Opening the networks counts in both.
-
-    Args:
-        images: folder of photographs; by default the digits in the package.
-        rounds: number of rounds.
-    """
-    table, ratios = Table(("round", "image files/s", "decoded images/s", "ratio")), []
-    with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
-        bundle, labels, decoded = (Path(name, file) for file in ("van_b0", "labels", "decoded.npz"))
-        run_van_deploy("export", "van_b0", "--weights", "random", "--output", bundle)
-        files = (
-            Path(images) if images else write_digits_folder(Path(name, "digits"), "heldout", 128)
-        )
-        values = decode(files, bundle)
-        labels.write_text("0\n" * len(values))
-        np.savez(decoded, images=values)
-        words = ("evaluate", bundle, "--labels", labels, "--images")
-        for number in range(1, rounds + 1):
-            seconds = [
-                run_van_deploy(*words, source, codes=(0, 1))["seconds"]
-                for source in (files, decoded)
-            ]
-            ratios.append(seconds[1] / seconds[0])
-            table.row(number, *(f"{len(values) / s:.1f}" for s in seconds), f"{ratios[-1]:.3f}")
-    median = statistics.median(ratios)
-    table.notes.append(f"{len(values)} images in batches of 32; median ratio {median:.3f}.")
-    return table
 
 
 def decode(images: Path | ImageSet, bundle: Path) -> Array:

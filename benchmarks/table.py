@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -83,6 +84,19 @@ def run_in_process(function: Callable[..., Any], *arguments: Any, **values: Any)
     """Return the result of a function that runs in a new process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments, **values).result()
+
+
+def names_of(known: Iterable[str]) -> dict[str, Any]:
+    """Return the settings of a command-line option for comma-separated names; by default all."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := {*names} - {*known}:
+            message = f"'{min(unknown)}' is not one of {', '.join(known)} (separated by commas)"
+            raise argparse.ArgumentTypeError(message)
+        return names
+
+    return {"type": parse, "default": ",".join(known), "metavar": "NAME,NAME"}
 
 
 def write_section(

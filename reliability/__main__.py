@@ -1,7 +1,7 @@
 """Run fuzzing, fault injection and load tests, and write their tables into docs/reliability.md.
 
 python -m reliability                               # everything, one to two hours
-python -m reliability --only fuzz requests
+python -m reliability --only fuzz,requests
 python -m reliability --only fuzz --kind image --count 500 --seed 7
 """
 
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.table import write_section
+from benchmarks.table import names_of, write_section
 from reliability import faults, fuzz, load, requests
 from reliability.kinds import KINDS
 from reliability.outcome import Outcome
@@ -26,10 +26,10 @@ PARTS = {"fuzz": fuzz.run, "requests": requests.run, "faults": faults.run, "load
 def main() -> int:
     """Run the requested parts; return 1 if one has a failure."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--only", **names_of(PARTS), help="parts: %(default)s")
     parser.add_argument("--count", type=int, default=0, help="of cases, images and requests")
     parser.add_argument("--seed", type=int, default=0, help="of fuzz and requests")
-    parser.add_argument("--kind", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--kind", **names_of(KINDS), help="kinds of files to fuzz: %(default)s")
     args, failures = parser.parse_args(), list[str]()
     for name in args.only:
         start, outcomes = time.monotonic(), list(PARTS[name](args))

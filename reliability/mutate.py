@@ -37,7 +37,7 @@ AREAS = {
     "gates": ("checks/*.py metrics.py intervals.py api.py", "cli/gates*.py pipeline.py"),
     "fold": ("graph/*.py", "pipeline.py"),
     "precision": ("precision/*.py", "cli/quantize.py"),
-    "labels": ("data/*.py images/*.py", "cli/gates*.py precision/*.py"),
+    "labels": ("data/*.py", "cli/gates*.py precision/*.py"),
     "bundle": ("bundle/*.py files.py manifest.py signing.py", "bundle.py pipeline.py *.py"),
     "engine": ("engine/*.py", "cli/build.py runners/*.py"),
 }
@@ -124,6 +124,9 @@ def test_mutant(
         python: runs the tests.
         tree: the copy in which the fault is put.
         failing: by area, the tests that fail without a mutant, which are not used; is extended.
+
+    Raises:
+        RuntimeError: the tests do not run without a mutant either.
     """
     target, area, found = tree / "van_deploy" / mutant["file"], mutant["area"], list[Path]()
     for pattern in " ".join(AREAS[area]).split():
@@ -132,7 +135,9 @@ def test_mutant(
     found.sort(key=lambda path: path.stem != f"test_{target.stem}")
     tests = [str(path) for path in dict.fromkeys(found)]
     if area not in failing:
-        failing[area] = run_pytest(python, tree, *tests)[1]
+        status, failing[area] = run_pytest(python, tree, *tests)
+        if status > bool(failing[area]):
+            raise RuntimeError(f"without a mutant, pytest exits with {status} for {area}")
     deselected = [f"--deselect={test}" for test in failing[area]]
     original, code = target.read_bytes(), mutant["after"].encode()
     target.write_bytes(original[: mutant["start"]] + code + original[mutant["end"] :])

@@ -1,7 +1,8 @@
 """Runs many small cases in one test: ``@each`` is ``parametrize`` with a single test item.
 
 For cases that take milliseconds and share their fixtures. All cases run; a failure lists every
-failed case with the traceback of the first. ``tmp_path`` is a new folder for each case, and
+failed case with the traceback of the first. Without a failure, a case that is skipped skips the
+test. ``tmp_path`` is a new folder for each case, and
 the fixture ``fresh`` is copied for each; a case must not change other fixtures.
 """
 
@@ -39,6 +40,7 @@ def each(
         @functools.wraps(test)
         def run_cases(**fixtures: Any) -> None:
             failed: list[tuple[Any, BaseException]] = []
+            skipped: list[BaseException] = []
             for number, values in enumerate(listed):
                 kwargs = {**fixtures, **dict(zip(chosen, values, strict=True))}
                 if "tmp_path" in kwargs:
@@ -48,12 +50,16 @@ def each(
                     kwargs[fresh] = _copy(kwargs[fresh], number)
                 try:
                     test(**kwargs)
+                except pytest.skip.Exception as skip:
+                    skipped.append(skip)
                 except (Exception, pytest.fail.Exception) as error:
                     failed.append((values, error))
             if failed:
                 lines = [f"{_short(values)}: {_short(error)}" for values, error in failed]
                 message = "\n".join([f"{len(failed)} of {len(listed)} cases failed", *lines])
                 raise AssertionError(message) from failed[0][1]
+            if skipped:
+                raise skipped[0]
 
         others = [p for name, p in signature.parameters.items() if name not in chosen]
         run_cases.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]

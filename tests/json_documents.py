@@ -32,7 +32,7 @@ def validate_json_output(document: Any, command: str) -> None:
     """
     names = [name for name in DOCUMENTS if name == command or name.startswith(f"{command}-")]
     errors = [list(_validator(name).iter_errors(document)) for name in names]
-    if all(errors) and errors:
+    if all(errors):
         worst = jsonschema.exceptions.best_match(min(errors, key=len))
         raise AssertionError(f"{command} --json: {worst.json_path}: {worst.message[:300]}")
 

@@ -32,3 +32,23 @@ def test_every_case_runs_in_its_own_folder(tmp_path: Path) -> None:
     assert seen == [("a", ["there"], []), ("b", ["there"], [])]
     assert str(caught.value).splitlines()[0] == "1 of 2 cases failed"
     assert caught.value.__cause__ is not None
+
+
+@each("outcomes, expected", [("skip pass", "skip"), ("fail skip", "fail"), ("skip fail", "fail")])
+def test_a_skipped_case_hides_no_failure(outcomes: str, expected: str) -> None:
+    ran: list[str] = []
+    ends: dict[str, Callable[[str], object]] = {
+        "skip": pytest.skip,
+        "fail": pytest.fail,
+        "pass": str,
+    }
+
+    @each("outcome", outcomes.split())
+    def cases(outcome: str) -> None:
+        ran.append(outcome)
+        ends[outcome]("why")
+
+    error = pytest.skip.Exception if expected == "skip" else AssertionError
+    with pytest.raises(error, match="why"):
+        run(cases)
+    assert ran == outcomes.split()

@@ -102,9 +102,8 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
             skipped = result.exit_code == 1 and "SKIPPED" in result.output
             assert result.exit_code == 3 or skipped, (written, result.output)
             assert result.stderr.startswith("error: "), result.output
-        elif result.exit_code == 1 and "no GPU" in result.output and not has_gpu:
-            assert "SKIPPED" in result.output, (written, result.output)  # an engine for one
-        elif result.exit_code == 1 and "inconclusive" in result.output.lower():  # few images
+        elif result.exit_code == 1:  # too few images to decide, or an engine without its GPU
+            assert re.search("(?i)inconclusive|skipped", result.output), (written, result.output)
             assert not re.search(r"\bFAIL", result.output), (written, result.output)
         else:
             assert result.exit_code == 0, (written, result.output)

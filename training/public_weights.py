@@ -75,10 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("dist"), help="folder of the bundles")
     parser.add_argument("--imagenet", type=Path, help="ImageNet's validation images")
     args = parser.parse_args(arguments)
-    variants = map(get_variant, args.variants)
+    try:
+        variants = [get_variant(name) for name in args.variants]
+    except VanDeployError as error:
+        parser.error(error.message)
     errors = {v.name: check_variant(v, args.output, args.imagenet) for v in variants}
-    for name, error in errors.items():
-        print(f"{name}: {error or 'as published'}")
+    for name, message in errors.items():
+        print(f"{name}: {message or 'passed'}")
     return int(any(errors.values()))
 
 

@@ -24,7 +24,15 @@ class Stopwatch:
         progress: receives the name of each stage.
 
     Attributes:
-        seconds: time of each stage that ended.
+        seconds: time of each stage that ended; of all its runs, if it ran several times.
+
+    >>> from unittest import mock
+    >>> clock = Stopwatch()
+    >>> with mock.patch("time.perf_counter", side_effect=[0, 1, 3, 7]):
+    ...     for stage in ("read", "write", "read", ""):
+    ...         clock.begin(stage)
+    >>> clock.seconds
+    {'read': 5.0, 'write': 2.0}
     """
 
     def __init__(self, progress: Progress = no_progress) -> None:
@@ -36,7 +44,8 @@ class Stopwatch:
         """End the current stage and begin another; "" for none."""
         now = time.perf_counter()
         if self._stage:
-            self.seconds[self._stage] = round(now - self._started, 3)
+            total = self.seconds.get(self._stage, 0.0) + now - self._started
+            self.seconds[self._stage] = round(total, 3)
         self._stage, self._started = stage, now
         if stage:
             self.progress(stage)

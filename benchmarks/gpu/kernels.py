@@ -60,11 +60,16 @@ class Call(NamedTuple):
 
 
 class Results:
-    """Rows, notes and facts in a JSON file that is replaced at each new row or note."""
+    """Rows, notes and facts in a JSON file that is replaced at each new row or note.
+
+    Attributes:
+        failures: how many kernels and networks failed; a note says why.
+    """
 
     def __init__(self, path: Path, **facts: Any) -> None:
         """Start without rows."""
         self.path, self.facts = path, facts
+        self.failures = 0
         self.document: dict[str, Any] = {"rows": [], "notes": [], "facts": facts}
 
     def add(self, kind: str, value: Any) -> None:
@@ -79,6 +84,7 @@ class Results:
         try:
             yield
         except Exception as error:
+            self.failures += 1
             self.add("notes", f"{what}: {type(error).__name__}: {error}"[:600])
 
 
@@ -296,8 +302,8 @@ def time_network(args: Any, results: Results, model: FusedVan, x: torch.Tensor, 
         graph = capture(lambda: model(x)) if ON_GPU else None
         seconds = replay_seconds(graph, 0.25) if graph else call_seconds(lambda _: model(x), 1)
         labels = {"network": args.variant, "batch": len(x), "precision": args.dtype}
-        what = f"the network as a CUDA graph, {tiles} tiles"
-        results.add("rows", {**labels, "what": what, "ms": seconds * 1e3})
+        what = "the network as a CUDA graph" if graph else "the network"
+        results.add("rows", {**labels, "what": f"{what}, {tiles} tiles", "ms": seconds * 1e3})
 
 
 def count(args: Any, model: FusedVan, batch: int) -> None:
@@ -317,6 +323,8 @@ def count(args: Any, model: FusedVan, batch: int) -> None:
 def store(path: Path) -> int:
     """Write the tuned tiles to the file that the package reads."""
     facts = json.loads(path.read_text())["facts"]
+    if facts["capability"] == "0.0":
+        raise SystemExit(f"'{path}' was written without a GPU: there is nothing to store")
     name = f"tuned_sm{facts['capability'].replace('.', '')}.json"
     target = Path(launch.__file__).with_name(name)
     stored = json.loads(target.read_text()) if target.is_file() else {}
@@ -328,7 +336,7 @@ def store(path: Path) -> int:
 
 
 def main() -> int:
-    """Run the requested steps."""
+    """Run the requested steps; return 1 if a kernel or a network failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("step", choices=["count", "check", "network", "all", "store"])
     parser.add_argument("--variant", default="van_b0", help="one or several, comma-separated")
@@ -343,6 +351,8 @@ def main() -> int:
         return store(args.out)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
+    if unknown := {*variants} - {*CONFIGURATIONS}:
+        parser.error(f"'{min(unknown)}' is not one of {', '.join(CONFIGURATIONS)}")
     models = {name: fused_network(name, DTYPES[args.dtype]) for name in variants}
     if args.step == "count":
         for args.variant, batch in itertools.product(variants, batches):
@@ -360,9 +370,10 @@ def main() -> int:
             time_network(args, results, model, x, "stored")
         if args.step != "network":
             tune_network(args, results, model, x, bandwidth)
-        if args.step == "all":
+        if args.tries > 1:
             time_network(args, results, model, x, "tuned")
-    return 0
+    print(f"{results.failures} kernels and networks failed")
+    return int(results.failures > 0)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,12 @@
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 SIZE, SHORT_SIDE = 224, 248  # preprocessing.image_size, and that over crop_pct
 
-image = Image.open("photo.jpg").convert("RGB")
-scale = SHORT_SIDE / min(image.size)
-width, height = (
-    SHORT_SIDE if side == min(image.size) else int(side * scale) for side in image.size
-)
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+width, height = (SHORT_SIDE * side // min(image.size) for side in image.size)
 image = image.resize((width, height), Image.Resampling.BICUBIC)
 left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
 pixels = np.asarray(image.crop((left, top, left + SIZE, top + SIZE)))[None]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tests.serve.conftest import pixels_of
 from van_deploy.bundle import Bundle
@@ -34,8 +34,10 @@ def test_python_example(digits: Bundle, tmp_path: Path) -> None:
     assert "SIZE, SHORT_SIDE = 224, 248" in source
     (tmp_path / "main.py").write_text(source.replace("224, 248", sizes))
     shutil.copy(digits.path / "model.uint8.onnx", tmp_path)
-    noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(image)
+    noise = np.random.default_rng(0).integers(0, 256, (47, 94, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # as of a camera held upright
+    Image.fromarray(noise).save(image, exif=exif)
     with Network(digits, "fp32-uint8") as network:
         (logits,) = network.run(pixels_of(digits, [image]))["logits"]
     assert run([sys.executable, "main.py"], tmp_path) == f"{np.argsort(-logits)[:5]}\n"

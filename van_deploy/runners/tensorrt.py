@@ -18,7 +18,7 @@ from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.messages import BuildLog, error_from_log
-from van_deploy.engine.sidecar import Sidecar, load_sidecar, sidecar_path
+from van_deploy.engine.sidecar import Sidecar, sidecar_path
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, check_input, gpu_index, select_profile
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
@@ -74,7 +74,7 @@ class TensorRtRunner(Runner):
         sidecar: Sidecar | None = None
         # A trusted plan may lack a sidecar; an existing one is checked nevertheless.
         if not (self.trust_engine and self.plan.is_file() and not sidecar_path(self.plan).exists()):
-            sidecar = load_sidecar(self.plan)
+            sidecar = Sidecar.load(self.plan)
             require_compatible(sidecar, detect_host(device=self._index))
         self.backend: Backend = load_backend(sidecar.backend if sidecar else self._default_backend)
         self.cuda = require_cuda(self._index)
@@ -98,23 +98,28 @@ class TensorRtRunner(Runner):
         self._stream = self.cuda.create_stream(stack)
         self._binding: tuple[int, ...] = ()
         self._profile: dict[int, int] = {}
-        self._batch_stack = stack.enter_context(ExitStack())  # closed first
         self._largest_batch: DeviceBatch | None = None
+        stack.callback(self._free_largest_batch)  # before the stream and the engine
 
     def _release(self) -> None:
         """Release TensorRT's objects, each before the one that created it."""
         self.contexts.clear()
         self._config = self._engine = self._runtime = None
 
+    def _free_largest_batch(self) -> None:
+        """Free the buffers that are kept between calls."""
+        if self._largest_batch is not None:
+            self._largest_batch.close()
+            self._largest_batch = None
+
     def run_all(self, batch: npt.NDArray[Any]) -> Outputs:
         """Return every output by name, in the engine's types; see :meth:`Runner.run_all`.
 
-        The buffers for the largest batch are kept between calls.
+        The buffers for the largest batch are kept between calls with images of one size.
         """
         self._check(batch)
         if self._largest_batch is None:
             self._largest_batch = self._allocate(max(profile.max for profile in self.profiles))
-            self._batch_stack.callback(self._largest_batch.close)
         return self._largest_batch.infer(batch)
 
     def resident_batch(self, images: npt.NDArray[Any]) -> DeviceBatch:
@@ -130,7 +135,8 @@ class TensorRtRunner(Runner):
         check_input(images, self._declared_row, dtype, self.profiles)
         if images.shape[1:] == row:
             return
-        row, self._largest_batch = images.shape[1:], None  # the old one is freed on closing
+        row = images.shape[1:]
+        self._free_largest_batch()  # else each change of the size would keep one more
         context, profile = self._context(0), self.profiles[self._profile.get(0, 0)]
         if not context.set_input_shape(self._input, (profile.min, *row)):
             raise self._rejected(f"images of {row[1]} x {row[2]}")
