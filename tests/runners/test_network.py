@@ -16,6 +16,7 @@ from van_deploy.config import RunnerSettings
 from van_deploy.engine.backend import detect_host
 from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
+from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import Network, SkipReason, TensorSpec
 from van_deploy.serve.predict import predict
 
@@ -74,7 +75,7 @@ def test_outputs_that_are_not_finite_have_no_classes(
 ) -> None:
     values = np.zeros((3, 5), np.float32)
     values[1, 4] = value
-    outputs = {name: values, TOP_CLASSES: np.zeros((3, 5), np.int64)}
+    outputs: Outputs = {name: values, TOP_CLASSES: np.zeros((3, 5), np.int64)}
     with pytest.raises(ConversionError, match="NaN or infinite values for 1 of 3 images"):
         Network(bundle, "fp32").top_classes(outputs, 2)
 

@@ -102,13 +102,21 @@ def test_configuration_of_plans_with_static_and_dynamic_profiles(
     assert config == text_format.Parse(PLANS, schema.ModelConfig())
 
 
-def test_preferred_batch_sizes_come_from_the_benchmark(digits: Bundle) -> None:
-    rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0}
-    rows = [{"contender": "ort-cpu/fp32", "batch": n, "images_per_s": r} for n, r in rates.items()]
-    rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
-    checks = {**digits.manifest.checks, "bench": {"rows": rows}}
-    measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
+def test_preferred_batch_sizes_come_from_the_benchmark(with_plans: PlanMaker) -> None:
+    rates = {"ort-cpu/fp32": (100, 195, 200), "ort-cuda/fp32": (7, 9, 5)}
+    rates |= {"tensorrt/plan-sm_89": (9, 8, 0), "openvino/fp32": (999, 0, 0)}
+    rates |= {"ort-cpu/int8": (999, 0, 0)}
+    rows = [
+        {"contender": name, "batch": batch, "images_per_s": rate}
+        for name, of_name in rates.items()
+        for batch, rate in zip((2, 4, 8), of_name, strict=True)
+    ]
+    bundle = with_plans()
+    checks = {**bundle.manifest.checks, "bench": {"rows": rows}}
+    measured = Bundle(bundle.path, bundle.manifest.model_copy(update={"checks": checks}))
     assert triton.preferred_batches(Network(measured, "fp32-uint8")) == [4, 8]
+    assert triton.preferred_batches(Network(measured, "fp32"), gpu=True) == [4]
+    assert triton.preferred_batches(Network(measured, "plan-sm_89")) == [2]
 
 
 def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> None:
@@ -313,15 +321,14 @@ def test_client_prints_the_golden_prediction(
 
 @each("rounding", ["even", "floor"])
 @each("mode", ["center", "squash", "border"])
-@each(
-    ("size", "resize"), [(64, 64), (64, 73), ((64, 96), 100), ((64, 96), (70, 99)), (64, (70, 90))]
-)
+@each("sizes", [(64, 64), (64, 73), ((64, 96), 100), ((64, 96), (70, 99)), (64, (70, 90))])
 def test_client_preprocessing_matches_the_library(
-    digits: Bundle, tmp_path: Path, mode: str, size: Any, resize: Any, rounding: str
+    digits: Bundle, tmp_path: Path, mode: Any, sizes: Any, rounding: Any
 ) -> None:
-    changes = {"image_size": size, "crop_mode": mode, "resize_size": resize, "mean": (0.3,) * 3}
+    resized = {"image_size": sizes[0], "resize_size": sizes[1], "crop_mode": mode}
     network, file = Network(digits, "fp32-uint8"), tmp_path / "client.py"
-    preprocessing = replace(digits.manifest.preprocessing, crop_rounding=rounding, **changes)
+    preprocessing = digits.manifest.preprocessing.override(**resized, mean=0.3)
+    preprocessing = replace(preprocessing, crop_rounding=rounding)
     network.preprocessing = preprocessing
     file.write_text(render_client(triton.TritonModel(NAME, "onnxruntime", network)))
     pixels_from_file = runpy.run_path(str(file))["pixels_from_file"]

@@ -365,13 +365,12 @@ class Network:
                 f"'{self.name}' returns only {scores.shape[1]} classes, not {count}.",
                 f"Request {scores.shape[1]}, or use another artifact.",
             )
-        names = self.bundle.manifest.class_names
-
-        def named_class(index: int, probability: float) -> NamedClass:
-            return NamedClass(index, names[index] if names else str(index), probability)
-
-        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
-        return [tuple(map(named_class, *row)) for row in rows]
+        manifest = self.bundle.manifest
+        names = manifest.class_names or [*map(str, range(manifest.architecture.num_classes))]
+        return [
+            tuple(NamedClass(i, names[i], share) for i, share in zip(*row, strict=True))
+            for row in zip(classes.tolist(), ranked.tolist(), strict=True)
+        ]
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:

@@ -165,15 +165,17 @@ def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -
     return TritonModel(model_name, "tensorrt", network, files, first, capabilities)
 
 
-def preferred_batches(network: Network) -> list[int]:
+def preferred_batches(network: Network, *, gpu: bool = False) -> list[int]:
     """Return the preferred batch sizes of the dynamic batcher.
 
-    These are the sizes with 90 % of the best throughput in the bundle's benchmark; without a
-    benchmark, the bundle's optimum and the largest size.
+    These are the sizes with 90 % of the best throughput in the bundle's benchmark of the plan, or
+    of the graph in ONNX Runtime; without one, the bundle's optimum and the largest size.
     """
-    manifest, plain, rates = network.bundle.manifest, network.name.split("-")[0], dict[int, float]()
+    manifest, rates = network.bundle.manifest, dict[int, float]()
+    runtime = "tensorrt" if network.is_engine else "ort-cuda" if gpu else "ort-cpu"
+    contenders = {f"{runtime}/{name}" for name in (network.name, network.name.split("-")[0])}
     for row in manifest.checks.get("bench", {}).get("rows", ()):
-        if plain in str(row["contender"]).replace("/", " ").split():
+        if row["contender"] in contenders:
             rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
     good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
     good = good or [manifest.batch.opt, network.max_batch]
@@ -223,7 +225,7 @@ def model_config(
         "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
-            "preferred_batch_size": preferred_batches(network),
+            "preferred_batch_size": preferred_batches(network, gpu=settings.gpu),
             "max_queue_delay_microseconds": settings.queue_delay_us,
             "default_queue_policy": {
                 "max_queue_size": settings.queue_limit,
