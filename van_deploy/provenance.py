@@ -13,7 +13,12 @@ from van_deploy import __version__
 from van_deploy.environment.packages import installed_version
 from van_deploy.errors import UsageError
 
-EXPORT_TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "pillow")
+# Distributions of ONNX Runtime; usually one of them is installed.
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+EXPORT_TOOLS = (
+    *("torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "numpy", "pillow"),
+    *ONNXRUNTIMES,
+)
 
 
 def tool_versions(*distributions: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, normalise
-from van_deploy.provenance import code_digest
+from van_deploy.provenance import ONNXRUNTIMES, code_digest, tool_versions
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -65,7 +65,9 @@ def embed_artifacts(
     preprocessing, results = bundle.manifest.preprocessing, list[EmbedResult]()
     kind, embedding, outputs = settings.embeds, settings.embed_preprocess, list(settings.outputs)
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
-    made_with: dict[str, Any] = {**inside, "code": code_digest("graph")}
+    code = code_digest(".", "graph", "model", "runners", "serve")
+    versions = tool_versions("onnx", *ONNXRUNTIMES, "numpy")
+    made_with: dict[str, Any] = {**inside, "code": code, "versions": versions}
     with edit_bundle(bundle.path) as draft:
         for base, source in bundle.artifacts.items():
             if source.kind != "onnx":
