@@ -49,7 +49,7 @@ def test_help_lists_every_command_with_its_options_and_an_example(cli: Cli) -> N
         assert max(map(len, page.splitlines())) <= 100, name
         assert "…" not in page, name
     for name, shown in (
-        ("bench", "--batches INTEGER,... Batch sizes. [default: 1,8]"),
+        ("bench", "--batches INTEGER,... Batch sizes. Unless given, a static graph"),
         ("bench", "[default: 3.0; above 0]"),
         ("build", "--batch MIN:OPT:MAX,... Batch sizes"),
         ("build", "[auto, tensorrt, tensorrt-rtx, inductor; default: auto]"),
@@ -83,6 +83,7 @@ def os_error(number: int) -> OSError:
         ),
         (KeyboardInterrupt(), 130, "Interrupted.", ""),
         (os_error(errno.ENOSPC), 3, "'dist/place': No space left on device.", "Free some space"),
+        (OSError(errno.ENOSPC, "", "a", None, "dist/place"), 3, "'dist/place': No s", "Free some"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "Cannot wr", "Free"),
         (MemoryError(), 3, NO_MEMORY, "Use a smaller batch"),
         (RuntimeError(ALLOC), 3, f"{NO_MEMORY} ([enforce", "Use a smaller batch"),

@@ -139,6 +139,12 @@ class EvaluationSettings(EvaluateSettings, _Check, _Artifacts, _Allowances):
     on: Literal["here", "ray"] = option("here")
     ray_address: str = option("")
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield the address of a cluster that is not used, besides the base's conflicts."""
+        yield from super().conflicts()
+        if self.ray_address and self.on != "ray":
+            yield "{ray_address} needs {on} ray.", "Add {on} ray."
+
 
 class DriftSettings(_Weights, _Artifacts):
     """The options of ``van-deploy drift``.
@@ -219,6 +225,8 @@ class FleetSettings(Table):
         """Yield a Ray cluster without a matrix."""
         if self.matrix is None and self.on != "here":
             yield "{on} needs {matrix}.", "Write a fleet file, and give it with {matrix}."
+        if self.ray_address and self.on != "ray":
+            yield "{ray_address} needs {on} ray.", "Add {on} ray."
 
 
 class Budget(Table):
@@ -272,7 +280,7 @@ class BenchSettings(Table):
 
     Attributes:
         device: cuda:N, or cpu; by default cuda:0, or cpu without a GPU.
-        batches: Batch sizes.
+        batches: Batch sizes. Unless given, a static graph's own, and with --p99-ms 1,2,4 to 64.
         runners: Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * matches any text. All
             available runners by default.
         reference: Runner that ratios compare with; the first that runs if it does not. On a GPU,
@@ -280,7 +288,7 @@ class BenchSettings(Table):
         threads: Threads of each runner; all cores by default.
         streams: Calls in flight at the same time.
         image_sizes: Input sizes besides the bundle's own, such as 192,224x320.
-        p99_ms: Find each runner's best batch with p99 below this.
+        p99_ms: Find each runner's best batch with p99 below this (in ms).
         roofline: Measure the device's limits and compare.
         profile: Add the time by layer type.
         tf32: Let FP32 compute in TF32.
