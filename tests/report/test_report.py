@@ -161,7 +161,7 @@ def test_failed_checks_come_first_and_have_a_colour(
     assert verdicts.rows[0] == [state, "preprocessing/0.png", "not as PyTorch"]
     assert verdicts.rows[1][:2] == [state, "top-1 of fp32"]
     assert verdicts.rows[1][2].endswith("; not as PyTorch")
-    assert "| fp32 | not verified: `van-deploy verify` |" in markdown_from_document(document)
+    assert "| fp32 | no result: `van-deploy verify` |" in markdown_from_document(document)
     html = html_from_document(document)
     assert html.count(f'<span class="badge {tone}">{state}</span>') >= 3
     assert f"{state}</text>" in html, "next to the interval"

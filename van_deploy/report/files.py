@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, edit_bundle
+from van_deploy.checks.gates import outcome_of
 from van_deploy.config.sizes import format_size
 from van_deploy.documents import limit_lines, plain
 from van_deploy.errors import BundleError, InputError
@@ -129,8 +130,10 @@ def _sections(
     done = {*checks, *(e[key] for e in artifacts.values() for key in ("precision", "kind"))}
     missing = [(name, message) for state, name, message in verdicts if state == "SKIPPED"]
     missing += [(name, command) for name, command in COMMANDS.items() if name not in done]
-    verified = checks.get("verify", {}).get("artifacts", artifacts)
-    missing += [(n, "not verified: `van-deploy verify`") for n in artifacts if n not in verified]
+    for command, key in (("verify", "artifacts"), ("evaluate", "losses")):
+        check = checks.get(command, {key: artifacts})
+        found = {**check[key], **check.get("skipped", {})}
+        missing += [(n, f"no result: `van-deploy {command}`") for n in artifacts if n not in found]
     yield "Not measured", table(missing, "name = 0 name; reason = 1")
 
 
@@ -167,12 +170,12 @@ def _verdicts(manifest: Entry) -> Iterator[Verdict]:
 def _quantize_verdict(name: str, facts: Entry) -> Verdict:
     """Return the verdict of the gates that ``quantize`` applied, as in its exit code."""
     (row,) = (row for row in facts["comparison"] if row["requested"])
-    found = facts.get("golden_check", {}).get("findings", ())
+    found = (facts.get("golden_check") or {}).get("findings", ())
     failed, undecided = (
         [*row[key], *(f["message"] for f in found if f["outcome"] == outcome)]
         for key, outcome in (("failures", "fail"), ("inconclusive", "inconclusive"))
     )
-    if not facts.get("search", {}).get("passed", True):
+    if not (facts.get("search") or {"passed": True})["passed"]:
         failed.append("no plan was within the accuracy budget")
     state = "FAIL" if failed else "INCONCLUSIVE" if undecided else "PASS"
     measured = f"SQNR {doc.format_value(row['sqnr_db'], '.1f')} dB on {row['images']} images"
@@ -247,10 +250,11 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 def append_summary(report: CheckReport, path: Path) -> None:
     """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``."""
+    rejected = [row.finding for row in report.rows if not report.allowed.accepts(row.finding)]
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
-        state="PASS" if report.passed else "FAIL",
+        state="PASS" if report.passed else state_text(outcome_of(rejected).value),
         note=f"{len(report.rows)} rows",
         sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )
