@@ -290,7 +290,11 @@ def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) 
 
     async def serve_http() -> int:
         await server.serve(sockets=[bound])
-        return len(server.server_state.tasks)
+        unfinished = tuple(server.server_state.tasks)
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        return len(unfinished)
 
     async def serve() -> int:
         loop = asyncio.get_running_loop()
