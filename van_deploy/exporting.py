@@ -25,7 +25,7 @@ from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
 from van_deploy.graph.fold import fold_van
-from van_deploy.manifest import MANIFEST, GoldenInfo, GraphInfo, NetworkInfo
+from van_deploy.manifest import GoldenInfo, GraphInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import VARIANT_NAMES
@@ -79,7 +79,7 @@ def load_model(
     preprocessing = recipe.preprocessing.model_dump()
     if export.dynamic_size is not None and preprocessing["image_size"] is None:
         preprocessing["image_size"] = export.dynamic_size.opt
-    if (Path(spec) / MANIFEST).exists():
+    if Bundle.exists(Path(spec)):
         raise UsageError(
             f"'{spec}' is a bundle, and a bundle is made from weights.",
             "Give the weights, or use the bundle with `van-deploy quantize`, `build` or `verify`.",
@@ -171,6 +171,9 @@ def export_bundle(
                         draft.artifacts[other.name] = other.model_copy(
                             update={"golden_sqnr_db": {}}
                         )
+    elif (manifest := Bundle.open(output).manifest).weights != loaded.source:
+        with edit_bundle(output) as draft:  # the weights were moved
+            draft.description = _network_info(loaded, recipe, manifest.golden)
     clock.begin("")
     notes, why = loaded.source.notes, reason or "nothing changed"
     return ExportResult(Bundle.open(output), not reason, why, notes, clock.seconds)
@@ -269,6 +272,7 @@ def _cache_key(loaded: LoadedVan, recipe: Recipe, inputs: Images) -> dict[str, A
     return {
         "name": loaded.name,
         "weights": loaded.source.sha256,
+        "container": loaded.source.container,
         "architecture": asdict(loaded.config),
         "preprocessing": loaded.preprocessing.as_dict(),
         "class names": content_key({"names": loaded.class_names or ()}),

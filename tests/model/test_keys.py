@@ -223,4 +223,6 @@ def test_unknown_head_layers_must_be_given(tmp_path: Path, state: State) -> None
     for head in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
         message = error_of(UsageError, load, tmp_path, content, head).message
         assert message.startswith(f"--head {head} does not match: its layers are linear, ?")
+    message = error_of(UsageError, load, tmp_path, content, "linear,tanh,linear,sigmoid").message
+    assert message.startswith("The head ends with a sigmoid")
     assert "not a sequence" in error_of(UsageError, load, tmp_path, state, "linear").message

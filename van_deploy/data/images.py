@@ -152,18 +152,18 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
     """Return the image files under ``folder``, at any depth, sorted by their path.
 
     Files are selected by suffix (:data:`SUFFIXES`, in either case). Hidden files and folders are
-    ignored. Symbolic links are followed; each folder is visited once, so cycles of links end.
+    ignored. Symbolic links are followed, except to a folder that contains them.
 
     Raises:
         ImageError: the folder does not exist, is not a folder, cannot be read, or has no image.
     """
-    images: list[Path] = []
-    visited: set[str] = set()
-    for parent, folders, files in os.walk(folder, onerror=_raise_read_error, followlinks=True):
-        real_path = os.path.realpath(parent)
-        is_visited, visited = real_path in visited, visited | {real_path}
-        folders[:] = [] if is_visited else [name for name in folders if name[0] != "."]
-        paths = [Path(parent, name) for name in files if name[0] != "." and not is_visited]
+    images, root = list[Path](), Path(folder)
+    chains: dict[str, tuple[str, ...]] = {}  # the real paths of each folder and those above it
+    for parent, folders, files in os.walk(root, onerror=_raise_read_error, followlinks=True):
+        above, real_path = chains.get(os.path.dirname(parent), ()), os.path.realpath(parent)
+        chains[parent], is_cycle = (*above, real_path), real_path in above
+        folders[:] = [] if is_cycle else [name for name in folders if name[0] != "."]
+        paths = [Path(parent, name) for name in files if name[0] != "." and not is_cycle]
         images += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not images:
         message = f"There is no image in '{folder}' or its subfolders."

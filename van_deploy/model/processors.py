@@ -45,7 +45,8 @@ _KNOWN_KEYS = re.compile(  # read below, or without effect on the pixels
 )
 # Keys that :func:`from_arguments` reads.
 _TIMM_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-ARGUMENT_KEYS = (*_TIMM_KEYS, "img_size", "input_size", "val_resize_size", "val_crop_size")
+_SIZE_KEYS = ("img_size", "image_size", "input_size")
+ARGUMENT_KEYS = (*_TIMM_KEYS, *_SIZE_KEYS, "val_resize_size", "val_crop_size")
 
 
 def _require(supported: object, key: str, value: object, reason: str = "not supported") -> None:
@@ -64,7 +65,9 @@ def from_arguments(args: Source) -> Values:
         _require(backend.lower() == "pil", "backend", backend, "but only pil is supported")
         sizes = _resize_and_crop(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
         return {**_IMAGENET, "interpolation": args.get("interpolation"), **sizes}
-    size = list(args.get("input_size") or ())[1:] or args.get("img_size")
+    shape = args.get("input_size") or ()
+    _require(isinstance(shape, list | tuple), "input_size", shape, "not channels, height, width")
+    size = list(shape[1:]) or args.get("img_size") or args.get("image_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
     return {key: args.get(key) for key in _TIMM_KEYS} | {"image_size": parse_image_size(size)}
 
@@ -131,7 +134,7 @@ def from_openmmlab(config: Source) -> Values:
     pipeline = config.get("test_pipeline") or (loader.get("dataset") or {}).get("pipeline") or []
     steps = [*pipeline, *(config.get("train_pipeline") or [])]
     steps += [s for step in steps if isinstance(step, dict) for s in step.get("transforms") or []]
-    steps += [config.get("data_preprocessor"), model.get("data_preprocessor")]
+    steps += [model.get("data_preprocessor"), config.get("data_preprocessor")]
     steps += [config.get("img_norm_cfg")]
     colour: Source = next((s for s in steps if isinstance(s, dict) and s.get("mean")), {})
     rgb = not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb")

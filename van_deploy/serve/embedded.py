@@ -63,7 +63,7 @@ def embed_artifacts(
         GateFailed: an embedded graph differs from its plain graph; nothing was written.
     """
     preprocessing, results = bundle.manifest.preprocessing, list[EmbedResult]()
-    embedding, outputs = settings.embed_preprocess, list(settings.outputs)
+    kind, embedding, outputs = settings.embeds, settings.embed_preprocess, list(settings.outputs)
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
     code = code_digest(".", "graph", "model", "runners", "serve")
     versions = tool_versions("onnx", *ONNXRUNTIMES, "numpy")
@@ -72,8 +72,8 @@ def embed_artifacts(
         for base, source in bundle.artifacts.items():
             if source.kind != "onnx":
                 continue
-            kind, path = "outputs" if embedding == "none" else embedding, bundle.verified_path(base)
-            name, made_with = f"{base}-{kind}", {**made_with, "base": source.sha256}
+            path, made_with = bundle.verified_path(base), {**made_with, "base": source.sha256}
+            name = f"{base}-{kind}"
             if not bundle.rebuild_reason(name, made_with):
                 results.append(EmbedResult(name, base, reused=True, agreement=None))
                 continue
