@@ -119,7 +119,8 @@ class Int8Builder:
         """
         budget, search = self.settings.max_drop, None
         if budget is not None:
-            require_resolution(budget, len(self.images.search))
+            sets = self.images
+            require_resolution(budget, len(sets.search), len(sets.calibration) + len(sets.held_out))
         plan, techniques = self._apply_techniques(layers)
         correct = any(t["used"] and t["name"] == "bias_correction" for t in techniques)
 
@@ -243,8 +244,8 @@ def rank_layers(
     return tuple(sorted(layers, key=lambda layer: layer.ranking_db))
 
 
-def require_resolution(max_drop: float, images: int) -> None:
-    """Check that ``images`` images can resolve a drop of ``max_drop`` percentage points.
+def require_resolution(max_drop: float, images: int, selected: int) -> None:
+    """Check that ``images`` of ``selected`` images can resolve ``max_drop`` percentage points.
 
     Raises:
         ImageError: a single image is more than the budget.
@@ -253,7 +254,8 @@ def require_resolution(max_drop: float, images: int) -> None:
         raise ImageError(
             f"A budget of {max_drop:g} points cannot be searched on {images} images: "
             f"one label is {100 / images:.2g} points.",
-            f"Give {math.ceil(100 / max_drop)} calibration images or more, or a larger --max-drop.",
+            "Give a larger --max-drop, or a calibration set (--calibration FILE.toml) with count = "
+            f"{math.ceil(math.ceil(100 / max_drop) * selected / images)} and as many images.",
         )
 
 
