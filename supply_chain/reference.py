@@ -243,7 +243,8 @@ def _types(value: JsonSchema) -> list[tuple[str, str]]:
         return [(f"Literal[{literals}]", " \\| ".join(f"`{name}`" for name in value["enum"]))]
     if value["type"] == "array":
         return [(f"Sequence[{_python_type(value['items'])}]", f"list of {_words(value['items'])}")]
-    python, words = TYPES[value.get("format", value["type"])]
+    kind = "object" if "properties" in value else value.get("format", value["type"])
+    python, words = TYPES[kind]
     limits = {word: value[key] for word, key in LIMITS.items() if key in value}
     return [(python, f"{words} {format_range(limits)}".strip())]
 

@@ -6,14 +6,17 @@ import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import van_deploy as vd
 from tests.artifacts import Copy
 from tests.conftest import Cli
+from tests.each import each
+from tests.errors import error_of
 from van_deploy.bundle import Bundle
 from van_deploy.config import Recipe
 from van_deploy.errors import UsageError
@@ -87,6 +90,30 @@ def test_bundle_sees_other_changes(copy_bundle: Copy, digits_bundle: Bundle) -> 
     wrong: Any = {"precison": "fp16"}
     with pytest.raises(UsageError, match=r"^The key 'precison=' is unknown\.\n"):
         second.quantize(**wrong)
+
+
+WRONG_TYPES: list[tuple[Callable[[Path], object], str]] = [
+    (lambda _: vd.open_bundle(cast(Any, 3)), "'path=' is 3: it should be a path."),
+    (lambda path: vd.open_bundle(path, require_signature=cast(Any, 3)), "'require_signature=' is"),
+    (lambda path: vd.open_bundle(path).check(cast(Any, 3)), "'baseline=' is 3: it should be a pat"),
+    (lambda path: vd.open_bundle(path).report(cast(Any, 3)), "'output=' is 3: it should be a path"),
+    (lambda path: vd.open_bundle(path).package(cast(Any, 3)), "'output=' is 3: it should be a pat"),
+    (lambda path: vd.open_bundle(path).predict(cast(Any, 3)), "as an object of the type 'int'."),
+    (lambda path: vd.open_bundle(path).predict([cast(Any, 3)]), "as an object of the type 'int'."),
+    (lambda _: vd.export("van_digits", cast(Any, 3)), "'output=' is 3: it should be a path."),
+    (lambda _: vd.export("van_digits", images=cast(Any, 3)), "'images=' is 3: it should be a path"),
+    (lambda _: vd.export("van_digits", offline=cast(Any, "no")), "'offline=' is 'no': it should"),
+    (lambda _: vd.run_recipe("van_digits", cast(Any, 3)), "'output=' is 3: it should be a path."),
+    (lambda _: vd.run_recipe("van_digits", changes=cast(Any, {3: 4})), "'changes=' is {3: 4}: it"),
+    (lambda _: vd.read_recipe(cast(Any, 3)), "'path=' is 3: it should be a path."),
+]
+
+
+@each("call, message", WRONG_TYPES)
+def test_arguments_of_another_type(
+    digits_bundle: Bundle, call: Callable[[Path], object], message: str
+) -> None:
+    assert message in error_of(UsageError, call, digits_bundle.path).message
 
 
 def test_bytes_and_files_give_the_same_prediction(digits_bundle: Bundle) -> None:

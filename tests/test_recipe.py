@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from supply_chain.reference import generated_files
@@ -125,8 +126,22 @@ def test_fp16_ignores_options_of_int8(path: Path) -> None:
     assert (int8.keep, half.keep, int8.equalize) == (("block1.0",), ("block1.0",), False)
 
 
-@each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8"])
-def test_invalid_batch_ranges(text: str) -> None:
+SHORT_FORMS: list[tuple[dict[str, Any], int]] = [
+    ({"batch": 8}, 8),
+    ({"batch": "1:2:4"}, 4),
+    ({"batch": {"max": 16}}, 16),
+    ({"export": {"dynamic_size": "64:96x64:128"}, "engines": {"batch": ["1", "2:4:8"]}}, 32),
+]
+
+
+@each("tables, largest", SHORT_FORMS)
+def test_ranges_are_a_text_a_table_or_one_batch(tables: dict[str, Any], largest: int) -> None:
+    assert validate(Recipe, tables).batch.max == largest
+    jsonschema.validate(tables, Recipe.model_json_schema())
+
+
+@each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8", True, [1]])
+def test_invalid_batch_ranges(text: object) -> None:
     with pytest.raises(UsageError, match=r"should be min:opt:max|is not min <= opt <= max"):
         validate(BatchRange, text)
 

@@ -13,6 +13,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+import van_deploy as vd
+from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from tests.json_documents import edit_json
@@ -205,6 +207,17 @@ def test_commands_refuse_unsigned_and_changed_bundles(
         assert "is not the ONNX file of a network" in cli(*words).stderr
     (bundle / "labels.txt").write_text("cat\n")
     assert f"'{bundle}/labels.txt' was changed" in cli.fails(5, *words)
+
+
+def test_bench_leaves_a_signed_bundle_as_it_is(
+    digits_bundle: Bundle, copy_bundle: Copy, key: Path, public_key: Path
+) -> None:
+    bundle = copy_bundle(digits_bundle)
+    sign_bundle(bundle, key)
+    options: Any = {"runners": ["ort-cpu"], "batches": [1], "roofline": False, "device": "cpu"}
+    options |= {"seconds": 0.05, "calls": 1, "rounds": 1, "limit": 0.05, "warmup": 0.0}
+    assert vd.open_bundle(bundle, require_signature=public_key).benchmark(**options).rows
+    open_signed_bundle(bundle, public_key)
 
 
 def test_missing_cryptography(

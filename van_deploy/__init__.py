@@ -44,14 +44,16 @@ __version__ = "0.1.0"
 _MODULES = ("errors", "documents", "config", "recipe", "api", "model.checkpoint")  # fast first
 
 
-def __getattr__(name: str) -> Any:
-    """Import and return a public name."""
-    if name in __all__:
-        for module_name in _MODULES:
-            module = importlib.import_module(f"van_deploy.{module_name}")
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")
+if not TYPE_CHECKING:  # a type checker would accept every name
+
+    def __getattr__(name: str) -> Any:
+        """Import and return a public name."""
+        if name in __all__:
+            for module_name in _MODULES:
+                module = importlib.import_module(f"van_deploy.{module_name}")
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise AttributeError(f"module 'van_deploy' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

@@ -7,10 +7,10 @@ Functions and methods have the options of the command of the same name as keywor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from van_deploy import bundle as disk
 from van_deploy import config
@@ -22,14 +22,15 @@ from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
 from van_deploy.checks.golden import GOLDEN_IMAGES, Samples, samples_for
 from van_deploy.checks.outputs import shared_settings
 from van_deploy.checks.verify import DEFAULT_GATES, VerifyReport, record_check, verify_bundle
+from van_deploy.config import Recipe
 from van_deploy.config.named_options import EXPORT, Change, parse_changes, parse_settings
 from van_deploy.documents import Verdict
-from van_deploy.errors import InputError
+from van_deploy.errors import InputError, UsageError
 from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, original_network, require_classifier
-from van_deploy.schema import read_document
+from van_deploy.schema import VALUE_REMEDY, path_argument, read_document
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
@@ -135,8 +136,10 @@ class Bundle:
         require_signature: str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        self.path, self.progress, self.remarks = Path(path), progress, list[str]()
-        self._key = Path(require_signature) if require_signature else None
+        self.path, self.progress, self.remarks = path_argument("path", path), progress, list[str]()
+        self._key: Path | None = None
+        if require_signature:
+            self._key = path_argument("require_signature", require_signature)
         self.path = self.load().path
 
     def load(self) -> disk.Bundle:
@@ -253,8 +256,8 @@ class Bundle:
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
         bundle, settings = self.load(), parse_settings(config.CheckSettings, options)
-        gates, file, progress = _load_gates(settings.recipe), Path(baseline), self.progress
-        saved = None
+        file, progress = path_argument("baseline", baseline), self.progress
+        gates, saved = _load_gates(settings.recipe), None
         if not update:
             remedy = regression.UPDATE_REMEDY
             saved = read_document(regression.Baseline, file, "baseline", InputError, remedy)
@@ -283,7 +286,7 @@ class Bundle:
         """Time every artifact in every available runtime, each in its own process.
 
         Args:
-            save: save the result in the bundle (``bench.json``).
+            save: save the result in the bundle (``bench.json``), unless a signature is required.
             options: those of the command.
 
         Raises:
@@ -291,7 +294,7 @@ class Bundle:
         """
         bundle, settings = self.load(), parse_settings(config.BenchSettings, options)
         report = benchmark_bundle(bundle, settings, progress=self.progress)
-        if save:
+        if save and self._key is None:
             save_to_bundle(report, bundle)
         return report
 
@@ -303,6 +306,7 @@ class Bundle:
         ``passed`` if every image could be read.
 
         Raises:
+            UsageError: an image is of another type.
             ImageError: a file does not exist, or a folder has no images.
             BundleError: the artifact does not exist, or its files were changed.
         """
@@ -322,7 +326,15 @@ class Bundle:
         settings = parse_settings(config.PredictSettings, options)
         bundle = self.load()
         require_classifier(bundle, "predict")
-        sources = find_sources([images] if isinstance(images, Image) else images)
+        is_list = isinstance(images, Iterable) and not isinstance(images, Image)
+        given: Any = images
+        listed = list(given) if is_list else [given]
+        for image in listed:
+            if not isinstance(image, Image):
+                kind = type(image).__name__
+                remedy = "Give paths, or the bytes of image files."
+                raise UsageError(f"An image is given as an object of the type '{kind}'.", remedy)
+        sources = find_sources(listed)
         batch = settings.batch or min(bundle.manifest.batch.opt, len(sources))
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
             predictions = predict(network, sources, top=settings.top_k, batch=batch)
@@ -350,7 +362,8 @@ class Bundle:
             UsageError: ``output`` contains something else.
         """
         settings = parse_settings(config.PackageSettings, options)
-        return package(self.load(), Path(output) if output else None, settings, only_check)
+        folder = path_argument("output", output) if output else None
+        return package(self.load(), folder, settings, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
         """Write a report of the bundle as one HTML file, and as Markdown next to it.
@@ -361,9 +374,9 @@ class Bundle:
         Raises:
             InputError: ``output`` cannot be written.
         """
-        bundle = self.load()
+        bundle, file = self.load(), path_argument("output", output) if output else None
         document = document_of_bundle(bundle)
-        files = write_report(document, bundle, Path(output) if output else None)
+        files = write_report(document, bundle, file)
         return WrittenReport(document.state, document.note, tuple(files))
 
     def _load_reference(
@@ -411,7 +424,7 @@ class Exported(Bundle):
 
 
 def export(
-    model: str | Path | config.Recipe,
+    model: str | Path | Recipe,
     output: str | Path | None = None,
     *,
     images: str | Path | None = None,
@@ -443,14 +456,16 @@ def export(
     from van_deploy import exporting, pipeline
 
     recipe = resolve_recipe(model, parse_changes(EXPORT, options))
-    loaded = exporting.load_model(recipe, offline=offline, progress=progress)
-    folder = Path(output) if output else Path("dist") / loaded.name
-    settings = config.RunSettings(images=Path(images) if images else None, force=force)
+    own_images = path_argument("images", images) if images else None
+    settings = config.RunSettings(images=own_images, offline=offline, force=force)
+    folder = path_argument("output", output) if output else None
+    loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
+    folder = folder or Path("dist") / loaded.name
     return Exported(pipeline.export_recipe(loaded, recipe, folder, settings, progress))
 
 
 def run_recipe(
-    recipe: str | Path | config.Recipe,
+    recipe: str | Path | Recipe,
     output: str | Path | None = None,
     *,
     changes: Mapping[str, object] | None = None,
@@ -471,10 +486,14 @@ def run_recipe(
     """
     from van_deploy import exporting, pipeline
 
-    settings, values = parse_settings(config.RunSettings, options), (changes or {}).items()
-    recipe = resolve_recipe(recipe, {tuple(key.split(".")): Change(v, key) for key, v in values})
+    settings, values = parse_settings(config.RunSettings, options), changes or {}
+    if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"'changes=' is {values!r}: it should be a table.", VALUE_REMEDY)
+    changed = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}
+    recipe = resolve_recipe(recipe, changed)
+    folder = path_argument("output", output) if output else None
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
-    folder = Path(output) if output else Path("dist") / loaded.name
+    folder = folder or Path("dist") / loaded.name
     return pipeline.run_recipe(loaded, recipe, folder, settings, progress)
 
 

@@ -114,9 +114,9 @@ def median_interval(values: Sequence[float]) -> Interval:
     with fewer than 6 values the interval is all of them.
     """
     ordered, count = sorted(values), len(values)
-    tail = (1 - CONFIDENCE) / 2 * 2**count
     rank, below = 0, 0
-    while below + math.comb(count, rank) <= tail:
+    # divided as integers, of any size: 2**1024 is no float
+    while (below + math.comb(count, rank)) / 2**count <= (1 - CONFIDENCE) / 2:
         below += math.comb(count, rank)
         rank += 1
     first = max(rank - 1, 0)

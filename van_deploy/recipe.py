@@ -25,6 +25,7 @@ from van_deploy.schema import (
     Settings,
     field_key,
     nested_table,
+    path_argument,
     read_toml_document,
     read_toml_tables,
 )
@@ -125,7 +126,7 @@ def resolve_recipe(model: str | Path | Recipe, changes: Changes = NO_CHANGES) ->
     return parse_recipe({"model": {"weights": name}}, changes)
 
 
-def read_recipe(path: Path, changes: Changes = NO_CHANGES) -> Recipe:
+def read_recipe(path: str | Path, changes: Changes = NO_CHANGES) -> Recipe:
     """Return the validated recipe in a TOML file.
 
     Args:
@@ -135,8 +136,10 @@ def read_recipe(path: Path, changes: Changes = NO_CHANGES) -> Recipe:
     Raises:
         RecipeError: the file cannot be read, a key is unknown, or a value has the wrong type;
             names the file and the key.
-        UsageError: a change is invalid; names the option as the user wrote it.
+        UsageError: ``path`` is no path, or a change is invalid; names the option as the user
+            wrote it.
     """
+    path = path_argument("path", path)
     tables = read_toml_tables(path, "recipe", RecipeError)
     _resolve_paths_(tables, Recipe, path.parent)
     return parse_recipe(tables, changes, f"The recipe '{path}'")

@@ -227,6 +227,17 @@ def read_document(
     return validate(model, text.encode(), where=where, error=error, remedy=remedy)
 
 
+def path_argument(name: str, value: str | Path) -> Path:
+    """Return an argument of a call as a path.
+
+    Raises:
+        UsageError: it is neither a text nor a path.
+    """
+    if not isinstance(value, str | Path):
+        raise UsageError(f"'{name}=' is {reprlib.repr(value)}: it should be a path.", VALUE_REMEDY)
+    return Path(value)
+
+
 def read_toml_document(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
     """Return the schema in a TOML file.
 

@@ -23,8 +23,10 @@ from van_deploy.bench.contenders import list_contenders, select_contenders
 from van_deploy.bench.document import BenchReport, Contender, compare_reports, read_report
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import BenchSettings, Budget
+from van_deploy.documents import plain
 from van_deploy.environment.hardware import cpu, nvidia_driver
-from van_deploy.errors import BundleError, MissingDependency, UsageError
+from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.report.sections_bench import bench_blocks
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
 
@@ -81,18 +83,26 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(uint8_bundle: B
     lines = {line.kind: line for line in report.profiles["ort-cpu/fp32"]}
     assert {"dw 7x7 d3", "1x1", "GELU"} <= set(lines)
     assert sum(line.percent for line in lines.values()) == pytest.approx(100)
+    titles = [getattr(block, "title", "") for block in bench_blocks(plain(report))]
+    assert "Time by type of layer at each runner's largest batch, 64x64 pixels" in titles
     if "openvino/fp32" in report.contenders:
         assert "openvino/fp32 was not profiled" in " ".join(report.warnings)
 
 
+def without_batches(settings: BenchSettings) -> BenchSettings:
+    """Return settings as a user gives them who names no batch sizes."""
+    given = settings.model_fields_set - {"batches"}
+    return BenchSettings(**{name: getattr(settings, name) for name in given})
+
+
 def test_p99_limit_selects_the_best_batch_size(digits_bundle: Bundle) -> None:
-    settings = SHORT.with_changes(roofline=False)
-    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e6))
+    settings = without_batches(SHORT).with_changes(roofline=False, p99_ms=1e6)
+    report = benchmark_bundle(digits_bundle, settings)
     assert [row.batch for row in report.rows] == [1, 2, 4, 8]
     best = max(report.rows, key=lambda row: row.images_per_s or 0)
     assert report.best_under_p99 == {"ort-cpu/fp32": best}
-    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6))
-    assert [row.batch for row in report.rows] == [1], "no larger batch after the limit is exceeded"
+    report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6, batches=(2, 4)))
+    assert [row.batch for row in report.rows] == [2], "no larger batch after the limit is exceeded"
     assert report.best_under_p99 == {"ort-cpu/fp32": None}
 
 
@@ -117,7 +127,6 @@ INVALID = [
     ("--runners tvm", 2, "There is no runner 'tvm'."),
     ("--reference pytorch-compile", 2, "The reference 'pytorch-compile' is not among"),
     ("--compare no.json", 5, "The benchmark 'no.json' cannot be read"),
-    ("--paper-limits abacus", 2, "There are no figures for the device 'abacus'."),
     ("--output /dev/null/x.json", 5, "'/dev/null/x.json' cannot be written"),
     ("--device cuda:0", 3, "There is no NVIDIA GPU 'cuda:0'"),
     ("--device cuda:0 --streams 2", 2, "--streams is 2; on a GPU one stream is timed"),
@@ -132,6 +141,19 @@ def test_invalid_options_of_the_bench_command(
         pytest.skip("this machine has a GPU")
     command = f"{SHORT_BENCH} --no-roofline --no-save {words}"
     assert message in cli.fails(code, command, digits_bundle.path)
+
+
+PAPER = [
+    ("--paper-limits abacus", "There are no figures for the device 'abacus'."),
+    ("--paper-limits l4 -o x.json --image-size 96 --no-tf32", "--output, --image-size, --no-tf32."),
+]
+
+
+@each("words, message", PAPER)
+def test_published_limits_refuse_options_of_a_benchmark(
+    digits_bundle: Bundle, cli: Cli, words: str, message: str
+) -> None:
+    assert message in cli.fails(2, "bench", digits_bundle.path, *words.split())
 
 
 def test_published_limits_are_labelled_as_not_measured(digits_bundle: Bundle, cli: Cli) -> None:
@@ -192,6 +214,27 @@ def test_reports_that_cannot_be_compared(
     edit_json(old, keys, value)
     with pytest.raises(UsageError, match=message):
         compare_reports(read_report(old), saved)
+
+
+def test_damaged_reports(saved: BenchReport, tmp_path: Path) -> None:
+    old = tmp_path / "old.json"
+    old.write_text(saved.text().replace('"median": 1.0', '"median": 0.0'))
+    with pytest.raises(InputError, match=r"'rows\.0\.ratio\.median' is 0"):
+        read_report(old)
+    old.write_text(saved.text())
+    edit_json(old, "contenders", {})
+    changes = compare_reports(read_report(old), saved).changes
+    assert [change.same_file for change in changes] == [False, False]
+
+
+def test_static_graph_is_timed_at_its_batch_only(digits_bundle: Bundle, copy_bundle: Copy) -> None:
+    folder = copy_bundle(digits_bundle)
+    edit_json(folder / MANIFEST, "batch", {"min": 2, "opt": 2, "max": 2})
+    settings = without_batches(SHORT).with_changes(roofline=False, profile=True)
+    report = benchmark_bundle(Bundle.open(folder), settings)
+    assert [(row.batch, row.error) for row in report.rows] == [(2, "")]
+    graph = report.contenders["ort-cpu/fp32"]
+    assert (graph.min_batch, graph.max_batch) == (2, 2)
 
 
 # --- contenders ------------------------------------------------------------------------------

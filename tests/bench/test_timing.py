@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.each import each
 from van_deploy.bench import gpu
@@ -29,6 +30,7 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings, Budget
 from van_deploy.environment.hardware import Driver, Gpu, cpu
 from van_deploy.errors import UsageError
+from van_deploy.model import van
 from van_deploy.model.checkpoint import load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import VARIANTS
@@ -100,7 +102,7 @@ def test_others_continue_after_a_failure(graph: Contender, inputs: Path, tmp_pat
             {row.contender: row for row in benchmark.run_batch(n, processes)} for n in (1, 2)
         )
     assert "SIGKILL" in first["fp32"].error
-    assert first["narrow"].error == "batch 1 is outside the engine's profile (2 to 2)"
+    assert first["narrow"].error == "batch 1 is outside the batches of the file (2 to 2)"
     assert all("cannot load" in rows["broken"].error for rows in (first, second))
     assert second["narrow"].latency
     assert second["fp32"].ratio, "the process is restarted at the next batch size"
@@ -389,9 +391,28 @@ RATES = [
     ({"fp16": 1e12, "int8": 1e12}, 1e15, "int8", 17.2845, "compute"),
     ({"tf32": 2e12}, 1e15, "fp32", 17.2845 / 2, "compute"),
     ({"fp16": 1e18}, 1e9, "fp16", 2 * 4.105 + 4 * 1.515, "memory"),
+    ({"fp16": 1e18, "int8": 1e18}, 1e9, "int8", 2 * 4.1058 - 3.1416 + 4 * 1.5153, "memory"),
     ({"fp32": 1e12}, 1e15, "bf16", None, ""),
     ({"fp32": 1e12}, 1e15, "int8", None, ""),
 ]
+
+
+def test_minimum_time_counts_bytes_and_stages_that_are_used() -> None:
+    """For uint8 input 150,528 bytes of pixels; a backbone ends with its last output."""
+    config, memory = VARIANTS["van_b0"].config, Ceilings({"fp32": 1e18}, 1e9, "")
+    workload = ("x", "fp32", 1, 224)
+    sizes = [minimum_time(config, memory, workload, kind) for kind in ("none", "uint8")]
+    floats, pixels = (size.least_ms * 1e6 for size in sizes if size)
+    assert floats - pixels == pytest.approx(3 * 150_528)
+    first = minimum_time(config.backbone((0,)), memory, workload)
+    model = van.VAN(config.backbone((0,))).eval()
+    used = [one for name, one in model.named_parameters() if name.partition(".")[0].endswith("1")]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        (maps,) = model(torch.zeros(1, 3, 224, 224))
+    assert first is not None
+    assert first.operations == counter.get_total_flops()
+    values = sum(parameter.numel() for parameter in used) + 150_528 + maps.numel()
+    assert first.least_ms * 1e6 == pytest.approx(4 * values)
 
 
 @each("rates, bytes_per_s, precision, ms, bound", RATES)

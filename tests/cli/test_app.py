@@ -49,7 +49,7 @@ def test_help_lists_every_command_with_its_options_and_an_example(cli: Cli) -> N
         assert max(map(len, page.splitlines())) <= 100, name
         assert "…" not in page, name
     for name, shown in (
-        ("bench", "--batches INTEGER,... Batch sizes. [default: 1,8]"),
+        ("bench", "--batches INTEGER,... Batch sizes. Unless given, a static graph"),
         ("bench", "[default: 3.0; above 0]"),
         ("build", "--batch MIN:OPT:MAX,... Batch sizes"),
         ("build", "[auto, tensorrt, tensorrt-rtx, inductor; default: auto]"),

@@ -223,6 +223,8 @@ def test_class_names_from_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("the first\n second, or other \n\nthird\n", encoding="utf-8-sig")
     assert class_names_from_file(file, 3) == ("the first", "second, or other", "third")
+    (tmp_path / "two.txt").write_text("good\nbad\n")
+    assert class_names_from_file(tmp_path / "two.txt", 1) == ("bad",)
     message = error_of(InputError, class_names_from_file, file, 4).message
     assert "has 3 class names; the network has 4 classes" in message
     message = error_of(InputError, class_names_from_file, tmp_path / "gone", 4).message

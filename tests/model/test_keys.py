@@ -86,7 +86,9 @@ def test_backbones_ignore_other_modules(
 
 @each("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_conversion_to_float32(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
-    loaded = read(tmp_path, {name: tensor.to(dtype) for name, tensor in state.items()})
+    converted = {name: tensor.to(dtype) for name, tensor in state.items()}
+    assert load(tmp_path, converted).config.num_classes == 5
+    loaded = read(tmp_path, converted)
     assert {t.dtype for t in loaded.tensors.values()} == {torch.float32}
     assert loaded.notes == (f"weights converted to float32 from {str(dtype)[6:]}",)
 

@@ -196,6 +196,10 @@ def test_preprocessing_in_several_places(load: Load) -> None:
     assert loaded.preprocessing.image_size == 96
     (note,) = loaded.source.notes
     assert note.endswith("; not from the preprocessor_config.json beside the weights")
+    loaded = load({"img_size": 64, **args(img_size=96)})
+    assert loaded.preprocessing.image_size == 96
+    (note,) = loaded.source.notes
+    assert note == "img_size is 64 in the file, but 96 in another place, which is used"
     sizes = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
     content = args(**sizes, classes=["a"])
     message = error_of(CheckpointError, load, content, own_labels=True).message
@@ -206,7 +210,7 @@ def test_preprocessing_in_several_places(load: Load) -> None:
     assert "arguments (mean, std: assumed, the off" in loaded.preprocessing.source
     assert loaded.preprocessing.source.endswith("except image_size, interpolation as requested")
     message = error_of(CheckpointError, load, content, preprocessing=overrides).message
-    assert "classes in the file (1 entries: ['a'])" in message
+    assert "classes in the file's args (1 entries: ['a'])" in message
 
 
 def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> None:
@@ -256,7 +260,7 @@ def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> Non
         (cfg(label_names=NAMES), NAMES),
         (hf(id2label={i: f"LABEL_{i}" for i in range(5)}), None),
         ({"classes": 5, "class_names": None}, None),
-        ({"classes": np.array(NAMES), "args": {"classes": None}}, NAMES),
+        ({"classes": np.array(NAMES), "args": {"classes": None}, "cfg": {"classes": 5}}, NAMES),
         ({"classes": "names.txt"}, None),
         ({"classes": [1, 2, 3, 4, 5]}, list("12345")),
     ],
@@ -296,6 +300,7 @@ NETWORK: list[tuple[Content, str]] = [
     (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
     (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
     (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
+    (cfg(label_offset=1), "label_offset is 1; this network needs 0"),
     (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
     (hf(input_size=5), "in_chans is 5; this network needs 3"),
     (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
@@ -310,16 +315,16 @@ NETWORK: list[tuple[Content, str]] = [
 PREPROCESSING: list[tuple[Content, str]] = [
     (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
     (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
+    ({"mean": torch.ones(3).to_sparse()}, "mean tensor("),
     (args(input_size=96), "input_size is 96, not channels, height, width"),
     (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
-    (cfg(label_offset=1), "label_offset is 1, not sup"),
     (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),
     (pipeline("dict(type='Rotate')"), "a step of the test pipeline is 'Rotate'"),
     (pipeline("dict(type='ResizeEdge', edge='long', backend='pillow')"), "ResizeEdge"),
     (pipeline("dict(type='CenterCrop', crop_size=64)"), "the resized side is None"),
-    (pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"), "takes BGR"),
     (processor("Segformer"), "but these are supported: "),
-    (processor(do_flip_channel_order=True), "do_flip_channel_order is True, an unknown key"),
+    (processor(do_pad=True), "do_pad is True, an unknown key"),
+    (args(image_size=96, crop_size=64), "crop_size is 64, of which"),
     (processor(size={"height": 64, "width": 64}), "not shortest_edge"),
     (processor("ViT", size={"shortest_edge": 64}), "not height"),
     (processor(size=[64, 32]), "only squares are supported"),
@@ -349,6 +354,19 @@ CLASSES: list[tuple[Content, str]] = [
         "Class 0 is 'emu' in classes in the file's meta, but 'ant' in label_names in config.",
     ),
 ]
+
+
+BGR = (
+    pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"),
+    processor(do_flip_channel_order=True),
+)
+
+
+@each("content", BGR)
+def test_bgr_networks_are_refused(load: Load, content: Content) -> None:
+    for options in ({}, {"preprocessing": OVERRIDES}):
+        error = error_of(CheckpointError, load, content, **options)
+        assert error.message == "The network takes BGR images, which are not supported."
 
 
 @each(

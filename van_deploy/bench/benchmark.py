@@ -30,7 +30,7 @@ from van_deploy.runners.base import gpu_index
 from van_deploy.runners.network import network_input
 from van_deploy.stopwatch import Progress, no_progress
 
-# Batch sizes for a latency limit, up to the maximum of the bundle.
+# Batch sizes for a latency limit if none are given, up to the maximum of the bundle.
 P99_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 RUNTIMES = ("torch", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
@@ -127,8 +127,12 @@ def _resolve_settings(
             "Use --device cpu, or run `van-deploy doctor` to list the GPUs.",
         )
     threads = settings.threads or (cpu().cores_allowed if index is None else 1)
-    largest = max(1, bundle.manifest.batch.max)
-    batches = tuple(n for n in P99_BATCHES if n <= largest) if settings.p99_ms else settings.batches
+    batch, batches = bundle.manifest.batch, settings.batches
+    if "batches" not in settings.model_fields_set:
+        if batch.fixed:
+            batches = (batch.fixed,)
+        elif settings.p99_ms:
+            batches = tuple(n for n in P99_BATCHES if n <= batch.max)
     settings = settings.with_changes(device=device, threads=threads, batches=batches)
     contenders, skipped = select_contenders(list_contenders(bundle, settings), settings.runners)
     if contenders and settings.reference not in contenders:
@@ -152,7 +156,8 @@ def _measure(
         ConversionError: no contender could be timed.
     """
     rows, profiles, warnings, own = list[Row](), {}, list[str](), bundle.manifest.preprocessing
-    for size in settings.image_sizes or (own.image_size,):
+    sizes = settings.image_sizes or (own.image_size,)
+    for size in sizes:
         preprocessing = own.override(image_size=size)
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as name:
             folder, processes = Path(name), list[TimedProcess]()
@@ -165,10 +170,12 @@ def _measure(
             for group in [processes] if settings.device == "cpu" else [[p] for p in processes]:
                 with InterleavedBenchmark(group, settings, progress) as benchmark:
                     rows += benchmark.run()
-                    for process in group if settings.profile else ():
+                    timed = {r.contender for r in rows if r.latency and r.image_size == size}
+                    profiled = settings.profile and size == sizes[-1]
+                    for process in [p for p in group if profiled and p.name in timed]:
                         if lines := process.profile():
                             profiles[process.name] = lines
-                        elif process.load_s:
+                        else:
                             reason = " ".join(str(process.failure).split())
                             warnings.append(f"{process.name} was not profiled: {reason}")
     if not any(row.latency for row in rows):

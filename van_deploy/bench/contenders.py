@@ -95,6 +95,7 @@ def list_contenders(bundle: Bundle, settings: BenchSettings) -> Entries:
         )
     contenders, skipped, device = dict[str, Contender](), dict[str, str](), settings.device or "cpu"
     folder, digest = str(bundle.path), bundle.manifest.weights.sha256
+    fixed = bundle.manifest.batch.fixed
     for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
         arguments = (name, "pytorch", precision, folder, mode)
         contenders[name] = Contender(*arguments, sha256=digest, device=device)
@@ -116,8 +117,8 @@ def list_contenders(bundle: Bundle, settings: BenchSettings) -> Entries:
             file=str(bundle.verified_path(artifact.name)),
             embedded=artifact.embedded,
             sha256=artifact.sha256,
-            min_batch=min((p.min for p in profiles), default=1),
-            max_batch=max((p.max for p in profiles), default=None),
+            min_batch=min((p.min for p in profiles), default=fixed or 1),
+            max_batch=max((p.max for p in profiles), default=fixed),
             device=device,
         )
         for prefix, changes in COMPILED_RUNTIMES.get(artifact.kind, runtimes).items():

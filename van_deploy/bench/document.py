@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -28,6 +28,8 @@ from van_deploy.schema import VersionedSchema, read_document
 BENCH_FILE = "bench.json"
 # Maximum change of a ratio between two runs of the same files.
 REPEATABILITY_PERCENT = 5.0
+# A ratio of times; the limits refuse damaged files, whose changes would not be numbers.
+PositiveRatio = Annotated[float, Field(ge=1e-9, le=1e9)]
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,12 @@ class Ratio:
         median: over the rounds.
         low: lower end of the median's 95 % interval; the minimum of fewer than six rounds.
         high: upper end of the interval.
-        rounds: number of rounds.
+        rounds: number of rounds; 1 on a GPU, without an interval.
     """
 
-    median: float
-    low: float
-    high: float
+    median: PositiveRatio
+    low: PositiveRatio
+    high: PositiveRatio
     rounds: int
 
     @classmethod
@@ -302,7 +304,7 @@ class RowChange:
         before_ms: median latency in the old report.
         after_ms: median latency in the new report.
         ratio_change_percent: change of the ratio to the reference; None without a ratio.
-        uncertainty_percent: uncertainty of that change from both 95 % intervals.
+        uncertainty_percent: uncertainty of that change from both 95 % intervals; None without.
         changed: whether the ratio changed by more than the uncertainty and by more than 5 %.
         same_file: whether both reports timed the same file.
     """
@@ -336,7 +338,8 @@ class BenchReport(VersionedSchema, Verdict):
         skipped: reasons why contenders were skipped, by name.
         ceilings: limits of the device; None if they were not measured.
         roofline: comparison of each row with the limits.
-        profiles: time by kind of layer at the largest batch, by contender, if requested.
+        profiles: time by kind of layer at the contender's largest batch (of the last image
+            size), by contender, if requested.
         best_under_p99: by contender, the row with the highest throughput under the p99 limit;
             None if no batch is below the limit, or for all without a limit.
         seconds: of the whole benchmark (``wall``) and of the timed calls (``timed``).
@@ -429,7 +432,8 @@ def compare_reports(old: BenchReport, new: BenchReport) -> BenchReport:
         if before and before.latency and row.latency:
             percent, uncertainty = _ratio_change(before.ratio, row.ratio)
             changed = abs(percent or 0.0) > max(REPEATABILITY_PERCENT, uncertainty or 0.0)
-            same = old.contenders[row.contender].sha256 == new.contenders[row.contender].sha256
+            files = [report.contenders.get(row.contender) for report in (old, new)]
+            same = len({file.sha256 if file else None for file in files}) == 1
             times = (before.latency.p50_ms, row.latency.p50_ms)
             changes.append(RowChange(*key, *times, percent, uncertainty, changed, same))
     if not changes:
@@ -456,11 +460,14 @@ def _comparison_key(report: BenchReport) -> dict[str, object]:
 def _ratio_change(old: Ratio | None, new: Ratio | None) -> tuple[float | None, float | None]:
     """Return the change of a ratio and its uncertainty, both in percent.
 
-    The uncertainty combines the interval ends that face each other, as independent errors.
+    The uncertainty combines the interval ends that face each other, as independent errors; ratios
+    on a GPU have no interval.
     """
     if old is None or new is None:
         return None, None
     change = math.log(new.median / old.median)
+    if min(old.rounds, new.rounds) < 2:
+        return 100 * math.expm1(change), None
     ends = (old.high, new.low) if change > 0 else (old.low, new.high)
     spans = (abs(math.log(end / r.median)) for end, r in zip(ends, (old, new), strict=True))
     return 100 * math.expm1(change), 100 * math.expm1(math.hypot(*spans))

@@ -81,7 +81,7 @@ class TimedProcess(WorkerProcess):
         self.row = Row(self.name, batch, self.row.image_size, self.load_s)
         low, high = self.contender.min_batch, self.contender.max_batch
         if self.load_s:  # else the failure to load stays
-            message = f"batch {batch} is outside the engine's profile ({low} to {high})"
+            message = f"batch {batch} is outside the batches of the file ({low} to {high})"
             self.failure = None if low <= batch <= (high or batch) else WorkerError(message)
         return {"images": self.images, "batch": batch}
 
@@ -113,8 +113,8 @@ class TimedProcess(WorkerProcess):
         return statistics.fmean(latencies)
 
     def profile(self) -> tuple[ProfileLine, ...]:
-        """Return the time by kind of layer at the last batch size; nothing on failure."""
-        self.failure = self.failure if self.load_s is None else None
+        """Return the time by kind of layer at the last batch that was loaded; () on failure."""
+        self.failure = None
         return tuple(self.try_request("profile") or ())
 
     def try_request(self, method: str, **arguments: Any) -> Any:

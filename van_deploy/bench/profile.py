@@ -80,7 +80,7 @@ def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[Pro
     if runtime == "tensorrt":
         return _profile_tensorrt(runner, batch)
     if runtime == "onnxruntime" and not on_gpu:
-        return _profile_onnxruntime(contender, batch)
+        return _profile_onnxruntime(contender, runner.threads, batch)
     if runtime == "pytorch" and contender.mode in ("eager", "channels-last"):
         import torch
 
@@ -158,11 +158,11 @@ def _torch_events(launch: Callable[[], object]) -> Iterable[Any]:
     return profiler.events() or ()
 
 
-def _profile_onnxruntime(contender: Contender, batch: Any) -> list[ProfileLine]:
+def _profile_onnxruntime(contender: Contender, threads: int, batch: Any) -> list[ProfileLine]:
     """Return ONNX Runtime's profile of a graph, from a new session with the same options."""
     with tempfile.TemporaryDirectory() as folder:
-        runner = create_runner(contender, 1)
-        runner.profile_folder, runner.threads = Path(folder), None
+        runner = create_runner(contender, threads)
+        runner.profile_folder = Path(folder)
         with runner:
             for _ in range(RUNS + 1):
                 runner.run_all(batch)

@@ -106,7 +106,7 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
         for kind in ENGINE_PRECISIONS.get(artifact.precision, ("fp16",)):
             precision = f"int8 + {kind}" if artifact.precision == "int8" else kind
             workload = (artifact.name, precision, batch, size)
-            limits.append(minimum_time(config, ceilings, workload))
+            limits.append(minimum_time(config, ceilings, workload, artifact.embedded))
     return PaperLimits(device, ceilings, tuple(filter(None, limits)))
 
 
@@ -123,14 +123,18 @@ def measure_limits(
     """
     result = list[RooflineEntry]()
     for row in rows:
-        workload = (row.contender, contenders[row.contender].precision, row.batch, row.image_size)
-        if row.images_per_s and (minimum := minimum_time(config, ceilings, workload)):
+        contender = contenders[row.contender]
+        workload = (row.contender, contender.precision, row.batch, row.image_size)
+        minimum = minimum_time(config, ceilings, workload, contender.embedded)
+        if row.images_per_s and minimum:
             ms = 1e3 * row.batch / row.images_per_s
             result.append(replace(minimum, percent_of_limit=100 * minimum.least_ms / ms))
     return tuple(result)
 
 
-def minimum_time(config: VanConfig, ceilings: Ceilings, workload: Workload) -> RooflineEntry | None:
+def minimum_time(
+    config: VanConfig, ceilings: Ceilings, workload: Workload, embedded: str = "none"
+) -> RooflineEntry | None:
     """Return the minimum time of one batch from the shapes; None without a rate for its precision.
 
     For the unfused time, one kernel is a convolution with the elementwise operators after it: bias,
@@ -143,8 +147,9 @@ def minimum_time(config: VanConfig, ceilings: Ceilings, workload: Workload) -> R
         config: of the network.
         ceilings: of the device.
         workload: see :data:`Workload`. The 1x1 convolutions of ``int8 + fp16`` run at the INT8
-            rate, all else at the FP16 rate; for ``int8`` the non-quantised precision is FP16 on a
-            GPU and FP32 on a CPU. FP32 is TF32 on a GPU.
+            rate and have weights of one byte, all else is FP16; for ``int8`` the non-quantised
+            precision is FP16 on a GPU and FP32 on a CPU. FP32 is TF32 on a GPU.
+        embedded: preprocessing in the graph; with ``uint8`` an input value is one byte.
 
     >>> from van_deploy.model.variants import VARIANTS
     >>> config, ceilings = VARIANTS["van_b0"].config, Ceilings({"fp16": 1e15}, 1e12, "")
@@ -161,25 +166,29 @@ def minimum_time(config: VanConfig, ceilings: Ceilings, workload: Workload) -> R
         kind = "tf32"
     if kind not in rates or (int8 and "int8" not in rates):
         return None
+    names = ("embed_dims", "depths", "mlp_ratios")  # of the stages that are computed
+    config = replace(config, **{n: getattr(config, n)[: len(config.stages)] for n in names})
     sides, channels = height_width(size), config.in_chans
-    ends = channels * math.prod(sides) + config.num_classes
-    pointwise = depthwise = values = 0
+    ends = (1 if embedded == "uint8" else 4) * channels * math.prod(sides)
+    ends += 4 * sum(map(math.prod, config.feature_map_shapes(sides).values()))
+    ends += 4 * config.num_classes  # outputs are float32
+    pointwise = depthwise = values = pointwise_weights = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
         values += channels * math.prod(sides)  # the patch embedding reads it
         sides, channels, depth = config.stage_output_size(stage, sides), dim, config.depths[stage]
         pixels = math.prod(sides)
+        pointwise_weights += depth * dim * (3 * dim + 2 * hidden)
         pointwise += depth * pixels * dim * (3 * dim + 2 * hidden)
         depthwise += depth * pixels * (dim * (k0**2 + k1**2) + 9 * hidden)
         # the embedding writes its maps; the LayerNorm reads and writes them; then the blocks
         values += pixels * (3 * dim + depth * (15 * dim + 4 * hidden))
-    macs, weights, width = config.mac_count(size), config.parameter_count(), BYTES[kind]
+    macs, width = config.mac_count(size), BYTES[kind]
+    weights = width * config.parameter_count() - int8 * (width - 1) * pointwise_weights
     compute_s = 2 * batch * (macs - pointwise - depthwise) / rates[kind]
     compute_s += 2 * batch * pointwise / rates["int8" if int8 else kind]
     compute_s += 2 * batch * depthwise / (rates.get("vector") or rates.get("fp32") or rates[kind])
-    memory_s = (
-        width * weights + 4 * batch * ends
-    ) / ceilings.bytes_per_s  # input and output are float32
-    unfused_ms = 1e3 * width * (batch * values + weights) / ceilings.bytes_per_s
+    memory_s = (weights + batch * ends) / ceilings.bytes_per_s
+    unfused_ms = 1e3 * (width * batch * values + weights) / ceilings.bytes_per_s
     bound: Literal["compute", "memory"] = "compute" if compute_s >= memory_s else "memory"
     least_ms = 1e3 * max(compute_s, memory_s)
     return RooflineEntry(*workload, 2 * batch * macs, least_ms, bound, unfused_ms)

@@ -1,4 +1,4 @@
-"""OutputFolder of the commands.
+"""Output of the commands.
 
 Results go to stdout, progress and notes to stderr. With ``--json`` stdout has one JSON
 document and nothing else; an error is text on stderr, and the exit code is its class.
@@ -30,7 +30,7 @@ PIPE_WIDTH = 100  # columns of output that is not a terminal
 
 @dataclass(frozen=True)
 class Output:
-    """OutputFolder of a command.
+    """Output of a command.
 
     Attributes:
         result: plain data: mappings, sequences, frozen dataclasses, numbers.

@@ -92,8 +92,8 @@ def build(
     Example: van-deploy build dist/van_b1 --precision fp16 --target sm_89
     """
     if fleet.table.matrix is not None:
-        others = {"a bundle": bundle, "--require-signature": require_signature, **options}
-        conflicts = [name for name, value in others.items() if value is not None]
+        others = {"a bundle": bundle, "--require-signature": require_signature}
+        conflicts = [*(name for name, value in others.items() if value), *options.flags]
         if conflicts:
             raise UsageError(
                 f"--matrix conflicts with {', '.join(conflicts)}.",

@@ -87,9 +87,11 @@ class OptionValues(dict[str, Any]):
 
     Attributes:
         table: the validated table of these options.
+        flags: the options as the user wrote them.
     """
 
     table: Any
+    flags: list[str]
 
 
 def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
@@ -157,6 +159,7 @@ def _parse_options(
     if schema is None:
         return changes
     result = OptionValues(values)
+    result.flags = [change.source for change in changes.values()]
     key_names = {option.place: option.flags[0] for option in options.values()}
     key_names |= {place: change.source for place, change in changes.items()}
     result.table = validate(schema, apply_changes({}, changes), key_names=key_names)

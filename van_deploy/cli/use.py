@@ -69,7 +69,11 @@ def bench(
         Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")
     ] = None,
     save: Annotated[
-        bool, typer.Option("--save/--no-save", help="Save the result in the bundle (bench.json).")
+        bool,
+        typer.Option(
+            "--save/--no-save",
+            help="Save the result in the bundle (bench.json), unless it must be signed.",
+        ),
     ] = True,
 ) -> Output:
     """Time every artifact in every runtime of a device, each in its own process.
@@ -83,6 +87,14 @@ def bench(
     if paper:
         from van_deploy.bench.roofline import paper_limits
 
+        others = {"--compare": compare, "--output": output}
+        conflicts = [name for name, value in others.items() if value is not None]
+        conflicts += [flag for flag in options.flags if flag != "--batches"]
+        if conflicts:
+            raise UsageError(
+                f"--paper-limits times nothing, and conflicts with {', '.join(conflicts)}.",
+                "Remove it, or the other options; --batches sets the batch sizes.",
+            )
         return Output(paper_limits(bundle.load(), paper, options.table.batches), limits_blocks)
     old = read_report(compare) if compare else None
     report = bundle.benchmark(save=save, **options)

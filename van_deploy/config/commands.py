@@ -280,7 +280,7 @@ class BenchSettings(Table):
 
     Attributes:
         device: cuda:N, or cpu; by default cuda:0, or cpu without a GPU.
-        batches: Batch sizes.
+        batches: Batch sizes. Unless given, a static graph's own, and with --p99-ms 1,2,4 to 64.
         runners: Only these, such as 'pytorch,ort-cpu,openvino/int8-cpu'; * matches any text. All
             available runners by default.
         reference: Runner that ratios compare with; the first that runs if it does not. On a GPU,
@@ -288,7 +288,7 @@ class BenchSettings(Table):
         threads: Threads of each runner; all cores by default.
         streams: Calls in flight at the same time.
         image_sizes: Input sizes besides the bundle's own, such as 192,224x320.
-        p99_ms: Find each runner's best batch with p99 below this.
+        p99_ms: Find each runner's best batch with p99 below this (in ms).
         roofline: Measure the device's limits and compare.
         profile: Add the time by layer type.
         tf32: Let FP32 compute in TF32.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 import pydantic
+from pydantic_core import CoreSchema
 
 from van_deploy.config.fields import Table, option
 
@@ -96,15 +97,27 @@ class _Range(Table):
     """``min``, ``opt`` and ``max``; can be written ``min:opt:max``."""
 
     KIND: ClassVar[str]
+    TYPES: ClassVar[tuple[str, ...]] = ("object", "string")
     PATTERN: ClassVar[str]
     EXAMPLE: ClassVar[str]
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: pydantic.GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """Return the JSON Schema; a file may also have the text or, of a batch, one number."""
+        reference = handler(core)
+        if handler.mode == "validation":
+            table = handler.resolve_ref_schema(reference)
+            table |= {"type": [*cls.TYPES], "pattern": f"^({cls.PATTERN})$"}
+        return reference
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        if not isinstance(value, str):
+        if isinstance(value, dict | cls):
             return value
-        match = re.fullmatch(cls.PATTERN, value.strip(), re.ASCII)
+        match = re.fullmatch(cls.PATTERN, str(value).strip(), re.ASCII)
         if match is None:
             raise ValueError(f"should be min:opt:max, such as {cls.EXAMPLE}")
         texts = [text or match[1] for text in match.groups()]
@@ -138,6 +151,7 @@ class BatchRange(_Range):
     """
 
     KIND = "batch"
+    TYPES = ("object", "string", "integer")
     PATTERN = r"(\d+)(?::(\d+):(\d+))?"
     EXAMPLE = "1:8:32, or one size"
 

@@ -59,13 +59,14 @@ class ImageItem:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its file or array.
+        """SHA-256 of its file, or of an array's shape and values.
 
         Raises:
             ImageError: the file cannot be read.
         """
         if not isinstance(self.data, Path):
-            return hashlib.sha256(np.ascontiguousarray(self.data).tobytes()).hexdigest()
+            shape = str(self.data.shape).encode()
+            return hashlib.sha256(shape + self.data.tobytes()).hexdigest()
         try:
             return file_sha256(self.data)
         except OSError as error:
@@ -273,6 +274,8 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         bits = np.ravel(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16))[0]
         white = (1 << int(bits)) - 1  # 4095 for 12 bits
         values = np.asarray(image).astype(np.float64) * (255 / white)
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white
+            values = 255 - values
         upright = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
     elif image.mode in {"I", "F"}:
         raise ValueError(f"the range of 32-bit pixels (mode {image.mode}) is undefined")

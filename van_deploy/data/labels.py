@@ -261,6 +261,8 @@ def class_names_from_file(path: Path, classes: int) -> tuple[str, ...]:
         InputError: it cannot be read, or the number of names is not ``classes``.
     """
     names = tuple(line for _, line in read_lines(path))
+    if classes == 1 and len(names) == 2:  # as in a checkpoint: one logit of two classes
+        return names[1:]
     if len(names) != classes:
         message = f"'{path}' has {len(names)} class names; the network has {classes} classes."
         raise InputError(message, "Write one name per line, in the order of the logits.")
@@ -340,7 +342,10 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
             if first[1] != label:
                 pair = f"'{first[1]}' in line {first[0]}, '{label}' in line {number}"
                 message = f"'{file}' has two labels for '{images.items[index].name}': {pair}."
-                raise InputError(message, "Remove the incorrect line.")
+                remedy = (
+                    "Remove the incorrect line, or rename images with equal names but suffixes."
+                )
+                raise InputError(message, remedy)
             break
     if not entries and len(lines) == len(images):
         files = [item.name for item in images.items if isinstance(item.data, Path)]

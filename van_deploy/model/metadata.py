@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from timm.models import PretrainedCfg
 from torch import Tensor
 
@@ -105,12 +107,17 @@ def read_metadata(
     Raises:
         CheckpointError: a field contradicts the tensors or another field, or is not supported.
     """
-    content, arguments = checkpoint.content, dict[str, Any]()
-    for table in (content, *map(content.get, _ARGUMENT_TABLES)):
-        arguments |= _as_dict(table)
+    content = checkpoint.content
+    tables = {f"the file's {name}": _as_dict(content.get(name)) for name in _ARGUMENT_TABLES}
+    tables = {"the file": _as_dict(content), **tables}
+    arguments = {key: value for table in tables.values() for key, value in table.items()}
     meta, config_json = _as_dict(content.get("meta")), file.configs.get(CONFIG, {})
     openmmlab = processors.parse_python_config(meta.get("cfg", meta.get("config")))
     notes = [note for key, note in _TRAINING_NOTES.items() if arguments.get(key)]
+    for (place, table), key in itertools.product(tables.items(), processors.ARGUMENT_KEYS):
+        if key in table and reprlib.repr(table[key]) != reprlib.repr(arguments[key]):
+            value, used = reprlib.repr(table[key]), reprlib.repr(arguments[key])
+            notes.append(f"{key} is {value} in {place}, but {used} in another place, which is used")
     values = _read_network(f"{_OWN} arguments", arguments, notes)
     values |= _read_openmmlab(openmmlab) | _read_config_json(config, config_json, notes)
     if "layer_norm_eps" in overrides:
@@ -126,14 +133,14 @@ def read_metadata(
     names = None
     if config.num_classes and not {"class_names", "out_indices"} & overrides.keys():
         meta["classes"] = meta.get("CLASSES", meta.get("classes"))
-        tables = (
-            ("the file", arguments),
+        places = (
+            *tables.items(),
             ("the file's meta", meta),
             ("the file's meta", _as_dict(meta.get("dataset_meta"))),
             (CONFIG, {"label_names": config_json.get("labels"), **config_json}),
             (f"pretrained_cfg in {CONFIG}", _as_dict(config_json.get("pretrained_cfg"))),
         )
-        names = _read_class_names(config.num_classes, tables, notes)
+        names = _read_class_names(config.num_classes, places, notes)
     return replace(config, **values), preprocessing, names, tuple(notes)
 
 
@@ -147,7 +154,8 @@ def _as_dict(value: object) -> dict[str, Any]:
 def _as_list(value: Any) -> Any:
     """Return an array's values as a list, and one value as a number; anything else unchanged."""
     if isinstance(value, Tensor) and value.numel() <= _MAX_TENSOR_LENGTH:
-        value = value.numpy(force=True)
+        is_plain = value.layout == torch.strided and not value.is_quantized
+        value = np.array(value.tolist()) if is_plain else value
     if isinstance(value, np.ndarray | np.generic):
         return value.item() if value.size == 1 else value.ravel().tolist()
     return value
@@ -205,6 +213,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     arguments, cfg = (_table(where, content, key) for key in ("model_args", "pretrained_cfg"))
     size = (cfg or content).get("input_size") or [None]
     values = {**content, "in_chans": size[0] if isinstance(size, list) else size, **arguments}
+    values["label_offset"] = (cfg or content).get("label_offset")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
     name = str(values.get("architecture", "")).partition(".")[0]
     is_custom = name.startswith("van") and name not in VARIANTS
@@ -216,6 +225,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         "num_features": (config.embed_dims[-1],),
         "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
+        "label_offset": (0,),
     }
     _check_values(where, values, allowed)
     used = _read_network(where, values, notes)
@@ -278,7 +288,7 @@ def _read_preprocessing(
     half = OFFICIAL.mean[:1] * config.in_chans
     default = replace(OFFICIAL, mean=half, std=half)
     if not sources:
-        assumed = "assumed: the official weights' (no metadata)"
+        assumed = "assumed: the official weights' (no known metadata)"
         return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:

@@ -137,11 +137,13 @@ class VanConfig:
     def mac_count(self, image_size: ImageSize = 224) -> int:
         """Return the multiply-adds of one image in the convolutions and the head.
 
+        Stages after the last output of a backbone are not computed.
+
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
         """
         total, sides = 0, height_width(image_size)
-        for stage, depth in enumerate(self.depths):
+        for stage, depth in enumerate(self.depths[: len(self.stages)]):
             sides = self.stage_output_size(stage, sides)
             embed, block = self._kernel_weights(stage)
             total += sides[0] * sides[1] * (embed + depth * block)

@@ -273,14 +273,19 @@ def ms_text(value: float) -> str:
     return f"{value:,.{sum(value < limit for limit in (1, 10, 100))}f}"
 
 
+def ratio_text(ratio: Entry) -> str:
+    """Return a ratio, and its interval if it has more than one round, such as ``4.1 (4.0-4.3)``."""
+    interval = f" ({ratio['low']:.2f}-{ratio['high']:.2f})" if ratio["rounds"] > 1 else ""
+    return f"{ratio['median']:.2f}{interval}"
+
+
 def join_values(values: Iterable[object], separator: str = " ") -> str:
     """Return values joined in one line, floats without trailing zeros."""
     return separator.join(f"{v:g}" if isinstance(v, float) else format_value(v, "") for v in values)
 
 
 # Named formats: "dotted" for versions, "percent" for a share and "percents" for an interval of
-# shares, "points" for an interval in points, "ratio" for a ratio with its 95 % interval, such as
-# ``4.13 (4.00-4.31)``, and "size" for height x width.
+# shares, "points" for an interval in points, and "size" for height x width.
 FORMATTERS: Mapping[str, Callable[[Any], str]] = {
     "bytes": bytes_text,
     "count": count_text,
@@ -289,6 +294,6 @@ FORMATTERS: Mapping[str, Callable[[Any], str]] = {
     "percent": lambda share: f"{100 * share:.2f}",
     "percents": lambda ends: f"{100 * ends[0]:.2f} to {100 * ends[1]:.2f}",
     "points": lambda ends: f"{ends[0]:+.2f} to {ends[1]:+.2f}",
-    "ratio": lambda ratio: "{median:.2f} ({low:.2f}-{high:.2f})".format(**ratio),
+    "ratio": ratio_text,
     "size": format_size,
 }

@@ -15,6 +15,8 @@ def bench_blocks(report: Entry) -> list[Block]:
     rows = timed_rows(report)
     failed = [row for row in report["rows"] if row["error"]]
     profiles = [(name, line) for name, lines in report["profiles"].items() for line in lines]
+    sizes = report["settings"]["image_sizes"]
+    profiled_size = f", {format_size(sizes[-1])} pixels" if sizes else ""
     return [
         *properties(
             report,
@@ -57,7 +59,7 @@ def bench_blocks(report: Entry) -> list[Block]:
         *table(
             profiles,
             "runner = 0 name; 1.kind; 1.ms ms; % = 1.percent .1f; 1.calls .0f",
-            "Time by type of layer at the largest batch",
+            f"Time by type of layer at each runner's largest batch{profiled_size}",
         ),
         *notices("SKIPPED", (f"{name}: {reason}" for name, reason in report["skipped"].items())),
         *table(
@@ -79,7 +81,8 @@ def timed_rows(report: Entry) -> list[dict[str, Any]]:
             "artifact": row["contender"].partition("/")[2] or "pytorch",
             "p50": float(row["latency"]["p50_ms"]),
             "rate": float(row["images_per_s"] or 0.0),
-            "rounds": f"{row['quiet_rounds']} of {row['rounds']}{'*' * (row['settled'] is False)}",
+            "rounds": f"{row['quiet_rounds']} of {row['rounds']}{'*' * (row['settled'] is False)}"
+            * bool(row["rounds"]),
         }
         for row in _with_size([row for row in report["rows"] if row["latency"]])
     ]
