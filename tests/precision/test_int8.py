@@ -321,7 +321,7 @@ def test_sequential_heads_and_pointwise_large_kernels_are_quantised() -> None:
     plan = make_plan(equalized, ranges, layers, target="cpu")
     graph = qdq_for_cpu(model, plan)
     checker.check_model(graph, full_check=True)
-    assert sqnr_db(logits(plan, images.numpy()), run(graph, images.numpy())) > 40
+    assert sqnr_db(logits(plan, images.numpy()), run(graph, images.numpy())) > 25
 
 
 # --- graphs ----------------------------------------------------------------------------------
