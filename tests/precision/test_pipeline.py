@@ -235,6 +235,19 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
     assert (again.reused, again.passed) == (True, True)
 
 
+def test_one_unreadable_image_is_listed_and_more_are_rejected(
+    bundle: Path, digits: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(digits, tmp_path / "train"))
+    (folder / "0" / "bad.png").write_bytes(b"no image")
+    facts = quantize_bundle(bundle, PLAIN.with_changes(images=folder)).facts["calibration"]
+    assert ["bad.png" in reason for reason in facts["unreadable"]] == [True]
+    for digit in range(1, 10):
+        (folder / str(digit) / "bad.png").write_bytes(b"no image %d" % digit)
+    with pytest.raises(ImageError, match="images could not be read, more than 1 %"):
+        quantize_bundle(bundle, PLAIN.with_changes(images=folder))
+
+
 # --- rejected requests -----------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from van_deploy.recipe import ImageSelection, load_calibration_set
 from van_deploy.runners.network import task_of
 from van_deploy.stopwatch import Stopwatch
 
-UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images
+UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images; one is always accepted
 NOISE_IMAGES = 64
 
 
@@ -68,10 +68,11 @@ class ImageSets:
             ImageError: more than :data:`UNREADABLE_LIMIT` of the images cannot be read.
         """
         errors: list[str] = []
+        accepted = max(UNREADABLE_LIMIT * len(images), min(1, len(images) - 1))
         for decoded in decoded_batches(images.items, self.preprocessing, batch):
             errors += [reason for _, reason in decoded.unreadable]
             self.unreadable.update(dict.fromkeys(errors))
-            if len(errors) > UNREADABLE_LIMIT * len(images):
+            if len(errors) > accepted:
                 raise ImageError(
                     f"{len(errors)} of {len(images)} images could not be read, more than "
                     f"{100 * UNREADABLE_LIMIT:g} %; the first: {errors[0]}",

@@ -26,7 +26,6 @@ from van_deploy.precision.comparison import Row, count_lost_labels, logits_sessi
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.plan import (
-    CORRECTION_IMAGES,
     QuantizationPlan,
     correct_biases,
     logits,
@@ -36,6 +35,9 @@ from van_deploy.precision.plan import (
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
 from van_deploy.precision.scales import ChannelRange, Images
 
+# Bias correction holds all its images in memory at once: at most this many pixels (20 images of
+# 224 x 224) and this many images.
+CORRECTION_PIXELS, CORRECTION_IMAGES = 2**20, 128
 VALIDATION_IMAGES = 48  # held-out images that decide whether a technique is applied
 RANKING_IMAGES = 32  # of these, enough to rank layers
 
@@ -108,7 +110,8 @@ class Int8Builder:
         images, preprocessing = self.images, self.images.preprocessing
         channels, size = preprocessing.channels, preprocessing.image_size
         self.work = multiply_adds(self.network.model, channels, size)
-        self.correction_inputs = images.sample(images.calibration, CORRECTION_IMAGES)
+        most = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // math.prod(preprocessing.sides)), 1)
+        self.correction_inputs = images.sample(images.calibration, most)
         self.validation_inputs = images.sample(images.held_out, VALIDATION_IMAGES)
 
     def build(self, layers: Sequence[str]) -> Int8Model:
