@@ -162,15 +162,12 @@ def export_bundle(
                 draft.file(LABELS_FILE).write_text(text, encoding="utf-8")
                 files[LABELS_FILE] = ""
             draft.description = _network_info(loaded, recipe, info)
-            old = draft.artifacts.get("fp32")
+            old = draft.artifacts.get("fp32", artifact).files.get(golden.GOLDEN_FILE)
             draft.record(artifact.model_copy(update={"files": files, "made_with": key}))
-            new = draft.artifacts["fp32"]
-            if old and old.files.get(golden.GOLDEN_FILE) != new.files.get(golden.GOLDEN_FILE):
-                for other in draft.artifacts.values():  # records on the previous samples
-                    if other is not new:
-                        draft.artifacts[other.name] = other.model_copy(
-                            update={"golden_sqnr_db": {}}
-                        )
+            fp32, no_records = draft.artifacts["fp32"], {"golden_sqnr_db": {}}
+            if old != fp32.files.get(golden.GOLDEN_FILE):  # records on the previous samples
+                others = {n: a.model_copy(update=no_records) for n, a in draft.artifacts.items()}
+                draft.artifacts = {**others, "fp32": fp32}
     elif (manifest := Bundle.open(output).manifest).weights != loaded.source:
         with edit_bundle(output) as draft:  # the weights were moved
             draft.description = _network_info(loaded, recipe, manifest.golden)

@@ -61,6 +61,10 @@ def test_nan_fails_the_report_and_a_zero_head_passes(digits: Exported) -> None:
     for parameter in model.head.parameters():
         parameter.zero_()
     assert fold_van(model, digits.images[:1]).relative_error == 0.0
+    backbone = random_van(digits.loaded.config.backbone((0, 1)))
+    second: Any = backbone.get_submodule("norm2")
+    second.bias[0] = torch.nan
+    assert not fold_van(backbone, digits.images[:1])
 
 
 @each(

@@ -29,9 +29,10 @@ from van_deploy.errors import (
 )
 from van_deploy.intervals import wilson_interval
 from van_deploy.model.embedded import write_digits_folder
-from van_deploy.precision.images import choose_images, split
+from van_deploy.precision.images import choose_images, select_images, split
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.recipe import CALIBRATION_SETS, ImageSelection, builtin_files, load_calibration_set
+from van_deploy.stopwatch import Stopwatch
 
 SET = '[images]\nsource = "digits"\ncount = 60\n'
 PLAIN = QuantizeSettings(equalize=False, bias_correction=False, threads=1)
@@ -213,11 +214,14 @@ def test_new_golden_samples_drop_the_records_on_the_old_ones(
 
 
 def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
-    bundle: Path, settings: QuantizeSettings, heldout: Path
+    bundle: Path, settings: QuantizeSettings, heldout: Path, tmp_path: Path
 ) -> None:
     noise = quantize_bundle(bundle, PLAIN.with_changes(noise=True, evaluate=heldout))
     assert noise.facts["calibration"]["noise"] is True
     assert "NOISE" in noise.facts["calibration"]["description"]
+    (tmp_path / "noise.toml").write_text('[images]\nsource = "noise"')
+    named = PLAIN.with_changes(calibration=str(tmp_path / "noise.toml"))
+    assert select_images(Bundle.open(bundle), named, Stopwatch()).calibration.noise
     settings = settings.with_changes(evaluate=heldout)
     result = quantize_bundle(bundle, settings)
     (row,) = [row for row in result.facts["comparison"] if row["requested"]]
@@ -229,6 +233,19 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
     assert not result.passed
     again = quantize_bundle(bundle, settings.with_changes(allow_inconclusive=True))
     assert (again.reused, again.passed) == (True, True)
+
+
+def test_one_unreadable_image_is_listed_and_more_are_rejected(
+    bundle: Path, digits: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(digits, tmp_path / "train"))
+    (folder / "0" / "bad.png").write_bytes(b"no image")
+    facts = quantize_bundle(bundle, PLAIN.with_changes(images=folder)).facts["calibration"]
+    assert ["bad.png" in reason for reason in facts["unreadable"]] == [True]
+    for digit in range(1, 10):
+        (folder / str(digit) / "bad.png").write_bytes(b"no image %d" % digit)
+    with pytest.raises(ImageError, match="images could not be read, more than 1 %"):
+        quantize_bundle(bundle, PLAIN.with_changes(images=folder))
 
 
 # --- rejected requests -----------------------------------------------------------------------
@@ -303,12 +320,10 @@ def test_split_has_all_classes_in_both_parts_and_shares_no_image(
     assert not {item.digest for item in kept.items} & {item.digest for item in aside.items}
 
 
-@each(("shades", "message"), [([1], "too few to calibrate on"), ([5, 5, 5], "cannot be split")])
-def test_too_few_different_images_are_rejected(
-    shades: list[int], message: str, tmp_path: Path
-) -> None:
+@each("shades", [[1], [5, 5, 5]])
+def test_too_few_different_images_are_rejected(shades: list[int], tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", np.array(shades, np.uint8).repeat(4).reshape(-1, 2, 2))
-    with pytest.raises(ImageError, match=message):
+    with pytest.raises(ImageError, match="cannot be split into calibration and held-out images"):
         split(choose_images(ImageSelection(), tmp_path / "x.npz"), 0.2)
 
 

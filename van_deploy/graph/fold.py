@@ -240,7 +240,7 @@ def fold_van(model: VAN, images: Tensor, *, fold: bool = True) -> FoldReport:
         batchnorms_left=remaining,
         layer_scales_folded=sum(scale is None for scale in scales),
         multiplies_left=sum(block.skip_gain is not None for block in blocks),
-        relative_error=max(_relative_error(a, e) for a, e in pairs),
+        relative_error=float(torch.stack([_relative_error(a, e) for a, e in pairs]).max()),
         images_compared=len(images),
     )
 
@@ -383,9 +383,9 @@ def _depthwise_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return y if conv.bias is None else y + conv.bias[:, None, None]
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def _relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)  # 0 for a zero head
-    return float((actual - expected).abs().max() / largest)
+    return (actual - expected).abs().max() / largest
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from van_deploy.precision.int8 import Int8Model
 
 TIMING_ROUNDS = 11
-DEFAULT_RULES = GateSettings()
 
 Labels = npt.NDArray[np.int64]
 Row = dict[str, Any]
@@ -69,7 +68,7 @@ def compare_precisions(
     settings: QuantizeSettings,
     outputs: OutputLayout = LOGITS_LAYOUT,
     providers: Sequence[str] = (),
-    rules: GateSettings = DEFAULT_RULES,
+    rules: GateSettings | None = None,
 ) -> list[Row]:
     """Return one table row for each candidate; the first candidate, FP32, is the reference.
 
@@ -97,7 +96,7 @@ def compare_precisions(
         ConversionError: ONNX Runtime cannot load a graph.
     """
     session = functools.partial(logits_session, threads=settings.threads)
-    fuse, task = settings.target == "cpu", outputs.task
+    fuse, task, rules = settings.target == "cpu", outputs.task, rules or GateSettings()
     sessions = [session(c.model, fuse=fuse, outputs=outputs) for c in candidates]
     batches: list[list[Images]] = [[] for _ in sessions]
     indices: list[int] = []

@@ -98,7 +98,7 @@ def equalize(
         producer, consumer = _conv(result, source), _conv(result, reader)
         pointwise = consumer.kernel_size == (1, 1) and consumer.groups == 1
         shift = "shift" in techniques and tensor == source and pointwise
-        affine = _affine(ranges[tensor], shift=shift, scale=True)
+        affine = _affine(ranges[tensor], shift=shift)
         factor = torch.from_numpy(affine.factor)
         producer.weight.copy_(producer.weight.double() / factor[:, None, None, None])
         _set_bias_(producer, (_bias(producer) - torch.from_numpy(affine.shift)) / factor)
@@ -119,7 +119,7 @@ def equalize(
         if unit in result.affines:
             result.affines[f"{unit}.conv1"] = result.affines[unit]
         if "shift_scale" in techniques and f"{mlp}.fc2" in layers:
-            affine = _affine(ranges[f"{mlp}.act"], shift=True, scale=True)
+            affine = _affine(ranges[f"{mlp}.act"], shift=True)
             result.inserted[f"{mlp}.fc2"] = affine
             block.mlp.act = nn.Sequential(block.mlp.act, ShiftScale(affine))  # type: ignore[assignment]
             _absorb_affine_(block.mlp.fc2, affine)
@@ -129,7 +129,7 @@ def equalize(
     return result
 
 
-def _affine(record: ChannelRange, *, shift: bool, scale: bool) -> ChannelAffine:
+def _affine(record: ChannelRange, *, shift: bool) -> ChannelAffine:
     """Return the per-channel affine that makes the channel ranges of a tensor more equal."""
     low, high = percentile_range(record, RANGE_PERCENTILE)
     middle = (low + high) / 2 if shift else np.zeros(len(low))
@@ -137,7 +137,7 @@ def _affine(record: ChannelRange, *, shift: bool, scale: bool) -> ChannelAffine:
     relative = np.maximum(width, width.max() / FACTOR_LIMIT)
     relative /= np.exp(np.log(relative).mean())
     factor = np.clip(relative, 1 / FACTOR_LIMIT, FACTOR_LIMIT) ** STRENGTH
-    return ChannelAffine(middle, factor if scale else np.ones(len(low)))
+    return ChannelAffine(middle, factor)
 
 
 def _shift_stream_(
@@ -161,7 +161,7 @@ def _shift_stream_(
         skipped = before if skip_gain is None else before * skip_gain.double().numpy()
         affine = ChannelAffine(np.zeros(len(before)), np.ones(len(before)))
         if reader in layers:
-            affine = _affine(ranges[tensor], shift=True, scale=False)
+            affine = replace(affine, shift=_affine(ranges[tensor], shift=True).shift)
             _absorb_affine_(_conv(result, reader), affine)
         conv, shift = _conv(result, source), affine.shift - skipped
         _set_bias_(conv, _bias(conv) - torch.from_numpy(shift))

@@ -184,9 +184,7 @@ def bf16_from_fp32(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
             "Export it again with --opset 20.",
         )
     half = _to_16_bit(model, BFLOAT16, kept)
-    for entry in half.opset_import:
-        if entry.domain in {"", "ai.onnx"}:
-            entry.version = max(entry.version, BF16_OPSET)
+    half.opset_import[0].version = max(opset_of(half), BF16_OPSET)
     half.ir_version = max(half.ir_version, find_min_ir_version_for(half.opset_import))
     return half
 

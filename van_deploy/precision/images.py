@@ -27,9 +27,8 @@ from van_deploy.recipe import ImageSelection, load_calibration_set
 from van_deploy.runners.network import task_of
 from van_deploy.stopwatch import Stopwatch
 
-UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images
+UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images; one is always accepted
 NOISE_IMAGES = 64
-_TOO_FEW = "Give at least 2 different images; about 512 are usual."
 
 
 @dataclass
@@ -69,10 +68,11 @@ class ImageSets:
             ImageError: more than :data:`UNREADABLE_LIMIT` of the images cannot be read.
         """
         errors: list[str] = []
+        accepted = max(UNREADABLE_LIMIT * len(images), min(1, len(images) - 1))
         for decoded in decoded_batches(images.items, self.preprocessing, batch):
             errors += [reason for _, reason in decoded.unreadable]
             self.unreadable.update(dict.fromkeys(errors))
-            if len(errors) > UNREADABLE_LIMIT * len(images):
+            if len(errors) > accepted:
                 raise ImageError(
                     f"{len(errors)} of {len(images)} images could not be read, more than "
                     f"{100 * UNREADABLE_LIMIT:g} %; the first: {errors[0]}",
@@ -105,8 +105,8 @@ def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) 
         name = "digits"
     selection = load_calibration_set(name).images if name else ImageSelection()
     preprocessing = bundle.manifest.preprocessing
-    if settings.noise:
-        chosen = noise_set(NOISE_IMAGES, preprocessing, selection.seed)
+    if settings.noise or (selection.source == "noise" and images is None):
+        chosen = noise_set(min(NOISE_IMAGES, selection.count), preprocessing, selection.seed)
     elif images is None and name is None and settings.precision != "int8":
         chosen = sample_set("", preprocessing)
     else:
@@ -152,7 +152,7 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Imag
         images: the user's folder or ``.npz``, which replaces the selection's path.
 
     Raises:
-        ImageError: there are fewer than 2 images, or their digest is not the selection's.
+        ImageError: no images are given, or their digest is not the selection's.
     """
     if selection.source == "digits" and images is None:
         source = digits_set("train")
@@ -164,8 +164,6 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Imag
             "Pass --images DIR (about 512 training images), or a set with --calibration NAME. "
             "--calibrate-on-noise is for tests: noise does not represent real images.",
         )
-    if len(source) < 2:
-        raise ImageError(f"{len(source)} image(s) are too few to calibrate on.", _TOO_FEW)
     indices = _select(source, selection.count, selection.seed, selection.balanced)
     chosen = source.take(indices, f"{len(indices)} of {source.description}")
     if selection.digest and images is None and chosen.digest != selection.digest:
@@ -191,7 +189,10 @@ def split(images: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, I
     digests = {item.digest for item in held.items}
     calibration = [i for i, item in enumerate(images.items) if item.digest not in digests]
     if not calibration:
-        raise ImageError(f"{len(images)} image(s) cannot be split into two parts.", _TOO_FEW)
+        raise ImageError(
+            f"{len(images)} image(s) cannot be split into calibration and held-out images.",
+            "Give at least 2 different images; about 512 are usual.",
+        )
     description = f"{len(calibration)} calibration images of {images.description}"
     return images.take(calibration, description), held
 

@@ -26,7 +26,6 @@ from van_deploy.precision.comparison import Row, count_lost_labels, logits_sessi
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.plan import (
-    CORRECTION_IMAGES,
     QuantizationPlan,
     correct_biases,
     logits,
@@ -36,6 +35,9 @@ from van_deploy.precision.plan import (
 from van_deploy.precision.qdq import qdq_for_cpu, qdq_for_tensorrt
 from van_deploy.precision.scales import ChannelRange, Images
 
+# Bias correction holds all its images in memory at once: at most this many pixels (20 images of
+# 224 x 224) and this many images.
+CORRECTION_PIXELS, CORRECTION_IMAGES = 2**20, 128
 VALIDATION_IMAGES = 48  # held-out images that decide whether a technique is applied
 RANKING_IMAGES = 32  # of these, enough to rank layers
 
@@ -108,7 +110,8 @@ class Int8Builder:
         images, preprocessing = self.images, self.images.preprocessing
         channels, size = preprocessing.channels, preprocessing.image_size
         self.work = multiply_adds(self.network.model, channels, size)
-        self.correction_inputs = images.sample(images.calibration, CORRECTION_IMAGES)
+        most = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // math.prod(preprocessing.sides)), 1)
+        self.correction_inputs = images.sample(images.calibration, most)
         self.validation_inputs = images.sample(images.held_out, VALIDATION_IMAGES)
 
     def build(self, layers: Sequence[str]) -> Int8Model:
@@ -119,7 +122,8 @@ class Int8Builder:
         """
         budget, search = self.settings.max_drop, None
         if budget is not None:
-            require_resolution(budget, len(self.images.search))
+            sets = self.images
+            require_resolution(budget, len(sets.search), len(sets.calibration) + len(sets.held_out))
         plan, techniques = self._apply_techniques(layers)
         correct = any(t["used"] and t["name"] == "bias_correction" for t in techniques)
 
@@ -243,8 +247,8 @@ def rank_layers(
     return tuple(sorted(layers, key=lambda layer: layer.ranking_db))
 
 
-def require_resolution(max_drop: float, images: int) -> None:
-    """Check that ``images`` images can resolve a drop of ``max_drop`` percentage points.
+def require_resolution(max_drop: float, images: int, selected: int) -> None:
+    """Check that ``images`` of ``selected`` images can resolve ``max_drop`` percentage points.
 
     Raises:
         ImageError: a single image is more than the budget.
@@ -253,7 +257,8 @@ def require_resolution(max_drop: float, images: int) -> None:
         raise ImageError(
             f"A budget of {max_drop:g} points cannot be searched on {images} images: "
             f"one label is {100 / images:.2g} points.",
-            f"Give {math.ceil(100 / max_drop)} calibration images or more, or a larger --max-drop.",
+            "Give a larger --max-drop, or a calibration set (--calibration FILE.toml) with count = "
+            f"{math.ceil(math.ceil(100 / max_drop) * selected / images)} and as many images.",
         )
 
 

@@ -17,19 +17,14 @@ from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import GateSettings, QuantizeSettings
 from van_deploy.documents import plain
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.manifest import GraphInfo, Precision
 from van_deploy.metrics import Task
-from van_deploy.precision.comparison import (
-    DEFAULT_RULES,
-    Candidate,
-    compare_precisions,
-    recommend,
-)
+from van_deploy.precision.comparison import Candidate, compare_precisions, recommend
 from van_deploy.precision.fp16 import (
     audit_ranges,
     bf16_from_fp32,
@@ -45,6 +40,9 @@ from van_deploy.provenance import ONNXRUNTIMES, code_digest, tool_versions
 from van_deploy.runners.network import task_of
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.stopwatch import Progress, Stopwatch, no_progress
+
+# Settings that do not change the result, or that are other keys of the cache.
+OTHER_KEYS = ("threads", "images", "calibration", "evaluate", "allow_inconclusive")
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def quantize_bundle(
     path: str | Path,
     settings: QuantizeSettings | None = None,
     *,
-    rules: GateSettings = DEFAULT_RULES,
+    rules: GateSettings | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizeResult:
@@ -116,8 +114,7 @@ def quantize_bundle(
         ImageError: there are no images, too few for the budget, too many cannot be read,
             or an image is used for both calibration and evaluation.
         GateFailed: with ``strict``, FP16 cannot represent a tensor.
-        ConversionError: the graph is not a folded VAN, or the result is rejected by
-            ONNX's checker or ONNX Runtime.
+        ConversionError: the graph is not a folded VAN, or ONNX Runtime rejects the result.
     """
     bundle, settings = Bundle.open(path), settings or QuantizeSettings()
     bundle.verified_path("fp32")
@@ -130,7 +127,8 @@ def quantize_bundle(
         )
     watch = Stopwatch(progress)
     watch.begin("Selecting images")
-    job = _QuantizeJob(bundle, settings, select_images(bundle, settings, watch), rules)
+    images = select_images(bundle, settings, watch)
+    job = _QuantizeJob(bundle, settings, images, rules or GateSettings())
     name = settings.artifact
     reason = "--force" if force else bundle.rebuild_reason(name, job.cache_key())
     reused = not reason
@@ -155,13 +153,9 @@ class _QuantizeJob:
 
     def cache_key(self) -> dict[str, Any]:
         """Return the inputs that determine the result."""
-        settings, bundle, images = self.settings.as_dict(), self.bundle, self.images
-        threads = settings.pop("threads")
-        for name in ("images", "calibration", "evaluate", "allow_inconclusive"):
-            del settings[name]
-        golden = bundle.manifest.golden
+        bundle, images, golden = self.bundle, self.images, self.bundle.manifest.golden
+        settings = {k: v for k, v in self.settings.as_dict().items() if k not in OTHER_KEYS}
         sets = (images.calibration, images.held_out, images.evaluation)
-        labels = [[item.label for item in one.items] for one in sets]
         is_timed = self.settings.target == "cpu" or self.settings.scope == ("auto",)
         return {
             "weights": bundle.manifest.weights.sha256,
@@ -171,11 +165,11 @@ class _QuantizeJob:
             "calibration images": images.calibration.digest,
             "held-out images": images.held_out.digest,
             "evaluation images": images.evaluation.digest,
-            "labels": content_key({"labels": labels}),
+            "labels": content_key({"labels": [[i.label for i in one.items] for one in sets]}),
             "settings": settings,
             "gates": self.rules.model_dump(mode="json"),
             "processor": asdict(cpu()) if is_timed else None,
-            "threads": threads if is_timed else None,
+            "threads": self.settings.threads if is_timed else None,
             "code": code_digest(".", "precision", "graph", "checks", "data", "model", "runners"),
             "versions": tool_versions("onnx", "onnx-ir", *ONNXRUNTIMES, "torch", "numpy", "pillow"),
         }
@@ -239,14 +233,8 @@ class _QuantizeJob:
         """Compare the candidates with FP32 and record the rows; return the selected one."""
         settings, images = self.settings, self.images
         images.watch.begin("Comparing")
-        try:
-            for candidate in candidates[1:]:
-                checker.check_model(candidate.model, full_check=True)
-        except checker.ValidationError as error:
-            raise ConversionError(
-                f"The converted graph is not valid ONNX: {error}",
-                "Report this bug with the command and the network's architecture.",
-            ) from error
+        for candidate in candidates[1:]:
+            checker.check_model(candidate.model, full_check=True)  # fails only for a bug here
         size = images.preprocessing.image_size
         outputs = OutputLayout.of(self.bundle.manifest.architecture, size)
         providers = _timing_providers(settings)

@@ -43,9 +43,6 @@ from van_deploy.precision.scales import (
 SCOPES = ("pointwise", "deep", "all")
 # GELU of any smaller value is within 1.3e-4 of zero, so the unsigned range starts here.
 GELU_LOWEST = -4.0
-# Bias correction holds all its images in memory at once: at most this many pixels (20 images of
-# 224 x 224) and this many images.
-CORRECTION_PIXELS, CORRECTION_IMAGES = 2**20, 128
 
 _SHALLOW = re.compile(r"(patch_embed1|block1)\.")
 _IN_HEAD = re.compile(r"head\b")  # a linear layer, or several ones
@@ -289,11 +286,9 @@ def correct_biases(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
 
     Args:
         plan: stays unchanged.
-        images: ``(N, C, S, S)``, normalised; see :data:`CORRECTION_PIXELS`.
+        images: ``(N, C, S, S)``, normalised; all in memory at once.
     """
-    most = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
-    spread = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
-    inputs = _channels_last(images[spread])
+    inputs = _channels_last(images)
     model = copy.deepcopy(plan.network.model)
     plan = replace(plan, network=replace(plan.network, model=model))
     means: dict[str, Tensor] = {}
