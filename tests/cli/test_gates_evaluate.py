@@ -86,8 +86,11 @@ def test_ray_gives_the_same_result(cli: Cli, digits: Subject, path: Path) -> Non
     ray.init(num_cpus=2, object_store_memory=100 << 20, **quiet)
     try:
         there = cli.document(*words, ALLOW, "--on", "ray")
+        overwrite_artifact(Bundle.open(path), "int8", faults.negate_logits(digits.graph("int8")))
+        changed = cli.document(*words, ALLOW, "--on", "ray", code=1)
     finally:
         ray.shutdown()
+    assert changed["losses"]["int8"]["outcome"] == "fail"  # not the networks of the first run
     for key in ("count", "unreadable", "accuracy", "losses", "dataset_sha256", "passed"):
         assert there[key] == here[key]
 

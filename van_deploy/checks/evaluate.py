@@ -409,7 +409,8 @@ def _predict(networks: Networks, images: ImageSet) -> Iterator[BatchResult]:
         RayTask(start, (range(start, min(start + step, len(images))),), {"num_cpus": 1})
         for start in range(0, len(images), step)
     ]
-    shared = (str(networks.bundle.path.absolute()), tuple(networks.runners), images, settings)
+    bundle, names = networks.bundle, tuple(networks.runners)
+    shared = (str(bundle.path.absolute()), _bundle_key(bundle), names, images, settings)
     for done in run_on_ray(_on_worker, tasks, shared=shared, address=settings.ray_address or None):
         if done.failure:
             raise ConversionError(
@@ -441,21 +442,29 @@ def _predict_here(
         yield batch.indices, batch.unreadable, predictions
 
 
+def _bundle_key(bundle: Bundle) -> str:
+    """Return a digest of a bundle's files and original weights."""
+    return content_key({"files": bundle.digests, "weights": bundle.manifest.weights.sha256})
+
+
 def _on_worker(
-    shared: tuple[str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
+    shared: tuple[str, str, tuple[str, ...], ImageSet, EvaluationSettings], indices: Sequence[int]
 ) -> list[BatchResult]:
     """Return the predictions for some images on a Ray worker, which loads the networks once."""
-    path, names, images, settings = shared
-    networks = _worker_networks(path, settings)
+    path, key, names, images, settings = shared
+    networks = _worker_networks(path, key, settings)
     if missing := set(names).difference(networks.runners):
         raise ConversionError(f"It cannot run {', '.join(sorted(missing))}.")
     return list(_predict_here(networks, images, indices))
 
 
 @lru_cache(maxsize=1)
-def _worker_networks(path: str, settings: EvaluationSettings) -> Networks:
+def _worker_networks(path: str, key: str, settings: EvaluationSettings) -> Networks:
+    """Return the networks of the bundle at ``path``; with another key they are loaded again."""
     import torch
 
     torch.set_num_threads(1)
     bundle = Bundle.open(path)
+    if _bundle_key(bundle) != key:
+        raise ConversionError(f"Its bundle '{path}' has other files.")
     return Networks(bundle, original_network(bundle, settings.weights), settings, threads=1)
