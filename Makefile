@@ -1,4 +1,4 @@
-# make demo        the whole main job on the embedded network: no download, no GPU
+# make demo        installs the package and exports the embedded network; needs no GPU
 # make test        the fast tests: five minutes on two cores
 # make test-full   the slow tests: faults, fuzzing, Ray, a browser, Triton, wheels, every variant
 # make triton      of these, only the packages in a real Triton server
@@ -109,7 +109,8 @@ bench: $(TESTED)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # A user's commands on a GPU; without a GPU, those that run on a CPU. PART=a: PyTorch and this
-# project's kernels, 3 minutes on a GPU; PART=b: every runtime, tests and gates, 5 minutes.
+# project's kernels, 3 minutes on a GPU; PART=b: every runtime and the gates, 5 minutes; PART=c: the
+# GPU tests, 8 minutes.
 PART ?= a
 gpu-report: $(TESTED)
 	$(BIN)/python benchmarks/gpu/report.py --part $(PART) --output gpu-report/$(PART)

@@ -42,13 +42,13 @@ OPTIONS = (
 def serve(requests: int = 10_000, seconds: float = 30.0) -> Table:
     """Serving.
 
-    Two instances with one thread each, embedded preprocessing, random weights. 64 clients send
-    requests with one image in the binary protocol, and each response is compared with the
-    artifact's own outputs. All inference runs in the batch threads, whose processor time the server
-    measures; the rest of its processor time is overhead. Triton runs the Python backend with equal
-    threads, instances and batching. The most expensive known requests come from 16 clients; the
-    memory is that of the server and its processes, above their memory after full batches of valid
-    requests.
+    Two instances with one thread each and embedded preprocessing; van_b0 has random weights. 64
+    clients send requests with one image in the binary protocol, and each response is compared with
+    the artifact's own outputs. All inference runs in the batch threads, whose processor time the
+    server measures; the rest of its processor time is overhead. Triton runs the Python backend with
+    equal threads, instances and batching. The most expensive known requests come from 16 clients;
+    the memory is that of the server and its processes, above their memory after full batches of
+    valid requests.
 
     Args:
         requests: number of requests to van_digits; a fifth of them to van_b0, and a hundredth to

@@ -24,7 +24,6 @@ from tests.json_documents import edit_json
 from tests.manifest_parts import artifact_entry
 from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange
-from van_deploy.manifest import EngineInfo
 
 if TYPE_CHECKING:
     from van_deploy.checks.golden import Samples
@@ -180,18 +179,6 @@ def add_artifact(
         files = save_onnx(model, draft.file(f"model.{name}.onnx"))
         draft.record(artifact_entry(name, kind, precision, files[0], files, **more))
     return Bundle.open(bundle.path)
-
-
-def add_placeholder_engine(folder: Path, name: str, made_from: str = "fp32") -> Bundle:
-    """Add a placeholder file as an engine, for tests without a GPU."""
-    origin = origin_of(Bundle.open(folder), made_from)
-    precision, plan = Bundle.open(folder).artifact(made_from).precision, f"engines/{name}.plan"
-    facts = EngineInfo(backend="tensorrt 10.0", targets=("sm_89",), profiles=(), parser_layers=1)
-    with edit_bundle(folder) as draft:
-        draft.file(plan).write_bytes(b"no plan")
-        entry = artifact_entry(name, "engine", precision, plan, made_from=origin, engine=facts)
-        draft.record(entry)
-    return Bundle.open(folder)
 
 
 def origin_of(bundle: Bundle, name: str) -> Origin:

@@ -40,7 +40,7 @@ def each(
         @functools.wraps(test)
         def run_cases(**fixtures: Any) -> None:
             failed: list[tuple[Any, BaseException]] = []
-            skipped: list[pytest.skip.Exception] = []
+            skipped: list[BaseException] = []
             for number, values in enumerate(listed):
                 kwargs = {**fixtures, **dict(zip(chosen, values, strict=True))}
                 if "tmp_path" in kwargs:

@@ -167,7 +167,7 @@ def test_fixed_batch_and_dynamic_size_in_every_command(
         cli.passes(f"quantize --precision {precision}", path)
     fp32 = cli.document("verify", path)["artifacts"]["fp32"]
     assert [row["batch"] for row in fp32["batches"]] == [3]  # 16 images in batches of 3
-    assert [finding["rule"] for finding in fp32["findings"]].count("SQNR") == 1 + 3  # sizes
+    assert [finding["rule"] for finding in fp32["findings"]].count("SQNR") == 2 + 3  # sizes
     pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
     cli.passes("build --precision fp16 --target sm_89", path)
     (file,) = path.glob("engines/*.json")

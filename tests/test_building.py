@@ -74,7 +74,8 @@ def test_fastest_passing_candidate_is_built(
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "measure_candidate", measure_candidate)
     options: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
-    rows = van_deploy.open_bundle(folder).build(**options, images=folder).tuned
+    monkeypatch.chdir(folder)
+    rows = van_deploy.open_bundle(".").build(**options, images=folder).tuned
     assert [row.candidate for row in rows if row.selected] == ["int8 deep, level 3, tiling none"]
     assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
     assert kept == [("deep",), (("int8",), "none", False)]

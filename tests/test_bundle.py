@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -23,7 +25,9 @@ from tests.each import each
 from tests.json_documents import edit_json
 from tests.manifest_parts import WEIGHTS, artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, Origin, edit_bundle
+from van_deploy.checks.verify import record_check
 from van_deploy.config import BuildOptions
+from van_deploy.describe import describe_model
 from van_deploy.engine.build import has_external_weights
 from van_deploy.errors import BundleError, InputError, UsageError
 from van_deploy.files import external_files, external_files_in
@@ -122,14 +126,33 @@ def test_commit_is_completed_after_a_kill(
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx", "fp16.onnx"}
 
 
+def test_first_commit_is_completed_after_a_kill(bundle: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    bundle.rename(new / ".pending")
+    assert describe_model(str(new)).kind == "bundle"
+    assert set(contents(new)) == {MANIFEST, "fp32.onnx"}
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_checks_of_a_read_only_bundle_are_not_recorded(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(FileLock, "acquire", Mock(side_effect=OSError(number, "no")))
+    assert "is read-only, so the result" in record_check(Bundle.open(bundle), "verify", {})
+
+
 def test_artifacts_of_a_replaced_source_are_removed(bundle: Path) -> None:
     origin = Origin(name="fp32", sha256=Bundle.open(bundle).artifact("fp32").sha256)
     put(bundle, "fp16", "half", origin)
     put(bundle, "engine", "plan", Origin(name="fp16", sha256="0" * 64))
     put(bundle, "fp32", "weights")  # the same again: nothing goes
     assert set(Bundle.open(bundle).artifacts) == {"fp32", "fp16", "engine"}
+    with edit_bundle(bundle) as draft:
+        draft.checks |= {"embedded fp16": {}, "verify": {}}
     put(bundle, "fp32", "other weights")
     assert set(Bundle.open(bundle).artifacts) == {"fp32"}
+    assert set(Bundle.open(bundle).manifest.checks) == {"verify"}
     assert set(contents(bundle)) == {MANIFEST, "fp32.onnx"}
 
 
@@ -313,7 +336,7 @@ def test_invalid_locks_are_reported(
     assert mine.read_text() == "mine"
     lock.unlink()
     lock.mkdir()
-    with pytest.raises(BundleError, match="cannot be written: Is a directory"):
+    with pytest.raises(IsADirectoryError):
         put(bundle, "fp16", "x")
 
 
@@ -404,14 +427,15 @@ def test_weights_outside_the_folder_are_refused(
         has_external_weights(folder / "m.onnx", BuildOptions())
 
 
-def test_external_weights_must_be_in_the_manifest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["onnx", "serving"])
+def test_external_weights_must_be_in_the_manifest(tmp_path: Path, kind: str) -> None:
     folder, model = tmp_path / "b", graph_with("w.bin", "constant")
     for files in (["m.onnx", "w.bin"], ["m.onnx"]):
         with edit_bundle(folder, name="m") as draft:
             draft.file("m.onnx").write_bytes(model.SerializeToString())
             draft.file("w.bin").write_bytes(WEIGHT_VALUES.tobytes())
             draft.description = network_info()
-            draft.record(artifact_entry("fp32", "onnx", "fp32", "m.onnx", files))
+            draft.record(artifact_entry("fp32", kind, "fp32", "m.onnx", files))
         if "w.bin" in files:
             assert onnx.load(Bundle.open(folder).verified_path("fp32")).graph.node
     with pytest.raises(InputError, match=r"'w\.bin', which is not in the manifest"):

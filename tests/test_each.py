@@ -37,14 +37,18 @@ def test_every_case_runs_in_its_own_folder(tmp_path: Path) -> None:
 @each("outcomes, expected", [("skip pass", "skip"), ("fail skip", "fail"), ("skip fail", "fail")])
 def test_a_skipped_case_hides_no_failure(outcomes: str, expected: str) -> None:
     ran: list[str] = []
+    ends: dict[str, Callable[[str], object]] = {
+        "skip": pytest.skip,
+        "fail": pytest.fail,
+        "pass": str,
+    }
 
     @each("outcome", outcomes.split())
     def cases(outcome: str) -> None:
         ran.append(outcome)
-        {"skip": pytest.skip, "fail": pytest.fail, "pass": str}[outcome]("why")
+        ends[outcome]("why")
 
-    with pytest.raises(
-        pytest.skip.Exception if expected == "skip" else AssertionError, match="why"
-    ):
+    error = pytest.skip.Exception if expected == "skip" else AssertionError
+    with pytest.raises(error, match="why"):
         run(cases)
     assert ran == outcomes.split()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.config import BatchRange, Recipe
+from van_deploy.describe import describe_artifacts
 from van_deploy.documents import plain
-from van_deploy.errors import GateFailed
+from van_deploy.errors import BundleError, GateFailed
 from van_deploy.exporting import export_bundle, load_model
-from van_deploy.graph.fold import FoldReport, Rewrites, fold_van
+from van_deploy.graph.fold import FoldReport, fold_van
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
 from van_deploy.recipe import load_recipe
@@ -57,15 +59,27 @@ def test_export_writes_a_checked_graph_and_its_description(
 def test_export_is_reused_until_its_inputs_change(
     loaded: LoadedVan, recipe: Recipe, digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
-    """The second graph is neither folded nor simplified."""
-    before = digits_bundle.verified_path("fp32").stat().st_mtime_ns
+    """The last graph is neither folded nor simplified."""
+
+    def written() -> list[int]:
+        return [(digits_bundle.path / n).stat().st_mtime_ns for n in (MANIFEST, "model.onnx")]
+
+    before = written()
     again = export_bundle(loaded, recipe, digits_bundle.path)
     assert (again.reused, again.reason) == (True, "nothing changed")
-    assert again.bundle.verified_path("fp32").stat().st_mtime_ns == before
+    assert written() == before
+    ema = replace(loaded, source=replace(loaded.source, container="state_dict_ema"))
+    again = export_bundle(ema, recipe, copy_bundle(digits_bundle, "ema"))
+    assert again.reason == "changed since: container"
     folder = copy_bundle(digits_bundle)
+    moved = replace(loaded, source=replace(loaded.source, path="moved.pth"))
+    again = export_bundle(moved, recipe, folder)
+    assert (again.reused, again.bundle.manifest.weights.path) == (True, "moved.pth")
+    with pytest.raises(BundleError, match="contains the bundle of 'van_digits', not of 'other'"):
+        export_bundle(replace(loaded, name="other"), recipe, folder)
     plainer = recipe.export.with_changes(opset=21, fold=False, simplify=False)
     result = export_bundle(loaded, recipe.with_changes(export=plainer), folder)
-    assert (result.reused, result.reason) == (False, "changed since: rewrites, export")
+    assert (result.reused, result.reason) == (False, "changed since: export")
     fp32, checks = result.bundle.artifact("fp32"), result.bundle.manifest.checks
     assert fp32.graph is not None
     assert (fp32.graph.opset, checks["fold"]["batchnorms_left"]) == (21, 22)
@@ -75,6 +89,8 @@ def test_export_is_reused_until_its_inputs_change(
     (folder / "model.onnx").write_bytes(b"changed")
     why = result.bundle.rebuild_reason("fp32", fp32.made_with)
     assert "was changed after the manifest was written" in why
+    with pytest.raises(BundleError, match="was changed after the manifest was written"):
+        describe_artifacts(folder)
     assert result.bundle.rebuild_reason("fp16", {}) == "new"
 
 
@@ -84,8 +100,8 @@ def test_incorrect_graphs_are_not_written(
     """Weights are changed after the check of the rewrites; then a rewrite is not exact."""
     smaller = recipe.with_changes(batch=BatchRange(1, 1, 2))
 
-    def slightly_wrong(model: VAN, images: Tensor, rewrites: Rewrites) -> FoldReport:
-        report = fold_van(model, images, rewrites)
+    def slightly_wrong(model: VAN, images: Tensor, *, fold: bool) -> FoldReport:
+        report = fold_van(model, images, fold=fold)
         with torch.no_grad():
             for weight in report.model.get_submodule("block3.1.mlp.fc2").parameters():
                 weight.mul_(1.001)

@@ -78,7 +78,7 @@ def test_sign_and_verify(signed: Path, key: Path, public_key: Path) -> None:
     assert signature.key_id == hashlib.sha256(der).hexdigest()
     rewrite(signed)
     assert (signed / SIGNATURE).exists()
-    sign_bundle(signed, key)  # replaces the stale signature
+    assert sign_bundle(signed / MANIFEST, key).bundle == signed  # replaces the stale signature
     open_signed_bundle(signed, public_key)
     key.write_bytes(private(ed25519.Ed25519PrivateKey.generate()))
     sign_bundle(signed, key)
@@ -204,7 +204,7 @@ def test_commands_refuse_unsigned_and_changed_bundles(
     assert cli.fails(5, *words).startswith(f"error: The bundle '{bundle}' is not signed")
     sign_bundle(bundle, key)
     if command == "inspect {}":  # the signature is accepted, and the file is not ONNX
-        assert "is not an ONNX file" in cli(*words).stderr
+        assert "is not the ONNX file of a network" in cli(*words).stderr
     (bundle / "labels.txt").write_text("cat\n")
     assert f"'{bundle}/labels.txt' was changed" in cli.fails(5, *words)
 

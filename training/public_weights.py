@@ -80,8 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except VanDeployError as error:
         parser.error(error.message)
     errors = {v.name: check_variant(v, args.output, args.imagenet) for v in variants}
-    for name, error in errors.items():
-        print(f"{name}: {error or 'passed'}")
+    for name, message in errors.items():
+        print(f"{name}: {message or 'passed'}")
     return int(any(errors.values()))
 
 

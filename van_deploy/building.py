@@ -254,7 +254,7 @@ def _tune(
     with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
         for number, candidate in enumerate(candidates, 1):
             progress(f"{number} of {len(candidates)}: {candidate.description}")
-            copy = Path(folder) / bundle.path.name
+            copy = Path(folder) / "bundle"
             shutil.copytree(bundle.path, copy)
             try:
                 results.append(measure_candidate(copy, candidate))

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from van_deploy.bundle import MANIFEST, Bundle, Manifest
+from van_deploy.bundle import Bundle, Manifest
 from van_deploy.config.sizes import ImageSize
 from van_deploy.engine.inspect import (
     EngineDescription,
@@ -19,7 +19,7 @@ from van_deploy.engine.inspect import (
 from van_deploy.errors import InputError
 from van_deploy.graph.files import OnnxDescription, describe_onnx
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VARIANTS, VanConfig, WeightsSource, find_cached_weights
+from van_deploy.model.variants import VARIANT_NAMES, VanConfig, WeightsSource, find_cached_weights
 
 ENGINES = (".plan", ".engine", ".trt")
 ArtifactDescription = OnnxDescription | EngineDescription | PackageDescription
@@ -92,13 +92,12 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
         UsageError: the variant does not exist.
         InputError: the checkpoint or the bundle cannot be read.
     """
-    if Path(model).is_dir() and (Path(model) / MANIFEST).exists():
+    if Bundle.exists(Path(model)):
         bundle = Bundle.open(model)
         problems = tuple(bundle.problems())
         return BundleDescription(bundle.path, problems, bundle.sizes(), bundle.manifest)
-    variants = (v for v in VARIANTS.values() if model in (v.name, *v.aliases))
     details: dict[str, Any]
-    if variant := next(variants, None):
+    if variant := VARIANT_NAMES.get(model.lower().replace("-", "_")):
         config, preprocessing = variant.config, OFFICIAL
         details = {
             "kind": "variant",
@@ -134,12 +133,13 @@ def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Ar
     ``trust_engine`` is that of :func:`~van_deploy.engine.inspect.describe_engine`.
 
     Raises:
-        InputError: the path does not exist, or cannot be read as an artifact.
+        InputError: the path does not exist, cannot be read as an artifact, or is a bundle one of
+            whose artifacts was changed.
     """
     files = [artifact]
-    if artifact.is_dir():
+    if artifact.is_dir() or Bundle.exists(artifact):
         bundle = Bundle.open(artifact)
-        files = [bundle.path / one.file for one in bundle.artifacts.values()]
+        files = [bundle.verified_path(name) for name in bundle.artifacts]
     readers: dict[str, Callable[[Path], ArtifactDescription]] = {
         **dict.fromkeys(ENGINES, partial(describe_engine, trust_engine=trust_engine)),
         ".pt2": describe_package,
@@ -148,10 +148,10 @@ def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Ar
     for file in files:
         if not file.exists():
             raise InputError(f"The file '{file}' does not exist.", "Check the path.")
-        if file.suffix not in readers:
+        if file.suffix.lower() not in readers:
             raise InputError(
                 f"'{file}' is neither an ONNX file nor an engine.",
                 f"Give a {', '.join(readers)} file or a bundle; "
                 f"`van-deploy info {file}` describes a checkpoint.",
             )
-    return [readers[file.suffix](file) for file in files]
+    return [readers[file.suffix.lower()](file) for file in files]

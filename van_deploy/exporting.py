@@ -24,8 +24,8 @@ from van_deploy.errors import BundleError, GateFailed, InputError, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.export import onnx_from_van
 from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simplify_onnx
-from van_deploy.graph.fold import Rewrites, fold_van
-from van_deploy.manifest import MANIFEST, GoldenInfo, GraphInfo, NetworkInfo
+from van_deploy.graph.fold import fold_van
+from van_deploy.manifest import GoldenInfo, GraphInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.variants import VARIANT_NAMES
@@ -39,7 +39,6 @@ from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 MODEL_FILE, LABELS_FILE = "model.onnx", "labels.txt"
 PROOF_IMAGES = 2
 PROOF_SIDE = 96  # pixels: the large kernels have both an interior and borders
-TOOLS = (*EXPORT_TOOLS, "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def load_model(
     preprocessing = recipe.preprocessing.model_dump()
     if export.dynamic_size is not None and preprocessing["image_size"] is None:
         preprocessing["image_size"] = export.dynamic_size.opt
-    if (Path(spec) / MANIFEST).exists():
+    if Bundle.exists(Path(spec)):
         raise UsageError(
             f"'{spec}' is a bundle, and a bundle is made from weights.",
             "Give the weights, or use the bundle with `van-deploy quantize`, `build` or `verify`.",
@@ -163,7 +162,18 @@ def export_bundle(
                 draft.file(LABELS_FILE).write_text(text, encoding="utf-8")
                 files[LABELS_FILE] = ""
             draft.description = _network_info(loaded, recipe, info)
+            old = draft.artifacts.get("fp32")
             draft.record(artifact.model_copy(update={"files": files, "made_with": key}))
+            new = draft.artifacts["fp32"]
+            if old and old.files.get(golden.GOLDEN_FILE) != new.files.get(golden.GOLDEN_FILE):
+                for other in draft.artifacts.values():  # records on the previous samples
+                    if other is not new:
+                        draft.artifacts[other.name] = other.model_copy(
+                            update={"golden_sqnr_db": {}}
+                        )
+    elif (manifest := Bundle.open(output).manifest).weights != loaded.source:
+        with edit_bundle(output) as draft:  # the weights were moved
+            draft.description = _network_info(loaded, recipe, manifest.golden)
     clock.begin("")
     notes, why = loaded.source.notes, reason or "nothing changed"
     return ExportResult(Bundle.open(output), not reason, why, notes, clock.seconds)
@@ -188,7 +198,8 @@ def _write_checked_graph(
     sizes = golden.other_sizes(recipe.export.dynamic_size, loaded.preprocessing.image_size)
     samples = golden.reference_samples(loaded, batch, sizes)
     clock.begin(f"Checking agreement at batch {', '.join(map(str, batches))}")
-    verdict, sqnr_db = check_new_graph(path, "fp32", samples, batches)
+    profile = recipe.gates.fp32
+    verdict, sqnr_db = check_new_graph(path, "fp32", samples, batches, profile=profile)
     if verdict.outcome is not Outcome.PASS:
         failed = [f.message for f in verdict.findings if f.outcome is Outcome.FAIL]
         raise GateFailed(
@@ -221,7 +232,7 @@ def _onnx_from_network(
     middle = [max(0, (side - PROOF_SIDE) // 2) for side in inputs.shape[2:]]
     rows, columns = (slice(start, start + PROOF_SIDE) for start in middle)
     crops = inputs[:PROOF_IMAGES, :, rows, columns].copy()  # float64 convolutions are slow
-    fold = fold_van(loaded.model, torch.from_numpy(crops), _rewrites(recipe))
+    fold = fold_van(loaded.model, torch.from_numpy(crops), fold=recipe.export.fold)
     if not fold:
         raise GateFailed(
             f"The rewritten network differs from the original by {fold.relative_error:.1e} "
@@ -256,24 +267,22 @@ def _onnx_from_network(
     return model, graph_facts(model).model_copy(update={"exported_nodes": nodes}), checks
 
 
-def _rewrites(recipe: Recipe) -> Rewrites:
-    return Rewrites() if recipe.export.fold else Rewrites.none()
-
-
 def _cache_key(loaded: LoadedVan, recipe: Recipe, inputs: Images) -> dict[str, Any]:
     """Return the inputs that determine the export and the results of its checks."""
     return {
+        "name": loaded.name,
         "weights": loaded.source.sha256,
+        "container": loaded.source.container,
         "architecture": asdict(loaded.config),
         "preprocessing": loaded.preprocessing.as_dict(),
         "class names": content_key({"names": loaded.class_names or ()}),
-        "rewrites": asdict(_rewrites(recipe)),
         # Graphs with preprocessing inside are separate artifacts.
         "export": recipe.export.model_dump(mode="json", exclude={"embed_preprocess", "outputs"}),
         "batch": recipe.batch.as_dict(),
+        "gates": recipe.gates.fp32.as_dict(),
         "images checked": hashlib.sha256(inputs.tobytes()).hexdigest(),
         "code": code_digest(".", "model", "graph", "checks", "data", "runners"),
-        "versions": tool_versions(*TOOLS),
+        "versions": tool_versions(*EXPORT_TOOLS),
     }
 
 
@@ -288,7 +297,7 @@ def _network_info(loaded: LoadedVan, recipe: Recipe, info: GoldenInfo | None) ->
         "class_names": loaded.class_names or None,
         "batch": recipe.batch,
         "sizes": recipe.export.dynamic_size,
-        "versions": tool_versions(*TOOLS),
+        "versions": tool_versions(*EXPORT_TOOLS),
         "golden": info,
     }
     return validate(

@@ -123,14 +123,29 @@ def median_interval(values: Sequence[float]) -> Interval:
     return ordered[first], ordered[count - 1 - first]
 
 
-def bootstrap_interval(statistic: Callable[[npt.NDArray[np.int64]], float], rows: int) -> Interval:
+def unseen_share(total: int) -> float:
+    """Return the largest share of a kind of images that none of ``total`` images shows.
+
+    It is the upper end of Wilson's and of Tango's interval for 0 of ``total``.
+    """
+    return wilson_interval(0, total)[1]
+
+
+def bootstrap_interval(
+    statistic: Callable[[npt.NDArray[np.int64]], float], rows: int, unit: float = 1.0
+) -> Interval:
     """Return the percentile interval of a statistic over 1,000 resamples of images.
+
+    Resamples only have what the images show, and with few images they may all be equal. So the
+    interval extends by :func:`unseen_share` of ``unit`` or more to both sides of the statistic.
 
     Args:
         statistic: function of the indices ``(rows,)`` of one resample.
         rows: number of images.
+        unit: the statistic's change if all images change.
     """
-    rng = np.random.default_rng(0)
+    rng, value = np.random.default_rng(0), statistic(np.arange(rows))
     values = [statistic(rng.integers(0, rows, rows)) for _ in range(1000)]
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    unseen = unit * unseen_share(rows)
+    return min(float(low), value - unseen), max(float(high), value + unseen)

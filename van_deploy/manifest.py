@@ -169,9 +169,9 @@ class Artifact(Schema):
         return self.files[self.file]
 
     @property
-    def key(self) -> str:
-        """Digest of :attr:`made_with`: equal if no relevant input changed."""
-        return content_key(self.made_with)
+    def onnx_files(self) -> dict[str, str]:
+        """SHA-256 of the ONNX file and of its external weights."""
+        return {file: sha256 for file, sha256 in self.files.items() if ".onnx" in file}
 
 
 class GoldenInfo(Schema):

@@ -59,9 +59,10 @@ class Comparison:
         cosine: the minimum cosine similarity of any row.
         sqnr_db: see :func:`sqnr_db`.
         kl: mean Kullback-Leibler divergence of the softmax, in nats; None if the columns are not
-            classes, like the next two.
-        top1_agreement: share of rows with the same top-1 class, 0 to 1.
-        top5_agreement: see :func:`topk_agreement`, with ``k = 5``.
+            the classes of one label.
+        top1_agreement: share of rows with the same decisions, 0 to 1; None without decisions.
+        top5_agreement: see :func:`topk_agreement`, with ``k = 5``; None with 5 classes or fewer,
+            and like ``kl``.
     """
 
     images: int
@@ -75,14 +76,18 @@ class Comparison:
     top5_agreement: float | None
 
 
-def compare(reference: Array, actual: Array, *, classes: bool = True) -> Comparison:
+def compare(reference: Array, actual: Array, task: Task | None = Task.SINGLE_LABEL) -> Comparison:
     """Return the metrics of ``actual`` against ``reference``, both ``(N, K)``, in float64.
 
-    ``classes`` is whether the columns are classes. NaN in ``actual`` gives NaN or ``-inf``, which
-    exceed every tolerance.
+    ``task`` is how logits become labels; None if the values are not logits. NaN in ``actual``
+    gives NaN or ``-inf``, which exceed every tolerance.
     """
     expected, result = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
-    difference = np.abs(result - expected)
+    difference, single = np.abs(result - expected), task is Task.SINGLE_LABEL
+    agreement = None
+    if task not in (None, Task.REGRESSION):
+        before, after = decisions(expected, task), decisions(result, task)
+        agreement = float((before == after).all(axis=1).mean())
     return Comparison(
         images=len(expected),
         max_abs=float(difference.max()),
@@ -90,9 +95,11 @@ def compare(reference: Array, actual: Array, *, classes: bool = True) -> Compari
         relative=float(difference.max() / max(np.abs(expected).max(), np.finfo(np.float64).tiny)),
         cosine=float(cosine(expected, result).min()),
         sqnr_db=sqnr_db(expected, result),
-        kl=float(kl_divergence(expected, result).mean()) if classes else None,
-        top1_agreement=topk_agreement(expected, result, 1) if classes else None,
-        top5_agreement=topk_agreement(expected, result, 5) if classes else None,
+        kl=float(kl_divergence(expected, result).mean()) if single else None,
+        top1_agreement=agreement,
+        top5_agreement=topk_agreement(expected, result, 5)
+        if single and expected.shape[1] > 5
+        else None,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from van_deploy.bundle import Bundle, Manifest
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
@@ -118,7 +119,8 @@ def export_recipe(
     precisions = []
     for quantize in requested:
         progress(f"Making '{quantize.precision}'")
-        precisions.append(quantize_bundle(output, quantize, force=force, progress=progress))
+        options: Any = {"rules": recipe.gates, "force": force, "progress": progress}
+        precisions.append(quantize_bundle(output, quantize, **options))
     if recipe.export.embeds:
         clock.begin("Embedding and checking preprocessing")
         sizes = batch_sizes(recipe.batch)

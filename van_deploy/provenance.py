@@ -7,24 +7,24 @@ import os
 import platform
 import time
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 from van_deploy import __version__
+from van_deploy.environment.packages import installed_version
 from van_deploy.errors import UsageError
 
-EXPORT_TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "pillow")
+# Distributions of ONNX Runtime; usually one of them is installed.
+ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "onnxruntime-directml")
+EXPORT_TOOLS = (
+    *("torch", "timm", "onnx", "onnx-ir", "onnxscript", "onnxsim", "numpy", "pillow"),
+    *ONNXRUNTIMES,
+)
 
 
 def tool_versions(*distributions: str) -> dict[str, str]:
     """Return the versions of Python, this package and the installed ``distributions``."""
     versions = {"python": platform.python_version(), "van-deploy": __version__}
-    for name in distributions:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # noqa: PERF203 - each is optional
-            continue
-    return versions
+    return versions | {n: v for n in distributions if (v := installed_version(n)) is not None}
 
 
 def code_digest(*packages: str) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,8 +82,7 @@ def sign_bundle(path: Path, key_file: Path) -> SignedBundle:
         MissingDependency: ``cryptography`` is not installed.
     """
     key = _read_key(key_file, "private")
-    bundle = Bundle.open(path)
-    content = (bundle.path / MANIFEST).read_bytes()
+    bundle, content = _read_bundle(path)
     _require_complete(bundle, BundleError, "Nothing was signed. Create the bundle again.")
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     signature = Signature(
@@ -94,7 +93,7 @@ def sign_bundle(path: Path, key_file: Path) -> SignedBundle:
         signature=base64.b64encode(key.sign(_signed_bytes(date, content))).decode(),
     )
     write_atomic(bundle.path / SIGNATURE, signature.text())
-    return SignedBundle(path, signature.key_id, date, len(bundle.digests))
+    return SignedBundle(bundle.path, signature.key_id, date, len(bundle.digests))
 
 
 def open_signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, SignedBundle]:
@@ -112,8 +111,8 @@ def open_signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, SignedBundle
     key = _read_key(key_file, "public")
     from cryptography.exceptions import InvalidSignature
 
-    bundle, key_id = Bundle.open(path), _key_id(key)
-    content, file = (bundle.path / MANIFEST).read_bytes(), bundle.path / SIGNATURE
+    bundle, content = _read_bundle(path)
+    key_id, file = _key_id(key), bundle.path / SIGNATURE
     if not file.is_file():
         raise SignatureError(
             f"The bundle '{bundle.path}' is not signed: it has no {SIGNATURE}.",
@@ -136,10 +135,15 @@ def open_signed_bundle(path: Path, key_file: Path) -> tuple[Bundle, SignedBundle
             "If you changed the bundle yourself (quantize, build, verify, report ... write to its "
             "manifest), sign it again. Otherwise do not use it.",
         ) from None
-    # Use the verified bytes: the file can change in between.
-    bundle = replace(bundle, manifest=parse_manifest(content.decode(), bundle.path / MANIFEST))
     _require_complete(bundle, SignatureError, REPLACE)
     return bundle, SignedBundle(bundle.path, key_id, signature.date, len(bundle.digests))
+
+
+def _read_bundle(path: Path) -> tuple[Bundle, bytes]:
+    """Return the bundle at ``path``, with the manifest that is in the bytes of its manifest."""
+    folder = Bundle.open(path).path
+    content = (folder / MANIFEST).read_bytes()
+    return Bundle(folder, parse_manifest(content.decode(), folder / MANIFEST)), content
 
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:

@@ -351,6 +351,8 @@ def main() -> int:
         return store(args.out)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     variants, batches = args.variant.split(","), [int(b) for b in args.batch.split(",")]
+    if unknown := {*variants} - {*CONFIGURATIONS}:
+        parser.error(f"'{min(unknown)}' is not one of {', '.join(CONFIGURATIONS)}")
     models = {name: fused_network(name, DTYPES[args.dtype]) for name in variants}
     if args.step == "count":
         for args.variant, batch in itertools.product(variants, batches):

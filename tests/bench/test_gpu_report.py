@@ -46,7 +46,7 @@ def test_states_of_a_step(tmp_path: Path, program: str, code: str, state: str, r
     assert ("begun" in step.output) == (state == "stopped")
 
 
-@each("part", ["a", "b"])
+@each("part", report.BUDGETS)
 def test_steps_are_the_same_with_and_without_a_gpu(part: str) -> None:
     on_cpu, on_gpu = (list(report.steps_of(part, device)) for device in ("cpu", "cuda:0"))
     names = [step.name for step in on_gpu]
@@ -56,7 +56,7 @@ def test_steps_are_the_same_with_and_without_a_gpu(part: str) -> None:
     assert all("cuda" not in " ".join(step.words) for step in on_cpu if not step.skip)
 
 
-@each("part", ["a", "b"])
+@each("part", report.BUDGETS)
 @each("device", ["cpu", "cuda:0"])
 def test_steps_are_valid_commands(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, device: str
@@ -71,7 +71,7 @@ def test_steps_are_valid_commands(
 def test_runners_of_each_gpu_benchmark_exist_where_tensorrt_is_not_installed() -> None:
     names = [f"{way}/{p}" for way in (*ORT_CUDA_VARIANTS, "inductor") for p in ("fp32", "fp16")]
     ready = dict.fromkeys([*PYTORCH_ON_GPU, *names], Contender("x", "pytorch", "fp32"))
-    steps = [step for part in "ab" for step in report.steps_of(part, "cuda:0")]
+    steps = [step for part in report.BUDGETS for step in report.steps_of(part, "cuda:0")]
     for words in (step.words for step in steps if "--runners" in step.words):
         select_contenders((ready, {}), words[words.index("--runners") + 1].split(","))
 

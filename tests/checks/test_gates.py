@@ -23,7 +23,7 @@ from van_deploy.checks.evaluate import ECE_BINS, GroundTruth, Predictions
 from van_deploy.checks.gates import AllowOptions, Finding, GateReport, Limit, Loss, Outcome
 from van_deploy.checks.regression import ROUNDS, WARMUP_ROUNDS, paired_ratio
 from van_deploy.config import GateProfile
-from van_deploy.metrics import Task, find_flips, probabilities
+from van_deploy.metrics import Task, compare, find_flips, probabilities
 
 PASS, FAIL, INCONCLUSIVE = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE
 SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
@@ -97,6 +97,7 @@ def test_skips_and_undecided_findings_need_their_own_option(
     finding: Finding, needs: AllowOptions | None
 ) -> None:
     shown, alone = Finding("a", PASS), finding.outcome is INCONCLUSIVE
+    images = Finding("preprocessing/0.png", PASS)
     for allowed in (AllowOptions(), AllowOptions(("accuracy", "speed"))):
         assert Report(allowed, shown, finding).failed == ["b"]
         assert not Report(allowed, shown, finding)
@@ -104,7 +105,7 @@ def test_skips_and_undecided_findings_need_their_own_option(
     assert Report(everything, shown, finding).passed is (needs is not None)
     if needs is not None:
         assert Report(needs, shown, finding)
-        assert Report(needs, finding).passed is alone, "a skip alone is no PASS"
+        assert Report(needs, images, finding).passed is alone, "a skip alone is no PASS"
 
 
 @each(
@@ -299,6 +300,34 @@ def test_nan_and_extreme_logits() -> None:
     assert result.confusions == ((0, -1, 1),)
     extreme = probabilities(np.array([[-1000.0], [0.0], [1000.0]]), BINARY)
     assert extreme.tolist() == [[0.0], [0.5], [1.0]]
+
+
+def test_f1_of_few_equal_images_is_undecided() -> None:
+    logits = np.array([[1.0, -1.0, 2.0]] * 5)
+    predictions, truth = Predictions.of(logits, MULTI, logits), (logits > 0).astype(int)
+    own = Predictions.of(logits, MULTI)
+    found = evaluate.compare_predictions(own, predictions, GroundTruth(truth, 3, MULTI), "int8")
+    assert found.outcome is INCONCLUSIVE
+    assert found.loss.interval == pytest.approx((-43.4, 43.4), abs=0.1)
+    assert "about 381 images would decide" in found.reason, "as for top-1"
+    many = Loss(1000, 0.4, (-0.6, 1.4))  # an interval of 2 points must become one of 1.2
+    assert gates.images_to_decide(many, 1.0) == pytest.approx(1000 / 0.6**2, rel=0.01)
+
+
+@each(
+    ("task", "columns", "agreement", "others"),
+    [(SINGLE, 6, 0.5, True), (BINARY, 1, 0.75, False), (MULTI, 6, 0.75, False)],
+)
+def test_comparison_has_only_metrics_with_a_meaning(
+    task: Task, columns: int, agreement: float, others: bool
+) -> None:
+    expected = np.ones((4, columns)) * [3.0, 1, 1, 1, 1, 2][:columns]
+    actual = expected.copy()
+    actual[:2, 0], actual[2, -1:] = 2.5 if columns == 1 else 1.5, -1.0
+    found = compare(expected, actual, task)
+    assert found.top1_agreement == agreement
+    assert (found.kl is not None, found.top5_agreement is not None) == (others, others)
+    assert compare(expected[:, :5], actual[:, :5], task).top5_agreement is None
 
 
 def test_f1_interval_resamples_images_and_not_labels() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from onnx import ModelProto
@@ -19,11 +21,13 @@ from tests.checks.conftest import Broken, tiny_bundle
 from tests.checks.faults import Fault
 from tests.each import each
 from van_deploy.bundle import Bundle
+from van_deploy.checks import regression
 from van_deploy.checks.drift import DriftReport, drift_of_bundle
-from van_deploy.checks.gates import Outcome, sqnr_floor
-from van_deploy.checks.golden import golden_images, golden_samples
+from van_deploy.checks.gates import Limit, Outcome, sqnr_floor
+from van_deploy.checks.golden import Samples, golden_images, golden_samples
+from van_deploy.checks.outputs import check_outputs
 from van_deploy.checks.verify import ArtifactVerdict, verify_bundle
-from van_deploy.config import DriftSettings, VerifySettings
+from van_deploy.config import DriftSettings, RunnerSettings, VerifySettings
 from van_deploy.errors import GateFailed
 from van_deploy.graph.embed import TOP_PROBABILITIES, embed_preprocessing
 from van_deploy.metrics import sqnr_db
@@ -32,6 +36,7 @@ from van_deploy.stopwatch import no_progress
 
 DIGITS_BLOCKS = [f"block{s}.{b}" for s, depth in enumerate((2, 2, 3, 2), 1) for b in range(depth)]
 PASS, FAIL = Outcome.PASS, Outcome.FAIL
+WITHOUT_MODULES = VerifySettings(modules=False)
 
 
 def verdict_of(whole: Subject, bundle: Bundle, name: str) -> ArtifactVerdict:
@@ -56,26 +61,71 @@ def same(model: ModelProto) -> ModelProto:
 
 
 OTHER_IMAGES = faults.change_normalisation(old=(0.305, 0.375), new=(0.5, 0.5))
+HALF = ("Mul", [np.float32(0.5)])
 ONE_NAN = ("Mul", [np.array([1, 1, 1, np.nan, 1], np.float32)])
 
 
+OTHER_CLASSES = faults.inserted("logits", ("Neg", []))
+
+
 @each(
-    ("output", "spoil", "outcome", "rule"),
+    ("outputs", "spoil", "failed"),
     [
-        ("logits", same, PASS, "SQNR"),
-        ("logits", OTHER_IMAGES, FAIL, "SQNR"),
-        ("top5", same, PASS, "probabilities"),
-        ("top5", OTHER_IMAGES, FAIL, "probabilities"),
-        ("top5", faults.inserted(TOP_PROBABILITIES, ONE_NAN), FAIL, "probabilities"),
+        ("logits", same, []),
+        ("logits", OTHER_IMAGES, ["SQNR", "worst image"]),
+        ("top5", same, []),
+        ("top5", OTHER_IMAGES, ["probabilities"]),
+        ("top5", faults.inserted(TOP_PROBABILITIES, ONE_NAN), ["probabilities"]),
+        ("probabilities", OTHER_CLASSES, ["probabilities", "label flips"]),
+        ("logits,top5,probabilities", same, []),
+        # The logits are correct, and the other outputs are checked nevertheless.
+        ("logits,top5", faults.inserted(TOP_PROBABILITIES, ONE_NAN), ["probabilities"]),
+        ("logits,probabilities", faults.inserted("probabilities", HALF), ["probabilities"]),
     ],
 )
 def test_embedded_graphs(
-    digits: Subject, broken: Broken, output: str, spoil: Fault, outcome: Outcome, rule: str
+    digits: Subject, broken: Broken, outputs: str, spoil: Fault, failed: list[str]
 ) -> None:
-    preprocessing = digits.loaded.preprocessing
-    model = spoil(embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", (output,)))
+    preprocessing, names = digits.loaded.preprocessing, outputs.split(",")
+    model = spoil(embed_preprocessing(digits.graph("fp32"), preprocessing, "uint8", names))
     verdict = verdict_of(digits, broken(digits, "bytes", "fp32", model, embedded="uint8"), "bytes")
-    assert (verdict.outcome, verdict.findings[0].rule) == (outcome, rule)
+    found = [f for f in verdict.findings if "batch" not in f.message and f.outcome is FAIL]
+    assert [finding.rule for finding in found] == failed
+    assert verdict.outcome is (FAIL if failed else PASS)
+
+
+@each("sizes", [(1, 32), (32,)])
+def test_every_row_of_a_batch_larger_than_the_samples(
+    digits: Subject, sizes: tuple[int, ...]
+) -> None:
+    def run(of: Samples, images: npt.NDArray[np.int64]) -> dict[str, np.ndarray]:
+        logits = of.logits[images]
+        logits[20:] = 0.0
+        return {"logits": logits}
+
+    verdict = check_outputs(run, digits.samples, sizes, Limit(20.0, "floor for int8"))
+    assert verdict.outcome is FAIL
+    assert {row.batch: row.outcome for row in verdict.batches}[32] is FAIL
+
+
+def test_a_part_of_the_golden_samples_has_no_record(digits: Subject) -> None:
+    report = verify_bundle(digits.bundle, digits.samples.first(1), WITHOUT_MODULES, digits.loaded)
+    assert [finding.rule for finding in report.findings] == ["preprocessing/0.png"]
+    origins = [v.limit.origin for v in report.artifacts.values() if v.limit]
+    assert not any("recorded" in origin for origin in origins), "an average of 16 images"
+    assert len(origins) == 3
+
+
+def test_speed_is_measured_at_the_optimal_batch(
+    digits: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sizes(slow: Callable[[], Any], fast: Callable[[], Any]) -> Any:
+        return len(slow()), len(fast()["logits"])
+
+    monkeypatch.setattr(regression, "paired_ratio", sizes)
+    few, settings = digits.samples.first(1), RunnerSettings()
+    ratios: Any = regression.speed_ratios(digits.bundle, digits.loaded, few, settings)
+    assert ratios == dict.fromkeys(("fp32", "fp16", "int8"), (4, 4))
 
 
 OVERFLOW = "passes 65504, the largest number of FP16"

@@ -83,6 +83,7 @@ def os_error(number: int) -> OSError:
         ),
         (KeyboardInterrupt(), 130, "Interrupted.", ""),
         (os_error(errno.ENOSPC), 3, "'dist/place': No space left on device.", "Free some space"),
+        (OSError(errno.ENOSPC, "", "a", None, "dist/place"), 3, "'dist/place': No s", "Free some"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3, "Cannot wr", "Free"),
         (MemoryError(), 3, NO_MEMORY, "Use a smaller batch"),
         (RuntimeError(ALLOC), 3, f"{NO_MEMORY} ([enforce", "Use a smaller batch"),

@@ -13,17 +13,19 @@ import pytest
 from junitparser import JUnitXml, Skipped
 
 import van_deploy as vd
-from tests.artifacts import Subject, add_placeholder_engine
+from tests.artifacts import Subject
 from tests.checks import faults
 from tests.checks.conftest import overwrite_artifact
 from tests.cli.conftest import ALLOW, npz, replace_file
 from tests.conftest import Cli
 from tests.each import each
 from tests.json_documents import edit_json, edited
+from tests.plans import add_plan
 from van_deploy.bundle import Bundle
 
 FEW = ("--against", "weights", "--count", "6")
 NAMES = ["fp32", "fp16", "int8"]
+PLAN = "plan-sm_89"
 
 
 def outcomes_of(document: dict[str, Any]) -> dict[str, str]:
@@ -108,29 +110,31 @@ def test_verify_with_user_images_the_network_and_a_recipe(
 def test_skipped_engines_fail_unless_they_are_allowed(
     cli: Cli, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
-    add_placeholder_engine(path, "x", made_from="fp16")
-    verify = ("verify", path, "--no-modules", "--artifact", "x", "--artifact")
+    add_plan(Bundle.open(path))
+    verify = ("verify", path, "--no-modules", "--artifact", PLAN, "--artifact")
     output = cli.fails(1, *verify, "fp32")
-    if "x: engine not executed: no GPU" not in output:
+    if f"{PLAN}: engine not executed: no GPU" not in output:
         pytest.skip("this machine has a GPU")
-    assert "error: 'x' was not checked (engine not executed: no GPU); --allow-skip eng" in output
+    assert (
+        f"error: '{PLAN}' was not checked (engine not executed: no GPU); --allow-skip eng" in output
+    )
     assert "drift" not in output  # nothing is wrong with a module
     cli.fails(1, *verify, "fp32", "--allow-skip", "runtimes")
     cli.passes(*verify, "fp32", "--allow-skip", "engines")
     cuda = ("--artifact", "fp32", "--runner", "ort-cuda", "--allow-skip", "runtimes")
-    for words in (("verify", path, *cuda), (*verify, "x", "--allow-skip", "engines")):
+    for words in (("verify", path, *cuda), (*verify, PLAN, "--allow-skip", "engines")):
         assert "No artifact could be run on this machine, so nothing was" in cli.fails(1, *words)
     junit = tmp_path / "junit.xml"
     check = ("check", path, "--baseline", baseline, "--junit", junit, "--allow-skip")
-    assert "'gate/verify/x' was not checked (engine" in cli.fails(1, *check, "accuracy")
+    assert f"'gate/verify/{PLAN}' was not checked (engine" in cli.fails(1, *check, "accuracy")
     assert JUnitXml.fromfile(str(junit)).failures == 1
     cli.fails(1, *check, "engines")
     output = cli.passes(*check, "engines", "--allow-skip", "accuracy")
-    assert "Not in the baseline: x." in " ".join(output.split())
+    assert f"Not in the baseline: {PLAN}." in " ".join(output.split())
     suites = JUnitXml.fromfile(str(junit))
     assert suites.failures == 0
     skipped = {c.name for s in suites for c in s if any(isinstance(r, Skipped) for r in c.result)}
-    assert skipped == {"verify/x", *(f"{name}/top-{k}" for name in NAMES for k in (1, 5))}
+    assert skipped == {f"verify/{PLAN}", *(f"{name}/top-{k}" for name in NAMES for k in (1, 5))}
 
 
 @each(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from tests.data.conftest import Make, for_channels
 from tests.each import each
@@ -70,10 +70,16 @@ def test_find_images_recursively(tmp_path: Path) -> None:
     found = [str(path.relative_to(store)) for path in find_images(str(store))]
     assert found == ["a.webp", "b/1.jpeg", "b/2.PNG", "b/c/3.tif"]
     view.mkdir()
-    links = {"linked": store / "b", "y.png": store / "a.webp", "gone.png": store / "nothing"}
+    links = {
+        "again": store / "b/c",
+        "linked": store / "b",
+        "y.png": store / "a.webp",
+        "gone.png": store / "nothing",
+    }
     for name, target in {**links, "up": view, "self": view / "self"}.items():
         (view / name).symlink_to(target)
-    names = ("linked/1.jpeg", "linked/2.PNG", "linked/c/3.tif", "y.png")
+    (store / "b" / "back").symlink_to(view)  # a cycle of two folders
+    names = ("again/3.tif", "linked/1.jpeg", "linked/2.PNG", "linked/c/3.tif", "y.png")
     assert find_images(view) == tuple(view / name for name in names)
 
 
@@ -97,6 +103,7 @@ def test_class_folders_and_subsample(make: Make) -> None:
     assert part.description == f"4 images of '{root}', by hand; 2 of 4, evenly spread"
     content = (root / "cat" / "a.png").read_bytes()
     assert images.items[0].digest == hashlib.sha256(content).hexdigest()
+    assert len({ImageItem("", THREE[0].reshape(shape)).digest for shape in ((4, 4), (2, 8))}) == 2
     assert len({images.digest, part.digest, images.take([1, 0, 2, 3]).digest}) == 3
     with pytest.raises(ImageError, match="gone' cannot be read: No such file"):
         _ = ImageItem("gone", root / "gone").digest
@@ -161,6 +168,8 @@ def twelve_bits() -> bytes:
 SIXTEEN = np.array([[0, 257, 1000], [32896, 65407, 65535]], np.uint16)
 BIG = Image.frombytes("I;16B", (3, 2), SIXTEEN.astype(">u2").tobytes())
 BIG_TAGS = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"MM")
+# the tag PhotometricInterpretation of a TIFF: 0 is black, or white
+BLACK, WHITE = (struct.pack("<HHIH", 262, 3, 1, value) for value in (1, 0))
 SCALED = Image.fromarray(np.array([[0, 1, 4], [128, 255, 255]], np.uint8))
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # rotate clockwise by 90 degrees
@@ -180,6 +189,7 @@ ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [SECOND]}
         (encode(Image.fromarray(SIXTEEN)), SCALED),
         (encode(Image.fromarray(SIXTEEN), "TIFF"), SCALED),
         (encode(BIG, "TIFF", tiffinfo=BIG_TAGS), SCALED),
+        (encode(Image.fromarray(SIXTEEN), "TIFF").replace(BLACK, WHITE), ImageOps.invert(SCALED)),
         (twelve_bits(), Image.fromarray(np.array([[255, 128]], np.uint8))),
     ],
 )

@@ -61,9 +61,11 @@ UNKNOWN_ORDER = "The order of the network's classes is unknown"
         ([f"{number:03}" for number in range(1, 103)], 102, None, range(102), "by number"),
         (("0", "1", "2"), 3, None, range(3), "by number"),
         (("0", "1", "2"), 3, ("cat", "dog", "emu"), range(3), "by number"),
+        (("bad", "good"), 1, ["bad"], (1, 0), "class name"),
         (("bad", "good"), 1, None, (0, 1), "(the weights have no class names)"),
         (("0", "1"), 1, None, (0, 1), "by number"),
         # labels that are unknown
+        (("bad", "good"), 1, ["dog"], None, "2 of the 2 folders"),
         (("Crane", "dog"), 3, ("crane", "CRANE", "dog"), None, "1 of the 2 folders"),  # ambiguous
         (("cat", "dgo"), 2, ("cat", "dog"), None, "one of the network's 2 class names: dgo"),
         (("x", "y"), 2, ("cat", "dog"), None, "one of the network's 2 class names: x, y"),
@@ -181,6 +183,14 @@ OTHERS = ("a/1.png", "b/1.png", "b/2.png")
         (OTHERS, "c/a/1 2\nb/1 0\n2.png 1", None, None, [2, 0, 1]),
         (("1.png", "b/1.png"), "1.png 0\nb/1.png 1\n", None, None, [0, 1]),
         # invalid files
+        (
+            OTHERS,
+            "a/1 2\na/2 1\nb/1 0\n",
+            None,
+            None,
+            "no label for 1 of the 3 images, the first: 'b/2",
+        ),
+        (("9.png", "10.png"), "0\n1\n", None, None, "it is unknown which image is first: '10.png"),
         (OTHERS, "1.png 0\n2.png 1\n", None, None, "for 2 of the 3 images, the first: 'a/1.png'"),
         (FLAT, "x y\na 2\nb c 0\n\nd, e 1\na.png 0", None, None, "'2' in line 2, '0' in line 6"),
         (FLAT, "a.png 2\nb c.png 3\nd, e.png 1\n", None, None, "'3' in line 2 of"),
@@ -213,6 +223,8 @@ def test_class_names_from_file(tmp_path: Path) -> None:
     file = tmp_path / "names.txt"
     file.write_text("the first\n second, or other \n\nthird\n", encoding="utf-8-sig")
     assert class_names_from_file(file, 3) == ("the first", "second, or other", "third")
+    (tmp_path / "two.txt").write_text("good\nbad\n")
+    assert class_names_from_file(tmp_path / "two.txt", 1) == ("bad",)
     message = error_of(InputError, class_names_from_file, file, 4).message
     assert "has 3 class names; the network has 4 classes" in message
     message = error_of(InputError, class_names_from_file, tmp_path / "gone", 4).message

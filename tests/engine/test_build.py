@@ -26,7 +26,7 @@ from van_deploy.config import BatchRange, BuildOptions, Profiling
 from van_deploy.engine.backend import Backend, Host
 from van_deploy.engine.build import engine_name, has_external_weights
 from van_deploy.engine.messages import BuildLog
-from van_deploy.engine.sidecar import load_sidecar
+from van_deploy.engine.sidecar import Sidecar
 from van_deploy.engine.worker import ONNX, load_timing_cache, save_timing_cache
 from van_deploy.errors import ConversionError, InputError, MissingDependency
 from van_deploy.files import file_sha256
@@ -66,7 +66,7 @@ def test_reproducible_builds(build: Build, digits_onnx: Path, plan: Plan, tmp_pa
     with ThreadPoolExecutor() as pool:
         sources = (digits_onnx, source, digits_onnx)
         first, same, larger = pool.map(build, plans, (named, named, more), sources)
-    assert [load_sidecar(path) for path in plans] == [first, same, larger]
+    assert [Sidecar.load(path) for path in plans] == [first, same, larger]
     assert len({plan.sidecar.plan_sha256, first.plan_sha256, larger.plan_sha256}) == 3
     sizes = [one.device_memory["activation_bytes"] for one in (plan.sidecar, larger)]
     assert sizes[0] < sizes[1]
@@ -114,7 +114,7 @@ def test_existing_plan_survives_a_failed_build(build: Build, plan: Plan, tmp_pat
     folder = Path(shutil.copytree(plan.path.parent, tmp_path / "plans"))
     with pytest.raises(ConversionError, match="no kernel fits into the workspace"):
         build(folder / plan.path.name, SM89.with_changes(workspace_bytes=1024))
-    assert load_sidecar(folder / plan.path.name) == plan.sidecar
+    assert Sidecar.load(folder / plan.path.name) == plan.sidecar
     assert len(list(folder.iterdir())) == 3
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def folder(copy_bundle: Copy, digits_bundle: Bundle) -> Path:
     return copy_bundle(digits_bundle, "dist/van_digits")
 
 
-def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
+def test_engine_is_added_reused_and_rebuilt(
+    rtx: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = build(folder)
     bundle = Bundle.open(folder)
     artifact = bundle.artifact(first.engine)
@@ -60,11 +63,17 @@ def test_engine_is_added_reused_and_rebuilt(rtx: Backend, folder: Path) -> None:
     assert first.sidecar.preprocessing == bundle.manifest.preprocessing
     again = build(folder)
     assert (again.outcome, again.sidecar) == ("reused", first.sidecar)
+    host = fleet.FleetHost(accelerator_type="L4")
+    for changes, kind in (({}, fleet.BuildOutcome), ({"backend": "tensorrt"}, Bundle)):
+        cell = replace(cell_of(folder), host=host.with_changes(**changes))
+        assert isinstance(fleet.find_pending(cell, Host(), remote=True), kind)
     assert build(folder, force=True).outcome == "built"
     with pytest.raises(InputError, match="is of kind 'engine'"):
         build(folder, precision=first.engine)
     Bundle.open(folder).verified_path(first.engine).write_bytes(b"damaged")
     assert build(folder).outcome == "built"
+    assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
+    monkeypatch.setattr(fleet, "code_digest", lambda _: "of another version")
     assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
     bundle = Bundle.open(folder)
     assert bundle.problems() == bundle.unlisted_files() == []
@@ -103,8 +112,8 @@ def test_fleet_file_is_read_as_cells(fleet_file: Path) -> None:
     fleet_file.write_text(FLEET + options + host)
     cells = read_fleet(fleet_file)
     folders = [fleet_file.parent / "dist" / name for name in ("van_digits", "van_none")]
-    targets = ("sm_86", "sm_80+sm_89")
-    assert [(c.bundle, c.target) for c in cells] == list(itertools.product(folders, targets))
+    targets = (("sm_86",), ("sm_80", "sm_89"))
+    assert [(c.bundle, c.targets) for c in cells] == list(itertools.product(folders, targets))
     assert cells[0].host.backend == "tensorrt"
     assert cells[0].resources == {"num_gpus": 1, "accelerator_type": "A10G"}
     assert "num_gpus" not in cells[1].resources
@@ -244,6 +253,7 @@ def test_reused_and_changed_packages(copy_bundle: Copy, package_bundle: Path) ->
     again = van_deploy.open_bundle(folder).build(backend="inductor", device="cpu")
     assert [one.outcome for one in again.outcomes] == ["reused"]
     name = package_names(folder)["fp32"]
+    assert "code" in Bundle.open(folder).artifact(name).made_with
     Bundle.open(folder).verified_path(name).write_bytes(b"changed")
     with pytest.raises(BundleError, match=r"\.pt2"):
         Network(Bundle.open(folder), name).__enter__()

@@ -171,16 +171,18 @@ EDITS = [
 @each("edit, message", EDITS)
 def test_unverified_files_are_refused(plan: Plan, tmp_path: Path, edit: Edit, message: str) -> None:
     copy = shutil.copytree(plan.path.parent, tmp_path / "copy") / plan.path.name
-    assert sidecar.load_sidecar(copy) == plan.sidecar
+    assert sidecar.Sidecar.load(copy) == plan.sidecar
     file = tmp_path / "p-1.7.pt2"
     file.write_bytes(b"native code")
     package = package_sidecar(targets=("sm_89",), file_sha256=file_sha256(file))
     written = sidecar.write_sidecar(file, package)
-    assert sidecar.load_package_sidecar(file) == written
-    for path, load in ((copy, sidecar.load_sidecar), (file, sidecar.load_package_sidecar)):
+    assert sidecar.PackageSidecar.load(file) == written
+    for path, load in ((copy, sidecar.Sidecar.load), (file, sidecar.PackageSidecar.load)):
         edit(path)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message) as caught:
             load(path)
+        is_plan = path is copy
+        assert ("--trust-engine" in caught.value.remedy) == ("no sidecar" in message and is_plan)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="on a GPU the plan may load")

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from tests.each import each
-from tests.engine.conftest import Build
+from tests.engine.conftest import SM89, Build
 from van_deploy.engine.backend import Backend
 from van_deploy.engine.messages import KNOWN_ERRORS, error_from_log
 from van_deploy.errors import ConversionError, InputError, VanDeployError
@@ -81,6 +81,15 @@ def test_errors_of_the_parser_and_the_builder(
     assert where in error.message
     assert (error.remedy, type(error)) == (known.remedy, known.error)
     assert "_src/" not in error.message
+
+
+def test_types_that_turing_does_not_have(build: Build, digits_onnx: Path, tmp_path: Path) -> None:
+    bf16, turing = tmp_path / "bf16.onnx", SM89.with_changes(targets=("sm_75",))
+    onnx.save(model_of(RELU, kind=TensorProto.BFLOAT16), bf16)
+    for source, remedy in ((digits_onnx, "fp16 --no-keep-defaults"), (bf16, "Build fp16 for")):
+        with pytest.raises(ConversionError) as caught:
+            build(tmp_path / "e.plan", turing, source)
+        assert remedy in caught.value.remedy
 
 
 NO_DRIVER = "CUDA initialization failure with error: 35"

@@ -12,12 +12,19 @@ import onnx
 import onnxsim
 import pytest
 import torch
+from onnx import TensorProto, helper
 
 from tests.each import each
 from tests.graph.conftest import Exported
 from van_deploy.errors import ConversionError, InputError
 from van_deploy.graph.export import onnx_from_van
-from van_deploy.graph.files import describe_onnx, operator_counts, save_onnx, simplify_onnx
+from van_deploy.graph.files import (
+    describe_onnx,
+    graph_facts,
+    operator_counts,
+    save_onnx,
+    simplify_onnx,
+)
 from van_deploy.graph.fold import fold_van
 from van_deploy.metrics import compare
 from van_deploy.model.van import VAN
@@ -119,9 +126,22 @@ def test_large_weights_are_saved_as_external_data(digits: Exported, tmp_path: Pa
     assert files == ["model.onnx", "model.onnx.data"]
     description = describe_onnx(path)
     assert description.external_files == ("model.onnx.data",)
+    assert description.weights["float"].bytes == 4 * description.weights["float"].values
+    assert description.graph.weight_bytes == graph_facts(digits.graph).weight_bytes > 1e5
     assert description.bytes < 200_000 < path.with_name("model.onnx.data").stat().st_size
     with OnnxRuntimeRunner(path) as runner:
         assert np.array_equal(runner.run(images), expected)
+
+
+def test_weights_in_typed_fields_and_dimensions_without_a_name(tmp_path: Path) -> None:
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [None, 3]) for n in "xy")
+    kinds = {TensorProto.FLOAT: 12, TensorProto.FLOAT16: 6, TensorProto.INT4: 2}
+    weights = [helper.make_tensor(str(kind), kind, [3], [1, 2, 3]) for kind in kinds]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y], weights)
+    onnx.save(helper.make_model(graph), tmp_path / "m.onnx")
+    description = describe_onnx(tmp_path / "m.onnx")
+    assert [one.bytes for one in description.weights.values()] == list(kinds.values())
+    assert description.graph.inputs["x"].shape == ("?", 3)
 
 
 @each(
@@ -129,6 +149,7 @@ def test_large_weights_are_saved_as_external_data(digits: Exported, tmp_path: Pa
     [
         lambda model: setattr(model.graph.initializer[0], "data_type", 36),
         lambda model: setattr(model.opset_import[0], "domain", "other"),
+        lambda model: model.graph.output[0].type.tensor_type.shape.Clear(),
         lambda model: model.Clear(),
         lambda model: model.metadata_props.add(key="b", value="not UTF-8"),
     ],
@@ -142,5 +163,5 @@ def test_damaged_files_are_rejected(
     assert describe_onnx(path).metadata == {"a": {"b": 1}}
     spoil(model)
     path.write_bytes(model.SerializeToString().replace(b"not UTF-8", b"\xff" * 9))
-    with pytest.raises(InputError, match=r"m\.onnx' is not an ONNX file, or is damaged"):
+    with pytest.raises(InputError, match=r"m\.onnx' is not the ONNX file of a network"):
         describe_onnx(path)

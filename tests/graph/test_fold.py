@@ -1,9 +1,8 @@
-"""Folding is exact for every selection of rewrites; networks rebuilt from the graph."""
+"""Folding is exact; networks rebuilt from the graph."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,20 +10,11 @@ import torch
 
 from tests.each import each
 from tests.graph.conftest import Exported
-from van_deploy.errors import ConversionError, UsageError
+from van_deploy.errors import ConversionError
 from van_deploy.graph.export import onnx_from_van, van_from_onnx
-from van_deploy.graph.fold import FOLD_TOLERANCE, SKIP_GAIN_LIMIT, Rewrites, fold_van
-from van_deploy.model.van import VAN
-
-NAMES = {field.name for field in fields(Rewrites)}
-NEEDED = {"block_norm", "layer_scale", "residual_stream"}
-
-
-def selections() -> list[set[str]]:
-    """Return all rewrites, none, each one alone, and all but each one."""
-    alone = [{name} if name != "residual_stream" else NEEDED for name in NAMES]
-    but_one = [NAMES - {name} for name in NAMES]
-    return [*alone, *(c if c >= NEEDED else c - {"residual_stream"} for c in but_one), set(), NAMES]
+from van_deploy.graph.fold import FOLD_TOLERANCE, SKIP_GAIN_LIMIT, fold_van
+from van_deploy.model.van import VAN, random_van, smooth_images
+from van_deploy.model.variants import VanConfig
 
 
 def with_skip_gains(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN:
@@ -38,17 +28,12 @@ def with_skip_gains(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN
     return model
 
 
-@each("chosen", selections())
-def test_every_selection_of_rewrites_is_exact(digits: Exported, chosen: set[str]) -> None:
-    rewrites = Rewrites(**{name: name in chosen for name in NAMES})
-    report = fold_van(digits.loaded.model, digits.images[:1], rewrites)
+@each(("fold", "left"), [(True, 0), (False, 22)])
+def test_folding_is_exact(digits: Exported, fold: bool, left: int) -> None:
+    report = fold_van(digits.loaded.model, digits.images[:1], fold=fold)
     assert report.relative_error <= FOLD_TOLERANCE
-    assert set(report.as_dict()["rewrites"]) == chosen
-    if not chosen:  # the original, bit for bit
-        assert (report.relative_error, report.batchnorms_folded) == (0.0, 0)
-        with torch.no_grad():
-            found, expected = (m(digits.images) for m in (report.model, digits.loaded.model))
-        assert torch.equal(found, expected)
+    assert (report.batchnorms_left, report.batchnorms_folded) == (left, 22 - left)
+    assert bool(report.as_dict()["rewrites"]) == fold
 
 
 SKIP_GAINS = [
@@ -70,12 +55,33 @@ def test_skip_gain_beyond_the_limit_keeps_a_multiply(
     assert report.relative_error <= FOLD_TOLERANCE
 
 
-def test_nan_fails_the_report_and_the_stream_cannot_be_rescaled_without_its_carry(
-    digits: Exported,
-) -> None:
+def test_nan_fails_the_report_and_a_zero_head_passes(digits: Exported) -> None:
     assert not fold_van(digits.loaded.model, torch.full_like(digits.images, torch.nan))
-    with pytest.raises(UsageError, match=r"'residual_stream' needs 'block_norm' and 'layer_scale'"):
-        Rewrites(block_norm=False)
+    model = copy.deepcopy(digits.loaded.model)
+    for parameter in model.head.parameters():
+        parameter.zero_()
+    assert fold_van(model, digits.images[:1]).relative_error == 0.0
+
+
+@each(
+    ("head", "left"),
+    [
+        (("dropout", 16, "batchnorm", "relu", "batchnorm", "dropout", 5), 0),
+        (("batchnorm", 16, "relu", 5, "batchnorm"), 0),
+        (("batchnorm", "relu", 5), 1),  # no linear layer beside it
+    ],
+)
+def test_batchnorms_of_a_head_are_folded_into_its_linear_layers(
+    head: tuple[str | int, ...], left: int
+) -> None:
+    config = VanConfig((8,) * 4, (1,) * 4, (1,) * 4, num_classes=5, head=head)
+    model = random_van(config)
+    images = smooth_images(2, 3, 32)
+    report = fold_van(model, images)
+    assert report.relative_error <= FOLD_TOLERANCE
+    assert report.batchnorms_left == left
+    rebuilt = van_from_onnx(onnx_from_van(report.model, 32), config)
+    assert torch.allclose(rebuilt.model(images), model(images), atol=1e-5)
 
 
 # --- read back from the graph ----------------------------------------------------------------

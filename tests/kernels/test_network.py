@@ -85,6 +85,8 @@ def test_missing_gpu_and_other_networks_are_refused() -> None:
         fuse_van(random_van(TINY))
     with pytest.raises(UsageError, match="Only a VAN in eval mode"):
         fuse_van(nn.Linear(2, 2))
+    with pytest.raises(UsageError, match="that pools its feature maps runs"):
+        fuse_van(random_van(TINY.backbone((0, 2))), fallback=True)
 
 
 @pytest.mark.gpu

@@ -109,7 +109,9 @@ def test_invalid_requests(spec: str, options: Any, error: Any, message: str) -> 
 # --- the hub ---------------------------------------------------------------------------------
 
 
-def test_public_weights_by_name(published: bytes) -> None:
+def test_public_weights_by_name(
+    published: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load_van("van_b0")
     assert loaded.preprocessing == OFFICIAL
     assert loaded.class_names is not None
@@ -118,6 +120,10 @@ def test_public_weights_by_name(published: bytes) -> None:
     assert has_equal_outputs(load_van("van_b0", offline=True).model, loaded.model)
     message = error_of(DownloadError, load_van, "van_b0", expect_sha256="0" * 64).message
     assert "is another file: its SHA-256 is" in message
+    (tmp_path / "van_b0").mkdir()
+    monkeypatch.chdir(tmp_path)
+    note = "the public weights are used, not the path 'van_b0': for this, give './van_b0'"
+    assert set(load_van("van_b0").source.notes) - set(loaded.source.notes) == {note}
 
 
 def test_official_transformers_repository(hub: FakeHub, tiny_config: VanConfig) -> None:

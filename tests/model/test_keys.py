@@ -86,7 +86,9 @@ def test_backbones_ignore_other_modules(
 
 @each("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_conversion_to_float32(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
-    loaded = read(tmp_path, {name: tensor.to(dtype) for name, tensor in state.items()})
+    converted = {name: tensor.to(dtype) for name, tensor in state.items()}
+    assert load(tmp_path, converted).config.num_classes == 5
+    loaded = read(tmp_path, converted)
     assert {t.dtype for t in loaded.tensors.values()} == {torch.float32}
     assert loaded.notes == (f"weights converted to float32 from {str(dtype)[6:]}",)
 
@@ -223,4 +225,6 @@ def test_unknown_head_layers_must_be_given(tmp_path: Path, state: State) -> None
     for head in ("linear,linear", "linear,relu", "linear,relu,linear,linear", "relu,linear,linear"):
         message = error_of(UsageError, load, tmp_path, content, head).message
         assert message.startswith(f"--head {head} does not match: its layers are linear, ?")
+    message = error_of(UsageError, load, tmp_path, content, "linear,tanh,linear,sigmoid").message
+    assert message.startswith("The head ends with a sigmoid")
     assert "not a sequence" in error_of(UsageError, load, tmp_path, state, "linear").message

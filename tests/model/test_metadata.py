@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -90,6 +91,8 @@ def test_valid_metadata(load: Load, tiny_config: VanConfig) -> None:
         assert load(content).config == replace(tiny_config, problem_type=kind)
     (note,) = load({"config": {"compilerOptions": {}}}).source.notes
     assert "the config.json beside the weights does not describe a network" in note
+    assert load(args(strides=[4, 2, 1, 1])).config == replace(tiny_config, strides=(4, 2, 1, 1))
+    assert load({"hparams": {"layer_norm_eps": 1e-5}}).config.layer_norm_eps == 1e-5
     arguments = {"gp": "avg", "bn_eps": 1e-5, "bn_tf": False, "model_kwargs": {}, "num_classes": 9}
     loaded = load(args(**arguments, bce_loss=True, class_map="map.txt"))
     assert [note[:17] for note in loaded.source.notes] == ["trained with --bc", "trained with --cl"]
@@ -120,8 +123,10 @@ def test_layer_norm_eps(load: Load, tiny: VAN, content: Content, form: str, eps:
 # --- the preprocessing -----------------------------------------------------------------------
 
 COLOUR = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+ARRAYS = {"mean": np.full(3, 0.1), "std": torch.full((1, 3, 1, 1), 0.2), "args": {"mean": None}}
 LOAD, CROP = "dict(type='LoadImageFromFile')", "dict(type='CenterCrop', crop_size=64)"
 HALF, QUARTER = "[127.5, 127.5, 127.5]", "[63.75, 63.75, 63.75]"
+PREPROCESSOR = f"data_preprocessor=dict(mean={HALF}, std={QUARTER}, to_rgb=True)"
 MMCLS = pipeline(
     *(LOAD, "dict(type='Resize', size=(73, -1), backend='pillow', interpolation='bicubic')"),
     *(CROP, f"dict(type='Normalize', mean={HALF}, std={QUARTER}, to_rgb=True)"),
@@ -134,7 +139,12 @@ MMCLS = pipeline(
     ("content", "text"),
     [
         (args(img_size=96), "96x96 bicubic, crop 0.9, mean 0.5"),
-        ({"hyper_parameters": {"img_size": 96}}, "96x96 bicubic, crop 0.9, mean 0.5"),
+        *(
+            ({name: {"image_size": 96}}, "96x96 bicubic, crop 0.9, mean 0.5")
+            for name in ("hyper_parameters", "datamodule_hyper_parameters", "cfg")
+        ),
+        (ARRAYS, "224x224 bicubic, crop 0.9, mean 0.1/0.1/0.1, std 0.2/0.2/0.2"),
+        (args(img_size=np.int64(96), crop_pct=torch.tensor(0.5)), "96x96 bicubic, crop 0.5"),
         (args(img_size=96, input_size=[3, 64, 64]), "64x64 bicubic, crop 0.9"),
         (args(input_size=[3, 224, 320]), "224x320 bicubic, crop 0.9"),
         (args(mean=[0.4], crop_mode="squash"), "224x224 bicubic, crop 0.9, squash, mean 0.4/0.4"),
@@ -150,6 +160,10 @@ MMCLS = pipeline(
         (cfg(input_size=[3, 64, 64], crop_pct=1.0), "64x64 bicubic, crop 1, mean 0.485/"),
         (timm(input_size=[3, 64, 64], crop_pct=1.0), "64x64 bicubic, crop 1, mean 0.485/"),
         (cfg(interpolation="bilinear", mean=[0.1] * 3), "224x224 bilinear, crop 0.875, mean 0.1"),
+        (
+            pipeline(model=f"dict({PREPROCESSOR})", data_preprocessor="dict(mean=[1, 2, 3])"),
+            "224x224 bicubic, crop 0.9, mean 0.5/0.5/0.5, std 0.25/0.25/0.25",
+        ),
         (hf(image_size=96), "96x96 bicubic, crop 0.9, mean 0.5"),
         (MMCLS, "64x64 bicubic, crop 0.876712, mean 0.5/0.5/0.5, std 0.25/0.25"),
         ({"mean": [0.1] * 3, "std": 0.2}, "224x224 bicubic, crop 0.9, mean 0.1/0.1/0.1, std 0.2"),
@@ -182,6 +196,10 @@ def test_preprocessing_in_several_places(load: Load) -> None:
     assert loaded.preprocessing.image_size == 96
     (note,) = loaded.source.notes
     assert note.endswith("; not from the preprocessor_config.json beside the weights")
+    loaded = load({"img_size": 64, **args(img_size=96)})
+    assert loaded.preprocessing.image_size == 96
+    (note,) = loaded.source.notes
+    assert note == "img_size is 64 in the file, but 96 in another place, which is used"
     sizes = {"input_size": [3, 64, 96, 9], "interpolation": "random", "crop_pct": 0.9}
     content = args(**sizes, classes=["a"])
     message = error_of(CheckpointError, load, content, own_labels=True).message
@@ -192,7 +210,7 @@ def test_preprocessing_in_several_places(load: Load) -> None:
     assert "arguments (mean, std: assumed, the off" in loaded.preprocessing.source
     assert loaded.preprocessing.source.endswith("except image_size, interpolation as requested")
     message = error_of(CheckpointError, load, content, preprocessing=overrides).message
-    assert "classes in the file has 1 entries" in message
+    assert "classes in the file's args (1 entries: ['a'])" in message
 
 
 def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> None:
@@ -242,6 +260,8 @@ def test_four_formats_give_equal_logits_and_pixels(load: Load, tiny: VAN) -> Non
         (cfg(label_names=NAMES), NAMES),
         (hf(id2label={i: f"LABEL_{i}" for i in range(5)}), None),
         ({"classes": 5, "class_names": None}, None),
+        ({"classes": np.array(NAMES), "args": {"classes": None}, "cfg": {"classes": 5}}, NAMES),
+        ({"classes": "names.txt"}, None),
         ({"classes": [1, 2, 3, 4, 5]}, list("12345")),
     ],
 )
@@ -280,11 +300,14 @@ NETWORK: list[tuple[Content, str]] = [
     (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
     (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
     (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
+    (cfg(label_offset=1), "label_offset is 1; this network needs 0"),
     (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
     (hf(input_size=5), "in_chans is 5; this network needs 3"),
     (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
     (args(gp="max"), "gp is 'max'; this network needs avg or fast or"),
     (args(model_kwargs={"a": 1}), "model_kwargs is {'a': 1}; this"),
+    (args(strides=[4, 2, 2]), "strides is (4, 2, 2); this network needs four numbers"),
+    (pipeline(model="dict(backbone=dict(norm_cfg=dict(type='BN', eps=1e-3)))"), "eps is 0.001; t"),
     (pipeline(model="dict(backbone=dict(block_cfgs=dict(a=1)))"), "block_cfgs is {'a': 1}"),
     (pipeline(model="dict(backbone=[1])"), "backbone is [1]; this network needs a table"),
     (pipeline(model="dict(backbone=dict(norm_cfg=dict(eps='x')))"), "eps is 'x'; this"),
@@ -292,15 +315,16 @@ NETWORK: list[tuple[Content, str]] = [
 PREPROCESSING: list[tuple[Content, str]] = [
     (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
     (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
+    ({"mean": torch.ones(3).to_sparse()}, "mean tensor("),
+    (args(input_size=96), "input_size is 96, not channels, height, width"),
     (cfg(crop_border_pixels=1), "crop_border_pixels is 1, not sup"),
-    (cfg(label_offset=1), "label_offset is 1, not sup"),
     (pipeline("dict(type='ResizeEdge', scale=73)"), "ResizeEdge"),
     (pipeline("dict(type='Rotate')"), "a step of the test pipeline is 'Rotate'"),
     (pipeline("dict(type='ResizeEdge', edge='long', backend='pillow')"), "ResizeEdge"),
     (pipeline("dict(type='CenterCrop', crop_size=64)"), "the resized side is None"),
-    (pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"), "takes BGR"),
     (processor("Segformer"), "but these are supported: "),
-    (processor(do_flip_channel_order=True), "do_flip_channel_order is True, an unknown key"),
+    (processor(do_pad=True), "do_pad is True, an unknown key"),
+    (args(image_size=96, crop_size=64), "crop_size is 64, of which"),
     (processor(size={"height": 64, "width": 64}), "not shortest_edge"),
     (processor("ViT", size={"shortest_edge": 64}), "not height"),
     (processor(size=[64, 32]), "only squares are supported"),
@@ -315,9 +339,12 @@ PREPROCESSING: list[tuple[Content, str]] = [
     (processor(crop_pct=2), "crop_pct is 2, not in (0, 1]"),
 ]
 CLASSES: list[tuple[Content, str]] = [
-    ({"classes": NAMES[:4]}, "classes in the file has 4 entries; the network has 5 classes"),
-    ({"classes": [*NAMES[:4], None]}, "classes in the file has 5 entries"),
-    ({"class_to_idx": {"a": 0, "b": 2}}, "class_to_idx in the file has 2 entries"),
+    ({"classes": NAMES[:4]}, "classes in the file (4 entries: ['ant', 'bee', 'cat', 'dog']) does"),
+    ({"classes": [*NAMES[:4], None]}, "classes in the file (5 entries: "),
+    (
+        {"class_to_idx": {n: i + 1 for n, i in INDEX.items()}},
+        "name each of the network's 5 classes",
+    ),
     (
         {"classes": NAMES, "class_to_idx": {name: 4 - i for name, i in INDEX.items()}},
         "Class 0 is 'emu' in class_to_idx in the file, but 'ant' in classes in the file.",
@@ -327,6 +354,19 @@ CLASSES: list[tuple[Content, str]] = [
         "Class 0 is 'emu' in classes in the file's meta, but 'ant' in label_names in config.",
     ),
 ]
+
+
+BGR = (
+    pipeline("dict(type='Normalize', mean=[1, 1, 1], to_rgb=False)"),
+    processor(do_flip_channel_order=True),
+)
+
+
+@each("content", BGR)
+def test_bgr_networks_are_refused(load: Load, content: Content) -> None:
+    for options in ({}, {"preprocessing": OVERRIDES}):
+        error = error_of(CheckpointError, load, content, **options)
+        assert error.message == "The network takes BGR images, which are not supported."
 
 
 @each(

@@ -130,7 +130,6 @@ def test_fp32_nodes_match_modules_or_regular_expressions(digits: Digits) -> None
 def test_audit_keeps_weights_that_fp16_rounds_to_zero(digits: Digits) -> None:
     audit = audit_ranges(digits.graph, digits.ranges, (), strict=True)
     assert (audit["problems"], audit["fp32_nodes"], audit["advice"]) == ([], {}, "")
-    assert audit["largest_activation"][1] == max(r.largest for r in digits.ranges.values())
     tiny = scaled(digits.graph, {"block1.0.mlp.fc2.weight": 1e-9})
     vanishing = audit_ranges(tiny, digits.ranges, ())["fp32_nodes"]
     assert set(vanishing) == {"block1.0.mlp.fc2"}

@@ -15,14 +15,22 @@ from onnx import ModelProto, checker, numpy_helper
 from benchmarks.accuracy import count_kernels
 from tests.each import each
 from tests.precision.conftest import Digits, batches, run
+from tests.precision.test_fp16 import scaled
+from van_deploy.checks.golden import OutputLayout
+from van_deploy.config import QuantizeSettings
+from van_deploy.data.images import ImageItem, ImageSet
 from van_deploy.errors import ConversionError, ImageError, UsageError
-from van_deploy.graph.export import RebuiltVan
+from van_deploy.graph.export import RebuiltVan, onnx_from_van, van_from_onnx
 from van_deploy.graph.files import operator_counts
-from van_deploy.metrics import sqnr_db
+from van_deploy.graph.fold import fold_van
+from van_deploy.metrics import Task, sqnr_db
+from van_deploy.model.van import random_van, smooth_images
+from van_deploy.model.variants import VanConfig
 from van_deploy.precision import scales
-from van_deploy.precision.comparison import count_lost_labels
+from van_deploy.precision.comparison import Candidate, compare_precisions, count_lost_labels
 from van_deploy.precision.equalize import FACTOR_LIMIT, TECHNIQUES, Equalization, equalize
 from van_deploy.precision.fp16 import default_fp32_nodes, fp16_from_fp32, fp32_nodes
+from van_deploy.precision.images import ImageSets
 from van_deploy.precision.int8 import (
     LayerSensitivity,
     rank_layers,
@@ -32,6 +40,7 @@ from van_deploy.precision.int8 import (
 from van_deploy.precision.plan import (
     QuantizationPlan,
     correct_biases,
+    histogram_tensors,
     layers_in_scope,
     logits,
     make_plan,
@@ -47,6 +56,7 @@ from van_deploy.precision.scales import (
     observe_ranges,
     pair_sums,
 )
+from van_deploy.stopwatch import Stopwatch
 
 
 def parts(model: ModelProto) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
@@ -196,7 +206,10 @@ def test_weight_scales_use_all_integers_without_overflow() -> None:
     integers = scales.quantize_weight(weight, scales.weight_scales(weight))
     assert np.abs(integers).reshape(3, -1).max(axis=1).tolist() == [127] * 3
     found = scales.cpu_weight_scales(weight, np.zeros(3), np.array(0.1))
-    assert (pair_sums(scales.quantize_weight(weight, found)) <= scales.PAIR_LIMIT).all()
+    for one in (weight, weight[:, :, 0, 0]):  # of a convolution, and of a linear layer
+        integers = scales.quantize_weight(one, found)
+        assert (pair_sums(integers) <= scales.PAIR_LIMIT).all()
+        assert (scales.cpu_weight_scales(one, np.zeros(3), np.array(0.1)) == found).all()
     bias = np.array([1e6, 0.0, 0.0])
     wide = scales.cpu_weight_scales(weight, bias, np.array(1e-4))
     assert bias[0] / (wide[0] * 1e-4) <= 2**30 * 1.01
@@ -289,6 +302,26 @@ def test_techniques_improve_the_sqnr_and_do_not_change_the_original(
     assert all(np.diff(found) > [0, 0.5, 0.5]), found
     after = network.model.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_sequential_heads_and_pointwise_large_kernels_are_quantised() -> None:
+    head = ("batchnorm", 16, "relu", 5)
+    config = VanConfig((8,) * 4, (1,) * 4, (2,) * 4, num_classes=5, lka_kernels=(5, 1), head=head)
+    images = smooth_images(8, 3, 32)
+    folded = fold_van(random_van(config), images[:1]).model
+    model = onnx_from_van(folded, 32)
+    network = van_from_onnx(model, config)
+    layers = layers_in_scope(network.model, ("all", "head"))
+    assert layers[-2:] == ("head.1", "head.3")
+    tensors = histogram_tensors(network, layers, "cpu")
+    ranges = observe_ranges(network, [images.numpy()], tensors)
+    equalized = equalize(network, ranges, layers, ("cross_layer", "shift"))
+    expected = logits(QuantizationPlan(network), images.numpy())
+    assert sqnr_db(expected, logits(QuantizationPlan(equalized.network), images.numpy())) > 90
+    plan = make_plan(equalized, ranges, layers, target="cpu")
+    graph = qdq_for_cpu(model, plan)
+    checker.check_model(graph, full_check=True)
+    assert sqnr_db(logits(plan, images.numpy()), run(graph, images.numpy())) > 40
 
 
 # --- graphs ----------------------------------------------------------------------------------
@@ -406,10 +439,44 @@ def test_layers_are_ranked_by_noise_per_multiply_add(
     assert sum(layer.share for layer in ranking) == pytest.approx(0.57, abs=0.01)
 
 
+@each("task", [Task.BINARY, Task.MULTI_LABEL, Task.REGRESSION])
+def test_comparison_has_only_the_figures_of_the_task(digits: Digits, task: Task) -> None:
+    graph = copy.deepcopy(digits.graph)
+    labels: list[int | None] = [None] * len(digits.heldout)
+    if task is Task.BINARY:
+        graph.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+        for tensor in graph.graph.initializer:
+            if tensor.name.startswith("head."):
+                values = numpy_helper.to_array(tensor)[:1]
+                tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+        labels = [number % 2 for number in range(len(labels))]
+    pairs = zip(digits.heldout, labels, strict=True)
+    items = tuple(ImageItem(str(n), image, "", label) for n, (image, label) in enumerate(pairs))
+    images, preprocessing = ImageSet(items, "digits"), digits.loaded.preprocessing
+    sets = ImageSets(images, images, images, True, preprocessing, Stopwatch())
+    noisy = scaled(graph, {"head.bias": -1.0, "head.weight": 0.99})
+    candidates = [Candidate("fp32", "fp32", graph), Candidate("int8", "int8", noisy)]
+    layout = OutputLayout(task=task)
+    _, row = compare_precisions(candidates, sets, QuantizeSettings(threads=1), layout)
+    positive = run(graph, digits.heldout) >= 0, run(noisy, digits.heldout) >= 0
+    same = float((positive[0] == positive[1]).all(axis=1).mean())
+    assert row["kl"] is None
+    assert row["agreement"] == (None if task is Task.REGRESSION else same)
+    assert (row["correct"] is None) == (task is not Task.BINARY)
+    if task is Task.BINARY:
+        assert row["correct"] == (positive[1][:, 0] == labels).sum()
+    messages = " ".join((*row["failures"], *row["inconclusive"]))
+    assert ("lost on 48 images" in messages) == (task is not Task.REGRESSION)
+
+
 def test_improvements_do_not_offset_regressions_and_too_small_budgets_are_rejected() -> None:
     expected, after = (np.eye(3, dtype=np.float32)[rows] for rows in ([0, 1, 2, 0], [0, 2, 1, 1]))
     assert count_lost_labels(expected, after, np.array([0, 1, 1, 1])) == 1
     assert count_lost_labels(expected, after, None) == 3
+    before, after = np.array([[1.0, -1.0], [1.0, 1.0]]), np.array([[2.0, -2.0], [1.0, -1.0]])
+    assert count_lost_labels(before, after, None, Task.MULTI_LABEL) == 1
+    signs = np.array([[1.0], [-1.0], [2.0]])
+    assert count_lost_labels(signs, -signs, np.array([1, 1, 0]), Task.BINARY) == 1
     require_resolution(0.2, 500)
     require_resolution(0.0, 10)
     with pytest.raises(ImageError, match=r"one label is 0.24 points") as caught:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from onnx import load
 
-from tests.artifacts import Copy
+import van_deploy as vd
+from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.bundle import Bundle
+from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.config import QuantizeSettings
 from van_deploy.data.images import ImageSet, image_set
 from van_deploy.errors import (
@@ -173,12 +174,42 @@ def test_unchanged_result_is_reused_and_changes_are_reported(
     assert (second.reused, second.facts) == (True, first.facts)
     (tmp_path / "other.toml").write_text(f"{SET}seed = 5\n")
     third = quantize_bundle(bundle, settings.with_changes(calibration=str(tmp_path / "other.toml")))
-    assert third.reason == "changed since: calibration images, held-out images, evaluation images"
+    reason = "changed since: calibration images, held-out images, evaluation images, labels"
+    assert third.reason == reason
+    with edit_bundle(bundle) as draft:
+        assert draft.description is not None
+        draft.description = draft.description.model_copy(update={"golden": None})
+    assert "golden samples" in quantize_bundle(bundle, settings).reason
     (bundle / "model.int8.onnx").write_bytes(b"rubbish")
     result = quantize_bundle(bundle, settings)
     assert not result.reused
     assert "model.int8.onnx" in result.reason
     load(bundle / "model.int8.onnx")
+
+
+def test_labels_and_what_latency_depends_on_are_inputs(
+    bundle: Path, settings: QuantizeSettings, heldout: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(heldout, tmp_path / "val"))
+    settings = settings.with_changes(target="cpu", scope=("pointwise",), evaluate=folder)
+    first = quantize_bundle(bundle, settings)
+    assert quantize_bundle(bundle, settings).reused
+    (folder / "9").rename(folder / "9th")  # the same images in the same order
+    second = quantize_bundle(bundle, settings)
+    assert second.reason == "changed since: labels"
+    assert [lines(one)["int8"]["correct"] is None for one in (first, second)] == [False, True]
+    third = quantize_bundle(bundle, settings.with_changes(threads=2))
+    assert third.reason == "changed since: threads"
+
+
+def test_new_golden_samples_drop_the_records_on_the_old_ones(
+    results: dict[str, QuantizeResult], copy_bundle: Copy, heldout: Path
+) -> None:
+    path = copy_bundle(results["fp16"].bundle)
+    assert Bundle.open(path).artifact("fp16").golden_sqnr_db
+    vd.export("van_digits", path, images=heldout, batch=str(BATCHES))
+    assert Bundle.open(path).artifact("fp16").golden_sqnr_db == {}
+    assert Bundle.open(path).artifact("fp32").golden_sqnr_db
 
 
 def test_noise_is_labelled_and_inconclusive_results_do_not_pass(

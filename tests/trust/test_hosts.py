@@ -28,9 +28,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from supply_chain.pins import resolve_dependencies
-from tests.artifacts import Subject, add_placeholder_engine
+from tests.artifacts import Subject
 from tests.conftest import ROOT
-from van_deploy.bundle import MANIFEST
+from tests.plans import add_plan
+from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.cli.app import COMMANDS
 
 WITHIN_S = 500
@@ -174,7 +175,7 @@ def test_host_without_pytorch_and_weights(digits: Subject, tmp_path: Path) -> No
     blocked = missing_modules()
     assert {"torch", "timm", "torchvision"} <= set(blocked)
     path = Path(shutil.copytree(digits.bundle.path, tmp_path / "bundle"))
-    add_placeholder_engine(path, "fp16-sm89")
+    add_plan(Bundle.open(path))
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["weights"]["path"] = "/nowhere/weights.safetensors"
     (path / MANIFEST).write_text(json.dumps(manifest))
@@ -189,7 +190,7 @@ def test_host_without_pytorch_and_weights(digits: Subject, tmp_path: Path) -> No
     done = {line.split()[0]: outputs for line, outputs in found.items()}
     verdicts = json.loads(done["verify"][1])["artifacts"]
     assert [verdicts[name]["outcome"] for name in ("fp32", "fp16", "int8")] == ["pass"] * 3
-    assert verdicts["fp16-sm89"]["reason"] == "engine not executed: no GPU"
+    assert verdicts["plan-sm_89"]["reason"] == "engine not executed: no GPU"
     codes = {name: found[0] for name, found in done.items() if found[0]}
     assert codes == {"verify": 1, "export": 3}, "an engine that nobody allowed to skip"
     assert done["export"][2].startswith("error: This needs ")

@@ -45,7 +45,8 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         BundleError: another process holds the lock for longer than :data:`LOCK_WAIT_S` seconds,
-            or the lock file cannot be written or is a link.
+            or the lock file is a link.
+        OSError: the folder is read-only, or the lock file is a folder.
     """
     refuse_links(folder, folder / LOCK)  # acquiring a lock truncates the file
     try:
@@ -54,18 +55,8 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise BundleError(
             f"Another process has been writing '{folder}' for over {LOCK_WAIT_S:.0f} s.",
-            "Wait for it to end, or choose another --output DIR.",
+            "Wait for it to end, or use another folder.",
         ) from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise write_error(folder, error) from error
-
-
-def write_error(folder: Path, error: OSError) -> BundleError:
-    """Return the error for a bundle that cannot be written."""
-    return BundleError(
-        f"'{folder}' cannot be written: {error.strerror or error}.",
-        "Choose another --output DIR, or change its permissions.",
-    )
 
 
 def commit(folder: Path, staging: Path, manifest: str, removed: Sequence[str]) -> None:

@@ -10,15 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle.commit import (
-    LOCK,
-    PENDING,
-    STAGING,
-    commit,
-    finish_commit,
-    locked,
-    write_error,
-)
+from van_deploy.bundle.commit import LOCK, PENDING, STAGING, commit, finish_commit, locked
 from van_deploy.bundle.reading import Bundle
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
@@ -74,8 +66,9 @@ class Draft:
         self._drop_made_from(artifact.name, keep=artifact.sha256)
 
     def drop(self, name: str) -> None:
-        """Remove the artifact ``name``, if it exists, and all artifacts made from it."""
+        """Remove the artifact ``name``, if it exists, its own check, and all made from it."""
         if self.artifacts.pop(name, None) is not None:
+            self.checks.pop(f"embedded {name}", None)
             self._drop_made_from(name, keep=None)
 
     def _drop_made_from(self, name: str, keep: str | None) -> None:
@@ -114,8 +107,9 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
 
     Raises:
         BundleError: the folder contains other files or another model's bundle,
-            cannot be written, or is locked by another process for longer
+            cannot be created, or is locked by another process for longer
             than :data:`~van_deploy.bundle.commit.LOCK_WAIT_S` seconds.
+        OSError: an existing bundle is read-only.
     """
     folder = Path(path)
     with contextlib.ExitStack() as lock:
@@ -178,8 +172,11 @@ def _prepare(folder: Path, *, create: bool) -> bool:
             if entry.name not in {MANIFEST, LOCK, PENDING} and not entry.name.startswith(STAGING)
         ]
     except OSError as error:
-        raise write_error(folder, error) from error
-    if other_files and not (folder / MANIFEST).exists() and not (folder / PENDING).exists():
+        raise BundleError(
+            f"'{folder}' cannot be written: {error.strerror or error}.",
+            "Change its permissions, or use another folder.",
+        ) from error
+    if other_files and not Bundle.exists(folder):
         raise BundleError(
             f"'{folder}' is not a bundle and contains {', '.join(sorted(other_files)[:3])}.",
             "Nothing was written. Use an empty or a new folder with --output DIR.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,12 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Return whether a path is a bundle, its manifest, or one whose commit was interrupted."""
+        folder = path.parent if path.name == MANIFEST else path
+        return (folder / MANIFEST).exists() or (folder / PENDING).is_dir()
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -103,10 +110,9 @@ class Bundle:
             if relative == artifact.file or not only_file:
                 verify(self.path / relative, expected)
         path = self.path / artifact.file
-        if artifact.kind == "onnx":
+        if artifact.kind in {"onnx", "serving"}:
             folder = PurePosixPath(artifact.file).parent
-            files = [file for file in map(PurePosixPath, artifact.files) if folder in file.parents]
-            names = [file.relative_to(folder).as_posix() for file in files]
+            names = [posixpath.relpath(file, folder) for file in artifact.files]
             check_external_files(path, external_files(path), names)
         return path
 

@@ -112,7 +112,7 @@ def _rewritten_network(bundle: Bundle, samples: Samples, loaded: LoadedVan) -> R
     """Return the original network, rewritten as the bundle's export was, in float64."""
     import torch
 
-    from van_deploy.graph.fold import Rewrites, fold_van
+    from van_deploy.graph.fold import fold_van
 
     names = bundle.manifest.checks.get("fold", {}).get("rewrites")
     if not isinstance(names, list | tuple):
@@ -120,8 +120,7 @@ def _rewritten_network(bundle: Bundle, samples: Samples, loaded: LoadedVan) -> R
             f"The manifest of '{bundle.path}' does not name the rewrites of its network.",
             "Export the model again with `van-deploy export --force`.",
         )
-    rewrites = Rewrites(**{field: field in names for field in Rewrites.__dataclass_fields__})
-    fold = fold_van(loaded.model, torch.from_numpy(samples.inputs[:1]), rewrites)
+    fold = fold_van(loaded.model, torch.from_numpy(samples.inputs[:1]), fold=bool(names))
     # Folded in float64 and stored in float32: these are the weights of the artifacts.
     network, results = copy.deepcopy(fold.model).double().eval(), dict[str, Array]()
     modules = {name: module for name, module in network.named_modules() if name}

@@ -27,7 +27,7 @@ from van_deploy.checks.outputs import Networks
 from van_deploy.config import EvaluationSettings, GateSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.labels import label_images, multi_label_targets
-from van_deploy.errors import ConversionError, ImageError
+from van_deploy.errors import ConversionError, ImageError, UsageError
 from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
 from van_deploy.metrics import Array, Task
@@ -159,8 +159,8 @@ def measure_accuracy(predictions: Predictions, truth: GroundTruth) -> Accuracy:
     labels, total = truth.labels, len(truth.labels)
     if truth.task is Task.MULTI_LABEL:
         counts = _label_counts(predictions, labels)
-        interval = bootstrap_interval(lambda rows: _f1(counts[rows]), total)
-        return Accuracy(total, "F1 (micro)", _f1(counts), interval)
+        low, high = bootstrap_interval(lambda rows: _f1(counts[rows]), total)
+        return Accuracy(total, "F1 (micro)", _f1(counts), (max(low, 0.0), min(high, 1.0)))
     correct = predictions.classes[:, 0] == labels
     top1, ece = int(correct.sum()), expected_calibration_error(predictions.confidence, correct)
     accuracy = Accuracy(total, "top-1", top1 / total, wilson_interval(top1, total), ece=ece)
@@ -192,7 +192,8 @@ def compare_predictions(
         def f1_loss(rows: npt.NDArray[np.int64]) -> float:
             return 100 * (_f1(reference[rows]) - _f1(actual[rows]))
 
-        loss = gates.Loss(total, f1_loss(np.arange(total)), bootstrap_interval(f1_loss, total))
+        interval = bootstrap_interval(f1_loss, total, 100.0)
+        loss = gates.Loss(total, f1_loss(np.arange(total)), interval)
     else:
         correct, still_correct = (each.classes[:, 0] == labels for each in (before, after))
         won = int((~correct & still_correct).sum())
@@ -329,10 +330,17 @@ def evaluate_bundle(
         ImageError: no image can be read.
         MissingDependency: Ray is requested and not installed.
         ConversionError: a machine of the Ray cluster failed.
-        UsageError: the network outputs feature maps.
+        UsageError: the network outputs feature maps, or the values of a regression.
     """
     require_classifier(bundle, "evaluate")
-    images, labels = _labelled_set(settings, task_of(bundle), loaded)
+    task = task_of(bundle)
+    if task is Task.REGRESSION:
+        raise UsageError(
+            f"The bundle '{bundle.path}' returns the values of a regression, and `evaluate` "
+            "needs classes.",
+            "`van-deploy verify` compares the values.",
+        )
+    images, labels = _labelled_set(settings, task, loaded)
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
     start, total = time.perf_counter(), len(images)
     with Networks(bundle, loaded, settings) as networks:
@@ -353,8 +361,7 @@ def evaluate_bundle(
         columns = zip(*(predicted[name] for predicted in pieces), strict=True)
         predictions[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
     noise_db = samples_for(bundle, None if bundle.manifest.golden else loaded, None).noise_db
-    classes, task = loaded.config.num_classes, task_of(bundle)
-    truth = GroundTruth(labels[np.sort(rows)], classes, task, noise_db, rules)
+    truth = GroundTruth(labels[np.sort(rows)], loaded.config.num_classes, task, noise_db, rules)
     return EvaluateReport(
         images=images.description,
         dataset_sha256=content_key({"set": images.digest, "labels": labels.tolist()}),

@@ -28,7 +28,7 @@ from typing import ClassVar
 
 from van_deploy.config import GateProfile
 from van_deploy.documents import limit_lines
-from van_deploy.intervals import Interval, mcnemar_exact, tango_interval
+from van_deploy.intervals import Interval, mcnemar_exact, tango_interval, unseen_share
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
 # ``fp32`` may be this much noisier than PyTorch's own float32 against its float64: another order
@@ -213,9 +213,10 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the command exits with 0: a rule ran, and every finding is accepted."""
+        """Whether the command exits with 0: an artifact ran, and every finding is accepted."""
         findings = [finding for _, finding in self.named_findings()]
-        ran = any(finding.outcome is not Outcome.SKIPPED for finding in findings)
+        of_artifacts = [f for f in findings if not f.rule.startswith(PREPROCESSING)]
+        ran = any(finding.outcome is not Outcome.SKIPPED for finding in of_artifacts)
         return ran and all(self.allowed.accepts(finding) for finding in findings)
 
     @property
@@ -230,6 +231,9 @@ class GateReport:
 
 
 DEFAULT_PROFILE = GateProfile()
+
+# Start of the rules that check how this machine decodes images, not an artifact.
+PREPROCESSING = "preprocessing/"
 
 # Levels of 255 by which an image that is decoded and resized on this machine may differ.
 RESIZE_LIMIT = Limit(1, "difference between builds of Pillow")
@@ -401,11 +405,11 @@ def check_logits(
     return [
         check_minimum("SQNR", sqnr_db(expected, actual), limit, where=where),
         check_minimum("worst image", worst_row_sqnr_db(expected, actual), worst_limit, where=where),
-        _check_flips(flips, floor, task, where),
+        check_flips(flips, floor, task, where),
     ], flips
 
 
-def _check_flips(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "") -> Finding:
+def check_flips(flips: Sequence[Flip], floor: Limit, task: Task, where: str = "") -> Finding:
     """Return whether noise at the floor explains all label flips, the widest margin first."""
     limit = Limit(flip_margin(floor.value, task), f"noise at {floor.value:.1f} dB")
     faults = [flip for flip in flips if flip.fault]
@@ -494,22 +498,28 @@ def check_near_lossless(
         flips: on the evaluation set, from :func:`van_deploy.metrics.find_flips`.
         task: how logits become labels.
     """
-    return [check_minimum("SQNR", sqnr, floor), _check_flips(flips, floor, task)]
+    return [check_minimum("SQNR", sqnr, floor), check_flips(flips, floor, task)]
 
 
 def images_to_decide(loss: Loss, allowed: float) -> int | None:
     """Return how many images would decide at the same rate of label flips.
 
-    None if no number would: the loss equals the allowed loss, or pairs were not counted.
+    None if no number would: the loss equals the allowed loss.
     """
-    lost, won = loss.lost, loss.won
-    if not loss.images or lost is None or won is None:
+    lost, won, total = loss.lost, loss.won, loss.images
+    if not total:
         return None
 
     def decides(images: int) -> bool:
-        share = images / loss.images
-        low, high = tango_interval(lost * share, won * share, images)
-        return 100 * high <= allowed or 100 * low > allowed
+        share, unseen = images / total, unseen_share(total)
+        if lost is not None and won is not None:
+            low, high = (100 * end for end in tango_interval(lost * share, won * share, images))
+            return high <= allowed or low > allowed
+        # F1: what no image showed shrinks with the number of images, the rest with its root.
+        ratio, parts = unseen_share(images) / unseen, [end - loss.loss for end in loss.interval]
+        roots = [0.5 if abs(part) > 100.001 * unseen else 1 for part in parts]
+        low, high = (loss.loss + p * ratio**root for p, root in zip(parts, roots, strict=True))
+        return high <= allowed or low > allowed
 
     counts = range(loss.images, MAX_IMAGES_TO_DECIDE)
     index = bisect_left(counts, True, key=decides)

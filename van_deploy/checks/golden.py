@@ -41,7 +41,7 @@ import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
 from van_deploy.bundle.reading import verify
-from van_deploy.checks.gates import RESIZE_LIMIT, Finding, pass_or_fail
+from van_deploy.checks.gates import PREPROCESSING, RESIZE_LIMIT, Finding, pass_or_fail
 from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
 from van_deploy.data.images import Batch, decode_item, image_set, open_image
 from van_deploy.data.samples import sample_set, verification_images
@@ -83,15 +83,18 @@ class OutputLayout:
     Attributes:
         widths: for a backbone, the sketch length of each map by output name; empty for a
             classifier, whose rows are the logits.
+        task: how logits become labels.
     """
 
     widths: Mapping[str, int] = field(default_factory=dict)
+    task: Task = Task.SINGLE_LABEL
 
     @classmethod
     def of(cls, config: VanConfig, size: ImageSize) -> OutputLayout:
         """Return the layout for a network and an image size."""
         shapes = config.feature_map_shapes(height_width(size))
-        return cls({name: min(SKETCH, math.prod(shape)) for name, shape in shapes.items()})
+        widths = {name: min(SKETCH, math.prod(shape)) for name, shape in shapes.items()}
+        return cls(widths, Task.of(config.num_classes, config.problem_type))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,7 +124,7 @@ class OutputLayout:
     def compare(self, expected: Array, actual: Array) -> Comparison:
         """Return the metrics of the logits, or of the worst map."""
         pairs = zip(self.parts(expected).values(), self.parts(actual).values(), strict=True)
-        results = [compare(*pair, classes=not self.widths) for pair in pairs]
+        results = [compare(*pair, None if self.widths else self.task) for pair in pairs]
         return min(results, key=lambda result: result.sqnr_db)
 
 
@@ -144,8 +147,7 @@ class Samples:
             minimum over the maps.
         names: name of each image.
         description: description of the set.
-        task: how logits become labels.
-        golden: whether these are the bundle's golden samples.
+        golden: whether these are the bundle's golden samples, or the first of them.
         outputs: layout of ``logits``.
         others: some of the images at other sizes.
     """
@@ -156,10 +158,14 @@ class Samples:
     noise_db: float
     names: tuple[str, ...]
     description: str
-    task: Task = Task.SINGLE_LABEL
     golden: bool = False
     outputs: OutputLayout = LOGITS_LAYOUT
     others: tuple[Samples, ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """How logits become labels."""
+        return self.outputs.task
 
     @property
     def size(self) -> str:
@@ -230,8 +236,8 @@ def samples_from(
         description = f"{count} images tiled to {label}" if label else images.description
         outputs = OutputLayout.of(config, inputs.shape[2:])
         logits, noise_db = reference(label, inputs, outputs)
-        task, names = Task.of(config.num_classes, config.problem_type), images.names[:count]
-        return Samples(inputs, pixels, logits, noise_db, names, description, task, outputs=outputs)
+        names = images.names[:count]
+        return Samples(inputs, pixels, logits, noise_db, names, description, outputs=outputs)
 
     return replace(at(None), others=tuple(at(size) for size in sizes))
 
@@ -370,7 +376,7 @@ def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         ImageError: an original cannot be decoded.
     """
     findings, golden = [], bundle.manifest.golden
-    for row, place in enumerate(golden.originals if golden else ()):
+    for row, place in enumerate(golden.originals[: len(samples)] if golden else ()):
         path = bundle.path / place
         verify(path, bundle.digests[place])
         pixels = _pixels(path, bundle.manifest.preprocessing).astype(int)
@@ -379,7 +385,7 @@ def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
             f"'{path.name}', decoded and resized on this machine, differs by {change:g} of 255 "
             f"from golden sample {row}: the decoder or the preprocessing differs"
         ) * (change > RESIZE_LIMIT.value)
-        findings.append(pass_or_fail(f"preprocessing/{path.name}", fault, change, RESIZE_LIMIT))
+        findings.append(pass_or_fail(f"{PREPROCESSING}{path.name}", fault, change, RESIZE_LIMIT))
     return findings
 
 

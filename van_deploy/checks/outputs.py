@@ -23,9 +23,9 @@ from van_deploy.config import EvaluationSettings
 from van_deploy.data.images import Batch
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import UsageError
-from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
+from van_deploy.graph.embed import PROBABILITIES, TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import OUTPUT_NAME, fixed_batch
-from van_deploy.metrics import Array, Comparison, Flip, probabilities, rms
+from van_deploy.metrics import Array, Comparison, Flip, Task, find_flips, probabilities, rms
 from van_deploy.runners.base import Logits, Outputs
 from van_deploy.runners.network import ORT_CPU, PYTORCH, Network
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
 OVERFLOW_IMAGES = 4
+SAME_PROBABILITIES = 1e-5  # between the probabilities of a graph and those of its own logits
 
 # Instruction sets for which ONNX Runtime has kernels with another order of summation.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
@@ -89,7 +90,7 @@ def open_artifact(
     return network
 
 
-def inputs_for(network: Network, samples: Samples, rows: slice | npt.NDArray[np.int64]) -> Array:
+def inputs_for(network: Network, samples: Samples, rows: npt.NDArray[np.int64]) -> Array:
     """Return some of the samples in an artifact's input format.
 
     Raises:
@@ -267,64 +268,81 @@ def check_outputs(
     Raises:
         Exception: the runtime's own, if the network does not run at the first size.
     """
-    smallest, static, level = sizes[0], sizes[0] > 1, samples.outputs.sqnr_db
-    outputs = _run_batches(run, samples, smallest)
-    if OUTPUT_NAME not in outputs:
-        return _check_probabilities(run, samples, sizes, floor)
-    alone = outputs[OUTPUT_NAME]
+    smallest, static = sizes[0], sizes[0] > 1
+    outputs, _ = _run_batches(run, samples, smallest)
+    alone = {name: values[: len(samples)] for name, values in outputs.items()}
     findings, flips = _check_rows(samples, alone, floor, recorded_db)
-    if alone.shape != samples.logits.shape:
+    logits = alone.get(OUTPUT_NAME)
+    if logits is not None and logits.shape != samples.logits.shape:
         return NetworkVerdict(tuple(findings))
-    rows = [BatchRow(smallest, gates.outcome_of(findings), level(samples.logits, alone), math.inf)]
+    rows = [_batch_row(smallest, samples, logits, findings)]
     runs = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
     runs += [(other, smallest, f"{other.size}: ") for other in samples.others]
     for of, size, where in runs:
         # A static graph gets the same images at the same batch size, shifted within the batch.
-        native, shift, start = of is samples, int(static and of is samples), len(findings)
-        row = BatchRow(size, Outcome.FAIL)
+        native, start, actual = of is samples, 0 if static else len(findings), None
+        repeated, record = of, recorded_db if native else None
         try:
-            actual = _run_batches(run, of, size, shift)[OUTPUT_NAME]
+            outputs, images = _run_batches(run, of, size, int(static and native))
+            repeated, actual = replace(of, logits=of.logits[images]), outputs.get(OUTPUT_NAME)
+            findings += _check_rows(repeated, outputs, floor, record, where)[0]
+            same = actual is not None and actual.shape == repeated.logits.shape
+            if native and logits is not None and actual is not None and same:
+                findings.append(gates.check_batch_invariance(logits[images], actual, floor, size))
         except Exception as error:  # the runtimes raise bare exception types
             findings.append(pass_or_fail("runs", f"{where}it does not run: {one_line(error)}"))
-        else:
-            if not shift:
-                record = recorded_db if native else None
-                findings += _check_rows(of, actual, floor, record, where)[0]
-            if native and actual.shape == alone.shape:
-                findings.append(gates.check_batch_invariance(alone, actual, floor, size))
-                outcome = gates.outcome_of(findings[0 if shift else start :])
-                row = BatchRow(size, outcome, level(of.logits, actual), findings[-1].value)
         if native:
-            rows = [row] if shift else [*rows, row]
-    comparison = samples.outputs.compare(samples.logits, alone)
+            row = _batch_row(size, repeated, actual, findings[start:])
+            rows = [row] if static else [*rows, row]
+    comparison = None if logits is None else samples.outputs.compare(samples.logits, logits)
     return NetworkVerdict(tuple(findings), comparison, tuple(flips), tuple(rows))
 
 
-def _run_batches(run: Run, samples: Samples, batch: int, shift: int = 0) -> Outputs:
-    """Run all images in full batches and return the rows of the reference's outputs.
+def _batch_row(
+    batch: int, samples: Samples, actual: Array | None, findings: Sequence[Finding]
+) -> BatchRow:
+    """Return the row of a batch size; ``samples`` has the reference of each row of ``actual``."""
+    outcome = gates.outcome_of(findings)
+    if actual is None or actual.shape != samples.logits.shape:
+        return BatchRow(batch, outcome)
+    levels = [f.value for f in findings if f.rule == "batch invariance"] or [math.inf]
+    return BatchRow(batch, outcome, samples.outputs.sqnr_db(samples.logits, actual), levels[-1])
 
-    If the network has other outputs than the reference, these are returned. The last batch is
-    filled with other images, and a batch larger than the number of images repeats them in another
-    order. ``shift`` moves the images within their batches.
+
+def _run_batches(
+    run: Run, samples: Samples, batch: int, shift: int = 0
+) -> tuple[Outputs, npt.NDArray[np.int64]]:
+    """Run all images in full batches and return the outputs, and the image of each of their rows.
+
+    A backbone's maps become its rows. The last batch is filled with other images, whose rows are
+    left out. A batch larger than the number of images repeats them in another order. ``shift``
+    moves the images within their batches.
     """
-    count, pieces = len(samples), []
+    count, maps, pieces = len(samples), samples.outputs.widths.keys(), []
+    places = np.arange(-(-count // batch) * batch)
+    images = (places + places // count - shift) % count
     for start in range(0, count, batch):
-        places = np.arange(start, start + batch)
-        outputs = run(samples, (places + places // count - shift) % count)
-        if outputs.keys() >= set(samples.outputs.names):
+        outputs = run(samples, images[start : start + batch])
+        if maps and outputs.keys() >= maps:
             outputs = {OUTPUT_NAME: samples.outputs.rows(outputs)}
         pieces.append(outputs)
-    whole = {name: np.concatenate([p[name] for p in pieces])[:count] for name in pieces[0]}
-    return {name: np.roll(rows, -shift, axis=0) for name, rows in whole.items()}
+    kept = max(count, batch)
+    whole = {name: np.concatenate([p[name] for p in pieces])[:kept] for name in pieces[0]}
+    return whole, images[:kept]
 
 
 def _check_rows(
-    samples: Samples, actual: Array, floor: Limit, recorded_db: float | None, where: str = ""
+    samples: Samples, outputs: Outputs, floor: Limit, recorded_db: float | None, where: str = ""
 ) -> tuple[list[Finding], list[Flip]]:
-    """Return the findings on the logits, or on each feature map, and the label flips."""
-    options = (floor, recorded_db, samples.task)
+    """Return the findings on the logits or feature maps and on other outputs, and the flips."""
+    options, actual = (floor, recorded_db, samples.task), outputs.get(OUTPUT_NAME)
+    if actual is None:
+        return _check_probabilities(samples, outputs, floor, where)
     if not samples.outputs.widths or actual.shape != samples.logits.shape:
-        return gates.check_logits(samples.logits, actual, *options, where)
+        findings, flips = gates.check_logits(samples.logits, actual, *options, where)
+        if len(outputs) > 1:
+            findings += _check_probabilities(samples, outputs, floor, where)[0]
+        return findings, flips
     findings, maps = [], samples.outputs.parts(actual)
     for name, expected in samples.outputs.parts(samples.logits).items():
         findings += gates.check_logits(expected, maps[name], *options, f"{where}{name}: ")[0]
@@ -332,32 +350,42 @@ def _check_rows(
 
 
 def _check_probabilities(
-    run: Run, samples: Samples, sizes: Sequence[int], floor: Limit
-) -> NetworkVerdict:
-    """Return the verdict on a network that outputs probabilities or top-k classes, not logits.
+    samples: Samples, outputs: Outputs, floor: Limit, where: str
+) -> tuple[list[Finding], list[Flip]]:
+    """Return the findings on probabilities and top-k classes, and the label flips.
 
-    A probability changes by at most a quarter of the change of a difference of logits.
+    If the graph outputs its logits, too, they must give these probabilities. Otherwise noise at
+    the floor may change them, a probability by at most a quarter of the change of a difference of
+    logits, and must explain the label flips.
     """
+    own, task, scores = outputs.get(OUTPUT_NAME), samples.task, None
     noise = rms(samples.logits) * 10 ** (-floor.value / 20)
     limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"explained by noise at {floor.value:.1f} dB")
-    expected, findings = probabilities(samples.logits, samples.task), []
-    for size in sizes:
-        actual = _run_batches(run, samples, size)
-        pairs = [(expected, actual["probabilities"])] if "probabilities" in actual else []
-        if TOP_CLASSES in actual:
-            chosen = np.take_along_axis(expected, actual[TOP_CLASSES], axis=1)
-            best = -np.sort(-expected, axis=1)[:, : chosen.shape[1]]
-            pairs += [(best, chosen), (best, actual[TOP_PROBABILITIES])]  # classes and their order
-        changes = [np.abs(one - other).max() for one, other in pairs] or [math.inf]
-        change = float(np.max(changes))  # or NaN
-        change = change if math.isfinite(change) else math.inf
-        fault = (
-            f"batch {size}: a probability differs by {change:.1e}, more than {limit.value:.1e} "
-            f"({limit.origin})"
-        ) * (change > limit.value)
-        findings.append(pass_or_fail("probabilities", fault, change, limit))
-    rows = (BatchRow(size, f.outcome) for size, f in zip(sizes, findings, strict=True))
-    return NetworkVerdict(tuple(findings), batches=tuple(rows))
+    if own is not None:
+        limit = Limit(SAME_PROBABILITIES, "its own logits give the expected one")
+    logits = samples.logits if own is None else own.astype(np.float64)
+    expected, pairs = probabilities(logits, task), list[tuple[Array, Array]]()
+    if TOP_CLASSES in outputs:
+        classes = outputs[TOP_CLASSES]
+        chosen = np.take_along_axis(expected, classes, axis=1)
+        best = -np.sort(-expected, axis=1)[:, : classes.shape[1]]
+        pairs += [(best, chosen), (best, outputs[TOP_PROBABILITIES])]  # classes and their order
+        scores = np.eye(expected.shape[1])[classes[:, 0]] if task is Task.SINGLE_LABEL else None
+    if PROBABILITIES in outputs:
+        pairs.append((expected, outputs[PROBABILITIES]))
+        scores = outputs[PROBABILITIES] - 0.5
+    changes = [np.abs(one - other).max() for one, other in pairs] or [math.inf]
+    change = float(np.max(changes))  # or NaN
+    change = change if math.isfinite(change) else math.inf
+    fault = (
+        f"{where}a probability differs by {change:.1e}, more than {limit.value:.1e} "
+        f"({limit.origin})"
+    ) * (change > limit.value)
+    findings = [pass_or_fail("probabilities", fault, change, limit)]
+    if own is not None or scores is None:
+        return findings, []
+    flips = find_flips(logits, scores, task, gates.flip_margin(floor.value, task))
+    return [*findings, gates.check_flips(flips, floor, task, where)], flips
 
 
 def check_graph(

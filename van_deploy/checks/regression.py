@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, PositiveFloat
 
 from van_deploy.bundle import Bundle
@@ -142,15 +143,15 @@ def speed_ratios(
     """
     from van_deploy.runners.pytorch import TorchRunner, single_torch_thread
 
-    batch, ratios = samples.first(bundle.manifest.batch.opt), {}
+    rows, ratios = np.arange(bundle.manifest.batch.opt) % len(samples), {}
     with single_torch_thread():
         for name in bundle.artifacts:
             artifact = open_artifact(bundle, name, settings, 1, spin=False)
             if isinstance(artifact, Finding):
                 continue
             with artifact as network, TorchRunner(loaded.model) as original:
-                inputs = inputs_for(network, batch, slice(None))
-                slow = partial(original.run, batch.inputs)
+                inputs = inputs_for(network, samples, rows)
+                slow = partial(original.run, samples.inputs[rows])
                 ratios[name] = paired_ratio(slow, partial(network.run, inputs))
     return ratios
 

@@ -16,7 +16,7 @@ import onnx
 from van_deploy.bundle import Artifact, Bundle, edit_bundle
 from van_deploy.checks import gates, outputs
 from van_deploy.checks.drift import DriftRow, Reference, drift_of_artifact, module_reference
-from van_deploy.checks.gates import Finding, Limit, Outcome, numeric_class, pass_or_fail
+from van_deploy.checks.gates import Finding, Limit, numeric_class, pass_or_fail
 from van_deploy.checks.golden import Samples, check_originals
 from van_deploy.checks.graphs import one_line
 from van_deploy.checks.outputs import NetworkVerdict
@@ -100,12 +100,6 @@ class VerifyReport(gates.GateReport):
         images = [("images", finding) for finding in self.findings]
         return images + [(v.artifact, f) for v in self.artifacts.values() for f in v.findings]
 
-    @property
-    def passed(self) -> bool:
-        """Whether at least one artifact passed, and every finding is accepted."""
-        any_pass = any(verdict.outcome is Outcome.PASS for verdict in self.artifacts.values())
-        return any_pass and super().passed
-
 
 def verify_bundle(
     bundle: Bundle,
@@ -173,7 +167,9 @@ def _run_checks(
 ) -> tuple[str, NetworkVerdict]:
     """Run an artifact and return its numeric class and the verdict on its outputs."""
     numeric, bundle = numeric_class(artifact.precision), network.bundle
-    records = artifact.golden_sqnr_db if samples.golden else {}
+    golden = bundle.manifest.golden
+    same = samples.golden and golden is not None and len(samples) == golden.count
+    records = artifact.golden_sqnr_db if same else {}
     first, *more = outputs.batch_sizes(bundle.manifest.batch)
     sizes = [other for other in samples.others if network.supports_size(other.inputs.shape[2:])]
     try:
@@ -189,7 +185,7 @@ def _run_checks(
     except Exception as error:  # the runtimes raise bare exception types
         if isinstance(error, VanDeployError) and not isinstance(error, ConversionError):
             raise
-        step = "load" if isinstance(error, ConversionError) else "run at batch 1"
+        step = "load" if isinstance(error, ConversionError) else f"run at batch {first}"
         finding = pass_or_fail("runs", f"it does not {step}: {one_line(error)}")
         return numeric, NetworkVerdict((finding,))
 

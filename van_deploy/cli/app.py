@@ -44,9 +44,9 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 OTHER_PLACE = "choose another place"
 MISSING, INPUT = MissingDependency, InputError
 OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
-    errno.ENOSPC: (MISSING, f"Free some space there, or {OTHER_PLACE} with --output."),
+    errno.ENOSPC: (MISSING, f"Free some space there, or {OTHER_PLACE}."),
     errno.EDQUOT: (MISSING, f"Your quota is used up: free some space, or {OTHER_PLACE}."),
-    errno.EROFS: (MISSING, f"That file system is read-only: {OTHER_PLACE} with --output."),
+    errno.EROFS: (MISSING, f"That file system is read-only: {OTHER_PLACE}."),
     errno.EACCES: (MISSING, f"Change the permissions, or {OTHER_PLACE}."),
     errno.EPERM: (MISSING, f"Change the permissions, or {OTHER_PLACE}."),
     errno.EMFILE: (MISSING, "Raise the limit on open files (`ulimit -n`)."),
@@ -177,7 +177,8 @@ def user_error(failure: BaseException) -> VanDeployError | None:
         )
     if isinstance(failure, OSError) and (number := failure.errno or 0) in OS_REMEDIES:
         kind, remedy = OS_REMEDIES[number]
-        place = f" '{str(failure.filename)[:200]}'" if failure.filename else ""
+        name = failure.filename2 or failure.filename  # of a copy, the destination
+        place = f" '{str(name)[:200]}'" if name else ""
         return kind(f"Cannot write or read{place}: {os.strerror(number)}.", remedy)
     if "No usable temporary directory found" in text:
         return MissingDependency(

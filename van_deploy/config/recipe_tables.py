@@ -132,9 +132,10 @@ class ExportSettings(Table):
             yield message, "Add --features, or features = true to the table [export]."
 
     @property
-    def embeds(self) -> bool:
-        """Whether to write a second graph, with preprocessing or other outputs inside."""
-        return self.embed_preprocess != "none" or self.outputs != ("logits",)
+    def embeds(self) -> str:
+        """End of the name of a second graph, with preprocessing or other outputs; "" for none."""
+        other_outputs = "outputs" * (self.outputs != ("logits",))
+        return other_outputs if self.embed_preprocess == "none" else self.embed_preprocess
 
 
 class EvaluateSettings(Table):
@@ -443,8 +444,8 @@ class EngineSettings(PlanSettings):
             bf16.
         targets: Compute capabilities: sm_86,sm_89 are two plans, sm_86+sm_89 is one for both; by
             default that of the GPU in this machine.
-        backend: Compiler and runtime. inductor: a package that PyTorch compiles ahead of time, for
-            the GPU or the CPU of this machine.
+        backend: Compiler and runtime. inductor, which recipes do not support: a package that
+            PyTorch compiles ahead of time, for the GPU or the CPU of this machine.
         timing_cache: File of kernel timings to use and add to (TensorRT).
     """
 
@@ -481,7 +482,7 @@ class BuildSettings(EngineSettings):
 
     PANEL = PLAN
 
-    precisions: tuple[str, ...] = option(("fp32",), flags=["--precision"], panel="")
+    precisions: tuple[str, ...] = option(("fp32",), flags=["--precision"], panel="", min_length=1)
     device: str | None = option(None, panel=HARDWARE, pattern=r"^(cpu|cuda(:\d+)?)$")
     max_autotune: bool = option(False)
     fused_kernels: bool = option(False)
@@ -534,12 +535,19 @@ class Recipe(Table):
         if self.engines.backend == "inductor":
             remedy = "Build a package with `van-deploy build BUNDLE --backend inductor`."
             yield "{engines.backend} inductor is not supported in a recipe.", remedy
-        graphs = ["fp32", *self.precision.make]
-        if self.export.embed_preprocess != "none":
-            graphs += [f"{name}-{self.export.embed_preprocess}" for name in graphs]
+        if self.engines.targets and not self.engines.precisions:
+            message = (
+                "{engines.targets} is given, and {engines.precisions} is not: no engine is built."
+            )
+            yield message, "Give both or none."
+        for_cpu = self.precision.target == "cpu"  # its INT8 graph is not for TensorRT
+        graphs = ["fp32", *(n for n in self.precision.make if not (for_cpu and n == "int8"))]
+        if self.export.embeds:
+            graphs += [f"{name}-{self.export.embeds}" for name in graphs]
         for name in set(self.engines.precisions) - {*graphs}:
-            message = f"{{engines.precisions}} has '{name}', which the recipe does not make."
-            yield message, f"Add it to {{precision.make}}, or use one of: {', '.join(graphs)}."
+            message = f"{{engines.precisions}} has '{name}', which the recipe does not make"
+            remedy = "Add it to {precision.make} with {precision.target} tensorrt, or use one of"
+            yield f"{message} for TensorRT.", f"{remedy}: {', '.join(graphs)}."
         of_classes = ("model.labels", "model.head", "precision.max_drop", "evaluate.images")
         used = [key for key in of_classes if attrgetter(key)(self) not in (None, ())]
         if self.export.features and used:

@@ -59,13 +59,14 @@ class ImageItem:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its file or array.
+        """SHA-256 of its file, or of an array's shape and values.
 
         Raises:
             ImageError: the file cannot be read.
         """
         if not isinstance(self.data, Path):
-            return hashlib.sha256(np.ascontiguousarray(self.data).tobytes()).hexdigest()
+            shape = str(self.data.shape).encode()
+            return hashlib.sha256(shape + self.data.tobytes()).hexdigest()
         try:
             return file_sha256(self.data)
         except OSError as error:
@@ -152,18 +153,18 @@ def find_images(folder: Path | str) -> tuple[Path, ...]:
     """Return the image files under ``folder``, at any depth, sorted by their path.
 
     Files are selected by suffix (:data:`SUFFIXES`, in either case). Hidden files and folders are
-    ignored. Symbolic links are followed; each folder is visited once, so cycles of links end.
+    ignored. Symbolic links are followed, except to a folder that contains them.
 
     Raises:
         ImageError: the folder does not exist, is not a folder, cannot be read, or has no image.
     """
-    images: list[Path] = []
-    visited: set[str] = set()
-    for parent, folders, files in os.walk(folder, onerror=_raise_read_error, followlinks=True):
-        real_path = os.path.realpath(parent)
-        is_visited, visited = real_path in visited, visited | {real_path}
-        folders[:] = [] if is_visited else [name for name in folders if name[0] != "."]
-        paths = [Path(parent, name) for name in files if name[0] != "." and not is_visited]
+    images, root = list[Path](), Path(folder)
+    chains: dict[str, tuple[str, ...]] = {}  # the real paths of each folder and those above it
+    for parent, folders, files in os.walk(root, onerror=_raise_read_error, followlinks=True):
+        above, real_path = chains.get(os.path.dirname(parent), ()), os.path.realpath(parent)
+        chains[parent], is_cycle = (*above, real_path), real_path in above
+        folders[:] = [] if is_cycle else [name for name in folders if name[0] != "."]
+        paths = [Path(parent, name) for name in files if name[0] != "." and not is_cycle]
         images += [p for p in paths if p.suffix.lower() in SUFFIXES and p.is_file()]
     if not images:
         message = f"There is no image in '{folder}' or its subfolders."
@@ -273,6 +274,8 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         bits = np.ravel(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16))[0]
         white = (1 << int(bits)) - 1  # 4095 for 12 bits
         values = np.asarray(image).astype(np.float64) * (255 / white)
+        if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white
+            values = 255 - values
         upright = Image.fromarray(np.rint(np.clip(values, 0, 255)).astype(np.uint8))
     elif image.mode in {"I", "F"}:
         raise ValueError(f"the range of 32-bit pixels (mode {image.mode}) is undefined")

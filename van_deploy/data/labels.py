@@ -44,12 +44,13 @@ class ClassNames:
 
     Args:
         classes: logits of the network; a network with one has the classes 0 and 1.
-        names: in the order of the logits, if known.
+        names: in the order of the logits, if known; of a network with one logit, that of class 1.
     """
 
     def __init__(self, classes: int, names: Sequence[str] | None = None) -> None:
         self.count = max(classes, 2)
-        self.names = tuple(names) if names and len(names) == self.count else ()
+        names = ("", *(names or ())) if classes == 1 else tuple(names or ())  # names class 1 only
+        self.names = names if len(names) == self.count else ()
         first = [name.split(",")[0] for name in self.names]
         self._tables = [defaultdict[str, list[int]](list) for _ in range(4)]
         for index, forms in enumerate(zip(self.names, first, strict=True)):
@@ -159,6 +160,8 @@ def _label_by_name(images: ImageSet, names: ClassNames) -> ImageSet | None:
     """
     labels = [i.group or (WORDNET_ID.match(Path(i.name).name) or [""])[0] for i in images.items]
     matches = {label: names.matches(label) for label in dict.fromkeys(labels)}
+    if names.names[:1] == ("",) and sorted(matches.values()) == [(), (1,)]:
+        matches = {label: classes or (0,) for label, classes in matches.items()}
     if any(len(classes) != 1 for classes in matches.values()):
         return None
     by_class: dict[int, str] = {}
@@ -258,6 +261,8 @@ def class_names_from_file(path: Path, classes: int) -> tuple[str, ...]:
         InputError: it cannot be read, or the number of names is not ``classes``.
     """
     names = tuple(line for _, line in read_lines(path))
+    if classes == 1 and len(names) == 2:  # as in a checkpoint: one logit of two classes
+        return names[1:]
     if len(names) != classes:
         message = f"'{path}' has {len(names)} class names; the network has {classes} classes."
         raise InputError(message, "Write one name per line, in the order of the logits.")
@@ -315,31 +320,40 @@ def multi_label_targets(
 def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
     """Return line number and label of every image, from lines ``file label`` or ``label``.
 
-    ``file`` is the path of an image or the last parts of it, with or without suffix. If a line
-    can be split at several separators, the longest file name is used.
+    ``file`` is the path of an image, the last parts of it, or a longer path that ends in it, with
+    or without suffix. If a line can be split at several separators, the longest file name is used.
 
     Raises:
         InputError: an image has no line, or several that differ.
     """
     suffixes = [_path_suffixes(item.name) for item in images.items]
     counts = Counter(suffix for each in suffixes for suffix in each)  # ambiguous ones do not match
-    by_path = {s: index for index, each in enumerate(suffixes) for s in each if counts[s] == 1}
-    by_path |= {each[0]: index for index, each in enumerate(suffixes)}
+    names = {each[0]: index for index, each in enumerate(suffixes)}
+    ends = {s: index for index, each in enumerate(suffixes) for s in each if counts[s] == 1} | names
     entries: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         for separator in reversed([*re.finditer(r"[\s,;]+", line)]):
-            paths = _path_suffixes(_unquote(line[: separator.start()]))
-            matched = [by_path[path] for path in paths if path in by_path]
-            if not matched:
+            path, *shorter = _path_suffixes(_unquote(line[: separator.start()])) or [""]
+            index = ends.get(path, next((names[p] for p in shorter if p in names), None))
+            if index is None:
                 continue
-            index, label = matched[0], _unquote(line[separator.end() :])
+            label = _unquote(line[separator.end() :])
             first = entries.setdefault(index, (number, label))
             if first[1] != label:
                 pair = f"'{first[1]}' in line {first[0]}, '{label}' in line {number}"
                 message = f"'{file}' has two labels for '{images.items[index].name}': {pair}."
-                raise InputError(message, "Remove the incorrect line.")
+                remedy = (
+                    "Remove the incorrect line, or rename images with equal names but suffixes."
+                )
+                raise InputError(message, remedy)
             break
     if not entries and len(lines) == len(images):
+        files = [item.name for item in images.items if isinstance(item.data, Path)]
+        pairs = zip(files, sorted(files, key=natural_key), strict=True)
+        if first_pair := next((pair for pair in pairs if pair[0] != pair[1]), None):
+            which = "' or '".join(first_pair)
+            message = f"'{file}' has one label per line, and it is unknown which image is first: "
+            raise InputError(f"{message}'{which}'.", "Write lines 'file label'.")
         return [(number, _unquote(line)) for number, line in lines]
     missing = [item for index, item in enumerate(images.items) if index not in entries]
     if missing:

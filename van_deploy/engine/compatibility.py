@@ -25,7 +25,7 @@ from van_deploy.engine.backend import (
     release_of,
 )
 from van_deploy.engine.sidecar import PackageSidecar, Sidecar
-from van_deploy.environment.hardware import RTX_TARGETS, cpu, memory
+from van_deploy.environment.hardware import RTX_TARGETS, cpu
 from van_deploy.environment.packages import installed_version, pip_command
 from van_deploy.errors import MissingDependency, UsageError
 
@@ -156,15 +156,6 @@ def require_supported(
     """
     title, rtx_targets = backend.title, ", ".join(RTX_TARGETS)
     others = [t for t in options.targets if host.target not in (None, t)]
-    limit, owner = host.gpu_memory_bytes, host.gpu
-    if limit is None:
-        limit, owner = memory().total_bytes, "this machine"
-    if (options.workspace_bytes or 0) > limit:
-        raise UsageError(
-            f"A workspace of {options.workspace_bytes} bytes is larger than the {limit} bytes of "
-            f"memory that {owner} has.",
-            "Give a smaller --workspace, or omit it to use the backend's own limit.",
-        )
     unsupported = [target for target in options.targets if target not in RTX_TARGETS]
     if not backend.cross_compiles:
         if host.gpu is None:
@@ -182,6 +173,12 @@ def require_supported(
                 f"{title} builds for the GPU in this machine ({host.gpu}, {host.target}), "
                 f"not for {', '.join(others)}.",
                 f"{remedy}.",
+            )
+        if host.gpu_memory_bytes and (options.workspace_bytes or 0) > host.gpu_memory_bytes:
+            raise UsageError(
+                f"A workspace of {options.workspace_bytes} bytes is larger than the "
+                f"{host.gpu_memory_bytes} bytes of memory that {host.gpu} has.",
+                "Give a smaller --workspace, or omit it to use the backend's own limit.",
             )
         return
     if not options.targets:

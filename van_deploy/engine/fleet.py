@@ -46,7 +46,6 @@ from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
     SidecarT,
-    load_sidecar,
     log_path,
     sidecar_path,
 )
@@ -61,6 +60,7 @@ from van_deploy.errors import (
 )
 from van_deploy.files import content_key
 from van_deploy.manifest import EngineInfo
+from van_deploy.provenance import code_digest
 from van_deploy.ray_tasks import RayTask, require_ray, run_on_ray
 from van_deploy.schema import read_toml_document, validate
 from van_deploy.stopwatch import Progress, no_progress
@@ -132,11 +132,6 @@ class Cell:
     targets: tuple[str, ...]
     options: BuildOptions
     host: FleetHost
-
-    @property
-    def target(self) -> str:
-        """The targets joined with ``+``, as in ``--target``."""
-        return "+".join(self.targets)
 
     @property
     def resources(self) -> dict[str, Any]:
@@ -243,8 +238,8 @@ def find_pending(
         cell: the cell.
         host: the machine that builds it.
         force: build the engine even if the bundle already has it.
-        remote: another machine builds it. If the version of its backend is not known, only the
-            ONNX file, the options and the targets are compared.
+        remote: another machine builds it. The version of its backend may not be known, and is
+            then not compared.
 
     Raises:
         BundleError: the bundle has no such artifact, or one of its files was changed.
@@ -262,14 +257,17 @@ def find_pending(
         )
     bundle.verified_path(source.name)
     inputs = _build_inputs(source, cell.targets, cell.options)
+    if cell.host.backend != "auto":
+        inputs["backend"] = cell.host.backend
     if not (remote and cell.host.accelerator_type):
         try:
             backend = choose_backend(cell.host.backend, cell.targets, host.target)
             inputs |= {"backend": backend.name, "backend_version": backend.version}
+            inputs["cuda"] = backend.cuda
         except MissingDependency:
             if not remote:
                 raise
-    sidecar = None if force else find_existing(bundle, inputs, load_sidecar)
+    sidecar = None if force else find_existing(bundle, inputs, Sidecar.load)
     return bundle if sidecar is None else BuildOutcome(cell, REUSED, sidecar.name, sidecar)
 
 
@@ -277,8 +275,12 @@ def _build_inputs(
     source: Artifact, targets: Sequence[str], options: BuildOptions
 ) -> dict[str, Any]:
     """Return the inputs that determine the content of a plan, except the backend."""
-    onnx = {file: sha for file, sha in source.files.items() if ".onnx" in file}
-    return {"onnx": onnx, "targets": targets, "options": options.as_dict()}
+    return {
+        "onnx": source.onnx_files,
+        "targets": targets,
+        "options": options.as_dict(),
+        "code": code_digest("engine"),
+    }
 
 
 def find_existing(
@@ -361,7 +363,7 @@ def build_on_ray(
         if isinstance(bundle, BuildOutcome):
             yield bundle
             continue
-        paths = [bundle.path / file for file in bundle.artifact(cell.precision).files]
+        paths = [bundle.path / file for file in bundle.artifact(cell.precision).onnx_files]
         files = {path.name: path.read_bytes() for path in paths}
         tasks.append(RayTask((cell, bundle), (cell, bundle, files), cell.resources))
     for done in run_on_ray(_build_remotely, tasks, address=address):
@@ -427,9 +429,10 @@ def _build_plan(
 
 def _add_plan(cell: Cell, bundle: Bundle, plan: Path) -> BuildOutcome:
     """Add a plan to the bundle of its cell."""
-    source, sidecar = bundle.artifact(cell.precision), load_sidecar(plan)
+    source, sidecar = bundle.artifact(cell.precision), Sidecar.load(plan)
     inputs = _build_inputs(source, sidecar.targets, sidecar.options)
     inputs |= {"backend": sidecar.backend, "backend_version": sidecar.backend_version}
+    inputs["cuda"] = sidecar.cuda
     add_to_bundle(cell.bundle, source, plan, sidecar, inputs)
     return BuildOutcome(cell, BUILT, sidecar.name, sidecar)
 

@@ -9,6 +9,7 @@ of the same version loads without the Python code of the network. A package is n
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -29,13 +30,13 @@ from van_deploy.engine.fleet import add_to_bundle, find_existing
 from van_deploy.engine.sidecar import (
     PACKAGE_SCHEMA,
     PackageSidecar,
-    load_package_sidecar,
     write_sidecar,
 )
 from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
+from van_deploy.provenance import code_digest
 from van_deploy.schema import validate
 
 INDUCTOR = "inductor"
@@ -123,12 +124,13 @@ def build_package(
     inputs = {
         **options,
         "tf32": settings.tf32,
-        "onnx": source.files,
+        "onnx": source.onnx_files,
         "target": target,
         "batch": str(batch),
         "fused_kernels": settings.fused_kernels,
+        "code": code_digest("engine", "graph", "kernels", "model"),
     }
-    if not force and (existing := find_existing(bundle, inputs, load_package_sidecar)):
+    if not force and (existing := find_existing(bundle, inputs, PackageSidecar.load)):
         return existing, True
     name, start = _package_name(bundle, settings, target), time.perf_counter()
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
@@ -223,6 +225,11 @@ def _compile(network: Any, settings: BuildSettings, row: tuple[int, int, int], f
         ) from error
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise MissingDependency(
+                f"PyTorch cannot write the files of the package: {lines[0][:300]}",
+                "Free some space, or set TMPDIR to a folder with room. Nothing was written.",
+            ) from error
         raise ConversionError(
             f"PyTorch {torch.__version__} cannot compile the network for {settings.device}: "
             f"{lines[0][:300]}",

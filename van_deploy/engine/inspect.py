@@ -15,8 +15,6 @@ from van_deploy.engine.messages import BuildLog
 from van_deploy.engine.sidecar import (
     PackageSidecar,
     Sidecar,
-    load_package_sidecar,
-    load_sidecar,
     log_path,
     sidecar_path,
 )
@@ -97,7 +95,7 @@ def describe_package(path: Path) -> PackageDescription:
     Raises:
         InputError: the package or its sidecar is missing, damaged, edited or swapped.
     """
-    sidecar = load_package_sidecar(path)
+    sidecar = PackageSidecar.load(path)
     return PackageDescription(path, sidecar, find_obstacles(sidecar, detect_host()))
 
 
@@ -119,7 +117,7 @@ def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescript
     layers: tuple[Layer, ...] = ()
     backends, host_code = [*TITLES], False
     if not (trust_engine and path.is_file() and not sidecar_path(path).exists()):
-        sidecar = load_sidecar(path)
+        sidecar = Sidecar.load(path)
         obstacles = find_obstacles(sidecar, detect_host())
         backends, host_code = [sidecar.backend], sidecar.options.version_compatible
     skipped = [obstacle.problem for obstacle in obstacles]

@@ -111,7 +111,8 @@ KNOWN_ERRORS = tuple(
     KnownError(**{**row, "error": getattr(errors, row.get("error", "ConversionError"))})
     for row in read_toml_file(Path(__file__).with_name("messages.toml"))["entry"]
 )
-UNKNOWN = KnownError("unknown", "", "not a known error", "See the log next to the plan.")
+REPORT = "If `van-deploy export` wrote the graph, please report the problem."
+UNKNOWN = KnownError("unknown", "", "not a known error", REPORT)
 
 
 def find_known_error(text: str) -> KnownError | None:
@@ -159,10 +160,7 @@ def error_from_log(what: str, logged: Sequence[str]) -> VanDeployError:
         known, text = min(matches, key=lambda match: KNOWN_ERRORS.index(match[0]))
         return known.error(f"{what}: {known.cause}. It reports: {_shorten(text)}", known.remedy)
     text = _shorten(logged[-1]) if logged else "no error message"
-    return ConversionError(
-        f"{what}, for an unknown reason. It reports: {text}",
-        "See the log; if `van-deploy export` wrote the graph, please report the problem.",
-    )
+    return ConversionError(f"{what}, for an unknown reason. It reports: {text}", REPORT)
 
 
 def _shorten(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Final, Literal, TypeVar
 
 from packaging.version import Version
 from pydantic import AfterValidator, Field
+from typing_extensions import Self
 
 from van_deploy import schema
 from van_deploy.config import BatchRange, BuildOptions
@@ -65,6 +66,38 @@ class SidecarBase(VersionedSchema):
     def digest(self) -> str:
         """Return the correct value of :attr:`sidecar_sha256`."""
         return content_key(plain(self.model_copy(update={"sidecar_sha256": ""})))
+
+    @classmethod
+    def load(cls, file: Path) -> Self:
+        """Return the sidecar of a plan or a package after verifying both digests.
+
+        Raises:
+            InputError: the file or its sidecar is missing, damaged, edited or swapped.
+        """
+        path = sidecar_path(file)
+        if not file.is_file():
+            raise InputError(f"There is no engine '{file}'.", REBUILD)
+        if not path.is_file():
+            raise InputError(
+                f"'{file}' has no sidecar '{path.name}' in the same folder. Loading an engine runs "
+                "the code in it, and without a sidecar its origin is unknown.",
+                "Copy the sidecar to the same folder, or build the engine again."
+                + " Only for a plan you built yourself: --trust-engine, in Python "
+                "`TensorRtRunner(plan, trust_engine=True)`." * (cls is Sidecar),
+            )
+        sidecar = schema.read_document(cls, path, "sidecar", InputError, REBUILD)
+        if sidecar.sidecar_sha256 != sidecar.digest():
+            raise InputError(
+                f"'{path}' was edited after it was written: its digest does not match.", REBUILD
+            )
+        actual, expected = file_sha256(file), str(getattr(sidecar, cls.DIGEST_FIELD))
+        if actual != expected:
+            raise InputError(
+                f"'{file}' is not the {cls.FILE_KIND} of its sidecar: its SHA-256 is "
+                f"{actual[:12]}..., the sidecar has {expected[:12]}.... It was damaged or swapped.",
+                REBUILD,
+            )
+        return sidecar
 
 
 SidecarT = TypeVar("SidecarT", bound=SidecarBase)
@@ -200,44 +233,3 @@ def write_sidecar(plan: Path, sidecar: SidecarT) -> SidecarT:
     complete = sidecar.model_copy(update={"sidecar_sha256": sidecar.digest()})
     write_atomic(sidecar_path(plan), complete.text())
     return complete
-
-
-def load_sidecar(plan: Path) -> Sidecar:
-    """Return the sidecar of a plan after verifying both digests.
-
-    Raises:
-        InputError: the plan or its sidecar is missing, damaged, edited or swapped.
-    """
-    return _load_verified(plan, Sidecar)
-
-
-def load_package_sidecar(package: Path) -> PackageSidecar:
-    """Return the sidecar of an Inductor package; errors are those of :func:`load_sidecar`."""
-    return _load_verified(package, PackageSidecar)
-
-
-def _load_verified(file: Path, model: type[SidecarT]) -> SidecarT:
-    path = sidecar_path(file)
-    if not file.is_file():
-        raise InputError(f"There is no engine '{file}'.", REBUILD)
-    if not path.is_file():
-        raise InputError(
-            f"'{file}' has no sidecar '{path.name}' in the same folder. Loading an engine runs the "
-            "code in it, and without a sidecar its origin is unknown.",
-            "Copy the sidecar to the same folder, or build the engine again. "
-            "Only for a plan you built yourself: --trust-engine, in Python "
-            "`TensorRtRunner(plan, trust_engine=True)`.",
-        )
-    sidecar = schema.read_document(model, path, "sidecar", InputError, REBUILD)
-    if sidecar.sidecar_sha256 != sidecar.digest():
-        raise InputError(
-            f"'{path}' was edited after it was written: its digest does not match.", REBUILD
-        )
-    actual, expected = file_sha256(file), str(getattr(sidecar, model.DIGEST_FIELD))
-    if actual != expected:
-        raise InputError(
-            f"'{file}' is not the {model.FILE_KIND} of its sidecar: its SHA-256 is "
-            f"{actual[:12]}..., the sidecar has {expected[:12]}.... It was damaged or swapped.",
-            REBUILD,
-        )
-    return sidecar

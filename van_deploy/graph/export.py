@@ -235,7 +235,7 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
         ConversionError: the graph is not a folded network of this architecture.
     """
     with torch.device("meta"):
-        model = RewrittenVan(VAN(config), channels_last=True).eval()
+        model = RewrittenVan(VAN(config)).eval()
     for stage in config.stages:  # modules that folding removes
         model.get_submodule(f"patch_embed{stage}").norm = nn.Identity()
         for block in model.stage_blocks(stage):
@@ -248,10 +248,13 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
         return torch.from_numpy(np.array(to_array(constants[name]))) if name in constants else None
 
     problem = ""
-    if any(node.op_type == "BatchNormalization" for node in graph.graph.node):
+    norms = [node.name for node in graph.graph.node if node.op_type == "BatchNormalization"]
+    if any(not name.startswith("head.") for name in norms):
         problem = "it still has BatchNorms"
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear | StageNorm) and not problem:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm1d) and name not in norms:  # folded
+            model.set_submodule(name, nn.Identity())
+        elif isinstance(module, nn.Conv2d | nn.Linear | StageNorm | nn.BatchNorm1d) and not problem:
             suffix = ".layernormalization" if isinstance(module, StageNorm) else ""
             if (node := nodes.get(name + suffix)) is None:
                 problem = f"it has no node '{name}'"
@@ -259,6 +262,8 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
             for index, key in enumerate(("weight", "bias"), 1):
                 values = constant(node, index)
                 setattr(module, key, None if values is None else nn.Parameter(values, False))
+            if isinstance(module, nn.BatchNorm1d):
+                module.running_mean, module.running_var = constant(node, 3), constant(node, 4)
     if problem:
         raise ConversionError(
             f"The graph is not a folded VAN of this architecture: {problem}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, ValueInfoProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx.helper import tensor_dtype_to_np_dtype
 
 from van_deploy.documents import DocumentError, parse_json, require_regular_file
 from van_deploy.errors import InputError
+from van_deploy.files import external_files_in
 from van_deploy.graph.names import fixed_batch
 from van_deploy.manifest import GraphInfo, TensorInfo
 from van_deploy.metrics import compare
@@ -84,8 +86,16 @@ def opset_of(model: ModelProto) -> int:
 
 
 def tensor_bytes(model: ModelProto) -> int:
-    """Return the size in bytes of all initialisers in memory."""
-    return sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    """Return the size in bytes of all initialisers, also of those in external files."""
+    return sum(map(_weight_bytes, model.graph.initializer))
+
+
+def _weight_bytes(tensor: TensorProto) -> int:
+    if tensor.HasField("raw_data"):
+        return len(tensor.raw_data)
+    packed = re.search(r"(?:INT|FLOAT)([246])(?!\d)", TensorProto.DataType.Name(tensor.data_type))
+    bits = int(packed[1]) if packed else 8 * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.ceil(math.prod(tensor.dims) * bits / 8)
 
 
 def simplify_onnx(
@@ -117,7 +127,7 @@ def simplify_onnx(
             expected, actual = run(model, batch), run(simplified, batch)
             for name, value in expected.items():
                 flat = value.reshape(len(value), -1)
-                comparison = compare(flat, actual[name].reshape(flat.shape), classes=False)
+                comparison = compare(flat, actual[name].reshape(flat.shape), None)
                 errors.append(comparison.relative)
         return float(np.max(errors))
 
@@ -162,12 +172,18 @@ def save_onnx(
 def graph_facts(model: ModelProto) -> GraphInfo:
     """Return the operators, weights, inputs and outputs of a graph.
 
-    Dynamic dimensions in a shape are names.
+    Dynamic dimensions in a shape are names, "?" for one without a name.
+
+    Raises:
+        ValueError: an input or output has no dimensions.
     """
 
     def facts(value: ValueInfoProto) -> TensorInfo:
         tensor = value.type.tensor_type
-        shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+        dims = tensor.shape.dim
+        shape = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
+        if not shape:
+            raise ValueError(f"'{value.name}' is not a tensor with dimensions")
         return TensorInfo(dtype=str(tensor_dtype_to_np_dtype(tensor.elem_type)), shape=shape)
 
     counts = operator_counts(model)
@@ -191,15 +207,15 @@ def describe_onnx(path: Path) -> OnnxDescription:
     try:
         require_regular_file(path)
         model = onnx.load_model(path, load_external_data=False)
-        if not model.opset_import or not model.graph.node:
-            raise DecodeError("it contains no graph")  # noqa: TRY301 - handled like protobuf's
+        if not model.graph.node or not any(o.domain in {"", "ai.onnx"} for o in model.opset_import):
+            raise DecodeError("it has no standard operators")  # noqa: TRY301 - like protobuf's
         return _describe_model(model, path)
     except (OSError, DocumentError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"'{path}' cannot be read: {reason}.", "Check the path.") from error
-    except (DecodeError, ValueError, TypeError, KeyError, OverflowError, StopIteration) as error:
+    except (DecodeError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise InputError(
-            f"'{path}' is not an ONNX file, or is damaged: {error}.",
+            f"'{path}' is not the ONNX file of a network, or is damaged: {error}.",
             "Export it again with `van-deploy export`.",
         ) from error
 
@@ -207,13 +223,10 @@ def describe_onnx(path: Path) -> OnnxDescription:
 def _describe_model(model: ModelProto, path: Path) -> OnnxDescription:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
-    external_files = set()
     for tensor in model.graph.initializer:
-        dtype = onnx.TensorProto.DataType.Name(tensor.data_type).lower()
-        entries = {entry.key: entry.value for entry in tensor.external_data}
+        dtype = TensorProto.DataType.Name(tensor.data_type).lower()
         counts[dtype] += math.prod(tensor.dims)
-        sizes[dtype] += int(entries.get("length", 0)) or len(tensor.raw_data)
-        external_files |= {entries["location"]} if "location" in entries else set()
+        sizes[dtype] += _weight_bytes(tensor)
     metadata: dict[str, Any] = {entry.key: entry.value for entry in model.metadata_props}
     for key, text in metadata.items():
         with contextlib.suppress(ValueError):  # keeps text that only looks like JSON
@@ -224,7 +237,7 @@ def _describe_model(model: ModelProto, path: Path) -> OnnxDescription:
         graph=graph_facts(model),
         weights={dtype: TypedWeights(counts[dtype], sizes[dtype]) for dtype in counts},
         parameters=sum(counts.values()),
-        external_files=tuple(sorted(external_files)),
+        external_files=external_files_in(model),
         producer=f"{model.producer_name} {model.producer_version}".strip(),
         metadata=metadata,
     )

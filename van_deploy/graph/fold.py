@@ -15,10 +15,9 @@ Every rewrite is an identity in real arithmetic, computed here in float64. Below
                       ``b1' = b1 + W1 b``. (``conv0``'s bias stays, because
                       ``conv_spatial`` pads with zeros.)
 ``final_norm``        the last LayerNorm's scale and shift into the head, since the
-                      mean over tokens between them is linear. A backbone has no
-                      head and keeps them
-``channels_last``     LayerNorm with a permutation instead of a reshape, so that
-                      no shape in the graph depends on the batch
+                      mean over tokens between them is linear (a backbone has no
+                      head and keeps them), and the BatchNorms of a sequential head
+                      into the linear layer after or before them
 ``residual_stream``   the per-channel skip gain ``D = 1 + layer_scale_1 * s`` that
                       ``block_norm`` and ``layer_scale`` leave on the residual
                       stream, by rescaling the stream: see :func:`_rescale_stream_`
@@ -38,13 +37,13 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from van_deploy.errors import UsageError
 from van_deploy.model.van import VAN, Block, PatchEmbed
 from van_deploy.model.variants import STAGES
 
@@ -54,6 +53,11 @@ FOLD_TOLERANCE = 1e-10
 # factors; the limit leaves headroom in FP16's range (6.1e-5 to 65504). Beyond it, a channel keeps
 # the multiply in that block and restarts with a factor of 1.
 SKIP_GAIN_LIMIT = 256.0
+REWRITES = (
+    *("patch_norm", "block_norm", "layer_scale", "spatial_bias", "final_norm"),
+    "residual_stream",
+)
+NO_OPS = (nn.Dropout, nn.Identity, nn.Flatten)  # layers of a head that change nothing
 
 
 # --- the network -----------------------------------------------------------------------------
@@ -67,8 +71,6 @@ class RewrittenBlock(nn.Module):
         norm2: BatchNorm before the MLP, or None if folded into ``fc1``.
         layer_scale_1: ``(C,)``, or None if folded into ``proj_2``.
         layer_scale_2: ``(C,)``, or None if folded into ``fc2``.
-        inner_scale: ``(C,)`` factor of the attention's inner shortcut if its
-            layer scale was folded but ``norm1`` was not, else None (1).
         skip_gain: ``(C,)`` factor of the residual stream in the attention
             half, or None (1).
     """
@@ -77,7 +79,6 @@ class RewrittenBlock(nn.Module):
     norm2: nn.Module | None
     layer_scale_1: Tensor | None
     layer_scale_2: Tensor | None
-    inner_scale: Tensor | None
     skip_gain: Tensor | None
 
     def __init__(self, block: Block) -> None:
@@ -85,7 +86,6 @@ class RewrittenBlock(nn.Module):
         self.norm1, self.attn = block.norm1, block.attn
         self.norm2, self.mlp = block.norm2, block.mlp
         self.layer_scale_1, self.layer_scale_2 = block.layer_scale_1, block.layer_scale_2
-        self.register_buffer("inner_scale", None)
         self.register_buffer("skip_gain", None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,36 +99,27 @@ class RewrittenBlock(nn.Module):
         normed = x if self.norm1 is None else self.norm1(x)
         y = attn.proj_2(attn.spatial_gating_unit(attn.activation(attn.proj_1(normed))))
         if self.norm1 is not None:
-            y = y + _scale(normed, self.inner_scale)
+            y = y + normed
         return _scale(y, self.layer_scale_1)
 
 
 class StageNorm(nn.LayerNorm):
-    """A stage's LayerNorm over channels.
+    """A stage's LayerNorm over channels, permuted so that no shape depends on the batch.
 
     Args:
         norm: the LayerNorm that provides the weights.
-        channels_last: normalise with a permutation instead of a reshape to
-            tokens, so that no shape in the graph depends on the batch.
         last: pool the tokens, as the last stage of a classifier does; other stages return maps.
     """
 
-    def __init__(self, norm: nn.LayerNorm, channels_last: bool, last: bool) -> None:
+    def __init__(self, norm: nn.LayerNorm, last: bool) -> None:
         super().__init__(norm.normalized_shape, eps=norm.eps, dtype=norm.weight.dtype)
         self.weight, self.bias = norm.weight, norm.bias
-        self.channels_last = channels_last
         self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(N, C, H, W)`` to the same shape, or to ``(N, C)`` in the last stage."""
-        if self.channels_last:
-            x = super().forward(x.permute(0, 2, 3, 1))  # (N, H, W, C)
-            return x.mean(dim=(1, 2)) if self.last else x.permute(0, 3, 1, 2)
-        batch, _, height, width = x.shape
-        x = super().forward(x.flatten(2).transpose(1, 2))  # (N, H*W, C)
-        if self.last:
-            return x.mean(dim=1)
-        return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+        x = super().forward(x.permute(0, 2, 3, 1))  # (N, H, W, C)
+        return x.mean(dim=(1, 2)) if self.last else x.permute(0, 3, 1, 2)
 
 
 class RewrittenVan(nn.Module):
@@ -137,10 +128,9 @@ class RewrittenVan(nn.Module):
     Args:
         model: the original network. Its modules are not copied, so it
             must not be used afterwards.
-        channels_last: see :class:`StageNorm`.
     """
 
-    def __init__(self, model: VAN, channels_last: bool) -> None:
+    def __init__(self, model: VAN) -> None:
         super().__init__()
         self.config = model.config
         classifies = not self.config.out_indices
@@ -149,7 +139,7 @@ class RewrittenVan(nn.Module):
             originals: nn.ModuleList = model.get_submodule(f"block{stage}")
             self.add_module(f"block{stage}", nn.ModuleList(map(RewrittenBlock, originals)))
             norm, last = model.get_submodule(f"norm{stage}"), classifies and stage == STAGES
-            self.add_module(f"norm{stage}", StageNorm(norm, channels_last, last))
+            self.add_module(f"norm{stage}", StageNorm(norm, last))
         self.head = model.head
 
     def stage_blocks(self, stage: int) -> list[RewrittenBlock]:
@@ -182,39 +172,12 @@ def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rewrites:
-    """Selection of rewrites (default: all); the module's table describes them."""
-
-    patch_norm: bool = True
-    block_norm: bool = True
-    layer_scale: bool = True
-    spatial_bias: bool = True
-    final_norm: bool = True
-    channels_last: bool = True
-    residual_stream: bool = True
-
-    @classmethod
-    def none(cls) -> Rewrites:
-        """Return the selection without any rewrite."""
-        return cls(**{field.name: False for field in fields(cls)})
-
-    def __post_init__(self) -> None:
-        """Check the dependencies between rewrites."""
-        if self.residual_stream and not (self.block_norm and self.layer_scale):
-            raise UsageError(
-                "The rewrite 'residual_stream' needs 'block_norm' and 'layer_scale': "
-                "without them there is no skip gain to absorb.",
-                "Disable 'residual_stream' as well.",
-            )
-
-
-@dataclass(frozen=True)
 class FoldReport:
     """Result of folding a network.
 
     Attributes:
         model: the rewritten network, float32, eval mode.
-        rewrites: names of the selected rewrites.
+        rewrites: names of the rewrites; empty if the network was not folded.
         batchnorms_folded: number of removed BatchNorms.
         batchnorms_left: number of BatchNorms still in the network.
         layer_scales_folded: number of removed layer scales.
@@ -226,7 +189,7 @@ class FoldReport:
     """
 
     model: RewrittenVan
-    rewrites: list[str]
+    rewrites: tuple[str, ...]
     batchnorms_folded: int
     batchnorms_left: int
     layer_scales_folded: int
@@ -251,54 +214,48 @@ class FoldReport:
 
 
 @torch.no_grad()
-def fold_van(model: VAN, images: Tensor, rewrites: Rewrites | None = None) -> FoldReport:
+def fold_van(model: VAN, images: Tensor, *, fold: bool = True) -> FoldReport:
     """Return ``model`` rewritten for export and compared with the original on ``images``.
 
     Args:
         model: the original network in eval mode, which stays unchanged.
         images: ``(N, in_chans, H, W)`` normalised, real or with natural
             statistics. Both networks process them in float64.
-        rewrites: to apply (default: all).
+        fold: apply the rewrites.
     """
-    rewrites = rewrites or Rewrites()
     work = copy.deepcopy(model).double().eval()
-    batchnorms = _count(work, nn.BatchNorm2d)
+    batchnorms = _count_batchnorms(work)
     expected = _float64_outputs(work, images)
-    rewritten = RewrittenVan(work, rewrites.channels_last).eval()
-    _rewrite_(rewritten, rewrites)
+    rewritten = RewrittenVan(work).eval()
+    if fold:
+        _rewrite_(rewritten)
     pairs = zip(_float64_outputs(rewritten, images), expected, strict=True)
-    remaining = _count(rewritten, nn.BatchNorm2d)
+    remaining = _count_batchnorms(rewritten)
     blocks = [block for stage in model.config.stages for block in rewritten.stage_blocks(stage)]
     scales = [scale for b in blocks for scale in (b.layer_scale_1, b.layer_scale_2)]
     return FoldReport(
         model=rewritten.float().requires_grad_(False),
-        rewrites=[name for name, selected in vars(rewrites).items() if selected],
+        rewrites=REWRITES if fold else (),
         batchnorms_folded=batchnorms - remaining,
         batchnorms_left=remaining,
         layer_scales_folded=sum(scale is None for scale in scales),
         multiplies_left=sum(block.skip_gain is not None for block in blocks),
-        relative_error=max(float((a - e).abs().max() / e.abs().max()) for a, e in pairs),
+        relative_error=max(_relative_error(a, e) for a, e in pairs),
         images_compared=len(images),
     )
 
 
-def _rewrite_(model: RewrittenVan, rewrites: Rewrites) -> None:
-    """Apply ``rewrites`` to ``model`` (float64) in the order of their dependencies."""
+def _rewrite_(model: RewrittenVan) -> None:
+    """Apply all rewrites to ``model`` (float64) in the order of their dependencies."""
     for stage in model.config.stages:
         embed, blocks = model.get_submodule(f"patch_embed{stage}"), model.stage_blocks(stage)
-        if rewrites.patch_norm:
-            _fold_patch_norm_(embed)
+        _fold_patch_norm_(embed)
         for block in blocks:
-            if rewrites.block_norm:
-                _fold_block_norms_(block)
-            if rewrites.layer_scale:
-                _fold_layer_scales_(block)
-            if rewrites.spatial_bias:
-                _fold_spatial_bias_(block)
-        if rewrites.residual_stream:
-            _rescale_stream_(embed, blocks)
-    if rewrites.final_norm:
-        _fold_final_norm_(model)
+            _fold_block_norms_(block)
+            _fold_layer_scales_(block)
+            _fold_spatial_bias_(block)
+        _rescale_stream_(embed, blocks)
+    _fold_final_norm_(model)
 
 
 def _fold_patch_norm_(embed: PatchEmbed) -> None:
@@ -319,8 +276,6 @@ def _fold_block_norms_(block: RewrittenBlock) -> None:
 
 
 def _fold_layer_scales_(block: RewrittenBlock) -> None:
-    if block.norm1 is not None:
-        block.inner_scale = block.layer_scale_1.data
     _scale_outputs_(block.attn.proj_2, block.layer_scale_1)
     _scale_outputs_(block.mlp.fc2, block.layer_scale_2)
     block.layer_scale_1 = block.layer_scale_2 = None
@@ -337,14 +292,30 @@ def _fold_final_norm_(model: RewrittenVan) -> None:
         return
     norm, head = model.get_submodule(f"norm{STAGES}"), model.head
     if isinstance(head, nn.Sequential):
-        no_ops = (nn.Dropout, nn.Identity, nn.Flatten)
-        head = next((layer for layer in head if not isinstance(layer, no_ops)), head)
+        _fold_head_norms_(head)
+        head = next((layer for layer in head if not isinstance(layer, NO_OPS)), head)
     if not isinstance(head, nn.Linear):
         return  # another layer precedes the first linear one
     head.bias += head.weight @ norm.bias
     head.weight *= norm.weight
     norm.weight.fill_(1)  # the ONNX operator requires a scale
     norm.bias = None
+
+
+def _fold_head_norms_(head: nn.Sequential) -> None:
+    names = [name for name, layer in head.named_children() if not isinstance(layer, NO_OPS)]
+    for name, next_name in pairwise(names):
+        layer, following = head.get_submodule(name), head.get_submodule(next_name)
+        if isinstance(layer, nn.BatchNorm1d) and isinstance(following, nn.Linear):
+            scale, shift = _affine(layer)
+            following.bias += following.weight @ shift
+            following.weight *= scale
+            setattr(head, name, nn.Identity())
+        elif isinstance(layer, nn.Linear) and isinstance(following, nn.BatchNorm1d):
+            scale, shift = _affine(following)
+            layer.weight *= scale[:, None]
+            layer.bias.mul_(scale).add_(shift)
+            setattr(head, next_name, nn.Identity())
 
 
 def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
@@ -377,11 +348,7 @@ def _rescale_stream_(embed: PatchEmbed, blocks: list[RewrittenBlock]) -> None:
         _scale_inputs_(block.mlp.fc1, after)
         _scale_outputs_(block.mlp.fc2, 1 / after)
         after = before
-    if isinstance(embed.norm, nn.BatchNorm2d):
-        embed.norm.weight /= after
-        embed.norm.bias /= after
-    else:
-        _scale_outputs_(embed.proj, 1 / after)
+    _scale_outputs_(embed.proj, 1 / after)
 
 
 def _within(factor: Tensor, limit: float) -> Tensor:
@@ -416,6 +383,11 @@ def _depthwise_convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return y if conv.bias is None else y + conv.bias[:, None, None]
 
 
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)  # 0 for a zero head
+    return float((actual - expected).abs().max() / largest)
+
+
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return the scale and shift, both ``(C,)``, of a BatchNorm in eval mode."""
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
@@ -437,5 +409,5 @@ def _scale_outputs_(conv: nn.Conv2d, scale: Tensor) -> None:
     conv.bias *= scale
 
 
-def _count(model: nn.Module, kind: type[nn.Module]) -> int:
-    return sum(isinstance(module, kind) for module in model.modules())
+def _count_batchnorms(model: nn.Module) -> int:
+    return sum(isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d) for m in model.modules())

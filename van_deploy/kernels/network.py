@@ -124,8 +124,9 @@ def fuse_van(
         UsageError: another network, or a type that the kernels do not support.
         ConversionError: folding changed the network.
     """
-    if not isinstance(model, VAN) or model.training or not model.global_pool:
-        raise UsageError("Only a VAN in eval mode, with average pooling, runs on the kernels.")
+    pools = isinstance(model, VAN) and model.global_pool and not model.config.out_indices
+    if not isinstance(model, VAN) or model.training or not pools:
+        raise UsageError("Only a VAN in eval mode that pools its feature maps runs on the kernels.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         report = fold_van(model, smooth_images(1, model.config.in_chans, 64))

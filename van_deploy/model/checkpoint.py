@@ -113,10 +113,14 @@ def load_van(
     elif variant and not (weights or variant.weights):
         raise UsageError(f"{variant.name} has no public ImageNet-1K weights.", variant.weights_note)
     else:
+        is_public = variant and not weights
         if variant and not weights:
             weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
         location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
         file = find_weights(location, expect_sha256, offline)
+        if is_public and Path(spec).exists():
+            note = f"the public weights are used, not the path '{spec}': for this, give './{spec}'"
+            file = file._replace(notes=(*file.notes, note))
         loaded = _load_weights(spec, variant, file, read_weights(file.path, container), overrides)
     return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 
@@ -147,6 +151,9 @@ def _load_weights(
     config = config.backbone(tuple(stages)) if stages or "out_indices" in overrides else config
     if names is None and file.is_official and config.num_classes == 1000:
         names = tuple(map(ImageNetInfo().index_to_description, range(1000)))
+    if config.head[-1:] == ("sigmoid",) and config.problem_type != "regression":
+        message = "The head ends with a sigmoid: its outputs are probabilities, not logits."
+        raise UsageError(message, "Omit it from --head: logits are converted to probabilities.")
     notes = (*file.notes, *checkpoint.notes, *assumed, *notes)
     form, path = "embedded" if spec == EMBEDDED_NAME else checkpoint.format, str(file.path)
     source = WeightsSource(spec, path, form, file.sha256, None, checkpoint.container, notes)

@@ -44,6 +44,7 @@ _NOT_FOUND_ERRORS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundErro
 _DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
 # A model argument that ends in one of these is a path.
 WEIGHTS_SUFFIX = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
+_SHARD = re.compile(r"-\d+-of-\d+\.")  # of Transformers, in several files
 _GENERIC_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
@@ -123,7 +124,10 @@ def _select_file(names: Iterable[str], folder: str) -> str:
     if len(candidates) != 1:
         files = ", ".join((candidates or names)[:10])
         message = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
-        raise UsageError(message, f"Select one, such as {folder}{[*candidates, 'weights.pth'][0]}.")
+        remedy = f"Select one, such as {folder}{[*candidates, 'weights.pth'][0]}."
+        if any(map(_SHARD.search, candidates)):
+            remedy = "Save it in one file: model.save_pretrained(folder, max_shard_size='10GB')."
+        raise UsageError(message, remedy)
     return candidates[0]
 
 
@@ -262,7 +266,7 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, log]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")]
+    allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?", "U")]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols; those that matter are errors too
         try:
@@ -271,9 +275,10 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
             message = str(error).strip() or type(error).__name__
             refused = isinstance(error, pickle.UnpicklingError)
     if not refused:
-        raise _read_error(path, message.splitlines()[0])
+        raise _read_error(path, re.split(r"\n|\.(?:\s|$)", message)[0])
     unsafe = re.findall(r"GLOBAL\s+([\w.]+)", message)[:1]
-    with contextlib.suppress(Exception):  # not a zip archive, or damaged: only the first is known
+    # of a file that is not a zip archive, or damaged, only the first is known
+    with contextlib.suppress(Exception), torch.serialization.safe_globals(allowed):
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         unsafe += sorted(set(others) - set(unsafe))
     if not unsafe:

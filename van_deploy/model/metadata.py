@@ -17,20 +17,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
+import torch
 from timm.models import PretrainedCfg
+from torch import Tensor
 
 from van_deploy.errors import CheckpointError, UsageError
 from van_deploy.model import processors
 from van_deploy.model.files import CONFIG, PROCESSOR, WeightsFile
 from van_deploy.model.keys import Checkpoint
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VARIANTS, VanConfig
+from van_deploy.model.variants import STAGES, VARIANTS, VanConfig
 
 Values = Mapping[str, Any]
 # Name, reader and content of a source of preprocessing values.
@@ -44,12 +48,19 @@ _CLASS_NAME_KEYS = (
     "classes",
     "label_names",
 )
+# Tables of training arguments in a file: of timm, Lightning and others.
+_ARGUMENT_TABLES = (
+    *("args", "opt", "cfg", "config", "hparams"),
+    *("hyper_parameters", "datamodule_hyper_parameters"),
+)
+_MAX_TENSOR_LENGTH = 1000  # of a mean; longer tensors are weights
 _OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
 _BESIDE, _OWN = " beside the weights", "the checkpoint's own"
 _PREPROCESSING_HINT = "Give all of --image-size --mean --std --interpolation --crop-pct."
 _LABELS_HINT = "Give --labels FILE, with one class name per line in the order of the logits."
 _MMCV_EPS = 1e-5  # build_norm_layer's default; the official code's and Transformers' is 1e-6
 
+_NETWORK_VALUES = ("strides", "layer_norm_eps", "problem_type")
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 # A config.json with one of these keys describes a network.
 _NETWORK_KEYS = {"architecture", "model_type", "hidden_sizes"}
@@ -97,14 +108,18 @@ def read_metadata(
         CheckpointError: a field contradicts the tensors or another field, or is not supported.
     """
     content = checkpoint.content
-    arguments = dict(content)
-    for name in ("args", "hyper_parameters", "hparams"):
-        arguments |= _as_dict(content.get(name))
+    tables = {f"the file's {name}": _as_dict(content.get(name)) for name in _ARGUMENT_TABLES}
+    tables = {"the file": _as_dict(content), **tables}
+    arguments = {key: value for table in tables.values() for key, value in table.items()}
     meta, config_json = _as_dict(content.get("meta")), file.configs.get(CONFIG, {})
     openmmlab = processors.parse_python_config(meta.get("cfg", meta.get("config")))
     notes = [note for key, note in _TRAINING_NOTES.items() if arguments.get(key)]
-    _check_values(f"{_OWN} arguments", arguments, _ALLOWED)
-    values = _read_openmmlab(openmmlab) | _read_config_json(config, config_json, notes)
+    for (place, table), key in itertools.product(tables.items(), processors.ARGUMENT_KEYS):
+        if key in table and reprlib.repr(table[key]) != reprlib.repr(arguments[key]):
+            value, used = reprlib.repr(table[key]), reprlib.repr(arguments[key])
+            notes.append(f"{key} is {value} in {place}, but {used} in another place, which is used")
+    values = _read_network(f"{_OWN} arguments", arguments, notes)
+    values |= _read_openmmlab(openmmlab) | _read_config_json(config, config_json, notes)
     if "layer_norm_eps" in overrides:
         values["layer_norm_eps"] = overrides["layer_norm_eps"]
     elif "layer_norm_eps" not in values and checkpoint.format == "mmpretrain":
@@ -118,20 +133,32 @@ def read_metadata(
     names = None
     if config.num_classes and not {"class_names", "out_indices"} & overrides.keys():
         meta["classes"] = meta.get("CLASSES", meta.get("classes"))
-        tables = (
-            ("the file", arguments),
+        places = (
+            *tables.items(),
             ("the file's meta", meta),
             ("the file's meta", _as_dict(meta.get("dataset_meta"))),
             (CONFIG, {"label_names": config_json.get("labels"), **config_json}),
             (f"pretrained_cfg in {CONFIG}", _as_dict(config_json.get("pretrained_cfg"))),
         )
-        names = _read_class_names(config.num_classes, tables, notes)
+        names = _read_class_names(config.num_classes, places, notes)
     return replace(config, **values), preprocessing, names, tuple(notes)
 
 
 def _as_dict(value: object) -> dict[str, Any]:
+    """Return a table's values that are not None, arrays and short tensors as lists."""
     value = vars(value) if isinstance(value, argparse.Namespace) else value
-    return {str(key): inner for key, inner in value.items()} if isinstance(value, Mapping) else {}
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {str(key): _as_list(inner) for key, inner in items if inner is not None}
+
+
+def _as_list(value: Any) -> Any:
+    """Return an array's values as a list, and one value as a number; anything else unchanged."""
+    if isinstance(value, Tensor) and value.numel() <= _MAX_TENSOR_LENGTH:
+        is_plain = value.layout == torch.strided and not value.is_quantized
+        value = np.array(value.tolist()) if is_plain else value
+    if isinstance(value, np.ndarray | np.generic):
+        return value.item() if value.size == 1 else value.ravel().tolist()
+    return value
 
 
 # --- the network ---------------------------------------------------------------------------
@@ -158,6 +185,25 @@ def _valid_eps(eps: object) -> tuple[object]:
     return (eps if type(eps) is float and 0 < eps < 1 else "between 0 and 1",)
 
 
+def _valid_strides(strides: object) -> tuple[object]:
+    numbers = strides if isinstance(strides, tuple) else ()
+    valid = all(type(number) is int and 1 <= number <= 8 for number in numbers)
+    return (strides if valid and len(numbers) == STAGES else "four numbers from 1 to 8",)
+
+
+def _read_network(where: str, values: Values, notes: list[str]) -> dict[str, Any]:
+    """Return the values of a table that belong to the network and that its tensors lack."""
+    used = {key: values[key] for key in _NETWORK_VALUES if key in values}
+    used |= {key: tuple(value) for key, value in used.items() if isinstance(value, list)}
+    eps, strides = _valid_eps(used.get("layer_norm_eps")), _valid_strides(used.get("strides"))
+    allowed = {"strides": strides, "layer_norm_eps": eps, "problem_type": _PROBLEM_TYPES}
+    _check_values(where, {**values, **used}, {**allowed, **_ALLOWED})
+    if used:
+        text = ", ".join(f"{key} {value}" for key, value in used.items())
+        notes.append(f"from {where}: {text}")
+    return used
+
+
 def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> dict[str, Any]:
     """Return the values that a ``config.json`` adds, and check its others against the tensors."""
     where = f"the {CONFIG}{_BESIDE}"
@@ -167,13 +213,11 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     arguments, cfg = (_table(where, content, key) for key in ("model_args", "pretrained_cfg"))
     size = (cfg or content).get("input_size") or [None]
     values = {**content, "in_chans": size[0] if isinstance(size, list) else size, **arguments}
+    values["label_offset"] = (cfg or content).get("label_offset")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
     name = str(values.get("architecture", "")).partition(".")[0]
     is_custom = name.startswith("van") and name not in VARIANTS
     values["architecture"] = name or None
-    strides = values.get("strides", config.strides)
-    valid = isinstance(strides, tuple) and len(strides) == len(config.depths)
-    valid = valid and all(type(stride) is int and 1 <= stride <= 8 for stride in strides)
     allowed = {
         **{key: (getattr(config, attribute),) for key, attribute in _TENSOR_KEYS.items()},
         # a backbone's file may still have the number of classes of its head
@@ -181,25 +225,21 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         "num_features": (config.embed_dims[-1],),
         "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
-        "strides": (strides if valid else "four numbers from 1 to 8",),
-        "layer_norm_eps": _valid_eps(values.get("layer_norm_eps")),
-        "problem_type": _PROBLEM_TYPES,
-        **_ALLOWED,
+        "label_offset": (0,),
     }
     _check_values(where, values, allowed)
+    used = _read_network(where, values, notes)
 
     def unknown(keys: Iterable[str]) -> str:
-        others = [key[:50] for key in keys if key not in allowed and not _IGNORED.fullmatch(key)]
+        known = {*allowed, *_NETWORK_VALUES, *_ALLOWED}
+        others = [key[:50] for key in keys if key not in known and not _IGNORED.fullmatch(key)]
         return ", ".join(others[:10])
 
     if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
         message = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
         raise CheckpointError(message, "Correct it, or move the weights out of its folder.")
-    keys = ("strides", "layer_norm_eps", "problem_type")
-    used = {key: values[key] for key in keys if key in values}
-    texts = {"from": ", ".join(f"{key} {value}" for key, value in used.items())}
-    texts["unknown keys in"] = unknown(content)
-    notes += [f"{prefix} {where}: {text}" for prefix, text in texts.items() if text]
+    if others := unknown(content):
+        notes.append(f"unknown keys in {where}: {others}")
     return used
 
 
@@ -207,9 +247,11 @@ def _read_openmmlab(config: Values) -> dict[str, Any]:
     where = f"{_OWN} configuration"
     model = _table(where, config, "model")
     backbone, head = _table(where, model, "backbone"), _table(where, model, "head")
-    eps = _table(where, backbone, "norm_cfg").get("eps")
-    _check_values(where, {**backbone, "eps": eps}, {"block_cfgs": ({},), "eps": _valid_eps(eps)})
-    values: dict[str, Any] = {"layer_norm_eps": eps} if eps else {}
+    norm = _table(where, backbone, "norm_cfg")
+    eps, is_layer_norm = norm.get("eps"), norm.get("type", "LN") == "LN"
+    valid = _valid_eps(eps) if is_layer_norm else _ALLOWED["bn_eps"]  # OpenMMLab's segmenters
+    _check_values(where, {**backbone, "eps": eps}, {"block_cfgs": ({},), "eps": valid})
+    values: dict[str, Any] = {"layer_norm_eps": eps} if eps and is_layer_norm else {}
     if str(head.get("type")).startswith("MultiLabel"):
         values["problem_type"] = "multi_label_classification"
     return values
@@ -246,7 +288,7 @@ def _read_preprocessing(
     half = OFFICIAL.mean[:1] * config.in_chans
     default = replace(OFFICIAL, mean=half, std=half)
     if not sources:
-        assumed = "assumed: the official weights' (no metadata)"
+        assumed = "assumed: the official weights' (no known metadata)"
         return default if file.is_official else replace(default, source=assumed)
     (source, read, content), others = sources[0], [name for name, _, _ in sources[1:]]
     try:
@@ -284,7 +326,10 @@ def _read_class_names(
     sources: dict[tuple[str, ...], str] = {}
     for table, values in tables:
         for key in _CLASS_NAME_KEYS:
-            if names := _parse_class_names(key, values.get(key), table, classes):
+            value = values.get(key)
+            if isinstance(value, str) and value:
+                notes.append(f"{key} in {table} is a text, not a list, and is not used")
+            if names := _parse_class_names(key, value, table, classes):
                 sources.setdefault(names, f"{key} in {table}")
     if len(sources) > 1:
         (one, where), (two, other), *_ = sources.items()
@@ -312,6 +357,7 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
     if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's
         return names[1:]
     if len(names) != classes:
-        message = f"{key} in {table} has {len(value)} entries; the network has {classes} classes."
+        entries = f"{key} in {table} ({len(value)} entries: {reprlib.repr(value)})"
+        message = f"{entries} does not name each of the network's {classes} classes."
         raise CheckpointError(message, _LABELS_HINT)
     return names

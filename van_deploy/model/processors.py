@@ -4,7 +4,8 @@ Each function returns values of :class:`~van_deploy.model.preprocess.Preprocessi
 by name, with the defaults of the program that reads the file: timm's
 ``resolve_data_config``, torchvision's reference ``train.py``, Transformers' image
 processors and mmpretrain's pipelines. Preprocessing that cannot be reproduced
-exactly is a :class:`~van_deploy.errors.UsageError` that names the key.
+exactly is a :class:`~van_deploy.errors.UsageError` that names the key; a network of BGR
+images is a :class:`~van_deploy.errors.CheckpointError`, since no other preprocessing suits it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from van_deploy.config.sizes import parse_image_size
-from van_deploy.errors import UsageError
+from van_deploy.errors import CheckpointError, UsageError
 
 Values = dict[str, Any]
 Source = Mapping[str, Any]
@@ -45,12 +46,22 @@ _KNOWN_KEYS = re.compile(  # read below, or without effect on the pixels
 )
 # Keys that :func:`from_arguments` reads.
 _TIMM_KEYS = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-ARGUMENT_KEYS = (*_TIMM_KEYS, "img_size", "input_size", "val_resize_size", "val_crop_size")
+_SIZE_KEYS = ("img_size", "image_size", "input_size", "crop_size")
+ARGUMENT_KEYS = (*_TIMM_KEYS, *_SIZE_KEYS, "val_resize_size", "val_crop_size")
 
 
 def _require(supported: object, key: str, value: object, reason: str = "not supported") -> None:
     if not supported:
         raise UsageError(f"{key} is {reprlib.repr(value)}, {reason}.")
+
+
+def _require_rgb(is_rgb: object) -> None:
+    if not is_rgb:
+        raise CheckpointError(
+            "The network takes BGR images, which are not supported.",
+            "Save its state_dict alone, with the input channels of the first convolution reversed: "
+            "weight[:, [2, 1, 0]]. Give --mean and --std in the order of RGB.",
+        )
 
 
 def from_arguments(args: Source) -> Values:
@@ -64,7 +75,10 @@ def from_arguments(args: Source) -> Values:
         _require(backend.lower() == "pil", "backend", backend, "but only pil is supported")
         sizes = _resize_and_crop(args.get("val_resize_size", 256), args.get("val_crop_size", 224))
         return {**_IMAGENET, "interpolation": args.get("interpolation"), **sizes}
-    size = list(args.get("input_size") or ())[1:] or args.get("img_size")
+    shape, crop = args.get("input_size") or (), args.get("crop_size")
+    _require(not crop, "crop_size", crop, "of which it is unknown what is resized to what size")
+    _require(isinstance(shape, list | tuple), "input_size", shape, "not channels, height, width")
+    size = list(shape[1:]) or args.get("img_size") or args.get("image_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
     return {key: args.get(key) for key in _TIMM_KEYS} | {"image_size": parse_image_size(size)}
 
@@ -77,8 +91,8 @@ def from_config(config: Source) -> Values:
     if "architecture" not in config:
         return {"image_size": config["image_size"]}
     cfg = config.get("pretrained_cfg") or config
-    for key in ("crop_border_pixels", "label_offset"):
-        _require(not cfg.get(key), key, cfg.get(key))
+    border = cfg.get("crop_border_pixels")
+    _require(not border, "crop_border_pixels", border)
     values = {name: value for name, value in from_arguments(cfg).items() if value}
     return {**_IMAGENET, "interpolation": "bicubic", "crop_pct": 0.875, "image_size": 224, **values}
 
@@ -93,6 +107,7 @@ def from_processor(processor: Source) -> Values:
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "ConvNext"
     name = re.sub(r"(ImageProcessor(Fast)?|FeatureExtractor)$", "", str(kind))
     _require(name in _PROCESSORS, "its type", kind, f"but these are supported: {list(_PROCESSORS)}")
+    _require_rgb(not config.get("do_flip_channel_order"))
     for key, value in config.items():
         _require(not value or _KNOWN_KEYS.fullmatch(key), key, value, "an unknown key")
     for key in ("do_resize", "do_rescale"):
@@ -131,11 +146,10 @@ def from_openmmlab(config: Source) -> Values:
     pipeline = config.get("test_pipeline") or (loader.get("dataset") or {}).get("pipeline") or []
     steps = [*pipeline, *(config.get("train_pipeline") or [])]
     steps += [s for step in steps if isinstance(step, dict) for s in step.get("transforms") or []]
-    steps += [config.get("data_preprocessor"), model.get("data_preprocessor")]
+    steps += [model.get("data_preprocessor"), config.get("data_preprocessor")]
     steps += [config.get("img_norm_cfg")]
     colour: Source = next((s for s in steps if isinstance(s, dict) and s.get("mean")), {})
-    rgb = not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb")
-    _require(rgb, "to_rgb", False, "so the network takes BGR, not supported")
+    _require_rgb(not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb"))
     values: Values = {k: [float(x) / 255 for x in colour.get(k) or ()] for k in ("mean", "std")}
     if not (config["is_classifier"] and pipeline):
         return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +27,11 @@ from van_deploy.checks.gates import (
     sqnr_floor,
 )
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
-from van_deploy.config import QuantizeSettings
+from van_deploy.config import GateSettings, QuantizeSettings
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
-from van_deploy.metrics import Comparison, Task, find_flips, sqnr_db
+from van_deploy.metrics import Comparison, Task, decisions, find_flips
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.scales import Images
 from van_deploy.runners.onnxruntime import create_session, require_onnxruntime
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from van_deploy.precision.int8 import Int8Model
 
 TIMING_ROUNDS = 11
+DEFAULT_RULES = GateSettings()
 
 Labels = npt.NDArray[np.int64]
 Row = dict[str, Any]
@@ -67,6 +69,7 @@ def compare_precisions(
     settings: QuantizeSettings,
     outputs: OutputLayout = LOGITS_LAYOUT,
     providers: Sequence[str] = (),
+    rules: GateSettings = DEFAULT_RULES,
 ) -> list[Row]:
     """Return one table row for each candidate; the first candidate, FP32, is the reference.
 
@@ -75,9 +78,9 @@ def compare_precisions(
 
     - ``name`` and ``precision`` of the candidate, ``size_bytes`` of the file, ``images`` compared;
     - ``sqnr_db`` of the logits over all images, or of the worst feature map; the smallest
-      ``cosine`` of any image; the mean ``kl`` in nats; the ``agreement``, the share (0..1) of
-      images with the same label, with the 95 % ``agreement_interval``;
-    - ``correct``, the number of correct top-1 predictions, with the ``top1_interval``;
+      ``cosine`` of any image; the mean ``kl`` in nats, of classes; the ``agreement``, the share
+      (0..1) of images with the same labels, with the 95 % ``agreement_interval``;
+    - ``correct``, the number of correct labels, with the ``top1_interval``;
     - ``ms_per_image``, the median latency in the target's runtime;
     - ``passed``, whether the candidate passes its gate (None for FP32), ``failures``, the limits
       that it exceeds, and ``inconclusive``, the limits that need more images to decide.
@@ -88,14 +91,14 @@ def compare_precisions(
         settings: the target, the accuracy budget, and ONNX Runtime's threads.
         outputs: of the network.
         providers: ONNX Runtime providers to measure latency with; empty skips the measurement.
+        rules: limits of the recipe, which take precedence.
 
     Raises:
         ConversionError: ONNX Runtime cannot load a graph.
     """
-    fuse, threads = settings.target == "cpu", settings.threads
-    sessions = [
-        logits_session(c.model, fuse=fuse, threads=threads, outputs=outputs) for c in candidates
-    ]
+    session = functools.partial(logits_session, threads=settings.threads)
+    fuse, task = settings.target == "cpu", outputs.task
+    sessions = [session(c.model, fuse=fuse, outputs=outputs) for c in candidates]
     batches: list[list[Images]] = [[] for _ in sessions]
     indices: list[int] = []
     for inputs, batch_indices in images.read(images.evaluation, 32):
@@ -103,21 +106,29 @@ def compare_precisions(
         for run, logits in zip(sessions, batches, strict=True):
             logits.append(run(inputs))
     all_labels = images.evaluation.labels
-    labels = None if all_labels is None or outputs.widths else all_labels[indices]
+    labels = None if all_labels is None else all_labels[indices]
     latencies: Sequence[float | None] = [None] * len(sessions)
     if providers:
-        options: dict[str, Any] = {"threads": threads, "providers": providers, "outputs": outputs}
-        timed = [logits_session(c.model, fuse=True, spinning=False, **options) for c in candidates]
+        options: dict[str, Any] = {"fuse": True, "spinning": False, "providers": providers}
+        timed = [session(c.model, **options, outputs=None) for c in candidates]
         latencies = _interleaved_ms(timed, images.sample(images.evaluation, 1))
     expected, rows = np.concatenate(batches[0]), []
     for candidate, logits, ms in zip(candidates, batches, latencies, strict=True):
-        actual, precision = np.concatenate(logits), candidate.precision
+        actual, profile = np.concatenate(logits), rules.of(candidate.precision)
         figures, findings = outputs.compare(expected, actual), list[Finding]()
-        if images.has_evaluation_set and not outputs.widths and precision != "fp32":
-            findings = _findings(precision, expected, actual, labels, settings.max_drop)
-        elif precision != "fp32":
-            findings = [check_minimum("SQNR", figures.sqnr_db, sqnr_floor(precision, np.inf))]
-        correct = None if labels is None else int((actual.argmax(axis=1) == labels).sum())
+        if candidate.precision != "fp32":
+            floor = sqnr_floor(candidate.precision, np.inf, profile)
+            findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
+            if images.has_evaluation_set and figures.top1_agreement is not None:
+                if candidate.precision not in LOSSY:
+                    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
+                    findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
+                allowed = allowed_loss(candidate.precision, profile)
+                if settings.max_drop is not None and candidate.precision == "int8":
+                    allowed = Limit(settings.max_drop, "--max-drop")
+                lossy = candidate.precision in LOSSY
+                findings.append(_check_loss(expected, actual, labels, task, allowed, lossy))
+        correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
 
@@ -157,35 +168,29 @@ def _row(
     return row | dict.fromkeys(infinite)
 
 
-def count_lost_labels(expected: Images, actual: Images, labels: Labels | None) -> int:
-    """Return how many images lose their correct top-1 label; without labels, how many change it.
+def count_lost_labels(
+    expected: Images, actual: Images, labels: Labels | None, task: Task = Task.SINGLE_LABEL
+) -> int:
+    """Return how many images lose their correct label; without labels, how many change theirs.
 
     Improvements do not offset regressions.
 
     >>> count_lost_labels(np.eye(4), np.eye(4)[[0, 1, 2, 2]], None)
     1
     """
-    before, after = expected.argmax(axis=1), actual.argmax(axis=1)
-    changed = before != after
-    return int((changed if labels is None else changed & (before == labels)).sum())
+    before, after = decisions(expected, task), decisions(actual, task)
+    changed = (before != after).any(axis=1)
+    return int((changed if labels is None else changed & (before[:, 0] == labels)).sum())
 
 
-def _findings(
-    precision: str, expected: Images, actual: Images, labels: Labels | None, max_drop: float | None
-) -> list[Finding]:
-    """Check the logits and the accuracy on an evaluation set against the precision's limits."""
-    floor, allowed = sqnr_floor(precision, np.inf), allowed_loss(precision)
-    sqnr = sqnr_db(expected, actual)
-    gained = 0 if labels is None else count_lost_labels(actual, expected, labels)
-    loss = paired_loss(count_lost_labels(expected, actual, labels), gained, len(expected))
-    if max_drop is not None and precision == "int8":
-        allowed = Limit(max_drop, "--max-drop")
-    if precision in LOSSY:
-        metric = "agreement" if labels is None else "top-1"
-        return [check_minimum("SQNR", sqnr, floor), check_loss(loss, allowed, metric)]
-    flips = find_flips(expected, actual, Task.SINGLE_LABEL, flip_margin(floor.value))
-    lost = check_loss(loss, allowed, lossy=False)
-    return [*check_near_lossless(sqnr, floor, flips), lost]
+def _check_loss(
+    expected: Images, actual: Images, labels: Labels | None, task: Task, allowed: Limit, lossy: bool
+) -> Finding:
+    """Check the accuracy, or without labels the agreement, on an evaluation set."""
+    lost = count_lost_labels(expected, actual, labels, task)
+    won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
+    metric = "agreement" if labels is None else "top-1"
+    return check_loss(paired_loss(lost, won, len(expected)), allowed, metric, lossy)
 
 
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
@@ -219,7 +224,7 @@ def logits_session(
     threads: int | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     spinning: bool = True,
-    outputs: OutputLayout = LOGITS_LAYOUT,
+    outputs: OutputLayout | None = LOGITS_LAYOUT,
 ) -> Callable[[Images], Images]:
     """Return a function that maps images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 
@@ -233,7 +238,7 @@ def logits_session(
         providers: of ONNX Runtime.
         spinning: let idle ONNX Runtime threads spin. Disable it when several sessions of one
             process are timed alternately: spinning threads would slow the next session.
-        outputs: of the network.
+        outputs: of the network; None returns its first output, to time the network alone.
 
     Raises:
         ConversionError: ONNX Runtime cannot load the graph.
@@ -262,6 +267,8 @@ def logits_session(
 
     def run(images: Images) -> Images:
         results = session.run(None, {input_name: images})
+        if outputs is None:
+            return np.asarray(results[0])
         return np.asarray(outputs.rows(dict(zip(names, results, strict=True))), dtype=np.float32)
 
     return run

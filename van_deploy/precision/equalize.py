@@ -96,7 +96,8 @@ def equalize(
     def absorb_(tensor: str, source: str, reader: str) -> None:
         """Change ``tensor``, scaled by channel in ``source`` and read by ``reader`` only."""
         producer, consumer = _conv(result, source), _conv(result, reader)
-        shift = "shift" in techniques and tensor == source and consumer.kernel_size == (1, 1)
+        pointwise = consumer.kernel_size == (1, 1) and consumer.groups == 1
+        shift = "shift" in techniques and tensor == source and pointwise
         affine = _affine(ranges[tensor], shift=shift, scale=True)
         factor = torch.from_numpy(affine.factor)
         producer.weight.copy_(producer.weight.double() / factor[:, None, None, None])

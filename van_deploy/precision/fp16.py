@@ -83,10 +83,9 @@ def audit_ranges(
 ) -> dict[str, Any]:
     """Return the tensors and weights of ``model`` that FP16 cannot represent, for the manifest.
 
-    Keys: the required ``headroom`` of activations; ``largest_activation`` and
-    ``smallest_activation`` as name and magnitude; ``problems``, each with the ``name`` of a
-    tensor or weight, its ``largest`` magnitude and the ``problem``; ``fp32_nodes``, which must stay
-    FP32, each with the reason; and ``advice``, "" if there is none.
+    Keys: ``problems``, each with the ``name`` of a tensor or weight, its ``largest`` magnitude and
+    the ``problem``; ``fp32_nodes``, which must stay FP32, each with the reason; and ``advice``, ""
+    if there is none.
 
     Args:
         model: the FP32 graph.
@@ -124,11 +123,7 @@ def audit_ranges(
             f"FP16 cannot represent {len(problems)} tensor(s), BF16 can (it has FP32's range): "
             "compare with `van-deploy quantize --precision bf16`"
         )
-    nonzero = [(name, size) for name, size in largest.items() if size > 0]
     return {
-        "headroom": HEADROOM,
-        "largest_activation": max(nonzero, key=lambda item: item[1]),
-        "smallest_activation": min(nonzero, key=lambda item: item[1]),
         "problems": problems,
         "fp32_nodes": {str(n.name): reasons[str(n.name)] for n in graph if n.name in reasons},
         "advice": advice,

@@ -19,10 +19,12 @@ from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.labels import label_images
 from van_deploy.data.samples import digits_set, noise_set, sample_set
 from van_deploy.errors import ImageError, InputError
+from van_deploy.metrics import Task
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.model.preprocess import Preprocessing
 from van_deploy.precision.scales import Images
 from van_deploy.recipe import ImageSelection, load_calibration_set
+from van_deploy.runners.network import task_of
 from van_deploy.stopwatch import Stopwatch
 
 UNREADABLE_LIMIT = 0.01  # largest accepted share of unreadable images
@@ -82,7 +84,7 @@ class ImageSets:
 
     def sample(self, images: ImageSet, count: int) -> Images:
         """Return network inputs of at most ``count`` images, evenly spaced in ``images``."""
-        return np.concatenate([inputs for inputs, _ in self.read(subsample(images, count), 16)])
+        return np.concatenate([inputs for inputs, _ in self.read(images.subsample(count), 16)])
 
 
 def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) -> ImageSets:
@@ -128,7 +130,8 @@ def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) 
 def _with_labels(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
     """Return the images with labels, if their folder names are unambiguous."""
     manifest = bundle.manifest
-    if manifest.architecture.out_indices:  # feature maps have no classes
+    has_classes = task_of(bundle) in {Task.SINGLE_LABEL, Task.BINARY}
+    if manifest.architecture.out_indices or not has_classes:  # a folder names one class
         return images
     classes, order = manifest.architecture.num_classes, settings.class_order
     try:
@@ -189,7 +192,8 @@ def split(images: ImageSet, held_out: float, seed: int = 0) -> tuple[ImageSet, I
     calibration = [i for i, item in enumerate(images.items) if item.digest not in digests]
     if not calibration:
         raise ImageError(f"{len(images)} image(s) cannot be split into two parts.", _TOO_FEW)
-    return images.take(calibration), held
+    description = f"{len(calibration)} calibration images of {images.description}"
+    return images.take(calibration, description), held
 
 
 def _select(images: ImageSet, count: int, seed: int, balanced: bool = True) -> list[int]:
@@ -205,9 +209,3 @@ def _select(images: ImageSet, count: int, seed: int, balanced: bool = True) -> l
     rounds = max(len(members) for members in shuffled)
     order = [int(m[i]) for i in range(rounds) for m in shuffled if i < len(m)]
     return sorted(order[:count])
-
-
-def subsample(images: ImageSet, count: int) -> ImageSet:
-    """Return at most ``count`` evenly spaced images."""
-    step = max(1, len(images) // count)
-    return images.take(range(len(images))[::step][:count])

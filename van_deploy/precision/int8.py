@@ -21,7 +21,7 @@ from onnx import ModelProto
 from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError
 from van_deploy.graph.export import RebuiltVan
-from van_deploy.metrics import sqnr_db
+from van_deploy.metrics import Task, sqnr_db
 from van_deploy.precision.comparison import Row, count_lost_labels, logits_session
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import ImageSets
@@ -83,10 +83,11 @@ def short(value: npt.ArrayLike) -> float:
     return float(f"{float(value):.6g}")  # type: ignore[arg-type]
 
 
+@dataclass
 class Int8Builder:
     """Builds INT8 graphs of one network.
 
-    Args:
+    Attributes:
         model: the FP32 graph.
         network: rebuilt from the graph.
         ranges: of its tensors, with histograms for every layer that may be quantised.
@@ -95,19 +96,18 @@ class Int8Builder:
         images: for bias correction, validation and layer search.
     """
 
-    def __init__(
-        self,
-        model: ModelProto,
-        network: RebuiltVan,
-        ranges: Mapping[str, ChannelRange],
-        settings: QuantizeSettings,
-        kept: Mapping[str, str],
-        images: ImageSets,
-    ) -> None:
-        self.model, self.network, self.ranges = model, network, ranges
-        self.settings, self.kept, self.images = settings, kept, images
-        preprocessing = images.preprocessing
-        self.work = multiply_adds(network.model, preprocessing.channels, preprocessing.image_size)
+    model: ModelProto
+    network: RebuiltVan
+    ranges: Mapping[str, ChannelRange]
+    settings: QuantizeSettings
+    kept: Mapping[str, str]
+    images: ImageSets
+
+    def __post_init__(self) -> None:
+        """Count the multiply-adds and read the images."""
+        images, preprocessing = self.images, self.images.preprocessing
+        channels, size = preprocessing.channels, preprocessing.image_size
+        self.work = multiply_adds(self.network.model, channels, size)
         self.correction_inputs = images.sample(images.calibration, CORRECTION_IMAGES)
         self.validation_inputs = images.sample(images.held_out, VALIDATION_IMAGES)
 
@@ -182,14 +182,19 @@ class Int8Builder:
             return np.concatenate(outputs), indices
 
         images.watch.begin("Searching")
-        ranking = rank_layers(plan, self.validation_inputs[:RANKING_IMAGES], self.work)
+        inputs = images.sample(images.held_out, RANKING_IMAGES)
+        ranking = rank_layers(plan, inputs, self.work)
         expected, indices = predict(self.model)
         labels = images.search.labels
         labels = None if labels is None else labels[indices]
+        config = self.network.model.config
+        task = Task.of(config.num_classes, config.problem_type)
         return search_fp16_layers(
             plan,
             ranking,
-            lambda candidate: count_lost_labels(expected, predict(graph_of(candidate))[0], labels),
+            lambda candidate: count_lost_labels(
+                expected, predict(graph_of(candidate))[0], labels, task
+            ),
             budget,
             len(indices),
             metric="agreement" if labels is None else "top-1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -14,14 +14,22 @@ from onnx import ModelProto, checker, load_model
 from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import OutputLayout, golden_samples
 from van_deploy.checks.outputs import check_new_graph
-from van_deploy.config import QuantizeSettings
+from van_deploy.config import GateSettings, QuantizeSettings
 from van_deploy.documents import plain
+from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
+from van_deploy.files import content_key
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.manifest import GraphInfo, Precision
-from van_deploy.precision.comparison import Candidate, compare_precisions, recommend
+from van_deploy.metrics import Task
+from van_deploy.precision.comparison import (
+    DEFAULT_RULES,
+    Candidate,
+    compare_precisions,
+    recommend,
+)
 from van_deploy.precision.fp16 import (
     audit_ranges,
     bf16_from_fp32,
@@ -33,7 +41,8 @@ from van_deploy.precision.images import ImageSets, select_images
 from van_deploy.precision.int8 import Int8Builder, short
 from van_deploy.precision.plan import SCOPES, histogram_tensors, layers_in_scope
 from van_deploy.precision.scales import ChannelRange, observe_ranges, range_batch_size
-from van_deploy.provenance import code_digest, tool_versions
+from van_deploy.provenance import ONNXRUNTIMES, code_digest, tool_versions
+from van_deploy.runners.network import task_of
 from van_deploy.runners.onnxruntime import require_onnxruntime
 from van_deploy.stopwatch import Progress, Stopwatch, no_progress
 
@@ -86,6 +95,7 @@ def quantize_bundle(
     path: str | Path,
     settings: QuantizeSettings | None = None,
     *,
+    rules: GateSettings = DEFAULT_RULES,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> QuantizeResult:
@@ -96,6 +106,7 @@ def quantize_bundle(
         settings: precision, target and images; INT8 for TensorRT by default. Without an
             evaluation set, the result is checked on held-out calibration images, and only
             its logits are checked.
+        rules: limits of the recipe, which take precedence.
         force: build it again even if it already exists.
         progress: receives the name of each stage.
 
@@ -110,14 +121,16 @@ def quantize_bundle(
     """
     bundle, settings = Bundle.open(path), settings or QuantizeSettings()
     bundle.verified_path("fp32")
-    if settings.max_drop is not None and bundle.manifest.architecture.out_indices:
+    maps = bundle.manifest.architecture.out_indices
+    if settings.max_drop is not None and (maps or task_of(bundle) is Task.REGRESSION):
+        outputs = "feature maps" if maps else "the values of a regression"
         raise UsageError(
-            f"The bundle '{bundle.path}' exports feature maps, and --max-drop needs classes.",
+            f"The bundle '{bundle.path}' exports {outputs}, and --max-drop needs classes.",
             "Omit --max-drop, and choose the layers to keep in higher precision with --keep.",
         )
     watch = Stopwatch(progress)
     watch.begin("Selecting images")
-    job = _QuantizeJob(bundle, settings, select_images(bundle, settings, watch))
+    job = _QuantizeJob(bundle, settings, select_images(bundle, settings, watch), rules)
     name = settings.artifact
     reason = "--force" if force else bundle.rebuild_reason(name, job.cache_key())
     reused = not reason
@@ -137,23 +150,34 @@ class _QuantizeJob:
     bundle: Bundle
     settings: QuantizeSettings
     images: ImageSets
+    rules: GateSettings
     facts: dict[str, Any] = field(default_factory=dict)
 
     def cache_key(self) -> dict[str, Any]:
         """Return the inputs that determine the result."""
-        settings = self.settings.as_dict()
-        for name in ("threads", "images", "calibration", "evaluate", "allow_inconclusive"):
+        settings, bundle, images = self.settings.as_dict(), self.bundle, self.images
+        threads = settings.pop("threads")
+        for name in ("images", "calibration", "evaluate", "allow_inconclusive"):
             del settings[name]
+        golden = bundle.manifest.golden
+        sets = (images.calibration, images.held_out, images.evaluation)
+        labels = [[item.label for item in one.items] for one in sets]
+        is_timed = self.settings.target == "cpu" or self.settings.scope == ("auto",)
         return {
-            "weights": self.bundle.manifest.weights.sha256,
-            "graph": self.bundle.artifact("fp32").sha256,
-            "preprocessing": self.images.preprocessing.as_dict(),
-            "calibration images": self.images.calibration.digest,
-            "held-out images": self.images.held_out.digest,
-            "evaluation images": self.images.evaluation.digest,
+            "weights": bundle.manifest.weights.sha256,
+            "graph": bundle.artifact("fp32").sha256,
+            "golden samples": golden and bundle.digests.get(golden.file),
+            "preprocessing": images.preprocessing.as_dict(),
+            "calibration images": images.calibration.digest,
+            "held-out images": images.held_out.digest,
+            "evaluation images": images.evaluation.digest,
+            "labels": content_key({"labels": labels}),
             "settings": settings,
-            "code": code_digest("precision", "graph", "checks", "data", "model"),
-            "versions": tool_versions("onnx", "onnxruntime", "torch", "numpy", "pillow"),
+            "gates": self.rules.model_dump(mode="json"),
+            "processor": asdict(cpu()) if is_timed else None,
+            "threads": threads if is_timed else None,
+            "code": code_digest(".", "precision", "graph", "checks", "data", "model", "runners"),
+            "versions": tool_versions("onnx", "onnx-ir", *ONNXRUNTIMES, "torch", "numpy", "pillow"),
         }
 
     def run_(self) -> None:
@@ -173,13 +197,12 @@ class _QuantizeJob:
         height, width = images.preprocessing.sides
         batches = images.read(images.calibration, range_batch_size(height * width))
         ranges = observe_ranges(network, (batch for batch, _ in batches), tensors)
-        kept = self.nodes_to_keep(model, ranges, user_kept)
         self.facts["calibration"] = {
             "images": len(images.calibration) - len(images.unreadable),
             "description": images.calibration.description,
             "noise": images.calibration.noise,
-            "unreadable": list(images.unreadable),
         }
+        kept = self.nodes_to_keep(model, ranges, user_kept)
         candidates = [Candidate("fp32", "fp32", model)]
         if settings.precision == "bf16":
             candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
@@ -208,7 +231,7 @@ class _QuantizeJob:
         if settings.precision != "bf16":  # BF16 has FP32's range
             audit = audit_ranges(model, ranges, kept, strict=settings.strict)
             kept |= audit["fp32_nodes"]
-            self.facts["audit"] = {"images": len(self.images.calibration), **audit}
+            self.facts["audit"] = {"images": self.facts["calibration"]["images"], **audit}
         self.facts["fp32_nodes"] = kept
         return kept
 
@@ -227,7 +250,7 @@ class _QuantizeJob:
         size = images.preprocessing.image_size
         outputs = OutputLayout.of(self.bundle.manifest.architecture, size)
         providers = _timing_providers(settings)
-        rows = compare_precisions(candidates, images, settings, outputs, providers)
+        rows = compare_precisions(candidates, images, settings, outputs, providers, self.rules)
         requested = [row for row in rows if row["precision"] == settings.precision]
         chosen = min(requested, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
         best, reason = recommend(rows, chosen)
@@ -245,8 +268,9 @@ class _QuantizeJob:
         if self.bundle.manifest.golden is None:
             return {}
         self.images.watch.begin("Checking the golden samples")
-        samples, method = golden_samples(self.bundle), self.settings.method
-        result, sqnr = check_new_graph(graph, self.settings.precision, samples, method=method)
+        samples, precision = golden_samples(self.bundle), self.settings.precision
+        options: Any = {"method": self.settings.method, "profile": self.rules.of(precision)}
+        result, sqnr = check_new_graph(graph, precision, samples, **options)
         self.facts["golden_check"] = {"images": samples.description, **plain(result)}
         return sqnr
 
@@ -255,6 +279,7 @@ class _QuantizeJob:
         name, graph, int8 = self.settings.artifact, chosen.model, chosen.int8
         if int8 is not None:
             self.facts |= {"method": self.settings.method, **int8.as_dict()}
+        self.facts["calibration"]["unreadable"] = list(self.images.unreadable)  # of every set
         golden_db, description = self.check_golden(graph), graph_facts(graph)
         self.images.watch.begin("Writing the bundle")
         file, extra_files = f"model.{name}.onnx", [f"ranges.{name}.json"]

@@ -48,6 +48,7 @@ GELU_LOWEST = -4.0
 CORRECTION_PIXELS, CORRECTION_IMAGES = 2**20, 128
 
 _SHALLOW = re.compile(r"(patch_embed1|block1)\.")
+_IN_HEAD = re.compile(r"head\b")  # a linear layer, or several ones
 _BEFORE_ADD = re.compile(r"(patch_embed\d\.proj|proj_2|fc2)$")
 _BEFORE_GELU = re.compile(r"(proj_1|dwconv\.dwconv)$")
 
@@ -169,7 +170,7 @@ def histogram_tensors(network: RebuiltVan, layers: Collection[str], target: str)
     """Return the tensors whose histograms determine the scales of ``layers``."""
     tensors = {network.reads[name] for name in layers}
     if target == "cpu":
-        tensors |= {name for name in layers if name != "head" and not _BEFORE_ADD.search(name)}
+        tensors |= {n for n in layers if not (_IN_HEAD.match(n) or _BEFORE_ADD.search(n))}
         tensors |= {network.reads[f"{gate}.conv0"] for gate in _gates(layers)}
     return tensors
 
@@ -210,7 +211,7 @@ def make_plan(
         source, output = quantizer(tensor), None
         if _BEFORE_ADD.search(name):
             output = per_channel_quantizer(ranges[name], affines.get(name, IDENTITY))
-        elif name != "head":
+        elif not _IN_HEAD.match(name):
             output = quantizer(name)
         plans[name] = LayerPlan(source, cpu_weight_scales(weight, bias, source.scale), output)
     if target == "cpu":
@@ -290,8 +291,9 @@ def correct_biases(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
         plan: stays unchanged.
         images: ``(N, C, S, S)``, normalised; see :data:`CORRECTION_PIXELS`.
     """
-    count = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
-    inputs = _channels_last(images[:count])
+    most = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // images[0, 0].size), 1)
+    spread = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    inputs = _channels_last(images[spread])
     model = copy.deepcopy(plan.network.model)
     plan = replace(plan, network=replace(plan.network, model=model))
     means: dict[str, Tensor] = {}

@@ -233,12 +233,12 @@ def pair_sums(weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     Neighbours are in the order in which ONNX Runtime multiplies them: kernel row, kernel column,
     input channel. A depth-wise convolution accumulates in 32 bits and needs no limit.
 
-    >>> pair_sums(np.array([[3.0, 4.0, -5.0, 1.0]]).reshape(1, 4, 1, 1))
+    >>> pair_sums(np.array([[3.0, 4.0, -5.0, 1.0]]))
     array([7.])
     """
-    if weight.ndim != 4 or weight.shape[1] == 1:
+    if weight.shape[1] == 1:
         return np.zeros(len(weight))
-    rows = weight.astype(np.float64).transpose(0, 2, 3, 1).reshape(len(weight), -1)
+    rows = np.moveaxis(weight.astype(np.float64), 1, -1).reshape(len(weight), -1)
     rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
     return np.asarray(np.abs(rows[:, ::2] + rows[:, 1::2]).max(axis=1))
 

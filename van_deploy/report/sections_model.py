@@ -235,8 +235,8 @@ def _engine_blocks(one: Entry) -> list[Block]:
     if sidecar is None:
         warning = notices("WARNING", ["it has no sidecar: the origin of this plan is unknown"])
         return [*properties(one, file), *warning, *layer_table]
-    off = (None, False, "none")
-    options = {key: v for key, v in sidecar.get("options", {}).items() if v not in off}
+    options = sidecar.get("options", {}).items()
+    options = {key: v for key, v in options if v is not False and v not in (None, "none")}
     build = {**one, **sidecar, "options": options, "log": one.get("log")}
     here = "it runs on this machine"
     if one["obstacles"]:
@@ -255,7 +255,7 @@ def _engine_blocks(one: Entry) -> list[Block]:
         ),
         *properties(
             sidecar,
-            "GPUs = targets; CPU features = cpu_features; batch; batch = options.profiles; "
+            "runs on = targets; CPU features = cpu_features; batch; batch = options.profiles; "
             "input = input_shape; memory on the GPU = device_memory",
             "Serves",
         ),

@@ -20,7 +20,7 @@ from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import find_obstacles
-from van_deploy.engine.sidecar import load_package_sidecar, load_sidecar, sidecar_path
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar, sidecar_path
 from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -245,7 +245,7 @@ class Network:
             return SkipReason("engines", "engine not executed: no GPU")
         if self.is_engine and self._settings.trust_engine and not sidecar_path(path).exists():
             return None
-        read_sidecar = load_package_sidecar if self.is_package else load_sidecar
+        read_sidecar = PackageSidecar.load if self.is_package else Sidecar.load
         problems = find_obstacles(read_sidecar(path), host)
         if not problems:
             return None

@@ -20,7 +20,7 @@ from torch import nn
 from van_deploy.engine.backend import detect_host
 from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.inductor import compile_environment, cudnn_tf32
-from van_deploy.engine.sidecar import load_package_sidecar
+from van_deploy.engine.sidecar import PackageSidecar
 from van_deploy.errors import ConversionError, MissingDependency
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.runners.base import Logits, Outputs, Runner, check_input, gpu_index
@@ -125,7 +125,7 @@ class InductorRunner(Runner):
             MissingDependency: PyTorch, GPU or processor differ from those it was compiled for.
             ConversionError: PyTorch does not load it.
         """
-        self.sidecar = load_package_sidecar(self.package)
+        self.sidecar = PackageSidecar.load(self.package)
         require_compatible(self.sidecar, detect_host(device=self._index))
         self.on_gpu = self.sidecar.device == "cuda"
         self.tf32 = self.on_gpu and self.sidecar.tf32

@@ -23,7 +23,7 @@ from van_deploy.graph.files import graph_facts, save_onnx
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, normalise
-from van_deploy.provenance import code_digest
+from van_deploy.provenance import ONNXRUNTIMES, code_digest, tool_versions
 from van_deploy.runners.network import network_input, task_of
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
@@ -63,15 +63,17 @@ def embed_artifacts(
         GateFailed: an embedded graph differs from its plain graph; nothing was written.
     """
     preprocessing, results = bundle.manifest.preprocessing, list[EmbedResult]()
-    embedding, outputs = settings.embed_preprocess, list(settings.outputs)
+    kind, embedding, outputs = settings.embeds, settings.embed_preprocess, list(settings.outputs)
     inside = {"embedding": embedding, "outputs": outputs, "preprocessing": asdict(preprocessing)}
-    made_with: dict[str, Any] = {**inside, "code": code_digest("graph")}
+    code = code_digest(".", "graph", "model", "runners", "serve")
+    versions = tool_versions("onnx", *ONNXRUNTIMES, "numpy")
+    made_with: dict[str, Any] = {**inside, "code": code, "versions": versions}
     with edit_bundle(bundle.path) as draft:
         for base, source in bundle.artifacts.items():
             if source.kind != "onnx":
                 continue
-            kind, path = "outputs" if embedding == "none" else embedding, bundle.verified_path(base)
-            name, made_with = f"{base}-{kind}", {**made_with, "base": source.sha256}
+            path, made_with = bundle.verified_path(base), {**made_with, "base": source.sha256}
+            name = f"{base}-{kind}"
             if not bundle.rebuild_reason(name, made_with):
                 results.append(EmbedResult(name, base, reused=True, agreement=None))
                 continue

@@ -21,7 +21,7 @@ from typing import Any
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
 from van_deploy.documents import read_toml_file
-from van_deploy.engine.sidecar import Sidecar, load_sidecar
+from van_deploy.engine.sidecar import Sidecar
 from van_deploy.errors import InputError, UsageError
 from van_deploy.runners.network import Network
 
@@ -130,7 +130,7 @@ def triton_models(
 def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -> TritonModel:
     """Return the Triton model for plans of one graph; refuse plans that cannot be one model."""
     paths = [network.bundle.verified_path(name) for name in names]
-    sidecars = [load_sidecar(path) for path in paths]
+    sidecars = [Sidecar.load(path) for path in paths]
     first, label = sidecars[0], " and ".join(f"'{name}'" for name in names)
     equal = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
     different = [key for key in equal if len({str(getattr(s, key)) for s in sidecars}) > 1]
