@@ -21,7 +21,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -50,19 +49,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("values", nargs="*", metavar="NAME=VALUE", help="of the sections")
     parser.add_argument("--only", **names_of(_sections()), help="sections: %(default)s")
-    parser.add_argument("--output", type=Path, default=PAGE, help="the page")
     options = parser.parse_args()
     names, values = options.only, dict(v.partition("=")[::2] for v in options.values)
     if unknown := set(values) - {key for name in names for key in _parameters(name)}:
         parser.error(f"no section takes a value '{min(unknown)}'")
-    return max(_run_section(name, values, options.output) for name in names)
+    return max(_run_section(name, values) for name in names)
 
 
 def _parameters(name: str) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(_sections()[name]).parameters
 
 
-def _run_section(name: str, values: Mapping[str, str], page: Path) -> int:
+def _run_section(name: str, values: Mapping[str, str]) -> int:
     """Run one section and write it to the page; return 1 after a failure."""
     print(f"{name} ...", file=sys.stderr, flush=True)
     busy, start = psutil.cpu_percent(interval=1.0), time.perf_counter()
@@ -81,7 +79,7 @@ def _run_section(name: str, values: Mapping[str, str], page: Path) -> int:
     rows = markdown_table(table.columns, table.rows, _numeric_columns(table.rows))
     notes = "\n".join(f"- {note}" for note in table.notes)
     introduction = "## " + text.replace(".\n\n", "\n\n", 1) + "\n\n"
-    write_section(page, name, command, seconds, f"{rows}\n\n{notes}", introduction)
+    write_section(PAGE, name, command, seconds, f"{rows}\n\n{notes}", introduction)
     return 0
 
 

@@ -335,9 +335,8 @@ class Bundle:
                 remedy = "Give paths, or the bytes of image files."
                 raise UsageError(f"An image is given as an object of the type '{kind}'.", remedy)
         sources = find_sources(listed)
-        batch = settings.batch or min(bundle.manifest.batch.opt, len(sources))
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
-            predictions = predict(network, sources, top=settings.top_k, batch=batch)
+            predictions = predict(network, sources, settings.top_k, settings.batch)
             for done, prediction in enumerate(predictions, 1):
                 self.progress("Predicting", done, len(sources))
                 yield prediction

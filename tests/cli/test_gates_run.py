@@ -71,14 +71,14 @@ def test_run_does_everything_in_the_recipe(cli: Cli, recipe: Path, tmp_path: Pat
 def test_conflicts_options_and_failed_gates(cli: Cli, recipe: Path, tmp_path: Path) -> None:
     words = ("run", recipe, "--output", tmp_path / "bundle")
     recipe.write_text(RECIPE.replace('["fp16", "int8"]', '["int8"]'))
-    conflict = "engines.precisions has 'fp16', which the recipe does not make for "
+    conflict = "engines.precisions has 'fp16', not made by the recipe for "
     assert conflict in cli.fails(5, *words)
-    options = ("--set", 'precision.make=["fp16","int8"]', "--set", "precision.target=cpu")
-    conflict = "has 'int8', which the recipe does not make for TensorRT."
-    assert conflict in cli.fails(2, *words, *options, "--engine", "fp16,int8")
+    for_cpu = ("--set", 'precision.make=["fp16","int8"]', "--set", "precision.target=cpu")
+    conflict = "has 'int8', not made by the recipe for TensorRT."
+    assert conflict in cli.fails(2, *words, *for_cpu, "--engine", "fp16,int8")
     assert not (tmp_path / "bundle").exists()
     changed = 'export = {embed_preprocess = "uint8"}\nprecision = {make = ["int8"]}\n'
-    recipe.write_text(f"{MODEL}{changed}gates = {{fp32 = {{sqnr_db = 200.0}}}}")
+    recipe.write_text(f"{MODEL}{changed}gates = {{fp16 = {{sqnr_db = 200.0}}}}")
     options = ("--precision", "fp16", "--evaluate", recipe.parent / "labelled")
     result = cli(*words, *options, "--json")
     assert result.exit_code == 1

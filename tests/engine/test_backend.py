@@ -89,7 +89,7 @@ def test_options_are_applied_to_the_builder_configuration(rtx: Backend) -> None:
     trt = rtx.module
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
     table = {"workspace": "0.25 gb", "optimization_level": 2, "profiling": "detailed"}
-    table |= {"targets": ["SM89+8.6", "75"], "tf32": False}
+    table |= {"targets": ["SM89+8.6", "75"], "tf32": False, "precisions": ["fp16"]}
     settings = validate(EngineSettings, table)
     assert settings.targets == (("sm_86", "sm_89"), ("sm_75",))
     rtx.configure_(config, settings.of(settings.targets[0]))

@@ -56,6 +56,25 @@ def test_versions_are_those_of_the_imported_modules(env: Environment) -> None:
     assert (env.trials["tensorrt-rtx"] == "") == (versions["tensorrt-rtx"] is not None)
 
 
+def test_packages_that_cannot_be_imported_are_faults(
+    env: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PyTorch that does not load is a fault too, and no damage ends ``doctor``."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    broken = replace(env, components=packages.find_components())
+    issue = broken.abilities["export ONNX files"]
+    assert issue is not None
+    assert issue.problem.startswith("timm is installed but cannot be loaded (import of timm halted")
+    monkeypatch.syspath_prepend(tmp_path)
+    damages = ("raise ValueError('numpy.dtype size changed')", "x = (", "raise SystemExit(3)", "\0")
+    for number, damage in enumerate(damages):
+        (tmp_path / f"damaged{number}.py").write_text(damage)
+        assert packages.import_error(f"damaged{number}")
+    (tmp_path / "damaged-1.dist-info").mkdir()
+    (tmp_path / "damaged-1.dist-info/METADATA").write_bytes(b"\xff")
+    assert packages.installed_version("damaged") is None
+
+
 RUN_RTX, RUN_ORT = "run engines of TensorRT for RTX", "run them on a GPU with ONNX Runtime"
 
 

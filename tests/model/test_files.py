@@ -10,7 +10,7 @@ import pickle
 import time
 import zipfile
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,14 @@ def test_several_networks_need_a_container(tmp_path: Path, tiny: VAN) -> None:
 
 
 def test_metadata_of_training_scripts(tmp_path: Path) -> None:
-    arguments, path = argparse.Namespace(mean=[0.1, 0.2], layers=None), tmp_path / "w.pth"
+    path, place = tmp_path / "w.pth", PurePath("runs/1")
+    arguments = argparse.Namespace(mean=[0.1, 0.2], layers=None, output=place)
     more = {"metric": np.float64(77.5), "history": np.arange(3.0), "best": np.int64(4)}
-    loaded = load_file(saved({"state": WEIGHTS, "args": arguments, **more}, path))
+    stored = argparse.Namespace(**vars(arguments) | {"output": Path(place)})
+    loaded = load_file(saved({"state": WEIGHTS, "args": stored, **more}, path))
     assert has_weights(loaded["state"])
     assert (loaded["args"], loaded["metric"]) == (arguments, 77.5)
-    torch.save({**WEIGHTS, "log": arguments}, path, _use_new_zipfile_serialization=False)
+    torch.save({**WEIGHTS, "log": stored}, path, _use_new_zipfile_serialization=False)
     names = (b"argparse\nNamespace", b"mmengine.logging.history_buffer\nHistoryBuffer")
     path.write_bytes(path.read_bytes().replace(*names))  # mmengine's training log
     assert has_weights(load_file(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,14 @@ def test_name_formats(tmp_path: Path, state: State, tiny: VAN, prefix: str, targ
     assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint.tensors.items())
     (note,) = checkpoint.notes
     assert note.endswith(f"n_averaged, criterion.weight, {prefix}total_ops, val_accuracy.tp")
+
+
+@each("wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"])
+def test_wrapped_blocks(tmp_path: Path, state: State, tiny: VAN, wrapper: str) -> None:
+    names = {name: re.sub(r"^(block\d\.\d)", rf"\1.{wrapper}", name) for name in state}
+    wrapped = {f"net.{names[name]}": tensor for name, tensor in state.items()}
+    assert has_equal_outputs(load(tmp_path, wrapped), tiny)
+    assert read(tmp_path, wrapped).container == "top level"
 
 
 @each(

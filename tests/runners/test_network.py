@@ -14,8 +14,11 @@ from tests.plans import PlanMaker
 from van_deploy.bundle import Bundle
 from van_deploy.config import RunnerSettings
 from van_deploy.engine.backend import detect_host
-from van_deploy.errors import BundleError, MissingDependency
+from van_deploy.errors import BundleError, ConversionError, MissingDependency
+from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
+from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import Network, SkipReason, TensorSpec
+from van_deploy.serve.predict import predict
 
 PLAN = "plan-sm_89"
 PIXELS = np.arange(11 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(11, 64, 64, 3)
@@ -49,6 +52,32 @@ def test_engine_batches_are_padded_or_split(bundle: Bundle, rows: int, batches: 
     logits = engine.logits(PIXELS[:rows])
     assert ran == batches
     np.testing.assert_array_equal(logits, PIXELS[:rows].reshape(rows, -1)[:, :5])
+
+
+def test_default_batch_of_predict_is_one_that_the_engine_takes(with_plans: PlanMaker) -> None:
+    bundle, ran = with_plans(profiles="1:1:1"), list[int]()
+
+    def run_all(batch: Any) -> dict[str, Any]:
+        ran.append(len(batch))
+        return {"logits": np.eye(1, 10, len(ran), dtype=np.float32)}
+
+    engine = Network(bundle, PLAN)
+    engine.loaded_runner = SimpleNamespace(run_all=run_all)
+    images = [bundle.path / "golden/0.png"] * 3  # the bundle's optimum is two
+    assert [p.top[0].index for p in predict(engine, images, top=1)] == [1, 2, 3]
+    assert ran == [1, 1, 1]
+
+
+@each("name", ["logits", "probabilities", TOP_PROBABILITIES])
+@each("value", [np.nan, np.inf])
+def test_outputs_that_are_not_finite_have_no_classes(
+    bundle: Bundle, name: str, value: float
+) -> None:
+    values = np.zeros((3, 5), np.float32)
+    values[1, 4] = value
+    outputs: Outputs = {name: values, TOP_CLASSES: np.zeros((3, 5), np.int64)}
+    with pytest.raises(ConversionError, match="NaN or infinite values for 1 of 3 images"):
+        Network(bundle, "fp32").top_classes(outputs, 2)
 
 
 @pytest.mark.skipif(detect_host().gpu is not None, reason="this machine has a GPU")

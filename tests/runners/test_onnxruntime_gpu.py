@@ -71,6 +71,11 @@ def test_a_cpu_runner_refuses_other_shapes_and_gpu_memory(digits_onnx: Path) -> 
             message = "ONNX Runtime failed on a batch of 1: (.|\n)*van-deploy inspect"
             with pytest.raises(InputError, match=message):
                 runner.run(np.zeros(shape, np.float32))
+        # Both paths with buffers check the shape before CUDA; NumPy would repeat this row.
+        runner.on_gpu, runner.options = True, CudaOptions(cuda_graph=True)
+        for call in (runner.run_all, runner.resident_batch):
+            with pytest.raises(InputError, match=r"takes \(N, 3, 32, 32\) float32, not \(2, 1, 1,"):
+                call(np.zeros((2, 1, 1, 32), np.float32))
 
 
 PARTLY = "fallback to CPU EP has been explicitly disabled"

@@ -40,22 +40,27 @@ def write_package(folder: Path, bundle: Bundle, *artifacts: str, **options: Any)
 class Running(NamedTuple):
     """A running server in its own thread; ``address`` is host and port."""
 
-    service: Service
+    app: App
     address: str
     stop: Callable[[], Any]
+
+    @property
+    def service(self) -> Service:
+        """The service of the application."""
+        return self.app.service
 
 
 @contextlib.contextmanager
 def serving(bundle: Bundle, **settings: Any) -> Iterator[Running]:
     """Serve ``bundle`` on a free port, with :class:`ServiceSettings`, until the block ends."""
-    service = Service(bundle, ServiceSettings(**settings))
+    app = App(Service(bundle, ServiceSettings(**settings)))
     bound, url = listen(port=0)
     ready = queue.SimpleQueue[Callable[[], Any]]()
-    thread = threading.Thread(target=run_server, args=(App(service), bound, ready.put))
+    thread = threading.Thread(target=run_server, args=(app, bound, ready.put))
     thread.start()
     stop = ready.get(timeout=30)
     try:
-        yield Running(service, url.removeprefix("http://"), stop)
+        yield Running(app, url.removeprefix("http://"), stop)
     finally:
         with contextlib.suppress(RuntimeError):  # its event loop has ended
             stop()

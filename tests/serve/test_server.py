@@ -406,9 +406,18 @@ def test_draining_or_full_server_returns_503(digits: Bundle, image: bytes) -> No
         assert send(server, "/v2/health/ready")[0] == 503
         status, answer, _ = send(server, "/predict", image)
         assert (status, answer["error"]) == (503, "The server is shutting down.")
-        clients = [stack.enter_context(connected(server)) for _ in range(4)]
-        clients[-1].sendall(HEAD + b"\r\n")
-        assert clients[-1].recv(65536).startswith(b"HTTP/1.1 503")
+        wait_until(lambda: not server.app.connections)
+        for allowed in (True, True, True, False):
+            client = stack.enter_context(connected(server))
+            client.sendall(HEAD + b"\r\n")
+            answer = client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200" if allowed else b"HTTP/1.1 503")
+        assert b"retry-after: 1\r\n" in answer
+        assert b"too many connections" in answer
+        stack.close()
+        wait_until(lambda: not server.app.connections)
+        text = send(server, "/metrics")[1]
+    assert 'requests_total{model="",route="",status="503"} 1.0' in text
 
 
 def test_model_failure_returns_500_and_is_logged(

@@ -102,13 +102,21 @@ def test_configuration_of_plans_with_static_and_dynamic_profiles(
     assert config == text_format.Parse(PLANS, schema.ModelConfig())
 
 
-def test_preferred_batch_sizes_come_from_the_benchmark(digits: Bundle) -> None:
-    rates = {1: 100.0, 2: 150.0, 4: 195.0, 8: 200.0}
-    rows = [{"contender": "ort-cpu/fp32", "batch": n, "images_per_s": r} for n, r in rates.items()]
-    rows.append({"contender": "ort-cpu/int8", "batch": 1, "images_per_s": 9e9})
-    checks = {**digits.manifest.checks, "bench": {"rows": rows}}
-    measured = Bundle(digits.path, digits.manifest.model_copy(update={"checks": checks}))
+def test_preferred_batch_sizes_come_from_the_benchmark(with_plans: PlanMaker) -> None:
+    rates = {"ort-cpu/fp32": (100, 195, 200), "ort-cuda/fp32": (7, 9, 5)}
+    rates |= {"tensorrt/plan-sm_89": (9, 8, 0), "openvino/fp32": (999, 0, 0)}
+    rates |= {"ort-cpu/int8": (999, 0, 0)}
+    rows = [
+        {"contender": name, "batch": batch, "images_per_s": rate}
+        for name, of_name in rates.items()
+        for batch, rate in zip((2, 4, 8), of_name, strict=True)
+    ]
+    bundle = with_plans()
+    checks = {**bundle.manifest.checks, "bench": {"rows": rows}}
+    measured = Bundle(bundle.path, bundle.manifest.model_copy(update={"checks": checks}))
     assert triton.preferred_batches(Network(measured, "fp32-uint8")) == [4, 8]
+    assert triton.preferred_batches(Network(measured, "fp32"), gpu=True) == [4]
+    assert triton.preferred_batches(Network(measured, "plan-sm_89")) == [2]
 
 
 def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> None:
@@ -118,9 +126,14 @@ def test_unservable_plans_are_refused(with_plans: PlanMaker, tmp_path: Path) -> 
             open_bundle(bundle.path).package(tmp_path / "out", artifacts=names, **options)
         assert not (tmp_path / "out").exists()
 
-    gaps = {"8:8:8": "8:8:8, do not include a batch of 1", "1:2:4,8:8:16": "a batch of 5"}
+    gaps = {"8:8:8": "takes batches of 8:8:8, and none of 1: T", "1:2:4,8:8:16": "and none of 5"}
     for profiles, message in gaps.items():
         refused(message, with_plans(profiles=profiles))
+    static = with_plans()
+    edit_json(static.path / "manifest.json", "batch", {"min": 4, "opt": 4, "max": 4})
+    refused("'fp32' takes batches of 4:4:4, and none of 1", static, "fp32")
+    edit_json(static.path / "manifest.json", "artifacts fp32 precision", "bf16")
+    refused("ONNX Runtime has no BF16 convolution on CPUs", static, "fp32")
     rtx = with_plans(backend="tensorrt-rtx", backend_version="1.7.1.116")
     refused("cannot load 'plan-sm_89': it was built by tensorrt-rtx 1.7.1.116", rtx)
     refused("the TensorRT version of Triton", with_plans(backend_version="11.4.0.106"))
@@ -219,6 +232,8 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
     (package / "models/package.json").unlink()
     edit_json(package / "package.json", "artifacts fp32-uint8", "0" * 64)
     assert failed() == {"artifact fp32-uint8": "rebuilt in the bundle since"}
+    edit_json(package / "package.json", "batch", "1:2:64")
+    assert failed()["batch sizes"] == "1:2:64; the bundle has 1:2:8"
     cli.passes(*words)
     file = f"models/{NAME}/1/model.onnx"
     for change in (lambda: (package / file).write_bytes(b"#"), (package / file).unlink):
@@ -305,18 +320,23 @@ def test_client_prints_the_golden_prediction(
 
 
 @each("rounding", ["even", "floor"])
-@each(("mode", "resize"), [("center", 64), ("center", 73), ("squash", 71), ("border", 64)])
+@each("mode", ["center", "squash", "border"])
+@each("sizes", [(64, 64), (64, 73), ((64, 96), 100), ((64, 96), (70, 99)), (64, (70, 90))])
 def test_client_preprocessing_matches_the_library(
-    digits: Bundle, tmp_path: Path, mode: str, resize: int, rounding: str
+    digits: Bundle, tmp_path: Path, mode: Any, sizes: Any, rounding: Any
 ) -> None:
-    changes: dict[str, Any] = {"crop_mode": mode, "resize_size": resize, "crop_rounding": rounding}
+    resized = {"image_size": sizes[0], "resize_size": sizes[1], "crop_mode": mode}
     network, file = Network(digits, "fp32-uint8"), tmp_path / "client.py"
-    network.preprocessing = replace(digits.manifest.preprocessing, **changes)
+    preprocessing = digits.manifest.preprocessing.override(**resized, mean=0.3)
+    preprocessing = replace(preprocessing, crop_rounding=rounding)
+    network.preprocessing = preprocessing
     file.write_text(render_client(triton.TritonModel(NAME, "onnxruntime", network)))
     pixels_from_file = runpy.run_path(str(file))["pixels_from_file"]
-    rng = np.random.default_rng(0)
+    rng, path = np.random.default_rng(0), tmp_path / "a.png"
     for width, height in ((50, 70), (301, 200), (64, 64), (65, 67)):
-        path = tmp_path / "a.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
-        expected = pixels_from_image(open_image(path), network.preprocessing)
+        expected = pixels_from_image(open_image(path), preprocessing)
         assert np.array_equal(pixels_from_file(path), expected)
+    Image.fromarray(rng.integers(0, 65536, (8, 8), dtype=np.uint16)).save(path)
+    with pytest.raises(SystemExit, match="mode I;16; convert it to 8 bits"):
+        pixels_from_file(path)

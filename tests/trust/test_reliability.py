@@ -1,9 +1,11 @@
-"""A seeded share of `make fuzz` and `make faults`, and tests of their failure detection."""
+"""A seeded share of `make fuzz` and `make faults`, and tests of the tools' failure detection."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from reliability import faults, fuzz
+from benchmarks.accuracy import export_networks
+from benchmarks.table import names_of
+from reliability import faults, fuzz, mutate
 from reliability.corruption import Draw, corrupt_document, find_failure
 from reliability.kinds import KINDS
 from reliability.outcome import Outcome
@@ -111,3 +115,17 @@ def test_fault_injection_detects_a_damaged_bundle(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     (folder / ".staging-x").mkdir(parents=True)
     assert faults.bundle_problem(folder) == "", "the next writer removes it"
+
+
+def test_tools_refuse_unknown_names_half_given_networks_and_tests_that_do_not_run(
+    tmp_path: Path,
+) -> None:
+    parse = names_of(["fuzz", "load"])["type"]
+    assert parse("load,fuzz") == ["load", "fuzz"]
+    with pytest.raises(argparse.ArgumentTypeError, match="'faults' is not one of fuzz, load"):
+        parse("fuzz,faults")
+    with pytest.raises(ValueError, match="give all of checkpoint=FILE"):
+        next(export_networks(tmp_path, "mine.pth", "", ""))
+    mutant = {"file": "files.py", "area": "bundle"}  # there are no tests in the folder
+    with pytest.raises(RuntimeError, match="without a mutant, pytest exits with 5 for bundle"):
+        mutate.test_mutant(mutant, Path(sys.executable), tmp_path, {})

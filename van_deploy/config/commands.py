@@ -139,12 +139,6 @@ class EvaluationSettings(EvaluateSettings, _Check, _Artifacts, _Allowances):
     on: Literal["here", "ray"] = option("here")
     ray_address: str = option("")
 
-    def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield the address of a cluster that is not used, besides the base's conflicts."""
-        yield from super().conflicts()
-        if self.ray_address and self.on != "ray":
-            yield "{ray_address} needs {on} ray.", "Add {on} ray."
-
 
 class DriftSettings(_Weights, _Artifacts):
     """The options of ``van-deploy drift``.
@@ -231,8 +225,6 @@ class FleetSettings(Table):
         """Yield a Ray cluster without a matrix."""
         if self.matrix is None and self.on != "here":
             yield "{on} needs {matrix}.", "Write a fleet file, and give it with {matrix}."
-        if self.ray_address and self.on != "ray":
-            yield "{ray_address} needs {on} ray.", "Add {on} ray."
 
 
 class Budget(Table):

@@ -457,9 +457,11 @@ class EngineSettings(PlanSettings):
     timing_cache: Path | None = option(None, panel=PLAN)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield a plan that is requested twice."""
+        """Yield a plan that is requested twice, and targets without precisions."""
         if len(set(self.targets)) != len(self.targets):
             yield "{targets} repeats a plan.", "Give each target once."
+        if self.targets and not self.precisions:
+            yield "{targets} needs {precisions}: no engine is built without.", "Give both, or none."
 
 
 class BuildSettings(EngineSettings):
@@ -493,9 +495,8 @@ class BuildSettings(EngineSettings):
         """Yield options that only the other backend has, besides the base's conflicts."""
         yield from super().conflicts()
         inductor = self.backend == "inductor"
-        foreign = self.first_set(
-            *(ONLY_TENSORRT if inductor else ("max_autotune", "fused_kernels"))
-        )
+        others = ONLY_TENSORRT if inductor else ("max_autotune", "fused_kernels")
+        foreign = self.first_set(*others)
         if not inductor and self.device == "cpu":
             foreign = "{device} cpu"
         if foreign:
@@ -535,19 +536,13 @@ class Recipe(Table):
         if self.engines.backend == "inductor":
             remedy = "Build a package with `van-deploy build BUNDLE --backend inductor`."
             yield "{engines.backend} inductor is not supported in a recipe.", remedy
-        if self.engines.targets and not self.engines.precisions:
-            message = (
-                "{engines.targets} is given, and {engines.precisions} is not: no engine is built."
-            )
-            yield message, "Give both or none."
-        for_cpu = self.precision.target == "cpu"  # its INT8 graph is not for TensorRT
-        graphs = ["fp32", *(n for n in self.precision.make if not (for_cpu and n == "int8"))]
+        cpu = self.precision.target == "cpu"  # its INT8 graph is not for TensorRT
+        graphs = ["fp32", *(n for n in self.precision.make if not (cpu and n == "int8"))]
         if self.export.embeds:
             graphs += [f"{name}-{self.export.embeds}" for name in graphs]
         for name in set(self.engines.precisions) - {*graphs}:
-            message = f"{{engines.precisions}} has '{name}', which the recipe does not make"
-            remedy = "Add it to {precision.make} with {precision.target} tensorrt, or use one of"
-            yield f"{message} for TensorRT.", f"{remedy}: {', '.join(graphs)}."
+            message = f"{{engines.precisions}} has '{name}', not made by the recipe for TensorRT."
+            yield message, f"Add it to {{precision.make}}, or use one of: {', '.join(graphs)}."
         of_classes = ("model.labels", "model.head", "precision.max_drop", "evaluate.images")
         used = [key for key in of_classes if attrgetter(key)(self) not in (None, ())]
         if self.export.features and used:
@@ -555,8 +550,6 @@ class Recipe(Table):
             yield message, LEAVE_OUT
         size, sizes = self.preprocessing.image_size, self.export.dynamic_size
         if size is not None and sizes is not None and not sizes.contains(size):
-            message = (
-                f"{{preprocessing.image_size}} {format_size(size)} is outside "
-                f"{{export.dynamic_size}} {sizes}."
-            )
+            given = f"{{preprocessing.image_size}} {format_size(size)}"
+            message = f"{given} is outside {{export.dynamic_size}} {sizes}."
             yield message, "Give a size in the range, or remove it to use the middle one."

@@ -342,10 +342,7 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
             if first[1] != label:
                 pair = f"'{first[1]}' in line {first[0]}, '{label}' in line {number}"
                 message = f"'{file}' has two labels for '{images.items[index].name}': {pair}."
-                remedy = (
-                    "Remove the incorrect line, or rename images with equal names but suffixes."
-                )
-                raise InputError(message, remedy)
+                raise InputError(message, "Remove one, or rename images that differ in suffix.")
             break
     if not entries and len(lines) == len(images):
         files = [item.name for item in images.items if isinstance(item.data, Path)]

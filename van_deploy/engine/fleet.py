@@ -9,7 +9,7 @@ The engines are those of one bundle, or of bundles x precisions x targets in a T
     precisions = ["fp32", "fp16"]
     targets = ["sm_86", "sm_89", "sm_90"]
 
-    [options]                                   # keys of a recipe's [engines]; all optional
+    [options]                                   # build options, as in a recipe's [engines]
     batch = ["1:8:32"]
     workspace = "4GiB"
 

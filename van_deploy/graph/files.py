@@ -91,8 +91,6 @@ def tensor_bytes(model: ModelProto) -> int:
 
 
 def _weight_bytes(tensor: TensorProto) -> int:
-    if tensor.HasField("raw_data"):
-        return len(tensor.raw_data)
     packed = re.search(r"(?:INT|FLOAT)([246])(?!\d)", TensorProto.DataType.Name(tensor.data_type))
     bits = int(packed[1]) if packed else 8 * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return math.ceil(math.prod(tensor.dims) * bits / 8)

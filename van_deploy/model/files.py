@@ -21,7 +21,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import huggingface_hub
@@ -182,6 +182,7 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
 
 _SAVE_HINT = "Save the weights with torch.save(model.state_dict(), 'weights.pth')."
 _DAMAGED_HINT = f"If it is damaged or truncated, download it again. If it is yours: {_SAVE_HINT}"
+_SYSTEMS = ("Posix", "Windows")  # pathlib's, of the arguments of training scripts
 # A VAN-B6 has 3,000 tensors and its optimizer twice as many; torch.save does not compress.
 _MAX_ENTRIES, _MAX_UNPACK_RATIO = 30_000, 8
 
@@ -266,6 +267,7 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, log]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
+    allowed += [(PurePath, f"pathlib{m}.{n}Path") for m in ("", "._local") for n in _SYSTEMS]
     allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?", "U")]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols; those that matter are errors too

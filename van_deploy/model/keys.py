@@ -68,6 +68,8 @@ _IGNORED = re.compile(
 )
 # The other modules of OpenMMLab's segmenters and detectors.
 _NECKS_AND_HEADS = re.compile(r"(neck|panoptic_\w+|\w+_head)\b")
+# Modules around others, of torch.compile, activation checkpointing and FSDP.
+_WRAPPERS = re.compile(r"(?<=\.)_(orig_mod|(checkpoint|fsdp)_wrapped_module)\.")
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
 TOP_LEVEL = "top level"
 
@@ -170,9 +172,11 @@ def _tensor_mappings(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the path and the tensors of every mapping that contains tensors.
 
-    BatchNorm's counters, which inference does not use, are omitted.
+    BatchNorm's counters, which inference does not use, are omitted, and names have no wrappers
+    of submodules.
     """
-    tensors = {str(key): inner for key, inner in value.items() if isinstance(inner, Tensor)}
+    items = value.items()
+    tensors = {_WRAPPERS.sub("", str(n)): t for n, t in items if isinstance(t, Tensor)}
     if tensors:
         yield path, {n: t for n, t in tensors.items() if not n.endswith("num_batches_tracked")}
     for key, inner in value.items():

@@ -162,15 +162,15 @@ def check_input(
     images: npt.NDArray[Any],
     row_shape: Sequence[int],
     dtype: npt.DTypeLike,
-    profiles: Sequence[BatchRange],
+    profiles: Sequence[BatchRange] = (),
 ) -> None:
-    """Check that a compiled network takes these images.
+    """Check that a network takes these images; NumPy would stretch some others to its buffers.
 
     Args:
         images: ``(N, ...)``; float32 images are also accepted for float16 networks.
         row_shape: shape of one image; -1 for a dynamic height or width.
         dtype: type of the network's input.
-        profiles: supported batch sizes.
+        profiles: supported batch sizes; none for a dynamic batch.
 
     Raises:
         InputError: shape or type differ, or no profile allows this batch size.
@@ -182,8 +182,9 @@ def check_input(
     narrowed = images.dtype == np.float32 and dtype == np.float16
     if not fits or not (narrowed or images.dtype == dtype):
         raise InputError(
-            f"The compiled network takes (N, {', '.join(map(str, row_shape))}) {np.dtype(dtype)}, "
+            f"The network takes (N, {', '.join(map(str, row_shape))}) {np.dtype(dtype)}, "
             f"not {images.shape} {images.dtype}.",
             "Prepare the images with the model's own preprocessing.",
         )
-    select_profile(profiles, len(images))
+    if profiles:
+        select_profile(profiles, len(images))

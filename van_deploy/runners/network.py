@@ -21,12 +21,18 @@ from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import find_obstacles
 from van_deploy.engine.sidecar import PackageSidecar, Sidecar, sidecar_path
-from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.errors import (
+    BundleError,
+    ConversionError,
+    InputError,
+    MissingDependency,
+    UsageError,
+)
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.graph.names import INPUT_NAME, OUTPUT_NAME
-from van_deploy.metrics import Task, probabilities
+from van_deploy.metrics import Task, probabilities, top_classes
 from van_deploy.model.preprocess import Pixels, Preprocessing, normalise
 from van_deploy.runners.base import Images, Outputs, Runner, gpu_index
 from van_deploy.runners.onnxruntime import PROVIDERS, OnnxRuntimeRunner, require_onnxruntime
@@ -121,6 +127,7 @@ class Network:
         input: input of :meth:`run`.
         outputs: outputs of :meth:`run`.
         max_batch: largest batch size.
+        profiles: batch sizes of a compiled network or a static graph; empty for a dynamic batch.
         runner: name of the runner, for reports.
         task: the classification task.
         embedding: preprocessing inside the graph: ``none``, ``normalize`` or ``uint8``.
@@ -150,12 +157,12 @@ class Network:
         self.is_engine = entry is not None and entry.kind == "engine"
         self.is_package = entry is not None and entry.kind == "package"
         self.runner = self._settings.runner if entry else PYTORCH
-        self._profiles: Sequence[BatchRange] = ()
+        self.profiles: Sequence[BatchRange] = ()
         if entry and entry.engine:
-            self.runner, self._profiles = entry.engine.backend.split()[0], entry.engine.profiles
+            self.runner, self.profiles = entry.engine.backend.split()[0], entry.engine.profiles
         elif entry and bundle.manifest.batch.fixed and not self.is_package:
-            self._profiles = (bundle.manifest.batch,)
-        self.max_batch = max((p.max for p in self._profiles), default=bundle.manifest.batch.max)
+            self.profiles = (bundle.manifest.batch,)
+        self.max_batch = max((p.max for p in self.profiles), default=bundle.manifest.batch.max)
         if entry and self.is_engine:
             entry = bundle.artifacts.get(entry.made_from.name, entry)
         self.embedding = entry.embedded if entry else "none"
@@ -292,7 +299,7 @@ class Network:
         if self.name == PYTORCH:
             names = [output.name for output in self.outputs]
             return dict(zip(names, self.loaded_runner.run_all(batch).values(), strict=True))
-        if not self._profiles:
+        if not self.profiles:
             outputs: Outputs = self.loaded_runner.run_all(batch)
             return outputs
         starts = range(0, len(batch), self.max_batch)
@@ -308,7 +315,7 @@ class Network:
 
     def supports_batch(self, batch: int) -> bool:
         """Return whether a batch of that many images runs without splitting or padding."""
-        return not self._profiles or any(p.min <= batch <= p.max for p in self._profiles)
+        return not self.profiles or any(p.min <= batch <= p.max for p in self.profiles)
 
     def supports_size(self, sides: Sequence[int]) -> bool:
         """Return whether images of that height and width run without resizing."""
@@ -337,28 +344,33 @@ class Network:
         """Return the most probable classes of each row, in descending order.
 
         Raises:
+            ConversionError: an output is NaN or infinite, so there is no most probable class.
             UsageError: the artifact returns only five classes and more are requested.
         """
-        if OUTPUT_NAME in outputs or "probabilities" in outputs:
-            logits = outputs.get(OUTPUT_NAME)
-            scores = outputs["probabilities"] if logits is None else logits.astype(np.float32)
-            shares = scores if logits is None else probabilities(scores, self.task)
-            classes = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+        source = next(n for n in (OUTPUT_NAME, "probabilities", TOP_PROBABILITIES) if n in outputs)
+        scores = outputs[source].astype(np.float32)
+        if bad := int((~np.isfinite(scores)).any(axis=1).sum()):
+            raise ConversionError(
+                f"'{self.name}' computed NaN or infinite values for {bad} of {len(scores)} images.",
+                "Check it with `van-deploy verify`, and use an artifact of another precision.",
+            )
+        if source != TOP_PROBABILITIES:
+            classes = top_classes(scores, count)
+            shares = probabilities(scores, self.task) if source == OUTPUT_NAME else scores
             ranked = np.take_along_axis(shares, classes, axis=1).astype(np.float32)
+        elif count <= scores.shape[1]:
+            classes, ranked = outputs[TOP_CLASSES][:, :count], scores[:, :count]
         else:
-            classes, ranked = outputs[TOP_CLASSES][:, :count], outputs[TOP_PROBABILITIES][:, :count]
-            if count > classes.shape[1]:
-                raise UsageError(
-                    f"'{self.name}' returns only {classes.shape[1]} classes, not {count}.",
-                    f"Request {classes.shape[1]}, or use another artifact.",
-                )
-        names = self.bundle.manifest.class_names
-
-        def named_class(index: int, probability: float) -> NamedClass:
-            return NamedClass(index, names[index] if names else str(index), probability)
-
-        rows = zip(classes.tolist(), ranked.tolist(), strict=True)
-        return [tuple(map(named_class, *row)) for row in rows]
+            raise UsageError(
+                f"'{self.name}' returns only {scores.shape[1]} classes, not {count}.",
+                f"Request {scores.shape[1]}, or use another artifact.",
+            )
+        manifest = self.bundle.manifest
+        names = manifest.class_names or [*map(str, range(manifest.architecture.num_classes))]
+        return [
+            tuple(NamedClass(i, names[i], share) for i, share in zip(*row, strict=True))
+            for row in zip(classes.tolist(), ranked.tolist(), strict=True)
+        ]
 
 
 def original_network(bundle: Bundle, weights: str | Path | None = None) -> LoadedVan:
@@ -383,7 +395,7 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
     except ImportError as error:
         raise MissingDependency(
             f"The original network needs PyTorch and timm: {error}.",
-            "Install them with `pip install van-deploy`, or compare --against golden.",
+            "Install them with `pip install van-deploy`.",
         ) from error
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture

@@ -22,7 +22,14 @@ from van_deploy import errors
 from van_deploy.environment.packages import import_without_telemetry, pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import emulate_bf16, has_bf16
-from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, gpu_index
+from van_deploy.runners.base import (
+    CudaOptions,
+    Images,
+    Outputs,
+    Runner,
+    check_input,
+    gpu_index,
+)
 from van_deploy.runners.cuda import DeviceBatch, out_of_memory, require_cuda
 
 CUDA = "CUDAExecutionProvider"
@@ -193,6 +200,7 @@ class OnnxRuntimeRunner(Runner):
         """
         rows = len(batch)
         if self.on_gpu and self.options.cuda_graph:
+            check_input(batch, *_row_spec(self._session.get_inputs()[0]))
             if rows not in self._batches:
                 self._batches[rows] = self._allocate(rows)
                 self._batch_stack.callback(self._batches[rows].close)
@@ -206,6 +214,7 @@ class OnnxRuntimeRunner(Runner):
         """Return a batch in GPU memory; see :meth:`Runner.resident_batch`."""
         if not self.on_gpu:
             super().resident_batch(images)
+        check_input(images, *_row_spec(self._session.get_inputs()[0]))
         batch = self._allocate(len(images))
         batch.fill(images)
         return batch

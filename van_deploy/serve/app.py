@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ ERROR_HEADERS = {
     401: {"www-authenticate": "Bearer"},
     408: {"connection": "close"},
     429: {"retry-after": "1"},
-    503: {"retry-after": "1"},
+    503: {"retry-after": "1", "connection": "close"},
 }
 THREADS = 2  # for decoding images and checking arrays
 
@@ -75,6 +75,7 @@ class App:
     Attributes:
         service: the service.
         requires_key: whether clients must send an API key.
+        connections: the server's open connections.
 
     Raises:
         UsageError: the API key cannot be read.
@@ -83,6 +84,7 @@ class App:
     def __init__(self, service: Service) -> None:
         self.service, key = service, service.settings.api_key()
         self.requires_key, self._authorization = bool(key), f"Bearer {key}".encode()
+        self.connections: Collection[object] = ()
         models, metrics = service.models, service.metrics
         self._routes: dict[str, Callable[[Request], Any]] = {
             f"{MODEL}/infer": self._infer,
@@ -133,6 +135,8 @@ class App:
 
     def _handler(self, request: Request) -> Callable[[Request], Any]:
         """Return the handler of a request: a function or a coroutine function."""
+        if len(self.connections) > self.service.settings.max_connections:
+            raise RequestError("The server has too many connections.", status=503)
         path, key = request.path, request.headers.get("authorization", "").encode()
         allowed = not self.requires_key or hmac.compare_digest(key, self._authorization)
         if path not in OPEN_PATHS and not allowed:
@@ -272,12 +276,12 @@ def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) 
         log_config=None,
         log_level="critical",
         server_header=False,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=75,  # seconds: longer than most clients' pools
         timeout_graceful_shutdown=30,
     )
     limit_malloc_retention()
     server, service = uvicorn.Server(config), app.service
+    app.connections = server.server_state.connections
     # Signals are handled below, so that the process exits with code 0.
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 

@@ -26,7 +26,8 @@ from typing import Literal
 from pydantic import Field
 
 from van_deploy.bundle import Bundle
-from van_deploy.config import PackageSettings
+from van_deploy.config import BatchRange, PackageSettings
+from van_deploy.config.sizes import height_width
 from van_deploy.documents import Verdict
 from van_deploy.errors import ConversionError, InputError, UsageError, require_extra
 from van_deploy.files import file_sha256
@@ -54,12 +55,14 @@ class PackageRecord(VersionedSchema):
         bundle: name of the bundle.
         artifacts: SHA-256 of each packaged artifact in the bundle.
         files: SHA-256 of every file, by path in the package.
+        batch: the bundle's batch sizes; the models take no larger batch.
     """
 
-    schema_: Literal["van-deploy/triton/4"] = Field(alias="schema")
+    schema_: Literal["van-deploy/triton/5"] = Field(alias="schema")
     bundle: str
     artifacts: dict[str, str]
     files: dict[str, str]
+    batch: BatchRange
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,12 @@ def package(
         MissingDependency: Triton's schema is not installed.
         UsageError: ``output`` is not a package, or the release is unknown or cannot load a model.
     """
-    folder = output or bundle.path.with_name(f"{bundle.path.resolve().name}-triton")
+    path = Path(os.path.abspath(bundle.path))  # the bundle may be "."
+    folder = output or path.with_name(f"{path.name}-triton")
     if only_check:
         return check_package(folder, bundle)
     artifacts = settings.artifacts or triton.default_artifacts(bundle)
-    models = triton.triton_models(bundle, artifacts, settings.backend)
+    models = triton.triton_models(bundle, artifacts, settings.backend, gpu=settings.gpu)
     release, release_findings = _select_release(models, settings.triton_release)
     in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
     if in_use and not (folder / PACKAGE_FILE).is_file():
@@ -113,10 +117,11 @@ def package(
         new = Path(temporary) / "package"
         _write_package(new, models, settings, release)
         record = PackageRecord(
-            schema="van-deploy/triton/4",
+            schema="van-deploy/triton/5",
             bundle=bundle.name,
             artifacts={n: bundle.artifact(n).sha256 for m in models for _, n in m.files.values()},
             files=_digests(new),
+            batch=bundle.manifest.batch,
         )
         (new / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
         if folder.exists():
@@ -162,6 +167,9 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
         outdated = current.get(name) != digest
         text = "rebuilt in the bundle since" if outdated else "current"
         findings.append(Finding(f"artifact {name}", not outdated, text))
+    batch = bundle.manifest.batch
+    text = "current" if record.batch == batch else f"{record.batch}; the bundle has {batch}"
+    findings.append(Finding("batch sizes", record.batch == batch, text))
     return PackageReport(path, 0, tuple(findings))
 
 
@@ -204,9 +212,8 @@ def _write_package(
     weights = sum(path.stat().st_size for model in models for path, _ in model.files.values())
     processes = settings.instances * sum(model.backend == "python" for model in models)
     plans = [model.sidecar.options for model in models if model.sidecar]
-    name = re.sub(r"[^a-z0-9]+", "-", network.bundle.name.lower()).strip("-")[:50]
     values = {
-        "name": name or "van",
+        "name": kubernetes_name(network.bundle.name),
         "release": release,
         "cpus": settings.threads * settings.instances * len(models) or 2,
         "memory": BASE_MIB + PROCESS_MIB * processes + 4 * settings.instances * (weights >> 20),
@@ -220,6 +227,17 @@ def _write_package(
         (output / "client.py").write_text(render_client(models[0]), encoding="utf-8")
 
 
+def kubernetes_name(text: str) -> str:
+    """Return a name that Kubernetes takes for a service, and that YAML reads as a text.
+
+    >>> kubernetes_name("Van_B1"), kubernetes_name("2024"), kubernetes_name("true")
+    ('van-b1', 'van-2024', 'van-true')
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:50].rstrip("-")
+    special = re.match(r"[0-9]|(y|yes|n|no|on|off|true|false|null|)$", name)
+    return f"van-{name}".rstrip("-") if special else name
+
+
 def render_client(model: TritonModel) -> str:
     """Return the source of an example client: one file without dependencies on this project.
 
@@ -229,6 +247,9 @@ def render_client(model: TritonModel) -> str:
     network, preprocessing = model.network, model.network.preprocessing
     values = {
         **asdict(preprocessing),
+        "sides": preprocessing.sides,
+        "resized": height_width(preprocessing.resize_size),
+        "fill": tuple(round(255 * value) for value in preprocessing.mean),
         "filter": preprocessing.interpolation.upper(),
         "mode": image_mode(preprocessing.channels),
         "model": json.dumps(model.name),
@@ -236,7 +257,9 @@ def render_client(model: TritonModel) -> str:
         "datatype": triton.DATATYPES[network.input.dtype],
     }
     activation = ACTIVATIONS.get(network.task, "sigmoid")
-    flags = [network.embedding, activation, preprocessing.crop_mode, preprocessing.crop_rounding]
+    covers = preprocessing.crop_mode == "center" and not isinstance(preprocessing.resize_size, int)
+    mode = "cover" if covers else preprocessing.crop_mode
+    flags = [network.embedding, activation, mode, preprocessing.crop_rounding]
     return fill_template("client.py.txt", values, flags)
 
 

@@ -52,7 +52,7 @@ def find_sources(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
 
 
 def predict(
-    network: Network, sources: Iterable[Path | bytes], top: int, batch: int
+    network: Network, sources: Iterable[Path | bytes], top: int, batch: int | None = None
 ) -> Iterator[Prediction]:
     """Yield the prediction for each image, in order; an unreadable image gets an error.
 
@@ -60,11 +60,14 @@ def predict(
         network: an open network.
         sources: the images.
         top: number of classes.
-        batch: images per batch, at most the network's ``max_batch``.
+        batch: images per batch, at most the network's ``max_batch``; None takes the bundle's
+            optimum, where the network allows it.
 
     Raises:
+        ConversionError: the network computed NaN or infinite values.
         UsageError: ``batch`` is too large, or the artifact does not return so many classes.
     """
+    batch = batch or min(network.bundle.manifest.batch.opt, network.max_batch)
     if batch > network.max_batch:
         text = f"'{network.name}' does not take batches of {batch}."
         raise UsageError(text, f"Give a batch size from 1 to {network.max_batch}.")

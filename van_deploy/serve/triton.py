@@ -82,7 +82,7 @@ def default_artifacts(bundle: Bundle) -> tuple[str, ...]:
 
 
 def triton_models(
-    bundle: Bundle, artifacts: Sequence[str], backend: str = "onnxruntime"
+    bundle: Bundle, artifacts: Sequence[str], backend: str = "onnxruntime", *, gpu: bool = False
 ) -> list[TritonModel]:
     """Return artifacts of a bundle as Triton models, after checking every digest.
 
@@ -93,10 +93,12 @@ def triton_models(
         bundle: the bundle.
         artifacts: names of the artifacts.
         backend: Triton backend for ONNX artifacts.
+        gpu: whether ONNX artifacts run on a GPU.
 
     Raises:
         BundleError: an artifact is missing or was changed.
-        InputError: Triton cannot load an artifact, or a sidecar is missing.
+        InputError: Triton cannot load an artifact, or not every batch size has a profile, or a
+            sidecar is missing.
         UsageError: two artifacts cannot be in one repository.
     """
     groups: dict[str, list[str]] = {}
@@ -107,6 +109,11 @@ def triton_models(
                 f"Triton cannot load '{name}': it was built by {artifact.engine.backend}.",
                 "Package the ONNX artifact, or a plan of `tensorrt` for the target GPU.",
             )
+        if artifact.precision == "bf16" and not (artifact.engine or gpu):
+            raise InputError(
+                f"Triton cannot load '{name}': ONNX Runtime has no BF16 convolution on CPUs.",
+                "Package it with --gpu, or package another precision.",
+            )
         source = artifact.made_from.name if artifact.kind == "engine" else name
         groups.setdefault(source, []).append(name)
     models = []
@@ -116,6 +123,16 @@ def triton_models(
             raise UsageError(
                 f"'{names[0]}' and '{names[1]}' are one network and would have one model name.",
                 "Package them separately, into two --output folders.",
+            )
+        largest = network.max_batch
+        gap = next((n for n in range(1, largest) if not network.supports_batch(n)), 0)
+        if gap:
+            profiles = " and ".join(map(str, network.profiles))
+            make = "Build" if network.is_engine else "Export"
+            raise InputError(
+                f"'{names[0]}' takes batches of {profiles}, and none of {gap}: Triton sends any "
+                f"size up to {largest}.",
+                f"{make} it with --batch 1:{largest}:{largest}.",
             )
         if network.is_engine:
             models.append(_model_from_plans(network, served_name(bundle, source), names))
@@ -139,14 +156,6 @@ def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -
             f"{label} cannot be one Triton model: their sidecars differ in {', '.join(different)}.",
             "Build them together with one `van-deploy build --target`, or package one of them.",
         )
-    largest = max(profile.max for profile in first.profiles)
-    supported = {n for p in first.profiles for n in range(p.min, p.max + 1)}
-    if gaps := sorted({*range(1, largest)} - supported):
-        profiles = ", ".join(map(str, first.profiles))
-        raise InputError(
-            f"The profiles of {label}, {profiles}, do not include a batch of {gaps[0]}.",
-            f"Triton sends any size up to {largest}: build it with --batch 1:{largest}:{largest}.",
-        )
     files, capabilities = dict[str, tuple[Path, str]](), dict[str, str]()
     for path, name, sidecar in zip(paths, names, sidecars, strict=True):
         file = f"model-{len(files)}.plan" if files else "model.plan"
@@ -156,15 +165,17 @@ def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -
     return TritonModel(model_name, "tensorrt", network, files, first, capabilities)
 
 
-def preferred_batches(network: Network) -> list[int]:
+def preferred_batches(network: Network, *, gpu: bool = False) -> list[int]:
     """Return the preferred batch sizes of the dynamic batcher.
 
-    These are the sizes with 90 % of the best throughput in the bundle's benchmark; without a
-    benchmark, the bundle's optimum and the largest size.
+    These are the sizes with 90 % of the best throughput in the bundle's benchmark of the plan, or
+    of the graph in ONNX Runtime; without one, the bundle's optimum and the largest size.
     """
-    manifest, plain, rates = network.bundle.manifest, network.name.split("-")[0], dict[int, float]()
+    manifest, rates = network.bundle.manifest, dict[int, float]()
+    runtime = "tensorrt" if network.is_engine else "ort-cuda" if gpu else "ort-cpu"
+    contenders = {f"{runtime}/{name}" for name in (network.name, network.name.split("-")[0])}
     for row in manifest.checks.get("bench", {}).get("rows", ()):
-        if plain in str(row["contender"]).replace("/", " ").split():
+        if row["contender"] in contenders:
             rates[row["batch"]] = max(rates.get(row["batch"], 0.0), row["images_per_s"])
     good = [n for n, rate in rates.items() if rate >= GOOD_SHARE * max(rates.values())]
     good = good or [manifest.batch.opt, network.max_batch]
@@ -214,7 +225,7 @@ def model_config(
         "default_model_filename": FILES.get(model.backend, ""),
         "cc_model_filenames": dict(model.plans),
         "dynamic_batching": {
-            "preferred_batch_size": preferred_batches(network),
+            "preferred_batch_size": preferred_batches(network, gpu=settings.gpu),
             "max_queue_delay_microseconds": settings.queue_delay_us,
             "default_queue_policy": {
                 "max_queue_size": settings.queue_limit,
