@@ -400,7 +400,7 @@ class Bundle:
         return result
 
 
-class Exported(Bundle):
+class Exported(Bundle, Verdict):
     """A bundle that was just exported.
 
     Attributes:
@@ -416,10 +416,6 @@ class Exported(Bundle):
     def passed(self) -> bool:
         """Whether every precision passes its gate; an FP32 graph that fails is never written."""
         return self.done.passed
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
 
 def export(

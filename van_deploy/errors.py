@@ -99,6 +99,13 @@ class SignatureError(BundleError):
     """A bundle is not signed, is signed with another key, or was changed after signing."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, also of a library, says that memory is exhausted."""
+    signs = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
+
+
 @contextlib.contextmanager
 def require_extra(feature: str, extra: str) -> Iterator[None]:
     """Report a failing import in the block as an extra to install.

@@ -400,11 +400,12 @@ RATES = [
 def test_minimum_time_counts_bytes_and_stages_that_are_used() -> None:
     """For uint8 input 150,528 bytes of pixels; a backbone ends with its last output."""
     config, memory = VARIANTS["van_b0"].config, Ceilings({"fp32": 1e18}, 1e9, "")
-    workload = ("x", "fp32", 1, 224)
-    sizes = [minimum_time(config, memory, workload, kind) for kind in ("none", "uint8")]
-    floats, pixels = (size.least_ms * 1e6 for size in sizes if size)
+    fp32 = Contender("x", "", "fp32")
+    inputs = (fp32, replace(fp32, embedded="uint8"))
+    times = [minimum_time(config, memory, contender, 1, 224) for contender in inputs]
+    floats, pixels = (time.least_ms * 1e6 for time in times if time)
     assert floats - pixels == pytest.approx(3 * 150_528)
-    first = minimum_time(config.backbone((0,)), memory, workload)
+    first = minimum_time(config.backbone((0,)), memory, fp32, 1, 224)
     model = van.VAN(config.backbone((0,))).eval()
     used = [one for name, one in model.named_parameters() if name.partition(".")[0].endswith("1")]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -420,12 +421,12 @@ def test_minimum_time_is_the_maximum_of_compute_and_memory_time(
     rates: dict[str, float], bytes_per_s: float, precision: str, ms: float | None, bound: str
 ) -> None:
     config, ceilings = VARIANTS["van_b0"].config, Ceilings(rates, bytes_per_s, "")
-    minimum = minimum_time(config, ceilings, ("x", precision, 10, 224))
+    contenders = {"x": Contender("x", "onnxruntime", precision)}
+    minimum = minimum_time(config, ceilings, contenders["x"], 10, 224)
     assert (minimum.bound if minimum else "") == bound
     if minimum:
         assert minimum.least_ms == pytest.approx(ms, rel=0.002)
         assert minimum.operations == 20 * config.mac_count(224)
         rows = [Row("x", 10, 224, images_per_s=1e4 / (2 * minimum.least_ms))]
-        contenders = {"x": Contender("x", "onnxruntime", precision)}
         (reached,) = measure_limits(config, contenders, rows, ceilings)
         assert reached.percent_of_limit == pytest.approx(50)

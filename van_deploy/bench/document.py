@@ -432,8 +432,9 @@ def compare_reports(old: BenchReport, new: BenchReport) -> BenchReport:
         if before and before.latency and row.latency:
             percent, uncertainty = _ratio_change(before.ratio, row.ratio)
             changed = abs(percent or 0.0) > max(REPEATABILITY_PERCENT, uncertainty or 0.0)
-            files = [report.contenders.get(row.contender) for report in (old, new)]
-            same = len({file.sha256 if file else None for file in files}) == 1
+            file = old.contenders.get(row.contender)
+            same = file is not None and file.sha256 == new.contenders[row.contender].sha256
+            same = same and old.weights.container == new.weights.container
             times = (before.latency.p50_ms, row.latency.p50_ms)
             changes.append(RowChange(*key, *times, percent, uncertainty, changed, same))
     if not changes:

@@ -35,9 +35,6 @@ DEVICES: dict[str, tuple[str, float, float, float, float, float]] = {
     "rtx4090": ("NVIDIA Ada architecture white paper (2022)", 82.6, 82.6, 165.2, 660.6, 1008),
 }
 
-# Contender, precision of the arithmetic, batch size, and image size in pixels.
-Workload = tuple[str, str, int, ImageSize]
-
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "bf16": 2}
 # Precisions of an engine built from an artifact, for published limits; FP16 if not listed. The
 # 1x1 convolutions of an INT8 graph run at the INT8 rate.
@@ -105,8 +102,8 @@ def paper_limits(bundle: Bundle, device: str, batches: Sequence[int]) -> PaperLi
     for artifact, batch in itertools.product(files, sorted(set(batches))):
         for kind in ENGINE_PRECISIONS.get(artifact.precision, ("fp16",)):
             precision = f"int8 + {kind}" if artifact.precision == "int8" else kind
-            workload = (artifact.name, precision, batch, size)
-            limits.append(minimum_time(config, ceilings, workload, artifact.embedded))
+            engine = Contender(artifact.name, "tensorrt", precision, embedded=artifact.embedded)
+            limits.append(minimum_time(config, ceilings, engine, batch, size))
     return PaperLimits(device, ceilings, tuple(filter(None, limits)))
 
 
@@ -124,8 +121,7 @@ def measure_limits(
     result = list[RooflineEntry]()
     for row in rows:
         contender = contenders[row.contender]
-        workload = (row.contender, contender.precision, row.batch, row.image_size)
-        minimum = minimum_time(config, ceilings, workload, contender.embedded)
+        minimum = minimum_time(config, ceilings, contender, row.batch, row.image_size)
         if row.images_per_s and minimum:
             ms = 1e3 * row.batch / row.images_per_s
             result.append(replace(minimum, percent_of_limit=100 * minimum.least_ms / ms))
@@ -133,7 +129,7 @@ def measure_limits(
 
 
 def minimum_time(
-    config: VanConfig, ceilings: Ceilings, workload: Workload, embedded: str = "none"
+    config: VanConfig, ceilings: Ceilings, contender: Contender, batch: int, size: ImageSize
 ) -> RooflineEntry | None:
     """Return the minimum time of one batch from the shapes; None without a rate for its precision.
 
@@ -146,18 +142,19 @@ def minimum_time(
     Args:
         config: of the network.
         ceilings: of the device.
-        workload: see :data:`Workload`. The 1x1 convolutions of ``int8 + fp16`` run at the INT8
-            rate and have weights of one byte, all else is FP16; for ``int8`` the non-quantised
-            precision is FP16 on a GPU and FP32 on a CPU. FP32 is TF32 on a GPU.
-        embedded: preprocessing in the graph; with ``uint8`` an input value is one byte.
+        contender: whose precision and input count. The 1x1 convolutions of ``int8 + fp16`` run at
+            the INT8 rate and have weights of one byte, all else is FP16; for ``int8`` the
+            non-quantised precision is FP16 on a GPU and FP32 on a CPU. FP32 is TF32 on a GPU.
+        batch: images per call.
+        size: of an image in pixels.
 
     >>> from van_deploy.model.variants import VARIANTS
     >>> config, ceilings = VARIANTS["van_b0"].config, Ceilings({"fp16": 1e15}, 1e12, "")
-    >>> minimum = minimum_time(config, ceilings, ("", "fp16", 1000, 224))
+    >>> minimum = minimum_time(config, ceilings, Contender("", "", "fp16"), 1000, 224)
     >>> int(minimum.unfused_ms)  # MB per image, at 1 TB/s
     55
     """
-    (k0, k1), (_, precision, batch, size) = config.lka_kernels, workload
+    precision, (k0, k1) = contender.precision, config.lka_kernels
     rates, int8 = ceilings.ops_per_s, "int8" in precision
     kind = precision.removeprefix("int8 + ")
     if kind == "int8":
@@ -169,9 +166,9 @@ def minimum_time(
     names = ("embed_dims", "depths", "mlp_ratios")  # of the stages that are computed
     config = replace(config, **{n: getattr(config, n)[: len(config.stages)] for n in names})
     sides, channels = height_width(size), config.in_chans
-    ends = (1 if embedded == "uint8" else 4) * channels * math.prod(sides)
-    ends += 4 * sum(map(math.prod, config.feature_map_shapes(sides).values()))
-    ends += 4 * config.num_classes  # outputs are float32
+    maps = sum(map(math.prod, config.feature_map_shapes(sides).values()))
+    ends = (1 if contender.embedded == "uint8" else 4) * channels * math.prod(sides)
+    ends += 4 * (config.num_classes + maps)  # outputs are float32
     pointwise = depthwise = values = pointwise_weights = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
         values += channels * math.prod(sides)  # the patch embedding reads it
@@ -191,4 +188,5 @@ def minimum_time(
     unfused_ms = 1e3 * (width * batch * values + weights) / ceilings.bytes_per_s
     bound: Literal["compute", "memory"] = "compute" if compute_s >= memory_s else "memory"
     least_ms = 1e3 * max(compute_s, memory_s)
-    return RooflineEntry(*workload, 2 * batch * macs, least_ms, bound, unfused_ms)
+    entry = (contender.name, precision, batch, size, 2 * batch * macs)
+    return RooflineEntry(*entry, least_ms, bound, unfused_ms)

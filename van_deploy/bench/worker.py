@@ -30,7 +30,7 @@ from van_deploy.bench.gpu import gpu_monitor, time_resident, timer_for
 from van_deploy.bench.profile import profile_contender
 from van_deploy.bench.roofline import measure_ceilings
 from van_deploy.environment.hardware import peak_memory_bytes
-from van_deploy.errors import VanDeployError
+from van_deploy.errors import VanDeployError, is_out_of_memory
 
 # Longer than any compilation of a VAN; a worker that takes longer hangs.
 REQUEST_TIMEOUT_S = 900.0
@@ -49,7 +49,6 @@ PR_SET_PDEATHSIG = 1
 REWARM_S = 0.02
 
 WARM_CALLS = 3  # the fastest of them estimates the time of a call
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "failed to allocate")
 
 
 class WorkerError(VanDeployError):
@@ -128,9 +127,9 @@ class Worker:
         except VanDeployError as error:
             return WorkerError(error.message, error.remedy)
         except Exception as error:
-            text = str(error).strip() or type(error).__name__
-            if isinstance(error, MemoryError) or any(s in text.lower() for s in OUT_OF_MEMORY):
+            if is_out_of_memory(error):
                 return WorkerError("out of memory", "Use a smaller batch.")
+            text = str(error).strip() or type(error).__name__
             return WorkerError(text.splitlines()[0][:300])
 
     def load(self, contender: Contender, threads: int, streams: int) -> float:

@@ -25,7 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from van_deploy import __version__
 from van_deploy.cli.console import print_error
-from van_deploy.errors import InputError, MissingDependency, VanDeployError
+from van_deploy.errors import InputError, MissingDependency, VanDeployError, is_out_of_memory
 
 HEADINGS: Mapping[str, tuple[str, str]] = {
     "make": ("Main commands", "export quantize build run"),
@@ -61,7 +61,6 @@ OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
 }
 EXPORT_PACKAGES = {"torch", "timm", "torchvision", "onnxscript", "onnxsim", "onnx_ir"}
 EXPORT_PACKAGES |= {"safetensors", "huggingface_hub"}
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Failed to allocate memory")
 
 
 class CommandGroup(TyperGroup):
@@ -170,7 +169,7 @@ def user_error(failure: BaseException) -> VanDeployError | None:
             "Install all packages with `pip install van-deploy`; requirements-runtime.txt is only "
             "enough to verify, predict, serve and inspect.",
         )
-    if isinstance(failure, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY):
+    if is_out_of_memory(failure):
         detail = f" ({text.strip().splitlines()[0][:200]})" if text.strip() else ""
         return MissingDependency(
             f"There is not enough memory for this{detail}.",

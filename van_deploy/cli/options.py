@@ -46,6 +46,7 @@ from van_deploy.config.named_options import (
     named_options,
 )
 from van_deploy.config.sizes import BatchRange, SizeRange
+from van_deploy.errors import UsageError
 from van_deploy.schema import validate
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
         elif source == "open bundle":
             parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
         elif name != "progress":
+            if kind in (Path, Path | None):
+                source.parser = path
             parameters.append(_keyword(name, hint, parameter.default))
     bundles = [name for name in arguments if hints[name] == OpenBundle]
     if bundles:
@@ -139,6 +142,17 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def path(text: str) -> Path:
+    """Return the path in a text.
+
+    Raises:
+        UsageError: it is empty, such as an unset variable of a shell; not the working folder.
+    """
+    if not text:
+        raise UsageError("A path is empty.", "Give a path; . is the working folder.")
+    return Path(text)
 
 
 def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> Bundle:
@@ -242,6 +256,8 @@ def _metavar(kind: Any) -> str:
 def _parse_value(option: NamedOption, value: Any) -> Any:
     """Return a value on the command line as a file would have it, if it can be parsed."""
     kind = _kind(option.field.annotation)
+    if kind is Path:
+        return path(value)
     if get_origin(kind) is not tuple:
         return _parse_number(kind, value)
     inner = _kind(get_args(kind)[0])

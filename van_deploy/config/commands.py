@@ -158,6 +158,11 @@ class DriftSettings(_Weights, _Artifacts):
     images: Path | None = option(None)
     count: int = option(4, ge=1)
 
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield images without the original network."""
+        if self.images is not None and self.against != "weights":
+            yield "{images} needs {against} weights.", LEAVE_OUT
+
 
 class CheckSettings(_Check, _Samples, _Allowances):
     """The options of ``van-deploy check``.
@@ -178,10 +183,11 @@ class CheckSettings(_Check, _Samples, _Allowances):
     speed: bool = option(False)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield labels without images, besides the base's conflicts."""
+        """Yield labels and their order without images, besides the base's conflicts."""
         yield from super().conflicts()
-        if self.labels is not None and self.evaluate is None:
-            yield "{labels} needs {evaluate}.", "Give the folder of images, too."
+        name = self.first_set("labels", "class_order")
+        if name and self.evaluate is None:
+            yield f"{name} needs {{evaluate}}.", "Give the folder of images, too."
 
 
 class RunSettings(RunnerSettings, _Allowances):

@@ -23,7 +23,7 @@ def bench_blocks(report: Entry) -> list[Block]:
             "model; CPU = machine.cpu.name; cores = machine.cpu.cores_allowed; "
             "CPU features = machine.cpu.features; GPU = machine.gpus.0.name; settings.device; "
             "date; threads per runner = settings.threads; settings.streams; versions; images; "
-            "duration s = seconds.wall .0f; timed s = seconds.timed .0f; reference",
+            "duration s = seconds.wall .0f; timed s = seconds.timed .1f; reference",
         ),
         *notices("WARNING", report["warnings"]),
         *(_plots(rows) if rows else ()),
@@ -114,7 +114,7 @@ def _limits_table(rows: Sequence[Entry], title: str) -> list[Block]:
         _with_size(rows),
         "runner = contender name; precision name; batch d; size name; operations count; "
         "minimum ms = least_ms ms; maximum images/s = rate ,.0f; limit = bound name; "
-        "% of limit = percent_of_limit .0f; ms without fusion = unfused_ms ms",
+        "% of limit = percent_of_limit .0f; unfused memory ms = unfused_ms ms",
         title,
     )
 
