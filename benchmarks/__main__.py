@@ -12,8 +12,6 @@ page, with the date, the machine and the versions of the run.
 images; by default the network and the images in the package.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import inspect

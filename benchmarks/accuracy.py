@@ -1,7 +1,5 @@
 """Accuracy: the gate of ``van-deploy evaluate``, and quantised graphs next to ONNX Runtime's."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import tempfile

@@ -1,7 +1,5 @@
 """The files that other exporters and quantisers make of the same network and weights."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Benchmarks of the server: overhead, a comparison with Triton, and expensive requests."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import multiprocessing

@@ -4,8 +4,6 @@ The peak memory of a process includes that of the process that starts it, so PyT
 only where it is needed.
 """
 
-from __future__ import annotations
-
 import shutil
 import statistics
 import sys

@@ -1,7 +1,5 @@
 """The table of a section, its place on a page, and processes that are measured."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -5,8 +5,6 @@ python -m reliability --only fuzz,requests
 python -m reliability --only fuzz --kind image --count 500 --seed 7
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

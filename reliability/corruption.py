@@ -1,7 +1,5 @@
 """Corrupt bytes, JSON and TOML; Hypothesis draws each choice and shrinks a failing case."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -10,8 +10,6 @@ renames; these tests go through all steps. The commands run in forks of a proces
 all packages, because importing takes longer than the command.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import multiprocessing

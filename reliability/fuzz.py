@@ -5,8 +5,6 @@ A file is either accepted or rejected with one of the program's errors, which ha
 2 GB are failures. Each kind of file has a process of its own; Hypothesis shrinks the first failure.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys

@@ -1,7 +1,5 @@
 """Kinds of files to fuzz: valid files of each kind, corruptions, and commands that read them."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

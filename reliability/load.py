@@ -3,8 +3,6 @@
 The server is a separate process; its clients compare every response.
 """
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import itertools

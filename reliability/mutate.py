@@ -8,8 +8,6 @@ Mutants are drawn with a fixed seed, the same number in each area. The area's te
 the tree, those of the mutated file first; tests marked ``slow`` do not run.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import copy

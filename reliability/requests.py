@@ -6,8 +6,6 @@ or 503, or none where the request is incomplete. A traceback in the log, another
 server that does not respond afterwards are faults.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -4,8 +4,6 @@ The wheel ``nvidia-pytriton`` contains ``tritonserver`` 2.51 (release 24.10) wit
 the Python backend. It is unpacked into a cache folder, not installed: it pins NumPy below 2.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

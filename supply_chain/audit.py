@@ -5,8 +5,6 @@ cannot be reached or does not know any of them. With ``--allow-offline`` the lat
 as SKIPPED and passes.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -4,8 +4,6 @@
 the tests have passed. The lowest versions are the lower bounds of ``pyproject.toml``.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

@@ -6,8 +6,6 @@ that is printed with ``--json`` or kept in a file, the table in ``docs/recipe.md
 of the results: their annotations, and the ``Attributes:`` of their docstrings.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import json

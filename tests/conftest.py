@@ -1,7 +1,5 @@
 """Fixtures of all tests: shared artifacts, the command line, and skips without a GPU."""
 
-from __future__ import annotations
-
 import json
 import os
 

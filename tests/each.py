@@ -6,8 +6,6 @@ test. ``tmp_path`` is a new folder for each case, and
 the fixture ``fresh`` is copied for each; a case must not change other fixtures.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import inspect

@@ -1,7 +1,5 @@
 """The error of a call, for tests of messages to the user."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Edits of JSON files, and validation of documents with their JSON Schemas."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

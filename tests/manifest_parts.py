@@ -1,7 +1,5 @@
 """Entries of a manifest with placeholder values."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

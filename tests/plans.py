@@ -1,7 +1,5 @@
 """Stand-ins for TensorRT plans with real sidecars: building a plan needs TensorRT and a GPU."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The public API: its page, its names, and equal results of file, command and call."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import subprocess

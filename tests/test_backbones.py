@@ -1,7 +1,5 @@
 """Batches, sizes and outputs: every combination of them, and backbones in every command."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from dataclasses import replace

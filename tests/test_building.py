@@ -1,7 +1,5 @@
 """Candidates of ``--tune``, and the selection of the fastest."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call

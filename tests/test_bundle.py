@@ -1,7 +1,5 @@
 """Bundles: atomic writes, strict reading, digests, and weights only in the graph's folder."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """``@each`` runs every case and lists the failed ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast

@@ -1,7 +1,5 @@
 """Intervals against published examples, SciPy and their definitions."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

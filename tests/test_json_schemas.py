@@ -1,7 +1,5 @@
 """The JSON Schemas of documents: current, strict, and valid for real documents."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -4,8 +4,6 @@ import-linter checks the layers, and ruff asserts, prints, exits and docstrings;
 ``make check``.
 """
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

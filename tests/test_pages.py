@@ -6,8 +6,6 @@ user's. Commands that need a GPU run as well: without one they end with exit cod
 report what they skipped.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

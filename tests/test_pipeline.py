@@ -1,7 +1,5 @@
 """Exports, from weights to a bundle, and their errors."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recipes: built-in recipes, changes, and messages with the key as the user wrote it."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Signatures of bundles: signing, verification, and every change that must be detected."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import sys

@@ -1,7 +1,5 @@
 """Training of the packaged network: one short epoch."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The glossary: terms that the field does not use are refused in code, messages and pages."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

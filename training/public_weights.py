@@ -14,8 +14,6 @@ variant with public ImageNet-1K weights::
 The exit code is 1 if a digest, a check or an accuracy is incorrect.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -14,8 +14,6 @@ on the same kind of machine gave bit-identical tensors (the order of the file's 
 may differ); other versions or processors may differ by rounding, and so by an image or two.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

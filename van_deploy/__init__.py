@@ -12,8 +12,6 @@
 Importing this package is fast: each name is imported on first use.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,6 @@ timed in a copy of the bundle, and only the fastest is built in the bundle itsel
 that fails its gate is never selected.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tempfile

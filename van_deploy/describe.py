@@ -1,7 +1,5 @@
 """Descriptions of models, bundles and artifacts; nothing is run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -6,8 +6,6 @@ by Python: deep nesting is refused, and so is JSON with a repeated key, because 
 may use different values of it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import enum

@@ -19,8 +19,6 @@ The message of an error says what failed and for which input, its remedy what to
 An exception of another class is a bug in this program and keeps its traceback.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

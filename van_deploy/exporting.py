@@ -1,7 +1,5 @@
 """Exports a network: loads it, writes a folded FP32 graph, and checks the graph."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping
@@ -164,10 +162,11 @@ def export_bundle(
             draft.description = _network_info(loaded, recipe, info)
             old = draft.artifacts.get("fp32", artifact).files.get(golden.GOLDEN_FILE)
             draft.record(artifact.model_copy(update={"files": files, "made_with": key}))
-            fp32, no_records = draft.artifacts["fp32"], {"golden_sqnr_db": {}}
+            fp32 = draft.artifacts["fp32"]
             if old != fp32.files.get(golden.GOLDEN_FILE):  # records on the previous samples
-                others = {n: a.model_copy(update=no_records) for n, a in draft.artifacts.items()}
-                draft.artifacts = {**others, "fp32": fp32}
+                for name, other in draft.artifacts.items():
+                    draft.artifacts[name] = other.model_copy(update={"golden_sqnr_db": {}})
+                draft.artifacts["fp32"] = fp32
     elif (manifest := Bundle.open(output).manifest).weights != loaded.source:
         with edit_bundle(output) as draft:  # the weights were moved
             draft.description = _network_info(loaded, recipe, manifest.golden)

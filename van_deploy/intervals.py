@@ -4,8 +4,6 @@ Shares are 0 to 1. Two networks on the same images are compared as pairs, not as
 samples.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist

@@ -1,7 +1,5 @@
 """Runs the stages of a recipe: export, quantise, build, verify and evaluate."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Versions, source digest and time: recorded in every manifest and part of every cache key."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform

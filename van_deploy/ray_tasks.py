@@ -1,7 +1,5 @@
 """Runs one function for many tasks on a Ray cluster and yields results as they complete."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace

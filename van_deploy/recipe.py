@@ -8,8 +8,6 @@ and ``docs/recipe.md`` every key.
 A calibration set selects the images that calibrate INT8; ``calibration/`` has the built-in ones.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from importlib import resources

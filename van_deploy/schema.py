@@ -12,8 +12,6 @@ is their schema and version. A file of another version is refused; the message s
 create it again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

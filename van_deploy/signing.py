@@ -8,8 +8,6 @@ are PEM files (PKCS #8 and SubjectPublicKeyInfo), as OpenSSL makes and reads the
 Needs the package ``cryptography``.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import os

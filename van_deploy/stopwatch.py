@@ -1,7 +1,5 @@
 """Progress messages, and the time of every stage of a long command."""
 
-from __future__ import annotations
-
 import time
 from typing import Protocol
 

@@ -9,8 +9,6 @@ of ``--out`` to the package. With ``TRITON_INTERPRET=1`` every step runs on the 
 is a note.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy

@@ -12,8 +12,6 @@ results. A step that does not fit into the remaining budget is skipped. Without 
 run on van_digits on the CPU, and steps that need a GPU are skipped with the reason.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

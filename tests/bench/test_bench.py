@@ -1,7 +1,5 @@
 """Whole benchmarks of the embedded network with the real ONNX Runtime, and their contenders."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

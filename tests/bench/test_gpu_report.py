@@ -1,7 +1,5 @@
 """The GPU report: steps in processes with time limits, and the saved results."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Bundles for the checks, and broken bundles with a consistent manifest."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

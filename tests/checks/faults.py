@@ -1,7 +1,5 @@
 """Faulty graphs for tests of the gates."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Limits and their origins, outcomes, rules for logits and losses, and accuracy of predictions."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Faulty graphs and quantisers with a consistent manifest fail."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

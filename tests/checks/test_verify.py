@@ -1,7 +1,5 @@
 """Verification of correct and broken artifacts, parts that drift reports, and golden samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """A bundle that may be changed, and changes of the files in it."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The program: help, version, exit codes, errors, and output."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """``van-deploy build``, with the real builder of TensorRT for RTX."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The commands ``verify``, ``drift`` and ``check``."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

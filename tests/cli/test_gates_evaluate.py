@@ -1,7 +1,5 @@
 """The command ``evaluate``: gates, unreadable images, tasks, and Ray."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

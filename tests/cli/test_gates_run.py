@@ -1,7 +1,5 @@
 """The command ``run``, with the real engine builder, and the GitHub Actions workflow."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Refused requests of all commands."""
 
-from __future__ import annotations
-
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle

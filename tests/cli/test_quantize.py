@@ -1,7 +1,5 @@
 """``van-deploy quantize``: its tables, its JSON, and its exit codes."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Folders of small images, and the preprocessing of a small network."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path

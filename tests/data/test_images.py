@@ -1,7 +1,5 @@
 """Listing and decoding of images, sample images, and images to verify a network with."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

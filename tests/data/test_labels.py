@@ -1,7 +1,5 @@
 """Class labels from folder names, folder orders and labels files, and ambiguous labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

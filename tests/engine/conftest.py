@@ -1,7 +1,5 @@
 """The real TensorRT for RTX, small networks, a plan, and a function that builds plans."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The interface to TensorRT 10, 11 and RTX: names of the real bindings, options, and selection."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

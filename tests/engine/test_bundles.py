@@ -1,7 +1,5 @@
 """Engines and Inductor packages in bundles; fleets on this machine and on Ray."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Incompatible machines, unsupported options, verified sidecars, and `inspect`."""
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """Errors of the real TensorRT parser and builder, with cause and remedy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

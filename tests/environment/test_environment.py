@@ -1,7 +1,5 @@
 """Packages and hardware of this machine, probes, requirements of tasks and package conflicts."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """All ways to run a network, with the numeric class of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache

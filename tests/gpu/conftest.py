@@ -4,8 +4,6 @@ These tests do not use the parent folders, so a copy of ``tests/gpu`` and an ins
 sufficient: ``pytest -m gpu tests/gpu``.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from pathlib import Path

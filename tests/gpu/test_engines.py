@@ -1,7 +1,5 @@
 """Packages and plans on a GPU: built, verified, and compared with Polygraphy's runner."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

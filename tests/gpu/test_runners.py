@@ -1,7 +1,5 @@
 """All runners against PyTorch in float64, including transfers and CUDA graphs."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The embedded trained network, folded and exported."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

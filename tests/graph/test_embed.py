@@ -1,7 +1,5 @@
 """Preprocessing embedded in the graph (bit-identical), and outputs after the network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The exported graph: operators, names, dynamic batch, opsets, simplification and files."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path

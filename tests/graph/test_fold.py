@@ -1,7 +1,5 @@
 """Folding is exact; networks rebuilt from the graph."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

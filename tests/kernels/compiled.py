@@ -1,7 +1,5 @@
 """Compile recorded launches for GPUs that are not present, and read the machine code."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

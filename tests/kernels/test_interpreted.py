@@ -8,8 +8,6 @@ an error of NaN.
     TRITON_INTERPRET=1 PYTHONPATH=. python tests/kernels/test_interpreted.py [--slow]
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """The network on the kernels: its launches, their compilation, and the fallback."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

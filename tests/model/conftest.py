@@ -1,7 +1,5 @@
 """Fixtures for the model package: tensor names of other formats, and a local hub server."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

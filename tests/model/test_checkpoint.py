@@ -1,7 +1,5 @@
 """Loading a network from a variant, a file or a repository, with its metadata and notes."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

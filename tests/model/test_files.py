@@ -1,7 +1,5 @@
 """Weights files: formats, containers, damaged or unsafe files, and downloads from a local hub."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import io

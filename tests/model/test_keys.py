@@ -1,7 +1,5 @@
 """Tensor names of three formats, the architecture of a state dict, and strict loading."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

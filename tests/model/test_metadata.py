@@ -1,7 +1,5 @@
 """Metadata of checkpoints: every field is used, or is an error that names it."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable

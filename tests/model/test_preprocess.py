@@ -1,7 +1,5 @@
 """Preprocessing values, and bit-identical results to timm's and torchvision's transforms."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """Logits and pixels equal those of Transformers 4.30.2, in a separate environment."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

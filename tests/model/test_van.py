@@ -1,7 +1,5 @@
 """The network in timm, with random weights, and the packaged network."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

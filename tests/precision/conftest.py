@@ -1,7 +1,5 @@
 """The embedded network's graph, with training and held-out digits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

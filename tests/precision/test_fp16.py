@@ -1,7 +1,5 @@
 """FP16 and BF16 graphs: types, BF16 emulation, nodes kept in FP32, and the FP16 audit."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping

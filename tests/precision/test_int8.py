@@ -1,7 +1,5 @@
 """INT8: histograms, scales, scopes, equalisation, both targets' graphs, the budget's search."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from typing import Any

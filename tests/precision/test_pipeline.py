@@ -1,7 +1,5 @@
 """``quantize``: its calibration and held-out images, files, cache, gates and rejected options."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections import Counter

@@ -1,7 +1,5 @@
 """Plots: well-formed, inside the frame, without overlaps, with tooltips."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence

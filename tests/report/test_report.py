@@ -1,7 +1,5 @@
 """Reports of measured bundles in HTML, Markdown, a terminal and Chromium."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """CUDA errors as project errors, and buffers, copies and graphs of a device batch."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable
 from typing import Any

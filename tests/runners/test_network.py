@@ -1,7 +1,5 @@
 """Network: inputs of each kind of artifact, supported batch sizes, and reasons to skip."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

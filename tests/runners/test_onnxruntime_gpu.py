@@ -1,7 +1,5 @@
 """ONNX Runtime's CUDA provider: it starts or fails with a reason, never falls back to the CPU."""
 
-from __future__ import annotations
-
 import importlib.util
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Checks before engines are loaded; ``tests/gpu`` runs engines."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A bundle of the embedded network, images with their outputs, and servers in threads."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import threading

@@ -1,7 +1,5 @@
 """van-deploy predict (tests/data tests reading images), and graphs with embedded preprocessing."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ only the Python backend; for the others it validates the configuration and then 
 backend is missing.
 """
 
-from __future__ import annotations
-
 import queue
 import re
 import shutil

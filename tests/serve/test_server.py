@@ -1,7 +1,5 @@
 """The server with tritonclient, plain HTTP clients, and clients that misbehave."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import json

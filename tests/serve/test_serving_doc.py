@@ -1,7 +1,5 @@
 """The example programs in docs/examples (tests/test_pages.py runs the commands of the docs)."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 ``test_real_triton.py`` loads packages in a real Triton server.
 """
 
-from __future__ import annotations
-
 import re
 import runpy
 import subprocess

@@ -1,7 +1,5 @@
 """Unusual environments: read-only installation, non-ASCII names, closed streams."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ load a ``sitecustomize`` that hides modules, and whose audit hook blocks and log
 other machines, so that blocked connections are found even if the error is caught.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata as metadata
 import itertools

@@ -1,7 +1,5 @@
 """A seeded share of `make fuzz` and `make faults`, and tests of the tools' failure detection."""
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import shutil

@@ -1,7 +1,5 @@
 """Pins meet the requirements, the bill of materials lists them, and audits report failures."""
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

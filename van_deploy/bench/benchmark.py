@@ -1,7 +1,5 @@
 """Run a benchmark and return a report with everything needed to repeat it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile

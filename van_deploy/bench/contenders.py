@@ -1,7 +1,5 @@
 """List the contenders of a benchmark: every artifact of a bundle in every available runtime."""
 
-from __future__ import annotations
-
 import fnmatch
 import importlib.util
 from collections.abc import Sequence

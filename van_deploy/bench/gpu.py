@@ -7,8 +7,6 @@ GPU's clocks, power, temperature and memory. Rounds are interleaved only on a CP
 the host does not affect CUDA events.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import sys

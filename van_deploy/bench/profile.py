@@ -1,7 +1,5 @@
 """Profile a network: time by kind of PyTorch module, layer or kernel."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -5,8 +5,6 @@ CPU with as many threads as the contenders. For other GPUs they are the dense ra
 of NVIDIA's data sheets, which often print twice that, with structured sparsity.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 A commit is one rename, followed by moves that any later process can finish.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Edit a bundle in a draft that is committed completely or discarded."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tempfile

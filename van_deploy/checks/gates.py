@@ -17,8 +17,6 @@ precision in the file's name. An FP32 engine built with TF32 has the class ``tf3
 The rules are pure functions, and the module imports nothing heavier than NumPy.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 from bisect import bisect_left

@@ -18,8 +18,6 @@ the quantiser's records:
 * The integers of each channel's weights must reach the end of the range without saturating.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

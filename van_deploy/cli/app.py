@@ -9,8 +9,6 @@ of one line and an ``Example:``, and add the name to :data:`HEADINGS`. The help 
 reads these lines from the source without importing the commands, which is faster.
 """
 
-from __future__ import annotations
-
 import ast
 import errno
 import importlib

@@ -1,7 +1,5 @@
 """Information: ``list``, ``info``, ``inspect`` and ``doctor``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

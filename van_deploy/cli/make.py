@@ -1,7 +1,5 @@
 """Main commands: ``export``, ``quantize``, ``build`` and ``run``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

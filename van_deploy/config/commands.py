@@ -1,7 +1,5 @@
 """Options of the commands that check, time, run, serve and package a bundle."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Building blocks of options: fields, tables, and types of values."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import re

@@ -1,7 +1,5 @@
 """Options by name, for command lines and keyword arguments."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Input sizes, and the ranges of input and batch sizes that an artifact supports."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar

@@ -6,8 +6,6 @@ that has a label for each of them (ImageNet's layouts); the order of the class f
 possible order gives the same labels. Ambiguous labels are an error, never a guess.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter, defaultdict

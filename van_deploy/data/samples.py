@@ -6,8 +6,6 @@ Otherwise, and for other numbers of channels, the samples are synthetic images,
 and their description says so.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace

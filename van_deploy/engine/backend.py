@@ -5,8 +5,6 @@ Other modules do not distinguish the backends: the differences are attributes an
 RTX 1.7 (``tests/engine/test_backend.py``).
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ lengths of the strings a process holds, so the file names are constant and the f
 a file descriptor.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import json

@@ -6,8 +6,6 @@ rejected for RTX were measured with RTX 1.7.1; ``tests/engine/test_compatibility
 measurement.
 """
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass

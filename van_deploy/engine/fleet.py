@@ -24,8 +24,6 @@ file and returns the plan, sidecar and log; the machine that runs the command wr
 so no shared file system is needed. Each machine needs this package, and TensorRT for its GPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import tempfile

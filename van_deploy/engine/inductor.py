@@ -6,8 +6,6 @@ of the same version loads without the Python code of the network. A package is n
 :mod:`van_deploy.engine.sidecar`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import importlib.util

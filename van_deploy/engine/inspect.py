@@ -1,7 +1,5 @@
 """Describe engines and Inductor packages without running them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

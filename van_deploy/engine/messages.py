@@ -6,8 +6,6 @@ the parser and the builder were collected from TensorRT for RTX 1.7.1 on invalid
 release.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ and Triton load them. The sidecar contains the SHA-256 of the file, which is ver
 file is loaded, and a digest of itself, which reveals edits.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal, TypeVar
 

@@ -10,8 +10,6 @@ build at TensorRT's next step; if the parent was killed, this process removes th
 are JSON lines on the original stdout; all other output goes to stderr.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

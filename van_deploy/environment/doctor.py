@@ -5,8 +5,6 @@ PyTorch may be built without CUDA, and bindings can be imported without a driver
 probed in its own process.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -4,8 +4,6 @@ The sources are psutil, the driver's management library (NVML, through ``nvidia-
 No CUDA context is created, and unknown values are None.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import platform

@@ -3,8 +3,6 @@
 Versions are from package metadata. Every package is imported to test that it can be loaded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import re

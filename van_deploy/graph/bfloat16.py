@@ -6,8 +6,6 @@ after each operator with a BF16 result a Cast to BF16 and back. A GPU computes a
 in FP32 and rounds results to BF16; a kernel that fuses several operators rounds less often.
 """
 
-from __future__ import annotations
-
 import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference

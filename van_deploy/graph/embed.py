@@ -16,8 +16,6 @@ same three float32 operations in torchvision's order give the network
 bit-identical inputs to the preprocessing in Python.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

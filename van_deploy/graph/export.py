@@ -9,8 +9,6 @@ Gemm and LayerNormalization has the name of its module, so a network can be load
 # PyTorch types every attribute of a module as `Tensor | Module`; the tests run all of this.
 # mypy: disable-error-code="assignment,union-attr"
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import io

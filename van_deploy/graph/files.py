@@ -1,7 +1,5 @@
 """Simplify, save and describe ONNX graphs (external weights above 2 GB)."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

@@ -32,8 +32,6 @@ the original network. Without any rewrite it computes exactly the original.
 # would need a cast on every line; the tests run all of it.
 # mypy: disable-error-code="operator,arg-type,assignment,misc,index,union-attr"
 
-from __future__ import annotations
-
 import copy
 import functools
 import math

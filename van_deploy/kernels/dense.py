@@ -3,8 +3,6 @@
 The strided convolutions, of any memory layout, are the stem and the patch embeddings.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -7,8 +7,6 @@ value is loaded and converted once for all of them. Sizes are compile-time const
 address of a load is an immediate offset.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Shared code of the kernels: argument checks, launches, and the selection of tiles."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

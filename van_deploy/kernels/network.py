@@ -1,7 +1,5 @@
 """A complete VAN on the fused kernels, channels last and with all exact folds."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch

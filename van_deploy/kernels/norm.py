@@ -1,7 +1,5 @@
 """LayerNorm over the channels of NHWC tensors, several pixels per program."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

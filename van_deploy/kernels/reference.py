@@ -3,8 +3,6 @@
 Shapes, layouts and arguments are those of the kernels, on any device and in any float type.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional
 

@@ -10,8 +10,6 @@ in a note, or an error; every parameter comes from the file. Notes for the user 
 :attr:`~van_deploy.model.variants.WeightsSource.notes`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

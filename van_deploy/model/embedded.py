@@ -5,8 +5,6 @@
 use it: drift is measured on a trained network.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

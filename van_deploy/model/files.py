@@ -10,8 +10,6 @@ expected one), and the JSON files beside it. A folder and the weights file in it
 tensors; safetensors with their own reader.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

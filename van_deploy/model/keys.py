@@ -13,8 +13,6 @@ A network is detected by its Large Kernel Attention, with any prefix: ``module.`
 belongs to the network, is listed in a note, or is an error.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -13,8 +13,6 @@ the conversion script uploaded ConvNeXt's processor with weights trained with
 official values are used, and a note shows the difference.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -8,8 +8,6 @@ exactly is a :class:`~van_deploy.errors.UsageError` that names the key; a networ
 images is a :class:`~van_deploy.errors.CheckpointError`, since no other preprocessing suits it.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import reprlib

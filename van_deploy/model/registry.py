@@ -5,8 +5,6 @@ timm does the data configuration, the adaptation of head and first convolution, 
 loader rejects the official pickles.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -9,8 +9,6 @@ The methods and their arguments follow timm's models.
 Layout: images and features are ``(N, C, H, W)``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from contextlib import ExitStack

@@ -24,8 +24,6 @@ migration strength (arXiv 2211.10438). A strength of 1 would equalise the activa
 make the weights that follow harder to quantise.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -6,8 +6,6 @@ activation ranges on real images finds the other nodes that FP16 cannot represen
 exponent range, and 8 bits of precision instead of FP16's 11.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast

@@ -4,8 +4,6 @@ Calibration images are drawn with a seed and balanced over the class folders. He
 evaluation images share no image with them.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace

@@ -7,8 +7,6 @@ met, followed by a binary search for the smallest number. Sensitivity is noise *
 INT8*, because the search should keep as much work as possible in INT8, not as many layers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

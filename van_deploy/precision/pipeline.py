@@ -1,7 +1,5 @@
 """Quantise a bundle's FP32 graph to FP16, BF16 or INT8 and save the checked result."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

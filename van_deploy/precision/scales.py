@@ -13,8 +13,6 @@ calibration method selects the scale:
 ==============  =================================================================
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack

@@ -6,8 +6,6 @@ the manifest stores. :mod:`van_deploy.report.render_rich` renders blocks in a te
 Markdown, so all formats have the same content.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias

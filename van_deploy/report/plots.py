@@ -5,8 +5,6 @@ Colours are CSS variables of the page (``--series-1`` ... and ``--ink``, ``--mut
 a column or in the legend, so they do not overlap, and every mark has a tooltip (``<title>``).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

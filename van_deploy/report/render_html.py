@@ -1,7 +1,5 @@
 """Rendering of a document as one self-contained HTML file without scripts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from html import escape

@@ -1,7 +1,5 @@
 """Rendering of a document as GitHub Markdown, such as a job summary, without plots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from van_deploy.report.document import TEXT_FORMATS, Block, Document, Paragraph, Properties, Table

@@ -4,8 +4,6 @@ Names of classes, tensors and files may contain escape sequences, which move the
 title, or worse, and Rich prints them. :class:`HarmlessConsole` replaces them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Blocks of a benchmark: latency, throughput, roofline, and changes since an older benchmark."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Blocks that describe networks, bundles, ONNX files, engines and machines."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 

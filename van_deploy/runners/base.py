@@ -1,7 +1,5 @@
 """The interface of all runners: a context manager that maps images to logits."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """ONNX graphs in ONNX Runtime (on the CPU, or on a GPU with its CUDA provider) and in OpenVINO."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib.util

@@ -4,8 +4,6 @@ A plan is native code. Before it is deserialised, its bytes are verified with it
 backend, version, GPU and driver are compared with this machine.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The HTTP server: an ASGI application with its routes, run by uvicorn."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import ctypes

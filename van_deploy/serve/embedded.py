@@ -5,8 +5,6 @@ The plain graph stays: quantization, engines and checks use it. ``fp32`` gets ``
 plain graph on images before it is written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ batch takes as many as fit, or an equal share where several instances are idle. 
 instance waits a moment after the first request, for others; under load there is no delay.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

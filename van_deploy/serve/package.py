@@ -5,8 +5,6 @@ configuration repeats (names, types, shapes, batch limits) is read from the arti
 sidecar. The manifests, the client and ``model.py`` are rendered from the files in ``templates/``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Prediction: the classes of image files, folders and bytes with one artifact."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice

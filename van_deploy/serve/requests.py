@@ -8,8 +8,6 @@ The protocol is KServe's "open inference protocol" (v2) over HTTP with Triton's 
 extension, as ``tritonclient.http`` implements it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

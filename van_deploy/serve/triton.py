@@ -8,8 +8,6 @@ The table of releases, with its sources, is ``releases.toml``. A release that is
 is reported as *not checked*, which never counts as passed.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping, Sequence
