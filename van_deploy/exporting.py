@@ -164,7 +164,8 @@ def export_bundle(
             draft.description = _network_info(loaded, recipe, info)
             old = draft.artifacts.get("fp32", artifact).files.get(golden.GOLDEN_FILE)
             draft.record(artifact.model_copy(update={"files": files, "made_with": key}))
-            fp32, no_records = draft.artifacts["fp32"], {"golden_sqnr_db": {}}
+            fp32 = draft.artifacts["fp32"]
+            no_records: dict[str, Any] = {"golden_sqnr_db": {}}
             if old != fp32.files.get(golden.GOLDEN_FILE):  # records on the previous samples
                 others = {n: a.model_copy(update=no_records) for n, a in draft.artifacts.items()}
                 draft.artifacts = {**others, "fp32": fp32}
