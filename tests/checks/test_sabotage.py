@@ -91,6 +91,18 @@ def test_a_correct_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
     assert bad == []
 
 
+def test_an_overflow_on_the_last_image_fails(digits: Subject) -> None:
+    inputs = np.zeros_like(digits.samples.inputs)
+    inputs[-1] = 4.0
+    model = faults.overflow_fp16("images")(digits.graph("fp16"))
+    found, _ = check_graph(model, "fp16", replace(digits.samples, inputs=inputs), INT8)
+    assert outcome_of(found) is Outcome.FAIL
+    assert (
+        outcome_of(check_graph(model, "fp16", replace(digits.samples, inputs=0 * inputs), INT8)[0])
+        is Outcome.PASS
+    )
+
+
 def test_each_faulty_scale_is_reported(digits: Subject) -> None:
     names = [tensor.name.split(".weight.int8") for tensor in digits.graph("int8").graph.initializer]
     for layer in [parts[0] for parts in names if len(parts) > 1][::7]:

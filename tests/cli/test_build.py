@@ -19,7 +19,6 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 @each(
     ("options", "message"),
     [
-        ("sm_89 --workspace 900TiB", "is larger than the"),
         ("sm_90 --backend tensorrt-rtx", "does not build for sm_90"),
         ("sm_89 --version-compatible", "has no --version-compatible"),
         ("sm_89 --timing-cache x", "has no --timing-cache"),

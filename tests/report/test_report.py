@@ -38,6 +38,9 @@ FLAGS = (
 )
 DARK = "--blink-settings=preferredColorScheme=0"
 TIMEOUT_S = 120
+ROW = {"requested": True, "sqnr_db": 36.3, "images": 40, "failures": (), "inconclusive": ("few",)}
+WRONG_SCALES = {"outcome": "fail", "message": "20 % of the scales differ"}
+QUANTIZED = {"comparison": [ROW], "golden_check": {"findings": [WRONG_SCALES]}}
 
 
 def report_of(folder: Path) -> Document:
@@ -158,10 +161,35 @@ def test_failed_checks_come_first_and_have_a_colour(
     assert verdicts.rows[0] == [state, "preprocessing/0.png", "not as PyTorch"]
     assert verdicts.rows[1][:2] == [state, "top-1 of fp32"]
     assert verdicts.rows[1][2].endswith("; not as PyTorch")
-    assert "| fp32 | not selected in `van-deploy verify` |" in markdown_from_document(document)
+    assert "| fp32 | no result: `van-deploy verify` |" in markdown_from_document(document)
     html = html_from_document(document)
     assert html.count(f'<span class="badge {tone}">{state}</span>') >= 3
     assert f"{state}</text>" in html, "next to the interval"
+
+
+@each(
+    ("place", "value", "state", "row"),
+    [
+        ("checks verify passed", False, "INCONCLUSIVE", ["PASS", "verify fp32"]),  # as by a skip
+        ("artifacts fp32 quantization", QUANTIZED, "FAIL", ["FAIL", "quantize fp32"]),
+        (
+            "artifacts fp32 quantization",
+            {**QUANTIZED, "golden_check": {"findings": []}},
+            "INCONCLUSIVE",
+            ["INCONCLUSIVE", "quantize fp32"],
+        ),
+    ],
+)
+def test_the_state_is_not_better_than_that_of_any_command(
+    full: Bundle, copy_bundle: Copy, place: str, value: Any, state: str, row: list[str]
+) -> None:
+    folder = copy_bundle(full, f"{place}{state}")
+    edit_json(folder / MANIFEST, place, value)
+    document = report_of(folder)
+    (verdicts,) = document.sections["Verdicts"]
+    assert isinstance(verdicts, doc.Table)
+    assert document.state == state
+    assert row in [found[:2] for found in verdicts.rows]
 
 
 def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:

@@ -28,9 +28,9 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError
 from van_deploy.model.preprocess import normalise
-from van_deploy.runners.network import TensorSpec
+from van_deploy.runners.network import Network, TensorSpec
 from van_deploy.serve.app import limit_malloc_retention
-from van_deploy.serve.models import Service
+from van_deploy.serve.models import ServedModel, ServerMetrics, Service
 from van_deploy.serve.requests import RequestError, parse_request
 
 triton = pytest.importorskip("tritonclient.http")
@@ -127,6 +127,8 @@ def test_health_metadata_and_configuration_of_a_model(digits: Bundle) -> None:
     batching = config["dynamic_batching"]
     assert batching["max_queue_delay_microseconds"] == 2500
     assert batching["default_queue_policy"]["max_queue_size"] == 77
+    original = ServedModel(Network(digits, "pytorch"), ServiceSettings(), ServerMetrics())
+    assert original.config["backend"] == "pytorch"
 
 
 def test_inference_results_match_the_artifacts(
@@ -440,6 +442,18 @@ def test_model_failure_returns_500_and_is_logged(
     assert line % ("", 404, 1) in text  # clients cannot create metric series
 
 
+def test_requests_are_answered_after_the_reader_of_the_log_has_ended(
+    digits: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w", buffering=1) as log:
+        monkeypatch.setattr("sys.stderr", log)
+        with serving(digits, log_requests=True) as server:
+            statuses = [send(server, LIVE)[0] for _ in range(2)]
+    assert statuses == [200, 200]
+
+
 @pytest.mark.parametrize("in_a_file", [True, False])
 def test_only_page_and_health_are_accessible_without_the_key(
     digits: Bundle, tmp_path: Path, image: bytes, monkeypatch: pytest.MonkeyPatch, in_a_file: bool
@@ -506,6 +520,21 @@ def test_serve_command_ends_with_its_parser_process(
     if number != signal.SIGKILL:
         log = (tmp_path / "log").read_text()
         assert (code, log) == (0, "Stopped; all requests in progress were completed.\n")
+
+
+def test_second_signal_stops_the_server_and_counts_lost_requests(
+    digits: Bundle, tmp_path: Path
+) -> None:
+    with run_server(digits.path, log=tmp_path / "log") as (process, url):
+        server = Running(None, url.removeprefix("http://"), process.kill)  # type: ignore[arg-type]
+        with connected(server, post_head(99) + b"half"):
+            assert send(server, LIVE)[0] == 200  # the other request has arrived
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)  # signals of one kind are not queued
+            process.send_signal(signal.SIGINT)
+            code = process.wait(20)
+    log = (tmp_path / "log").read_text()
+    assert (code, log) == (0, "Stopped; requests in progress that were not completed: 1.\n")
 
 
 @pytest.mark.slow

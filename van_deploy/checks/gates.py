@@ -478,8 +478,7 @@ def check_loss(loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = 
         needed = images_to_decide(loss, allowed.value)
         message += (
             f"; {f'about {needed} images' if needed else 'no number of images'} would decide at "
-            "this rate of label flips: give more images, allow a larger top1_loss in the recipe, "
-            "or pass --allow-inconclusive"
+            "this rate of label flips: give more images, or allow a larger top1_loss in the recipe"
         )
     return Finding(f"Δ{metric}", outcome, message, loss.loss, allowed, "pp")
 

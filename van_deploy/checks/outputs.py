@@ -33,7 +33,6 @@ from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-OVERFLOW_IMAGES = 4
 SAME_PROBABILITIES = 1e-5  # between the probabilities of a graph and those of its own logits
 
 # Instruction sets for which ONNX Runtime has kernels with another order of summation.
@@ -275,38 +274,38 @@ def check_outputs(
     logits = alone.get(OUTPUT_NAME)
     if logits is not None and logits.shape != samples.logits.shape:
         return NetworkVerdict(tuple(findings))
-    rows = [_batch_row(smallest, samples, logits, findings)]
+    rows = [_batch_row(smallest, findings)]
     runs = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
     runs += [(other, smallest, f"{other.size}: ") for other in samples.others]
     for of, size, where in runs:
         # A static graph gets the same images at the same batch size, shifted within the batch.
-        native, start, actual = of is samples, 0 if static else len(findings), None
-        repeated, record = of, recorded_db if native else None
+        native, start = of is samples, 0 if static else len(findings)
         try:
             outputs, images = _run_batches(run, of, size, int(static and native))
-            repeated, actual = replace(of, logits=of.logits[images]), outputs.get(OUTPUT_NAME)
+            repeated, record = (
+                replace(of, logits=of.logits[images]),
+                recorded_db if native else None,
+            )
             findings += _check_rows(repeated, outputs, floor, record, where)[0]
-            same = actual is not None and actual.shape == repeated.logits.shape
-            if native and logits is not None and actual is not None and same:
+            actual = outputs.get(OUTPUT_NAME)
+            if native and logits is not None and actual is not None and len(actual) == len(images):
                 findings.append(gates.check_batch_invariance(logits[images], actual, floor, size))
         except Exception as error:  # the runtimes raise bare exception types
             findings.append(pass_or_fail("runs", f"{where}it does not run: {one_line(error)}"))
         if native:
-            row = _batch_row(size, repeated, actual, findings[start:])
-            rows = [row] if static else [*rows, row]
+            rows = [*([] if static else rows), _batch_row(size, findings[start:])]
     comparison = None if logits is None else samples.outputs.compare(samples.logits, logits)
     return NetworkVerdict(tuple(findings), comparison, tuple(flips), tuple(rows))
 
 
-def _batch_row(
-    batch: int, samples: Samples, actual: Array | None, findings: Sequence[Finding]
-) -> BatchRow:
-    """Return the row of a batch size; ``samples`` has the reference of each row of ``actual``."""
-    outcome = gates.outcome_of(findings)
-    if actual is None or actual.shape != samples.logits.shape:
-        return BatchRow(batch, outcome)
-    levels = [f.value for f in findings if f.rule == "batch invariance"] or [math.inf]
-    return BatchRow(batch, outcome, samples.outputs.sqnr_db(samples.logits, actual), levels[-1])
+def _batch_row(batch: int, findings: Sequence[Finding]) -> BatchRow:
+    """Return the row of a batch size; the first size has no finding on batch invariance."""
+    levels, invariance = (
+        [f.value for f in findings if f.rule == rule and f.value is not None]
+        for rule in ("SQNR", "batch invariance")
+    )
+    invariance_db = min(invariance, default=math.inf if levels else None)
+    return BatchRow(batch, gates.outcome_of(findings), min(levels, default=None), invariance_db)
 
 
 def _run_batches(
@@ -402,7 +401,7 @@ def check_graph(
     """
     findings: list[Finding] = []
     try:
-        faults = overflows_of_graph(model, samples.inputs[:OVERFLOW_IMAGES])
+        faults = overflows_of_graph(model, samples.inputs)
         if numeric in ("fp16", "int8") or faults:
             messages = "; ".join(message for _, message in faults[:4])
             findings.append(pass_or_fail("FP16 range", messages))

@@ -276,7 +276,7 @@ def compare_with_baseline(
                 rows.append(CheckRow(f"baseline/{name}", gates.pass_or_fail("artifact", missing)))
                 continue
             for rule, old in values.items():
-                current, images = now.artifacts[name].get(rule), then.evaluation_images
+                current, images = now.artifacts[name].get(rule), now.evaluation_images
                 finding = _compare_value(rule, old, current, images, kinds.get(name, ""))
                 rows.append(CheckRow(f"baseline/{name}/{rule}", finding, old.value))
         new = tuple(name for name in now.artifacts if name not in then.artifacts)
@@ -305,8 +305,9 @@ def _compare_value(
         option = ": add --speed" if rule == "speed" else ""
         return skipped_finding(rule, message + option, kind or missing)
     least, drop = 1 - gates.SPEED_TOLERANCE, gates.RECORD_MARGIN_DB
-    if then.interval and now.interval:
-        low, high = now.interval[0] / then.interval[1], now.interval[1] / then.interval[0]
+    if rule == "speed":
+        before, after = (one.interval or (one.value, one.value) for one in (then, now))
+        low, high = after[0] / before[1], after[1] / before[0]
         limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_TOLERANCE:g} %")
         message = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
         outcome = Outcome.PASS if low >= least else Outcome.FAIL

@@ -223,8 +223,9 @@ def serve(
         text = f"{', '.join(ready.models)} at {ready.url}  (Ctrl-C ends)"
         print_result(ready, as_json, lambda _: [Paragraph(text)])
 
-    run_server(app, bound, ready)
-    print_note("Stopped; all requests in progress were completed.")
+    unfinished = run_server(app, bound, ready)
+    lost = f"requests in progress that were not completed: {unfinished}"
+    print_note(f"Stopped; {lost if unfinished else 'all requests in progress were completed'}.")
 
 
 def sign(

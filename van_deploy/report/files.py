@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, edit_bundle
+from van_deploy.checks.gates import outcome_of
 from van_deploy.config.sizes import format_size
-from van_deploy.documents import plain
+from van_deploy.documents import limit_lines, plain
 from van_deploy.errors import BundleError, InputError
 from van_deploy.files import write_atomic
 from van_deploy.report import document as doc
@@ -75,7 +76,9 @@ def _document(bundle: Bundle) -> Document:
     manifest["checks"], bench, stale = _drop_stale(bundle, manifest["checks"])
     problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
     message = f"all {len(bundle.digests)} have the manifest's SHA-256"
-    verdicts = [*(problems or [("PASS", "files", message)]), *_verdicts(manifest["checks"])]
+    verdicts = [*(problems or [("PASS", "files", message)]), *_verdicts(manifest)]
+    # Such as a skip that no option accepts; a FAIL has a row.
+    undecided = stale or any(check.get("passed") is False for check in manifest["checks"].values())
     states = Counter(state for state, _, _ in verdicts)
     state = next(state for state in STATES if states[state])
     words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
@@ -89,7 +92,7 @@ def _document(bundle: Bundle) -> Document:
         title=bundle.name,
         subtitle=f"Visual Attention Network, {doc.count_text(manifest['parameters'])} parameters, "
         f"{size} pixels, {gives}, deployed as {', '.join(precisions)}",
-        state="INCONCLUSIVE" if state == "PASS" and stale else state,
+        state="INCONCLUSIVE" if state == "PASS" and undecided else state,
         note="; ".join(words),
         sections={t: blocks for t, blocks in _sections(manifest, sizes, verdicts, bench) if blocks},
         notices=doc.notices("STALE", again),
@@ -127,15 +130,21 @@ def _sections(
     done = {*checks, *(e[key] for e in artifacts.values() for key in ("precision", "kind"))}
     missing = [(name, message) for state, name, message in verdicts if state == "SKIPPED"]
     missing += [(name, command) for name, command in COMMANDS.items() if name not in done]
-    verified = checks.get("verify", {}).get("artifacts", artifacts)
-    missing += [(n, "not selected in `van-deploy verify`") for n in artifacts if n not in verified]
+    for command, key in (("verify", "artifacts"), ("evaluate", "losses")):
+        check = checks.get(command, {key: artifacts})
+        found = {**check[key], **check.get("skipped", {})}
+        missing += [(n, f"no result: `van-deploy {command}`") for n in artifacts if n not in found]
     yield "Not measured", table(missing, "name = 0 name; reason = 1")
 
 
-def _verdicts(checks: Entry) -> Iterator[Verdict]:
+def _verdicts(manifest: Entry) -> Iterator[Verdict]:
     """Yield the verdict of every check."""
+    checks = manifest["checks"]
     for outcome, name, message in sections_model.export_check_rows(checks):
         yield state_text(outcome), name, message
+    for name, artifact in manifest["artifacts"].items():
+        if facts := artifact["quantization"]:
+            yield _quantize_verdict(name, facts)
     for finding in checks.get("verify", {}).get("findings", ()):
         message = finding["message"] or "same pixels as at export"
         yield state_text(finding["outcome"]), finding["rule"], message
@@ -156,6 +165,21 @@ def _verdicts(checks: Entry) -> Iterator[Verdict]:
         yield state_text(loss["outcome"]), f"{own['metric']} of {name}", message
     for name, skipped in evaluated.get("skipped", {}).items():
         yield "SKIPPED", f"evaluate {name}", skipped["message"]
+
+
+def _quantize_verdict(name: str, facts: Entry) -> Verdict:
+    """Return the verdict of the gates that ``quantize`` applied, as in its exit code."""
+    (row,) = (row for row in facts["comparison"] if row["requested"])
+    found = (facts.get("golden_check") or {}).get("findings", ())
+    failed, undecided = (
+        [*row[key], *(f["message"] for f in found if f["outcome"] == outcome)]
+        for key, outcome in (("failures", "fail"), ("inconclusive", "inconclusive"))
+    )
+    if not (facts.get("search") or {"passed": True})["passed"]:
+        failed.append("no plan was within the accuracy budget")
+    state = "FAIL" if failed else "INCONCLUSIVE" if undecided else "PASS"
+    measured = f"SQNR {doc.format_value(row['sqnr_db'], '.1f')} dB on {row['images']} images"
+    return state, f"quantize {name}", "; ".join([measured, *limit_lines(failed or undecided, 4)])
 
 
 def _drop_stale(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, list[tuple[str, str]]]:
@@ -226,10 +250,11 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 def append_summary(report: CheckReport, path: Path) -> None:
     """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``."""
+    rejected = [row.finding for row in report.rows if not report.allowed.accepts(row.finding)]
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
-        state="PASS" if report.passed else "FAIL",
+        state="PASS" if report.passed else state_text(outcome_of(rejected).value),
         note=f"{len(report.rows)} rows",
         sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )

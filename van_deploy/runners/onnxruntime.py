@@ -22,14 +22,7 @@ from van_deploy import errors
 from van_deploy.environment.packages import import_without_telemetry, pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
 from van_deploy.graph.bfloat16 import emulate_bf16, has_bf16
-from van_deploy.runners.base import (
-    CudaOptions,
-    Images,
-    Outputs,
-    Runner,
-    check_input,
-    gpu_index,
-)
+from van_deploy.runners.base import CudaOptions, Images, Outputs, Runner, check_input, gpu_index
 from van_deploy.runners.cuda import DeviceBatch, out_of_memory, require_cuda
 
 CUDA = "CUDAExecutionProvider"

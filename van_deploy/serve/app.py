@@ -233,9 +233,10 @@ def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _log(event: str, **fields: object) -> None:
-    """Write one line of JSON to standard error."""
+    """Write one line of JSON to standard error, if its reader has not ended."""
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
+    with contextlib.suppress(OSError):
+        sys.stderr.write(json.dumps({"time": stamp, "event": event, **fields}) + "\n")
 
 
 def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, str]:
@@ -257,8 +258,10 @@ def listen(host: str = "127.0.0.1", port: int = 8000) -> tuple[socket.socket, st
     return bound, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) -> None:
+def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) -> int:
     """Serve until SIGINT or SIGTERM, then finish the requests in progress.
+
+    Returns the number of requests that were not finished: after a second signal, or 30 seconds.
 
     Args:
         app: the application.
@@ -285,7 +288,15 @@ def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) 
     # Signals are handled below, so that the process exits with code 0.
     server.capture_signals = contextlib.nullcontext  # type: ignore[assignment]
 
-    async def serve() -> None:
+    async def serve_http() -> int:
+        await server.serve(sockets=[bound])
+        unfinished = tuple(server.server_state.tasks)
+        for task in unfinished:
+            task.cancel()
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        return len(unfinished)
+
+    async def serve() -> int:
         loop = asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(THREADS, "van-deploy-decode"))
 
@@ -296,16 +307,17 @@ def run_server(app: App, bound: socket.socket, on_ready: Callable[[Any], None]) 
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, stop)
-        running = asyncio.create_task(server.serve(sockets=[bound]))
+        running = asyncio.create_task(serve_http())
         batching = asyncio.create_task(service.run(running))
         while not (server.started or running.done()):
             await asyncio.sleep(0.01)
         on_ready(lambda: loop.call_soon_threadsafe(stop))
         await batching
+        return running.result()
 
     loop = (config.get_loop_factory() or asyncio.new_event_loop)()
     with bound, contextlib.closing(loop):
-        loop.run_until_complete(serve())
+        return loop.run_until_complete(serve())
 
 
 def limit_malloc_retention() -> bool:

@@ -120,7 +120,8 @@ class ServedModel:
         self.queue = Quota(limit, QUEUE_FULL, 429)
         self._metrics = metrics
         self._metrics.metric("queued_images", self.name).set_function(lambda: self.queue.used)
-        native = "tensorrt" if network.is_engine else "pytorch"
+        backend = "tensorrt" if network.is_engine else "onnxruntime"
+        backend = "pytorch" if network.is_package or network.name == PYTORCH else backend
         triton_settings = TritonSettings(
             queue_delay_us=round(1e3 * settings.max_delay_ms),
             queue_limit=limit,
@@ -128,8 +129,7 @@ class ServedModel:
             threads=settings.threads or 0,
             gpu=network.on_gpu,
         )
-        model = TritonModel(self.name, native if compiled else "onnxruntime", network)
-        self.config = model_config(model, triton_settings)
+        self.config = model_config(TritonModel(self.name, backend, network), triton_settings)
         self.config["dynamic_batching"]["preferred_batch_size"] = []  # batches have any size
         self._idle = settings.instances
         self._waiting = deque[QueuedRequest]()
@@ -224,7 +224,7 @@ class Service:
         self._stack, self._large_image = contextlib.ExitStack(), threading.Lock()
         self._torch = ThreadPoolExecutor(1, "van-deploy-pytorch")
         require_classifier(bundle, "serve")
-        for artifact in settings.artifacts or default_artifacts(bundle):
+        for artifact in dict.fromkeys(settings.artifacts or default_artifacts(bundle)):
             network = Network(bundle, artifact, settings, threads=settings.threads, spin=False)
             served = ServedModel(network, settings, self.metrics)
             self._stack.enter_context(network)

@@ -235,9 +235,8 @@ def limited_protocol(timeout_s: float) -> Any:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Limited(HttpToolsProtocol):
-        head = chunks = size = (
-            0  # bytes of an incomplete head (-1 in a body); chunks, bytes of a body
-        )
+        # Bytes of an incomplete head (-1 in a body); chunks and bytes of a body.
+        head = chunks = size = 0
         timer: Any = None
 
         def connection_made(self, transport: Any) -> None:
