@@ -52,6 +52,8 @@ def saved(content: object, path: Path) -> Path:
 
 # --- formats and containers ------------------------------------------------------------------
 
+NESTED = ("teacher.net", "teacher.net._orig_mod")
+
 
 @each(
     ("places", "option"),
@@ -60,8 +62,7 @@ def saved(content: object, path: Path) -> Path:
         *((["state_dict", place], None) for place in ("model_ema", "ema", "ema_model.module")),
         (["state_dict", "state_dict_ema"], None),
         (["state_dict", "ema"], "state_dict"),
-        *((["student", "teacher"], place) for place in ("student", "teacher", "teacher.net")),
-        (["student", "teacher"], "teacher.net._orig_mod"),
+        *((["student", "teacher"], place) for place in ("student", "teacher", *NESTED)),
     ],
 )
 def test_containers(tmp_path: Path, tiny: VAN, places: list[str], option: str | None) -> None:
@@ -70,7 +71,12 @@ def test_containers(tmp_path: Path, tiny: VAN, places: list[str], option: str | 
         prefix, (first, _, inner) = "net._orig_mod." * (factor - 1), place.partition(".")
         state = {f"{prefix}{name}": factor * tensor for name, tensor in tiny.state_dict().items()}
         content[first] = {inner: state} if inner else state
-    loaded = read_weights(saved(content, tmp_path / "w.pth"), option)
+    path = saved(content, tmp_path / "w.pth")
+    assert "no tensors under 'x'" in error_of(UsageError, read_weights, path, "x").message
+    if option == "student":
+        remedy = error_of(UsageError, read_weights, path).remedy
+        assert "--container student or --container teacher.net; or" in remedy
+    loaded = read_weights(path, option)
     container = (option or places[-1]).removesuffix("._orig_mod")
     assert (loaded.container, loaded.content["epoch"]) == (container, 3)
     assert loaded.tensors.keys() == {n for n in tiny.state_dict() if "num_batches" not in n}
@@ -78,14 +84,6 @@ def test_containers(tmp_path: Path, tiny: VAN, places: list[str], option: str | 
     assert torch.equal(loaded.tensors["head.weight"], factor * tiny.get_parameter("head.weight"))
     used = "the file also contains state_dict: the averaged weights are used (--container)"
     assert loaded.notes == ((used,) if factor == 2 and option is None else ())
-
-
-def test_several_networks_need_a_container(tmp_path: Path, tiny: VAN) -> None:
-    other = {f"net.{name}": tensor for name, tensor in tiny.state_dict().items()}
-    path = saved({"student": tiny.state_dict(), "teacher": other}, tmp_path / "w.pth")
-    remedy = error_of(UsageError, read_weights, path).remedy
-    assert "--container student or --container teacher.net; or" in remedy
-    assert "no tensors under 'ema'" in error_of(UsageError, read_weights, path, "ema").message
 
 
 def test_metadata_of_training_scripts(tmp_path: Path) -> None:
