@@ -58,7 +58,10 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
     "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
-    "[engines]\nprecisions=['bf16']": "Add it to precision.make, or use one of: fp32",
+    "[engines]\nprecisions=['bf16']": "Add it to precision.make with precision.target tens",
+    "[precision]\nmake=['int8']\ntarget='cpu'\nimages='x'\n[engines]\nprecisions=['int8']": (
+        "Add it to precision.make with precision.target tensorrt, or use one of: fp32."
+    ),
     "[engines]\ntargets=['sm_89']": "engines.targets needs engines.precisions: no engine is",
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
     "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",
@@ -136,6 +139,12 @@ SHORT_FORMS: list[tuple[dict[str, Any], int]] = [
 def test_ranges_are_a_text_a_table_or_one_batch(tables: dict[str, Any], largest: int) -> None:
     assert validate(Recipe, tables).batch.max == largest
     jsonschema.validate(tables, Recipe.model_json_schema())
+
+
+def test_engines_of_a_recipe_can_be_left_out(path: Path) -> None:
+    path.write_text("[engines]\nprecisions=['fp32']\ntargets=['sm_89']\n")
+    engines = read_recipe(path, parse_assignments(["engines.precisions=[]"])).engines
+    assert (engines.precisions, engines.targets) == ((), (("sm_89",),))
 
 
 @each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8", True, [1]])
