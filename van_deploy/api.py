@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from van_deploy import bundle as disk
 from van_deploy import config
@@ -325,7 +325,8 @@ class Bundle:
         bundle = self.load()
         require_classifier(bundle, "predict")
         is_list = isinstance(images, Iterable) and not isinstance(images, Image)
-        sources = find_sources(images if is_list else [images])
+        given: Any = images
+        sources = find_sources(given if is_list else [given])
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
             predictions = predict(network, sources, settings.top_k, settings.batch)
             for done, prediction in enumerate(predictions, 1):
