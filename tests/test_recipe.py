@@ -141,12 +141,6 @@ def test_ranges_are_a_text_a_table_or_one_batch(tables: dict[str, Any], largest:
     jsonschema.validate(tables, Recipe.model_json_schema())
 
 
-def test_engines_of_a_recipe_can_be_left_out(path: Path) -> None:
-    path.write_text("[engines]\nprecisions=['fp32']\ntargets=['sm_89']\n")
-    engines = read_recipe(path, parse_assignments(["engines.precisions=[]"])).engines
-    assert (engines.precisions, engines.targets) == ((), (("sm_89",),))
-
-
 @each("text", ["", "1:2", "a:b:c", "1:8:32:64", "1.5:2:3", "-1:1:1", "4:2:8", "1:9:8", True, [1]])
 def test_invalid_batch_ranges(text: object) -> None:
     with pytest.raises(UsageError, match=r"should be min:opt:max|is not min <= opt <= max"):
@@ -154,8 +148,10 @@ def test_invalid_batch_ranges(text: object) -> None:
 
 
 def test_assignments(path: Path) -> None:
-    path.write_text("batch='1:2:4'\n[preprocessing]\nmean=[0, 0.5, 1]\n[engines]\ntf32=true\n")
+    engines = "[engines]\ntf32=true\nprecisions=['fp32']\ntargets=['sm_89']\n"
+    path.write_text(f"batch='1:2:4'\n[preprocessing]\nmean=[0, 0.5, 1]\n{engines}")
     assignments = ["engines.tf32=false", "batch=1:2:8", "model.weights=mine.pth"]
+    assignments += ["engines.precisions=[]"]  # builds none, whatever the targets
     assignments += ['precision.make=["int8"]', "gates.int8.top1_loss = 0.5"]
     recipe = read_recipe(path, parse_assignments(assignments))
     assert recipe.preprocessing.mean == (0.0, 0.5, 1.0)

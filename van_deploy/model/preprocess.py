@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from van_deploy.config.recipe_tables import Interpolation
+from van_deploy.config.recipe_tables import Interpolation as Interpolation
 from van_deploy.config.sizes import ImageSize, format_size, height_width, validate_image_size
 from van_deploy.documents import plain
 from van_deploy.errors import ImageError, UsageError
