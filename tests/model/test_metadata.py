@@ -271,12 +271,16 @@ def test_class_names(load: Load, inside: Content, names: list[str] | None) -> No
     assert any(note.startswith("class names from ") for note in loaded.source.notes) == bool(names)
 
 
-def test_class_name_of_one_logit(tmp_path: Path, tiny_config: VanConfig) -> None:
+def test_one_logit_and_none(tmp_path: Path, tiny_config: VanConfig) -> None:
     state = random_van(replace(tiny_config, num_classes=1), seed=1).state_dict()
-    loaded = load_van(save_weights(tmp_path / "van", state, classes=["cat", "dog"]))
-    assert (loaded.config.num_classes, loaded.class_names) == (1, ("dog",))
-    note = "one logit: it is unknown whether of two classes or of a regression"
-    assert note in loaded.source.notes
+    for classes in (["cat", "dog"], np.array(["dog"])):
+        loaded = load_van(save_weights(tmp_path / "van", state, classes=classes))
+        assert (loaded.config.num_classes, loaded.class_names) == (1, ("dog",))
+        note = "one logit: it is unknown whether of two classes or of a regression"
+        assert note in loaded.source.notes
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    loaded = load_van(save_weights(tmp_path / "van", body, **args(crop_size=512)))  # a segmenter's
+    assert str(loaded.preprocessing).startswith("224x224 bicubic, crop 0.9")
 
 
 # --- refusals --------------------------------------------------------------------------------
