@@ -29,7 +29,7 @@ def _failure(report: VerifyReport | EvaluateReport | CheckReport, done: str) -> 
     findings = report.named_findings()
     is_wrong = done != "checked" and any(f.outcome is Outcome.FAIL for _, f in findings)
     remedy = "See the rows above" + "; `van-deploy drift` finds the module" * is_wrong + "."
-    return GateFailed(failure_text(findings, report.allowed, done), remedy)
+    return GateFailed(failure_text(report, done), remedy)
 
 
 def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings]) -> Output:
@@ -59,10 +59,7 @@ def drift(
     bundle: OpenBundle,
     options: Annotated[OptionValues, DriftSettings],
     top: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Number of parts to show per artifact; 0 for all, in network order."
-        ),
+        int, typer.Option(min=0, help="Parts to show per artifact; 0 for all, in network order.")
     ] = 10,
 ) -> Output:
     """Show the error of each stage, block or module of each ONNX artifact.
@@ -106,5 +103,4 @@ def check(
     if summary is not None:
         append_summary(report, summary)
     notes = [f"Wrote {baseline}; review and commit it."] if update and report else []
-    failure = _failure(report, "checked")
-    return Output(report, check_blocks, notes, failure)
+    return Output(report, check_blocks, notes, _failure(report, "checked"))
