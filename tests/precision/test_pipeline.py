@@ -238,10 +238,10 @@ def test_one_unreadable_image_is_listed_and_more_are_rejected(
 ) -> None:
     """Also the first one of the evaluation set, of which latency needs one image."""
     folder = Path(shutil.copytree(digits, tmp_path / "train"))
-    judges = Path(shutil.copytree(heldout, tmp_path / "val"))
-    for path in (folder / "0" / "bad.png", judges / "0" / "!bad.png"):
+    val = Path(shutil.copytree(heldout, tmp_path / "val"))
+    for path in (folder / "0" / "bad.png", val / "0" / "!bad.png"):
         path.write_bytes(path.parent.parent.name.encode())
-    settings = PLAIN.with_changes(images=folder, target="cpu", evaluate=judges)
+    settings = PLAIN.with_changes(images=folder, target="cpu", evaluate=val)
     facts = quantize_bundle(bundle, settings).facts["calibration"]
     assert ["bad.png" in reason for reason in facts["unreadable"]] == [True, True]
     for digit in range(1, 10):
