@@ -20,7 +20,7 @@ from van_deploy.exporting import export_bundle, load_model
 from van_deploy.graph.fold import FoldReport, fold_van
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.van import VAN
-from van_deploy.recipe import load_recipe
+from van_deploy.recipe import load_recipe, resolve_recipe
 
 
 @pytest.fixture(scope="module")
@@ -117,21 +117,32 @@ def test_incorrect_graphs_are_not_written(
     assert not (tmp_path / "b").exists()
 
 
-def test_command_prints_verdicts_and_the_path(cli: Cli, tmp_path: Path) -> None:
+def test_command_prints_verdicts_and_the_path(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run takes the network by its name, not the bundle in the folder of that name."""
+    monkeypatch.chdir(tmp_path)
     command = (
-        f"export van_digits --output {tmp_path}/b --batch 1:2:3 --opset 17 --image-size 32 "
+        "export van_digits --output van_digits --batch 1:2:3 --opset 17 --image-size 32 "
         "--mean 0.1 --std 0.2,0.3,0.4 --crop-pct 0.5 --interpolation bilinear"
     )
     printed = cli.passes(command)
     assert "22 BatchNorms folded, 0 left" in printed
     assert printed.count("PASS") == 3 + 3
-    assert f"Wrote the bundle {tmp_path}/b" in printed.replace("\n", "")
+    assert "Wrote the bundle van_digits" in printed
     again = cli.document(command)
     assert again["export"]["reused"] is True
     values = again["manifest"]["preprocessing"]
     changed = "image_size, mean, std, interpolation, crop_pct"
     assert values["source"].endswith(f"except {changed} as requested")
     assert (values["image_size"], values["mean"], values["crop_pct"]) == (32, [0.1] * 3, 0.5)
+
+
+def test_variants_are_known_by_every_spelling() -> None:
+    recipe = resolve_recipe("VAN-Tiny").model_dump(exclude_unset=True)
+    assert recipe == {"model": {"name": "van_b0"}}
+    named = Recipe.model_validate({"model": {"name": "VAN-Tiny", "weights": "random"}})
+    assert load_model(named).name == "van_b0"
 
 
 @each(

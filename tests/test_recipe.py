@@ -58,7 +58,10 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
     "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
-    "[engines]\nprecisions=['bf16']": "Add it to precision.make, or use one of: fp32",
+    "[engines]\nprecisions=['bf16']": "Add it to precision.make with precision.target tens",
+    "[precision]\nmake=['int8']\ntarget='cpu'\nimages='x'\n[engines]\nprecisions=['int8']": (
+        "Add it to precision.make with precision.target tensorrt, or use one of: fp32."
+    ),
     "[engines]\ntargets=['sm_89']": "engines.targets needs engines.precisions: no engine is",
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
     "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",
@@ -145,8 +148,10 @@ def test_invalid_batch_ranges(text: object) -> None:
 
 
 def test_assignments(path: Path) -> None:
-    path.write_text("batch='1:2:4'\n[preprocessing]\nmean=[0, 0.5, 1]\n[engines]\ntf32=true\n")
+    engines = "[engines]\ntf32=true\nprecisions=['fp32']\ntargets=['sm_89']\n"
+    path.write_text(f"batch='1:2:4'\n[preprocessing]\nmean=[0, 0.5, 1]\n{engines}")
     assignments = ["engines.tf32=false", "batch=1:2:8", "model.weights=mine.pth"]
+    assignments += ["engines.precisions=[]"]  # builds none, whatever the targets
     assignments += ['precision.make=["int8"]', "gates.int8.top1_loss = 0.5"]
     recipe = read_recipe(path, parse_assignments(assignments))
     assert recipe.preprocessing.mean == (0.0, 0.5, 1.0)

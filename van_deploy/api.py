@@ -30,7 +30,7 @@ from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, original_network, require_classifier
-from van_deploy.schema import VALUE_REMEDY, path_argument, read_document
+from van_deploy.schema import VALUE_REMEDY, optional_path, path_argument, read_document
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
@@ -137,9 +137,7 @@ class Bundle:
         progress: Progress = no_progress,
     ) -> None:
         self.path, self.progress, self.remarks = path_argument("path", path), progress, list[str]()
-        self._key: Path | None = None
-        if require_signature:
-            self._key = path_argument("require_signature", require_signature)
+        self._key = optional_path("require_signature", require_signature)
         self.path = self.load().path
 
     def load(self) -> disk.Bundle:
@@ -306,7 +304,7 @@ class Bundle:
         ``passed`` if every image could be read.
 
         Raises:
-            UsageError: an image is of another type.
+            UsageError: an image is neither a path nor bytes.
             ImageError: a file does not exist, or a folder has no images.
             BundleError: the artifact does not exist, or its files were changed.
         """
@@ -328,13 +326,7 @@ class Bundle:
         require_classifier(bundle, "predict")
         is_list = isinstance(images, Iterable) and not isinstance(images, Image)
         given: Any = images
-        listed = list(given) if is_list else [given]
-        for image in listed:
-            if not isinstance(image, Image):
-                kind = type(image).__name__
-                remedy = "Give paths, or the bytes of image files."
-                raise UsageError(f"An image is given as an object of the type '{kind}'.", remedy)
-        sources = find_sources(listed)
+        sources = find_sources(given if is_list else [given])
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
             predictions = predict(network, sources, settings.top_k, settings.batch)
             for done, prediction in enumerate(predictions, 1):
@@ -361,8 +353,7 @@ class Bundle:
             UsageError: ``output`` contains something else.
         """
         settings = parse_settings(config.PackageSettings, options)
-        folder = path_argument("output", output) if output else None
-        return package(self.load(), folder, settings, only_check)
+        return package(self.load(), optional_path("output", output), settings, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
         """Write a report of the bundle as one HTML file, and as Markdown next to it.
@@ -373,7 +364,7 @@ class Bundle:
         Raises:
             InputError: ``output`` cannot be written.
         """
-        bundle, file = self.load(), path_argument("output", output) if output else None
+        bundle, file = self.load(), optional_path("output", output)
         document = document_of_bundle(bundle)
         files = write_report(document, bundle, file)
         return WrittenReport(document.state, document.note, tuple(files))
@@ -451,9 +442,9 @@ def export(
     from van_deploy import exporting, pipeline
 
     recipe = resolve_recipe(model, parse_changes(EXPORT, options))
-    own_images = path_argument("images", images) if images else None
+    own_images = optional_path("images", images)
     settings = config.RunSettings(images=own_images, offline=offline, force=force)
-    folder = path_argument("output", output) if output else None
+    folder = optional_path("output", output)
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = folder or Path("dist") / loaded.name
     return Exported(pipeline.export_recipe(loaded, recipe, folder, settings, progress))
@@ -486,7 +477,7 @@ def run_recipe(
         raise UsageError(f"'changes=' is {values!r}: it should be a table.", VALUE_REMEDY)
     changed = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}
     recipe = resolve_recipe(recipe, changed)
-    folder = path_argument("output", output) if output else None
+    folder = optional_path("output", output)
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = folder or Path("dist") / loaded.name
     return pipeline.run_recipe(loaded, recipe, folder, settings, progress)

@@ -30,13 +30,12 @@ from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, pack
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
+from van_deploy.precision.plan import SCOPES
 from van_deploy.runners.base import Runner
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, no_progress
 
-QUANTIZED_PRECISIONS = ("fp16", "bf16", "int8")
 MIN_S, MIN_CALLS, ROUNDS = 0.3, 10, 5
-SCOPES = ("pointwise", "deep", "all")
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _make_graph(
         BundleError: it cannot be made; the remedy is the command.
     """
     has_images = settings.images is not None or bundle.name == EMBEDDED_NAME
-    is_quantized = precision in QUANTIZED_PRECISIONS
+    is_quantized = precision in {"fp16", "bf16", "int8"}
     if not is_quantized or (precision == "int8" and not has_images):
         try:
             bundle.artifact(precision)
@@ -177,10 +176,8 @@ def _make_graph(
     progress(f"Making {precision}, which is not in the bundle")
     quantize = config.QuantizeSettings(precision=cast("Any", precision), images=settings.images)
     result = quantize_bundle(bundle.path, quantize, progress=progress)
-    remark = f"{precision}: not in the bundle; made as with `van-deploy quantize`"
-    return (
-        remark if result else f"{remark}; its gate did not pass: `van-deploy verify {bundle.path}`"
-    )
+    failure = "" if result else f"; its gate did not pass: `van-deploy verify {bundle.path}`"
+    return f"{precision}: not in the bundle; made as with `van-deploy quantize`{failure}"
 
 
 class Candidate(NamedTuple):
@@ -277,8 +274,7 @@ def _build_candidate(path: Path, candidate: Candidate) -> BuildReport:
         images = candidate.settings.images
         int8 = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
         quantize_bundle(path, int8, force=True)
-    bundle, progress = Bundle.open(path), no_progress
-    return build_bundle(bundle, candidate.settings, force=False, progress=progress)
+    return build_bundle(Bundle.open(path), candidate.settings, force=False, progress=no_progress)
 
 
 def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:

@@ -110,7 +110,7 @@ def require_extra(feature: str, extra: str) -> Iterator[None]:
 
     Args:
         feature: what needs the extra, as the start of a sentence.
-        extra: of this package, such as ``serve``.
+        extra: of this package, such as ``serve``; "" for one that the package itself needs.
 
     Raises:
         MissingDependency: an import failed.
@@ -118,7 +118,8 @@ def require_extra(feature: str, extra: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, RuntimeError) as error:  # tritonclient raises RuntimeError without gRPC
+        package = f"'van-deploy[{extra}]'" if extra else "van-deploy"
         raise MissingDependency(
             f"{feature} needs a package that is not installed: {error}.",
-            f"Install it with `pip install 'van-deploy[{extra}]'`.",
+            f"Install it with `pip install {package}`.",
         ) from error

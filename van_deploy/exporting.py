@@ -70,14 +70,13 @@ def load_model(
         UsageError: it is a bundle, or a backbone whose feature maps the recipe does not export.
     """
     settings, export = recipe.model, recipe.export
-    known = {EMBEDDED_NAME, *VARIANT_NAMES}
     spec, weights = settings.name, settings.weights or None
-    if weights is not None and spec not in known:
+    if weights is not None and not _is_published(spec):
         spec, weights = weights, None
     preprocessing = recipe.preprocessing.model_dump()
     if export.dynamic_size is not None and preprocessing["image_size"] is None:
         preprocessing["image_size"] = export.dynamic_size.opt
-    if Bundle.exists(Path(spec)):
+    if not _is_published(spec) and Bundle.exists(Path(spec)):
         raise UsageError(
             f"'{spec}' is a bundle, and a bundle is made from weights.",
             "Give the weights, or use the bundle with `van-deploy quantize`, `build` or `verify`.",
@@ -101,12 +100,17 @@ def load_model(
             f"'{weights or spec}' is a backbone without a classification head: it has no logits.",
             "Export its feature maps with --features.",
         )
-    names, name = loaded.class_names, loaded.name
     if settings.labels:
         names = class_names_from_file(settings.labels, loaded.config.num_classes)
-    if weights is None and spec not in known:
-        name = settings.name or name
-    return replace(loaded, name=name, class_names=names)
+        loaded = replace(loaded, class_names=names)
+    if settings.name and not _is_published(spec):
+        loaded = replace(loaded, name=settings.name)
+    return loaded
+
+
+def _is_published(name: str) -> bool:
+    """Return whether a name selects a variant or the embedded network, not a path."""
+    return name == EMBEDDED_NAME or name.lower().replace("-", "_") in VARIANT_NAMES
 
 
 def export_bundle(

@@ -21,8 +21,6 @@ from van_deploy.errors import InputError
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-LOCATION = b"location"  # a key of every tensor in another file
-
 
 def content_key(values: Mapping[str, Any]) -> str:
     """Return the SHA-256 of ``values`` as canonical JSON.
@@ -66,7 +64,7 @@ def external_files(path: Path) -> tuple[str, ...]:
     if not path.stat().st_size:
         return ()
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(LOCATION) < 0:
+        if content.find(b"location") < 0:  # a key of every tensor in another file
             return ()
     import onnx
     from google.protobuf.message import DecodeError

@@ -291,25 +291,21 @@ class Manifest(NetworkInfo, VersionedSchema):
         return self
 
 
-def parse_manifest(text: str, path: Path) -> Manifest:
-    """Return the manifest in ``text``, the contents of ``path``; does not open the files in it.
+def read_manifest(folder: Path, text: str | None = None) -> Manifest:
+    """Return the manifest of the bundle in ``folder``; does not open the files in it.
+
+    Args:
+        folder: of the bundle.
+        text: contents of the manifest; None reads its file.
 
     Raises:
-        BundleError: it is damaged, of another version, or names files outside the bundle.
-    """
-    return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY, text)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of the bundle in ``folder``.
-
-    Raises:
-        BundleError: it does not exist, or as :func:`parse_manifest`.
+        BundleError: it does not exist, is damaged, of another version, or names files outside the
+            bundle.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if text is None and not path.exists():
         raise BundleError(
             f"'{folder}' is not a bundle: it has no {MANIFEST}.",
             "Create one with `van-deploy export MODEL --output DIR`.",
         )
-    return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY)
+    return read_document(Manifest, path, "manifest", BundleError, REBUILD_REMEDY, text)

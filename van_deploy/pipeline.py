@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from van_deploy.bundle import Bundle, Manifest
 from van_deploy.checks.evaluate import EvaluateReport, evaluate_bundle
@@ -83,8 +82,7 @@ class RunResult(Verdict):
     def passed(self) -> bool:
         """Whether every gate passed."""
         is_accurate = self.evaluate is None or self.evaluate.passed
-        is_valid = self.verify.passed and is_accurate
-        return is_valid and all(result.passed for result in self.artifacts)
+        return self.verify.passed and is_accurate and all(one.passed for one in self.artifacts)
 
 
 def export_recipe(
@@ -117,8 +115,8 @@ def export_recipe(
     precisions = []
     for quantize in requested:
         progress(f"Making '{quantize.precision}'")
-        options: Any = {"rules": recipe.gates, "force": force, "progress": progress}
-        precisions.append(quantize_bundle(output, quantize, **options))
+        made = quantize_bundle(output, quantize, rules=recipe.gates, force=force, progress=progress)
+        precisions.append(made)
     if recipe.export.embeds:
         clock.begin("Embedding and checking preprocessing")
         sizes = batch_sizes(recipe.batch)

@@ -229,11 +229,18 @@ def path_argument(name: str, value: str | Path) -> Path:
     """Return an argument of a call as a path.
 
     Raises:
-        UsageError: it is neither a text nor a path.
+        UsageError: it is neither a text nor a path, also of another library.
     """
-    if not isinstance(value, str | Path):
-        raise UsageError(f"'{name}=' is {reprlib.repr(value)}: it should be a path.", VALUE_REMEDY)
-    return Path(value)
+    try:
+        return Path(value)
+    except TypeError:
+        text = f"'{name}=' is {reprlib.repr(value)}: it should be a path."
+        raise UsageError(text, VALUE_REMEDY) from None
+
+
+def optional_path(name: str, value: str | Path | None) -> Path | None:
+    """Return an argument as :func:`path_argument` does; None if it is None or empty."""
+    return path_argument(name, value) if value else None
 
 
 def read_toml_document(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:

@@ -22,7 +22,7 @@ from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.bundle.commit import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError, require_extra
 from van_deploy.files import write_atomic
-from van_deploy.manifest import parse_manifest
+from van_deploy.manifest import read_manifest
 from van_deploy.schema import Text, VersionedSchema, read_document
 
 SIGNATURE_BYTES = 64  # RFC 8032
@@ -141,7 +141,7 @@ def _read_bundle(path: Path) -> tuple[Bundle, bytes]:
     """Return the bundle at ``path``, with the manifest that is in the bytes of its manifest."""
     folder = Bundle.open(path).path
     content = (folder / MANIFEST).read_bytes()
-    return Bundle(folder, parse_manifest(content.decode(), folder / MANIFEST)), content
+    return Bundle(folder, read_manifest(folder, content.decode())), content
 
 
 def _signed_bytes(date: str, manifest: bytes) -> bytes:

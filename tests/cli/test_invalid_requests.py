@@ -1,5 +1,7 @@
 """Refused requests of all commands."""
 
+import shlex
+
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle
@@ -32,6 +34,8 @@ from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         (f"export {EMBEDDED_WEIGHTS} --name m --precision int8 -o BUNDLE/x", 5, "INT8 needs cal"),
         ("quantize BUNDLE --images= ", 2, "A path is empty. Give a path"),
         ("export van_digits --output= ", 2, "A path is empty. Give a path"),
+        ("verify ''", 2, "A path is empty. Give a path"),
+        ("predict BUNDLE ''", 2, "A path is empty. Give a path"),
         ("drift BUNDLE --against golden --images x", 2, "--images needs --against weights."),
         ("check BUNDLE --baseline x --class-order names", 2, "--class-order needs --evaluate."),
         ("verify BUNDLE --images x", 2, "--images needs the original network"),
@@ -42,4 +46,4 @@ def test_invalid_requests_write_nothing(
     digits_bundle: Bundle, cli: Cli, words: str, code: int, message: str
 ) -> None:
     path = str(digits_bundle.path)  # a shared bundle: the run fails if one writes to it
-    assert message in cli.fails(code, words.replace("BUNDLE", path))
+    assert message in cli.fails(code, *shlex.split(words.replace("BUNDLE", path)))

@@ -68,13 +68,13 @@ def test_find_images_recursively(tmp_path: Path) -> None:
     found = [str(path.relative_to(store)) for path in find_images(str(store))]
     assert found == ["a.webp", "b/1.jpeg", "b/2.PNG", "b/c/3.tif"]
     view.mkdir()
-    links = {
+    links = {"linked": store / "b", "y.png": store / "a.webp", "gone.png": store / "nothing"}
+    for name, target in {
+        **links,
         "again": store / "b/c",
-        "linked": store / "b",
-        "y.png": store / "a.webp",
-        "gone.png": store / "nothing",
-    }
-    for name, target in {**links, "up": view, "self": view / "self"}.items():
+        "up": view,
+        "self": view / "self",
+    }.items():
         (view / name).symlink_to(target)
     (store / "b" / "back").symlink_to(view)  # a cycle of two folders
     names = ("again/3.tif", "linked/1.jpeg", "linked/2.PNG", "linked/c/3.tif", "y.png")
@@ -418,10 +418,9 @@ def test_shifts_are_added_to_few_images(tmp_path: Path) -> None:
     assert batch.names[:3] == ("0.png", "1.png", "shifted 0.png")
     assert batch.description.startswith(f"33 images and shifts of 3 images of '{tmp_path}'; 1 co")
     assert "broken.png' cannot be read as an image" in batch.description
-    assert batch.pixels is not None
-    assert np.array_equal(batch.inputs, normalise(batch.pixels, for_channels()))
+    assert np.array_equal(batch.inputs, normalise(batch.values, for_channels()))
     first = pixels_from_image(open_image(tmp_path / "0.png"), for_channels())
-    assert np.array_equal(batch.pixels[0], first)
+    assert np.array_equal(batch.values[0], first)
     few = verification_images("", for_channels(), 5, tmp_path)
     assert np.array_equal(batch.inputs[:5], few.inputs)
 
@@ -441,9 +440,8 @@ def test_synthetic_samples_with_other_channels() -> None:
     batch = verification_images("", for_channels(13), 12)
     assert batch.inputs.shape == (12, 13, 32, 32)
     assert len({values.tobytes() for values in batch.inputs}) == 12
-    assert batch.pixels is not None
-    assert batch.pixels.shape == (12, 32, 32, 13)
-    assert len({batch.pixels[0, ..., channel].tobytes() for channel in range(13)}) == 13
+    assert batch.values.shape == (12, 32, 32, 13)
+    assert len({batch.values[0, ..., channel].tobytes() for channel in range(13)}) == 13
     assert "(no photographs with 13 channels installed)" in batch.description
 
 

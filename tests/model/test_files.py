@@ -52,6 +52,8 @@ def saved(content: object, path: Path) -> Path:
 
 # --- formats and containers ------------------------------------------------------------------
 
+NESTED = ("teacher.net", "teacher.net._orig_mod")
+
 
 @each(
     ("places", "option"),
@@ -60,30 +62,28 @@ def saved(content: object, path: Path) -> Path:
         *((["state_dict", place], None) for place in ("model_ema", "ema", "ema_model.module")),
         (["state_dict", "state_dict_ema"], None),
         (["state_dict", "ema"], "state_dict"),
-        *((["student", "teacher"], place) for place in ("student", "teacher", "teacher.net")),
+        *((["student", "teacher"], place) for place in ("student", "teacher", *NESTED)),
     ],
 )
 def test_containers(tmp_path: Path, tiny: VAN, places: list[str], option: str | None) -> None:
     content: dict[str, Any] = {"epoch": 3, "optimizer": {"state": WEIGHTS}, "n": WEIGHTS}
     for factor, place in enumerate(places, 1):
-        prefix, (first, _, inner) = "net." * (factor - 1), place.partition(".")
+        prefix, (first, _, inner) = "net._orig_mod." * (factor - 1), place.partition(".")
         state = {f"{prefix}{name}": factor * tensor for name, tensor in tiny.state_dict().items()}
         content[first] = {inner: state} if inner else state
-    loaded = read_weights(saved(content, tmp_path / "w.pth"), option)
-    assert (loaded.container, loaded.content["epoch"]) == (option or places[-1], 3)
+    path = saved(content, tmp_path / "w.pth")
+    assert "no tensors under 'x'" in error_of(UsageError, read_weights, path, "x").message
+    if option == "student":
+        remedy = error_of(UsageError, read_weights, path).remedy
+        assert "--container student or --container teacher.net; or" in remedy
+    loaded = read_weights(path, option)
+    container = (option or places[-1]).removesuffix("._orig_mod")
+    assert (loaded.container, loaded.content["epoch"]) == (container, 3)
     assert loaded.tensors.keys() == {n for n in tiny.state_dict() if "num_batches" not in n}
     factor = 1 if loaded.container == places[0] else 2
     assert torch.equal(loaded.tensors["head.weight"], factor * tiny.get_parameter("head.weight"))
     used = "the file also contains state_dict: the averaged weights are used (--container)"
     assert loaded.notes == ((used,) if factor == 2 and option is None else ())
-
-
-def test_several_networks_need_a_container(tmp_path: Path, tiny: VAN) -> None:
-    other = {f"net.{name}": tensor for name, tensor in tiny.state_dict().items()}
-    path = saved({"student": tiny.state_dict(), "teacher": other}, tmp_path / "w.pth")
-    remedy = error_of(UsageError, read_weights, path).remedy
-    assert "--container student or --container teacher.net; or" in remedy
-    assert "no tensors under 'ema'" in error_of(UsageError, read_weights, path, "ema").message
 
 
 def test_metadata_of_training_scripts(tmp_path: Path) -> None:
@@ -128,11 +128,8 @@ class _Payload(tuple[Any, ...]):
 def test_code_in_a_pickle_is_not_executed(tmp_path: Path, call: Any, name: str, form: str) -> None:
     trace, path = tmp_path / "trace", tmp_path / "evil.pth"
     code = {os.system: f"mkdir {trace}", eval: f"__import__('os').mkdir({str(trace)!r})"}
-    thing = {
-        "state_dict": WEIGHTS,
-        "mean": np.ones(3),
-        "extra": _Payload((call, code.get(call, str(trace)))),
-    }
+    extra = _Payload((call, code.get(call, str(trace))))
+    thing = {"state_dict": WEIGHTS, "mean": np.ones(3), "extra": extra}
     if form == "plain":
         path.write_bytes(pickle.dumps(thing["extra"]))
         assert "its pickle was not written by torch.save" in load_error(path)
@@ -305,7 +302,7 @@ def test_selection_of_weights_file_and_configs(hub: FakeHub, tmp_path: Path) -> 
         (tmp_path, f"its files: a.pth, b.pth.\nSelect one, such as {tmp_path}/a.pth"),
         (
             "me/shards",
-            "\nSave it in one file: model.save_pretrained(folder, max_shard_size='10GB').",
+            "\nSave it in one file: model.save_pretrained(folder, max_shard_size='10GB')",
         ),
         ("me/none", "has 0 PyTorch weights files; its files: README.md"),
     ):

@@ -234,12 +234,16 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
 
 
 def test_one_unreadable_image_is_listed_and_more_are_rejected(
-    bundle: Path, digits: Path, tmp_path: Path
+    bundle: Path, digits: Path, heldout: Path, tmp_path: Path
 ) -> None:
+    """Also the first one of the evaluation set, of which latency needs one image."""
     folder = Path(shutil.copytree(digits, tmp_path / "train"))
-    (folder / "0" / "bad.png").write_bytes(b"no image")
-    facts = quantize_bundle(bundle, PLAIN.with_changes(images=folder)).facts["calibration"]
-    assert ["bad.png" in reason for reason in facts["unreadable"]] == [True]
+    judges = Path(shutil.copytree(heldout, tmp_path / "val"))
+    for path in (folder / "0" / "bad.png", judges / "0" / "!bad.png"):
+        path.write_bytes(path.parent.parent.name.encode())
+    settings = PLAIN.with_changes(images=folder, target="cpu", evaluate=judges)
+    facts = quantize_bundle(bundle, settings).facts["calibration"]
+    assert ["bad.png" in reason for reason in facts["unreadable"]] == [True, True]
     for digit in range(1, 10):
         (folder / str(digit) / "bad.png").write_bytes(b"no image %d" % digit)
     with pytest.raises(ImageError, match="images could not be read, more than 1 %"):

@@ -502,37 +502,36 @@ def test_concurrent_clients_get_their_own_results(
         assert all(value < 1e-4 for value in pool.map(difference, range(192)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+COMPLETED, LOST = "all requests in progress were completed", "requests in progress that were not"
+
+
+@pytest.mark.parametrize(
+    ("signals", "message"),
+    [
+        ([signal.SIGTERM], COMPLETED),
+        ([signal.SIGINT], COMPLETED),
+        ([signal.SIGINT] * 2, f"{LOST} completed: 1"),
+        ([signal.SIGKILL], ""),
+    ],
+)
 def test_serve_command_ends_with_its_parser_process(
-    digits: Bundle, image: bytes, tmp_path: Path, number: signal.Signals
+    digits: Bundle, image: bytes, tmp_path: Path, signals: list[signal.Signals], message: str
 ) -> None:
+    unfinished = (post_head(99) + b"half") * (len(signals) - 1)
     with run_server(digits.path, log=tmp_path / "log") as (process, url):
         server = Running(None, url.removeprefix("http://"), process.kill)  # type: ignore[arg-type]
-        assert send(server, "/predict", image)[0] == 200
-        assert send(server, INFER, tensor())[0] == 200
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(number)
-        code = process.wait(60)
+        with connected(server, unfinished):
+            assert send(server, "/predict", image)[0] == 200
+            assert send(server, INFER, tensor())[0] == 200
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for number in signals:
+                process.send_signal(number)
+                time.sleep(0.5)  # signals of one kind are not queued
+            code = process.wait(60)
     assert children
     wait_until(lambda: not any(Path("/proc", child).exists() for child in children))
-    if number != signal.SIGKILL:
-        log = (tmp_path / "log").read_text()
-        assert (code, log) == (0, "Stopped; all requests in progress were completed.\n")
-
-
-def test_second_signal_stops_the_server_and_counts_lost_requests(
-    digits: Bundle, tmp_path: Path
-) -> None:
-    with run_server(digits.path, log=tmp_path / "log") as (process, url):
-        server = Running(None, url.removeprefix("http://"), process.kill)  # type: ignore[arg-type]
-        with connected(server, post_head(99) + b"half"):
-            assert send(server, LIVE)[0] == 200  # the other request has arrived
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.5)  # signals of one kind are not queued
-            process.send_signal(signal.SIGINT)
-            code = process.wait(20)
-    log = (tmp_path / "log").read_text()
-    assert (code, log) == (0, "Stopped; requests in progress that were not completed: 1.\n")
+    if message:
+        assert (code, (tmp_path / "log").read_text()) == (0, f"Stopped; {message}.\n")
 
 
 @pytest.mark.slow

@@ -238,6 +238,9 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
         change()
         assert failed() == {"files": f"{file}: missing, changed or added"}
     assert "does not match the bundle: files." in cli.fails(1, *words, "--check")
+    (tmp_path / "current").symlink_to(digits.path)
+    linked = open_bundle(tmp_path / "current").package()
+    assert linked.path == tmp_path / f"{digits.path.name}-triton"
     edit_json(package / "package.json", "bundle", "other")
     with pytest.raises(InputError, match="was made from 'other', not 'van_digits'"):
         check_package(package, digits)

@@ -18,7 +18,7 @@ from van_deploy.environment.packages import execution_providers
 from van_deploy.errors import BundleError, MissingDependency, UsageError
 from van_deploy.graph.files import save_onnx
 from van_deploy.runners.base import CudaOptions
-from van_deploy.runners.network import original_network
+from van_deploy.runners.network import Network, original_network
 from van_deploy.runners.onnxruntime import CUDA, OnnxRuntimeRunner, OpenVinoRunner
 from van_deploy.runners.tensorrt import TensorRtRunner
 
@@ -93,7 +93,6 @@ def list_contenders(bundle: Bundle, settings: BenchSettings) -> Entries:
         )
     contenders, skipped, device = dict[str, Contender](), dict[str, str](), settings.device or "cpu"
     folder, digest = str(bundle.path), bundle.manifest.weights.sha256
-    fixed = bundle.manifest.batch.fixed
     for name, (mode, precision) in (PYTORCH if device == "cpu" else PYTORCH_ON_GPU).items():
         arguments = (name, "pytorch", precision, folder, mode)
         contenders[name] = Contender(*arguments, sha256=digest, device=device)
@@ -107,7 +106,7 @@ def list_contenders(bundle: Bundle, settings: BenchSettings) -> Entries:
             name: {"mode": "ort-cuda", "options": asdict(o)} for name, o in variants.items()
         }
     for artifact in bundle.artifacts.values():
-        profiles = artifact.engine.profiles if artifact.engine else ()
+        profiles = Network(bundle, artifact.name).profiles
         plain = Contender(
             name=artifact.name,
             runtime="onnxruntime",
@@ -115,8 +114,8 @@ def list_contenders(bundle: Bundle, settings: BenchSettings) -> Entries:
             file=str(bundle.verified_path(artifact.name)),
             embedded=artifact.embedded,
             sha256=artifact.sha256,
-            min_batch=min((p.min for p in profiles), default=fixed or 1),
-            max_batch=max((p.max for p in profiles), default=fixed),
+            min_batch=min((p.min for p in profiles), default=1),
+            max_batch=max((p.max for p in profiles), default=None),
             device=device,
         )
         for prefix, changes in COMPILED_RUNTIMES.get(artifact.kind, runtimes).items():

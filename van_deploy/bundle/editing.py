@@ -18,7 +18,6 @@ from van_deploy.manifest import (
     Artifact,
     Manifest,
     NetworkInfo,
-    parse_manifest,
     read_manifest,
     require_relative_path,
 )
@@ -96,7 +95,7 @@ class Draft:
 
 @contextlib.contextmanager
 def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]:
-    """Yield a draft of the bundle at ``path``, and commit it on exit without an error.
+    """Yield a draft of the bundle at ``path``, and commit its changes on exit without an error.
 
     Args:
         path: the bundle's folder.
@@ -134,7 +133,10 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
                 yield draft
                 _list_other_files(draft)
                 # Parsing the text before the commit ensures that the manifest can be read.
-                manifest = parse_manifest(draft.manifest().text(), folder / MANIFEST)
+                manifest = read_manifest(folder, draft.manifest().text())
+                unchanged = present and present.model_copy(update={"written": manifest.written})
+                if manifest == unchanged and not any(staging.iterdir()):
+                    return  # a signature stays valid
                 old_files = _artifact_files(present.artifacts if present else {})
                 removed = old_files - _artifact_files(manifest.artifacts)
                 commit(folder, staging, manifest.text(), sorted(removed))

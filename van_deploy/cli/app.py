@@ -69,11 +69,10 @@ class CommandGroup(TyperGroup):
         super().__init__(**settings)
         for module, (panel, names) in HEADINGS.items():
             source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
-            functions = [
-                node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)
-            ]
             summaries = {
-                node.name: (ast.get_docstring(node) or "").partition("\n")[0] for node in functions
+                node.name: (ast.get_docstring(node) or "").partition("\n")[0]
+                for node in ast.parse(source).body
+                if isinstance(node, ast.FunctionDef)
             }
             for name in names.split():
                 summary = summaries[_function_name(name)]

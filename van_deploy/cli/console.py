@@ -99,9 +99,8 @@ def progress_bar(first: str = "Loading PyTorch") -> Iterator[Progress]:
         BarColumn(bar_width=30),
         TimeElapsedColumn(),
     )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(first, total=None)
 
         def update(text: str, done: int = 0, total: int | None = None, /) -> None:

@@ -59,10 +59,7 @@ def drift(
     bundle: OpenBundle,
     options: Annotated[OptionValues, DriftSettings],
     top: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Number of parts to show per artifact; 0 for all, in network order."
-        ),
+        int, typer.Option(min=0, help="Parts to show per artifact; 0 for all, in network order.")
     ] = 10,
 ) -> Output:
     """Show the error of each stage, block or module of each ONNX artifact.
@@ -106,5 +103,4 @@ def check(
     if summary is not None:
         append_summary(report, summary)
     notes = [f"Wrote {baseline}; review and commit it."] if update and report else []
-    failure = _failure(report, "checked")
-    return Output(report, check_blocks, notes, failure)
+    return Output(report, check_blocks, notes, _failure(report, "checked"))

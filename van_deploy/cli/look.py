@@ -79,6 +79,5 @@ def doctor(
     from van_deploy.report.sections_model import environment_blocks
 
     environment = Environment()
-    return Output(
-        environment, environment_blocks, failure=check_requirements(environment, require or ())
-    )
+    failure = check_requirements(environment, require or ())
+    return Output(environment, environment_blocks, failure=failure)

@@ -111,8 +111,6 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
         elif source == "open bundle":
             parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
         elif name != "progress":
-            if kind in (Path, Path | None):
-                source.parser = path
             parameters.append(_keyword(name, hint, parameter.default))
     bundles = [name for name in arguments if hints[name] == OpenBundle]
     if bundles:
@@ -181,8 +179,12 @@ def _parse_options(
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=default, annotation=annotation)
+    """Return a parameter for Typer, whose path may not be empty."""
+    kind, *info = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    if kind in (Path, Path | None):
+        info[0].parser = path
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword_only, default=default, annotation=annotation)
 
 
 def _parameter(option: NamedOption) -> inspect.Parameter:

@@ -20,6 +20,7 @@ from van_deploy.cli.options import (
     OptionValues,
     RequireSignature,
     load_bundle,
+    path,
 )
 from van_deploy.config import BenchSettings, PackageSettings, PredictSettings, ServeSettings
 from van_deploy.documents import plain
@@ -69,14 +70,12 @@ def bench(
         Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")
     ] = None,
     save: Annotated[
-        bool,
-        typer.Option(
-            "--save/--no-save",
-            help="Save the result in the bundle (bench.json), unless it must be signed.",
-        ),
+        bool, typer.Option("--save/--no-save", help="Save the result in the bundle (bench.json).")
     ] = True,
 ) -> Output:
     """Time every artifact in every runtime of a device, each in its own process.
+
+    With --require-signature the result is not saved in the bundle.
 
     Example: van-deploy bench dist/van_b1 --batches 1,8,32
     """
@@ -87,8 +86,7 @@ def bench(
     if paper:
         from van_deploy.bench.roofline import paper_limits
 
-        others = {"--compare": compare, "--output": output}
-        conflicts = [name for name, value in others.items() if value is not None]
+        conflicts = ["--compare"] * (compare is not None) + ["--output"] * (output is not None)
         conflicts += [flag for flag in options.flags if flag != "--batches"]
         if conflicts:
             raise UsageError(
@@ -126,7 +124,7 @@ def predict(
         raise UsageError("--json and --jsonl conflict.", "Give one of them.")
     if images.count("-") > 1:
         raise UsageError("Standard input can be read only once.", "Give '-' once.")
-    sources = [_stdin() if image == "-" else image for image in images]
+    sources = [_stdin() if image == "-" else path(image) for image in images]
     from van_deploy.api import Predictions
     from van_deploy.report.sections_model import predictions_blocks
     from van_deploy.serve.predict import Prediction

@@ -16,6 +16,8 @@ from van_deploy.errors import UsageError
 MEASUREMENT, EXECUTION = "Measurement", "Execution"
 QUEUE, CUDA = "Queue", "ONNX Runtime on a GPU"
 
+TimedBatch = Annotated[int, pydantic.Field(ge=1, le=4096)]
+
 MIN_ROUNDS = 6
 """With fewer rounds the median has no 95 % interval (2 x 0.5^5 is more than 5 %)."""
 
@@ -296,9 +298,7 @@ class BenchSettings(Table):
     PANEL = "Benchmark"
 
     device: str | None = option(None, pattern=r"^(cpu|cuda:\d+)$")
-    batches: tuple[Annotated[int, pydantic.Field(ge=1, le=4096)], ...] = option(
-        (1, 8), min_length=1
-    )
+    batches: tuple[TimedBatch, ...] = option((1, 8), min_length=1)
     runners: tuple[str, ...] = option(())
     reference: str = option("pytorch")
     threads: int | None = option(None, ge=1)

@@ -26,6 +26,9 @@ HARDWARE, PLAN = "Hardware", "Plan contents"
 LEAVE_OUT = "Remove one of them."
 FOR_INT8 = ("max_drop", "noise", "scope", "rest")
 
+# timm's names of Pillow's filters.
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+
 ClassOrder = Literal["strings", "natural", "index", "names"]
 """How class folders are numbered; see `van_deploy.data.labels.CLASS_ORDERS`."""
 
@@ -76,9 +79,7 @@ class PreprocessingSettings(Table):
     image_size: ImageSizeOption | None = option(None)
     mean: tuple[float, ...] | None = option(None)
     std: tuple[float, ...] | None = option(None)
-    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] | None = (
-        option(None)
-    )
+    interpolation: Interpolation | None = option(None)
     crop_pct: float | None = option(None, gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = option(None)
 
@@ -457,10 +458,10 @@ class EngineSettings(PlanSettings):
     timing_cache: Path | None = option(None, panel=PLAN)
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield a plan that is requested twice, and targets without precisions."""
+        """Yield a plan that is requested twice, and targets if no precisions are given."""
         if len(set(self.targets)) != len(self.targets):
             yield "{targets} repeats a plan.", "Give each target once."
-        if self.targets and not self.precisions:
+        if self.targets and not self.precisions and "precisions" not in self.model_fields_set:
             yield "{targets} needs {precisions}: no engine is built without.", "Give both, or none."
 
 
@@ -542,7 +543,8 @@ class Recipe(Table):
             graphs += [f"{name}-{self.export.embeds}" for name in graphs]
         for name in set(self.engines.precisions) - {*graphs}:
             message = f"{{engines.precisions}} has '{name}', not made by the recipe for TensorRT."
-            yield message, f"Add it to {{precision.make}}, or use one of: {', '.join(graphs)}."
+            make = "Add it to {precision.make} with {precision.target} tensorrt"
+            yield message, f"{make}, or use one of: {', '.join(graphs)}."
         of_classes = ("model.labels", "model.head", "precision.max_drop", "evaluate.images")
         used = [key for key in of_classes if attrgetter(key)(self) not in (None, ())]
         if self.export.features and used:

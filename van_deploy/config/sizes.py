@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 import pydantic
-from pydantic_core import CoreSchema
 
 from van_deploy.config.fields import Table, option
 
@@ -100,12 +99,10 @@ class _Range(Table):
     EXAMPLE: ClassVar[str]
 
     @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: pydantic.GetJsonSchemaHandler
-    ) -> dict[str, Any]:
+    def __get_pydantic_json_schema__(cls, core: Any, handler: pydantic.GetJsonSchemaHandler) -> Any:
         """Return the JSON Schema; a file may also have the text or, of a batch, one number."""
         reference = handler(core)
-        if handler.mode == "validation":
+        if handler.mode == "validation":  # the program writes tables
             table = handler.resolve_ref_schema(reference)
             table |= {"type": [*cls.TYPES], "pattern": f"^({cls.PATTERN})$"}
         return reference

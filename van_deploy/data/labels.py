@@ -47,8 +47,10 @@ class ClassNames:
 
     def __init__(self, classes: int, names: Sequence[str] | None = None) -> None:
         self.count = max(classes, 2)
-        names = ("", *(names or ())) if classes == 1 else tuple(names or ())  # names class 1 only
-        self.names = names if len(names) == self.count else ()
+        self.names = tuple(names or ())
+        if classes == len(self.names) == 1:
+            self.names = ("", *self.names)  # class 0 has no name
+        self.names = self.names if len(self.names) == self.count else ()
         first = [name.split(",")[0] for name in self.names]
         self._tables = [defaultdict[str, list[int]](list) for _ in range(4)]
         for index, forms in enumerate(zip(self.names, first, strict=True)):
@@ -343,12 +345,11 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
                 raise InputError(message, "Remove one, or rename images that differ in suffix.")
             break
     if not entries and len(lines) == len(images):
-        files = [item.name for item in images.items if isinstance(item.data, Path)]
-        pairs = zip(files, sorted(files, key=natural_key), strict=True)
-        if first_pair := next((pair for pair in pairs if pair[0] != pair[1]), None):
-            which = "' or '".join(first_pair)
-            message = f"'{file}' has one label per line, and it is unknown which image is first: "
-            raise InputError(f"{message}'{which}'.", "Write lines 'file label'.")
+        paths = [item.name for item in images.items]
+        if images.root and paths != sorted(paths, key=natural_key):
+            message = f"'{file}' has one label per line, and the order of the images is ambiguous: "
+            message += "their names sort differently with numbers as numbers and without case."
+            raise InputError(message, "Write lines 'file label'.")
         return [(number, _unquote(line)) for number, line in lines]
     missing = [item for index, item in enumerate(images.items) if index not in entries]
     if missing:

@@ -42,6 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from van_deploy.documents import Verdict
 from van_deploy.model.van import VAN, Block, PatchEmbed
 from van_deploy.model.variants import STAGES
 
@@ -170,7 +171,7 @@ def _scale(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FoldReport:
+class FoldReport(Verdict):
     """Result of folding a network.
 
     Attributes:
@@ -199,10 +200,6 @@ class FoldReport:
     def passed(self) -> bool:
         """Whether the relative error is within :data:`FOLD_TOLERANCE`."""
         return self.relative_error <= FOLD_TOLERANCE  # False for NaN
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures, ready for JSON."""

@@ -111,14 +111,14 @@ def load_van(
     elif variant and not (weights or variant.weights):
         raise UsageError(f"{variant.name} has no public ImageNet-1K weights.", variant.weights_note)
     else:
-        is_public = variant and not weights
+        notes: Notes = ()
         if variant and not weights:
             weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
+            if Path(spec).exists():
+                notes = (f"the public weights are used, not the path '{spec}' (give './{spec}')",)
         location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
         file = find_weights(location, expect_sha256, offline)
-        if is_public and Path(spec).exists():
-            note = f"the public weights are used, not the path '{spec}': for this, give './{spec}'"
-            file = file._replace(notes=(*file.notes, note))
+        file = file._replace(notes=file.notes + notes)
         loaded = _load_weights(spec, variant, file, read_weights(file.path, container), overrides)
     return replace(loaded, preprocessing=loaded.preprocessing.override(**(preprocessing or {})))
 

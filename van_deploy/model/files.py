@@ -42,7 +42,6 @@ _NOT_FOUND_ERRORS = (errors.RepositoryNotFoundError, errors.RevisionNotFoundErro
 _DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")
 # A model argument that ends in one of these is a path.
 WEIGHTS_SUFFIX = re.compile(r"(\.(safetensors|bin|pth|pt|ckpt|tar))+$", re.IGNORECASE)
-_SHARD = re.compile(r"-\d+-of-\d+\.")  # of Transformers, in several files
 _GENERIC_STEMS = {"model", "pytorch_model", "checkpoint", "model_best", "last", "best"}
 
 
@@ -123,7 +122,7 @@ def _select_file(names: Iterable[str], folder: str) -> str:
         files = ", ".join((candidates or names)[:10])
         message = f"{folder[:-1]} has {len(candidates)} PyTorch weights files; its files: {files}."
         remedy = f"Select one, such as {folder}{[*candidates, 'weights.pth'][0]}."
-        if any(map(_SHARD.search, candidates)):
+        if any(re.search(r"-\d+-of-\d+\.", name) for name in candidates):  # of Transformers
             remedy = "Save it in one file: model.save_pretrained(folder, max_shard_size='10GB')."
         raise UsageError(message, remedy)
     return candidates[0]
@@ -180,7 +179,6 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
 
 _SAVE_HINT = "Save the weights with torch.save(model.state_dict(), 'weights.pth')."
 _DAMAGED_HINT = f"If it is damaged or truncated, download it again. If it is yours: {_SAVE_HINT}"
-_SYSTEMS = ("Posix", "Windows")  # pathlib's, of the arguments of training scripts
 # A VAN-B6 has 3,000 tensors and its optimizer twice as many; torch.save does not compress.
 _MAX_ENTRIES, _MAX_UNPACK_RATIO = 30_000, 8
 
@@ -252,8 +250,9 @@ def _is_uncompressed_zip(path: Path) -> bool:
 def _load_pickle(path: Path, *, mmap: bool) -> Any:
     """Return the content of a ``torch.save`` file, restricted to tensors and plain values.
 
-    The plain values include those of the official files (``Namespace``), of timm's metrics
-    (NumPy scalars) and of mmengine's training log (``HistoryBuffer``, loaded as ``Namespace``).
+    The plain values include those of the official files (``Namespace``), of training scripts'
+    arguments (paths), of timm's metrics (NumPy scalars) and of mmengine's training log
+    (``HistoryBuffer``, loaded as ``Namespace``).
     With ``mmap`` tensors are read from the disk on first use, which needs a zip archive
     with uncompressed entries.
 
@@ -265,7 +264,8 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, log]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
-    allowed += [(PurePath, f"pathlib{m}.{n}Path") for m in ("", "._local") for n in _SYSTEMS]
+    for module in ("pathlib", "pathlib._local"):
+        allowed += [(PurePath, f"{module}.PosixPath"), (PurePath, f"{module}.WindowsPath")]
     allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?", "U")]
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols; those that matter are errors too

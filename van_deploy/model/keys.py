@@ -130,6 +130,7 @@ def find_network(content: Mapping[Any, Any], container: str | None) -> tuple[Net
     """
     mappings = dict(_tensor_mappings(content))
     if container not in (None, TOP_LEVEL):
+        container = _WRAPPERS.sub("", f"{container}.").removesuffix(".")
         rows = [(f"{p}.{n}" if p else n, n, t) for p, ts in mappings.items() for n, t in ts.items()]
         prefixed = {name: t for full, name, t in rows if full.startswith(f"{container}.")}
         selected = mappings.get(container) or prefixed

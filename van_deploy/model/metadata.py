@@ -15,10 +15,9 @@ official values are used, and a note shows the difference.
 
 import argparse
 import contextlib
-import itertools
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -43,6 +42,7 @@ _CLASS_NAME_KEYS = (
     "idx_to_class",
     "id2label",
     "class_names",
+    "CLASSES",
     "classes",
     "label_names",
 )
@@ -58,8 +58,8 @@ _PREPROCESSING_HINT = "Give all of --image-size --mean --std --interpolation --c
 _LABELS_HINT = "Give --labels FILE, with one class name per line in the order of the logits."
 _MMCV_EPS = 1e-5  # build_norm_layer's default; the official code's and Transformers' is 1e-6
 
-_NETWORK_VALUES = ("strides", "layer_norm_eps", "problem_type")
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+_NETWORK_VALUES = ("strides", "layer_norm_eps", "problem_type")  # that tensors lack
 # A config.json with one of these keys describes a network.
 _NETWORK_KEYS = {"architecture", "model_type", "hidden_sizes"}
 # Keys whose values follow from the tensors, and the attribute of VanConfig that they must equal.
@@ -82,7 +82,8 @@ _TRAINING_NOTES = {
 _IGNORED = re.compile(
     "architectures|(torch_)?dtype|transformers_version|_name_or_path|initializer_range|labels|tags"
     "|drop(_path|out)?_rate|layer_scale_init_value|id2label|label2id|i(mg|mage)_size|pretrained_cfg"
-    "|model_args|crop_border_pixels|" + "|".join(f.name for f in fields(PretrainedCfg))
+    "|model_args|crop_border_pixels|"
+    + "|".join((*_NETWORK_VALUES, *_ALLOWED, *(field.name for field in fields(PretrainedCfg))))
 )
 
 
@@ -112,10 +113,11 @@ def read_metadata(
     meta, config_json = _as_dict(content.get("meta")), file.configs.get(CONFIG, {})
     openmmlab = processors.parse_python_config(meta.get("cfg", meta.get("config")))
     notes = [note for key, note in _TRAINING_NOTES.items() if arguments.get(key)]
-    for (place, table), key in itertools.product(tables.items(), processors.ARGUMENT_KEYS):
-        if key in table and reprlib.repr(table[key]) != reprlib.repr(arguments[key]):
-            value, used = reprlib.repr(table[key]), reprlib.repr(arguments[key])
-            notes.append(f"{key} is {value} in {place}, but {used} in another place, which is used")
+    for key in (*processors.ARGUMENT_KEYS, *_NETWORK_VALUES, *_ALLOWED):
+        found = {place: reprlib.repr(table[key]) for place, table in tables.items() if key in table}
+        if len({*found.values()}) > 1:
+            text = ", ".join(f"{value} in {place}" for place, value in found.items())
+            notes.append(f"{key} is {text}: the last one has priority")
     values = _read_network(f"{_OWN} arguments", arguments, notes)
     values |= _read_openmmlab(openmmlab) | _read_config_json(config, config_json, notes)
     if "layer_norm_eps" in overrides:
@@ -130,7 +132,6 @@ def read_metadata(
     preprocessing = _read_preprocessing(config, file, sources, overrides, notes)
     names = None
     if config.num_classes and not {"class_names", "out_indices"} & overrides.keys():
-        meta["classes"] = meta.get("CLASSES", meta.get("classes"))
         places = (
             *tables.items(),
             ("the file's meta", meta),
@@ -150,12 +151,12 @@ def _as_dict(value: object) -> dict[str, Any]:
 
 
 def _as_list(value: Any) -> Any:
-    """Return an array's values as a list, and one value as a number; anything else unchanged."""
+    """Return an array's values as a list, and a scalar's as a number; anything else unchanged."""
     if isinstance(value, Tensor) and value.numel() <= _MAX_TENSOR_LENGTH:
-        is_plain = value.layout == torch.strided and not value.is_quantized
+        is_plain = value.layout == torch.strided and value.is_cpu and not value.is_quantized
         value = np.array(value.tolist()) if is_plain else value
     if isinstance(value, np.ndarray | np.generic):
-        return value.item() if value.size == 1 else value.ravel().tolist()
+        return value.ravel().tolist() if value.ndim else value.item()
     return value
 
 
@@ -190,12 +191,22 @@ def _valid_strides(strides: object) -> tuple[object]:
 
 
 def _read_network(where: str, values: Values, notes: list[str]) -> dict[str, Any]:
-    """Return the values of a table that belong to the network and that its tensors lack."""
+    """Return the values of a table that belong to the network and that its tensors lack.
+
+    Invalid ones are an error in a ``config.json``, which describes this network. Training
+    arguments may mean something else by the name, such as the strides of a detector's anchors.
+    """
+    _check_values(where, values, _ALLOWED)
     used = {key: values[key] for key in _NETWORK_VALUES if key in values}
     used |= {key: tuple(value) for key, value in used.items() if isinstance(value, list)}
     eps, strides = _valid_eps(used.get("layer_norm_eps")), _valid_strides(used.get("strides"))
     allowed = {"strides": strides, "layer_norm_eps": eps, "problem_type": _PROBLEM_TYPES}
-    _check_values(where, {**values, **used}, {**allowed, **_ALLOWED})
+    if _BESIDE in where:
+        _check_values(where, used, allowed)
+    for key, value in list(used.items()):
+        if value not in allowed[key]:
+            notes.append(f"{key} is {reprlib.repr(value)} in {where}, not a VAN's: it is not used")
+            del used[key]
     if used:
         text = ", ".join(f"{key} {value}" for key, value in used.items())
         notes.append(f"from {where}: {text}")
@@ -227,16 +238,15 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
     }
     _check_values(where, values, allowed)
     used = _read_network(where, values, notes)
-
-    def unknown(keys: Iterable[str]) -> str:
-        known = {*allowed, *_NETWORK_VALUES, *_ALLOWED}
-        others = [key[:50] for key in keys if key not in known and not _IGNORED.fullmatch(key)]
-        return ", ".join(others[:10])
-
-    if unsupported := unknown([*arguments, *(key for key, value in cfg.items() if value)]):
+    inner = [*arguments, *(key for key, value in cfg.items() if value)]
+    unsupported, others = (
+        ", ".join([k[:50] for k in keys if k not in allowed and not _IGNORED.fullmatch(k)][:10])
+        for keys in (inner, content)
+    )
+    if unsupported:
         message = f"In {where}, model_args or pretrained_cfg have unsupported keys: {unsupported}."
         raise CheckpointError(message, "Correct it, or move the weights out of its folder.")
-    if others := unknown(content):
+    if others:
         notes.append(f"unknown keys in {where}: {others}")
     return used
 
@@ -266,6 +276,8 @@ def _preprocessing_sources(
     processor, json = configs.get(PROCESSOR, {}), configs.get(CONFIG, {})
     has_size = _NETWORK_KEYS & json.keys() and json.get("image_size") is not None
     use_json = "architecture" in json or (has_size and not processor)
+    if not config.num_classes:  # a segmenter's or detector's images are cropped in training only
+        arguments = {key: value for key, value in arguments.items() if key != "crop_size"}
     has_arguments = any(arguments.get(key) not in (None, "") for key in processors.ARGUMENT_KEYS)
     arguments = arguments if has_arguments else {}
     openmmlab = {**openmmlab, "is_classifier": bool(config.num_classes)} if openmmlab else {}

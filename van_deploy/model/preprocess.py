@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from van_deploy.config.recipe_tables import Interpolation as Interpolation
 from van_deploy.config.sizes import ImageSize, format_size, height_width, validate_image_size
 from van_deploy.documents import plain
 from van_deploy.errors import ImageError, UsageError
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from PIL import Image
-
-# timm's names of Pillow's filters.
-Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 _Side = Annotated[int, Field(strict=True, ge=0)]

@@ -144,10 +144,11 @@ def from_openmmlab(config: Source) -> Values:
     pipeline = config.get("test_pipeline") or (loader.get("dataset") or {}).get("pipeline") or []
     steps = [*pipeline, *(config.get("train_pipeline") or [])]
     steps += [s for step in steps if isinstance(step, dict) for s in step.get("transforms") or []]
-    steps += [model.get("data_preprocessor"), config.get("data_preprocessor")]
-    steps += [config.get("img_norm_cfg")]
+    preprocessors = [model.get("data_preprocessor"), config.get("data_preprocessor")]
+    steps += [*preprocessors, config.get("img_norm_cfg")]
     colour: Source = next((s for s in steps if isinstance(s, dict) and s.get("mean")), {})
-    _require_rgb(not colour or colour.get("to_rgb") or colour.get("bgr_to_rgb"))
+    is_step = colour not in preprocessors  # mmcv's Normalize converts to RGB by default
+    _require_rgb(not colour or colour.get("to_rgb", colour.get("bgr_to_rgb", is_step)))
     values: Values = {k: [float(x) / 255 for x in colour.get(k) or ()] for k in ("mean", "std")}
     if not (config["is_classifier"] and pipeline):
         return values

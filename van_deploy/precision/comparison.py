@@ -28,6 +28,7 @@ from van_deploy.checks.gates import (
 )
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
 from van_deploy.config import GateSettings, QuantizeSettings
+from van_deploy.data.images import ImageSet
 from van_deploy.errors import ConversionError
 from van_deploy.graph.names import fixed_batch, make_batch_dynamic_
 from van_deploy.intervals import wilson_interval
@@ -98,38 +99,48 @@ def compare_precisions(
     session = functools.partial(logits_session, threads=settings.threads)
     fuse, task, rules = settings.target == "cpu", outputs.task, rules or GateSettings()
     sessions = [session(c.model, fuse=fuse, outputs=outputs) for c in candidates]
-    batches: list[list[Images]] = [[] for _ in sessions]
-    indices: list[int] = []
-    for inputs, batch_indices in images.read(images.evaluation, 32):
-        indices += batch_indices
-        for run, logits in zip(sessions, batches, strict=True):
-            logits.append(run(inputs))
-    all_labels = images.evaluation.labels
-    labels = None if all_labels is None else all_labels[indices]
+    logits, labels = predict(sessions, images, images.evaluation)
     latencies: Sequence[float | None] = [None] * len(sessions)
     if providers:
-        options: dict[str, Any] = {"fuse": True, "spinning": False, "providers": providers}
-        timed = [session(c.model, **options, outputs=None) for c in candidates]
-        latencies = _interleaved_ms(timed, images.sample(images.evaluation, 1))
-    expected, rows = np.concatenate(batches[0]), []
-    for candidate, logits, ms in zip(candidates, batches, latencies, strict=True):
-        actual, profile = np.concatenate(logits), rules.of(candidate.precision)
+        timed = [session(c.model, fuse=True, timed_on=providers) for c in candidates]
+        latencies = _interleaved_ms(timed, next(images.read(images.evaluation, 1))[0])
+    expected, rows = logits[0], []
+    for candidate, actual, ms in zip(candidates, logits, latencies, strict=True):
         figures, findings = outputs.compare(expected, actual), list[Finding]()
+        profile = rules.of(candidate.precision)
         if candidate.precision != "fp32":
             floor = sqnr_floor(candidate.precision, np.inf, profile)
             findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
             if images.has_evaluation_set and figures.top1_agreement is not None:
-                if candidate.precision not in LOSSY:
+                lossy = candidate.precision in LOSSY
+                if not lossy:
                     flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
                     findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
                 allowed = allowed_loss(candidate.precision, profile)
                 if settings.max_drop is not None and candidate.precision == "int8":
                     allowed = Limit(settings.max_drop, "--max-drop")
-                lossy = candidate.precision in LOSSY
-                findings.append(_check_loss(expected, actual, labels, task, allowed, lossy))
+                lost = count_lost_labels(expected, actual, labels, task)
+                won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
+                metric = "agreement" if labels is None else "top-1"
+                loss = paired_loss(lost, won, len(expected))
+                findings.append(check_loss(loss, allowed, metric, lossy))
         correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
+
+
+def predict(
+    runs: Sequence[Callable[[Images], Images]], images: ImageSets, chosen: ImageSet
+) -> tuple[list[Images], Labels | None]:
+    """Return each graph's logits ``(N, K)`` of the readable images of a set, and their labels."""
+    batches: list[list[Images]] = [[] for _ in runs]
+    indices = list[int]()
+    for inputs, batch_indices in images.read(chosen, 32):
+        indices += batch_indices
+        for run, logits in zip(runs, batches, strict=True):
+            logits.append(run(inputs))
+    labels = None if chosen.labels is None else chosen.labels[indices]
+    return [np.concatenate(logits) for logits in batches], labels
 
 
 def _row(
@@ -182,16 +193,6 @@ def count_lost_labels(
     return int((changed if labels is None else changed & (before[:, 0] == labels)).sum())
 
 
-def _check_loss(
-    expected: Images, actual: Images, labels: Labels | None, task: Task, allowed: Limit, lossy: bool
-) -> Finding:
-    """Check the accuracy, or without labels the agreement, on an evaluation set."""
-    lost = count_lost_labels(expected, actual, labels, task)
-    won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
-    metric = "agreement" if labels is None else "top-1"
-    return check_loss(paired_loss(lost, won, len(expected)), allowed, metric, lossy)
-
-
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
     """Return the fastest candidate that passes its gate and the reason.
 
@@ -221,9 +222,8 @@ def logits_session(
     *,
     fuse: bool,
     threads: int | None = None,
-    providers: Sequence[str] = ("CPUExecutionProvider",),
-    spinning: bool = True,
-    outputs: OutputLayout | None = LOGITS_LAYOUT,
+    outputs: OutputLayout = LOGITS_LAYOUT,
+    timed_on: Sequence[str] = (),
 ) -> Callable[[Images], Images]:
     """Return a function that maps images ``(N, C, H, W)`` to float32 logits ``(N, K)``.
 
@@ -234,10 +234,10 @@ def logits_session(
         fuse: let ONNX Runtime fuse Q/DQ pairs into integer kernels, as for a CPU
             target; otherwise every pair is computed as written, as TensorRT does.
         threads: of ONNX Runtime; None lets ONNX Runtime choose.
-        providers: of ONNX Runtime.
-        spinning: let idle ONNX Runtime threads spin. Disable it when several sessions of one
-            process are timed alternately: spinning threads would slow the next session.
-        outputs: of the network; None returns its first output, to time the network alone.
+        outputs: of the network.
+        timed_on: ONNX Runtime providers to time the graph on, alternately with others: its idle
+            threads do not spin, which would slow the next session, and the function returns the
+            first output as it is. By default the CPU runs the graph, and is not timed.
 
     Raises:
         ConversionError: ONNX Runtime cannot load the graph.
@@ -246,7 +246,7 @@ def logits_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    if not spinning:
+    if timed_on:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not fuse:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
@@ -255,7 +255,7 @@ def logits_session(
         model.CopyFrom(static)
         make_batch_dynamic_(model)
     try:
-        session, _ = create_session(model, options, providers)
+        session, _ = create_session(model, options, timed_on or ("CPUExecutionProvider",))
     except Exception as error:
         raise ConversionError(
             f"ONNX Runtime cannot load the converted graph: {error}",
@@ -266,7 +266,7 @@ def logits_session(
 
     def run(images: Images) -> Images:
         results = session.run(None, {input_name: images})
-        if outputs is None:
+        if timed_on:
             return np.asarray(results[0])
         return np.asarray(outputs.rows(dict(zip(names, results, strict=True))), dtype=np.float32)
 

@@ -7,12 +7,12 @@ met, followed by a binary search for the smallest number. Sensitivity is noise *
 INT8*, because the search should keep as much work as possible in INT8, not as many layers.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
@@ -20,7 +20,7 @@ from van_deploy.config import QuantizeSettings
 from van_deploy.errors import ImageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.metrics import Task, sqnr_db
-from van_deploy.precision.comparison import Row, count_lost_labels, logits_session
+from van_deploy.precision.comparison import Row, count_lost_labels, logits_session, predict
 from van_deploy.precision.equalize import TECHNIQUES, equalize
 from van_deploy.precision.images import ImageSets
 from van_deploy.precision.plan import (
@@ -106,8 +106,7 @@ class Int8Builder:
     def __post_init__(self) -> None:
         """Count the multiply-adds and read the images."""
         images, preprocessing = self.images, self.images.preprocessing
-        channels, size = preprocessing.channels, preprocessing.image_size
-        self.work = multiply_adds(self.network.model, channels, size)
+        self.work = multiply_adds(self.network.model, preprocessing.image_size)
         most = max(min(CORRECTION_IMAGES, CORRECTION_PIXELS // math.prod(preprocessing.sides)), 1)
         self.correction_inputs = images.sample(images.calibration, most)
         self.validation_inputs = images.sample(images.held_out, VALIDATION_IMAGES)
@@ -174,31 +173,23 @@ class Int8Builder:
         will be deployed, which includes the effects of FP16 or of a CPU's integer kernels.
         """
         images, settings = self.images, self.settings
-
-        def predict(model: ModelProto) -> tuple[Images, list[int]]:
-            run = logits_session(model, fuse=settings.target == "cpu", threads=settings.threads)
-            outputs, indices = list[Images](), list[int]()
-            for inputs, batch_indices in images.read(images.search, 32):
-                outputs.append(run(inputs))
-                indices += batch_indices
-            return np.concatenate(outputs), indices
-
         images.watch.begin("Searching")
-        inputs = images.sample(images.held_out, RANKING_IMAGES)
-        ranking = rank_layers(plan, inputs, self.work)
-        expected, indices = predict(self.model)
-        labels = images.search.labels
-        labels = None if labels is None else labels[indices]
-        config = self.network.model.config
+        ranking = rank_layers(plan, images.sample(images.held_out, RANKING_IMAGES), self.work)
+        config, fuse = self.network.model.config, settings.target == "cpu"
         task = Task.of(config.num_classes, config.problem_type)
+        session = functools.partial(logits_session, fuse=fuse, threads=settings.threads)
+        (expected,), labels = predict([session(self.model)], images, images.search)
+
+        def lost(candidate: QuantizationPlan) -> int:
+            (actual,), _ = predict([session(graph_of(candidate))], images, images.search)
+            return count_lost_labels(expected, actual, labels, task)
+
         return search_fp16_layers(
             plan,
             ranking,
-            lambda candidate: count_lost_labels(
-                expected, predict(graph_of(candidate))[0], labels, task
-            ),
+            lost,
             budget,
-            len(indices),
+            len(expected),
             metric="agreement" if labels is None else "top-1",
             limit=settings.evaluations,
         )

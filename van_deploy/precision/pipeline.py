@@ -13,7 +13,7 @@ from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import OutputLayout, golden_samples
 from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import GateSettings, QuantizeSettings
-from van_deploy.documents import plain
+from van_deploy.documents import Verdict, plain
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import MissingDependency, UsageError
 from van_deploy.files import content_key
@@ -44,7 +44,7 @@ OTHER_KEYS = ("threads", "images", "calibration", "evaluate", "allow_inconclusiv
 
 
 @dataclass(frozen=True)
-class QuantizeResult:
+class QuantizeResult(Verdict):
     """Result of a quantisation.
 
     Attributes:
@@ -81,10 +81,6 @@ class QuantizeResult:
         (row,) = (row for row in self.facts["comparison"] if row["requested"])
         conclusive = self.allow_inconclusive or not row["inconclusive"]
         return bool(within_budget and golden_passed and conclusive and row["passed"])
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
 
 def quantize_bundle(

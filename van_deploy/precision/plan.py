@@ -24,6 +24,7 @@ from van_deploy.checks.golden import OutputLayout
 from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
+from van_deploy.graph.fold import RewrittenVan
 from van_deploy.precision.equalize import Equalization
 from van_deploy.precision.scales import (
     IDENTITY,
@@ -144,7 +145,7 @@ def layers_in_scope(
 
 
 @torch.inference_mode()
-def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str, int]:
+def multiply_adds(model: RewrittenVan, size: ImageSize) -> dict[str, int]:
     """Return the multiply-adds of each convolution and of the head, for one image."""
     counts: dict[str, int] = {}
     handles = [
@@ -154,7 +155,7 @@ def multiply_adds(model: nn.Module, channels: int, size: ImageSize) -> dict[str,
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
-    model(torch.zeros(1, channels, *height_width(size)))
+    model(torch.zeros(1, model.config.in_chans, *height_width(size)))
     for handle in handles:
         handle.remove()
     return counts

@@ -103,9 +103,7 @@ def _quantize_convolution_(
     writer.replace_constant_(node, 1, integers, (scales / unit).astype(np.float32))
     bias_integers = np.rint(bias / bias_scales).astype(np.int32)
     writer.replace_constant_(node, 2, bias_integers, (bias_scales / unit).astype(np.float32))
-    if output is not None and output.scale.ndim:
-        writer.quantize_output_(node, replace(output, scale=np.array(1.0)), output.scale)
-    elif output is not None:
+    if output is not None:
         writer.quantize_output_(node, output)
 
 
@@ -133,18 +131,17 @@ class _GraphWriter:
             self.pairs[key] = self._insert_pair(node, value, prefix, quantizer, dtype)
         node.replace_input_with(index, self.pairs[key])
 
-    def quantize_output_(
-        self, node: ir.Node, quantizer: Quantizer, channel_scales: Array | None = None
-    ) -> None:
-        """Insert a Q/DQ pair after ``node``, followed by a Mul if there are channel scales."""
+    def quantize_output_(self, node: ir.Node, quantizer: Quantizer) -> None:
+        """Insert a Q/DQ pair after ``node``; scales per channel become 1, followed by a Mul."""
         output, name = node.outputs[0], str(node.outputs[0].name)
         uses = list(output.uses())
         after = self.graph[self.graph.index(node) + 1]
-        if channel_scales is not None:
+        factors = quantizer.scale.reshape(1, -1, 1, 1).astype(np.float32)
+        if per_channel := quantizer.scale.ndim > 0:
             output.name = f"{name}.made"
+            quantizer = replace(quantizer, scale=np.array(1.0))
         result = self._insert_pair(after, output, str(output.name), quantizer, np.float32)
-        if channel_scales is not None:
-            factors = channel_scales.reshape(1, -1, 1, 1).astype(np.float32)
+        if per_channel:
             result = self.insert(after, "Mul", [result, self.store(f"{name}.units", factors)], name)
         for user, index in uses:
             user.replace_input_with(index, result)

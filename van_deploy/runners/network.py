@@ -21,13 +21,7 @@ from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import find_obstacles
 from van_deploy.engine.sidecar import PackageSidecar, Sidecar, sidecar_path
-from van_deploy.errors import (
-    BundleError,
-    ConversionError,
-    InputError,
-    MissingDependency,
-    UsageError,
-)
+from van_deploy.errors import BundleError, ConversionError, InputError, UsageError, require_extra
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
@@ -212,13 +206,8 @@ class Network:
 
             return TensorRtRunner(path, trust_engine=trust, backend=self.runner, device=device)
         if self.is_package:
-            try:
+            with require_extra("An Inductor package", ""):
                 from van_deploy.runners.pytorch import InductorRunner
-            except ImportError as error:
-                raise MissingDependency(
-                    f"An Inductor package needs PyTorch: {error}.",
-                    "Install it with `pip install van-deploy`.",
-                ) from error
             return InductorRunner(path, device=device, threads=self._threads)
         return OnnxRuntimeRunner(
             path, name=self.runner, device=device, threads=self._threads, spin=self._spin
@@ -366,9 +355,9 @@ class Network:
                 f"Request {scores.shape[1]}, or use another artifact.",
             )
         manifest = self.bundle.manifest
-        names = manifest.class_names or [*map(str, range(manifest.architecture.num_classes))]
+        names = manifest.class_names or range(manifest.architecture.num_classes)
         return [
-            tuple(NamedClass(i, names[i], share) for i, share in zip(*row, strict=True))
+            tuple(NamedClass(i, str(names[i]), share) for i, share in zip(*row, strict=True))
             for row in zip(classes.tolist(), ranked.tolist(), strict=True)
         ]
 
@@ -388,15 +377,10 @@ def original_network(bundle: Bundle, weights: str | Path | None = None) -> Loade
         MissingDependency: PyTorch or timm is not installed.
         BundleError: the weights were moved, were changed, or belong to another bundle.
     """
-    try:
+    with require_extra("The original network", ""):
         from van_deploy.model.checkpoint import LoadedVan, network_from_state, read_weights
         from van_deploy.model.embedded import EMBEDDED_WEIGHTS
         from van_deploy.model.van import random_van, sha256_of_state
-    except ImportError as error:
-        raise MissingDependency(
-            f"The original network needs PyTorch and timm: {error}.",
-            "Install them with `pip install van-deploy`.",
-        ) from error
     manifest = bundle.manifest
     recorded, config = manifest.weights, manifest.architecture
     path = Path(weights or recorded.path or recorded.spec).expanduser()

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import importlib.util
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -35,7 +34,6 @@ DTYPES: Mapping[str, npt.DTypeLike] = {
 }
 # Libraries that the CUDA provider links, each after those it depends on.
 LIBRARIES = ("cudart", "nvrtc", "cublasLt", "cublas", "curand", "cufft", "cudnn")
-OUT_OF_MEMORY = "out of memory|Failed to allocate memory|CUDNN_STATUS_ALLOC_FAILED"
 
 
 def require_onnxruntime(provider: str = "") -> Any:
@@ -269,7 +267,7 @@ def _project_error(
     failure: str, error: Exception, kind: type[errors.VanDeployError] = ConversionError
 ) -> errors.VanDeployError:
     """Return this project's error for a failure of ONNX Runtime."""
-    if re.search(OUT_OF_MEMORY, str(error)):
+    if errors.is_out_of_memory(error) or "CUDNN_STATUS_ALLOC_FAILED" in str(error):
         return out_of_memory(f"ONNX Runtime {failure}")
     if "fallback to CPU EP has been explicitly disabled" in str(error):
         return ConversionError(

@@ -30,6 +30,7 @@ from van_deploy.serve.requests import (
     limited_protocol,
     parse_request,
 )
+from van_deploy.serve.triton import DATATYPES
 
 MODEL_PATH = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?(/infer|/ready|/config)?")
 MODEL = "/v2/models/MODEL"
@@ -96,7 +97,7 @@ class App:
             "/models": lambda _: service.description(),
             "/metrics": lambda _: Response(metrics.text(), metrics.headers),
             "/v2": lambda _: SERVER,
-            MODEL: lambda request: _metadata(self._model(request).config),
+            MODEL: lambda request: _metadata(self._model(request)),
             f"{MODEL}/config": lambda request: self._model(request).config,
             f"{MODEL}/ready": lambda request: self._model(request) and Response(),
         }
@@ -213,21 +214,14 @@ def _page(name: str, kind: str) -> Callable[[Request], Response]:
     return lambda _: Response(content, {"content-type": kind, **PAGE_HEADERS})
 
 
-def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the protocol's metadata of a model from its Triton configuration."""
-    tensors = {
-        f"{side}s": [
-            {
-                "name": tensor["name"],
-                "datatype": tensor["data_type"].removeprefix("TYPE_"),
-                "shape": [-1, *tensor["dims"]],
-            }
-            for tensor in config[side]
-        ]
-        for side in ("input", "output")
-    }
-    platform = PLATFORMS[config["backend"]]
-    return {"name": config["name"], "versions": ["1"], "platform": platform, **tensors}
+def _metadata(served: ServedModel) -> dict[str, Any]:
+    """Return the protocol's metadata of a model."""
+    inputs, outputs = (
+        [{"name": t.name, "datatype": DATATYPES[t.dtype], "shape": [-1, *t.shape]} for t in tensors]
+        for tensors in ((served.network.input,), served.network.outputs)
+    )
+    document = {"name": served.name, "versions": ["1"], "inputs": inputs, "outputs": outputs}
+    return {**document, "platform": PLATFORMS[served.config["backend"]]}
 
 
 def _log(event: str, **fields: object) -> None:

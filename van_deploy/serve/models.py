@@ -41,12 +41,7 @@ METRICS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "queued_images": ("Gauge", "Images queued or running", "model", {}),
     "batch_rows": ("Histogram", "Images per batch", "model", ROWS),
     "infer_seconds": ("Histogram", "Seconds per batch", "model", SECONDS),
-    "infer_cpu_seconds": (
-        "Counter",
-        "CPU seconds of the threads that run batches",
-        "model",
-        {},
-    ),
+    "infer_cpu_seconds": ("Counter", "CPU seconds of threads that run batches", "model", {}),
 }
 
 

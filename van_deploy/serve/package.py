@@ -98,7 +98,7 @@ def package(
         UsageError: ``output`` is not a package, or the release is unknown or cannot load a model.
     """
     path = Path(os.path.abspath(bundle.path))  # the bundle may be "."
-    folder = output or path.with_name(f"{path.name}-triton")
+    folder = output or path.with_name(f"{path.resolve().name}-triton")
     if only_check:
         return check_package(folder, bundle)
     artifacts = settings.artifacts or triton.default_artifacts(bundle)

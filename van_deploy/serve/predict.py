@@ -1,6 +1,6 @@
 """Prediction: the classes of image files, folders and bytes with one artifact."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ from van_deploy.data.images import find_images, open_image
 from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.network import NamedClass, Network
+from van_deploy.schema import path_argument
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Prediction:
     error: str | None = None
 
 
-def find_sources(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ...]:
+def find_sources(images: Iterable[str | Path | bytes]) -> tuple[Path | bytes, ...]:
     """Return image files and bytes in the given order, with the files of each folder.
 
     Args:
@@ -36,12 +37,13 @@ def find_sources(images: Sequence[str | Path | bytes]) -> tuple[Path | bytes, ..
 
     Raises:
         ImageError: a file or folder does not exist, or a folder contains no image.
+        UsageError: an image is neither a path nor bytes.
     """
     sources: list[Path | bytes] = []
     for image in images:
         if isinstance(image, bytes):
             sources.append(image)
-        elif not (path := Path(image)).exists():
+        elif not (path := path_argument("images", image)).exists():
             remedy = "Check the path; images are files or folders on this machine."
             raise ImageError(f"There is no image '{image}'.", remedy)
         else:
