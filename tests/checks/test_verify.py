@@ -106,6 +106,15 @@ def test_every_row_of_a_batch_larger_than_the_samples(
     assert (verdict.batches[-1].batch, verdict.batches[-1].outcome) == (32, FAIL)
 
 
+def test_the_record_is_of_every_image_once(digits: Subject) -> None:
+    def run(of: Samples, images: npt.NDArray[np.int64]) -> dict[str, np.ndarray]:
+        return {"logits": of.logits[images]}
+
+    verdict = check_outputs(run, digits.samples, (1, 20, 32), Limit(20.0, "floor for int8"), 30.0)
+    limits = [f.limit.value for f in verdict.findings if f.rule == "SQNR" and f.limit]
+    assert limits == [27.0, 20.0, 27.0], "20 images are 16 and the first four again"
+
+
 def test_a_part_of_the_golden_samples_has_no_record(digits: Subject) -> None:
     report = verify_bundle(digits.bundle, digits.samples.first(1), WITHOUT_MODULES, digits.loaded)
     assert [finding.rule for finding in report.findings] == ["preprocessing/0.png"]
