@@ -112,10 +112,11 @@ def median_interval(values: Sequence[float]) -> Interval:
     with fewer than 6 values the interval is all of them.
     """
     ordered, count = sorted(values), len(values)
-    rank, below = 0, 0
-    # divided as integers, of any size: 2**1024 is no float
-    while (below + math.comb(count, rank)) / 2**count <= (1 - CONFIDENCE) / 2:
-        below += math.comb(count, rank)
+    rank, ways, below = 0, 1, 0
+    # ways: of rank values below the median. Divided as integers: 2**1024 is no float.
+    while (below + ways) / 2**count <= (1 - CONFIDENCE) / 2:
+        below += ways
+        ways = ways * (count - rank) // (rank + 1)
         rank += 1
     first = max(rank - 1, 0)
     return ordered[first], ordered[count - 1 - first]

@@ -84,7 +84,9 @@ def compare(reference: Array, actual: Array, task: Task | None = Task.SINGLE_LAB
     """
     expected, result = np.asarray(reference, np.float64), np.asarray(actual, np.float64)
     difference, single = np.abs(result - expected), task is Task.SINGLE_LABEL
-    agreement = None
+    agreement = top5 = None
+    if single and expected.shape[1] > 5:
+        top5 = topk_agreement(expected, result, 5)
     if task not in (None, Task.REGRESSION):
         before, after = decisions(expected, task), decisions(result, task)
         agreement = float((before == after).all(axis=1).mean())
@@ -97,9 +99,7 @@ def compare(reference: Array, actual: Array, task: Task | None = Task.SINGLE_LAB
         sqnr_db=sqnr_db(expected, result),
         kl=float(kl_divergence(expected, result).mean()) if single else None,
         top1_agreement=agreement,
-        top5_agreement=topk_agreement(expected, result, 5)
-        if single and expected.shape[1] > 5
-        else None,
+        top5_agreement=top5,
     )
 
 

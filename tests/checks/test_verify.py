@@ -63,9 +63,6 @@ HALF = ("Mul", [np.float32(0.5)])
 ONE_NAN = ("Mul", [np.array([1, 1, 1, np.nan, 1], np.float32)])
 
 
-OTHER_CLASSES = faults.inserted("logits", ("Neg", []))
-
-
 @each(
     ("outputs", "spoil", "failed"),
     [
@@ -74,7 +71,7 @@ OTHER_CLASSES = faults.inserted("logits", ("Neg", []))
         ("top5", same, []),
         ("top5", OTHER_IMAGES, ["probabilities"]),
         ("top5", faults.inserted(TOP_PROBABILITIES, ONE_NAN), ["probabilities"]),
-        ("probabilities", OTHER_CLASSES, ["probabilities", "label flips"]),
+        ("probabilities", faults.negate_logits, ["probabilities", "label flips"]),
         ("logits,top5,probabilities", same, []),
         # The logits are correct, and the other outputs are checked nevertheless.
         ("logits,top5", faults.inserted(TOP_PROBABILITIES, ONE_NAN), ["probabilities"]),
@@ -92,18 +89,21 @@ def test_embedded_graphs(
     assert verdict.outcome is (FAIL if failed else PASS)
 
 
-@each("sizes", [(1, 32), (32,)])
+@each(
+    ("sizes", "classes", "message"),
+    [((1, 32), 10, "SQNR "), ((32,), 10, "SQNR "), ((1, 32), 9, "the output has shape (32, 9)")],
+)
 def test_every_row_of_a_batch_larger_than_the_samples(
-    digits: Subject, sizes: tuple[int, ...]
+    digits: Subject, sizes: tuple[int, ...], classes: int, message: str
 ) -> None:
     def run(of: Samples, images: npt.NDArray[np.int64]) -> dict[str, np.ndarray]:
         logits = of.logits[images]
         logits[20:] = 0.0
-        return {"logits": logits}
+        return {"logits": logits[:, :classes] if len(images) > 1 else logits}
 
     verdict = check_outputs(run, digits.samples, sizes, Limit(20.0, "floor for int8"))
-    assert verdict.outcome is FAIL
-    assert {row.batch: row.outcome for row in verdict.batches}[32] is FAIL
+    assert verdict.reason.startswith(f"batch 32: {message}")
+    assert (verdict.batches[-1].batch, verdict.batches[-1].outcome) == (32, FAIL)
 
 
 def test_a_part_of_the_golden_samples_has_no_record(digits: Subject) -> None:

@@ -27,6 +27,7 @@ from van_deploy.checks.outputs import Networks
 from van_deploy.config import EvaluationSettings, GateSettings
 from van_deploy.data.images import ImageSet, decoded_batches, image_set
 from van_deploy.data.labels import label_images, multi_label_targets
+from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, ImageError, UsageError
 from van_deploy.files import content_key
 from van_deploy.intervals import Interval, bootstrap_interval, wilson_interval
@@ -443,8 +444,9 @@ def _predict_here(
 
 
 def _bundle_key(bundle: Bundle) -> str:
-    """Return a digest of a bundle's files and original weights."""
-    return content_key({"files": bundle.digests, "weights": bundle.manifest.weights.sha256})
+    """Return a digest of a bundle's files, original weights and preprocessing."""
+    network = bundle.manifest.weights, bundle.manifest.preprocessing
+    return content_key({"files": bundle.digests, "network": plain(network)})
 
 
 def _on_worker(

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from van_deploy.config import GateProfile
-from van_deploy.documents import limit_lines
+from van_deploy.documents import Verdict, limit_lines
 from van_deploy.intervals import Interval, mcnemar_exact, tango_interval, unseen_share
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
@@ -196,7 +196,7 @@ class AllowOptions:
         return ok.get(finding.outcome, finding.outcome is Outcome.PASS)
 
 
-class GateReport:
+class GateReport(Verdict):
     """Base of the reports whose findings decide a command's exit code.
 
     Attributes:
@@ -212,20 +212,19 @@ class GateReport:
     @property
     def passed(self) -> bool:
         """Whether the command exits with 0: an artifact ran, and every finding is accepted."""
-        findings = [finding for _, finding in self.named_findings()]
-        of_artifacts = [f for f in findings if not f.rule.startswith(PREPROCESSING)]
-        ran = any(finding.outcome is not Outcome.SKIPPED for finding in of_artifacts)
-        return ran and all(self.allowed.accepts(finding) for finding in findings)
+        return self.ran and not self.failed
+
+    @property
+    def ran(self) -> bool:
+        """Whether an artifact ran; the decoding of images is no artifact."""
+        findings = [f for _, f in self.named_findings() if not f.rule.startswith(PREPROCESSING)]
+        return any(finding.outcome is not Outcome.SKIPPED for finding in findings)
 
     @property
     def failed(self) -> list[str]:
         """Names of the subjects with a finding that is not accepted."""
         pairs = self.named_findings()
         return list(dict.fromkeys(name for name, f in pairs if not self.allowed.accepts(f)))
-
-    def __bool__(self) -> bool:
-        """Return :attr:`passed`."""
-        return self.passed
 
 
 DEFAULT_PROFILE = GateProfile()
@@ -235,6 +234,9 @@ PREPROCESSING = "preprocessing/"
 
 # Levels of 255 by which an image that is decoded and resized on this machine may differ.
 RESIZE_LIMIT = Limit(1, "difference between builds of Pillow")
+
+# Between a graph's probabilities and those of its own logits: rounding of float32.
+SAME_PROBABILITY = Limit(1e-5, "its own logits give the expected one")
 
 # Larger numbers of images are not useful advice.
 MAX_IMAGES_TO_DECIDE = 10**8
@@ -511,11 +513,11 @@ def images_to_decide(loss: Loss, allowed: float) -> int | None:
         share, unseen = images / total, unseen_share(total)
         if lost is not None and won is not None:
             low, high = (100 * end for end in tango_interval(lost * share, won * share, images))
-            return high <= allowed or low > allowed
-        # F1: what no image showed shrinks with the number of images, the rest with its root.
-        ratio, parts = unseen_share(images) / unseen, [end - loss.loss for end in loss.interval]
-        roots = [0.5 if abs(part) > 100.001 * unseen else 1 for part in parts]
-        low, high = (loss.loss + p * ratio**root for p, root in zip(parts, roots, strict=True))
+        else:  # F1: what no image showed shrinks with the number of images, the rest with its root
+            less, parts = unseen_share(images) / unseen, [end - loss.loss for end in loss.interval]
+            seen = [abs(part) > 100.001 * unseen for part in parts]
+            factors = [share**-0.5 if one else less for one in seen]
+            low, high = (loss.loss + p * f for p, f in zip(parts, factors, strict=True))
         return high <= allowed or low > allowed
 
     counts = range(loss.images, MAX_IMAGES_TO_DECIDE)

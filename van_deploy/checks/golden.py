@@ -163,11 +163,6 @@ class Samples:
     others: tuple[Samples, ...] = ()
 
     @property
-    def task(self) -> Task:
-        """How logits become labels."""
-        return self.outputs.task
-
-    @property
     def size(self) -> str:
         """Height and width in pixels, such as ``224x320``."""
         return "x".join(map(str, self.inputs.shape[2:]))

@@ -33,8 +33,6 @@ from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-SAME_PROBABILITIES = 1e-5  # between the probabilities of a graph and those of its own logits
-
 # Instruction sets for which ONNX Runtime has kernels with another order of summation.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
@@ -274,7 +272,7 @@ def check_outputs(
     logits = alone.get(OUTPUT_NAME)
     if logits is not None and logits.shape != samples.logits.shape:
         return NetworkVerdict(tuple(findings))
-    rows = [_batch_row(smallest, findings)]
+    rows = [] if static else [_batch_row(smallest, findings)]
     runs = [(samples, size, f"batch {size}: ") for size in (sizes if static else sizes[1:])]
     runs += [(other, smallest, f"{other.size}: ") for other in samples.others]
     for of, size, where in runs:
@@ -282,18 +280,16 @@ def check_outputs(
         native, start = of is samples, 0 if static else len(findings)
         try:
             outputs, images = _run_batches(run, of, size, int(static and native))
-            repeated, record = (
-                replace(of, logits=of.logits[images]),
-                recorded_db if native else None,
-            )
+            repeated = replace(of, logits=of.logits[images])
+            record = recorded_db if native else None
             findings += _check_rows(repeated, outputs, floor, record, where)[0]
-            actual = outputs.get(OUTPUT_NAME)
-            if native and logits is not None and actual is not None and len(actual) == len(images):
+            actual = outputs.get(OUTPUT_NAME, np.empty(0))
+            if native and logits is not None and actual.shape == repeated.logits.shape:
                 findings.append(gates.check_batch_invariance(logits[images], actual, floor, size))
         except Exception as error:  # the runtimes raise bare exception types
             findings.append(pass_or_fail("runs", f"{where}it does not run: {one_line(error)}"))
         if native:
-            rows = [*([] if static else rows), _batch_row(size, findings[start:])]
+            rows.append(_batch_row(size, findings[start:]))
     comparison = None if logits is None else samples.outputs.compare(samples.logits, logits)
     return NetworkVerdict(tuple(findings), comparison, tuple(flips), tuple(rows))
 
@@ -334,7 +330,7 @@ def _check_rows(
     samples: Samples, outputs: Outputs, floor: Limit, recorded_db: float | None, where: str = ""
 ) -> tuple[list[Finding], list[Flip]]:
     """Return the findings on the logits or feature maps and on other outputs, and the flips."""
-    options, actual = (floor, recorded_db, samples.task), outputs.get(OUTPUT_NAME)
+    options, actual = (floor, recorded_db, samples.outputs.task), outputs.get(OUTPUT_NAME)
     if actual is None:
         return _check_probabilities(samples, outputs, floor, where)
     if not samples.outputs.widths or actual.shape != samples.logits.shape:
@@ -357,29 +353,26 @@ def _check_probabilities(
     the floor may change them, a probability by at most a quarter of the change of a difference of
     logits, and must explain the label flips.
     """
-    own, task, scores = outputs.get(OUTPUT_NAME), samples.task, None
-    noise = rms(samples.logits) * 10 ** (-floor.value / 20)
-    limit = Limit(max(math.sqrt(2) * noise, 1e-6), f"explained by noise at {floor.value:.1f} dB")
-    if own is not None:
-        limit = Limit(SAME_PROBABILITIES, "its own logits give the expected one")
+    own, task, limit = outputs.get(OUTPUT_NAME), samples.outputs.task, gates.SAME_PROBABILITY
     logits = samples.logits if own is None else own.astype(np.float64)
-    expected, pairs = probabilities(logits, task), list[tuple[Array, Array]]()
+    if own is None:
+        noise = math.sqrt(2) * rms(logits) * 10 ** (-floor.value / 20)
+        limit = Limit(max(noise, 1e-6), f"explained by noise at {floor.value:.1f} dB")
+    expected, differences, scores = probabilities(logits, task), list[Array](), None
     if TOP_CLASSES in outputs:
         classes = outputs[TOP_CLASSES]
         chosen = np.take_along_axis(expected, classes, axis=1)
         best = -np.sort(-expected, axis=1)[:, : classes.shape[1]]
-        pairs += [(best, chosen), (best, outputs[TOP_PROBABILITIES])]  # classes and their order
-        scores = np.eye(expected.shape[1])[classes[:, 0]] if task is Task.SINGLE_LABEL else None
+        differences = [best - chosen, best - outputs[TOP_PROBABILITIES]]  # classes and their order
+        if task is Task.SINGLE_LABEL:
+            scores = (classes[:, :1] == np.arange(expected.shape[1])).astype(np.float64)
     if PROBABILITIES in outputs:
-        pairs.append((expected, outputs[PROBABILITIES]))
+        differences.append(expected - outputs[PROBABILITIES])
         scores = outputs[PROBABILITIES] - 0.5
-    changes = [np.abs(one - other).max() for one, other in pairs] or [math.inf]
-    change = float(np.max(changes))  # or NaN
+    change = float(np.max([np.abs(values).max() for values in differences] or [math.inf]))  # or NaN
     change = change if math.isfinite(change) else math.inf
-    fault = (
-        f"{where}a probability differs by {change:.1e}, more than {limit.value:.1e} "
-        f"({limit.origin})"
-    ) * (change > limit.value)
+    allowed = f"more than {limit.value:.1e} ({limit.origin})"
+    fault = f"{where}a probability differs by {change:.1e}, {allowed}" * (change > limit.value)
     findings = [pass_or_fail("probabilities", fault, change, limit)]
     if own is not None or scores is None:
         return findings, []

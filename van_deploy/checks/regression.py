@@ -307,7 +307,7 @@ def _compare_value(
     least, drop = 1 - gates.SPEED_TOLERANCE, gates.RECORD_MARGIN_DB
     if rule == "speed":
         before, after = (one.interval or (one.value, one.value) for one in (then, now))
-        low, high = after[0] / before[1], after[1] / before[0]
+        low, high = (a / max(b, 1e-9) for a, b in zip(after, reversed(before), strict=True))
         limit = Limit(then.value * least, f"baseline minus {100 * gates.SPEED_TOLERANCE:g} %")
         message = f"{100 * low:.0f} to {100 * high:.0f} % of the baseline's ratio"
         outcome = Outcome.PASS if low >= least else Outcome.FAIL

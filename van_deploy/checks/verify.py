@@ -126,7 +126,7 @@ def verify_bundle(
     reference: Reference | str = ""
     for name in outputs.select_artifacts(bundle, settings.artifacts):
         artifact, network = bundle.artifact(name), outputs.open_artifact(bundle, name, settings)
-        numeric, runner = numeric_class(artifact.precision), ""
+        numeric, runner = str(artifact.precision), ""
         if isinstance(network, Finding):
             verdict = NetworkVerdict((network,))
         else:
@@ -166,11 +166,10 @@ def _run_checks(
     network: Network, artifact: Artifact, samples: Samples, rules: GateSettings
 ) -> tuple[str, NetworkVerdict]:
     """Run an artifact and return its numeric class and the verdict on its outputs."""
-    numeric, bundle = numeric_class(artifact.precision), network.bundle
-    golden = bundle.manifest.golden
+    numeric, golden = str(artifact.precision), network.bundle.manifest.golden
     same = samples.golden and golden is not None and len(samples) == golden.count
     records = artifact.golden_sqnr_db if same else {}
-    first, *more = outputs.batch_sizes(bundle.manifest.batch)
+    first, *more = outputs.batch_sizes(network.bundle.manifest.batch)
     sizes = [other for other in samples.others if network.supports_size(other.inputs.shape[2:])]
     try:
         with network:

@@ -29,7 +29,7 @@ def _failure(report: VerifyReport | EvaluateReport | CheckReport, done: str) -> 
     findings = report.named_findings()
     is_wrong = done != "checked" and any(f.outcome is Outcome.FAIL for _, f in findings)
     remedy = "See the rows above" + "; `van-deploy drift` finds the module" * is_wrong + "."
-    return GateFailed(failure_text(findings, report.allowed, done), remedy)
+    return GateFailed(failure_text(report, done), remedy)
 
 
 def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings]) -> Output:

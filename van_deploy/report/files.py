@@ -128,6 +128,9 @@ def _sections(
     made_with = {"made with": manifest["versions"], "bundle schema": manifest["schema"]}
     yield "Provenance", [*doc.key_values(made_with), *table(files, columns, "Every file")]
     done = {*checks, *(e[key] for e in artifacts.values() for key in ("precision", "kind"))}
+    network = manifest["architecture"]
+    if network["out_indices"] or network["problem_type"] == "regression":
+        done.add("evaluate")  # there are no classes
     missing = [(name, message) for state, name, message in verdicts if state == "SKIPPED"]
     missing += [(name, command) for name, command in COMMANDS.items() if name not in done]
     for command, key in (("verify", "artifacts"), ("evaluate", "losses")):

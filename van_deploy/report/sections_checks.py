@@ -11,7 +11,7 @@ from van_deploy.report.document import Block, Entry, Paragraph, notices, table
 from van_deploy.report.plots import Mark, colours, rows_chart, xy_chart
 
 if TYPE_CHECKING:
-    from van_deploy.checks.gates import AllowOptions, Finding
+    from van_deploy.checks.gates import GateReport
 
 MAX_FLIPS, MAX_MESSAGES, MAX_NAMES = 10, 24, 5
 
@@ -204,20 +204,19 @@ def _message_blocks(findings: Sequence[Entry]) -> list[Block]:
     return blocks
 
 
-def failure_text(findings: Sequence[tuple[str, Finding]], allowed: AllowOptions, verb: str) -> str:
+def failure_text(report: GateReport, verb: str) -> str:
     """Return a sentence that says why a report did not pass.
 
     Args:
-        findings: subject and finding.
-        allowed: the user's allow options.
+        report: the report.
         verb: past participle for the case that nothing ran, such as ``verified``.
     """
-    failed = [(name, finding) for name, finding in findings if not allowed.accepts(finding)]
+    failed = [pair for pair in report.named_findings() if not report.allowed.accepts(pair[1])]
     for outcome, sentence in FAILURES.items():
         names = [f"'{name}'" for name, finding in failed if finding.outcome.value == outcome]
         if names:
             return sentence.format(", ".join(limit_lines([*dict.fromkeys(names)], MAX_NAMES)))
-    if failed and any(f.outcome.value == "pass" for _, f in findings):
+    if report.ran:
         name, finding = failed[0]
         others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
         remedy = f"; --allow-skip {finding.skip} accepts that" if finding.skip else ""
