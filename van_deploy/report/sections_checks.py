@@ -241,7 +241,9 @@ def quantize_blocks(result: Entry) -> list[Block]:
         # Metrics of the reference against itself are left out.
         empty = dict.fromkeys(("cosine", "kl", "agreement")) if row["passed"] is None else {}
         top1 = None if row["correct"] is None else row["correct"] / row["images"]
-        rows.append({**row, **empty, "name": row["name"].upper(), "top1": top1})
+        state = "inconclusive" if row["passed"] and row["inconclusive"] else row["passed"]
+        shown = {"name": row["name"].upper(), "top1": top1, "passed": state}
+        rows.append({**row, **empty, **shown})
     search = facts.get("search") or {"excluded": {}, "max_drop": 0.0, "metric": "", "images": 0}
     limit = "Search for a loss of at most {max_drop:g} points of {metric} on {images} images"
     findings = (facts.get("golden_check") or {}).get("findings", ())
