@@ -17,7 +17,7 @@ from van_deploy.engine.inspect import (
 from van_deploy.errors import InputError
 from van_deploy.graph.files import OnnxDescription, describe_onnx
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VARIANT_NAMES, VanConfig, WeightsSource, find_cached_weights
+from van_deploy.model.variants import VanConfig, WeightsSource, find_cached_weights, find_variant
 
 ENGINES = (".plan", ".engine", ".trt")
 ArtifactDescription = OnnxDescription | EngineDescription | PackageDescription
@@ -95,7 +95,7 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
         problems = tuple(bundle.problems())
         return BundleDescription(bundle.path, problems, bundle.sizes(), bundle.manifest)
     details: dict[str, Any]
-    if variant := VARIANT_NAMES.get(model.lower().replace("-", "_")):
+    if variant := find_variant(model):
         config, preprocessing = variant.config, OFFICIAL
         details = {
             "kind": "variant",

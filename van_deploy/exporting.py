@@ -26,7 +26,7 @@ from van_deploy.graph.fold import fold_van
 from van_deploy.manifest import GoldenInfo, GraphInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
 from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.variants import VARIANT_NAMES
+from van_deploy.model.variants import find_variant
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
@@ -110,7 +110,7 @@ def load_model(
 
 def _is_published(name: str) -> bool:
     """Return whether a name selects a variant or the embedded network, not a path."""
-    return name == EMBEDDED_NAME or name.lower().replace("-", "_") in VARIANT_NAMES
+    return name == EMBEDDED_NAME or find_variant(name) is not None
 
 
 def export_bundle(

@@ -19,7 +19,7 @@ from van_deploy.config.fields import PathOrNameMarker, Table, option
 from van_deploy.config.named_options import Change, Changes, explicit_values, parse_recipe
 from van_deploy.documents import tomllib
 from van_deploy.errors import RecipeError, UsageError
-from van_deploy.model.variants import VARIANT_NAMES
+from van_deploy.model.variants import find_variant
 from van_deploy.schema import (
     Settings,
     field_key,
@@ -120,7 +120,7 @@ def resolve_recipe(model: str | Path | Recipe, changes: Changes = NO_CHANGES) ->
     if isinstance(model, Recipe):
         return parse_recipe(explicit_values(model), changes)
     name = str(model)
-    if variant := VARIANT_NAMES.get(name.lower().replace("-", "_")):
+    if variant := find_variant(name):
         name = variant.name
     if name.endswith(".toml") or name in builtin_files():
         return load_recipe(name, changes)

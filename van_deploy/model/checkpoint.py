@@ -28,7 +28,7 @@ from van_deploy.model.keys import TOP_LEVEL, Checkpoint, Notes, State, find_netw
 from van_deploy.model.metadata import Values, read_metadata
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
-from van_deploy.model.variants import VARIANT_NAMES, VanConfig, Variant, WeightsSource, get_variant
+from van_deploy.model.variants import VanConfig, Variant, WeightsSource, find_variant, get_variant
 
 ALL_STAGES = (0, 1, 2, 3)
 _COMPLETE_HINT = "Save the state dict of one complete VAN."
@@ -100,7 +100,7 @@ def load_van(
     if not 0 < overrides.get("layer_norm_eps", 1e-6) < 1:
         raise UsageError(f"layer_norm_eps {layer_norm_eps} is not between 0 and 1.", "Give 1e-6.")
     is_path = re.search(r"[/\\]", spec) or WEIGHTS_SUFFIX.search(spec) or Path(spec).exists()
-    is_variant = spec.lower().replace("-", "_") in VARIANT_NAMES
+    is_variant = find_variant(spec) is not None
     variant = get_variant(spec) if is_variant or not (is_path or spec == EMBEDDED_NAME) else None
     if variant and weights == "random" and not (expect_sha256 or container or head):
         loaded = _load_random(spec, variant, seed, overrides)

@@ -220,16 +220,22 @@ VARIANTS: dict[str, Variant] = {
 VARIANT_NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.aliases)}
 
 
+def find_variant(name: str) -> Variant | None:
+    """Return the variant with this name or alias, in any case and with ``-`` for ``_``, or None."""
+    return VARIANT_NAMES.get(name.lower().replace("-", "_"))
+
+
 def get_variant(name: str) -> Variant:
     """Return the variant ``name`` (``van_b1``, or its alias ``van_small``).
 
     Raises:
         UsageError: there is no such variant; the message has similar names.
     """
-    key = name.lower().replace("-", "_")
-    if variant := VARIANT_NAMES.get(key):
+    if variant := find_variant(name):
         return variant
-    similar = difflib.get_close_matches(key, list(VARIANTS), n=3, cutoff=0.5)
+    similar = difflib.get_close_matches(
+        name.lower().replace("-", "_"), list(VARIANTS), n=3, cutoff=0.5
+    )
     guess = f"Did you mean {' or '.join(similar)}? " if similar else ""
     remedy = f"{guess}Known: {', '.join(VARIANTS)}, van_digits; or give a checkpoint's path."
     raise UsageError(f"There is no VAN variant and no file called '{name}'.", remedy)
