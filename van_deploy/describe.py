@@ -17,7 +17,13 @@ from van_deploy.engine.inspect import (
 from van_deploy.errors import InputError
 from van_deploy.graph.files import OnnxDescription, describe_onnx
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import VanConfig, WeightsSource, find_cached_weights, find_variant
+from van_deploy.model.variants import (
+    VanConfig,
+    WeightsSource,
+    find_cached_weights,
+    find_variant,
+    is_published,
+)
 
 ENGINES = (".plan", ".engine", ".trt")
 ArtifactDescription = OnnxDescription | EngineDescription | PackageDescription
@@ -84,26 +90,29 @@ class NetworkDescription:
 
 
 def describe_model(model: str) -> BundleDescription | NetworkDescription:
-    """Return the description of a bundle, a variant, or a checkpoint's weights.
+    """Return the description of a variant, a bundle, or a checkpoint's weights.
+
+    As in :func:`~van_deploy.model.checkpoint.load_van`, a published name goes before a path.
 
     Raises:
         UsageError: the variant does not exist.
         InputError: the checkpoint or the bundle cannot be read.
     """
-    if Bundle.exists(Path(model)):
+    if not is_published(model) and Bundle.exists(Path(model)):
         bundle = Bundle.open(model)
         problems = tuple(bundle.problems())
         return BundleDescription(bundle.path, problems, bundle.sizes(), bundle.manifest)
     details: dict[str, Any]
     if variant := find_variant(model):
         config, preprocessing = variant.config, OFFICIAL
+        path_note = f"the path '{model}' is not described (give './{model}')"
         details = {
             "kind": "variant",
             "name": variant.name,
             "also_called": tuple(variant.aliases),
             "top1_percent": variant.top1,
             "weights": variant.weights,
-            "weights_note": variant.weights_note,
+            "weights_note": path_note if Path(model).exists() else variant.weights_note,
             "here": find_cached_weights(variant),
         }
     else:

@@ -25,8 +25,7 @@ from van_deploy.graph.files import graph_facts, operator_counts, save_onnx, simp
 from van_deploy.graph.fold import fold_van
 from van_deploy.manifest import GoldenInfo, GraphInfo, NetworkInfo
 from van_deploy.model.checkpoint import ALL_STAGES, LoadedVan, load_van
-from van_deploy.model.embedded import EMBEDDED_NAME
-from van_deploy.model.variants import find_variant
+from van_deploy.model.variants import is_published
 from van_deploy.provenance import EXPORT_TOOLS, code_digest, tool_versions
 from van_deploy.runners.base import Images
 from van_deploy.runners.onnxruntime import onnxruntime_outputs, require_onnxruntime
@@ -71,12 +70,12 @@ def load_model(
     """
     settings, export = recipe.model, recipe.export
     spec, weights = settings.name, settings.weights or None
-    if weights is not None and not _is_published(spec):
+    if weights is not None and not is_published(spec):
         spec, weights = weights, None
     preprocessing = recipe.preprocessing.model_dump()
     if export.dynamic_size is not None and preprocessing["image_size"] is None:
         preprocessing["image_size"] = export.dynamic_size.opt
-    if not _is_published(spec) and Bundle.exists(Path(spec)):
+    if not is_published(spec) and Bundle.exists(Path(spec)):
         raise UsageError(
             f"'{spec}' is a bundle, and a bundle is made from weights.",
             "Give the weights, or use the bundle with `van-deploy quantize`, `build` or `verify`.",
@@ -103,14 +102,9 @@ def load_model(
     if settings.labels:
         names = class_names_from_file(settings.labels, loaded.config.num_classes)
         loaded = replace(loaded, class_names=names)
-    if settings.name and not _is_published(spec):
+    if settings.name and not is_published(spec):
         loaded = replace(loaded, name=settings.name)
     return loaded
-
-
-def _is_published(name: str) -> bool:
-    """Return whether a name selects a variant or the embedded network, not a path."""
-    return name == EMBEDDED_NAME or find_variant(name) is not None
 
 
 def export_bundle(

@@ -181,7 +181,9 @@ OTHERS = ("a/1.png", "b/1.png", "b/2.png")
         (("a 1.png", "a.png"), "a 1 x\na y\n", ["x", "1 x", "y"], None, [0, 2]),  # longest match
         (OTHERS, "c/a/1 2\nb/1 0\n2.png 1", None, None, [2, 0, 1]),
         (("1.png", "b/1.png"), "1.png 0\nb/1.png 1\n", None, None, [0, 1]),
+        (("a.jpg", "a.png"), "v/a.png 0\na.jpg 1\n", None, None, [1, 0]),
         # invalid files
+        (("a.jpg", "a.png"), "a 0\na.png 1\n", None, None, "1 of the 2 images, the first: 'a.j"),
         (OTHERS, "a/1 2\na/2 1\nb/1 0\n", None, None, "1 of the 3 images, the first: 'b/2"),
         (("9.png", "10.png"), "0\n1\n", None, None, "order of the images is ambiguous"),
         (OTHERS, "1.png 0\n2.png 1\n", None, None, "for 2 of the 3 images, the first: 'a/1.png'"),
@@ -229,8 +231,14 @@ def test_multi_label_targets(make: Make, tmp_path: Path) -> None:
     file.write_text("a.png\tcat, dog\nb c.png\nd, e.png\t2\n")
     targets = multi_label_targets(images, file, 3, names)
     assert targets.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
+    columns = tmp_path / "columns.csv"
+    columns.write_text("file,cat,dog,emu\na.png,1,0,1\nb c.png,0,0,0\nd, e.png,0,0,0\n")
     file.write_text("a.png\tcow\nb c.png\nd, e.png\n")
-    for source, message in ((file, "'cow' in line 1 of"), (None, "needs a labels file")):
+    for source, message in (
+        (file, "'cow' in line 1 of"),
+        (columns, f"Line 2 of '{columns}' has the label '1' twice"),
+        (None, "needs a labels file"),
+    ):
         error = error_of(InputError, multi_label_targets, images, source, 3, names)
         assert message in error.message
 

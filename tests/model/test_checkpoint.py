@@ -13,6 +13,7 @@ from tests.errors import error_of
 from tests.manifest_parts import network_info
 from tests.model.conftest import FakeHub, has_equal_outputs, rename, save_weights, torch_bytes
 from van_deploy.bundle import Bundle, edit_bundle
+from van_deploy.describe import NetworkDescription, describe_model
 from van_deploy.errors import BundleError, CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import LoadedVan, load_van
 from van_deploy.model.files import LICENCE
@@ -116,10 +117,14 @@ def test_public_weights_by_name(published: bytes, tmp_path: Path, monkeypatch: A
     assert has_equal_outputs(load_van("van_b0", offline=True).model, loaded.model)
     message = error_of(DownloadError, load_van, "van_b0", expect_sha256="0" * 64).message
     assert "is another file: its SHA-256 is" in message
-    (tmp_path / "van_b0").mkdir()
+    make_bundle(loaded, tmp_path / "van_b0")
     monkeypatch.chdir(tmp_path)
     (note,) = set(load_van("van_b0").source.notes) - set(loaded.source.notes)
     assert note == "the public weights are used, not the path 'van_b0' (give './van_b0')"
+    described = describe_model("van_b0")
+    assert isinstance(described, NetworkDescription)
+    assert (described.kind, describe_model("./van_b0").kind) == ("variant", "bundle")
+    assert described.weights_note == "the path 'van_b0' is not described (give './van_b0')"
 
 
 def test_official_transformers_repository(hub: FakeHub, tiny_config: VanConfig) -> None:

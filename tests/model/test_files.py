@@ -7,7 +7,9 @@ import os
 import pickle
 import time
 import zipfile
+from collections import defaultdict
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -89,15 +91,36 @@ def test_containers(tmp_path: Path, tiny: VAN, places: list[str], option: str | 
 def test_metadata_of_training_scripts(tmp_path: Path) -> None:
     path, place = tmp_path / "w.pth", PurePath("runs/1")
     arguments = argparse.Namespace(mean=[0.1, 0.2], layers=None, output=place)
-    more = {"metric": np.float64(77.5), "history": np.arange(3.0), "best": np.int64(4)}
+    random = np.random.RandomState(0).get_state()
+    more = {"metric": np.float64(77.5), "random": random, "best": np.int16(4)}
+    more |= {"curves": defaultdict(list), "saved": datetime.now(), "torch": torch.__version__}
     stored = argparse.Namespace(**vars(arguments) | {"output": Path(place)})
     loaded = load_file(saved({"state": WEIGHTS, "args": stored, **more}, path))
     assert has_weights(loaded["state"])
     assert (loaded["args"], loaded["metric"]) == (arguments, 77.5)
+    stored.methods = {"min": argparse.Namespace.__contains__}  # HistoryBuffer.min, for example
     torch.save({**WEIGHTS, "log": stored}, path, _use_new_zipfile_serialization=False)
     names = (b"argparse\nNamespace", b"mmengine.logging.history_buffer\nHistoryBuffer")
     path.write_bytes(path.read_bytes().replace(*names))  # mmengine's training log
-    assert has_weights(load_file(path))
+    loaded = load_file(path)
+    assert has_weights(loaded)
+    assert loaded["log"].methods == {"min": None}
+
+
+@each(
+    ("place", "meta"),
+    [("ema_state_dict", {"mmengine_version": "0.10.7"}), ("current_model_state", {})],
+)
+def test_weights_beside_averaged_ones(tmp_path: Path, tiny: VAN, place: str, meta: Any) -> None:
+    """EMAHook of mmengine and Lightning's WeightAveraging save the averaged ones as state_dict."""
+    state = tiny.state_dict()
+    raw = {f"module.{name}": 2 * tensor for name, tensor in state.items()}
+    content = {"state_dict": state, place: raw | {"steps": torch.tensor(9)}, "meta": meta}
+    path = saved(content, tmp_path / "w.pth")
+    for option, factor in ((None, 1), ("state_dict", 1), (place, 2), (f"{place}.module", 2)):
+        loaded = read_weights(path, option)
+        assert torch.equal(loaded.tensors["head.bias"], factor * state["head.bias"])
+        assert any("the averaged weights are" in note for note in loaded.notes) == (not option)
 
 
 def test_legacy_compressed_and_misnamed_files(tmp_path: Path) -> None:
@@ -132,7 +155,7 @@ def test_code_in_a_pickle_is_not_executed(tmp_path: Path, call: Any, name: str, 
     thing = {"state_dict": WEIGHTS, "mean": np.ones(3), "extra": extra}
     if form == "plain":
         path.write_bytes(pickle.dumps(thing["extra"]))
-        assert "its pickle was not written by torch.save" in load_error(path)
+        assert "more than tensors and plain values, or is not of torch.save" in load_error(path)
     else:
         torch.save(thing, path, _use_new_zipfile_serialization=form == "zip")
         message = load_error(path)

@@ -61,7 +61,8 @@ def test_timm_features() -> None:
 
 def test_timm_head_and_pooling() -> None:
     images = torch.randn(1, 1, 64, 64)
-    model = create_model("van_b0", in_chans=1, num_classes=0, global_pool="", drop_path_rate=0.2)
+    rates = {"drop_rate": 0.0, "drop_path_rate": 0.2}  # as timm's train.py
+    model = create_model("van_b0", in_chans=1, num_classes=0, global_pool="", **rates)
     assert model.block4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert torch.equal(model(images), model.forward_features(images))
     model.reset_classifier(4, "avg")
@@ -70,8 +71,9 @@ def test_timm_head_and_pooling() -> None:
     assert model(images).shape == (1, 256, 2, 2)
     with pytest.raises(ValueError, match="for 4 classes"):
         model.reset_classifier(4)
-    with pytest.raises(ValueError, match="global_pool is 'max'"):
-        create_model("van_b0", global_pool="max")
+    for options in ({"global_pool": "max"}, {"drop_rate": 0.1}):
+        with pytest.raises(ValueError, match=r"global_pool is 'max'|drop_rate is 0\.1"):
+            create_model("van_b0", **options)
 
 
 def test_gradient_checkpointing() -> None:

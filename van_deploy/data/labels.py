@@ -8,8 +8,8 @@ possible order gives the same labels. Ambiguous labels are an error, never a gue
 
 import re
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -313,7 +313,14 @@ def multi_label_targets(
     lines = [(number, f"{line}\t") for number, line in read_lines(file)]
     for row, (number, text) in enumerate(_match_lines(images, file, lines)):
         for label in filter(None, map(str.strip, text.split(","))):
-            targets[row, names.resolve(label, None, f"line {number} of '{file}'")] = 1
+            column = names.resolve(label, None, f"line {number} of '{file}'")
+            if targets[row, column]:
+                message = f"Line {number} of '{file}' has the label '{label}' twice."
+                remedy = (
+                    "List an image's labels, not 0 or 1 for every class: 'file<TAB>label,label'."
+                )
+                raise InputError(message, remedy)
+            targets[row, column] = 1
     return targets
 
 
@@ -326,15 +333,19 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
     Raises:
         InputError: an image has no line, or several that differ.
     """
-    suffixes = [_path_suffixes(item.name) for item in images.items]
-    counts = Counter(suffix for each in suffixes for suffix in each)  # ambiguous ones do not match
-    names = {each[0]: index for index, each in enumerate(suffixes)}
-    ends = {s: index for index, each in enumerate(suffixes) for s in each if counts[s] == 1} | names
+    tails = [_path_tails(item.name) for item in images.items]
+    stems = [_path_tails(_without_suffix(item.name)) for item in images.items]
+    names = _unique((each[0], index) for index, each in enumerate(stems))
+    names |= {each[0]: index for index, each in enumerate(tails)}
+    pairs = ({*each, *stems[index]} for index, each in enumerate(tails))
+    ends = _unique((tail, index) for index, each in enumerate(pairs) for tail in each) | names
     entries: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         for separator in reversed([*re.finditer(r"[\s,;]+", line)]):
-            path, *shorter = _path_suffixes(_unquote(line[: separator.start()])) or [""]
-            index = ends.get(path, next((names[p] for p in shorter if p in names), None))
+            path, *shorter = _path_tails(_unquote(line[: separator.start()])) or [""]
+            tables = ((path, ends), *((tail, names) for tail in shorter))
+            forms = ((form, t) for p, t in tables for form in (p, _without_suffix(p)))
+            index = next((table[form] for form, table in forms if form in table), None)
             if index is None:
                 continue
             label = _unquote(line[separator.end() :])
@@ -342,7 +353,7 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
             if first[1] != label:
                 pair = f"'{first[1]}' in line {first[0]}, '{label}' in line {number}"
                 message = f"'{file}' has two labels for '{images.items[index].name}': {pair}."
-                raise InputError(message, "Remove one, or rename images that differ in suffix.")
+                raise InputError(message, "Remove one of the two lines.")
             break
     if not entries and len(lines) == len(images):
         paths = [item.name for item in images.items]
@@ -361,12 +372,24 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
     return [entries[index] for index in range(len(images))]
 
 
-def _path_suffixes(path: str) -> list[str]:
-    """Return the trailing parts of a path, the longest first, without an image's suffix."""
+def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Return the values of the keys that occur once."""
+    table = defaultdict[str, list[int]](list)
+    for key, value in pairs:
+        table[key].append(value)
+    return {key: values[0] for key, values in table.items() if len(values) == 1}
+
+
+def _path_tails(path: str) -> list[str]:
+    """Return the trailing parts of a path, the longest first."""
     parts = [part for part in re.split(r"[/\\]", path) if part not in {"", "."}]
-    if parts and Path(parts[-1]).suffix.lower() in SUFFIXES:
-        parts[-1] = Path(parts[-1]).stem
     return ["/".join(parts[start:]) for start in range(len(parts))]
+
+
+def _without_suffix(path: str) -> str:
+    """Return a path without an image's suffix."""
+    suffix = Path(path).suffix
+    return path.removesuffix(suffix) if suffix.lower() in SUFFIXES else path
 
 
 def _unquote(text: str) -> str:

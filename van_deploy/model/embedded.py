@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-EMBEDDED_NAME = "van_digits"
+from van_deploy.model.variants import EMBEDDED_NAME as EMBEDDED_NAME
+
 EMBEDDED_FOLDER = Path(__file__).parent / "digits"
 # With official key names. In the same folder: ``van_digits.json`` (architecture, preprocessing,
 # classes, accuracy, training, licence) and ``digits.npz`` (``images_train``, ``labels_train``,

@@ -17,7 +17,9 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ import numpy as np
 import safetensors
 import torch
 from huggingface_hub import constants, errors
+from torch.torch_version import TorchVersion
 
 from van_deploy.documents import parse_json, read_text_file, require_regular_file
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
@@ -178,7 +181,8 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
 # --- reading ---------------------------------------------------------------------------------
 
 _SAVE_HINT = "Save the weights with torch.save(model.state_dict(), 'weights.pth')."
-_DAMAGED_HINT = f"If it is damaged or truncated, download it again. If it is yours: {_SAVE_HINT}"
+_DAMAGED_HINT = f"If it is damaged or truncated, download it again. {_SAVE_HINT}"
+_PLAIN_TYPES = (argparse.Namespace, defaultdict, list, datetime, timedelta, TorchVersion)
 # A VAN-B6 has 3,000 tensors and its optimizer twice as many; torch.save does not compress.
 _MAX_ENTRIES, _MAX_UNPACK_RATIO = 30_000, 8
 
@@ -247,12 +251,16 @@ def _is_uncompressed_zip(path: Path) -> bool:
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
+def _ignore_method(_owner: object, _name: str) -> None:
+    """Stand for ``getattr`` in a pickle, so that nothing is looked up."""
+
+
 def _load_pickle(path: Path, *, mmap: bool) -> Any:
     """Return the content of a ``torch.save`` file, restricted to tensors and plain values.
 
     The plain values include those of the official files (``Namespace``), of training scripts'
-    arguments (paths), of timm's metrics (NumPy scalars) and of mmengine's training log
-    (``HistoryBuffer``, loaded as ``Namespace``).
+    arguments (paths, dates, versions), of metrics and random states (NumPy's types) and of
+    mmengine's training log (``HistoryBuffer``, loaded as ``Namespace``).
     With ``mmap`` tensors are read from the disk on first use, which needs a zip archive
     with uncompressed entries.
 
@@ -261,12 +269,13 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     """
     reconstruct, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
     log = (argparse.Namespace, "mmengine.logging.history_buffer.HistoryBuffer")
-    allowed: list[Any] = [argparse.Namespace, np.ndarray, np.dtype, log]
+    method = (_ignore_method, "builtins.getattr")  # the log lists its own methods
+    allowed: list[Any] = [*_PLAIN_TYPES, np.ndarray, np.dtype, log, method]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]
     for module in ("pathlib", "pathlib._local"):
         allowed += [(PurePath, f"{module}.PosixPath"), (PurePath, f"{module}.WindowsPath")]
-    allowed += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?", "U")]
+    allowed += {type(np.dtype(kind)) for kind in np.typecodes["All"]}
     with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pickle protocols; those that matter are errors too
         try:
@@ -276,13 +285,14 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
             refused = isinstance(error, pickle.UnpicklingError)
     if not refused:
         raise _read_error(path, re.split(r"\n|\.(?:\s|$)", message)[0])
-    unsafe = re.findall(r"GLOBAL\s+([\w.]+)", message)[:1]
+    unsafe = dict.fromkeys(re.findall(r"GLOBAL\s+([\w.]+)", message)[:1])
     # of a file that is not a zip archive, or damaged, only the first is known
     with contextlib.suppress(Exception), torch.serialization.safe_globals(allowed):
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        unsafe += sorted(set(others) - set(unsafe))
+        unsafe |= dict.fromkeys(sorted(name.removeprefix("builtins.") for name in others))
     if not unsafe:
-        raise _read_error(path, "its pickle was not written by torch.save")
-    names = ", ".join(unsafe[:3])
+        reason = "its pickle has more than tensors and plain values, or is not of torch.save"
+        raise _read_error(path, reason)
+    names = ", ".join([*unsafe][:3])
     message = f"{path} is refused: its pickle imports {names}, so loading it would execute code."
     raise CheckpointError(message, f"If you trust it, open it in its own program. {_SAVE_HINT}")

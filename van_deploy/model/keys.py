@@ -61,7 +61,7 @@ _HEADS = (("", "head"), ("van.", "classifier"), ("backbone.", "head.fc"))
 
 # Tensors that training scripts save with a network and that inference does not use.
 _IGNORED = re.compile(
-    r"(.*\.)?(n_averaged|total_ops|total_params)"
+    r"(.*\.)?(n_averaged|steps|total_ops|total_params)"
     r"|(criterion|.*loss|(train|val|valid|test)_\w+|\w*(metric|accuracy|acc|f1|auroc)s?)(\..+|$)"
 )
 # The other modules of OpenMMLab's segmenters and detectors.
@@ -69,6 +69,9 @@ _NECKS_AND_HEADS = re.compile(r"(neck|panoptic_\w+|\w+_head)\b")
 # Modules around others, of torch.compile, activation checkpointing and FSDP.
 _WRAPPERS = re.compile(r"(?<=\.)_(orig_mod|(checkpoint|fsdp)_wrapped_module)\.")
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
+# Containers of the weights that are not averaged, if ``state_dict`` has the averaged ones: of
+# Lightning's WeightAveraging, and of mmengine's EMAHook, which swaps the two before it saves them.
+_LIGHTNING_RAW, _MMENGINE_RAW = "current_model_state", "ema_state_dict"
 TOP_LEVEL = "top level"
 
 
@@ -153,7 +156,13 @@ def find_network(content: Mapping[Any, Any], container: str | None) -> tuple[Net
         raise CheckpointError(message, "Pass a VAN (official, Transformers or mmpretrain names).")
     complete = [n for n in detected if len({stage for stage, _ in n.blocks}) == STAGES]
     candidates = complete or detected
-    averaged = [network for network in candidates if _AVERAGED.search(network.path)]
+    meta = content.get("meta")
+    is_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
+    raw = {_LIGHTNING_RAW, _MMENGINE_RAW if is_mmengine else _LIGHTNING_RAW}
+    if any(network.path in raw for network in candidates):
+        averaged = [network for network in candidates if network.path == "state_dict"]
+    else:
+        averaged = [network for network in candidates if _AVERAGED.search(network.path)]
     selection = averaged if len(averaged) == 1 else candidates
     if len(selection) > 1:
         places = ", ".join(f"{one.format} names under '{one.container}'" for one in selection)

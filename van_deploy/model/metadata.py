@@ -37,14 +37,10 @@ Values = Mapping[str, Any]
 # Name, reader and content of a source of preprocessing values.
 Source = tuple[str, Callable[[Values], dict[str, Any]], Values]
 
-_CLASS_NAME_KEYS = (
-    "class_to_idx",
-    "idx_to_class",
-    "id2label",
-    "class_names",
-    "CLASSES",
-    "classes",
-    "label_names",
+# Keys of class names: lists, tables by index, and tables of indices.
+_NAMES_KEY = re.compile(
+    "class_names|classes|CLASSES|label_names|(idx|id|index)(_to_|2)(class|label)"
+    "|(?P<is_inverse>(class|label)(_to_|2)(idx|id|index))"
 )
 # Tables of training arguments in a file: of timm, Lightning and others.
 _ARGUMENT_TABLES = (
@@ -335,12 +331,15 @@ def _read_class_names(
     """Return the class names; all sources must agree."""
     sources: dict[tuple[str, ...], str] = {}
     for table, values in tables:
-        for key in _CLASS_NAME_KEYS:
-            value = values.get(key)
+        for key, value in values.items():
+            match = _NAMES_KEY.fullmatch(key)
+            if not match or (key == "label2id" and "id2label" in values):  # without repeated names
+                continue
             if isinstance(value, str) and value:
                 notes.append(f"{key} in {table} is a text, not a list, and is not used")
-            if names := _parse_class_names(key, value, table, classes):
-                sources.setdefault(names, f"{key} in {table}")
+            where = f"{key} in {table}"
+            if names := _parse_class_names(value, bool(match["is_inverse"]), where, classes):
+                sources.setdefault(names, where)
     if len(sources) > 1:
         (one, where), (two, other), *_ = sources.items()
         index = next(i for i, name in enumerate(one) if name != two[i])
@@ -350,7 +349,7 @@ def _read_class_names(
     return next(iter(sources), None)
 
 
-def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[str, ...]:
+def _parse_class_names(value: Any, is_inverse: bool, where: str, classes: int) -> tuple[str, ...]:
     """Return the class names in a field, empty if it has none."""
     if not value or not isinstance(value, Mapping | list | tuple):
         return ()
@@ -358,8 +357,10 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
     with contextlib.suppress(TypeError, ValueError, LookupError):
         items = value
         if isinstance(value, Mapping):
-            pairs = [(i, n) if key != "class_to_idx" else (n, i) for i, n in value.items()]
-            by_index = {int(index): name for index, name in pairs}
+            pairs = ((index, name) for name, index in value.items())
+            by_index = {
+                int(index): name for index, name in (pairs if is_inverse else value.items())
+            }
             items = [by_index[index] for index in range(len(value))]
         names = tuple(map(str, items)) if all(isinstance(n, str | int) for n in items) else ()
     if names and names == tuple(f"LABEL_{index}" for index in range(len(names))):
@@ -367,7 +368,7 @@ def _parse_class_names(key: str, value: Any, table: str, classes: int) -> tuple[
     if classes == 1 and len(names) == 2:  # one logit of two classes is the second class's
         return names[1:]
     if len(names) != classes:
-        entries = f"{key} in {table} ({len(value)} entries: {reprlib.repr(value)})"
+        entries = f"{where} ({len(value)} entries: {reprlib.repr(value)})"
         message = f"{entries} does not name each of the network's {classes} classes."
         raise CheckpointError(message, _LABELS_HINT)
     return names

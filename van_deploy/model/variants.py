@@ -216,6 +216,7 @@ VARIANTS: dict[str, Variant] = {
     )
 }
 
+EMBEDDED_NAME = "van_digits"  # the network that ships in the package
 # Variants by name and alias.
 VARIANT_NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.aliases)}
 
@@ -223,6 +224,11 @@ VARIANT_NAMES = {name: v for v in VARIANTS.values() for name in (v.name, *v.alia
 def find_variant(name: str) -> Variant | None:
     """Return the variant with this name or alias, in any case and with ``-`` for ``_``, or None."""
     return VARIANT_NAMES.get(name.lower().replace("-", "_"))
+
+
+def is_published(name: str) -> bool:
+    """Return whether a name is of a variant or of the embedded network; a path needs ``./``."""
+    return name == EMBEDDED_NAME or find_variant(name) is not None
 
 
 def get_variant(name: str) -> Variant:
@@ -237,7 +243,7 @@ def get_variant(name: str) -> Variant:
         name.lower().replace("-", "_"), list(VARIANTS), n=3, cutoff=0.5
     )
     guess = f"Did you mean {' or '.join(similar)}? " if similar else ""
-    remedy = f"{guess}Known: {', '.join(VARIANTS)}, van_digits; or give a checkpoint's path."
+    remedy = f"{guess}Known: {', '.join(VARIANTS)}, {EMBEDDED_NAME}; or give a checkpoint's path."
     raise UsageError(f"There is no VAN variant and no file called '{name}'.", remedy)
 
 
