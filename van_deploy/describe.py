@@ -8,25 +8,14 @@ from typing import Any, Literal
 
 from van_deploy.bundle import Bundle, Manifest
 from van_deploy.config.sizes import ImageSize
-from van_deploy.engine.inspect import (
-    EngineDescription,
-    PackageDescription,
-    describe_engine,
-    describe_package,
-)
+from van_deploy.engine import inspect
 from van_deploy.errors import InputError
 from van_deploy.graph.files import OnnxDescription, describe_onnx
+from van_deploy.model import variants
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
-from van_deploy.model.variants import (
-    VanConfig,
-    WeightsSource,
-    find_cached_weights,
-    find_variant,
-    is_published,
-)
 
 ENGINES = (".plan", ".engine", ".trt")
-ArtifactDescription = OnnxDescription | EngineDescription | PackageDescription
+ArtifactDescription = OnnxDescription | inspect.EngineDescription | inspect.PackageDescription
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ class NetworkDescription:
     name: str
     also_called: tuple[str, ...] = ()
     variant: str | None = None
-    architecture: VanConfig
+    architecture: variants.VanConfig
     lka_dilation: int
     parameters: int
     multiply_adds: int
@@ -85,7 +74,7 @@ class NetworkDescription:
     weights: str | None = None
     weights_note: str = ""
     here: Path | None = None
-    source: WeightsSource | None = None
+    source: variants.WeightsSource | None = None
     class_names: tuple[str, ...] | None = None
 
 
@@ -98,12 +87,12 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
         UsageError: the variant does not exist.
         InputError: the checkpoint or the bundle cannot be read.
     """
-    if not is_published(model) and Bundle.exists(Path(model)):
+    if not variants.is_published(model) and Bundle.exists(Path(model)):
         bundle = Bundle.open(model)
         problems = tuple(bundle.problems())
         return BundleDescription(bundle.path, problems, bundle.sizes(), bundle.manifest)
     details: dict[str, Any]
-    if variant := find_variant(model):
+    if variant := variants.find_variant(model):
         config, preprocessing = variant.config, OFFICIAL
         path_note = f"the path '{model}' is not described (give './{model}')"
         details = {
@@ -113,7 +102,7 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
             "top1_percent": variant.top1,
             "weights": variant.weights,
             "weights_note": path_note if Path(model).exists() else variant.weights_note,
-            "here": find_cached_weights(variant),
+            "here": variants.find_cached_weights(variant),
         }
     else:
         from van_deploy.model.checkpoint import load_van
@@ -148,8 +137,8 @@ def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Ar
         bundle = Bundle.open(artifact)
         files = [bundle.verified_path(name) for name in bundle.artifacts]
     readers: dict[str, Callable[[Path], ArtifactDescription]] = {
-        **dict.fromkeys(ENGINES, partial(describe_engine, trust_engine=trust_engine)),
-        ".pt2": describe_package,
+        **dict.fromkeys(ENGINES, partial(inspect.describe_engine, trust_engine=trust_engine)),
+        ".pt2": inspect.describe_package,
         ".onnx": describe_onnx,
     }
     for file in files:

@@ -6,10 +6,11 @@ that has a label for each of them (ImageNet's layouts); the order of the class f
 possible order gives the same labels. Ambiguous labels are an error, never a guess.
 """
 
+import itertools
 import re
 import unicodedata
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -317,7 +318,7 @@ def multi_label_targets(
             if targets[row, column]:
                 message = f"Line {number} of '{file}' has the label '{label}' twice."
                 remedy = (
-                    "List an image's labels, not 0 or 1 for every class: 'file<TAB>label,label'."
+                    "List an image's labels, not 0 or 1 for each class: 'file<TAB>label,label'."
                 )
                 raise InputError(message, remedy)
             targets[row, column] = 1
@@ -333,12 +334,13 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
     Raises:
         InputError: an image has no line, or several that differ.
     """
-    tails = [_path_tails(item.name) for item in images.items]
-    stems = [_path_tails(_without_suffix(item.name)) for item in images.items]
-    names = _unique((each[0], index) for index, each in enumerate(stems))
-    names |= {each[0]: index for index, each in enumerate(tails)}
-    pairs = ({*each, *stems[index]} for index, each in enumerate(tails))
-    ends = _unique((tail, index) for index, each in enumerate(pairs) for tail in each) | names
+    paths = [item.name for item in images.items]
+    stems = [_without_suffix(path) for path in paths]
+    tails = [{*_path_tails(p), *_path_tails(s)} for p, s in zip(paths, stems, strict=True)]
+    counts, stem_counts = Counter(itertools.chain(*tails)), Counter(stems)
+    names = {stem: i for i, stem in enumerate(stems) if stem_counts[stem] == 1}
+    names |= {path: i for i, path in enumerate(paths)}
+    ends = {tail: i for i, each in enumerate(tails) for tail in each if counts[tail] == 1} | names
     entries: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         for separator in reversed([*re.finditer(r"[\s,;]+", line)]):
@@ -356,7 +358,6 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
                 raise InputError(message, "Remove one of the two lines.")
             break
     if not entries and len(lines) == len(images):
-        paths = [item.name for item in images.items]
         if images.root and paths != sorted(paths, key=natural_key):
             message = f"'{file}' has one label per line, and the order of the images is ambiguous: "
             message += "their names sort differently with numbers as numbers and without case."
@@ -370,14 +371,6 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
             "Give a line 'file label' for each, or one label per line for all in sorted order.",
         )
     return [entries[index] for index in range(len(images))]
-
-
-def _unique(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Return the values of the keys that occur once."""
-    table = defaultdict[str, list[int]](list)
-    for key, value in pairs:
-        table[key].append(value)
-    return {key: values[0] for key, values in table.items() if len(values) == 1}
 
 
 def _path_tails(path: str) -> list[str]:

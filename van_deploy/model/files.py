@@ -251,10 +251,6 @@ def _is_uncompressed_zip(path: Path) -> bool:
     return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
-def _ignore_method(_owner: object, _name: str) -> None:
-    """Stand for ``getattr`` in a pickle, so that nothing is looked up."""
-
-
 def _load_pickle(path: Path, *, mmap: bool) -> Any:
     """Return the content of a ``torch.save`` file, restricted to tensors and plain values.
 
@@ -269,7 +265,7 @@ def _load_pickle(path: Path, *, mmap: bool) -> Any:
     """
     reconstruct, scalar = np.array(0.0).__reduce__()[0], np.float64(0).__reduce__()[0]
     log = (argparse.Namespace, "mmengine.logging.history_buffer.HistoryBuffer")
-    method = (_ignore_method, "builtins.getattr")  # the log lists its own methods
+    method = (lambda *_: None, "builtins.getattr")  # the log names its methods; none is looked up
     allowed: list[Any] = [*_PLAIN_TYPES, np.ndarray, np.dtype, log, method]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
         allowed += [(reconstruct, f"{module}._reconstruct"), (scalar, f"{module}.scalar")]

@@ -72,6 +72,7 @@ _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
 # Containers of the weights that are not averaged, if ``state_dict`` has the averaged ones: of
 # Lightning's WeightAveraging, and of mmengine's EMAHook, which swaps the two before it saves them.
 _LIGHTNING_RAW, _MMENGINE_RAW = "current_model_state", "ema_state_dict"
+_BESIDE_RAW = re.compile("^state_dict$")
 TOP_LEVEL = "top level"
 
 
@@ -157,12 +158,10 @@ def find_network(content: Mapping[Any, Any], container: str | None) -> tuple[Net
     complete = [n for n in detected if len({stage for stage, _ in n.blocks}) == STAGES]
     candidates = complete or detected
     meta = content.get("meta")
-    is_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
-    raw = {_LIGHTNING_RAW, _MMENGINE_RAW if is_mmengine else _LIGHTNING_RAW}
-    if any(network.path in raw for network in candidates):
-        averaged = [network for network in candidates if network.path == "state_dict"]
-    else:
-        averaged = [network for network in candidates if _AVERAGED.search(network.path)]
+    swapped = isinstance(meta, Mapping) and "mmengine_version" in meta
+    raw = {_LIGHTNING_RAW, _MMENGINE_RAW if swapped else _LIGHTNING_RAW}
+    pattern = _BESIDE_RAW if any(network.path in raw for network in candidates) else _AVERAGED
+    averaged = [network for network in candidates if pattern.search(network.path)]
     selection = averaged if len(averaged) == 1 else candidates
     if len(selection) > 1:
         places = ", ".join(f"{one.format} names under '{one.container}'" for one in selection)

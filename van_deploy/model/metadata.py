@@ -349,7 +349,7 @@ def _read_class_names(
     return next(iter(sources), None)
 
 
-def _parse_class_names(value: Any, is_inverse: bool, where: str, classes: int) -> tuple[str, ...]:
+def _parse_class_names(value: Any, inverse: bool, where: str, classes: int) -> tuple[str, ...]:
     """Return the class names in a field, empty if it has none."""
     if not value or not isinstance(value, Mapping | list | tuple):
         return ()
@@ -357,10 +357,8 @@ def _parse_class_names(value: Any, is_inverse: bool, where: str, classes: int) -
     with contextlib.suppress(TypeError, ValueError, LookupError):
         items = value
         if isinstance(value, Mapping):
-            pairs = ((index, name) for name, index in value.items())
-            by_index = {
-                int(index): name for index, name in (pairs if is_inverse else value.items())
-            }
+            pairs = [(i, n) if inverse else (n, i) for n, i in value.items()]
+            by_index = {int(index): name for index, name in pairs}
             items = [by_index[index] for index in range(len(value))]
         names = tuple(map(str, items)) if all(isinstance(n, str | int) for n in items) else ()
     if names and names == tuple(f"LABEL_{index}" for index in range(len(names))):

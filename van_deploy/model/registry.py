@@ -36,15 +36,9 @@ def _default_cfg(variant: Variant) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({f"{v.name}.in1k": _default_cfg(v) for v in VARIANTS.values()})
 
 
-def _van(
-    cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0, **options: Any
-) -> VAN:
-    """Return a network from timm's arguments; timm's scripts always pass ``drop_rate``.
-
-    Raises:
-        ValueError: ``drop_rate`` is not 0.
-    """
-    if drop_rate:
+def _van(cfg: VanConfig, num_classes: int = 1000, in_chans: int = 3, **options: Any) -> VAN:
+    """Return a network from timm's arguments."""
+    if drop_rate := options.pop("drop_rate", 0):  # timm's scripts always pass it
         raise ValueError(f"drop_rate is {drop_rate}, and a VAN has no dropout: use drop_path_rate.")
     return VAN(replace(cfg, num_classes=num_classes, in_chans=in_chans), **options)
 
