@@ -95,15 +95,10 @@ def describe_model(model: str) -> BundleDescription | NetworkDescription:
     if variant := variants.find_variant(model):
         config, preprocessing = variant.config, OFFICIAL
         path_note = f"the path '{model}' is not described (give './{model}')"
-        details = {
-            "kind": "variant",
-            "name": variant.name,
-            "also_called": tuple(variant.aliases),
-            "top1_percent": variant.top1,
-            "weights": variant.weights,
-            "weights_note": path_note if Path(model).exists() else variant.weights_note,
-            "here": variants.find_cached_weights(variant),
-        }
+        note = path_note if Path(model).exists() else variant.weights_note
+        details = {"kind": "variant", "name": variant.name, "also_called": variant.aliases}
+        details |= {"top1_percent": variant.top1, "weights": variant.weights}
+        details |= {"weights_note": note, "here": variants.find_cached_weights(variant)}
     else:
         from van_deploy.model.checkpoint import load_van
 
@@ -136,18 +131,14 @@ def describe_artifacts(artifact: Path, *, trust_engine: bool = False) -> list[Ar
     if artifact.is_dir() or Bundle.exists(artifact):
         bundle = Bundle.open(artifact)
         files = [bundle.verified_path(name) for name in bundle.artifacts]
-    readers: dict[str, Callable[[Path], ArtifactDescription]] = {
-        **dict.fromkeys(ENGINES, partial(inspect.describe_engine, trust_engine=trust_engine)),
-        ".pt2": inspect.describe_package,
-        ".onnx": describe_onnx,
-    }
+    readers: dict[str, Callable[[Path], ArtifactDescription]] = {".onnx": describe_onnx}
+    engine = partial(inspect.describe_engine, trust_engine=trust_engine)
+    readers |= {**dict.fromkeys(ENGINES, engine), ".pt2": inspect.describe_package}
     for file in files:
         if not file.exists():
             raise InputError(f"The file '{file}' does not exist.", "Check the path.")
         if file.suffix.lower() not in readers:
-            raise InputError(
-                f"'{file}' is neither an ONNX file nor an engine.",
-                f"Give a {', '.join(readers)} file or a bundle; "
-                f"`van-deploy info {file}` describes a checkpoint.",
-            )
+            message = f"'{file}' is neither an ONNX file nor an engine."
+            remedy = f"`van-deploy info {file}` describes a checkpoint."
+            raise InputError(message, f"Give a {', '.join(readers)} file or a bundle; {remedy}")
     return [readers[file.suffix.lower()](file) for file in files]

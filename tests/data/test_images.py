@@ -69,12 +69,8 @@ def test_find_images_recursively(tmp_path: Path) -> None:
     assert found == ["a.webp", "b/1.jpeg", "b/2.PNG", "b/c/3.tif"]
     view.mkdir()
     links = {"linked": store / "b", "y.png": store / "a.webp", "gone.png": store / "nothing"}
-    for name, target in {
-        **links,
-        "again": store / "b/c",
-        "up": view,
-        "self": view / "self",
-    }.items():
+    links |= {"again": store / "b/c", "up": view, "self": view / "self"}
+    for name, target in links.items():
         (view / name).symlink_to(target)
     (store / "b" / "back").symlink_to(view)  # a cycle of two folders
     names = ("again/3.tif", "linked/1.jpeg", "linked/2.PNG", "linked/c/3.tif", "y.png")

@@ -236,7 +236,7 @@ def test_multi_label_targets(make: Make, tmp_path: Path) -> None:
     file.write_text("a.png\tcow\nb c.png\nd, e.png\n")
     for source, message in (
         (file, "'cow' in line 1 of"),
-        (columns, f"Line 2 of '{columns}' has the label '1' twice"),
+        (columns, f"A label is repeated in line 2 of '{columns}': '1,0,1'."),
         (None, "needs a labels file"),
     ):
         error = error_of(InputError, multi_label_targets, images, source, 3, names)

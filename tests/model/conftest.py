@@ -1,7 +1,6 @@
 """Fixtures for the model package: tensor names of other formats, and a local hub server."""
 
 import argparse
-import contextlib
 import hashlib
 import io
 import json
@@ -122,7 +121,6 @@ class FakeHub(ThreadingHTTPServer):
         repos: content of each repository's files; another revision is ``owner/name@v1``.
         gated: gated repositories.
         length: incorrect sizes to announce, by file name.
-        stall: bytes after which every download stalls until the client closes the connection.
         log: method and path of each request.
     """
 
@@ -134,7 +132,6 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.length: dict[str, int] = {}
-        self.stall: int | None = None
         self.log: list[str] = []
 
     def commit(self, repo_id: str) -> str:
@@ -182,22 +179,16 @@ class _Handler(BaseHTTPRequestHandler):
         length = hub.length.get(name, len(content))
         headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(length)}
         headers |= {"Content-Length": str(length - start)}
-        self.close_connection = hub.stall is not None or name in hub.length
-        self._send(206 if start else 200, content[start:], headers, hub.stall)
-        if self.command == "GET" and hub.stall is not None:
-            with contextlib.suppress(OSError):
-                self.connection.settimeout(20)
-                self.connection.recv(1)  # returns when the client closes it
+        self.close_connection = name in hub.length
+        self._send(206 if start else 200, content[start:], headers)
 
-    def _send(
-        self, status: int, content: bytes, headers: Mapping[str, str], limit: int | None = None
-    ) -> None:
+    def _send(self, status: int, content: bytes, headers: Mapping[str, str]) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(content[:limit])
+            self.wfile.write(content)
 
 
 @pytest.fixture

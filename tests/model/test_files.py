@@ -5,7 +5,6 @@ import hashlib
 import io
 import os
 import pickle
-import time
 import zipfile
 from collections import defaultdict
 from dataclasses import replace
@@ -238,18 +237,12 @@ def download_error(spec: str, *, offline: bool = False, sha256: str | None = Non
     return error_of(DownloadError, find_weights, spec, sha256, offline).message
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("length", {"w.pth": 10**6}), ("length", {"w.pth": 9}), ("stall", 0)]
-)
-def test_incorrect_sizes_and_stalled_downloads(
-    hub: FakeHub, monkeypatch: Any, name: str, value: Any
-) -> None:
+@pytest.mark.parametrize("length", [10**6, 9])
+def test_incorrect_sizes(hub: FakeHub, monkeypatch: Any, length: int) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    start = time.monotonic()
-    monkeypatch.setattr(hub, name, value)
+    hub.length = {"w.pth": length}
     assert f"{REPO}/w.pth" in download_error(f"{REPO}:w.pth")
-    assert time.monotonic() - start < 60
-    hub.length, hub.stall = {}, None
+    hub.length = {}
     assert find_weights(f"{REPO}:w.pth").path.read_bytes() == CONTENT
 
 

@@ -170,7 +170,7 @@ def minimum_time(
     pointwise = depthwise = values = pointwise_weights = 0
     for stage, (dim, hidden) in enumerate(zip(config.embed_dims, config.hidden_dims, strict=True)):
         values += channels * math.prod(sides)  # the patch embedding reads it
-        sides, channels, depth = config.stage_output_size(stage, sides), dim, config.depths[stage]
+        sides, channels, depth = config.stage_sizes(size)[stage], dim, config.depths[stage]
         pixels = math.prod(sides)
         pointwise_weights += depth * dim * (3 * dim + 2 * hidden)
         pointwise += depth * pixels * dim * (3 * dim + 2 * hidden)

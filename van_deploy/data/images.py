@@ -317,10 +317,9 @@ def load_item(item: ImageItem, preprocessing: Preprocessing) -> Values:
     shape = (preprocessing.channels, height, width)
     shape = (height, width, preprocessing.channels) if values.dtype == np.uint8 else shape
     if values.shape != shape:
-        raise UsageError(
-            f"The {item.name} is an array of shape {values.shape}; the network takes {shape}.",
-            "Save it in the network's size; only uint8 images of 1, 3 or 4 channels are resized.",
-        )
+        message = f"The {item.name} is an array of shape {values.shape}; the network takes {shape}."
+        remedy = "Save it in the network's size; uint8 images of 1, 3 or 4 channels are resized."
+        raise UsageError(message, remedy)
     return values
 
 

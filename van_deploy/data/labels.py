@@ -78,10 +78,9 @@ class ClassNames:
         if len(classes) == 1:
             return classes.pop()
         result = " or ".join(map(str, sorted(classes))) or "no class"
-        raise InputError(
-            f"'{label}' in {where} matches {result} of this network's 0 to {self.count - 1}.",
-            "Give a name, a WordNet id or an index, or --class-order names or index.",
-        )
+        message = f"'{label}' in {where} matches {result} of this network's 0 to {self.count - 1}."
+        remedy = "Give a name, a WordNet id or an index, or --class-order names or index."
+        raise InputError(message, remedy)
 
     @cached_property
     def _synsets(self) -> dict[str, tuple[int, ...]]:
@@ -229,12 +228,9 @@ def _label_by_order(
         for column, name in enumerate(orders, 1):
             examples = ", ".join(f"{row[0]!r} is class {row[column]}" for row in rows[:3])
             message += f"\n  {name}: {examples} ({CLASS_ORDERS[name]})"
-    raise ImageError(
-        message,
-        f"Give --class-order {' or '.join(orders or CLASS_ORDERS)}, --labels FILE, or export "
-        "again with --labels NAMES.txt: one folder name per line in the order of the logits "
-        "(including empty folders for classes without images).",
-    )
+    remedy = f"Give --class-order {' or '.join(orders or CLASS_ORDERS)}, --labels FILE, or export "
+    remedy += "again with --labels NAMES.txt: one folder name per line in the order of the logits "
+    raise ImageError(message, f"{remedy}(including empty folders for classes without images).")
 
 
 # --- text files ------------------------------------------------------------------------------
@@ -313,15 +309,14 @@ def multi_label_targets(
     names, targets = ClassNames(classes, class_names), np.zeros((len(images), classes), np.int64)
     lines = [(number, f"{line}\t") for number, line in read_lines(file)]
     for row, (number, text) in enumerate(_match_lines(images, file, lines)):
-        for label in filter(None, map(str.strip, text.split(","))):
-            column = names.resolve(label, None, f"line {number} of '{file}'")
-            if targets[row, column]:
-                message = f"Line {number} of '{file}' has the label '{label}' twice."
-                remedy = (
-                    "List an image's labels, not 0 or 1 for each class: 'file<TAB>label,label'."
-                )
-                raise InputError(message, remedy)
-            targets[row, column] = 1
+        where = f"line {number} of '{file}'"
+        labels = filter(None, map(str.strip, text.split(",")))
+        columns = [names.resolve(label, None, where) for label in labels]
+        if len({*columns}) < len(columns):
+            message = f"A label is repeated in {where}: '{text.strip()}'."
+            remedy = "List the image's labels, not 0 or 1 per class: 'file<TAB>label,label'."
+            raise InputError(message, remedy)
+        targets[row, columns] = 1
     return targets
 
 
@@ -365,11 +360,10 @@ def _match_lines(images: ImageSet, file: Path, lines: Lines) -> Lines:
         return [(number, _unquote(line)) for number, line in lines]
     missing = [item for index, item in enumerate(images.items) if index not in entries]
     if missing:
-        raise InputError(
-            f"'{file}' ({len(lines)} lines) has no label for {len(missing)} of the {len(images)} "
-            f"images, the first: '{missing[0].name}'.",
-            "Give a line 'file label' for each, or one label per line for all in sorted order.",
-        )
+        message = f"'{file}' ({len(lines)} lines) has no label for {len(missing)} of the "
+        message += f"{len(images)} images, the first: '{missing[0].name}'."
+        remedy = "Give a line 'file label' for each, or one label per line for all in sorted order."
+        raise InputError(message, remedy)
     return [entries[index] for index in range(len(images))]
 
 

@@ -148,11 +148,9 @@ def verification_images(
             break
     unread = f"; {len(errors)} could not be read, the first: {errors[0]}" if errors else ""
     if len(distinct) < count:
-        raise ImageError(
-            f"Only {len(distinct)} of {count} distinct inputs could be made from the "
-            f"{images.description}{unread or '.'}",
-            "Give more readable images.",
-        )
+        message = f"Only {len(distinct)} of {count} distinct inputs could be made from the "
+        message += f"{images.description}{unread or '.'}"
+        raise ImageError(message, "Give more readable images.")
     names, inputs = zip(*distinct.values(), strict=True)
     has_shifts = any(name.startswith(SHIFT_PREFIX) for name in names)
     batch = Batch.stack(dict(enumerate(inputs)), preprocessing)

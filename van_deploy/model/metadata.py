@@ -43,10 +43,8 @@ _NAMES_KEY = re.compile(
     "|(?P<is_inverse>(class|label)(_to_|2)(idx|id|index))"
 )
 # Tables of training arguments in a file: of timm, Lightning and others.
-_ARGUMENT_TABLES = (
-    *("args", "opt", "cfg", "config", "hparams"),
-    *("hyper_parameters", "datamodule_hyper_parameters"),
-)
+_ARGUMENT_TABLES: tuple[str, ...] = ("args", "opt", "cfg", "config", "hparams")
+_ARGUMENT_TABLES += ("hyper_parameters", "datamodule_hyper_parameters")
 _MAX_TENSOR_LENGTH = 1000  # of a mean; longer tensors are weights
 _OPTIONS = ("image_size", "mean", "std", "interpolation", "crop_pct")
 _BESIDE, _OWN = " beside the weights", "the checkpoint's own"
@@ -199,13 +197,11 @@ def _read_network(where: str, values: Values, notes: list[str]) -> dict[str, Any
     allowed = {"strides": strides, "layer_norm_eps": eps, "problem_type": _PROBLEM_TYPES}
     if _BESIDE in where:
         _check_values(where, used, allowed)
-    for key, value in list(used.items()):
-        if value not in allowed[key]:
-            notes.append(f"{key} is {reprlib.repr(value)} in {where}, not a VAN's: it is not used")
-            del used[key]
-    if used:
-        text = ", ".join(f"{key} {value}" for key, value in used.items())
-        notes.append(f"from {where}: {text}")
+    others = {key: reprlib.repr(value) for key, value in used.items() if value not in allowed[key]}
+    notes += [f"{k} is {v} in {where}, not a VAN's: it is not used" for k, v in others.items()]
+    used = {key: value for key, value in used.items() if key not in others}
+    text = ", ".join(f"{key} {value}" for key, value in used.items())
+    notes += [f"from {where}: {text}"] if used else []
     return used
 
 

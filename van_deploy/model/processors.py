@@ -55,11 +55,9 @@ def _require(supported: object, key: str, value: object, reason: str = "not supp
 
 def _require_rgb(is_rgb: object) -> None:
     if not is_rgb:
-        raise CheckpointError(
-            "The network takes BGR images, which are not supported.",
-            "Save its state_dict alone, with the input channels of the first convolution reversed: "
-            "weight[:, [2, 1, 0]]. Give --mean and --std in the order of RGB.",
-        )
+        message = "The network takes BGR images, which are not supported."
+        remedy = "Save its state_dict alone, with weight[:, [2, 1, 0]] in the first convolution, "
+        raise CheckpointError(message, f"{remedy}and give --mean and --std in the order of RGB.")
 
 
 def from_arguments(args: Source) -> Values:

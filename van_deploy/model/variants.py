@@ -142,11 +142,10 @@ class VanConfig:
         >>> round(VARIANTS["van_b0"].config.mac_count() / 1e9, 2)
         0.86
         """
-        total, sides = 0, height_width(image_size)
-        for stage, depth in enumerate(self.depths[: len(self.stages)]):
-            sides = self.stage_output_size(stage, sides)
+        total = 0
+        for stage, (height, width) in enumerate(self.stage_sizes(image_size)[: len(self.stages)]):
             embed, block = self._kernel_weights(stage)
-            total += sides[0] * sides[1] * (embed + depth * block)
+            total += height * width * (embed + self.depths[stage] * block)
         linear = (layer for layer in self.head or (self.num_classes,) if isinstance(layer, int))
         return total + sum(i * o for i, o in pairwise((self.embed_dims[-1], *linear)))
 
@@ -156,18 +155,16 @@ class VanConfig:
         >>> VARIANTS["van_b0"].config.backbone((0, 3)).feature_map_shapes((224, 320))
         {'stage1': (32, 56, 80), 'stage4': (256, 7, 10)}
         """
-        shapes = {}
-        for stage, dim in enumerate(self.embed_dims):
-            sides = self.stage_output_size(stage, sides)
-            if stage in self.out_indices:
-                shapes[f"stage{stage + 1}"] = (dim, *sides)
-        return shapes
+        sizes = self.stage_sizes(sides)
+        return {f"stage{i + 1}": (self.embed_dims[i], *sizes[i]) for i in self.out_indices}
 
-    def stage_output_size(self, stage: int, sides: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width of a stage's output (0 to 3) from those of its input."""
-        kernel, stride = self.patch_sizes[stage], self.strides[stage]
-        height, width = ((side + kernel // 2 * 2 - kernel) // stride + 1 for side in sides)
-        return height, width
+    def stage_sizes(self, size: ImageSize) -> list[tuple[int, int]]:
+        """Return height and width of each stage's output for an image of ``size``."""
+        sizes = [height_width(size)]
+        for kernel, stride in zip(self.patch_sizes, self.strides, strict=True):
+            height, width = ((side + kernel // 2 * 2 - kernel) // stride + 1 for side in sizes[-1])
+            sizes.append((height, width))
+        return sizes[1:]
 
 
 @dataclass(frozen=True)
@@ -239,9 +236,7 @@ def get_variant(name: str) -> Variant:
     """
     if variant := find_variant(name):
         return variant
-    similar = difflib.get_close_matches(
-        name.lower().replace("-", "_"), list(VARIANTS), n=3, cutoff=0.5
-    )
+    similar = difflib.get_close_matches(name.lower().replace("-", "_"), VARIANTS, cutoff=0.5)
     guess = f"Did you mean {' or '.join(similar)}? " if similar else ""
     remedy = f"{guess}Known: {', '.join(VARIANTS)}, {EMBEDDED_NAME}; or give a checkpoint's path."
     raise UsageError(f"There is no VAN variant and no file called '{name}'.", remedy)
