@@ -65,8 +65,7 @@ class ImageItem:
             ImageError: the file cannot be read.
         """
         if not isinstance(self.data, Path):
-            shape = str(self.data.shape).encode()
-            return hashlib.sha256(shape + self.data.tobytes()).hexdigest()
+            return hashlib.sha256(f"{self.data.shape}".encode() + self.data.tobytes()).hexdigest()
         try:
             return file_sha256(self.data)
         except OSError as error:

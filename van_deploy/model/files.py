@@ -181,7 +181,7 @@ def _download(repo_id: str, revision: str, file: str | None, offline: bool) -> t
 # --- reading ---------------------------------------------------------------------------------
 
 _SAVE_HINT = "Save the weights with torch.save(model.state_dict(), 'weights.pth')."
-_DAMAGED_HINT = f"If it is damaged or truncated, download it again. {_SAVE_HINT}"
+_DAMAGED_HINT = "If it is damaged or truncated, download it or save it with torch.save again."
 _PLAIN_TYPES = (argparse.Namespace, defaultdict, list, datetime, timedelta, TorchVersion)
 # A VAN-B6 has 3,000 tensors and its optimizer twice as many; torch.save does not compress.
 _MAX_ENTRIES, _MAX_UNPACK_RATIO = 30_000, 8

@@ -74,7 +74,7 @@ def from_arguments(args: Source) -> Values:
     shape, crop = args.get("input_size") or (), args.get("crop_size")
     _require(not crop, "crop_size", crop, "of which it is unknown what is resized to what size")
     _require(isinstance(shape, list | tuple), "input_size", shape, "not channels, height, width")
-    size = list(shape[1:] if len(shape) > 2 else shape)
+    size: Any = list(shape[1:] if len(shape) > 2 else shape)
     size = size or args.get("img_size") or args.get("image_size")
     size = size[0] if isinstance(size, list) and len(size) == 1 else size
     return {key: args.get(key) for key in _TIMM_KEYS} | {"image_size": parse_image_size(size)}
