@@ -292,7 +292,7 @@ NETWORK: list[tuple[Content, str]] = [
     (pipeline(model="dict(backbone=dict(norm_cfg=dict(eps='x')))"), "eps is 'x'; this"),
 ]
 PREPROCESSING: list[tuple[Content, str]] = [
-    (args(mean=[0.5, 0.5]), "The mean has 2 values for 3 channels."),
+    (args(mean=[0.5, 0.4]), "The mean has 2 values for 3 channels."),
     (args(val_crop_size=64, backend="tensor"), "backend is 'tensor'"),
     ({"mean": torch.ones(3).to_sparse()}, "mean tensor("),
     (args(input_size=96), "input_size is 96, not channels, height, width"),

@@ -35,6 +35,8 @@ def test_values() -> None:
     assert changed.source.endswith("weights, except std, image_size, mean as requested")
     assert Preprocessing.from_dict(json.loads(json.dumps(changed.as_dict()))) == changed
     assert OFFICIAL.override(crop_pct=None) is OFFICIAL
+    grey = Preprocessing(64, (0.4,), (0.2,), "bicubic", 0.9, "test")
+    assert grey.override(mean=(0.5, 0.5, 0.5)).mean == (0.5,)  # timm's of an RGB network
 
 
 @each(

@@ -98,7 +98,7 @@ class Preprocessing:
     def override(self, **values: Any) -> Preprocessing:
         """Return a copy with other values, whose names are added to ``source``.
 
-        One value for ``mean`` or ``std`` is used for every channel; None keeps the present value.
+        One value for ``mean`` or ``std``, or equal ones, is used for every channel; None keeps the present value.
         Another ``image_size`` or ``crop_pct`` resets ``resize_size`` to timm's.
 
         Raises:
@@ -111,6 +111,7 @@ class Preprocessing:
         source = f"{self.source}, except {', '.join(values)} as requested"
         for name in {"mean", "std"} & values.keys():
             value = values[name] if isinstance(values[name], list | tuple) else (values[name],)
+            value = value[:1] if len({*value}) == 1 else value
             if len(value) not in (1, self.channels):
                 message = f"The {name} has {len(value)} values for {self.channels} channels."
                 raise UsageError(message, f"Give one value, or {self.channels}.")
