@@ -98,8 +98,8 @@ class Preprocessing:
     def override(self, **values: Any) -> Preprocessing:
         """Return a copy with other values, whose names are added to ``source``.
 
-        One value for ``mean`` or ``std``, or equal ones, is used for every channel; None keeps the present value.
-        Another ``image_size`` or ``crop_pct`` resets ``resize_size`` to timm's.
+        One value for ``mean`` or ``std``, or equal ones, is used for every channel; None keeps the
+        present value. Another ``image_size`` or ``crop_pct`` resets ``resize_size`` to timm's.
 
         Raises:
             UsageError: a value or its name is invalid.
