@@ -58,7 +58,9 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
     "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
-    "[engines]\nprecisions=['bf16']": "Add it to precision.make with precision.target tens",
+    "[precision]\nmake=['bf16', 'int8']\n[export]\nopset=18": (
+        "int8 in precision.make needs opset 19 or newer, and export.opset is 18. Use opset 20."
+    ),
     "[precision]\nmake=['int8']\ntarget='cpu'\nimages='x'\n[engines]\nprecisions=['int8']": (
         "Add it to precision.make with precision.target tensorrt, or use one of: fp32."
     ),
@@ -66,7 +68,7 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
     "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",
     "[engines]\nworkspace='lots'": "'engines.workspace' is 'lots': it should be a number",
-    "[evaluate]\nlabels='l.txt'": "evaluate.labels needs evaluate.images. Give",
+    "[evaluate]\nclass_order='index'": "evaluate.class_order needs evaluate.images. Give",
     "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images needs classes.",
     "[preprocessing]\nimage_size=64\n[export]\ndynamic_size='96:128:160'": (
         "image_size 64x64 is outside export.dynamic_size 96:128:160. Give a size in the"

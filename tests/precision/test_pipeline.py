@@ -3,22 +3,24 @@
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx import load
+from onnx import load, numpy_helper
 
 import van_deploy as vd
 from tests.artifacts import BATCHES, Copy
 from tests.conftest import Cli
 from tests.each import each
 from van_deploy.bundle import Bundle, edit_bundle
-from van_deploy.config import QuantizeSettings
+from van_deploy.config import GateProfile, GateSettings, QuantizeSettings
 from van_deploy.data.images import ImageSet, image_set
 from van_deploy.errors import (
     BundleError,
+    ConversionError,
     GateFailed,
     ImageError,
     MissingDependency,
@@ -114,8 +116,12 @@ def test_techniques_and_files_match_the_facts(results: dict[str, QuantizeResult]
     with np.load(path / result.facts["channels"]) as channels:
         for part in ("factor", "shift"):
             assert channels[f"block1.0.attn.spatial_gating_unit.{part}"].shape == (16,)
-    summary = json.loads((path / "ranges.int8.json").read_text())
-    assert summary["scales"] == result.facts["scales"]
+    assert json.loads((path / "ranges.int8.json").read_text())["scales"] == result.facts["scales"]
+    graph = load(path / "model.int8.onnx").graph
+    values = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    pairs = [node.input for node in graph.node if node.op_type == "QuantizeLinear"]
+    written = {tensor: float(values[scale]) for tensor, scale, _ in pairs}
+    assert result.facts["scales"] == pytest.approx(written, rel=1e-5)
 
 
 def test_bf16_runs_emulated_and_can_be_verified_and_built(
@@ -186,6 +192,22 @@ def test_unchanged_result_is_reused_and_changes_are_reported(
     load(bundle / "model.int8.onnx")
 
 
+@each(
+    "changes",
+    [{"num_classes": 5}, {"problem_type": "regression"}, {"num_classes": 0, "out_indices": (1,)}],
+)
+def test_labels_that_the_network_does_not_predict_are_dropped(
+    digits_bundle: Bundle, settings: QuantizeSettings, changes: dict[str, Any]
+) -> None:
+    manifest = digits_bundle.manifest
+    other = manifest.model_copy(update={"architecture": replace(manifest.architecture, **changes)})
+    found = [
+        select_images(Bundle(digits_bundle.path, m), settings, Stopwatch())
+        for m in (manifest, other)
+    ]
+    assert [sets.evaluation.labels is None for sets in found] == [False, True]
+
+
 def test_labels_and_what_latency_depends_on_are_inputs(
     bundle: Path, settings: QuantizeSettings, heldout: Path, tmp_path: Path
 ) -> None:
@@ -201,10 +223,15 @@ def test_labels_and_what_latency_depends_on_are_inputs(
     assert third.reason == "changed since: threads"
 
 
-def test_new_golden_samples_drop_the_records_on_the_old_ones(
-    results: dict[str, QuantizeResult], copy_bundle: Copy, heldout: Path
+def test_options_of_int8_do_not_rebuild_and_new_golden_samples_drop_the_old_records(
+    results: dict[str, QuantizeResult],
+    settings: QuantizeSettings,
+    copy_bundle: Copy,
+    heldout: Path,
 ) -> None:
     path = copy_bundle(results["fp16"].bundle)
+    same = settings.with_changes(precision="fp16", method="minmax", equalize=True)  # of INT8 only
+    assert quantize_bundle(path, same, rules=GateSettings(int8=GateProfile(top1_loss=9))).reused
     assert Bundle.open(path).artifact("fp16").golden_sqnr_db
     vd.export("van_digits", path, images=heldout, batch=str(BATCHES))
     assert Bundle.open(path).artifact("fp16").golden_sqnr_db == {}
@@ -228,7 +255,8 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
     for name, hits in intervals.items():
         assert tuple(row[f"{name}_interval"]) == wilson_interval(hits, 40)
     assert "would decide at this rate" in row["inconclusive"][0]
-    assert not result.passed
+    assert row["inconclusive"][0].endswith("allow more with --max-drop")
+    assert (result.passed, result.facts["recommendation_reason"]) == (False, "INT8 is undecided")
     again = quantize_bundle(bundle, settings.with_changes(allow_inconclusive=True))
     assert (again.reused, again.passed) == (True, True)
 
@@ -260,23 +288,20 @@ def test_failed_quantisation_does_not_change_the_bundle(
         quantize_bundle(bundle / "none", PLAIN)
     with pytest.raises(ImageError, match="40 calibration image"):
         quantize_bundle(bundle, PLAIN.with_changes(images=heldout, evaluate=heldout))
+    monkeypatch.setattr("van_deploy.precision.pipeline.opset_of", lambda _: 17)
+    for precision, oldest in (("bf16", 18), ("int8", 19)):
+        with pytest.raises(ConversionError, match=f"opset 17; {precision} needs {oldest} or newer"):
+            quantize_bundle(bundle, settings.with_changes(precision=precision))
     monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
     with pytest.raises(GateFailed, match="FP16 cannot represent every tensor"):
         quantize_bundle(bundle, settings.with_changes(precision="fp16", strict=True))
     assert list(Bundle.open(bundle).artifacts) == ["fp32"]
 
 
-@each(
-    ("values", "message"),
-    [
-        ({"precision": "bf16", "strict": True}, "strict= is for FP16"),
-        ({"target": "cpu", "strict": True}, "strict= is for FP16"),
-        ({"rest": "fp32", "strict": True}, "rest= is fp32"),
-    ],
-)
-def test_conflicting_settings_are_rejected(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        QuantizeSettings(**values)
+@each("other", [{"precision": "bf16"}, {"target": "cpu"}, {"rest": "fp32"}])
+def test_strict_is_for_fp16(other: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="strict= is for FP16, and"):
+        QuantizeSettings(strict=True, **other)
 
 
 # --- calibration and held-out images ----------------------------------------------------------
@@ -334,8 +359,9 @@ def test_builtin_sets_have_descriptions_and_the_digits_match_their_digest(digits
     selection = load_calibration_set("digits").images
     chosen = choose_images(selection)
     assert (chosen.digest, len(chosen)) == (selection.digest, 512)
-    with pytest.raises(ImageError, match="The images do not match the calibration set"):
-        choose_images(ImageSelection(path=str(digits), count=10, digest="0" * 64))
+    for own, given in ((str(digits), None), ("", digits)):
+        with pytest.raises(ImageError, match="The images do not match the calibration set"):
+            choose_images(ImageSelection(path=own, count=10, digest="0" * 64), given)
 
 
 def test_a_set_of_ones_own_is_relative_to_itself_and_none_is_said(digits: Path) -> None:

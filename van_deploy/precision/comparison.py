@@ -117,13 +117,14 @@ def compare_precisions(
                     flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
                     findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
                 allowed = allowed_loss(candidate.precision, profile)
-                if settings.max_drop is not None and candidate.precision == "int8":
-                    allowed = Limit(settings.max_drop, "--max-drop")
+                option = "--max-drop" if candidate.precision == "int8" else ""
+                if option and settings.max_drop is not None:
+                    allowed = Limit(settings.max_drop, option)
                 lost = count_lost_labels(expected, actual, labels, task)
                 won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
                 metric = "agreement" if labels is None else "top-1"
                 loss = paired_loss(lost, won, len(expected))
-                findings.append(check_loss(loss, allowed, metric, lossy))
+                findings.append(check_loss(loss, allowed, metric, lossy, option))
         correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
@@ -193,10 +194,16 @@ def count_lost_labels(
     return int((changed if labels is None else changed & (before[:, 0] == labels)).sum())
 
 
+def gate_rank(row: Row) -> int:
+    """Return 0 for FP32 and a candidate that passes its gate, 1 if it is undecided, else 2."""
+    return 2 if row["passed"] is False else int(bool(row["inconclusive"]))
+
+
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
     """Return the fastest candidate that passes its gate and the reason.
 
-    The candidate is None if no latency was measured, or if the requested one fails.
+    The candidate is None if no latency was measured, or if the requested one does not pass.
+    One that needs more images to be decided is not recommended.
 
     Args:
         rows: FP32 first.
@@ -205,8 +212,10 @@ def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
     name = requested["name"]
     if not requested["passed"]:
         return None, f"{name.upper()} fails its gate: {'; '.join(requested['failures'])}"
+    if requested["inconclusive"]:
+        return None, f"{name.upper()} is undecided"
     size = f"{rows[0]['size_bytes'] / requested['size_bytes']:.2f} times smaller than FP32"
-    passing = [row for row in rows if row["ms_per_image"] and row["passed"] is not False]
+    passing = [row for row in rows if row["ms_per_image"] and not gate_rank(row)]
     if not passing:
         return None, f"speed not measured: compare engines with `bench`; {size}"
     best = min(passing, key=lambda row: row["ms_per_image"])

@@ -25,7 +25,6 @@ from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.graph.fold import RewrittenVan
-from van_deploy.precision.equalize import Equalization
 from van_deploy.precision.scales import (
     IDENTITY,
     ChannelAffine,
@@ -73,15 +72,15 @@ class QuantizationPlan:
     Attributes:
         network: equalised and bias-corrected, in float32.
         layers: by module path, in execution order.
-        inserted: by module, the affine before its input that ``network`` has in addition to the
-            graph it was rebuilt from.
+        inserted: by module, the affine (a Mul and an Add) before its input that ``network`` has in
+            addition to the graph it was rebuilt from.
         affines: by tensor, its difference from the tensor of that graph.
     """
 
     network: RebuiltVan
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
-    inserted: Mapping[str, ChannelAffine] = field(default_factory=dict)
-    affines: Mapping[str, ChannelAffine] = field(default_factory=dict)
+    inserted: dict[str, ChannelAffine] = field(default_factory=dict)
+    affines: dict[str, ChannelAffine] = field(default_factory=dict)
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -174,14 +173,14 @@ def histogram_tensors(network: RebuiltVan, layers: Collection[str], target: str)
 
 
 def make_plan(
-    equalized: Equalization,
+    equalized: QuantizationPlan,
     ranges: Mapping[str, ChannelRange],
     layers: Sequence[str],
     *,
     target: str = "tensorrt",
     method: Method = "mse",
 ) -> QuantizationPlan:
-    """Return the plan with activation scales chosen by ``method``.
+    """Return ``equalized`` with ``layers`` quantised, and scales chosen by ``method``.
 
     Args:
         equalized: the network, and how its tensors differ from those of ``ranges``.
@@ -215,7 +214,7 @@ def make_plan(
     if target == "cpu":
         gates = _gates(layers)
         plans |= {gate: LayerPlan(quantizer(network.reads[f"{gate}.conv0"])) for gate in gates}
-    return QuantizationPlan(network, plans, equalized.inserted, affines)
+    return replace(equalized, layers=plans)
 
 
 def parameters(network: RebuiltVan, name: str) -> tuple[Images, Images]:

@@ -22,14 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx import ModelProto
 
-from van_deploy.errors import ConversionError
-from van_deploy.graph.files import opset_of
 from van_deploy.precision.fp16 import fp16_from_fp32
 from van_deploy.precision.plan import LayerPlan, QuantizationPlan, parameters
 from van_deploy.precision.scales import Quantizer, quantize_weight
-
-# The first opset whose QuantizeLinear and DequantizeLinear take FP16 scales.
-OPSET_FOR_HALF_SCALES = 19
 
 Array = npt.NDArray[np.generic]
 
@@ -46,20 +41,11 @@ def qdq_for_tensorrt(
     Args:
         model: the FP32 graph that the plan's network was rebuilt from; it stays unchanged.
         plan: the quantised layers and their scales.
-        rest: type of the other nodes, ``fp16`` or ``fp32``.
+        rest: type of the other nodes, ``fp16`` (from opset 19 on) or ``fp32``.
         kept: with ``fp16``, nodes that stay FP32.
-
-    Raises:
-        ConversionError: FP16 scales need a newer opset than the graph's.
     """
     model = _with_parameters(model, plan)
     if rest == "fp16":
-        if opset_of(model) < OPSET_FOR_HALF_SCALES:
-            raise ConversionError(
-                f"The graph has opset {opset_of(model)}; FP16 scales need "
-                f"{OPSET_FOR_HALF_SCALES} or newer.",
-                "Export it again with --opset 20, or use `van-deploy quantize --rest fp32`.",
-            )
         model = fp16_from_fp32(model, kept)
     writer = _GraphWriter(model)
     for node, layer in writer.planned_nodes(plan):
