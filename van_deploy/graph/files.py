@@ -121,8 +121,7 @@ def simplify_onnx(
             expected, actual = run(model, batch), run(simplified, batch)
             for name, value in expected.items():
                 flat = value.reshape(len(value), -1)
-                comparison = compare(flat, actual[name].reshape(flat.shape), None)
-                errors.append(comparison.relative)
+                errors.append(compare(flat, actual[name].reshape(flat.shape), None).relative)
         return float(np.max(errors))
 
     before, result, error = Counter(operator_counts(model)), model, None

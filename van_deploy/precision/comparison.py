@@ -13,19 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from van_deploy.checks.gates import (
-    LOSSY,
-    Finding,
-    Limit,
-    Outcome,
-    allowed_loss,
-    check_loss,
-    check_minimum,
-    check_near_lossless,
-    flip_margin,
-    paired_loss,
-    sqnr_floor,
-)
+from van_deploy.checks import gates
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
 from van_deploy.config import GateSettings, QuantizeSettings
 from van_deploy.data.images import ImageSet
@@ -106,25 +94,25 @@ def compare_precisions(
         latencies = _interleaved_ms(timed, next(images.read(images.evaluation, 1))[0])
     expected, rows = logits[0], []
     for candidate, actual, ms in zip(candidates, logits, latencies, strict=True):
-        figures, findings = outputs.compare(expected, actual), list[Finding]()
+        figures, findings = outputs.compare(expected, actual), list[gates.Finding]()
         profile = rules.of(candidate.precision)
         if candidate.precision != "fp32":
-            floor = sqnr_floor(candidate.precision, np.inf, profile)
-            findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
+            floor = gates.sqnr_floor(candidate.precision, np.inf, profile)
+            findings = [gates.check_minimum("SQNR", figures.sqnr_db, floor)]
             if images.has_evaluation_set and figures.top1_agreement is not None:
-                lossy = candidate.precision in LOSSY
+                lossy = candidate.precision in gates.LOSSY
                 if not lossy:
-                    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
-                    findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
-                allowed = allowed_loss(candidate.precision, profile)
+                    flips = find_flips(expected, actual, task, gates.flip_margin(floor.value, task))
+                    findings = gates.check_near_lossless(figures.sqnr_db, floor, flips, task)
+                allowed = gates.allowed_loss(candidate.precision, profile)
                 option = "--max-drop" if candidate.precision == "int8" else ""
                 if option and settings.max_drop is not None:
-                    allowed = Limit(settings.max_drop, option)
+                    allowed = gates.Limit(settings.max_drop, option)
                 lost = count_lost_labels(expected, actual, labels, task)
                 won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
                 metric = "agreement" if labels is None else "top-1"
-                loss = paired_loss(lost, won, len(expected))
-                findings.append(check_loss(loss, allowed, metric, lossy, option))
+                loss = gates.paired_loss(lost, won, len(expected))
+                findings.append(gates.check_loss(loss, allowed, metric, lossy, option))
         correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
@@ -147,14 +135,14 @@ def predict(
 def _row(
     candidate: Candidate,
     figures: Comparison,
-    findings: Sequence[Finding],
+    findings: Sequence[gates.Finding],
     correct: int | None,
     ms: float | None,
 ) -> Row:
     """Return a candidate's row of :func:`compare_precisions`."""
     failures, inconclusive = (
         tuple(finding.message for finding in findings if finding.outcome is outcome)
-        for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
+        for outcome in (gates.Outcome.FAIL, gates.Outcome.INCONCLUSIVE)
     )
     same, count = figures.top1_agreement, figures.images
     agreed = None if same is None else round(same * count)

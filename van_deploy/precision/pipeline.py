@@ -23,14 +23,8 @@ from van_deploy.graph.export import van_from_onnx
 from van_deploy.graph.files import graph_facts, opset_of, save_onnx
 from van_deploy.manifest import GraphInfo, Precision
 from van_deploy.metrics import Task
+from van_deploy.precision import fp16
 from van_deploy.precision.comparison import Candidate, compare_precisions, gate_rank, recommend
-from van_deploy.precision.fp16 import (
-    audit_ranges,
-    bf16_from_fp32,
-    default_fp32_nodes,
-    fp16_from_fp32,
-    fp32_nodes,
-)
 from van_deploy.precision.images import ImageSets, select_images
 from van_deploy.precision.int8 import Int8Builder, short
 from van_deploy.precision.plan import SCOPES, histogram_tensors, layers_in_scope
@@ -187,7 +181,7 @@ class _QuantizeJob:
                 f"The graph has opset {opset}; {settings.artifact} needs {oldest} or newer.",
                 f"Export it again with --opset 20{other}.",
             )
-        user_kept = fp32_nodes(model, settings.keep)
+        user_kept = fp16.fp32_nodes(model, settings.keep)
         scopes: dict[str, tuple[str, ...]] = {}  # the layers of each candidate
         if settings.precision == "int8" and settings.scope == ("auto",):
             _timing_providers(settings)  # fails early if latency cannot be measured
@@ -207,10 +201,12 @@ class _QuantizeJob:
         kept = self.nodes_to_keep(model, ranges, user_kept)
         candidates = [Candidate("fp32", "fp32", model)]
         if settings.precision == "bf16":
-            candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
+            candidates.append(Candidate(BF16_EMULATED, "bf16", fp16.bf16_from_fp32(model, kept)))
         elif settings.target == "tensorrt":
-            fp16_kept = kept if settings.rest_precision == "fp16" else default_fp32_nodes(model)
-            candidates.append(Candidate("fp16", "fp16", fp16_from_fp32(model, fp16_kept)))
+            fp16_kept = (
+                kept if settings.rest_precision == "fp16" else fp16.default_fp32_nodes(model)
+            )
+            candidates.append(Candidate("fp16", "fp16", fp16.fp16_from_fp32(model, fp16_kept)))
         if scopes:
             builder = Int8Builder(model, network, ranges, settings, kept, images)
             for scope, layers in scopes.items():
@@ -229,9 +225,9 @@ class _QuantizeJob:
         settings = self.settings
         if settings.precision == "int8" and settings.rest_precision == "fp32":
             return user_kept
-        kept = {**(default_fp32_nodes(model) if settings.keep_defaults else {}), **user_kept}
+        kept = {**(fp16.default_fp32_nodes(model) if settings.keep_defaults else {}), **user_kept}
         if settings.precision != "bf16":  # BF16 has FP32's range
-            audit = audit_ranges(model, ranges, kept, strict=settings.strict)
+            audit = fp16.audit_ranges(model, ranges, kept, strict=settings.strict)
             kept |= audit["fp32_nodes"]
             self.facts["audit"] = {"images": self.facts["calibration"]["images"], **audit}
         self.facts["fp32_nodes"] = kept
@@ -301,8 +297,7 @@ class _QuantizeJob:
                     for tensor, affine in int8.plan.affines.items()
                     for part, values in vars(affine).items()
                 }
-                with draft.file(extra_files[1]).open("wb") as archive:
-                    np.savez_compressed(archive, **channels)
+                np.savez_compressed(draft.file(extra_files[1]), **channels)
             files = [*save_onnx(graph, draft.file(file)), *extra_files]
             draft.record(
                 Artifact(

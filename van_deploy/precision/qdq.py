@@ -99,7 +99,7 @@ class _GraphWriter:
     def __init__(self, model: ModelProto) -> None:
         self.model = ir.from_proto(model)
         self.graph = self.model.graph
-        self.pairs: dict[tuple[ir.Value, float], ir.Value] = {}
+        self.pairs: dict[ir.Value, ir.Value] = {}
 
     def planned_nodes(self, plan: QuantizationPlan) -> list[tuple[ir.Node, LayerPlan]]:
         """Return the nodes of the plan's layers, in order."""
@@ -108,14 +108,11 @@ class _GraphWriter:
     def quantize_input_(
         self, node: ir.Node, index: int, quantizer: Quantizer, dtype: npt.DTypeLike = np.float32
     ) -> None:
-        """Insert a Q/DQ pair before an input; nodes that use the same scale share the pair."""
+        """Insert a Q/DQ pair before an input; all nodes that read the value share the pair."""
         value = _input(node, index)
-        key = (value, float(quantizer.scale))
-        if key not in self.pairs:
-            has_pair = any(value is other for other, _ in self.pairs)
-            prefix = f"{value.name}.{node.name}" if has_pair else str(value.name)
-            self.pairs[key] = self._insert_pair(node, value, prefix, quantizer, dtype)
-        node.replace_input_with(index, self.pairs[key])
+        if value not in self.pairs:  # a plan has one scale for each value
+            self.pairs[value] = self._insert_pair(node, value, str(value.name), quantizer, dtype)
+        node.replace_input_with(index, self.pairs[value])
 
     def quantize_output_(self, node: ir.Node, quantizer: Quantizer) -> None:
         """Insert a Q/DQ pair after ``node``; scales per channel become 1, followed by a Mul."""
