@@ -48,7 +48,7 @@ class LayerPlan:
     """
 
     input: scales.Quantizer
-    scales.weight_scales: scales.Images | None = None
+    weight_scales: scales.Images | None = None
     output: scales.Quantizer | None = None
 
 
