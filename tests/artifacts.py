@@ -154,16 +154,20 @@ def int8_graph(
 ) -> ModelProto:
     """Return a folded graph with its 1x1 convolutions in INT8 for TensorRT."""
     from van_deploy.graph.export import van_from_onnx
-    from van_deploy.precision.equalize import Equalization
     from van_deploy.precision.fp16 import default_fp32_nodes
-    from van_deploy.precision.plan import histogram_tensors, layers_in_scope, make_plan
+    from van_deploy.precision.plan import (
+        QuantizationPlan,
+        histogram_tensors,
+        layers_in_scope,
+        make_plan,
+    )
     from van_deploy.precision.qdq import qdq_for_tensorrt
     from van_deploy.precision.scales import observe_ranges
 
     network = van_from_onnx(model, config)
     layers = layers_in_scope(network.model, ("pointwise",))
     ranges = observe_ranges(network, batches, histogram_tensors(network, layers, "tensorrt"))
-    plan = make_plan(Equalization(network), ranges, layers)
+    plan = make_plan(QuantizationPlan(network), ranges, layers)
     return qdq_for_tensorrt(model, plan, kept=default_fp32_nodes(model))
 
 

@@ -11,7 +11,7 @@ import pytest
 from supply_chain.reference import generated_files
 from tests.each import each
 from van_deploy import config
-from van_deploy.config import BatchRange, Recipe
+from van_deploy.config import BatchRange, QuantizeSettings, Recipe
 from van_deploy.config import named_options as named
 from van_deploy.config.named_options import EXPORT, RUN, parse_changes
 from van_deploy.errors import RecipeError, UsageError
@@ -58,7 +58,9 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[precision]\ntarget='cpu'\nrest='fp16'": "rest fp16 is for FP16, and precision.target cpu",
     "[precision]\nbias_correction=false": "Switch off precision.equalize, too.",
     "[precision]\nscope=['auto', 'all']": "precision.scope auto times whole scopes, and conf",
-    "[engines]\nprecisions=['bf16']": "Add it to precision.make with precision.target tens",
+    "[precision]\nmake=['bf16', 'int8']\n[export]\nopset=18": (
+        "int8 in precision.make needs opset 19 or newer, and export.opset is 18. Use opset 20."
+    ),
     "[precision]\nmake=['int8']\ntarget='cpu'\nimages='x'\n[engines]\nprecisions=['int8']": (
         "Add it to precision.make with precision.target tensorrt, or use one of: fp32."
     ),
@@ -66,7 +68,7 @@ MISTAKES = {  # contents of a file, and a part of the message
     "[engines]\ntargets=['ada']": "'engines.targets.0' is 'ada': it should be compute",
     "[engines]\ntargets=['sm_89', '8.9']": "engines.targets repeats a plan.",
     "[engines]\nworkspace='lots'": "'engines.workspace' is 'lots': it should be a number",
-    "[evaluate]\nlabels='l.txt'": "evaluate.labels needs evaluate.images. Give",
+    "[evaluate]\nclass_order='index'": "evaluate.class_order needs evaluate.images. Give",
     "[export]\nfeatures=true\n[evaluate]\nimages='x'": "and evaluate.images needs classes.",
     "[preprocessing]\nimage_size=64\n[export]\ndynamic_size='96:128:160'": (
         "image_size 64x64 is outside export.dynamic_size 96:128:160. Give a size in the"
@@ -120,11 +122,10 @@ def test_fp16_ignores_options_of_int8(path: Path) -> None:
         "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
         "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
     )
-    precision = read_recipe(path).precision
-    int8, half = precision.of("int8"), precision.of("fp16")
+    int8, half = (read_recipe(path).precision.of(name) for name in ("int8", "fp16"))
     assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
-    assert (half.precision, half.max_drop, half.rest, half.scope) == ("fp16", None, None, ())
-    assert (int8.keep, half.keep, int8.equalize) == (("block1.0",), ("block1.0",), False)
+    assert half == QuantizeSettings(precision="fp16", keep=("block1.0",))
+    assert (int8.keep, int8.equalize) == (half.keep, False)
 
 
 SHORT_FORMS: list[tuple[dict[str, Any], int]] = [
@@ -183,13 +184,6 @@ def test_mistakes_in_changes_name_the_option(path: Path, change: Any, message: s
     with pytest.raises(UsageError) as caught:
         read_recipe(path, parse(change))
     assert message in f"{caught.value.message} {caught.value.remedy}"
-
-
-def test_new_name_keeps_the_weights() -> None:
-    changes = parse_changes(EXPORT, {"name": "mine"})
-    renamed = resolve_recipe("van_b1", changes)
-    assert (renamed.model.name, renamed.model.weights) == ("mine", "van_b1")
-    assert resolve_recipe(resolve_recipe("van_b1"), changes) == renamed
 
 
 @each("name", [name for name in vars(config) if name.endswith(("Settings", "Options", "Recipe"))])

@@ -102,7 +102,7 @@ def load_model(
     if settings.labels:
         names = class_names_from_file(settings.labels, loaded.config.num_classes)
         loaded = replace(loaded, class_names=names)
-    if settings.name and not is_published(spec):
+    if settings.name and not is_published(settings.name) and loaded.source.format != "embedded":
         loaded = replace(loaded, name=settings.name)
     return loaded
 
@@ -138,12 +138,12 @@ def export_bundle(
     source = None if recipe.export.golden == "samples" else images
     count = golden.golden_count(loaded.config, loaded.preprocessing)
     batch, originals = golden.golden_images(loaded.name, loaded.preprocessing, source, count)
-    key, reason = _cache_key(loaded, recipe, batch.inputs), "--force"
-    if not force:
-        try:
-            reason = Bundle.open(output).rebuild_reason("fp32", key)
-        except BundleError as error:
-            reason = f"new ({error.message})" if output.exists() else "new"
+    key, before = _cache_key(loaded, recipe, batch.inputs), None
+    try:
+        before = Bundle.open(output)
+        reason = "--force" if force else before.rebuild_reason("fp32", key)
+    except BundleError as error:
+        reason = f"new ({error.message})" if output.exists() else "new"
     if reason:
         with edit_bundle(output, name=loaded.name) as draft:
             artifact, samples = _write_checked_graph(draft, loaded, recipe, batch, clock)
@@ -165,12 +165,13 @@ def export_bundle(
                 for name, other in draft.artifacts.items():
                     draft.artifacts[name] = other.model_copy(update={"golden_sqnr_db": {}})
                 draft.artifacts["fp32"] = fp32
-    elif (manifest := Bundle.open(output).manifest).weights != loaded.source:
+    elif before is not None and before.manifest.weights != loaded.source:
         with edit_bundle(output) as draft:  # the weights were moved
-            draft.description = _network_info(loaded, recipe, manifest.golden)
+            draft.description = _network_info(loaded, recipe, before.manifest.golden)
     clock.begin("")
-    notes, why = loaded.source.notes, reason or "nothing changed"
-    return ExportResult(Bundle.open(output), not reason, why, notes, clock.seconds)
+    bundle, notes = Bundle.open(output), loaded.source.notes
+    why = f"{reason}{bundle.removed_since(before)}" if reason else "nothing changed"
+    return ExportResult(bundle, not reason, why, notes, clock.seconds)
 
 
 def _write_checked_graph(

@@ -16,6 +16,7 @@ from van_deploy.errors import UsageError
 from van_deploy.exporting import ExportResult, export_bundle
 from van_deploy.model.checkpoint import LoadedVan
 from van_deploy.model.embedded import EMBEDDED_NAME
+from van_deploy.model.preprocess import Pixels
 from van_deploy.precision.images import choose_images
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.recipe import ImageSelection
@@ -111,31 +112,40 @@ def export_recipe(
         has_images = quantize.noise or quantize.sources != (None, None)
         if name == "int8" and not has_images and loaded.name != EMBEDDED_NAME:
             choose_images(ImageSelection())  # raises the error, before anything is written
+    batches = _embedding_batches(loaded, recipe, images) if recipe.export.embeds else []
     exported = export_bundle(loaded, recipe, output, images=images, force=force, progress=progress)
     precisions = []
     for quantize in requested:
         progress(f"Making '{quantize.precision}'")
         made = quantize_bundle(output, quantize, rules=recipe.gates, force=force, progress=progress)
         precisions.append(made)
-    if recipe.export.embeds:
+    if batches:
         clock.begin("Embedding and checking preprocessing")
-        sizes = batch_sizes(recipe.batch)
-        if recipe.batch.fixed is None:
-            sizes = tuple(size for size in sizes if size <= EMBED_PROOF_IMAGES)
-        pixels = verification_images(loaded.name, loaded.preprocessing, max(sizes), images).pixels
-        if pixels is None:
-            raise UsageError(
-                f"A graph with preprocessing inside needs uint8 images to check it; '{images}' has "
-                "normalised network input.",
-                "Give uint8 images, or remove --images.",
-            )
-        batches = [pixels[:size] for size in sizes]
         embedded = embed_artifacts(Bundle.open(output), recipe.export, batches)
         clock.begin("")
         seconds = {**exported.seconds, **clock.seconds}
         exported = replace(exported, embedded=tuple(embedded), seconds=seconds)
     bundle = Bundle.open(output)
     return ExportReport(replace(exported, bundle=bundle), tuple(precisions), bundle.manifest)
+
+
+def _embedding_batches(loaded: LoadedVan, recipe: Recipe, images: Path | None) -> list[Pixels]:
+    """Return the images ``(N, S, S, C)`` uint8 to check embedded graphs on, a batch of each size.
+
+    Raises:
+        UsageError: the images are normalised network input.
+    """
+    sizes = batch_sizes(recipe.batch)
+    if recipe.batch.fixed is None:
+        sizes = tuple(size for size in sizes if size <= EMBED_PROOF_IMAGES)
+    pixels = verification_images(loaded.name, loaded.preprocessing, max(sizes), images).pixels
+    if pixels is None:
+        raise UsageError(
+            f"A graph with preprocessing inside needs uint8 images to check it; '{images}' has "
+            "normalised network input.",
+            "Give uint8 images, or remove --images.",
+        )
+    return [pixels[:size] for size in sizes]
 
 
 def run_recipe(

@@ -1,11 +1,10 @@
 """``van-deploy quantize``: its tables, its JSON, and its exit codes."""
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.artifacts import Copy
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
@@ -15,15 +14,10 @@ from van_deploy.report.sections_checks import quantize_blocks
 FAST = ("--no-bias-correction", "--no-equalize", "--threads", "1")
 
 
-@pytest.fixture(scope="module")
-def bundle(digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("quantize") / "van_digits"
-    return Path(shutil.copytree(digits_bundle.path, copy))
-
-
 def test_int8_prints_three_precisions_and_a_recommendation(
-    cli: Cli, bundle: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli, digits_bundle: Bundle, copy_bundle: Copy, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    bundle = copy_bundle(digits_bundle)
     result = cli("quantize", bundle, *FAST)
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.partition("evaluated on")[0].splitlines()]
@@ -51,9 +45,8 @@ def test_int8_prints_three_precisions_and_a_recommendation(
 
 
 def test_result_below_its_gate_exits_with_1(
-    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, digits_bundle: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = replace(gates.CLASSES["int8"], sqnr_db=90.0)
     monkeypatch.setitem(gates.CLASSES, "int8", limits)
-    output = cli.fails(1, "quantize", bundle, "--method", "minmax", *FAST)
-    assert "INT8 fails its gate: " in output
+    assert "INT8 fails its gate: " in cli.fails(1, "quantize", copy_bundle(digits_bundle), *FAST)

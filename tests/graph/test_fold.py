@@ -26,14 +26,6 @@ def with_skip_gains(model: VAN, skip_gains: dict[tuple[int, int], float]) -> VAN
     return model
 
 
-@each(("fold", "left"), [(True, 0), (False, 22)])
-def test_folding_is_exact(digits: Exported, fold: bool, left: int) -> None:
-    report = fold_van(digits.loaded.model, digits.images[:1], fold=fold)
-    assert report.relative_error <= FOLD_TOLERANCE
-    assert (report.batchnorms_left, report.batchnorms_folded) == (left, 22 - left)
-    assert bool(report.as_dict()["rewrites"]) == fold
-
-
 SKIP_GAINS = [
     *(({(1, 5): skip_gain}, 1) for skip_gain in (0.0, 1e-6, -1e-6, 2 * SKIP_GAIN_LIMIT)),
     ({(1, 5): -0.5}, 0),

@@ -132,6 +132,14 @@ class Bundle:
         changed = [key for key in {**new, **old} if new.get(key) != old.get(key)]
         return f"changed since: {', '.join(changed)}" if changed else ""
 
+    def removed_since(self, before: Bundle | None) -> str:
+        """Return a remark on the artifacts of an earlier state that are gone; "" if there are none.
+
+        They were made from a graph that was replaced.
+        """
+        names = [name for name in before.artifacts if name not in self.artifacts] if before else []
+        return f"; removed, made from the previous graph: {', '.join(names)}" if names else ""
+
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of each artifact: its main file and its external weights.
 

@@ -463,7 +463,13 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def check_loss(loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = True) -> Finding:
+def check_loss(
+    loss: Loss,
+    allowed: Limit,
+    metric: str = "top-1",
+    lossy: bool = True,
+    option: str = "",
+) -> Finding:
     """Return the result of the non-inferiority test of an artifact's accuracy.
 
     PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
@@ -478,7 +484,8 @@ def check_loss(loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = 
         needed = images_to_decide(loss, allowed.value)
         message += (
             f"; {f'about {needed} images' if needed else 'no number of images'} would decide at "
-            "this rate of label flips: give more images, or allow a larger top1_loss in the recipe"
+            f"this rate of label flips: give more images, or allow more with "
+            f"{option or 'top1_loss in the [gates] of a recipe'}"
         )
     return Finding(f"Δ{metric}", outcome, message, loss.loss, allowed, "pp")
 

@@ -24,7 +24,8 @@ ONLY_TENSORRT = (
 )
 HARDWARE, PLAN = "Hardware", "Plan contents"
 LEAVE_OUT = "Remove one of them."
-FOR_INT8 = ("max_drop", "noise", "scope", "rest")
+FOR_INT8 = ("max_drop", "noise", "scope", "rest")  # refused for other precisions
+UNUSED = (*FOR_INT8, "method", "equalize", "bias_correction", "evaluations")  # by them
 
 # timm's names of Pillow's filters.
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -37,7 +38,8 @@ class ModelSettings(Table):
     """The network. Table ``[model]``.
 
     Attributes:
-        name: Name of the bundle; a variant's name selects its public weights.
+        name: Name of the bundle; a variant's name selects its public weights. van_digits keeps its
+            own.
         weights: A checkpoint, a repository, a variant, or 'random'; by default the name's public
             weights.
         sha256: Required digest of the weights file; by default the first download is recorded.
@@ -161,7 +163,7 @@ class EvaluateSettings(Table):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield options of images without images."""
-        name = self.first_set("labels", "limit")
+        name = self.first_set("labels", "class_order", "label_files", "limit")
         if self.images is None and name:
             yield f"{name} needs {{images}}.", "Give the folder of images, too."
 
@@ -289,6 +291,15 @@ class _Quantization(Table):
         """Precision of everything that is not INT8."""
         return self.rest or ("fp32" if self.target == "cpu" else "fp16")
 
+    def oldest_opset(self, precision: Precision) -> int:
+        """Return the oldest opset of the FP32 graph that can be converted to a precision.
+
+        The operators of a VAN are the same in 18 and in 22, the first with BF16 in Conv;
+        QuantizeLinear takes FP16 scales from 19 on.
+        """
+        oldest = {"bf16": 18, "int8": 19 if self.rest_precision == "fp16" else 17}
+        return oldest.get(precision, 17)
+
     @property
     def sources(self) -> tuple[Path | None, str | None]:
         """The folder or ``.npz`` to calibrate on, and the calibration set that selects from it."""
@@ -353,7 +364,7 @@ class PrecisionSettings(_Quantization, _Several):
         Raises:
             UsageError: two options conflict.
         """
-        others = {"target", *FOR_INT8} if precision != "int8" else set()
+        others = {"target", *UNUSED} if precision != "int8" else set()
         others |= {"strict"} if precision == "bf16" else set()
         names = (name for name in _Quantization.model_fields if name not in others)
         return QuantizeSettings(precision=precision, **{n: getattr(self, n) for n in names})
@@ -545,6 +556,11 @@ class Recipe(Table):
             message = f"{{engines.precisions}} has '{name}', not made by the recipe for TensorRT."
             make = "Add it to {precision.make} with {precision.target} tensorrt"
             yield message, f"{make}, or use one of: {', '.join(graphs)}."
+        opset = self.export.opset
+        for made in self.precision.make:
+            if opset < (oldest := self.precision.oldest_opset(made)):
+                message = f"{made} in {{precision.make}} needs opset {oldest} or newer, and "
+                yield f"{message}{{export.opset}} is {opset}.", "Use opset 20."
         of_classes = ("model.labels", "model.head", "precision.max_drop", "evaluate.images")
         used = [key for key in of_classes if attrgetter(key)(self) not in (None, ())]
         if self.export.features and used:

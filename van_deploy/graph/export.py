@@ -189,17 +189,14 @@ def _remove_source_paths_(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _silence_exporter() -> Iterator[None]:
     """Suppress the exporter's messages and warnings; errors are still raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 # --- network from the graph ------------------------------------------------------------------

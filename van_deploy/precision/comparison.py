@@ -13,19 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto
 
-from van_deploy.checks.gates import (
-    LOSSY,
-    Finding,
-    Limit,
-    Outcome,
-    allowed_loss,
-    check_loss,
-    check_minimum,
-    check_near_lossless,
-    flip_margin,
-    paired_loss,
-    sqnr_floor,
-)
+from van_deploy.checks import gates
 from van_deploy.checks.golden import LOGITS_LAYOUT, OutputLayout
 from van_deploy.config import GateSettings, QuantizeSettings
 from van_deploy.data.images import ImageSet
@@ -106,24 +94,25 @@ def compare_precisions(
         latencies = _interleaved_ms(timed, next(images.read(images.evaluation, 1))[0])
     expected, rows = logits[0], []
     for candidate, actual, ms in zip(candidates, logits, latencies, strict=True):
-        figures, findings = outputs.compare(expected, actual), list[Finding]()
+        figures, findings = outputs.compare(expected, actual), list[gates.Finding]()
         profile = rules.of(candidate.precision)
         if candidate.precision != "fp32":
-            floor = sqnr_floor(candidate.precision, np.inf, profile)
-            findings = [check_minimum("SQNR", figures.sqnr_db, floor)]
+            floor = gates.sqnr_floor(candidate.precision, np.inf, profile)
+            findings = [gates.check_minimum("SQNR", figures.sqnr_db, floor)]
             if images.has_evaluation_set and figures.top1_agreement is not None:
-                lossy = candidate.precision in LOSSY
+                lossy = candidate.precision in gates.LOSSY
                 if not lossy:
-                    flips = find_flips(expected, actual, task, flip_margin(floor.value, task))
-                    findings = check_near_lossless(figures.sqnr_db, floor, flips, task)
-                allowed = allowed_loss(candidate.precision, profile)
-                if settings.max_drop is not None and candidate.precision == "int8":
-                    allowed = Limit(settings.max_drop, "--max-drop")
+                    flips = find_flips(expected, actual, task, gates.flip_margin(floor.value, task))
+                    findings = gates.check_near_lossless(figures.sqnr_db, floor, flips, task)
+                allowed = gates.allowed_loss(candidate.precision, profile)
+                option = "--max-drop" if candidate.precision == "int8" else ""
+                if option and settings.max_drop is not None:
+                    allowed = gates.Limit(settings.max_drop, option)
                 lost = count_lost_labels(expected, actual, labels, task)
                 won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
                 metric = "agreement" if labels is None else "top-1"
-                loss = paired_loss(lost, won, len(expected))
-                findings.append(check_loss(loss, allowed, metric, lossy))
+                loss = gates.paired_loss(lost, won, len(expected))
+                findings.append(gates.check_loss(loss, allowed, metric, lossy, option))
         correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
         rows.append(_row(candidate, figures, findings, correct, ms))
     return rows
@@ -146,14 +135,14 @@ def predict(
 def _row(
     candidate: Candidate,
     figures: Comparison,
-    findings: Sequence[Finding],
+    findings: Sequence[gates.Finding],
     correct: int | None,
     ms: float | None,
 ) -> Row:
     """Return a candidate's row of :func:`compare_precisions`."""
     failures, inconclusive = (
         tuple(finding.message for finding in findings if finding.outcome is outcome)
-        for outcome in (Outcome.FAIL, Outcome.INCONCLUSIVE)
+        for outcome in (gates.Outcome.FAIL, gates.Outcome.INCONCLUSIVE)
     )
     same, count = figures.top1_agreement, figures.images
     agreed = None if same is None else round(same * count)
@@ -193,10 +182,16 @@ def count_lost_labels(
     return int((changed if labels is None else changed & (before[:, 0] == labels)).sum())
 
 
+def gate_rank(row: Row) -> int:
+    """Return 0 for FP32 and a candidate that passes its gate, 1 if it is undecided, else 2."""
+    return 2 if row["passed"] is False else int(bool(row["inconclusive"]))
+
+
 def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
     """Return the fastest candidate that passes its gate and the reason.
 
-    The candidate is None if no latency was measured, or if the requested one fails.
+    The candidate is None if no latency was measured, or if the requested one does not pass.
+    One that needs more images to be decided is not recommended.
 
     Args:
         rows: FP32 first.
@@ -205,8 +200,10 @@ def recommend(rows: Sequence[Row], requested: Row) -> tuple[str | None, str]:
     name = requested["name"]
     if not requested["passed"]:
         return None, f"{name.upper()} fails its gate: {'; '.join(requested['failures'])}"
+    if requested["inconclusive"]:
+        return None, f"{name.upper()} is undecided"
     size = f"{rows[0]['size_bytes'] / requested['size_bytes']:.2f} times smaller than FP32"
-    passing = [row for row in rows if row["ms_per_image"] and row["passed"] is not False]
+    passing = [row for row in rows if row["ms_per_image"] and not gate_rank(row)]
     if not passing:
         return None, f"speed not measured: compare engines with `bench`; {size}"
     best = min(passing, key=lambda row: row["ms_per_image"])

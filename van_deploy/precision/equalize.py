@@ -26,7 +26,7 @@ make the weights that follow harder to quantise.
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.graph.fold import RewrittenBlock, RewrittenVan
+from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.scales import ChannelAffine, ChannelRange, Floats, percentile_range
 
 TECHNIQUES = ("cross_layer", "shift_scale", "shift")
@@ -43,21 +44,6 @@ STRENGTH = 0.75
 # Share of a channel's values that its range covers: outliers affect neither shift nor factor.
 RANGE_PERCENTILE = 99.99
 FACTOR_LIMIT = 64.0  # largest factor and its inverse: the result must fit into FP16
-
-
-@dataclass
-class Equalization:
-    """An equalised network and the changes made to its tensors.
-
-    Attributes:
-        network: equivalent to the original in real arithmetic.
-        affines: the change of each changed tensor, by its name.
-        inserted: by module, the Mul and Add inserted before its input.
-    """
-
-    network: RebuiltVan
-    affines: dict[str, ChannelAffine] = field(default_factory=dict)
-    inserted: dict[str, ChannelAffine] = field(default_factory=dict)
 
 
 class ShiftScale(nn.Module):
@@ -80,8 +66,10 @@ def equalize(
     ranges: Mapping[str, ChannelRange],
     layers: Collection[str],
     techniques: Collection[str] = TECHNIQUES,
-) -> Equalization:
+) -> QuantizationPlan:
     """Return a copy of ``network`` in which the inputs of ``layers`` are easier to quantise.
+
+    The plan quantises no layer yet. Its network is equivalent to the original in real arithmetic.
 
     Args:
         network: the original, which stays unchanged.
@@ -89,7 +77,7 @@ def equalize(
         layers: modules that will be quantised.
         techniques: some of :data:`TECHNIQUES`.
     """
-    result = Equalization(replace(network, model=copy.deepcopy(network.model)))
+    result = QuantizationPlan(replace(network, model=copy.deepcopy(network.model)))
 
     def absorb_(tensor: str, source: str, reader: str) -> None:
         """Change ``tensor``, scaled by channel in ``source`` and read by ``reader`` only."""
@@ -139,7 +127,10 @@ def _affine(record: ChannelRange, *, shift: bool) -> ChannelAffine:
 
 
 def _shift_stream_(
-    result: Equalization, ranges: Mapping[str, ChannelRange], layers: Collection[str], stage: int
+    result: QuantizationPlan,
+    ranges: Mapping[str, ChannelRange],
+    layers: Collection[str],
+    stage: int,
 ) -> None:
     """Centre the residual stream of a stage wherever a quantised layer reads it.
 
@@ -180,7 +171,7 @@ def _absorb_affine_(conv: nn.Conv2d, affine: ChannelAffine) -> None:
     )
 
 
-def _conv(result: Equalization, name: str) -> nn.Conv2d:
+def _conv(result: QuantizationPlan, name: str) -> nn.Conv2d:
     return cast("nn.Conv2d", result.network.model.get_submodule(name))
 
 

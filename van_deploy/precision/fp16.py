@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx import ModelProto
 from onnx.helper import find_min_ir_version_for
 
-from van_deploy.errors import ConversionError, GateFailed, UsageError
+from van_deploy.errors import GateFailed, UsageError
 from van_deploy.graph.files import opset_of
 from van_deploy.precision.scales import FP16_LARGEST, ChannelRange
 
@@ -26,7 +26,6 @@ FLOAT, FLOAT16, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.B
 _SUFFIXES = {FLOAT: "fp32", FLOAT16: "fp16", BFLOAT16: "bf16"}
 
 BF16_OPSET = 22  # the first with BF16 in Conv
-OLDEST_BF16_SOURCE = 18  # the operators of a VAN are the same in this opset and in BF16_OPSET
 
 FP16_SMALLEST_NORMAL = 2.0**-14
 FP16_ROUNDS_TO_ZERO = 2.0**-25  # magnitudes up to this one become zero in FP16
@@ -169,18 +168,10 @@ def bf16_from_fp32(model: ModelProto, kept: Collection[str] = ()) -> ModelProto:
     The result has opset :data:`BF16_OPSET` or newer.
 
     Args:
-        model: an FP32 graph, which stays unchanged.
+        model: an FP32 graph from opset 18 on, which stays unchanged. Its operators are the same in
+            opset 18 and in :data:`BF16_OPSET`.
         kept: names of nodes that stay FP32.
-
-    Raises:
-        ConversionError: the graph's opset is older than :data:`OLDEST_BF16_SOURCE`.
     """
-    if opset_of(model) < OLDEST_BF16_SOURCE:
-        raise ConversionError(
-            f"The graph has opset {opset_of(model)}; BF16 convolutions need {BF16_OPSET}, and "
-            f"only graphs from opset {OLDEST_BF16_SOURCE} on can be upgraded to it.",
-            "Export it again with --opset 20.",
-        )
     half = _to_16_bit(model, BFLOAT16, kept)
     half.opset_import[0].version = max(opset_of(half), BF16_OPSET)
     half.ir_version = max(half.ir_version, find_min_ir_version_for(half.opset_import))

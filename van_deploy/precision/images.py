@@ -127,11 +127,13 @@ def select_images(bundle: Bundle, settings: QuantizeSettings, watch: Stopwatch) 
 
 def _with_labels(bundle: Bundle, images: ImageSet, settings: QuantizeSettings) -> ImageSet:
     """Return the images with labels, if their folder names are unambiguous."""
-    manifest = bundle.manifest
-    has_classes = task_of(bundle) in {Task.SINGLE_LABEL, Task.BINARY}
-    if manifest.architecture.out_indices or not has_classes:  # a folder names one class
-        return images
+    manifest, known = bundle.manifest, images.labels
     classes, order = manifest.architecture.num_classes, settings.class_order
+    has_classes = task_of(bundle) in {Task.SINGLE_LABEL, Task.BINARY}  # a folder names one class
+    if known is not None:  # of the packaged digits
+        has_classes &= bool(known.max() < max(classes, 2))
+    if manifest.architecture.out_indices or not has_classes:
+        return replace(images, items=tuple(replace(item, label=None) for item in images.items))
     try:
         return label_images(images, classes, manifest.class_names, class_order=order)
     except InputError as error:
@@ -164,7 +166,7 @@ def choose_images(selection: ImageSelection, images: Path | None = None) -> Imag
         )
     indices = _select(source, selection.count, selection.seed, selection.balanced)
     chosen = source.take(indices, f"{len(indices)} of {source.description}")
-    if selection.digest and images is None and chosen.digest != selection.digest:
+    if selection.digest and chosen.digest != selection.digest:
         raise ImageError(
             f"The images do not match the calibration set: their digest is "
             f"{chosen.digest[:16]}…, the set expects {selection.digest[:16]}….",

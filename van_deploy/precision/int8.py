@@ -64,8 +64,8 @@ class Int8Model:
     def scales(self) -> dict[str, float]:
         """Return the scale of each quantised layer input, by the tensor's name in the graph."""
         plan = self.plan
-        inputs = {plan.network.reads[name]: plan.layers[name].input for name in plan.convolutions}
-        return {name: short(q.scale) for name, q in inputs.items()}
+        reads = {**plan.network.reads, **{name: f"{name}.add" for name in plan.inserted}}
+        return {reads[name]: short(plan.layers[name].input.scale) for name in plan.convolutions}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the results for the manifest."""

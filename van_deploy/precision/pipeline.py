@@ -13,23 +13,18 @@ from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import OutputLayout, golden_samples
 from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import GateSettings, QuantizeSettings
+from van_deploy.config.recipe_tables import UNUSED
 from van_deploy.documents import Verdict, plain
 from van_deploy.environment.hardware import cpu
-from van_deploy.errors import MissingDependency, UsageError
+from van_deploy.errors import ConversionError, MissingDependency, UsageError
 from van_deploy.files import content_key
 from van_deploy.graph.bfloat16 import BF16_EMULATED
 from van_deploy.graph.export import van_from_onnx
-from van_deploy.graph.files import graph_facts, save_onnx
+from van_deploy.graph.files import graph_facts, opset_of, save_onnx
 from van_deploy.manifest import GraphInfo, Precision
 from van_deploy.metrics import Task
-from van_deploy.precision.comparison import Candidate, compare_precisions, recommend
-from van_deploy.precision.fp16 import (
-    audit_ranges,
-    bf16_from_fp32,
-    default_fp32_nodes,
-    fp16_from_fp32,
-    fp32_nodes,
-)
+from van_deploy.precision import fp16
+from van_deploy.precision.comparison import Candidate, compare_precisions, gate_rank, recommend
 from van_deploy.precision.images import ImageSets, select_images
 from van_deploy.precision.int8 import Int8Builder, short
 from van_deploy.precision.plan import SCOPES, histogram_tensors, layers_in_scope
@@ -75,12 +70,16 @@ class QuantizeResult(Verdict):
     @property
     def passed(self) -> bool:
         """Whether the requested precision passes its gates and meets the accuracy budget."""
-        within_budget = self.facts.get("search", {}).get("passed", True)
-        accepted = {"pass", "inconclusive"} if self.allow_inconclusive else {"pass"}
-        golden_passed = self.facts.get("golden_check", {}).get("outcome", "pass") in accepted
-        (row,) = (row for row in self.facts["comparison"] if row["requested"])
-        conclusive = self.allow_inconclusive or not row["inconclusive"]
-        return bool(within_budget and golden_passed and conclusive and row["passed"])
+        return _passes(self.facts, self.allow_inconclusive)
+
+
+def _passes(facts: Mapping[str, Any], allow_inconclusive: bool = False) -> bool:
+    within_budget = facts.get("search", {}).get("passed", True)
+    accepted = {"pass", "inconclusive"} if allow_inconclusive else {"pass"}
+    golden_passed = facts.get("golden_check", {}).get("outcome", "pass") in accepted
+    (row,) = (row for row in facts["comparison"] if row["requested"])
+    conclusive = allow_inconclusive or not row["inconclusive"]
+    return bool(within_budget and golden_passed and conclusive and row["passed"])
 
 
 def quantize_bundle(
@@ -108,7 +107,8 @@ def quantize_bundle(
         ImageError: there are no images, too few for the budget, too many cannot be read,
             or an image is used for both calibration and evaluation.
         GateFailed: with ``strict``, FP16 cannot represent a tensor.
-        ConversionError: the graph is not a folded VAN, or ONNX Runtime rejects the result.
+        ConversionError: the graph is not a folded VAN, its opset is too old for the precision, or
+            ONNX Runtime rejects the result.
     """
     bundle, settings = Bundle.open(path), settings or QuantizeSettings()
     bundle.verified_path("fp32")
@@ -130,7 +130,8 @@ def quantize_bundle(
         reason = "the weights, graph, images, settings and versions have not changed"
     else:
         job.run_()
-        bundle = Bundle.open(path)
+        before, bundle = bundle, Bundle.open(path)
+        reason += bundle.removed_since(before)
     facts, inconclusive = bundle.artifact(name).quantization, settings.allow_inconclusive
     return QuantizeResult(bundle, name, reused, reason, facts, dict(watch.seconds), inconclusive)
 
@@ -148,7 +149,8 @@ class _QuantizeJob:
     def cache_key(self) -> dict[str, Any]:
         """Return the inputs that determine the result."""
         bundle, images, golden = self.bundle, self.images, self.bundle.manifest.golden
-        settings = {k: v for k, v in self.settings.as_dict().items() if k not in OTHER_KEYS}
+        ignored = OTHER_KEYS if self.settings.precision == "int8" else (*OTHER_KEYS, *UNUSED)
+        settings = {k: v for k, v in self.settings.as_dict().items() if k not in ignored}
         sets = (images.calibration, images.held_out, images.evaluation)
         is_timed = self.settings.target == "cpu" or self.settings.scope == ("auto",)
         return {
@@ -161,7 +163,7 @@ class _QuantizeJob:
             "evaluation images": images.evaluation.digest,
             "labels": content_key({"labels": [[i.label for i in one.items] for one in sets]}),
             "settings": settings,
-            "gates": self.rules.model_dump(mode="json"),
+            "gates": [self.rules.of(one).as_dict() for one in ("fp16", self.settings.precision)],
             "processor": asdict(cpu()) if is_timed else None,
             "threads": self.settings.threads if is_timed else None,
             "code": code_digest(".", "precision", "graph", "checks", "data", "model", "runners"),
@@ -173,7 +175,13 @@ class _QuantizeJob:
         settings, images = self.settings, self.images
         model = load_model(self.bundle.verified_path("fp32"))
         network = van_from_onnx(model, self.bundle.manifest.architecture)
-        user_kept = fp32_nodes(model, settings.keep)
+        if (opset := opset_of(model)) < (oldest := settings.oldest_opset(settings.precision)):
+            other = ", or use `van-deploy quantize --rest fp32`" * (settings.precision == "int8")
+            raise ConversionError(
+                f"The graph has opset {opset}; {settings.artifact} needs {oldest} or newer.",
+                f"Export it again with --opset 20{other}.",
+            )
+        user_kept = fp16.fp32_nodes(model, settings.keep)
         scopes: dict[str, tuple[str, ...]] = {}  # the layers of each candidate
         if settings.precision == "int8" and settings.scope == ("auto",):
             _timing_providers(settings)  # fails early if latency cannot be measured
@@ -193,10 +201,12 @@ class _QuantizeJob:
         kept = self.nodes_to_keep(model, ranges, user_kept)
         candidates = [Candidate("fp32", "fp32", model)]
         if settings.precision == "bf16":
-            candidates.append(Candidate(BF16_EMULATED, "bf16", bf16_from_fp32(model, kept)))
+            candidates.append(Candidate(BF16_EMULATED, "bf16", fp16.bf16_from_fp32(model, kept)))
         elif settings.target == "tensorrt":
-            fp16_kept = kept if settings.rest_precision == "fp16" else default_fp32_nodes(model)
-            candidates.append(Candidate("fp16", "fp16", fp16_from_fp32(model, fp16_kept)))
+            fp16_kept = (
+                kept if settings.rest_precision == "fp16" else fp16.default_fp32_nodes(model)
+            )
+            candidates.append(Candidate("fp16", "fp16", fp16.fp16_from_fp32(model, fp16_kept)))
         if scopes:
             builder = Int8Builder(model, network, ranges, settings, kept, images)
             for scope, layers in scopes.items():
@@ -215,9 +225,9 @@ class _QuantizeJob:
         settings = self.settings
         if settings.precision == "int8" and settings.rest_precision == "fp32":
             return user_kept
-        kept = {**(default_fp32_nodes(model) if settings.keep_defaults else {}), **user_kept}
+        kept = {**(fp16.default_fp32_nodes(model) if settings.keep_defaults else {}), **user_kept}
         if settings.precision != "bf16":  # BF16 has FP32's range
-            audit = audit_ranges(model, ranges, kept, strict=settings.strict)
+            audit = fp16.audit_ranges(model, ranges, kept, strict=settings.strict)
             kept |= audit["fp32_nodes"]
             self.facts["audit"] = {"images": self.facts["calibration"]["images"], **audit}
         self.facts["fp32_nodes"] = kept
@@ -234,7 +244,7 @@ class _QuantizeJob:
         providers = _timing_providers(settings)
         rows = compare_precisions(candidates, images, settings, outputs, providers, self.rules)
         requested = [row for row in rows if row["precision"] == settings.precision]
-        chosen = min(requested, key=lambda row: (not row["passed"], row["ms_per_image"] or 0.0))
+        chosen = min(requested, key=lambda row: (gate_rank(row), row["ms_per_image"] or 0.0))
         best, reason = recommend(rows, chosen)
         description = images.evaluation.description
         self.facts |= {
@@ -263,6 +273,9 @@ class _QuantizeJob:
             self.facts |= {"method": self.settings.method, **int8.as_dict()}
         self.facts["calibration"]["unreadable"] = list(self.images.unreadable)  # of every set
         golden_db, description = self.check_golden(graph), graph_facts(graph)
+        if self.facts["recommended"] == chosen.name and not _passes(self.facts):
+            reason = f"{chosen.name.upper()} does not pass on the golden samples, or the budget"
+            self.facts |= {"recommended": None, "recommendation_reason": reason}
         self.images.watch.begin("Writing the bundle")
         file, extra_files = f"model.{name}.onnx", [f"ranges.{name}.json"]
         with edit_bundle(self.bundle.path) as draft:
@@ -284,8 +297,7 @@ class _QuantizeJob:
                     for tensor, affine in int8.plan.affines.items()
                     for part, values in vars(affine).items()
                 }
-                with draft.file(extra_files[1]).open("wb") as archive:
-                    np.savez_compressed(archive, **channels)
+                np.savez_compressed(draft.file(extra_files[1]), **channels)
             files = [*save_onnx(graph, draft.file(file)), *extra_files]
             draft.record(
                 Artifact(

@@ -25,21 +25,7 @@ from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 from van_deploy.graph.export import RebuiltVan
 from van_deploy.graph.fold import RewrittenVan
-from van_deploy.precision.equalize import Equalization
-from van_deploy.precision.scales import (
-    IDENTITY,
-    ChannelAffine,
-    ChannelRange,
-    Images,
-    Method,
-    Quantizer,
-    cpu_weight_scales,
-    per_channel_quantizer,
-    quantize_weight,
-    symmetric_quantizer,
-    unsigned_quantizer,
-    weight_scales,
-)
+from van_deploy.precision import scales
 
 SCOPES = ("pointwise", "deep", "all")
 # GELU of any smaller value is within 1.3e-4 of zero, so the unsigned range starts here.
@@ -61,9 +47,9 @@ class LayerPlan:
         output: quantiser of its output, or None.
     """
 
-    input: Quantizer
-    weight_scales: Images | None = None
-    output: Quantizer | None = None
+    input: scales.Quantizer
+    weight_scales: scales.Images | None = None
+    output: scales.Quantizer | None = None
 
 
 @dataclass(frozen=True)
@@ -73,15 +59,15 @@ class QuantizationPlan:
     Attributes:
         network: equalised and bias-corrected, in float32.
         layers: by module path, in execution order.
-        inserted: by module, the affine before its input that ``network`` has in addition to the
-            graph it was rebuilt from.
+        inserted: by module, the affine (a Mul and an Add) before its input that ``network`` has in
+            addition to the graph it was rebuilt from.
         affines: by tensor, its difference from the tensor of that graph.
     """
 
     network: RebuiltVan
     layers: Mapping[str, LayerPlan] = field(default_factory=dict)
-    inserted: Mapping[str, ChannelAffine] = field(default_factory=dict)
-    affines: Mapping[str, ChannelAffine] = field(default_factory=dict)
+    inserted: dict[str, scales.ChannelAffine] = field(default_factory=dict)
+    affines: dict[str, scales.ChannelAffine] = field(default_factory=dict)
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -174,14 +160,14 @@ def histogram_tensors(network: RebuiltVan, layers: Collection[str], target: str)
 
 
 def make_plan(
-    equalized: Equalization,
-    ranges: Mapping[str, ChannelRange],
+    equalized: QuantizationPlan,
+    ranges: Mapping[str, scales.ChannelRange],
     layers: Sequence[str],
     *,
     target: str = "tensorrt",
-    method: Method = "mse",
+    method: scales.Method = "mse",
 ) -> QuantizationPlan:
-    """Return the plan with activation scales chosen by ``method``.
+    """Return ``equalized`` with ``layers`` quantised, and scales chosen by ``method``.
 
     Args:
         equalized: the network, and how its tensors differ from those of ``ranges``.
@@ -194,31 +180,35 @@ def make_plan(
     network, affines = equalized.network, equalized.affines
 
     @functools.cache
-    def quantizer(tensor: str) -> Quantizer:
+    def quantizer(tensor: str) -> scales.Quantizer:
         lowest = GELU_LOWEST if _BEFORE_GELU.search(tensor) else -np.inf
-        return unsigned_quantizer(ranges[tensor], method, affines.get(tensor, IDENTITY), lowest)
+        return scales.unsigned_quantizer(
+            ranges[tensor], method, affines.get(tensor, scales.IDENTITY), lowest
+        )
 
     plans: dict[str, LayerPlan] = {}
     for name in layers:
         tensor, (weight, bias) = network.reads[name], parameters(network, name)
         if target == "tensorrt":
-            affine = equalized.inserted.get(name) or affines.get(tensor, IDENTITY)
-            source = symmetric_quantizer(ranges[tensor], method, affine)
-            plans[name] = LayerPlan(source, weight_scales(weight))
+            affine = equalized.inserted.get(name) or affines.get(tensor, scales.IDENTITY)
+            source = scales.symmetric_quantizer(ranges[tensor], method, affine)
+            plans[name] = LayerPlan(source, scales.weight_scales(weight))
             continue
         source, output = quantizer(tensor), None
         if _BEFORE_ADD.search(name):
-            output = per_channel_quantizer(ranges[name], affines.get(name, IDENTITY))
+            output = scales.per_channel_quantizer(ranges[name], affines.get(name, scales.IDENTITY))
         elif not _IN_HEAD.match(name):
             output = quantizer(name)
-        plans[name] = LayerPlan(source, cpu_weight_scales(weight, bias, source.scale), output)
+        plans[name] = LayerPlan(
+            source, scales.cpu_weight_scales(weight, bias, source.scale), output
+        )
     if target == "cpu":
         gates = _gates(layers)
         plans |= {gate: LayerPlan(quantizer(network.reads[f"{gate}.conv0"])) for gate in gates}
-    return QuantizationPlan(network, plans, equalized.inserted, affines)
+    return replace(equalized, layers=plans)
 
 
-def parameters(network: RebuiltVan, name: str) -> tuple[Images, Images]:
+def parameters(network: RebuiltVan, name: str) -> tuple[scales.Images, scales.Images]:
     """Return a convolution's weight ``(O, ...)`` and bias ``(O,)``, zeros without a bias."""
     module = cast("nn.Conv2d", network.model.get_submodule(name))
     bias = torch.zeros(len(module.weight)) if module.bias is None else module.bias
@@ -253,15 +243,19 @@ def fake_quantized(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
                 stack.callback(module.register_forward_hook(after).remove)
             if layer.weight_scales is not None:
                 weight = cast("nn.Parameter", module.weight)
-                integers = torch.from_numpy(quantize_weight(weight.numpy(), layer.weight_scales))
+                integers = torch.from_numpy(
+                    scales.quantize_weight(weight.numpy(), layer.weight_scales)
+                )
                 shape = (-1, *(1,) * (weight.ndim - 1))
-                scales = torch.from_numpy(layer.weight_scales).reshape(shape)
+                factors = torch.from_numpy(layer.weight_scales).reshape(shape)
                 stack.callback(setattr, module, "weight", weight)
-                module.weight = nn.Parameter(integers * scales, False)
+                module.weight = nn.Parameter(integers * factors, False)
         yield plan.network.model
 
 
-def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) -> Images:
+def logits(
+    plan: QuantizationPlan, images: scales.Images, *only: str, batch: int = 16
+) -> scales.Images:
     """Return the logits ``(N, K)`` of ``images (N, C, H, W)`` with ``only`` some layers quantised.
 
     A backbone returns the sketches of its feature maps.
@@ -279,7 +273,7 @@ def logits(plan: QuantizationPlan, images: Images, *only: str, batch: int = 16) 
 
 
 @torch.no_grad()
-def correct_biases(plan: QuantizationPlan, images: Images) -> QuantizationPlan:
+def correct_biases(plan: QuantizationPlan, images: scales.Images) -> QuantizationPlan:
     """Return ``plan`` with the mean error of each layer's output subtracted from its bias.
 
     Empirical bias correction (arXiv 1906.04721, section 4.2) in execution order, so that each
@@ -317,11 +311,11 @@ def _channel_mean(output: Tensor) -> Tensor:
     return output.transpose(0, 1).flatten(1).double().mean(dim=1)
 
 
-def _channels_last(images: Images) -> Tensor:
+def _channels_last(images: scales.Images) -> Tensor:
     return torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
 
 
-def _fake_quantize(x: Tensor, quantizer: Quantizer) -> Tensor:
+def _fake_quantize(x: Tensor, quantizer: scales.Quantizer) -> Tensor:
     """Return ``x (N, C, ...)`` quantised and dequantised."""
     scale = torch.from_numpy(np.array(quantizer.scale, np.float32))
     if scale.ndim:

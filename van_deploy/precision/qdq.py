@@ -22,14 +22,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx import ModelProto
 
-from van_deploy.errors import ConversionError
-from van_deploy.graph.files import opset_of
 from van_deploy.precision.fp16 import fp16_from_fp32
 from van_deploy.precision.plan import LayerPlan, QuantizationPlan, parameters
 from van_deploy.precision.scales import Quantizer, quantize_weight
-
-# The first opset whose QuantizeLinear and DequantizeLinear take FP16 scales.
-OPSET_FOR_HALF_SCALES = 19
 
 Array = npt.NDArray[np.generic]
 
@@ -46,20 +41,11 @@ def qdq_for_tensorrt(
     Args:
         model: the FP32 graph that the plan's network was rebuilt from; it stays unchanged.
         plan: the quantised layers and their scales.
-        rest: type of the other nodes, ``fp16`` or ``fp32``.
+        rest: type of the other nodes, ``fp16`` (from opset 19 on) or ``fp32``.
         kept: with ``fp16``, nodes that stay FP32.
-
-    Raises:
-        ConversionError: FP16 scales need a newer opset than the graph's.
     """
     model = _with_parameters(model, plan)
     if rest == "fp16":
-        if opset_of(model) < OPSET_FOR_HALF_SCALES:
-            raise ConversionError(
-                f"The graph has opset {opset_of(model)}; FP16 scales need "
-                f"{OPSET_FOR_HALF_SCALES} or newer.",
-                "Export it again with --opset 20, or use `van-deploy quantize --rest fp32`.",
-            )
         model = fp16_from_fp32(model, kept)
     writer = _GraphWriter(model)
     for node, layer in writer.planned_nodes(plan):
@@ -113,7 +99,7 @@ class _GraphWriter:
     def __init__(self, model: ModelProto) -> None:
         self.model = ir.from_proto(model)
         self.graph = self.model.graph
-        self.pairs: dict[tuple[ir.Value, float], ir.Value] = {}
+        self.pairs: dict[ir.Value, ir.Value] = {}
 
     def planned_nodes(self, plan: QuantizationPlan) -> list[tuple[ir.Node, LayerPlan]]:
         """Return the nodes of the plan's layers, in order."""
@@ -122,14 +108,11 @@ class _GraphWriter:
     def quantize_input_(
         self, node: ir.Node, index: int, quantizer: Quantizer, dtype: npt.DTypeLike = np.float32
     ) -> None:
-        """Insert a Q/DQ pair before an input; nodes that use the same scale share the pair."""
+        """Insert a Q/DQ pair before an input; all nodes that read the value share the pair."""
         value = _input(node, index)
-        key = (value, float(quantizer.scale))
-        if key not in self.pairs:
-            has_pair = any(value is other for other, _ in self.pairs)
-            prefix = f"{value.name}.{node.name}" if has_pair else str(value.name)
-            self.pairs[key] = self._insert_pair(node, value, prefix, quantizer, dtype)
-        node.replace_input_with(index, self.pairs[key])
+        if value not in self.pairs:  # a plan has one scale for each value
+            self.pairs[value] = self._insert_pair(node, value, str(value.name), quantizer, dtype)
+        node.replace_input_with(index, self.pairs[value])
 
     def quantize_output_(self, node: ir.Node, quantizer: Quantizer) -> None:
         """Insert a Q/DQ pair after ``node``; scales per channel become 1, followed by a Mul."""
