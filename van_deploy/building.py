@@ -24,14 +24,14 @@ from van_deploy.checks.golden import samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
 from van_deploy.engine import fleet
-from van_deploy.engine.backend import Host, detect_host, device_index
-from van_deploy.engine.fleet import BUILT, REUSED, BuildOutcome
+from van_deploy.engine.backend import Host, detect_host
+from van_deploy.engine.fleet import BuildOutcome
 from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.precision.plan import SCOPES
-from van_deploy.runners.base import Runner
+from van_deploy.runners.base import Runner, gpu_index
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, no_progress
 
@@ -100,17 +100,14 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`. Invalid requests are reported
             before the first engine is built.
     """
-    host = detect_host(device=device_index(settings.device))
+    host = detect_host(device=gpu_index(settings.device or "cpu") or 0)
     if settings.tune:
         return _tune(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
         packages = []
         for one in package_settings(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
-            package, reused = build_package(bundle.path, one, host, force=force)
-            made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
-            cell, outcome = fleet.Cell(bundle.path, *made_of), REUSED if reused else BUILT
-            packages.append(BuildOutcome(cell, outcome, package.name, package=package))
+            packages.append(build_package(bundle.path, one, host, force=force))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)

@@ -72,12 +72,14 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(uint8_bundle: B
     runners = ("ort-cpu", "openvino/fp32")[: 1 + (find_spec("openvino") is not None)]
     sizes: dict[str, Any] = {"batches": (1,), "image_sizes": (32, 64)}
     settings = SHORT.with_changes(**sizes, runners=runners, roofline=False, profile=True, streams=2)
-    report = benchmark_bundle(uint8_bundle, settings)
+    report = benchmark_bundle(uint8_bundle, settings.with_changes(p99_ms=1e6))
     rows = {(row.contender, row.image_size): row for row in report.rows}
     assert len(rows) == 2 * len(report.contenders)
     assert {name for name, _ in rows} > {"ort-cpu/fp32"}, "also the graph with uint8 input"
     assert {row.error for row in rows.values()} == {""}
     assert all(row.latency and row.latency.calls >= 2 * row.rounds for row in rows.values())
+    best = {f"{name} at {size}x{size}": row for (name, size), row in rows.items()}
+    assert report.best_under_p99 == best, "the smallest images are not the best batch of all"
     lines = {line.kind: line for line in report.profiles["ort-cpu/fp32"]}
     assert {"dw 7x7 d3", "1x1", "GELU"} <= set(lines)
     assert sum(line.percent for line in lines.values()) == pytest.approx(100)
@@ -96,6 +98,8 @@ def test_p99_limit_selects_the_best_batch_size(digits_bundle: Bundle) -> None:
     report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6, batches=(2, 4)))
     assert [row.batch for row in report.rows] == [2], "no larger batch after the limit is exceeded"
     assert report.best_under_p99 == {"ort-cpu/fp32": None}
+    states = [pair for block in bench_blocks(plain(report)) for pair in getattr(block, "pairs", ())]
+    assert ("NO", "ort-cpu/fp32: no p99 below 1e-06 ms") in states
 
 
 def test_bench_command_saves_compares_and_prints_the_report(
@@ -196,6 +200,18 @@ def test_reports_that_cannot_be_compared(
     edit_json(old, keys, value)
     with pytest.raises(UsageError, match=message):
         compare_reports(read_report(old), saved)
+
+
+def test_gpu_reports_with_other_options_of_the_cuda_provider_cannot_be_compared(
+    saved: BenchReport,
+) -> None:
+    old, new = (
+        saved.model_copy(update={"settings": saved.settings.with_changes(**changes)})
+        for changes in ({"device": "cuda:0"}, {"device": "cuda:0", "tf32": False})
+    )
+    assert compare_reports(old, old).changes
+    with pytest.raises(UsageError, match="was True EXHAUSTIVE False, now it is False EXHAUSTIVE"):
+        compare_reports(old, new)
 
 
 def test_damaged_reports(saved: BenchReport, tmp_path: Path) -> None:

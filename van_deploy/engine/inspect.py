@@ -10,12 +10,7 @@ from typing import Any, Literal
 from van_deploy.engine.backend import TITLES, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import Obstacle, find_obstacles
 from van_deploy.engine.messages import BuildLog
-from van_deploy.engine.sidecar import (
-    PackageSidecar,
-    Sidecar,
-    log_path,
-    sidecar_path,
-)
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar, log_path, sidecar_path
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
 
