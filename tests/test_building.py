@@ -13,10 +13,12 @@ from tests.each import each
 from van_deploy import building
 from van_deploy.building import Candidate, CandidateResult, tuning_candidates
 from van_deploy.bundle import Bundle
+from van_deploy.checks.golden import samples_for
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.engine.backend import Host
 from van_deploy.errors import ConversionError
 from van_deploy.runners.base import ResidentBatch
+from van_deploy.runners.network import Network
 from van_deploy.runners.pytorch import TorchRunner
 
 LEVELS = [f", level {level}, tiling {tiling}" for level in (3, 5) for tiling in ("none", "full")]
@@ -80,6 +82,13 @@ def test_fastest_passing_candidate_is_built(
     times.update(dict.fromkeys(times, (1.0, False)))
     with pytest.raises(ConversionError, match="No candidate passes its gate"):
         van_deploy.open_bundle(folder).build(**options, images=folder)
+
+
+def test_candidate_is_timed_on_golden_samples_in_its_input_format(uint8_bundle: Bundle) -> None:
+    samples = samples_for(uint8_bundle, None, None)
+    for name, kind, shape in (("fp32", "f4", (3, 64, 64)), ("fp32-uint8", "u1", (64, 64, 3))):
+        images = building._timed_images(Network(uint8_bundle, name), samples, 9)
+        assert (images.dtype, images.shape) == (np.dtype(kind), (9, *shape))
 
 
 def test_candidate_on_a_gpu_is_timed_with_queued_launches(monkeypatch: pytest.MonkeyPatch) -> None:

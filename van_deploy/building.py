@@ -20,7 +20,7 @@ import numpy.typing as npt
 from van_deploy import config
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome as CheckOutcome
-from van_deploy.checks.golden import samples_for
+from van_deploy.checks.golden import Samples, samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
 from van_deploy.engine import fleet
@@ -280,19 +280,21 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     bundle, name = Bundle.open(copy), built.engine
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     device = "cuda:0" if settings.device in (None, "cpu") else str(settings.device)
-    verdict = verify_bundle(
-        bundle,
-        samples_for(bundle, None, None),
-        config.VerifySettings(artifacts=(name,), device=device, modules=False),
-    ).artifacts[name]
+    samples = samples_for(bundle, None, None)
+    verify = config.VerifySettings(artifacts=(name,), device=device, modules=False)
+    verdict = verify_bundle(bundle, samples, verify).artifacts[name]
     passed = verdict.outcome is CheckOutcome.PASS
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
-        shape = (batch.opt, *network.input.shape)
-        images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _call_seconds(network.loaded_runner, images)
+        seconds = _call_seconds(network.loaded_runner, _timed_images(network, samples, batch.opt))
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
     return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
+
+
+def _timed_images(network: Network, samples: Samples, batch: int) -> npt.NDArray[Any]:
+    """Return the golden samples in the network's input format, repeated to a batch."""
+    images = network.prepare(samples.inputs if samples.pixels is None else samples.pixels)
+    return np.resize(images, (batch, *images.shape[1:]))
 
 
 def _call_seconds(runner: Runner, images: npt.NDArray[Any]) -> float:

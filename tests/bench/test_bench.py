@@ -278,7 +278,10 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
     return {"kind": kind, "engine": {**engine, "parser_layers": 1}}
 
 
-def test_contenders_and_skip_reasons(digits_bundle: Bundle, copy_bundle: Copy) -> None:
+def test_contenders_and_skip_reasons(
+    digits_bundle: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
     kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
         "fp16": {"precision": "fp16"},
@@ -301,18 +304,16 @@ def test_contenders_and_skip_reasons(digits_bundle: Bundle, copy_bundle: Copy) -
         assert cpu_reasons[name].startswith(reason)
     engine = on_gpu["tensorrt-graph/engine"]
     assert (engine.min_batch, engine.max_batch, engine.device) == (2, 8, "cuda:0")
-    assert "inductor/package" in gpu_reasons
-
-
-def test_cuda_provider_variants(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
+    assert {"ort-cuda/int8", "ort-cuda-graph/int8", "pytorch-compile-fp16"} <= set(on_gpu)
+    modes = ("ort-cuda", "ort-cuda-nhwc", "ort-cuda-graph")
+    for_cpus = {f"{mode}/int8-cpu" for mode in modes}
+    assert set(gpu_reasons) == {"inductor/package", "ort-cuda-nhwc/int8", *for_cpus}
     options: Any = {"tf32": False, "conv_search": "DEFAULT", "fuse_conv_bias": True}
-    contenders, _ = list_contenders(digits_bundle, BenchSettings(device="cuda:1", **options))
+    contenders, _ = list_contenders(bundle, BenchSettings(device="cuda:1", **options))
     assert {entry.device for entry in contenders.values()} == {"cuda:1"}
-    assert "pytorch-compile-fp16" in contenders
-    onnxruntime = {n: CudaOptions(**c.options) for n, c in contenders.items() if "/" in n}
+    provided = {n: CudaOptions(**c.options) for n, c in contenders.items() if n.endswith("fp32")}
     chosen = CudaOptions(False, False, "DEFAULT", True)
-    assert onnxruntime == {
+    assert provided == {
         "ort-cuda/fp32": chosen,
         "ort-cuda-nhwc/fp32": replace(chosen, prefer_nhwc=True),
         "ort-cuda-graph/fp32": replace(chosen, cuda_graph=True),

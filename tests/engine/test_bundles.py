@@ -74,10 +74,9 @@ def test_engine_is_added_reused_and_rebuilt(
         build(folder, precision=first.engine)
     Bundle.open(folder).verified_path(first.engine).write_bytes(b"damaged")
     assert build(folder).outcome == "built"
-    other = build(folder, SM89.with_changes(tf32=False, profiles=(BatchRange(1, 1, 1),)))
-    assert (other.outcome, other.replaced) == ("built", "profiles 1:2:4, tf32 True")
-    assert other.replaced in " ".join(map(str, build_blocks(plain(BuildReport((other,))))))
-    assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
+    other = build(folder, SM89.with_changes(tf32=False))
+    assert (other.outcome, other.replaced) == ("built", "tf32 True")
+    assert "the one with tf32 True" in str(build_blocks(plain(BuildReport((other,)))))
     monkeypatch.setattr(fleet, "code_digest", lambda _: "of another version")
     assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
     bundle = Bundle.open(folder)

@@ -199,7 +199,7 @@ class Network:
             model = original_network(self.bundle).model
             from van_deploy.runners.pytorch import TorchRunner
 
-            return TorchRunner(model)
+            return TorchRunner(model, threads=self._threads)
         path = self.bundle.verified_path(self.name, only_file=self.is_engine and trust)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
