@@ -20,7 +20,7 @@ from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import find_obstacles
-from van_deploy.engine.sidecar import PackageSidecar, Sidecar, sidecar_path
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar, load_sidecar
 from van_deploy.errors import BundleError, ConversionError, InputError, UsageError, require_extra
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -239,10 +239,12 @@ class Network:
         path = self.bundle.path / self.bundle.artifact(self.name).file
         if self.is_engine and host.gpu is None:
             return SkipReason("engines", "engine not executed: no GPU")
-        if self.is_engine and self._settings.trust_engine and not sidecar_path(path).exists():
-            return None
-        read_sidecar = PackageSidecar.load if self.is_package else Sidecar.load
-        problems = find_obstacles(read_sidecar(path), host)
+        sidecar: PackageSidecar | Sidecar | None
+        if self.is_package:
+            sidecar = PackageSidecar.load(path)
+        else:
+            sidecar = load_sidecar(path, trust_engine=self._settings.trust_engine)
+        problems = find_obstacles(sidecar, host) if sidecar else ()
         if not problems:
             return None
         kind = "engines" if all(problem.about == "gpu" for problem in problems) else "runtimes"

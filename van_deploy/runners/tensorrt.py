@@ -15,7 +15,7 @@ from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.messages import BuildLog, error_from_log
-from van_deploy.engine.sidecar import Sidecar, sidecar_path
+from van_deploy.engine.sidecar import load_sidecar
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, check_input, gpu_index, select_profile
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
@@ -58,10 +58,8 @@ class TensorRtRunner(Runner):
             MissingDependency: backend, GPU, driver or cuda-bindings is missing or incompatible.
             ConversionError: TensorRT does not load the plan.
         """
-        sidecar: Sidecar | None = None
-        # A trusted plan may lack a sidecar; an existing one is checked nevertheless.
-        if not (self.trust_engine and self.plan.is_file() and not sidecar_path(self.plan).exists()):
-            sidecar = Sidecar.load(self.plan)
+        sidecar = load_sidecar(self.plan, trust_engine=self.trust_engine)
+        if sidecar is not None:
             require_compatible(sidecar, detect_host(device=self._index))
         self.backend: Backend = load_backend(sidecar.backend if sidecar else self._default_backend)
         self.cuda = require_cuda(self._index)
