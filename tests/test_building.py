@@ -11,6 +11,7 @@ import van_deploy
 from tests.artifacts import Copy
 from tests.each import each
 from van_deploy import building
+from van_deploy.bench.gpu import Timer
 from van_deploy.building import Candidate, CandidateResult, tuning_candidates
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import samples_for
@@ -93,11 +94,11 @@ def test_candidate_is_timed_on_golden_samples_in_its_input_format(uint8_bundle: 
 
 def test_candidate_on_a_gpu_is_timed_with_queued_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "MIN_S", 0.0)
+    monkeypatch.setattr(building, "timer_for", lambda *_: Timer())
     runner, resident = Mock(spec=TorchRunner, on_gpu=True), Mock(spec=ResidentBatch)
     runner.resident_batch.return_value = resident
     images = np.zeros((2, 3, 8, 8), np.float32)
-    assert building._call_seconds(runner, images) > 0
+    assert building._call_seconds(runner, images, "cpu") > 0
     runner.resident_batch.assert_called_once_with(images)
-    group = [*[call.launch()] * building.MIN_CALLS, call.download(), call.logits()]
-    groups = 2 + building.ROUNDS  # the first two warm up and estimate
-    assert resident.method_calls == [call.upload(), *group * groups, call.close()]
+    assert resident.launch.call_count > 2 * building.MIN_CALLS
+    assert resident.method_calls[-1] == call.close()

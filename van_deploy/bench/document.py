@@ -450,15 +450,14 @@ def _comparison_key(report: BenchReport) -> dict[str, object]:
     """Return the properties that two comparable benchmarks share, by name."""
     cpu, settings = report.machine.cpu, report.settings
     gpus = "".join(f", {gpu.name}" for gpu in report.machine.gpus)
-    cuda = (settings.tf32, settings.conv_search, settings.fuse_conv_bias)
-    on_gpu = settings.device != "cpu"
+    cuda = settings.tf32, settings.conv_search, settings.fuse_conv_bias
     return {
         "the device": f"{settings.device} of {cpu.name}, {cpu.cores_allowed} cores{gpus}",
         "TensorRT's major version": report.versions.get("tensorrt", "none").partition(".")[0],
         "the number of threads": settings.threads,
         "the number of streams": settings.streams,
         "the reference": report.reference,
-        "TF32, convolution search and fusion": " ".join(map(str, cuda)) if on_gpu else "unused",
+        "TF32, convolution search and fusion": " ".join(map(str, cuda)),
     }
 
 

@@ -239,11 +239,10 @@ class Network:
         path = self.bundle.path / self.bundle.artifact(self.name).file
         if self.is_engine and host.gpu is None:
             return SkipReason("engines", "engine not executed: no GPU")
-        sidecar: PackageSidecar | Sidecar | None
-        if self.is_package:
-            sidecar = PackageSidecar.load(path)
-        else:
-            sidecar = load_sidecar(path, trust_engine=self._settings.trust_engine)
+        trust = self._settings.trust_engine
+        sidecar: PackageSidecar | Sidecar | None = (
+            PackageSidecar.load(path) if self.is_package else load_sidecar(path, trust_engine=trust)
+        )
         problems = find_obstacles(sidecar, host) if sidecar else ()
         if not problems:
             return None
