@@ -100,6 +100,15 @@ def test_failed_runtime_creation_becomes_a_project_error(backend: Backend) -> No
             make(BuildLog())
 
 
+def test_tensor_types_are_those_of_numpy(backend: Backend, tmp_path: Path) -> None:
+    runner: Any = TensorRtRunner(tmp_path / "e.plan")
+    runner.trt, kinds = backend.module, backend.module.DataType
+    runner._engine = SimpleNamespace(get_tensor_dtype=kinds.__members__.get)
+    assert runner._dtype("HALF") == np.float16
+    with pytest.raises(InputError, match="'BF16' of the engine is bf16, which NumPy does not have"):
+        runner._dtype("BF16")
+
+
 @each("version_compatible", [False, True])
 def test_host_code_is_allowed_only_for_version_compatible_plans(
     backend: Backend,
