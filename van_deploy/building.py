@@ -8,7 +8,6 @@ that fails its gate is never selected.
 import contextlib
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,24 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy import config
+from van_deploy.bench.gpu import Timer, gpu_monitor, repeat_for, time_resident, timer_for
 from van_deploy.bundle import Bundle
 from van_deploy.checks.gates import Outcome as CheckOutcome
-from van_deploy.checks.golden import samples_for
+from van_deploy.checks.golden import Samples, samples_for
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.documents import Verdict
 from van_deploy.engine import fleet
-from van_deploy.engine.backend import Host, detect_host, device_index
-from van_deploy.engine.fleet import BUILT, REUSED, BuildOutcome
+from van_deploy.engine.backend import Host, detect_host
+from van_deploy.engine.fleet import BuildOutcome
 from van_deploy.engine.inductor import INDUCTOR, PRECISIONS, build_package, package_settings
 from van_deploy.errors import BundleError, ConversionError, MissingDependency, VanDeployError
 from van_deploy.model.embedded import EMBEDDED_NAME
 from van_deploy.precision.pipeline import quantize_bundle
 from van_deploy.precision.plan import SCOPES
-from van_deploy.runners.base import Runner
+from van_deploy.runners.base import Runner, gpu_index
 from van_deploy.runners.network import Network
 from van_deploy.stopwatch import Progress, no_progress
 
-MIN_S, MIN_CALLS, ROUNDS = 0.3, 10, 5
+MIN_S, MIN_CALLS = 1.0, 10
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class CandidateResult:
         candidate: description of the settings.
         engine: its name; "" if it was not built.
         batch: images per call.
-        latency_ms: of a batch that stays on the device, the minimum of the means of several
-            rounds; None if it was not timed.
+        latency_ms: of a batch: the median of queued launches on a GPU, with images and outputs on
+            the device; the fastest call on a CPU; None if it was not timed.
         images_per_s: at that batch.
         sqnr_db: of its logits on the golden samples.
         passed: whether it passes its gate.
@@ -100,17 +100,14 @@ def build_bundle(
         VanDeployError: as :meth:`van_deploy.api.Bundle.build`. Invalid requests are reported
             before the first engine is built.
     """
-    host = detect_host(device=device_index(settings.device))
+    host = detect_host(device=gpu_index(settings.device or "cpu") or 0)
     if settings.tune:
         return _tune(bundle, settings, host, progress)
     if settings.backend == INDUCTOR:
         packages = []
         for one in package_settings(bundle, settings, host):
             progress(f"{bundle.name} {one.precisions[0]}: compiling for {one.device}")
-            package, reused = build_package(bundle.path, one, host, force=force)
-            made_of = package.precision, package.targets, one.of(), fleet.FleetHost()
-            cell, outcome = fleet.Cell(bundle.path, *made_of), REUSED if reused else BUILT
-            packages.append(BuildOutcome(cell, outcome, package.name, package=package))
+            packages.append(build_package(bundle.path, one, host, force=force))
         return BuildReport(tuple(packages))
     manifest = bundle.manifest
     cells = fleet.engine_cells(bundle.path, settings, manifest.batch, manifest.sizes, host)
@@ -283,43 +280,33 @@ def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
     bundle, name = Bundle.open(copy), built.engine
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     device = "cuda:0" if settings.device in (None, "cpu") else str(settings.device)
-    verdict = verify_bundle(
-        bundle,
-        samples_for(bundle, None, None),
-        config.VerifySettings(artifacts=(name,), device=device, modules=False),
-    ).artifacts[name]
+    samples = samples_for(bundle, None, None)
+    verify = config.VerifySettings(artifacts=(name,), device=device, modules=False)
+    verdict = verify_bundle(bundle, samples, verify).artifacts[name]
     passed = verdict.outcome is CheckOutcome.PASS
     with Network(bundle, name, config.RunnerSettings(device=device)) as network:
-        shape = (batch.opt, *network.input.shape)
-        images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        seconds = _call_seconds(network.loaded_runner, images)
+        images = _timed_images(network, samples, batch.opt)
+        seconds = _call_seconds(network.loaded_runner, images, device)
     timed = batch.opt, 1e3 * seconds, batch.opt / seconds
     sqnr_db = verdict.comparison.sqnr_db if verdict.comparison else None
     return CandidateResult(candidate.description, name, *timed, sqnr_db, passed, verdict.reason)
 
 
-def _call_seconds(runner: Runner, images: npt.NDArray[Any]) -> float:
-    """Return the minimum mean time of a call: launches queued on the GPU, or runs on the CPU."""
+def _timed_images(network: Network, samples: Samples, batch: int) -> npt.NDArray[Any]:
+    """Return the golden samples in the network's input format, repeated to a batch."""
+    images = network.prepare(samples.inputs if samples.pixels is None else samples.pixels)
+    return np.resize(images, (batch, *images.shape[1:]))
+
+
+def _call_seconds(runner: Runner, images: npt.NDArray[Any], device: str) -> float:
+    """Return the time of a call: of launches queued on the GPU, as in ``bench``, or on the CPU."""
     if not runner.on_gpu:
-        return _min_mean_seconds(lambda: runner.run(images), lambda: None)
+        runner.run(images)  # compiles and tunes
+        return (
+            min(repeat_for(MIN_S, MIN_CALLS, lambda: Timer().time_ms(lambda: runner.run(images))))
+            / 1e3
+        )
     with contextlib.closing(runner.resident_batch(images)) as resident:
-        resident.upload()
-
-        def synchronize() -> None:
-            resident.download()
-            resident.logits()
-
-        return _min_mean_seconds(resident.launch, synchronize)
-
-
-def _min_mean_seconds(call: Callable[[], object], synchronize: Callable[[], None]) -> float:
-    def mean_seconds(count: int) -> float:
-        start = time.perf_counter()
-        for _ in range(count):
-            call()
-        synchronize()
-        return (time.perf_counter() - start) / count
-
-    mean_seconds(MIN_CALLS)  # compiles, tunes, records
-    count = max(MIN_CALLS, round(MIN_S / mean_seconds(MIN_CALLS)))
-    return min(mean_seconds(count) for _ in range(ROUNDS))
+        timer, monitor = timer_for(resident, device), gpu_monitor(device)
+        fields = time_resident(resident, len(images), timer, monitor, MIN_S, MIN_CALLS)
+    return float(fields["queued_ms"]) / 1e3

@@ -72,12 +72,14 @@ def test_image_sizes_embedded_preprocessing_streams_and_profiles(uint8_bundle: B
     runners = ("ort-cpu", "openvino/fp32")[: 1 + (find_spec("openvino") is not None)]
     sizes: dict[str, Any] = {"batches": (1,), "image_sizes": (32, 64)}
     settings = SHORT.with_changes(**sizes, runners=runners, roofline=False, profile=True, streams=2)
-    report = benchmark_bundle(uint8_bundle, settings)
+    report = benchmark_bundle(uint8_bundle, settings.with_changes(p99_ms=1e6))
     rows = {(row.contender, row.image_size): row for row in report.rows}
     assert len(rows) == 2 * len(report.contenders)
     assert {name for name, _ in rows} > {"ort-cpu/fp32"}, "also the graph with uint8 input"
     assert {row.error for row in rows.values()} == {""}
     assert all(row.latency and row.latency.calls >= 2 * row.rounds for row in rows.values())
+    best = {f"{name} at {size}x{size}": row for (name, size), row in rows.items()}
+    assert report.best_under_p99 == best, "the smallest images are not the best batch of all"
     lines = {line.kind: line for line in report.profiles["ort-cpu/fp32"]}
     assert {"dw 7x7 d3", "1x1", "GELU"} <= set(lines)
     assert sum(line.percent for line in lines.values()) == pytest.approx(100)
@@ -96,6 +98,8 @@ def test_p99_limit_selects_the_best_batch_size(digits_bundle: Bundle) -> None:
     report = benchmark_bundle(digits_bundle, settings.with_changes(p99_ms=1e-6, batches=(2, 4)))
     assert [row.batch for row in report.rows] == [2], "no larger batch after the limit is exceeded"
     assert report.best_under_p99 == {"ort-cpu/fp32": None}
+    states = [pair for block in bench_blocks(plain(report)) for pair in getattr(block, "pairs", ())]
+    assert ("NO", "ort-cpu/fp32: no p99 below 1e-06 ms") in states
 
 
 def test_bench_command_saves_compares_and_prints_the_report(
@@ -183,6 +187,7 @@ DIFFERENCES = [
     ("settings threads", 7, "the number of threads was 7, now it is 1"),
     ("settings streams", 3, "the number of streams was 3, now it is 1"),
     ("reference", "pytorch", "the reference was pytorch, now it is ort-cpu/fp32"),
+    ("settings tf32", False, "was False EXHAUSTIVE False, now it is True EXHAUSTIVE False"),
     ("rows", [], "no row in common"),
 ]
 
@@ -262,7 +267,10 @@ def compiled(kind: str, target: str, low: int, high: int) -> dict[str, Any]:
     return {"kind": kind, "engine": {**engine, "parser_layers": 1}}
 
 
-def test_contenders_and_skip_reasons(digits_bundle: Bundle, copy_bundle: Copy) -> None:
+def test_contenders_and_skip_reasons(
+    digits_bundle: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
     kinds: dict[str, dict[str, Any]] = {
         "fp32": {},
         "fp16": {"precision": "fp16"},
@@ -285,29 +293,22 @@ def test_contenders_and_skip_reasons(digits_bundle: Bundle, copy_bundle: Copy) -
         assert cpu_reasons[name].startswith(reason)
     engine = on_gpu["tensorrt-graph/engine"]
     assert (engine.min_batch, engine.max_batch, engine.device) == (2, 8, "cuda:0")
-    assert "inductor/package" in gpu_reasons
-
-
-def test_cuda_provider_variants(digits_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("van_deploy.bench.contenders.execution_providers", lambda: (CUDA,))
+    assert {"ort-cuda/int8", "ort-cuda-graph/int8", "pytorch-compile-fp16"} <= set(on_gpu)
+    modes = ("ort-cuda", "ort-cuda-nhwc", "ort-cuda-graph")
+    for_cpus = {f"{mode}/int8-cpu" for mode in modes}
+    assert set(gpu_reasons) == {"inductor/package", "ort-cuda-nhwc/int8", *for_cpus}
     options: Any = {"tf32": False, "conv_search": "DEFAULT", "fuse_conv_bias": True}
-    contenders, _ = list_contenders(digits_bundle, BenchSettings(device="cuda:1", **options))
+    contenders, _ = list_contenders(bundle, BenchSettings(device="cuda:1", **options))
     assert {entry.device for entry in contenders.values()} == {"cuda:1"}
-    assert "pytorch-compile-fp16" in contenders
-    onnxruntime = {n: CudaOptions(**c.options) for n, c in contenders.items() if "/" in n}
+    provided = {n: CudaOptions(**c.options) for n, c in contenders.items() if n.endswith("fp32")}
     chosen = CudaOptions(False, False, "DEFAULT", True)
-    assert onnxruntime == {
+    assert provided == {
         "ort-cuda/fp32": chosen,
         "ort-cuda-nhwc/fp32": replace(chosen, prefer_nhwc=True),
         "ort-cuda-graph/fp32": replace(chosen, cuda_graph=True),
     }
-
-
-def test_changed_files_and_empty_bundles(digits_bundle: Bundle, copy_bundle: Copy) -> None:
-    empty = with_artifacts(copy_bundle(digits_bundle, "empty"))
-    with pytest.raises(BundleError, match="has no artifact to time"):
-        list_contenders(empty, BenchSettings())
-    folder = copy_bundle(digits_bundle)
-    (folder / "model.onnx").write_bytes(b"!")
+    (bundle.path / "model.onnx").write_bytes(b"!")
     with pytest.raises(BundleError, match="was changed after the manifest"):
-        list_contenders(Bundle.open(folder), BenchSettings())
+        list_contenders(Bundle.open(bundle.path), BenchSettings())
+    with pytest.raises(BundleError, match="has no artifact to time"):
+        list_contenders(with_artifacts(bundle.path), BenchSettings())

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.each import each
 from van_deploy.bench import gpu
 from van_deploy.bench.benchmark import warnings_for
+from van_deploy.bench.contenders import CUDA_GRAPH
 from van_deploy.bench.document import Ceilings, Contender, GpuState, Latency, Machine, Ratio, Row
 from van_deploy.bench.gpu import Timer, add_ratios, gpu_monitor, int8_warnings, time_resident
 from van_deploy.bench.interleaved import InterleavedBenchmark, TimedProcess, round_order
@@ -194,6 +195,9 @@ def test_failed_contender_has_no_latency_and_failed_reference_leaves_no_ratios()
     fails = FakeProcess("fails", 2.0, fails_at=3)
     rows = FakeBenchmark(reference, fails, other, drift=1.1).rows()
     assert ("SIGKILL" in rows["fails"].error, rows["fails"].latency) == (True, None)
+    machine = Machine(cpu(), (), None, other_load_cores=0.0, under_load=False)
+    warnings = warnings_for([*rows.values()], BenchSettings(device="cpu"), machine)
+    assert next(warnings) == "1 of 3 rows failed: each FAIL has the reason"
     assert ratio_of(rows["a"]) == pytest.approx(2.0)
     rows = FakeBenchmark(FakeProcess("r", 4.0, fails_at=3), other).rows()
     assert [row.ratio for row in rows.values()] == [None, None]
@@ -376,9 +380,10 @@ def test_profile_of_an_eager_network_sums_by_kind_of_layer() -> None:
     assert lines == sorted(lines, key=lambda line: -line.ms)
 
 
-def test_onnxruntime_on_a_gpu_is_not_profiled() -> None:
-    """Its node times are those of the launches on the host."""
-    contender = Contender("ort-cuda/fp16", "onnxruntime", "fp16", device="cuda:0")
+@each("runtime, mode", [("onnxruntime", "ort-cuda"), ("tensorrt", CUDA_GRAPH)])
+def test_onnxruntime_and_cuda_graphs_are_not_profiled_on_a_gpu(runtime: str, mode: str) -> None:
+    """ONNX Runtime's node times are those of the launches on the host; a graph has no layers."""
+    contender = Contender("x/fp16", runtime, "fp16", mode=mode, device="cuda:0")
     with pytest.raises(UsageError, match="cannot be profiled"):
         profile_contender(contender, None, None)
 

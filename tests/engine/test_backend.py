@@ -106,5 +106,5 @@ def test_host_has_the_selected_gpu_of_the_driver() -> None:
     gpus = (Gpu("NVIDIA L4", (8, 9), 24 << 30), Gpu("NVIDIA A100", (8, 0), None))
     driver = Driver("580.65.06", (13, 0), gpus)
     assert detect_host(driver) == ADA
-    assert detect_host(driver, backend.device_index("cuda:1")).target == "sm_80"
+    assert detect_host(driver, 1).target == "sm_80"
     assert detect_host(driver, 2).gpu is detect_host(Driver("580.65.06", (13, 0), ())).gpu is None

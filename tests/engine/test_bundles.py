@@ -14,14 +14,17 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.engine.conftest import SM89
 from tests.manifest_parts import artifact_entry
+from van_deploy.building import BuildReport
 from van_deploy.bundle import Bundle, Origin, edit_bundle
 from van_deploy.config import BatchRange, BuildOptions, BuildSettings
+from van_deploy.documents import plain
 from van_deploy.engine import fleet
 from van_deploy.engine.backend import Backend, Host
 from van_deploy.engine.compatibility import torch_version
 from van_deploy.engine.fleet import Cell, build_cells, build_on_ray, read_fleet
 from van_deploy.engine.inductor import package_settings
 from van_deploy.errors import BundleError, InputError, RecipeError, UsageError
+from van_deploy.report.sections_model import build_blocks
 from van_deploy.runners.network import Network
 
 FLEET = """
@@ -54,7 +57,8 @@ def test_engine_is_added_reused_and_rebuilt(
     first = build(folder)
     bundle = Bundle.open(folder)
     artifact = bundle.artifact(first.engine)
-    assert (first.outcome, first.engine) == ("built", f"van_digits-fp32-sm89-rtx{rtx.release}")
+    name = f"van_digits-fp32-sm89-rtx{rtx.release}"
+    assert (first.outcome, first.engine, first.replaced) == ("built", name, "")
     assert (artifact.kind, artifact.precision) == ("engine", "fp32")
     assert artifact.made_from == Origin(name="fp32", sha256=bundle.artifact("fp32").sha256)
     assert first.sidecar is not None
@@ -70,7 +74,9 @@ def test_engine_is_added_reused_and_rebuilt(
         build(folder, precision=first.engine)
     Bundle.open(folder).verified_path(first.engine).write_bytes(b"damaged")
     assert build(folder).outcome == "built"
-    assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
+    other = build(folder, SM89.with_changes(tf32=False))
+    assert (other.outcome, other.replaced) == ("built", "tf32 True")
+    assert "the one with tf32 True" in str(build_blocks(plain(BuildReport((other,)))))
     monkeypatch.setattr(fleet, "code_digest", lambda _: "of another version")
     assert build(folder, SM89.with_changes(tf32=False)).outcome == "built"
     bundle = Bundle.open(folder)

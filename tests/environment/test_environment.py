@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import Cli
 from tests.each import each
-from van_deploy.environment import doctor, packages
+from van_deploy.environment import doctor, hardware, packages
 from van_deploy.environment.doctor import CUDA, REQUIREMENTS, Environment
 from van_deploy.environment.hardware import Cpu, Driver, Gpu, cpu, memory, nvidia_driver
 from van_deploy.environment.hardware import peak_memory_bytes as peak_bytes
@@ -145,6 +145,25 @@ def test_probes_report_why_they_failed(env: Environment) -> None:
         reasons = doctor.run_probes({name: doctor.PROBES[name] for name in names})
         assert reasons["gpu"].startswith("CUDA finds no GPU here")
         assert not any("import" in why.lower() or "module" in why for why in reasons.values())
+
+
+def test_gpus_are_not_hidden_where_cuda_does_not_start(
+    env: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a server of several H100 whose fabric manager does not run."""
+    from cuda.bindings import driver
+
+    def start(error: Any) -> tuple[Gpu, ...]:
+        monkeypatch.setattr(driver, "cuInit", lambda _: (error,))
+        monkeypatch.setattr(driver, "cuDeviceGetCount", lambda: (error, None))
+        return hardware._visible_to_cuda([*H100.gpus])
+
+    assert start(driver.CUresult.CUDA_ERROR_SYSTEM_NOT_READY) == H100.gpus
+    assert start(driver.CUresult.CUDA_ERROR_NO_DEVICE) == ()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    issue = with_driver(env, HIDDEN).find_issue("gpu")
+    assert issue is not None
+    assert issue.problem == "CUDA can use none of the 2 GPUs that the NVIDIA driver lists"
 
 
 BOTH = "onnxruntime onnxruntime-gpu"

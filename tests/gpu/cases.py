@@ -100,8 +100,8 @@ def inductor_runner(
     options: Any = {"backend": "inductor", "device": device, "fused_kernels": fused}
     requested = BuildSettings(precisions=(precision,), profiles=(batch,), **options)
     (settings,) = package_settings(bundle, requested, detect_host())
-    package, _ = build_package(bundle.path, settings)
-    return InductorRunner(bundle.path / "engines" / f"{package.name}.pt2")
+    package = build_package(bundle.path, settings)
+    return InductorRunner(bundle.path / "engines" / f"{package.engine}.pt2")
 
 
 @lru_cache(None)

@@ -108,14 +108,3 @@ def test_each_kernel_on_a_gpu_against_float64(dtype: torch.dtype) -> None:
         actual = getattr(ops, name)(*arguments).double()
         limit = 2e-3 if dtype == torch.float16 else 1.6e-2
         assert (actual - expected).norm() / expected.norm() <= limit, name
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
-def test_the_network_on_a_gpu() -> None:
-    model = random_van(VARIANTS["van_b0"].config)
-    x = smooth_images(2, 3, 224)
-    actual = fuse_van(model, torch.float16).cuda()(x.cuda()).cpu().double()
-    expected = model.double()(x.double())
-    noise = (actual - expected).square().sum()
-    assert 10 * torch.log10(expected.square().sum() / noise) >= 45

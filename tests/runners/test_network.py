@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import Cli
 from tests.each import each
@@ -16,6 +17,7 @@ from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import Network, SkipReason, TensorSpec
+from van_deploy.runners.pytorch import single_torch_thread
 from van_deploy.serve.predict import predict
 
 PLAN = "plan-sm_89"
@@ -91,6 +93,13 @@ def test_skip_reasons_without_a_gpu(bundle: Bundle, cli: Cli) -> None:
     image = bundle.path / "golden/0.png"
     for words in (("predict", bundle.path, image), ("serve", bundle.path, "--port", "0")):
         assert "CUDAExecutionProvider" in cli.fails(3, *words, "--runner", "ort-cuda")
+
+
+def test_threads_of_the_original_network(bundle: Bundle) -> None:
+    with single_torch_thread():  # restores the number
+        torch.set_num_threads(2)
+        with Network(bundle, "pytorch", threads=1):
+            assert torch.get_num_threads() == 1
 
 
 def test_missing_artifacts_sidecars_and_backends(bundle: Bundle) -> None:

@@ -80,8 +80,6 @@ def test_foreign_swapped_and_unknown_plans_are_refused(
     other = replace(L4, target="sm_120")
     monkeypatch.setattr("van_deploy.runners.tensorrt.detect_host", lambda **_: other)
     refused(r"this machine has sm_120 \(a GPU\)", MissingDependency)
-    plan.write_bytes(b"another one")
-    refused("damaged or swapped", trust_engine=True)
     sidecar_path(plan).unlink()
     refused("has no sidecar")
     if nvidia_driver() is None:
@@ -100,6 +98,15 @@ def test_failed_runtime_creation_becomes_a_project_error(backend: Backend) -> No
     for make in (failing.runtime, failing.builder):
         with pytest.raises(MissingDependency, match="no NVIDIA GPU with a recent"):
             make(BuildLog())
+
+
+def test_tensor_types_are_those_of_numpy(backend: Backend, tmp_path: Path) -> None:
+    runner: Any = TensorRtRunner(tmp_path / "e.plan")
+    runner.trt, kinds = backend.module, backend.module.DataType
+    runner._engine = SimpleNamespace(get_tensor_dtype=kinds.__members__.get)
+    assert runner._dtype("HALF") == np.float16
+    with pytest.raises(InputError, match="'BF16' of the engine is bf16, which NumPy does not have"):
+        runner._dtype("BF16")
 
 
 @each("version_compatible", [False, True])

@@ -20,6 +20,7 @@ from van_deploy.bench.roofline import measure_limits
 from van_deploy.bench.worker import MALLOC_SETTINGS, WorkerError, WorkerProcess
 from van_deploy.bundle import Bundle
 from van_deploy.config import BenchSettings
+from van_deploy.config.sizes import format_size
 from van_deploy.data.samples import verification_images
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
@@ -191,16 +192,21 @@ def _measure(
 
 
 def _best_under(rows: Sequence[Row], p99_ms: float) -> dict[str, Row | None]:
-    """Return each contender's row with the highest throughput under a p99 limit, or None."""
-    best: dict[str, Row | None] = dict.fromkeys(row.contender for row in rows)
-    for row in sorted(rows, key=lambda row: row.images_per_s or 0.0):
-        if row.latency and row.latency.p99_ms <= p99_ms:
-            best[row.contender] = row
-    return best
+    """Return the row with the highest throughput under a p99 limit, or None.
+
+    By contender; by contender and image size if there are several sizes.
+    """
+    several = len({row.image_size for row in rows}) > 1
+    names = [row.contender + f" at {format_size(row.image_size)}" * several for row in rows]
+    ranked = sorted(zip(names, rows, strict=True), key=lambda pair: pair[1].images_per_s or 0.0)
+    fast = {name: row for name, row in ranked if row.latency and row.latency.p99_ms <= p99_ms}
+    return {**dict.fromkeys(names), **fast}
 
 
 def warnings_for(rows: Sequence[Row], settings: BenchSettings, machine: Machine) -> Iterator[str]:
-    """Yield warnings about throttling, other load, variation and ratios that did not settle."""
+    """Yield warnings about failures, throttling, load, variation and ratios that did not settle."""
+    if failed := sum(bool(row.error) for row in rows):
+        yield f"{failed} of {len(rows)} rows failed: each FAIL has the reason"
     if slowed := [row.throttled for row in rows if row.throttled]:
         reasons = ", ".join(sorted({reason for row_reasons in slowed for reason in row_reasons}))
         yield f"the GPU was throttled in {len(slowed)} of {len(rows)} rows: {reasons}"

@@ -133,9 +133,15 @@ def _skip_reason(name: str, artifact: Artifact, device: str) -> str:
     target = artifact.made_with.get("settings", {}).get("target", "cpu")
     if device != "cpu" and not for_gpu:
         return "compiled for a CPU: time it with --device cpu"
+    if device != "cpu" and name.startswith("ort-cuda"):
+        if CUDA not in execution_providers():
+            return f"no {CUDA} in ONNX Runtime"
+        if artifact.precision == "int8" and target == "cpu":
+            return f"quantised for CPUs: {CUDA} lacks some of its operators"
+        if artifact.precision == "int8" and name == "ort-cuda-nhwc":
+            return "INT8 fails in NHWC memory"
     if device != "cpu":
-        no_provider = name.startswith("ort-cuda") and CUDA not in execution_providers()
-        return f"no {CUDA} in ONNX Runtime" if no_provider else ""
+        return ""
     if for_gpu:
         driver, remedy = nvidia_driver(), "it runs on a GPU: time it with --device cuda:0"
         return remedy if driver and driver.gpus else "no NVIDIA GPU was found"
@@ -208,12 +214,11 @@ def create_runner(contender: Contender, threads: int) -> Any:
         return OpenVinoRunner(file, threads=threads, precision=precision)
     if contender.runtime == "tensorrt":
         return TensorRtRunner(file, device=device, cuda_graph=mode == CUDA_GRAPH)
-    import torch  # only in a process that needs it
-
+    # PyTorch is imported only in a process that needs it.
     from van_deploy.runners.pytorch import InductorRunner, TorchRunner
 
     if contender.runtime == "inductor":
         return InductorRunner(file, device=device, threads=threads)
-    torch.set_num_threads(threads)
     precision = "fp32" if mode == "autocast" else contender.precision
-    return TorchRunner(original_network(Bundle.open(file)).model, mode, device, precision)
+    model = original_network(Bundle.open(file)).model
+    return TorchRunner(model, mode, device, precision, threads=threads)

@@ -340,8 +340,9 @@ class BenchReport(VersionedSchema, Verdict):
         roofline: comparison of each row with the limits.
         profiles: time by kind of layer at the contender's largest batch (of the last image
             size), by contender, if requested.
-        best_under_p99: by contender, the row with the highest throughput under the p99 limit;
-            None if no batch is below the limit, or for all without a limit.
+        best_under_p99: by contender, and image size if there are several, the row with the highest
+            throughput under the p99 limit; None if no batch is below the limit, or for all without
+            a limit.
         seconds: of the whole benchmark (``wall``) and of the timed calls (``timed``).
         warnings: one sentence each.
         changes: differences from an older benchmark, if compared.
@@ -414,8 +415,8 @@ def compare_reports(old: BenchReport, new: BenchReport) -> BenchReport:
     """Return ``new`` with the changes of each row since ``old``.
 
     Raises:
-        UsageError: device, TensorRT's major version, threads, streams or reference differ, or
-            the reports have no row in common.
+        UsageError: device, TensorRT's major version, threads, streams, reference or the options of
+            ONNX Runtime on a GPU differ, or the reports have no row in common.
     """
     current = _comparison_key(new)
     for what, before in _comparison_key(old).items():
@@ -449,12 +450,14 @@ def _comparison_key(report: BenchReport) -> dict[str, object]:
     """Return the properties that two comparable benchmarks share, by name."""
     cpu, settings = report.machine.cpu, report.settings
     gpus = "".join(f", {gpu.name}" for gpu in report.machine.gpus)
+    cuda = settings.tf32, settings.conv_search, settings.fuse_conv_bias
     return {
         "the device": f"{settings.device} of {cpu.name}, {cpu.cores_allowed} cores{gpus}",
         "TensorRT's major version": report.versions.get("tensorrt", "none").partition(".")[0],
         "the number of threads": settings.threads,
         "the number of streams": settings.streams,
         "the reference": report.reference,
+        "TF32, convolution search and fusion": " ".join(map(str, cuda)),
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bench.contenders import create_runner
+from van_deploy.bench.contenders import CUDA_GRAPH, create_runner
 from van_deploy.bench.document import Contender, ProfileLine
 from van_deploy.errors import UsageError
 
@@ -71,11 +71,12 @@ def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[Pro
     the layers they report, whose names are those of the ONNX nodes.
 
     Raises:
-        UsageError: the runtime has no profiler, or a wrong one: on a GPU ONNX Runtime reports the
-            time in which the host launches each node (4.6 of 16.7 ms on an H200).
+        UsageError: the runtime has no profiler, or a wrong one: TensorRT reports no layers of a
+            CUDA graph that it replays; on a GPU ONNX Runtime reports the time in which the host
+            launches each node (4.6 of 16.7 ms on an H200).
     """
     runtime, on_gpu = contender.runtime, contender.device != "cpu"
-    if runtime == "tensorrt":
+    if runtime == "tensorrt" and contender.mode != CUDA_GRAPH:
         return _profile_tensorrt(runner, batch)
     if runtime == "onnxruntime" and not on_gpu:
         return _profile_onnxruntime(contender, runner.threads, batch)
@@ -90,7 +91,8 @@ def profile_contender(contender: Contender, runner: Any, batch: Any) -> list[Pro
         return profile_kernels(resident.launch)
     raise UsageError(
         f"'{contender.name}' cannot be profiled.",
-        "Profile PyTorch without compilation or autocast, TensorRT, or ONNX Runtime on a CPU.",
+        "Profile PyTorch without compilation or autocast, TensorRT without a CUDA graph, or ONNX "
+        "Runtime on a CPU.",
     )
 
 

@@ -58,15 +58,6 @@ def detect_host(driver: Driver | None = None, device: int = 0) -> Host:
     return Host(gpu.name, gpu.target, gpu.memory_bytes, driver.version, driver.cuda_version)
 
 
-def device_index(device: str | None) -> int:
-    """Return the CUDA index of a device such as ``cuda:1``; 0 if it has none.
-
-    >>> device_index("cuda:1"), device_index("cpu"), device_index(None)
-    (1, 0, 0)
-    """
-    return int((device or "").partition(":")[2] or 0)
-
-
 @dataclass(frozen=True)
 class Backend:
     """A TensorRT that is installed and imported.

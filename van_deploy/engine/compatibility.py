@@ -14,14 +14,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from van_deploy.config import BuildOptions, HardwareCompatibility
-from van_deploy.engine.backend import (
-    RTX,
-    TITLES,
-    Backend,
-    Host,
-    load_backend,
-    release_of,
-)
+from van_deploy.engine.backend import RTX, TITLES, Backend, Host, load_backend, release_of
 from van_deploy.engine.sidecar import PackageSidecar, Sidecar
 from van_deploy.environment.hardware import RTX_TARGETS, cpu
 from van_deploy.environment.packages import installed_version, pip_command

@@ -40,13 +40,7 @@ from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, choose_backend, detect_host
 from van_deploy.engine.build import engine_from_onnx, engine_name
 from van_deploy.engine.compatibility import require_supported
-from van_deploy.engine.sidecar import (
-    PackageSidecar,
-    Sidecar,
-    SidecarT,
-    log_path,
-    sidecar_path,
-)
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar, SidecarT, log_path, sidecar_path
 from van_deploy.engine.worker import TEMPORARY_PREFIX
 from van_deploy.errors import (
     BundleError,
@@ -154,6 +148,8 @@ class BuildOutcome:
         sidecar: of the engine; None if the cell failed, and for a package.
         package: sidecar of an Inductor package; None otherwise.
         error: why the cell failed; None otherwise.
+        replaced: options of the engine of the same name that it replaced, where they differed,
+            such as ``profiles 1:8:32``; "" otherwise.
     """
 
     cell: Cell
@@ -162,6 +158,7 @@ class BuildOutcome:
     sidecar: Sidecar | None = None
     package: PackageSidecar | None = None
     error: VanDeployError | None = None
+    replaced: str = ""
 
 
 def read_fleet(path: Path) -> tuple[Cell, ...]:
@@ -431,8 +428,8 @@ def _add_plan(cell: Cell, bundle: Bundle, plan: Path) -> BuildOutcome:
     inputs = _build_inputs(source, sidecar.targets, sidecar.options)
     inputs |= {"backend": sidecar.backend, "backend_version": sidecar.backend_version}
     inputs["cuda"] = sidecar.cuda
-    add_to_bundle(cell.bundle, source, plan, sidecar, inputs)
-    return BuildOutcome(cell, BUILT, sidecar.name, sidecar)
+    replaced = add_to_bundle(cell.bundle, source, plan, sidecar, inputs)
+    return BuildOutcome(cell, BUILT, sidecar.name, sidecar, replaced=replaced)
 
 
 def add_to_bundle(
@@ -441,7 +438,7 @@ def add_to_bundle(
     file: Path,
     sidecar: Sidecar | PackageSidecar,
     inputs: Mapping[str, Any],
-) -> None:
+) -> str:
     """Copy a plan or a package, with sidecar and log, into a bundle and its manifest.
 
     Args:
@@ -450,6 +447,9 @@ def add_to_bundle(
         file: path of the plan or the package; sidecar and log are in the same folder.
         sidecar: of the file.
         inputs: all inputs that determine the content of the file.
+
+    Returns:
+        The options of the artifact of the same name that it replaces, where they differ.
 
     Raises:
         BundleError: the ONNX file was replaced during the build.
@@ -464,6 +464,7 @@ def add_to_bundle(
                 "built from it.",
                 "Nothing was written. Build again.",
             )
+        before = draft.artifacts.get(sidecar.name)
         for target, path in copies.items():
             shutil.copyfile(path, draft.file(target))
         draft.record(
@@ -483,3 +484,13 @@ def add_to_bundle(
                 ),
             )
         )
+    old, new = (_options(made) for made in (before.made_with if before else inputs, inputs))
+    return ", ".join(f"{name} {text}" for name, text in old.items() if text != new.get(name))
+
+
+def _options(made_with: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a plan, or those of a package that are not in its name, as text."""
+    options = made_with.get("options")
+    if not isinstance(options, Mapping):
+        options = {name: made_with.get(name) for name in ("batch", "tf32")}
+    return {name: ",".join(v) if isinstance(v, list) else str(v) for name, v in options.items()}

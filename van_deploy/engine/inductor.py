@@ -24,12 +24,16 @@ from van_deploy.bundle import Bundle
 from van_deploy.config import BuildSettings
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import torch_version
-from van_deploy.engine.fleet import add_to_bundle, find_existing
-from van_deploy.engine.sidecar import (
-    PACKAGE_SCHEMA,
-    PackageSidecar,
-    write_sidecar,
+from van_deploy.engine.fleet import (
+    BUILT,
+    REUSED,
+    BuildOutcome,
+    Cell,
+    FleetHost,
+    add_to_bundle,
+    find_existing,
 )
+from van_deploy.engine.sidecar import PACKAGE_SCHEMA, PackageSidecar, write_sidecar
 from van_deploy.environment.hardware import cpu
 from van_deploy.environment.packages import pip_command
 from van_deploy.errors import ConversionError, InputError, MissingDependency, UsageError
@@ -95,8 +99,8 @@ def package_settings(bundle: Bundle, settings: BuildSettings, host: Host) -> lis
 
 def build_package(
     path: Path, settings: BuildSettings, host: Host | None = None, *, force: bool = False
-) -> tuple[PackageSidecar, bool]:
-    """Return the sidecar of a package, and whether the bundle already had the package.
+) -> BuildOutcome:
+    """Build a package in a bundle, or reuse the one that the bundle has.
 
     Args:
         path: folder of the bundle.
@@ -113,6 +117,7 @@ def build_package(
     bundle, on_gpu, (batch,) = Bundle.open(path), settings.device != "cpu", settings.profiles
     source, onnx, manifest = bundle.artifact(SOURCE), bundle.verified_path(SOURCE), bundle.manifest
     target = (host.target or "cuda") if on_gpu else platform.machine()
+    cell = Cell(path, settings.precisions[0], (target,), settings.of(), FleetHost())
     options = {
         "torch": torch_version(),
         "cpu_features": [] if on_gpu else list(processor.features),
@@ -129,7 +134,7 @@ def build_package(
         "code": code_digest("engine", "graph", "kernels", "model"),
     }
     if not force and (existing := find_existing(bundle, inputs, PackageSidecar.load)):
-        return existing, True
+        return BuildOutcome(cell, REUSED, existing.name, package=existing)
     name, start = _package_name(bundle, settings, target), time.perf_counter()
     row = (manifest.architecture.in_chans, *manifest.preprocessing.sides)
     with tempfile.TemporaryDirectory(prefix="van-deploy-package-") as folder:
@@ -152,8 +157,8 @@ def build_package(
             "build_seconds": round(time.perf_counter() - start, 3),
         }
         sidecar = write_sidecar(file, validate(PackageSidecar, facts))
-        add_to_bundle(path, source, file, sidecar, inputs)
-    return sidecar, False
+        replaced = add_to_bundle(path, source, file, sidecar, inputs)
+    return BuildOutcome(cell, BUILT, name, package=sidecar, replaced=replaced)
 
 
 def _package_name(bundle: Bundle, settings: BuildSettings, target: str) -> str:

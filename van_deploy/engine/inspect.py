@@ -10,12 +10,7 @@ from typing import Any, Literal
 from van_deploy.engine.backend import TITLES, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import Obstacle, find_obstacles
 from van_deploy.engine.messages import BuildLog
-from van_deploy.engine.sidecar import (
-    PackageSidecar,
-    Sidecar,
-    log_path,
-    sidecar_path,
-)
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar, load_sidecar, log_path
 from van_deploy.errors import VanDeployError
 from van_deploy.files import file_sha256
 
@@ -110,12 +105,11 @@ def describe_engine(path: Path, *, trust_engine: bool = False) -> EngineDescript
     Raises:
         InputError: the plan or its sidecar is missing, damaged, edited or swapped.
     """
-    sidecar: Sidecar | None = None
+    sidecar = load_sidecar(path, trust_engine=trust_engine)
     obstacles: tuple[Obstacle, ...] = ()
     layers: tuple[Layer, ...] = ()
     backends, host_code = [*TITLES], False
-    if not (trust_engine and path.is_file() and not sidecar_path(path).exists()):
-        sidecar = Sidecar.load(path)
+    if sidecar is not None:
         obstacles = find_obstacles(sidecar, detect_host())
         backends, host_code = [sidecar.backend], sidecar.options.version_compatible
     skipped = [obstacle.problem for obstacle in obstacles]

@@ -215,6 +215,17 @@ class PackageSidecar(SidecarBase):
         return f"inductor {self.torch}"
 
 
+def load_sidecar(plan: Path, *, trust_engine: bool) -> Sidecar | None:
+    """Return the verified sidecar of a plan; None for a trusted plan without one.
+
+    Raises:
+        InputError: the plan is missing, its sidecar is missing and the plan is not trusted, or the
+            sidecar is damaged, edited or of another plan.
+    """
+    has_none = plan.is_file() and not sidecar_path(plan).exists()
+    return None if trust_engine and has_none else Sidecar.load(plan)
+
+
 def sidecar_path(plan: Path) -> Path:
     """Return the path of the sidecar of ``plan``."""
     # Not with_suffix, because the names contain dots.

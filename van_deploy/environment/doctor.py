@@ -163,7 +163,8 @@ class Environment:
             return "no NVIDIA driver was found"
         gpus, hidden = self.driver.gpus, self.driver.hidden
         if not gpus and hidden:
-            devices = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            if (devices := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+                return f"CUDA can use none of the {hidden} GPUs that the NVIDIA driver lists"
             return f"CUDA_VISIBLE_DEVICES ('{devices}') hides every GPU ({hidden})"
         if name == "rtx-gpu" and not any(g.target in (None, *hardware.RTX_TARGETS) for g in gpus):
             models = ", ".join(f"{gpu.name} ({gpu.target})" for gpu in gpus)

@@ -182,14 +182,14 @@ def _pci_address(identifier: Any) -> str:
 
 
 def _visible_to_cuda(gpus: list[Gpu]) -> tuple[Gpu, ...]:
-    """Return the GPUs that are visible to CUDA, ``cuda:0`` first."""
+    """Return the GPUs that are visible to CUDA, ``cuda:0`` first; all if CUDA does not start."""
     gpu_at = {gpu.bus: gpu for gpu in gpus}
     with contextlib.suppress(ImportError, RuntimeError, KeyError):  # KeyError: MIG, permissions
         from cuda.bindings import driver
 
         (status,) = driver.cuInit(0)
-        if int(status) == int(driver.CUresult.CUDA_ERROR_NO_DEVICE):
-            return ()
+        if int(status) not in (0, int(driver.CUresult.CUDA_ERROR_NO_DEVICE)):
+            return tuple(gpus)  # CUDA does not start, and the probe of ``doctor`` reports why
         _, count = driver.cuDeviceGetCount()
         addresses = [driver.cuDeviceGetPCIBusId(16, index)[1] for index in range(count or 0)]
         return tuple(gpu_at[_pci_address(address)] for address in addresses)

@@ -5,7 +5,6 @@ Versions are from package metadata. Every package is imported to test that it ca
 
 import contextlib
 import importlib.metadata
-import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -59,12 +58,12 @@ def installed_version(distribution: str) -> str | None:
     return None  # also if its metadata is damaged
 
 
-def onnxruntime_attribute(name: str) -> Any:
-    """Return an attribute of ONNX Runtime, or None if it cannot be loaded or lacks the attribute.
+def module_attribute(module: str, name: str) -> Any:
+    """Return an attribute of a module, or None if it cannot be loaded or lacks the attribute.
 
     Two ONNX Runtime packages that overwrite each other can leave a module without functions.
     """
-    return None if import_error("onnxruntime") else getattr(sys.modules["onnxruntime"], name, None)
+    return None if import_error(module) else getattr(sys.modules[module], name, None)
 
 
 def execution_providers() -> tuple[str, ...]:
@@ -72,25 +71,17 @@ def execution_providers() -> tuple[str, ...]:
 
     A listed provider may still lack its hardware or libraries.
     """
-    return tuple((onnxruntime_attribute("get_available_providers") or tuple)())
+    return tuple((module_attribute("onnxruntime", "get_available_providers") or tuple)())
 
 
 def onnxruntime_cuda() -> str | None:
     """Return the CUDA version of ONNX Runtime (``13.0``), or None for a CPU build or without it."""
-    return onnxruntime_attribute("cuda_version") or None
+    return module_attribute("onnxruntime", "cuda_version") or None
 
 
 def torch_cuda() -> str | None:
-    """Return the CUDA version of PyTorch (``13.0``) without importing it.
-
-    None if it is not installed, or for a CPU build.
-    """
-    text = ""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError, OSError):
-        path = importlib.metadata.distribution("torch").locate_file("torch/version.py")
-        text = Path(str(path)).read_text(encoding="utf-8")
-    match = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return match[1] if match else None
+    """Return the CUDA version of PyTorch (``13.0``), or None for a CPU build or without it."""
+    return getattr(module_attribute("torch", "version"), "cuda", None)
 
 
 def pip_command() -> str:

@@ -131,7 +131,7 @@ def fuse_van(
     if not report:
         raise ConversionError(
             f"Folding changed the network: the logits differ by {report.relative_error:.1e} in "
-            "float64.",
+            "float64."
         )
     reasons = []
     if dtype not in DTYPES:

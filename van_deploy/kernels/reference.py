@@ -10,7 +10,7 @@ from torch.nn import functional
 def depthwise(
     x: Tensor, weight: Tensor, bias: Tensor, dilation: int = 1, gelu: bool = False
 ) -> Tensor:
-    """Return the result of :func:`van_deploy.kernels.depthwise.depthwise`."""
+    """Return the result of :func:`van_deploy.kernels.convolutions.depthwise`."""
     side, channels = weight.shape[0], x.shape[-1]
     y = functional.conv2d(
         x.permute(0, 3, 1, 2),
@@ -26,7 +26,7 @@ def depthwise(
 def pointwise(
     x: Tensor, weight: Tensor, bias: Tensor, epilogue: str = "none", other: Tensor | None = None
 ) -> Tensor:
-    """Return the result of :func:`van_deploy.kernels.dense.pointwise`."""
+    """Return the result of :func:`van_deploy.kernels.convolutions.pointwise`."""
     y = functional.linear(x, weight, bias.to(x.dtype))
     if other is not None:
         return y * other if epilogue == "multiply" else y + other
@@ -34,7 +34,7 @@ def pointwise(
 
 
 def patches(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
-    """Return the result of :func:`van_deploy.kernels.dense.patches`."""
+    """Return the result of :func:`van_deploy.kernels.convolutions.patches`."""
     y = functional.conv2d(
         x.to(weight.dtype),
         weight.permute(3, 2, 0, 1),

@@ -298,6 +298,14 @@ def build_blocks(report: Entry) -> list[Block]:
             "state state; bundle name; engine = name name; batch name; size bytes; "
             "build s = build_seconds .1f; memory = peak_memory_bytes bytes",
         ),
+        *notices(
+            "WARNING",
+            (
+                f"{one['engine']} replaced the one with {one['replaced']}"
+                for one in report["outcomes"]
+                if one["replaced"]
+            ),
+        ),
         *notices("FAIL", failed),
     ]
 

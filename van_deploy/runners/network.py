@@ -20,7 +20,7 @@ from van_deploy.config import BatchRange, RunnerSettings
 from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host, detect_host
 from van_deploy.engine.compatibility import find_obstacles
-from van_deploy.engine.sidecar import PackageSidecar, Sidecar, sidecar_path
+from van_deploy.engine.sidecar import PackageSidecar, Sidecar, load_sidecar
 from van_deploy.errors import BundleError, ConversionError, InputError, UsageError, require_extra
 from van_deploy.files import file_sha256
 from van_deploy.graph.bfloat16 import BF16_EMULATED
@@ -199,7 +199,7 @@ class Network:
             model = original_network(self.bundle).model
             from van_deploy.runners.pytorch import TorchRunner
 
-            return TorchRunner(model)
+            return TorchRunner(model, threads=self._threads)
         path = self.bundle.verified_path(self.name, only_file=self.is_engine and trust)
         if self.is_engine:
             from van_deploy.runners.tensorrt import TensorRtRunner
@@ -239,10 +239,11 @@ class Network:
         path = self.bundle.path / self.bundle.artifact(self.name).file
         if self.is_engine and host.gpu is None:
             return SkipReason("engines", "engine not executed: no GPU")
-        if self.is_engine and self._settings.trust_engine and not sidecar_path(path).exists():
-            return None
-        read_sidecar = PackageSidecar.load if self.is_package else Sidecar.load
-        problems = find_obstacles(read_sidecar(path), host)
+        trust = self._settings.trust_engine
+        sidecar: PackageSidecar | Sidecar | None = (
+            PackageSidecar.load(path) if self.is_package else load_sidecar(path, trust_engine=trust)
+        )
+        problems = find_obstacles(sidecar, host) if sidecar else ()
         if not problems:
             return None
         kind = "engines" if all(problem.about == "gpu" for problem in problems) else "runtimes"

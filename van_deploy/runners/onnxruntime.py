@@ -1,9 +1,6 @@
 """ONNX graphs in ONNX Runtime (on the CPU, or on a GPU with its CUDA provider) and in OpenVINO."""
 
 import contextlib
-import ctypes
-import importlib.util
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -155,7 +152,7 @@ class OnnxRuntimeRunner(Runner):
             check_cuda_options(self.model, self.options)
             self._cuda = require_cuda(gpu_index(self.device) or 0)
             self._stream = self._cuda.create_stream(stack)
-            preload_cuda_libraries(ort)
+            preload_cuda_libraries()
             options.log_severity_level = 4  # errors are also raised as exceptions
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             cuda = asdict(self.options) | {"cudnn_conv_use_max_workspace": True}
@@ -285,7 +282,7 @@ def is_provider_usable(ort: Any, provider: str, *, quiet: bool = True) -> bool:
     warning only; ``quiet`` suppresses it.
     """
     if provider == CUDA:
-        preload_cuda_libraries(ort)
+        preload_cuda_libraries()
     graph = "one (float[1] x) => (float[1] y) { y = Relu(x) }"
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
     options = ort.SessionOptions()
@@ -321,31 +318,18 @@ def check_cuda_options(model: Path | ModelProto, options: CudaOptions) -> None:
         )
 
 
-def cuda_libraries(cuda_version: str) -> list[Path]:
-    """Return CUDA's and cuDNN's libraries in NVIDIA's wheels, in the order to load them.
+def preload_cuda_libraries() -> None:
+    """Load the libraries that the CUDA provider links, from NVIDIA's wheels or the system.
 
     ONNX Runtime's wheel has no RUNPATH, and ``onnxruntime.preload_dlls()`` searches only next to
     ONNX Runtime, so without PyTorch in the process the provider does not load.
-
-    Args:
-        cuda_version: version that ONNX Runtime was built for, 13 or later, such as ``13.0``. All
-            libraries but cuDNN are in one folder: ``nvidia/cu13/lib``.
     """
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    cuda, libraries = f"cu{cuda_version.partition('.')[0]}", list[Path]()
-    for name in LIBRARIES:
-        package = "cudnn" if name == "cudnn" else cuda
-        libraries += sorted(p for f in folders for p in f.glob(f"{package}/lib/lib{name}.so.*"))
-    return libraries
+    with contextlib.suppress(ImportError):
+        from cuda import pathfinder
 
-
-def preload_cuda_libraries(ort: Any) -> None:
-    """Load the libraries that the CUDA provider links, where NVIDIA's wheels have them."""
-    version = str(getattr(ort, "cuda_version", "") or "")
-    for path in cuda_libraries(version) if sys.platform.startswith("linux") else ():
-        with contextlib.suppress(OSError):  # the session reports which one is required
-            ctypes.CDLL(str(path))
+        for name in LIBRARIES:
+            with contextlib.suppress(RuntimeError):  # the session reports which one is required
+                pathfinder.load_nvidia_dynamic_lib(name)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ class TorchRunner(Runner):
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         precision: type of weights and images, a key of :data:`DTYPES`; None keeps the network's
             own type. The outputs are always float32.
+        threads: threads on the CPU, of PyTorch in the whole process; None keeps their number.
     """
 
     def __init__(
@@ -52,7 +53,10 @@ class TorchRunner(Runner):
         mode: str = "eager",
         device: str = "cpu",
         precision: str | None = None,
+        *,
+        threads: int | None = None,
     ) -> None:
+        self.threads = threads
         own = next(model.parameters()).dtype
         self.model, self.mode, self.device = model, mode, torch_device(device)
         self.dtype = own if precision is None else DTYPES[precision]
@@ -63,6 +67,8 @@ class TorchRunner(Runner):
 
     def _load(self, stack: contextlib.ExitStack) -> None:
         """Move and convert the network; the first batch compiles it."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         with torch_errors("loading the network"):
             self.model.to(self.device, self.dtype).eval()
         if self._layout is torch.channels_last:

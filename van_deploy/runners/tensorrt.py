@@ -4,7 +4,6 @@ A plan is native code. Before it is deserialised, its bytes are verified with it
 backend, version, GPU and driver are compared with this machine.
 """
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,10 @@ from van_deploy.config import BatchRange
 from van_deploy.engine.backend import RTX, Backend, detect_host, engine_from_plan, load_backend
 from van_deploy.engine.compatibility import require_compatible
 from van_deploy.engine.messages import BuildLog, error_from_log
-from van_deploy.engine.sidecar import Sidecar, sidecar_path
+from van_deploy.engine.sidecar import load_sidecar
 from van_deploy.errors import InputError, VanDeployError
 from van_deploy.runners.base import Outputs, Runner, check_input, gpu_index, select_profile
 from van_deploy.runners.cuda import DeviceBatch, require_cuda
-
-DTYPES: Mapping[str, npt.DTypeLike] = {
-    "FLOAT": np.float32,
-    "HALF": np.float16,
-    "INT8": np.int8,
-    "INT32": np.int32,
-    "INT64": np.int64,
-    "UINT8": np.uint8,
-    "BOOL": np.bool_,
-}
 
 
 class TensorRtRunner(Runner):
@@ -69,10 +58,8 @@ class TensorRtRunner(Runner):
             MissingDependency: backend, GPU, driver or cuda-bindings is missing or incompatible.
             ConversionError: TensorRT does not load the plan.
         """
-        sidecar: Sidecar | None = None
-        # A trusted plan may lack a sidecar; an existing one is checked nevertheless.
-        if not (self.trust_engine and self.plan.is_file() and not sidecar_path(self.plan).exists()):
-            sidecar = Sidecar.load(self.plan)
+        sidecar = load_sidecar(self.plan, trust_engine=self.trust_engine)
+        if sidecar is not None:
             require_compatible(sidecar, detect_host(device=self._index))
         self.backend: Backend = load_backend(sidecar.backend if sidecar else self._default_backend)
         self.cuda = require_cuda(self._index)
@@ -206,24 +193,32 @@ class TensorRtRunner(Runner):
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         mode = self.trt.TensorIOMode.INPUT
         inputs = [name for name in names if engine.get_tensor_mode(name) == mode]
-        kinds = {name: engine.get_tensor_dtype(name).name for name in names}
-        unknown = ", ".join(f"'{n}' is {k.lower()}" for n, k in kinds.items() if k not in DTYPES)
-        if len(inputs) != 1 or unknown:
+        if len(inputs) != 1:
             raise InputError(
-                f"The engine has {len(inputs)} inputs ({', '.join(inputs)}); a VAN has one. Types "
-                f"without a NumPy equivalent: {unknown or 'none'}.",
+                f"The engine has {len(inputs)} inputs ({', '.join(inputs)}); a VAN has one.",
                 "Build it from a graph of `van-deploy export`.",
             )
         self._input, self._outputs = inputs[0], [name for name in names if name != inputs[0]]
         shapes = {name: tuple(int(n) for n in engine.get_tensor_shape(name)) for name in names}
         self._specs: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
-            name: (shapes[name][1:], np.dtype(DTYPES[kind])) for name, kind in kinds.items()
+            name: (shapes[name][1:], self._dtype(name)) for name in names
         }
         self._declared_row = self._specs[self._input][0]  # -1 for a dynamic height and width
         self.profiles = [
             BatchRange(*(int(shape[0]) for shape in engine.get_tensor_profile_shape(inputs[0], i)))
             for i in range(engine.num_optimization_profiles)
         ]
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        engine: Any = self._engine
+        kind = engine.get_tensor_dtype(name)
+        try:
+            return np.dtype(self.trt.nptype(kind))
+        except TypeError as error:  # BF16 and FP8 have no NumPy equivalent
+            raise InputError(
+                f"'{name}' of the engine is {kind.name.lower()}, which NumPy does not have.",
+                "Build it from a graph of `van-deploy export`.",
+            ) from error
 
     def _rejected(self, request: str) -> VanDeployError:
         return error_from_log(f"{self.backend.label} refused {request}", self.log.errors[-2:])
