@@ -66,6 +66,9 @@ def test_write_and_read(bundle: Path) -> None:
     (bundle / "fp32.onnx").write_text("changed")
     with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
         opened.verified_path("fp32")
+    put(bundle, "fp32", "new")  # by another command
+    assert opened.problems() == [f"The bundle '{bundle}' was changed while this command was using it."]
+    opened = Bundle.open(bundle)
     (bundle / "fp32.onnx").unlink()
     assert opened.problems() == [
         f"'{bundle}/fp32.onnx' is in the manifest, but the file is missing."

@@ -420,6 +420,25 @@ def test_draining_or_full_server_returns_503(digits: Bundle, image: bytes) -> No
     assert 'requests_total{model="",route="",status="503"} 1.0' in text
 
 
+def test_graph_of_any_size_is_served_at_the_size_of_the_bundle(
+    dynamic_size: Bundle, image: bytes
+) -> None:
+    with serving(dynamic_size) as server, client_of(server) as client:
+        (served,) = client.get_model_metadata(BYTES)["inputs"]
+        assert served["shape"] == [-1, 64, 96, 3]
+        (served,) = client.get_model_config(BYTES)["input"]
+        assert served["dims"] == [64, 96, 3]
+        assert send(server, "/predict?compare=1", image)[1]["pytorch"]["largest_difference"] < 1e-5
+
+
+@each("binary", [True, False])
+def test_outputs_that_are_not_finite_are_not_returned(server: Running, binary: bool) -> None:
+    images = np.full((1, 3, 64, 64), 1e38, np.float32)
+    logits = triton.InferRequestedOutput("logits", binary_data=binary)
+    with client_of(server) as client, pytest.raises(Exception, match="The server failed"):
+        client.infer(PLAIN, [tensor_of(triton, images, "images")], outputs=[logits])
+
+
 def test_model_failure_returns_500_and_is_logged(
     digits: Bundle, image: bytes, capfd: pytest.CaptureFixture[str]
 ) -> None:

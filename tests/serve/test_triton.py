@@ -74,7 +74,9 @@ optimization { cuda { graphs: true graph_spec { batch_size: 1
 """
 
 
-def test_configuration_of_a_graph(digits: Bundle, tmp_path: Path) -> None:
+def test_configuration_of_a_graph(
+    digits: Bundle, dynamic_size: Bundle, tmp_path: Path
+) -> None:
     options = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
     package = write_package(tmp_path, digits, "fp32-uint8", **options)
     assert config_of(package) == text_format.Parse(GRAPH, schema.ModelConfig())
@@ -83,6 +85,9 @@ def test_configuration_of_a_graph(digits: Bundle, tmp_path: Path) -> None:
     on_gpu = config_of(write_package(tmp_path, digits, gpu=True, threads=4))
     assert str(on_gpu.instance_group[0]) == "count: 1\nkind: KIND_GPU\n"
     assert not on_gpu.parameters  # the runtime sets the threads
+    config = config_of(write_package(tmp_path, dynamic_size))
+    assert list(config.input[0].dims) == [-1, -1, 3]
+    assert list(config.model_warmup[1].inputs["pixels"].dims) == [64, 96, 3]
 
 
 def test_configuration_of_plans_with_static_and_dynamic_profiles(
@@ -225,6 +230,8 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
     assert [p.name for p in (package / "models").iterdir()] == [NAME]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     cli.passes(*words, "--check")
+    other = cli.fails(2, *words, "--check", "--gpu", "--artifact", "fp32")
+    assert "takes no option that makes one: artifacts, gpu." in " ".join(other.split())
     (package / "models/package.json").write_text("{}")
     assert failed() == {"files": "models/package.json: missing, changed or added"}
     (package / "models/package.json").unlink()

@@ -102,19 +102,44 @@ class Bundle:
             only_file: verify the main file only.
 
         Raises:
-            BundleError: a file is missing or its digest is not the manifest's.
+            BundleError: a file is missing or its digest is not the manifest's, or another command
+                changed the bundle since it was opened.
             InputError: the artifact's weights are in a file that is not in the manifest.
         """
         artifact = self.artifact(name)
         for relative, expected in artifact.files.items():
             if relative == artifact.file or not only_file:
-                verify(self.path / relative, expected)
+                self.verify(relative, expected)
         path = self.path / artifact.file
         if artifact.kind in {"onnx", "serving"}:
             folder = PurePosixPath(artifact.file).parent
             names = [posixpath.relpath(file, folder) for file in artifact.files]
             check_external_files(path, external_files(path), names)
         return path
+
+    def verify(self, relative: str, expected: str) -> None:
+        """Check that a file has the SHA-256 ``expected`` (hexadecimal).
+
+        Raises:
+            BundleError: the file is missing or has another digest, or another command changed the
+                bundle since it was opened.
+        """
+        path = self.path / relative
+        actual = file_sha256(path) if path.is_file() else ""
+        if actual == expected:
+            return
+        if Bundle.open(self.path).manifest != self.manifest:
+            raise BundleError(
+                f"The bundle '{self.path}' was changed while this command was using it.",
+                "Run the command again.",
+            )
+        raise BundleError(
+            f"'{path}' was changed after the manifest was written: "
+            f"its SHA-256 is {actual[:12]}..., the manifest has {expected[:12]}...."
+            if actual
+            else f"'{path}' is in the manifest, but the file is missing.",
+            "Restore the file, or create the bundle again with `van-deploy export`.",
+        )
 
     def rebuild_reason(self, name: str, made_with: Mapping[str, Any]) -> str:
         """Return why an artifact has to be built, or "" if it exists with the same cache key.
@@ -151,7 +176,7 @@ class Bundle:
         messages = []
         for relative, expected in self.digests.items():
             try:
-                verify(self.path / relative, expected)
+                self.verify(relative, expected)
             except BundleError as error:  # noqa: PERF203 - report every file
                 messages.append(error.message)
         return messages
@@ -168,23 +193,3 @@ class Bundle:
             paths = [Path(parent, name).relative_to(self.path) for name in (*files, *links)]
             unlisted += [path.as_posix() for path in paths if path.as_posix() not in listed]
         return sorted(unlisted)
-
-
-def verify(path: Path, expected: str) -> None:
-    """Check that the file at ``path`` has the SHA-256 ``expected`` (hexadecimal).
-
-    Raises:
-        BundleError: the file is missing or has another digest.
-    """
-    if not path.is_file():
-        raise BundleError(
-            f"'{path}' is in the manifest, but the file is missing.",
-            "Restore the file, or create the bundle again with `van-deploy export`.",
-        )
-    actual = file_sha256(path)
-    if actual != expected:
-        raise BundleError(
-            f"'{path}' was changed after the manifest was written: "
-            f"its SHA-256 is {actual[:12]}..., the manifest has {expected[:12]}....",
-            "Restore the file, or create the bundle again with `van-deploy export`.",
-        )

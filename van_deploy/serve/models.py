@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,13 @@ from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, require_classifier
 from van_deploy.serve.requests import MIB, BodyReader, Quota, Values
-from van_deploy.serve.triton import TritonModel, default_artifacts, model_config, served_name
+from van_deploy.serve.triton import (
+    TritonModel,
+    default_artifacts,
+    model_config,
+    native_shape,
+    served_name,
+)
 
 LARGE_IMAGE = 16_000_000  # pixels; larger images are decoded one at a time, to limit memory
 QUEUE_IMAGES = 256
@@ -96,6 +103,8 @@ class ServedModel:
 
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._delay_s = network, settings.max_delay_ms / 1e3
+        # Only rows of one size can run in one batch.
+        network.input = replace(network.input, shape=native_shape(network))
         self.name = served_name(network.bundle, network.name)
         running = network.max_batch * settings.instances
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * running)

@@ -95,11 +95,17 @@ def package(
         ConversionError: pip cannot download the packages of an execution environment.
         InputError: Triton cannot load an artifact, or there is no package to check.
         MissingDependency: Triton's schema is not installed.
-        UsageError: ``output`` is not a package, or the release is unknown or cannot load a model.
+        UsageError: ``output`` is not a package, the release is unknown or cannot load a model, or
+            ``only_check`` and other options are given.
     """
     path = Path(os.path.abspath(bundle.path))  # the bundle may be "."
     folder = output or path.with_name(f"{path.resolve().name}-triton")
     if only_check:
+        if given := ", ".join(sorted(settings.model_fields_set)):
+            raise UsageError(
+                f"A check of an existing package takes no option that makes one: {given}.",
+                "Leave out --check to write a package, or the other options to check it.",
+            )
         return check_package(folder, bundle)
     artifacts = settings.artifacts or triton.default_artifacts(bundle)
     models = triton.triton_models(bundle, artifacts, settings.backend, gpu=settings.gpu)

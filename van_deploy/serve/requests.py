@@ -28,7 +28,7 @@ import pydantic
 from pydantic_core import from_json
 
 from van_deploy.config import ServiceSettings
-from van_deploy.errors import InputError
+from van_deploy.errors import ConversionError, InputError
 from van_deploy.runners.network import TensorSpec
 from van_deploy.schema import OpenSchema, validate
 from van_deploy.serve.triton import DATATYPES
@@ -356,10 +356,17 @@ def parse_request(
 def encode_response(
     request: InferRequest, outputs: Mapping[str, Values], model: str
 ) -> tuple[bytes, int | None]:
-    """Return the response body, and the length of its JSON if binary tensors follow it."""
+    """Return the response body, and the length of its JSON if binary tensors follow it.
+
+    Raises:
+        ConversionError: a requested output is NaN or infinite.
+    """
     entries, tail = list[dict[str, Any]](), list[bytes]()
     for output in request.outputs:
         values = outputs[output.name]
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            text = f"'{model}' computed NaN or infinite values of '{output.name}'."
+            raise ConversionError(text, "Check the artifact with `van-deploy verify`.")
         kind, shape = DATATYPES[str(values.dtype)], list(values.shape)
         entry: dict[str, Any] = {"name": output.name, "datatype": kind, "shape": shape}
         if request.is_binary(output):
@@ -370,7 +377,7 @@ def encode_response(
         entries.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
     document |= {"id": request.id} if request.id else {}
-    head = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+    head = json.dumps(document, separators=(",", ":")).encode()
     return b"".join([head, *tail]), len(head) if tail else None
 
 

@@ -73,6 +73,12 @@ def served_name(bundle: Bundle, artifact: str) -> str:
     return f"{bundle.name}-{artifact}"
 
 
+def native_shape(network: Network) -> tuple[int, ...]:
+    """Return the shape of one input row, with the bundle's own size for dynamic sides."""
+    sides = iter(network.preprocessing.sides)
+    return tuple(next(sides) if length < 0 else length for length in network.input.shape)
+
+
 def default_artifacts(bundle: Bundle) -> tuple[str, ...]:
     """Return the artifact that is served by default: ``fp32-uint8`` if it exists, else ``fp32``."""
     entry = bundle.artifacts.get("fp32-uint8")
@@ -196,6 +202,7 @@ def model_config(
         environment: execution environment of the Python backend.
     """
     network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
+    dims = list(native_shape(network))  # a warm-up and a CUDA graph have no dynamic dimensions
     largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
@@ -206,9 +213,9 @@ def model_config(
         for spec in (network.input, *network.outputs)
     )
     parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(settings.threads or "")}
-    shape = {model_input["name"]: {"dim": model_input["dims"]}}
+    shape = {model_input["name"]: {"dim": dims}}
     cuda = {"graphs": True, "graph_spec": [{"batch_size": n, "input": shape} for n in static]}
-    zeros = {key: model_input[key] for key in ("data_type", "dims")} | {"zero_data": True}
+    zeros = {"data_type": model_input["data_type"], "dims": dims, "zero_data": True}
     return {
         "name": model.name,
         "backend": model.backend,
