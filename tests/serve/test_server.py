@@ -38,6 +38,8 @@ INFER, LIVE = f"/v2/models/{BYTES}/infer", "/v2/health/live"
 ROW, MIB = 64 * 64 * 3, 2**20
 JSON_LENGTH = "Inference-Header-Content-Length"
 HEAD = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
+JAVA = b"POST /predict HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 5\r\n"
+JAVA += b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nUpgrade: h2c\r\n\r\n"
 CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -263,6 +265,7 @@ def test_predict_matches_the_golden_sample(server: Running, digits: Bundle, imag
         (HEAD + (b"X-Long: " + b"a" * 10_000 + b"\r\n") * 100, 400),  # an endless head
         (HEAD + b"a: b\r\n" * 99 + b"\r\n", 200),
         (HEAD + b"a: b\r\n" * 100 + b"\r\n", 400),
+        (JAVA + b"hello", 422),  # the body is read
         (CHUNKED + 3000 * b"1\r\nx\r\n" + b"0\r\n\r\n", 400),
         (CHUNKED + 3000 * (b"40\r\n" + b"x" * 64 + b"\r\n") + b"0\r\n\r\n", 422),
         (CHUNKED + 6 * (b"100000\r\n" + bytes(MIB) + b"\r\n") + b"0\r\n\r\n", 413),

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -43,6 +44,10 @@ MAX_PIPELINED = 16  # waiting requests of one connection
 # Each chunk of a body costs a call, independent of its size: after so many, chunks must have
 # this size on average.
 FREE_CHUNKS, MIN_CHUNK_BYTES = 200, 64
+
+# httptools drops the body of a request with this header, which Java's client sends by default to
+# offer HTTP/2. The server may ignore the offer (RFC 9110, section 7.8).
+UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
 T = TypeVar("T")
 Executor = Literal["here", "thread", "process"]
@@ -225,7 +230,7 @@ def _initialise_worker() -> None:
 
 
 def limited_protocol(timeout_s: float) -> Any:
-    """Return uvicorn's HTTP protocol class with limits that uvicorn does not have.
+    """Return uvicorn's HTTP protocol class, without upgrades and with limits that it does not have.
 
     The head of a request has a limit of time and of size. Each header and each chunk of a body
     costs a call: a megabyte in chunks of one byte would block the event loop for seconds.
@@ -253,7 +258,10 @@ def limited_protocol(timeout_s: float) -> Any:
             while data and self.parser is not None and not self.transport.is_closing():
                 room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
                 piece, data = data[:room], data[room:]
-                self.head += len(piece) if self.head >= 0 else 0
+                if self.head >= 0:
+                    self.head += len(piece)
+                    head, end, body = piece.partition(b"\r\n\r\n")
+                    piece = UPGRADE.sub(b"\r\nIgnored:", head) + end + body
                 super().data_received(piece)
                 if self.head >= MAX_HEAD_BYTES:
                     self.send_400_response("The head of the request is too large.")
