@@ -320,6 +320,9 @@ def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, image: byt
             assert (status, "pytorch" in answer) == (200, False)
         wait_until(lambda: quota.used == 0)
         assert send(server, "/predict", bytes(200_000))[0] == 422
+    with serving(digits, max_held_mib=1) as server:  # such a body could never be received
+        status, answer, _ = send(server, "/predict", bytes(2 * MIB))
+        assert (status, "--max-body-mib and --max-held-mib." in answer["error"]) == (413, True)
 
 
 def test_refused_bodies_are_freed_immediately(server: Running) -> None:

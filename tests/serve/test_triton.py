@@ -74,9 +74,7 @@ optimization { cuda { graphs: true graph_spec { batch_size: 1
 """
 
 
-def test_configuration_of_a_graph(
-    digits: Bundle, dynamic_size: Bundle, tmp_path: Path
-) -> None:
+def test_configuration_of_a_graph(digits: Bundle, dynamic_size: Bundle, tmp_path: Path) -> None:
     options = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
     package = write_package(tmp_path, digits, "fp32-uint8", **options)
     assert config_of(package) == text_format.Parse(GRAPH, schema.ModelConfig())
@@ -218,7 +216,9 @@ def test_python_backend_packages_onnx_runtime(
     assert sorted(file.name for file in files) == ["model.onnx", "model.py"]
 
 
-def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path, cli: Cli) -> None:
+def test_package_command_and_detection_of_changes(
+    digits: Bundle, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failed() -> dict[str, str]:
         findings = check_package(package, digits).findings
         return {finding.name: finding.detail for finding in findings if not finding.outcome}
@@ -246,8 +246,14 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
         assert failed() == {"files": f"{file}: missing, changed or added"}
     assert "does not match the bundle: files." in cli.fails(1, *words, "--check")
     (tmp_path / "current").symlink_to(digits.path)
+    (tmp_path / "latest").symlink_to(tmp_path / f"{digits.path.name}-triton")
     linked = open_bundle(tmp_path / "current").package()
-    assert linked.path == tmp_path / f"{digits.path.name}-triton"
+    (linked.path / "client.py").unlink()
+    open_bundle(tmp_path / "current").package(tmp_path / "latest")
+    assert linked.path == (tmp_path / "latest").readlink()
+    assert (linked.path / "client.py").is_file()
+    monkeypatch.chdir(linked.path)
+    assert "the working folder is in it" in cli.fails(2, "package triton -o .", digits.path)
     edit_json(package / "package.json", "bundle", "other")
     with pytest.raises(InputError, match="was made from 'other', not 'van_digits'"):
         check_package(package, digits)

@@ -27,7 +27,7 @@ from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, require_classifier
-from van_deploy.serve.requests import MIB, BodyReader, Quota, Values
+from van_deploy.serve.requests import BodyReader, Quota, Values
 from van_deploy.serve.triton import (
     TritonModel,
     default_artifacts,
@@ -236,13 +236,13 @@ class Service:
 
     def description(self) -> dict[str, Any]:
         """Return the properties of the bundle and the server for the web page."""
-        manifest, settings = self.bundle.manifest, self.settings
+        manifest = self.bundle.manifest
         networks = ((name, served.network) for name, served in self.models.items())
         return {
             **manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"}),
-            "compare": settings.compare,
+            "compare": self.settings.compare,
             "classes": manifest.architecture.num_classes,
-            "max_body_bytes": round(MIB * settings.max_body_mib),
+            "max_body_bytes": self.reader.limit(),
             "models": [{"name": n, "artifact": v.name, "runner": v.runner} for n, v in networks],
         }
 

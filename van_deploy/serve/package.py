@@ -95,8 +95,8 @@ def package(
         ConversionError: pip cannot download the packages of an execution environment.
         InputError: Triton cannot load an artifact, or there is no package to check.
         MissingDependency: Triton's schema is not installed.
-        UsageError: ``output`` is not a package, the release is unknown or cannot load a model, or
-            ``only_check`` and other options are given.
+        UsageError: ``output`` is not a package or cannot be replaced, the release is unknown or
+            cannot load a model, or ``only_check`` and other options are given.
     """
     path = Path(os.path.abspath(bundle.path))  # the bundle may be "."
     folder = output or path.with_name(f"{path.resolve().name}-triton")
@@ -116,8 +116,14 @@ def package(
             f"'{folder}' exists and is not a package.",
             "Nothing was written. Give an empty or a new folder with --output DIR.",
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+    target = folder.resolve()  # a link stays a link
+    if os.path.ismount(target) or Path.cwd().is_relative_to(target):
+        raise UsageError(
+            f"'{folder}' cannot be replaced: the working folder is in it, or it is a mount point.",
+            "Nothing was written. Give a folder inside it with --output DIR.",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         new = Path(temporary) / "package"
         _write_package(new, models, settings, release)
         record = PackageRecord(
@@ -128,9 +134,9 @@ def package(
             batch=bundle.manifest.batch,
         )
         (new / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, Path(temporary) / "old")
-        os.replace(new, folder)
+        if target.exists():
+            os.replace(target, Path(temporary) / "old")
+        os.replace(new, target)
     findings = (*check_package(folder, bundle).findings, *release_findings)
     return PackageReport(folder, len(record.files) + 1, findings)
 

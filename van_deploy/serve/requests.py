@@ -36,8 +36,8 @@ from van_deploy.serve.triton import DATATYPES
 
 MIB = 2**20
 BODIES_FULL = "The requests that are being received use all the memory they may."
-SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
-SEND_BYTES = "Send binary tensors, or start the server with a higher --max-json-mib."
+SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib"
+SEND_BYTES = "Send binary tensors, or start the server with a higher --max-json-mib"
 
 MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of one request, request line included
 MAX_PIPELINED = 16  # waiting requests of one connection
@@ -134,6 +134,12 @@ class BodyReader:
         self._settings, self._pool, self.draining = settings, _create_pool(), False
         self.quota = Quota(round(MIB * settings.max_held_mib), BODIES_FULL, 503)
 
+    def limit(self, *, is_json: bool = False) -> int:
+        """Return the bytes of the largest body: of JSON, or of any other."""
+        settings = self._settings
+        own = settings.max_json_mib if is_json else settings.max_body_mib
+        return min(round(MIB * own), self.quota.limit)
+
     async def read(
         self, request: Request, stack: contextlib.ExitStack, *, is_json: bool = False
     ) -> bytes:
@@ -150,8 +156,7 @@ class BodyReader:
         """
         if self.draining:
             raise RequestError("The server is shutting down.", status=503)
-        settings, chunks = self._settings, list[bytes]()
-        limit = round(MIB * (settings.max_json_mib if is_json else settings.max_body_mib))
+        settings, chunks, limit = self._settings, list[bytes](), self.limit(is_json=is_json)
         size, complete = int(request.headers.get("content-length", "0")), False
 
         async def collect() -> None:
@@ -174,6 +179,7 @@ class BodyReader:
             complete = True
         if size > limit:
             remedy = SEND_BYTES if is_json else SEND_LESS
+            remedy += " and --max-held-mib." if limit == self.quota.limit else "."
             raise RequestError(f"The request is larger than {limit:,} bytes.", remedy, 413)
         if not complete:
             text = f"The request was not complete after {settings.read_timeout_s:g} s."
