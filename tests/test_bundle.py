@@ -326,7 +326,7 @@ def test_links_and_pipes_in_a_bundle_are_refused(
 def test_invalid_locks_are_reported(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("van_deploy.bundle.commit.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("van_deploy.bundle.folder.LOCK_WAIT_S", 0.1)
     lock, mine = bundle / ".lock", tmp_path / "mine"
     with FileLock(lock), pytest.raises(BundleError, match="has been writing"):
         put(bundle, "fp16", "x")

@@ -28,13 +28,7 @@ from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, require_classifier
 from van_deploy.serve.requests import BodyReader, Quota, Values
-from van_deploy.serve.triton import (
-    TritonModel,
-    default_artifacts,
-    model_config,
-    native_shape,
-    served_name,
-)
+from van_deploy.serve.triton import TritonModel, default_artifacts, model_config, served_name
 
 LARGE_IMAGE = 16_000_000  # pixels; larger images are decoded one at a time, to limit memory
 QUEUE_IMAGES = 256
@@ -104,7 +98,7 @@ class ServedModel:
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._delay_s = network, settings.max_delay_ms / 1e3
         # Only rows of one size can run in one batch.
-        network.input = replace(network.input, shape=native_shape(network))
+        network.input = replace(network.input, shape=network.native_shape)
         self.name = served_name(network.bundle, network.name)
         running = network.max_batch * settings.instances
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * running)
@@ -242,7 +236,7 @@ class Service:
             **manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"}),
             "compare": self.settings.compare,
             "classes": manifest.architecture.num_classes,
-            "max_body_bytes": self.reader.limit(),
+            "max_body_bytes": self.reader.max_body,
             "models": [{"name": n, "artifact": v.name, "runner": v.runner} for n, v in networks],
         }
 

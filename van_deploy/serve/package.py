@@ -170,16 +170,15 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     digests = _digests(path)
     del digests[PACKAGE_FILE]
     different = sorted({file for file, _ in record.files.items() ^ digests.items()})
-    text = f"{', '.join(different)}: missing, changed or added" if different else "unchanged"
-    findings = [Finding("files", not different, text)]
+    problems = {"files": f"{', '.join(different)}: missing, changed or added" if different else ""}
     current = {name: entry.sha256 for name, entry in bundle.artifacts.items()}
     for name, digest in record.artifacts.items():
-        outdated = current.get(name) != digest
-        text = "rebuilt in the bundle since" if outdated else "current"
-        findings.append(Finding(f"artifact {name}", not outdated, text))
+        same = current.get(name) == digest
+        problems[f"artifact {name}"] = "" if same else "rebuilt in the bundle since"
     batch = bundle.manifest.batch
-    text = "current" if record.batch == batch else f"{record.batch}; the bundle has {batch}"
-    findings.append(Finding("batch sizes", record.batch == batch, text))
+    same = record.batch == batch
+    problems["batch sizes"] = "" if same else f"{record.batch}; the bundle has {batch}"
+    findings = (Finding(name, not text, text or "unchanged") for name, text in problems.items())
     return PackageReport(path, 0, tuple(findings))
 
 

@@ -127,18 +127,16 @@ class BodyReader:
 
     Attributes:
         quota: bytes of all bodies in memory.
+        max_body: bytes of the largest body.
+        max_json: bytes of the largest body of JSON.
         draining: whether the server is shutting down; further bodies are refused.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self._settings, self._pool, self.draining = settings, _create_pool(), False
+        self._timeout_s, self._pool, self.draining = settings.read_timeout_s, _create_pool(), False
         self.quota = Quota(round(MIB * settings.max_held_mib), BODIES_FULL, 503)
-
-    def limit(self, *, is_json: bool = False) -> int:
-        """Return the bytes of the largest body: of JSON, or of any other."""
-        settings = self._settings
-        own = settings.max_json_mib if is_json else settings.max_body_mib
-        return min(round(MIB * own), self.quota.limit)
+        self.max_body = min(round(MIB * settings.max_body_mib), self.quota.limit)
+        self.max_json = min(round(MIB * settings.max_json_mib), self.quota.limit)
 
     async def read(
         self, request: Request, stack: contextlib.ExitStack, *, is_json: bool = False
@@ -156,7 +154,7 @@ class BodyReader:
         """
         if self.draining:
             raise RequestError("The server is shutting down.", status=503)
-        settings, chunks, limit = self._settings, list[bytes](), self.limit(is_json=is_json)
+        chunks, limit = list[bytes](), self.max_json if is_json else self.max_body
         size, complete = int(request.headers.get("content-length", "0")), False
 
         async def collect() -> None:
@@ -175,14 +173,14 @@ class BodyReader:
                     chunks.append(chunk)
 
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(collect(), settings.read_timeout_s)
+            await asyncio.wait_for(collect(), self._timeout_s)
             complete = True
         if size > limit:
             remedy = SEND_BYTES if is_json else SEND_LESS
             remedy += " and --max-held-mib." if limit == self.quota.limit else "."
             raise RequestError(f"The request is larger than {limit:,} bytes.", remedy, 413)
         if not complete:
-            text = f"The request was not complete after {settings.read_timeout_s:g} s."
+            text = f"The request was not complete after {self._timeout_s:g} s."
             raise RequestError(text, status=408)
         kind = request.headers.get("content-type", "").lower()
         encoding = request.headers.get("content-encoding", "identity").lower()

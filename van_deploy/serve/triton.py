@@ -73,12 +73,6 @@ def served_name(bundle: Bundle, artifact: str) -> str:
     return f"{bundle.name}-{artifact}"
 
 
-def native_shape(network: Network) -> tuple[int, ...]:
-    """Return the shape of one input row, with the bundle's own size for dynamic sides."""
-    sides = iter(network.preprocessing.sides)
-    return tuple(next(sides) if length < 0 else length for length in network.input.shape)
-
-
 def default_artifacts(bundle: Bundle) -> tuple[str, ...]:
     """Return the artifact that is served by default: ``fp32-uint8`` if it exists, else ``fp32``."""
     entry = bundle.artifacts.get("fp32-uint8")
@@ -202,7 +196,7 @@ def model_config(
         environment: execution environment of the Python backend.
     """
     network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
-    dims = list(native_shape(network))  # a warm-up and a CUDA graph have no dynamic dimensions
+    dims = list(network.native_shape)  # a warm-up and a CUDA graph have no dynamic dimensions
     largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
@@ -213,7 +207,7 @@ def model_config(
         for spec in (network.input, *network.outputs)
     )
     parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(settings.threads or "")}
-    shape = {model_input["name"]: {"dim": dims}}
+    shape = {network.input.name: {"dim": dims}}
     cuda = {"graphs": True, "graph_spec": [{"batch_size": n, "input": shape} for n in static]}
     zeros = {"data_type": model_input["data_type"], "dims": dims, "zero_data": True}
     return {
@@ -255,27 +249,22 @@ def releases() -> dict[str, Any]:
 
 def check_release(release: str, model: TritonModel) -> Finding:
     """Check whether a Triton release can load a model."""
-
-    def finding(outcome: bool | None, detail: str) -> Finding:
-        return Finding(f"{model.name}: release", outcome, detail)
-
     key, title = ("tensorrt", "TensorRT") if model.sidecar else ("onnxruntime", "ONNX Runtime")
     version = releases()["releases"].get(release, {}).get(key)
+    detail, outcome = f"Triton {release} has {title} {version}", None
     if model.backend == "python":
-        return finding(True, "the execution environment contains ONNX Runtime")
-    if version == "none":
-        return finding(False, f"Triton {release} was shipped without an ONNX Runtime backend")
-    if not version:
-        return finding(None, f"not checked: the {title} version of Triton {release} is not known")
-    prefix = f"Triton {release} has {title} {version}"
-    if model.sidecar:
+        outcome, detail = True, "the execution environment contains ONNX Runtime"
+    elif version == "none":
+        outcome, detail = False, f"Triton {release} was shipped without an ONNX Runtime backend"
+    elif not version:
+        detail = f"not checked: the {title} version of Triton {release} is not known"
+    elif model.sidecar:
         built = model.sidecar.backend_version
-        return finding(f"{built}.".startswith(f"{version}."), f"{prefix}; the plan needs {built}")
-    graph = model.network.bundle.artifact(model.network.name).graph
-    opset, ir_version = (graph.opset, graph.ir_version) if graph else (0, 0)
-    newest = releases()["onnx"].get(version.rpartition(".")[0], (0, 0))
-    return finding(
-        opset <= newest[0] and ir_version <= newest[1],
-        f"{prefix}; it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has "
-        f"opset {opset} and IR version {ir_version}",
-    )
+        outcome = f"{built}.".startswith(f"{version}.")
+        detail += f"; the plan needs {built}"
+    elif graph := model.network.bundle.artifact(model.network.name).graph:
+        opset, ir_version = releases()["onnx"].get(version.rpartition(".")[0], (0, 0))
+        outcome = graph.opset <= opset and graph.ir_version <= ir_version
+        detail += f"; it loads opset {opset} and IR version {ir_version} at most, the graph has "
+        detail += f"opset {graph.opset} and IR version {graph.ir_version}"
+    return Finding(f"{model.name}: release", outcome, detail)
