@@ -110,8 +110,8 @@ def post_head(length: int) -> bytes:
 
 
 def test_health_metadata_and_configuration_of_a_model(digits: Bundle) -> None:
-    settings: dict[str, Any] = {"instances": 2, "threads": 3, "queue_limit": 77}
-    with serving(digits, max_delay_ms=2.5, **settings) as server, client_of(server) as client:
+    settings = {"instances": 2, "threads": 3, "queue_limit": 77, "max_delay_ms": 2.5}
+    with serving(digits, **settings) as server, client_of(server) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
         models = [(BYTES, ""), (BYTES, "1"), ("nobody", ""), (BYTES, "2")]
@@ -306,8 +306,8 @@ def test_slow_pipelined_and_aborted_requests(digits: Bundle, image: bytes) -> No
 
 
 def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, image: bytes) -> None:
-    options: dict[str, Any] = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
-    with serving(digits, read_timeout_s=20, **options) as server:
+    options = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
+    with serving(digits, **options) as server:
         quota = server.service.reader.quota
         with connected(server, post_head(920_000) + bytes(900_000)):
             wait_until(lambda: quota.used == 900_000)
