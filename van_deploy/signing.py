@@ -178,9 +178,8 @@ def _read_key(path: Path, kind: Literal["private", "public"]) -> Any:
             key = pem.load_pem_private_key(content, password if b"ENCRYPTED" in content else None)
         else:
             key = pem.load_pem_public_key(content)
-        name = type(key).__name__.lstrip("_")
         if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
-            raise TypeError(f"it is an {name}")  # noqa: TRY301 - one message for all
+            raise TypeError(f"it is an {type(key).__name__.lstrip('_')}")  # noqa: TRY301 - one message for all
     except Exception as error:  # cryptography raises many types for invalid files
         reason = getattr(error, "strerror", None) or error
         raise InputError(

@@ -189,16 +189,9 @@ def _acquire_lock(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> 
     """
     while True:
         created = _prepare(folder, create=create)
-        with contextlib.ExitStack() as attempt:
-            try:
-                attempt.enter_context(locked(folder))
-            except FileNotFoundError:  # removed while this process waited
-                continue
-            except BaseException:
-                if created:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-                raise
+        # The lock file is not found if the folder was removed while this process waited.
+        with contextlib.ExitStack() as attempt, contextlib.suppress(FileNotFoundError):
+            attempt.enter_context(locked(folder))
             if (folder / LOCK).exists():
                 lock.push(attempt.pop_all())
                 return created

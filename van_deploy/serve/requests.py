@@ -367,8 +367,8 @@ def parse_request(
 
 def encode_response(
     request: InferRequest, outputs: Mapping[str, Values], model: str
-) -> tuple[bytes, int | None]:
-    """Return the response body, and the length of its JSON if binary tensors follow it.
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body and the headers of a response: JSON, and binary tensors if requested.
 
     Raises:
         ConversionError: a requested output is NaN or infinite.
@@ -390,7 +390,9 @@ def encode_response(
     document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
     document |= {"id": request.id} if request.id else {}
     head = json.dumps(document, separators=(",", ":")).encode()
-    return b"".join([head, *tail]), len(head) if tail else None
+    headers = {"content-type": "application/octet-stream" if tail else "application/json"}
+    headers |= {"inference-header-content-length": str(len(head))} if tail else {}
+    return b"".join([head, *tail]), headers
 
 
 def _read_tensor(entry: _Input, tail: memoryview, spec: TensorSpec, max_batch: int) -> Values:

@@ -228,7 +228,6 @@ def model_config(
             "max_queue_delay_microseconds": settings.queue_delay_us,
             "default_queue_policy": {
                 "max_queue_size": settings.queue_limit,
-                "timeout_action": "REJECT",
                 "default_timeout_microseconds": 1000 * settings.queue_timeout_ms,
             },
         },
