@@ -88,7 +88,7 @@ def package(
 ) -> PackageReport:
     """Write and check the package of a bundle, or only check an existing one.
 
-    The folder is replaced atomically; a folder that is not a package is refused.
+    A folder is replaced by two renames; one that is not a package is refused.
 
     Raises:
         BundleError: an artifact is missing or was changed.
