@@ -244,6 +244,7 @@ def limited_protocol(timeout_s: float) -> Any:
     class Limited(HttpToolsProtocol):
         # Bytes of an incomplete head (-1 in a body); chunks and bytes of a body.
         head = chunks = size = 0
+        complete = False  # whether the next byte begins another request
         timer: Any = None
 
         def connection_made(self, transport: Any) -> None:
@@ -262,8 +263,8 @@ def limited_protocol(timeout_s: float) -> Any:
             while data and self.parser is not None and not self.transport.is_closing():
                 room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
                 piece, data = data[:room], data[room:]
-                if self.head >= 0:
-                    self.head += len(piece)
+                self.head += len(piece) if self.head >= 0 else 0
+                if self.head >= 0 or self.complete:
                     head, end, body = piece.partition(b"\r\n\r\n")
                     piece = UPGRADE.sub(b"\r\nIgnored:", head) + end + body
                 super().data_received(piece)
@@ -272,6 +273,7 @@ def limited_protocol(timeout_s: float) -> Any:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            self.complete = False
             if self.head < 0:
                 self.wait_for_head()
 
@@ -281,6 +283,10 @@ def limited_protocol(timeout_s: float) -> Any:
             if len(self.headers) > MAX_HEADERS or len(self.pipeline) == MAX_PIPELINED:
                 raise ValueError("too many")  # answered with 400 by uvicorn
             super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self.complete = True
 
         def on_body(self, body: bytes) -> None:
             self.size += len(body)
