@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +73,11 @@ def run_export(folder: Path, *options: str) -> Path:
 
 @contextlib.contextmanager
 def run_server(
-    bundle: Path, *options: str, port: int = 0, log: Path | None = None
+    bundle: Path,
+    *options: str,
+    port: int = 0,
+    log: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Serve a bundle inside the block; yield the process and its URL.
 
@@ -84,7 +88,7 @@ def run_server(
     pipes: Any = {"stdout": subprocess.PIPE, "text": True}
     with (
         open(log or os.devnull, "w", encoding="utf-8") as errors,
-        subprocess.Popen(command, stderr=errors, **pipes) as server,
+        subprocess.Popen(command, stderr=errors, env=environment, **pipes) as server,
     ):
         try:
             lines = itertools.takewhile(lambda line: line != "}\n", server.stdout or ())

@@ -66,6 +66,9 @@ def test_write_and_read(bundle: Path) -> None:
     (bundle / "fp32.onnx").write_text("changed")
     with pytest.raises(BundleError, match=r"fp32.onnx' was changed after the manifest was written"):
         opened.verified_path("fp32")
+    put(bundle, "fp32", "new")  # by another command
+    assert opened.problems()[0].endswith("was changed while this command was using it.")
+    opened = Bundle.open(bundle)
     (bundle / "fp32.onnx").unlink()
     assert opened.problems() == [
         f"'{bundle}/fp32.onnx' is in the manifest, but the file is missing."
@@ -323,7 +326,7 @@ def test_links_and_pipes_in_a_bundle_are_refused(
 def test_invalid_locks_are_reported(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("van_deploy.bundle.commit.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("van_deploy.bundle.folder.LOCK_WAIT_S", 0.1)
     lock, mine = bundle / ".lock", tmp_path / "mine"
     with FileLock(lock), pytest.raises(BundleError, match="has been writing"):
         put(bundle, "fp16", "x")

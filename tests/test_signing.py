@@ -18,7 +18,7 @@ from tests.each import each
 from tests.json_documents import edit_json
 from tests.manifest_parts import artifact_entry, network_info
 from van_deploy.bundle import MANIFEST, Bundle, edit_bundle
-from van_deploy.bundle.commit import SIGNATURE
+from van_deploy.bundle.folder import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError
 from van_deploy.signing import PASSWORD_VARIABLE, open_signed_bundle, sign_bundle
 

@@ -14,27 +14,20 @@ import os
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from van_deploy.bundle import MANIFEST, Bundle
-from van_deploy.bundle.commit import SIGNATURE
+from van_deploy.bundle.folder import SIGNATURE
 from van_deploy.errors import BundleError, InputError, SignatureError, require_extra
 from van_deploy.files import write_atomic
 from van_deploy.manifest import read_manifest
 from van_deploy.schema import Text, VersionedSchema, read_document
 
-SIGNATURE_BYTES = 64  # RFC 8032
 PASSWORD_VARIABLE = "VAN_DEPLOY_KEY_PASSWORD"
 MAX_KEY_BYTES = 64 * 2**10  # an Ed25519 key in PEM has 120
 REPLACE = "Do not use this bundle; download it again, or have it signed again."
-
-
-def _check_signature(text: str) -> str:
-    if len(base64.b64decode(text, validate=True)) != SIGNATURE_BYTES:
-        raise ValueError(f"should have {SIGNATURE_BYTES} bytes")
-    return text
 
 
 class Signature(VersionedSchema):
@@ -44,14 +37,14 @@ class Signature(VersionedSchema):
         algorithm: always ``ed25519``.
         key_id: SHA-256 of the public key (DER, SubjectPublicKeyInfo), in hexadecimal.
         date: time of signing, by the signer's clock (ISO 8601, UTC); part of the signed bytes.
-        signature: 64 bytes, in base64.
+        signature: 64 bytes (RFC 8032), in base64.
     """
 
     schema_: Literal["van-deploy/signature/1"] = Field(alias="schema")
     algorithm: Literal["ed25519"]
     key_id: Text
     date: Text
-    signature: Annotated[str, AfterValidator(_check_signature)]
+    signature: str = Field(pattern="^[A-Za-z0-9+/]{86}==$")
 
 
 @dataclass(frozen=True)
@@ -185,9 +178,8 @@ def _read_key(path: Path, kind: Literal["private", "public"]) -> Any:
             key = pem.load_pem_private_key(content, password if b"ENCRYPTED" in content else None)
         else:
             key = pem.load_pem_public_key(content)
-        name = type(key).__name__.lstrip("_")
         if not isinstance(key, ed25519.Ed25519PrivateKey | ed25519.Ed25519PublicKey):
-            raise TypeError(f"it is an {name}")  # noqa: TRY301 - one message for all
+            raise TypeError(f"it is an {type(key).__name__.lstrip('_')}")  # noqa: TRY301 - one message for all
     except Exception as error:  # cryptography raises many types for invalid files
         reason = getattr(error, "strerror", None) or error
         raise InputError(

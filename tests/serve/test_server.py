@@ -38,6 +38,8 @@ INFER, LIVE = f"/v2/models/{BYTES}/infer", "/v2/health/live"
 ROW, MIB = 64 * 64 * 3, 2**20
 JSON_LENGTH = "Inference-Header-Content-Length"
 HEAD = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n"
+JAVA = b"POST /predict HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 5\r\n"
+JAVA += b"HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nUpgrade: h2c\r\n\r\n"
 CHUNKED = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -108,8 +110,8 @@ def post_head(length: int) -> bytes:
 
 
 def test_health_metadata_and_configuration_of_a_model(digits: Bundle) -> None:
-    settings: dict[str, Any] = {"instances": 2, "threads": 3, "queue_limit": 77}
-    with serving(digits, max_delay_ms=2.5, **settings) as server, client_of(server) as client:
+    settings = {"instances": 2, "threads": 3, "queue_limit": 77, "max_delay_ms": 2.5}
+    with serving(digits, **settings) as server, client_of(server) as client:
         assert client.is_server_live()
         assert client.is_server_ready()
         models = [(BYTES, ""), (BYTES, "1"), ("nobody", ""), (BYTES, "2")]
@@ -275,6 +277,13 @@ def test_limits_of_heads_and_chunks(server: Running, sent: bytes, status: int) -
         assert client.recv(65536).startswith(b"HTTP/1.1 %d" % status)
 
 
+def test_bodies_of_requests_that_offer_http2_are_read(server: Running) -> None:
+    with connected(server) as client:
+        for _ in range(2):
+            client.sendall(JAVA + b"hello")
+            assert client.recv(65536).startswith(b"HTTP/1.1 422")
+
+
 def test_slow_pipelined_and_aborted_requests(digits: Bundle, image: bytes) -> None:
     received = b""
     with (
@@ -303,8 +312,8 @@ def test_slow_pipelined_and_aborted_requests(digits: Bundle, image: bytes) -> No
 
 
 def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, image: bytes) -> None:
-    options: dict[str, Any] = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
-    with serving(digits, read_timeout_s=20, **options) as server:
+    options = {"max_held_mib": 1, "max_body_mib": 0.9, "compare": False}
+    with serving(digits, **options) as server:
         quota = server.service.reader.quota
         with connected(server, post_head(920_000) + bytes(900_000)):
             wait_until(lambda: quota.used == 900_000)
@@ -317,6 +326,9 @@ def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, image: byt
             assert (status, "pytorch" in answer) == (200, False)
         wait_until(lambda: quota.used == 0)
         assert send(server, "/predict", bytes(200_000))[0] == 422
+    with serving(digits, max_held_mib=1) as server:  # such a body could never be received
+        status, answer, _ = send(server, "/predict", bytes(2 * MIB))
+        assert (status, "--max-body-mib and --max-held-mib." in answer["error"]) == (413, True)
 
 
 def test_refused_bodies_are_freed_immediately(server: Running) -> None:
@@ -418,6 +430,25 @@ def test_draining_or_full_server_returns_503(digits: Bundle, image: bytes) -> No
         wait_until(lambda: not server.app.connections)
         text = send(server, "/metrics")[1]
     assert 'requests_total{model="",route="",status="503"} 1.0' in text
+
+
+def test_graph_of_any_size_is_served_at_the_size_of_the_bundle(
+    dynamic_size: Bundle, image: bytes
+) -> None:
+    with serving(dynamic_size) as server, client_of(server) as client:
+        (served,) = client.get_model_metadata(BYTES)["inputs"]
+        assert served["shape"] == [-1, 64, 96, 3]
+        (served,) = client.get_model_config(BYTES)["input"]
+        assert served["dims"] == [64, 96, 3]
+        assert send(server, "/predict?compare=1", image)[1]["pytorch"]["largest_difference"] < 1e-5
+
+
+@each("binary", [True, False])
+def test_outputs_that_are_not_finite_are_not_returned(server: Running, binary: bool) -> None:
+    images = np.full((1, 3, 64, 64), 1e38, np.float32)
+    logits = triton.InferRequestedOutput("logits", binary_data=binary)
+    with client_of(server) as client, pytest.raises(Exception, match="The server failed"):
+        client.infer(PLAIN, [tensor_of(triton, images, "images")], outputs=[logits])
 
 
 def test_model_failure_returns_500_and_is_logged(

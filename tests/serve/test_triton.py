@@ -74,7 +74,7 @@ optimization { cuda { graphs: true graph_spec { batch_size: 1
 """
 
 
-def test_configuration_of_a_graph(digits: Bundle, tmp_path: Path) -> None:
+def test_configuration_of_a_graph(digits: Bundle, dynamic_size: Bundle, tmp_path: Path) -> None:
     options = {"instances": 3, "threads": 4, "queue_timeout_ms": 50, "model_version": 7}
     package = write_package(tmp_path, digits, "fp32-uint8", **options)
     assert config_of(package) == text_format.Parse(GRAPH, schema.ModelConfig())
@@ -83,6 +83,9 @@ def test_configuration_of_a_graph(digits: Bundle, tmp_path: Path) -> None:
     on_gpu = config_of(write_package(tmp_path, digits, gpu=True, threads=4))
     assert str(on_gpu.instance_group[0]) == "count: 1\nkind: KIND_GPU\n"
     assert not on_gpu.parameters  # the runtime sets the threads
+    config = config_of(write_package(tmp_path, dynamic_size))
+    assert list(config.input[0].dims) == [-1, -1, 3]
+    assert list(config.model_warmup[1].inputs["pixels"].dims) == [64, 96, 3]
 
 
 def test_configuration_of_plans_with_static_and_dynamic_profiles(
@@ -213,7 +216,9 @@ def test_python_backend_packages_onnx_runtime(
     assert sorted(file.name for file in files) == ["model.onnx", "model.py"]
 
 
-def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path, cli: Cli) -> None:
+def test_package_command_and_detection_of_changes(
+    digits: Bundle, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failed() -> dict[str, str]:
         findings = check_package(package, digits).findings
         return {finding.name: finding.detail for finding in findings if not finding.outcome}
@@ -225,6 +230,8 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
     assert [p.name for p in (package / "models").iterdir()] == [NAME]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     cli.passes(*words, "--check")
+    other = cli.fails(2, *words, "--check", "--gpu", "--artifact", "fp32")
+    assert "takes no option that makes one: artifacts, gpu." in " ".join(other.split())
     (package / "models/package.json").write_text("{}")
     assert failed() == {"files": "models/package.json: missing, changed or added"}
     (package / "models/package.json").unlink()
@@ -239,8 +246,14 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
         assert failed() == {"files": f"{file}: missing, changed or added"}
     assert "does not match the bundle: files." in cli.fails(1, *words, "--check")
     (tmp_path / "current").symlink_to(digits.path)
+    (tmp_path / "latest").symlink_to(tmp_path / f"{digits.path.name}-triton")
     linked = open_bundle(tmp_path / "current").package()
-    assert linked.path == tmp_path / f"{digits.path.name}-triton"
+    (linked.path / "client.py").unlink()
+    open_bundle(tmp_path / "current").package(tmp_path / "latest")
+    assert linked.path == (tmp_path / "latest").readlink()
+    assert (linked.path / "client.py").is_file()
+    monkeypatch.chdir(linked.path)
+    assert "the working folder is in it" in cli.fails(2, "package triton -o .", digits.path)
     edit_json(package / "package.json", "bundle", "other")
     with pytest.raises(InputError, match="was made from 'other', not 'van_digits'"):
         check_package(package, digits)
@@ -248,62 +261,51 @@ def test_package_command_and_detection_of_changes(digits: Bundle, tmp_path: Path
         check_package(tmp_path / "nowhere", digits)
 
 
-# KServe's runtime listens on 8080 and 9000. All three manifests mount the package's folder
-# models/, copied into the root of one volume.
-IN_BOTH = """
-kubernetes 0 spec template spec containers 0 args 1 = --model-repository=/models
-kubernetes 0 spec template spec containers 0 ports 0 name = http
-kubernetes 0 spec template spec containers 0 ports 2 name = metrics
-kubernetes 0 spec template spec containers 0 startupProbe httpGet port = http
-kubernetes 0 spec template spec containers 0 readinessProbe httpGet port = http
-kubernetes 0 spec template spec containers 0 livenessProbe httpGet port = http
-kubernetes 0 spec template spec containers 0 volumeMounts 0 mountPath = /models
-kubernetes 0 spec template spec containers 0 volumeMounts 0 subPath = models
-kubernetes 0 spec template spec volumes 0 persistentVolumeClaim claimName = van-digits-models
-kubernetes 1 spec ports 2 targetPort = metrics
-kserve 0 spec predictor model storageUri = pvc://van-digits-models/models
-kserve 0 spec predictor model ports 0 containerPort = 8080
-kserve 0 spec predictor model readinessProbe httpGet port = 8080
-kserve 0 spec predictor model livenessProbe httpGet port = 8080
-compose 0 services triton volumes 0 = ./models:/models:ro
-compose 0 services triton command 1 = --model-repository=/models
-"""
-ON_A_PROCESSOR = """
-kubernetes 0 spec template spec containers 0 resources requests cpu = 12
-kubernetes 0 spec template spec containers 0 resources requests memory = 2056Mi
-kubernetes 2 spec metrics 0 type = Resource
-"""
-ON_A_GPU = """
-kubernetes 0 spec template spec containers 0 resources limits nvidia.com/gpu = 1
-kubernetes 0 spec template spec containers 0 args 4 = --backend-config=tensorrt,COMPATIBLE
-kubernetes 2 spec metrics 0 pods metric name = nv_inference_pending_request_count
-kubernetes 2 spec metrics 0 pods target averageValue = 32
-kserve 0 spec predictor model args 1 = --backend-config=tensorrt,COMPATIBLE
-compose 0 services triton command 3 = --backend-config=tensorrt,COMPATIBLE
-compose 0 services triton deploy resources reservations devices 0 capabilities 0 = gpu
-""".replace("COMPATIBLE", "version-compatible=true")
-
-
 def test_deployment_manifests(digits: Bundle, tmp_path: Path, with_plans: PlanMaker) -> None:
+    """KServe's runtime listens on 8080; all three mount the package's folder models/."""
     validate = pytest.importorskip("kubernetes_validate")
     compatible = with_plans(profiles="1:8:32", options={"version_compatible": True})
-    two = ("fp32-uint8", "fp32")
-    for bundle, artifacts, options, expected in (
-        (digits, two, {"instances": 2, "threads": 3}, ON_A_PROCESSOR),
-        (compatible, ["plan-sm_89"], {}, ON_A_GPU),
+    flag, gpu = "--backend-config=tensorrt,version-compatible=true", {"nvidia.com/gpu": "1"}
+    cpu = ("12", "2056Mi", {"type": "Resource", "resource": {"name": "cpu"}})
+    waiting = {"metric": {"name": "nv_inference_pending_request_count"}}
+    waiting["target"] = {"type": "AverageValue", "averageValue": "32"}
+    for bundle, artifacts, options, (cpus, memory, metric) in (
+        (digits, ("fp32-uint8", "fp32"), {"instances": 2, "threads": 3}, cpu),
+        (compatible, ["plan-sm_89"], {}, ("2", "2048Mi", {"type": "Pods", "pods": waiting})),
     ):
         package = write_package(tmp_path, bundle, *artifacts, **options)
         for path in (*package.rglob("*.yaml"), *package.rglob("*.py")):
             assert not re.findall(r"\$|#if", path.read_text()), "an unfilled template field"
-        manifests = {path.stem: yaml_of(path) for path in package.glob("*.yaml")}
-        for resource in manifests["kubernetes"]:
+        (compose,), (kserve,) = (yaml_of(package / f"{n}.yaml") for n in ("compose", "kserve"))
+        resources = yaml_of(package / "kubernetes.yaml")
+        for resource in resources:
             validate.validate(resource, "1.30", strict=True)
-        for line in filter(None, (IN_BOTH + expected).splitlines()):
-            place, value = line.split(" = ")
-            actual: Any = manifests
-            for key in place.split():
-                actual = actual[int(key) if key.isdigit() else key]
-            assert str(actual) == value, line
+        on_gpu, (deployment, service, scaler) = metric["type"] == "Pods", resources
+        pod, model = deployment["spec"]["template"]["spec"], kserve["spec"]["predictor"]["model"]
+        triton_server, (volume, _) = compose["services"]["triton"], pod["volumes"]
+        (container,) = pod["containers"]
+        for command in (container["args"], triton_server["command"], model["args"]):
+            assert (flag in command) is on_gpu
+            assert command is model["args"] or command[1] == "--model-repository=/models"
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container[probe]["httpGet"]["port"] == "http"
+        ports = {port["name"] for port in container["ports"]}
+        assert ports == {port["targetPort"] for port in service["spec"]["ports"]}
+        mount = {"name": "models", "mountPath": "/models", "subPath": "models", "readOnly": True}
+        assert container["volumeMounts"][0] == mount
+        assert volume["persistentVolumeClaim"]["claimName"] == "van-digits-models"
+        assert model["storageUri"] == "pvc://van-digits-models/models"
+        served = [model[probe]["httpGet"]["port"] for probe in ("readinessProbe", "livenessProbe")]
+        assert served == [model["ports"][0]["containerPort"]] * 2 == [8080] * 2
+        assert triton_server["volumes"] == ["./models:/models:ro"]
+        limits = {"memory": memory, **(gpu if on_gpu else {})}
+        for given in (container["resources"], model["resources"]):
+            assert given == {"requests": {"cpu": cpus, **limits}, "limits": limits}
+        devices = triton_server["deploy"]["resources"]["reservations"].get("devices", [])
+        assert [device["capabilities"] for device in devices] == [["gpu"]] * on_gpu
+        (scaling,) = scaler["spec"]["metrics"]
+        scaling.get("resource", {}).pop("target", None)
+        assert scaling == metric
 
 
 @each("artifact", ["fp32-uint8", "fp32"])

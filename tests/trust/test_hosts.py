@@ -1,43 +1,39 @@
-"""Restricted hosts: every command without network access, and without PyTorch.
+"""Restricted hosts: without network access, PyTorch, writable installation, UTF-8 or streams.
 
 The commands of a host run in one process, on one bundle. Its Python and that of every child process
 load a ``sitecustomize`` that hides modules, and whose audit hook blocks and logs all connections to
 other machines, so that blocked connections are found even if the error is caught.
 """
 
-import contextlib
 import importlib.metadata as metadata
-import itertools
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
+from zipfile import ZipFile
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from reliability.load import run_server
 from supply_chain.pins import resolve_dependencies
 from tests.artifacts import Subject
 from tests.conftest import ROOT
+from tests.each import each
 from tests.plans import add_plan
 from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.cli.app import COMMANDS
 
 WITHIN_S = 500
 RTX = find_spec("tensorrt_rtx") is not None
-OPTIONAL = (
-    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray", "cryptography"),
-    *("uvicorn", "prometheus_client", "tritonclient", "sklearn", "skimage", "scipy"),
-)
 HOOK = """
 import json, os, sys
 
@@ -83,27 +79,14 @@ class Host:
         own = {"PYTHONPATH": paths, "REFUSALS": str(self.refused), "BLOCKED": json.dumps(blocked)}
         self.environment = {**kept, **own, "HF_HOME": f"{folder}/hub", "COLUMNS": "100"}
 
-    def started(self, *words: str) -> subprocess.Popen[str]:
-        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen([sys.executable, *words], env=self.environment, **pipes)
-
     def run(self, *lines: str) -> dict[str, list[Any]]:
         """Return exit code, stdout and stderr of each command, by its line."""
-        process = self.started("-c", DRIVER, str(self.out), *lines)
-        _, said = process.communicate(timeout=WITHIN_S)
-        assert process.returncode == 0, said
+        words, pipes = (sys.executable, "-c", DRIVER, str(self.out), *lines), subprocess.PIPE
+        done = subprocess.run(
+            words, env=self.environment, text=True, stdout=pipes, stderr=pipes, timeout=WITHIN_S
+        )
+        assert done.returncode == 0, done.stderr
         return dict(json.loads(self.out.read_text()))
-
-    @contextlib.contextmanager
-    def serving(self, bundle: Path) -> Iterator[str]:
-        """Run `serve` and yield its address."""
-        server = self.started("-m", "van_deploy", "serve", str(bundle), "--port", "0", "--json")
-        try:
-            lines = itertools.takewhile(lambda line: line != "}\n", server.stdout or ())
-            yield str(json.loads("".join(lines) + "}")["url"]).rstrip("/")
-        finally:
-            server.send_signal(signal.SIGINT)
-            server.communicate(timeout=30)
 
     def refusals(self) -> set[str]:
         return set(self.refused.read_text().split()) if self.refused.exists() else set()
@@ -136,7 +119,10 @@ def test_no_command_needs_the_network(tmp_path: Path, digits: Subject) -> None:
     host = Host(tmp_path)
     done = host.run(*every_command(tmp_path, digits.labelled))
     assert {line: found[2] for line, found in done.items() if found[0]} == {}
-    with host.serving(tmp_path / "b") as url, urlopen(f"{url}/v2/health/ready") as answer:
+    with (
+        run_server(tmp_path / "b", environment=host.environment) as (_, url),
+        urlopen(f"{url}/v2/health/ready") as answer,
+    ):
         assert answer.status == 200
     assert host.refusals() == set()
     assert {line.split()[0] for line in done} | {"serve", "build"} == set(COMMANDS)
@@ -147,14 +133,6 @@ def test_no_command_needs_the_network(tmp_path: Path, digits: Subject) -> None:
     assert re.search(r"offline|network|reach|connect", stderr, re.IGNORECASE)
     assert host.refusals() == {"huggingface.co"}
     assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.slow
-def test_commands_start_without_each_optional_package(tmp_path: Path) -> None:
-    """``tests/test_packaging.py`` imports every module without all of them."""
-    for package in OPTIONAL:
-        done = Host(tmp_path / package, [package]).run("--help", "list", "doctor")
-        assert [found[0] for found in done.values()] == [0, 0, 0], (package, done)
 
 
 # --- without PyTorch: only the packages of requirements-runtime.txt ------------------------------
@@ -183,7 +161,7 @@ def test_host_without_pytorch_and_weights(digits: Subject, tmp_path: Path) -> No
         *(f"inspect {path}/model.onnx", f"info {path}", f"report {path}"),
         f"drift {path} --against golden --level stage",
         f"check {path} --baseline {tmp_path}/base.json --update {skips}",
-        f"export van_digits --output {tmp_path}/out",
+        *("doctor", f"export van_digits --output {tmp_path}/out"),
     )
     done = {line.split()[0]: outputs for line, outputs in found.items()}
     verdicts = json.loads(done["verify"][1])["artifacts"]
@@ -194,8 +172,88 @@ def test_host_without_pytorch_and_weights(digits: Subject, tmp_path: Path) -> No
     assert done["export"][2].startswith("error: This needs ")
     answer = str(int(digits.samples.logits[0].argmax()))
     assert str(json.loads(done["predict"][1])["predictions"][0]["top"][0]["index"]) == answer
-    with host.serving(path) as url:
+    with run_server(path, environment=host.environment) as (_, url):
         image = (path / "golden/0.png").read_bytes()
         request = Request(f"{url}/predict", image, {"Content-Type": "image/png"})
         with urlopen(request, timeout=60) as response:
             assert answer in json.dumps(json.load(response))
+
+
+# --- unusual environments: names, locales, streams, folders -------------------------------------
+
+# Makes INSTALLED read-only, and the home folder unknown.
+READ_ONLY_HOOK = """
+import os, pwd, sys
+
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.truncate")
+INSTALLED = os.path.realpath(os.environ["INSTALLED"]) + os.sep
+pwd.getpwuid = {}.__getitem__
+
+def refuse(event, details):
+    writing = event == "open" and details[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if (writing or event in CHANGES) and isinstance(details[0], (str, bytes)):
+        if os.path.realpath(os.fsdecode(details[0])).startswith(INSTALLED):
+            raise OSError(30, "Read-only file system", os.fsdecode(details[0]))
+
+sys.addaudithook(refuse)
+"""
+LOCALES = {
+    "ascii": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+    "latin-1": {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1"},
+    "utf-8": {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"},
+}
+
+
+@pytest.mark.slow
+def test_non_ascii_names_in_any_locale(wheel: ZipFile, tmp_path: Path) -> None:
+    """The bundle is exported in the C locale; all names are non-ASCII."""
+    installed, hooks, folder = (tmp_path / name for name in ("site", "hooks", "Bänder 文件"))
+    wheel.extractall(installed)
+    hooks.mkdir()
+    folder.mkdir()
+    (hooks / "sitecustomize.py").write_text(READ_ONLY_HOOK)
+    kept = ("PATH", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
+    kept_values = {name: os.environ[name] for name in kept if name in os.environ}
+    own = {"PYTHONPATH": f"{hooks}{os.pathsep}{installed}", "INSTALLED": str(installed)}
+
+    def run(locale: str, *words: str, code: int = 0) -> str:
+        pipes: Any = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        environment = {**kept_values, **own, "PYTHONUTF8": "0", **LOCALES[locale]}
+        command = [sys.executable, "-m", "van_deploy", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, check=False, **pipes)
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+        return str(done.stderr if code else done.stdout)
+
+    bundle = "mein Bündel 一"
+    run("ascii", "export", "van_digits", "--output", bundle)
+    shutil.copy(folder / bundle / "golden/0.png", folder / "Größe eins.png")
+    for locale in LOCALES:
+        for words in (("info", bundle), ("predict", bundle, "Größe eins.png")):
+            stdout = run(locale, *words, "--json")
+            assert locale == "latin-1" or json.loads(stdout)
+        assert run(locale, "predict", bundle, "½ nichts.png", code=5).startswith("error: ")
+    run("ascii", "package", "triton", bundle, "-o", "Triton für alle")
+    run("utf-8", "report", bundle, "-o", "Bericht ½ eins.html")
+    assert str(installed) in run("utf-8", "info", "van_digits", "--json")
+    assert not list(installed.rglob("*.pyc")), "something was written"
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    at = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = ["sh", "-c", command]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=at, check=False)
+
+
+@each("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams(closed: str) -> None:
+    """A service or a shell may start a program without standard streams."""
+    done = shell(f"{sys.executable} -m van_deploy report nosuch {closed}")
+    assert done.returncode == 5
+    assert done.stderr == "" if "2>" in closed else done.stderr.startswith("error: There is no ")
+
+
+def test_deleted_working_folder(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    done = shell(f"mkdir {gone}; cd {gone}; rmdir {gone}; {sys.executable} -m van_deploy list")
+    assert done.returncode == 5
+    assert done.stderr.startswith("error: The working folder cannot be used: ")

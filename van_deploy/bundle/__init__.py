@@ -10,7 +10,7 @@ Files are used only if their SHA-256 matches the manifest.
 """
 
 from van_deploy.bundle.editing import Draft, edit_bundle
-from van_deploy.bundle.reading import Bundle
+from van_deploy.bundle.folder import Bundle
 from van_deploy.manifest import MANIFEST, Artifact, Manifest, Origin
 
 __all__ = ["MANIFEST", "Artifact", "Bundle", "Draft", "Manifest", "Origin", "edit_bundle"]

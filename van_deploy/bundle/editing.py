@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from van_deploy.bundle.commit import LOCK, PENDING, STAGING, commit, finish_commit, locked
-from van_deploy.bundle.reading import Bundle
+from van_deploy.bundle.folder import LOCK, PENDING, STAGING, Bundle, commit, finish_commit, locked
 from van_deploy.errors import BundleError
 from van_deploy.files import file_sha256
 from van_deploy.manifest import (
@@ -22,8 +21,6 @@ from van_deploy.manifest import (
     require_relative_path,
 )
 from van_deploy.provenance import current_timestamp
-
-LOCK_ATTEMPTS = 10
 
 
 @dataclass
@@ -105,7 +102,7 @@ def edit_bundle(path: str | Path, *, name: str | None = None) -> Iterator[Draft]
     Raises:
         BundleError: the folder contains other files or another model's bundle,
             cannot be created, or is locked by another process for longer
-            than :data:`~van_deploy.bundle.commit.LOCK_WAIT_S` seconds.
+            than :data:`~van_deploy.bundle.folder.LOCK_WAIT_S` seconds.
         OSError: an existing bundle is read-only.
     """
     folder = Path(path)
@@ -190,25 +187,14 @@ def _acquire_lock(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> 
     The process that held the lock before may have failed and removed the new folder together
     with the lock file. The folder is then created again.
     """
-    for _ in range(LOCK_ATTEMPTS):
+    while True:
         created = _prepare(folder, create=create)
-        with contextlib.ExitStack() as attempt:
-            try:
-                attempt.enter_context(locked(folder))
-            except FileNotFoundError:  # removed while this process waited
-                continue
-            except BaseException:
-                if created:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()
-                raise
+        # The lock file is not found if the folder was removed while this process waited.
+        with contextlib.ExitStack() as attempt, contextlib.suppress(FileNotFoundError):
+            attempt.enter_context(locked(folder))
             if (folder / LOCK).exists():
                 lock.push(attempt.pop_all())
                 return created
-    raise BundleError(
-        f"Other processes create and remove '{folder}' repeatedly.",
-        "Wait for them to end, or use another --output DIR.",
-    )
 
 
 def _artifact_files(artifacts: Mapping[str, Artifact]) -> set[str]:

@@ -40,7 +40,6 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
-from van_deploy.bundle.reading import verify
 from van_deploy.checks.gates import PREPROCESSING, RESIZE_LIMIT, Finding, pass_or_fail
 from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
 from van_deploy.data.images import Batch, decode_item, image_set, open_image
@@ -339,7 +338,7 @@ def golden_samples(bundle: Bundle) -> Samples:
             "Use the original network (--against weights), or export again without --golden none.",
         )
     path, preprocessing = bundle.path / golden.file, manifest.preprocessing
-    verify(path, bundle.digests[golden.file])
+    bundle.verify(golden.file, bundle.digests[golden.file])
     sizes = other_sizes(manifest.sizes, preprocessing.image_size)
     try:
         with np.load(path, allow_pickle=False) as arrays:
@@ -373,7 +372,7 @@ def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
     findings, golden = [], bundle.manifest.golden
     for row, place in enumerate(golden.originals[: len(samples)] if golden else ()):
         path = bundle.path / place
-        verify(path, bundle.digests[place])
+        bundle.verify(place, bundle.digests[place])
         pixels = _pixels(path, bundle.manifest.preprocessing).astype(int)
         change = float(np.abs(pixels - np.asarray(samples.pixels)[row]).max())
         fault = (

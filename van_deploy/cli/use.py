@@ -154,13 +154,9 @@ def predict(
 
 def _stdin() -> bytes:
     content = sys.stdin.buffer.read(STDIN_LIMIT_BYTES + 1)
-    if not content:
-        raise ImageError("Standard input is empty.", "Pipe an image file into it.")
-    if len(content) > STDIN_LIMIT_BYTES:
-        raise ImageError(
-            f"Standard input has more than {STDIN_LIMIT_BYTES // 2**20} MiB.",
-            "Give the file's path instead.",
-        )
+    if not 0 < len(content) <= STDIN_LIMIT_BYTES:
+        fault = f"has more than {STDIN_LIMIT_BYTES // 2**20} MiB" if content else "is empty"
+        raise ImageError(f"Standard input {fault}.", "Pipe an image, or give its path.")
     return content
 
 

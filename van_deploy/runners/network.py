@@ -258,6 +258,12 @@ class Network:
         return f"{self.runner}, {BF16_EMULATED}" if emulated else self.runner
 
     @property
+    def native_shape(self) -> tuple[int, ...]:
+        """Shape of one input row, with the bundle's own size for dynamic sides."""
+        sides = iter(self.preprocessing.sides)
+        return tuple(next(sides) if length < 0 else length for length in self.input.shape)
+
+    @property
     def on_gpu(self) -> bool:
         """Whether the artifact runs on a GPU."""
         if self.is_package:

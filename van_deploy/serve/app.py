@@ -172,13 +172,8 @@ class App:
             outputs, *_ = await served.infer(rows)
             as_text = [outputs[o.name].size for o in parsed.outputs if not parsed.is_binary(o)]
             executor = "process" if sum(as_text) > MANY_NUMBERS else "here"
-            content, json_size = await reader.run(
-                executor, encode_response, parsed, outputs, served.name
-            )
-        if json_size is None:
-            return Response(content, {"content-type": "application/json"})
-        headers = {"content-type": "application/octet-stream"}
-        return Response(content, {**headers, "inference-header-content-length": str(json_size)})
+            answer = (parsed, outputs, served.name)
+            return Response(*await reader.run(executor, encode_response, *answer))
 
     async def _predict(self, request: Request) -> dict[str, Any]:
         query, reader = request.query, self.service.reader

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from van_deploy.metrics import probabilities
 from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import PYTORCH, NamedClass, Network, require_classifier
-from van_deploy.serve.requests import MIB, BodyReader, Quota, Values
+from van_deploy.serve.requests import BodyReader, Quota, Values
 from van_deploy.serve.triton import TritonModel, default_artifacts, model_config, served_name
 
 LARGE_IMAGE = 16_000_000  # pixels; larger images are decoded one at a time, to limit memory
@@ -96,6 +97,8 @@ class ServedModel:
 
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._delay_s = network, settings.max_delay_ms / 1e3
+        # Only rows of one size can run in one batch.
+        network.input = replace(network.input, shape=network.native_shape)
         self.name = served_name(network.bundle, network.name)
         running = network.max_batch * settings.instances
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * running)
@@ -227,13 +230,13 @@ class Service:
 
     def description(self) -> dict[str, Any]:
         """Return the properties of the bundle and the server for the web page."""
-        manifest, settings = self.bundle.manifest, self.settings
+        manifest = self.bundle.manifest
         networks = ((name, served.network) for name, served in self.models.items())
         return {
             **manifest.model_dump(mode="json", include={"name", "preprocessing", "parameters"}),
-            "compare": settings.compare,
+            "compare": self.settings.compare,
             "classes": manifest.architecture.num_classes,
-            "max_body_bytes": round(MIB * settings.max_body_mib),
+            "max_body_bytes": self.reader.max_body,
             "models": [{"name": n, "artifact": v.name, "runner": v.runner} for n, v in networks],
         }
 

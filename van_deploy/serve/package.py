@@ -88,18 +88,24 @@ def package(
 ) -> PackageReport:
     """Write and check the package of a bundle, or only check an existing one.
 
-    The folder is replaced atomically; a folder that is not a package is refused.
+    A folder is replaced by two renames; one that is not a package is refused.
 
     Raises:
         BundleError: an artifact is missing or was changed.
         ConversionError: pip cannot download the packages of an execution environment.
         InputError: Triton cannot load an artifact, or there is no package to check.
         MissingDependency: Triton's schema is not installed.
-        UsageError: ``output`` is not a package, or the release is unknown or cannot load a model.
+        UsageError: ``output`` is not a package or cannot be replaced, the release is unknown or
+            cannot load a model, or ``only_check`` and other options are given.
     """
     path = Path(os.path.abspath(bundle.path))  # the bundle may be "."
     folder = output or path.with_name(f"{path.resolve().name}-triton")
     if only_check:
+        if given := ", ".join(sorted(settings.model_fields_set)):
+            raise UsageError(
+                f"A check of an existing package takes no option that makes one: {given}.",
+                "Leave out --check to write a package, or the other options to check it.",
+            )
         return check_package(folder, bundle)
     artifacts = settings.artifacts or triton.default_artifacts(bundle)
     models = triton.triton_models(bundle, artifacts, settings.backend, gpu=settings.gpu)
@@ -110,8 +116,14 @@ def package(
             f"'{folder}' exists and is not a package.",
             "Nothing was written. Give an empty or a new folder with --output DIR.",
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+    target = folder.resolve()  # a link stays a link
+    if os.path.ismount(target) or Path.cwd().is_relative_to(target):
+        raise UsageError(
+            f"'{folder}' cannot be replaced: the working folder is in it, or it is a mount point.",
+            "Nothing was written. Give a folder inside it with --output DIR.",
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as temporary:
         new = Path(temporary) / "package"
         _write_package(new, models, settings, release)
         record = PackageRecord(
@@ -122,9 +134,9 @@ def package(
             batch=bundle.manifest.batch,
         )
         (new / PACKAGE_FILE).write_text(record.text(), encoding="utf-8")
-        if folder.exists():
-            os.replace(folder, Path(temporary) / "old")
-        os.replace(new, folder)
+        if target.exists():
+            os.replace(target, Path(temporary) / "old")
+        os.replace(new, target)
     findings = (*check_package(folder, bundle).findings, *release_findings)
     return PackageReport(folder, len(record.files) + 1, findings)
 
@@ -158,16 +170,15 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
     digests = _digests(path)
     del digests[PACKAGE_FILE]
     different = sorted({file for file, _ in record.files.items() ^ digests.items()})
-    text = f"{', '.join(different)}: missing, changed or added" if different else "unchanged"
-    findings = [Finding("files", not different, text)]
+    problems = {"files": f"{', '.join(different)}: missing, changed or added" if different else ""}
     current = {name: entry.sha256 for name, entry in bundle.artifacts.items()}
     for name, digest in record.artifacts.items():
-        outdated = current.get(name) != digest
-        text = "rebuilt in the bundle since" if outdated else "current"
-        findings.append(Finding(f"artifact {name}", not outdated, text))
+        same = current.get(name) == digest
+        problems[f"artifact {name}"] = "" if same else "rebuilt in the bundle since"
     batch = bundle.manifest.batch
-    text = "current" if record.batch == batch else f"{record.batch}; the bundle has {batch}"
-    findings.append(Finding("batch sizes", record.batch == batch, text))
+    same = record.batch == batch
+    problems["batch sizes"] = "" if same else f"{record.batch}; the bundle has {batch}"
+    findings = (Finding(name, not text, text or "unchanged") for name, text in problems.items())
     return PackageReport(path, 0, tuple(findings))
 
 

@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -28,21 +29,25 @@ import pydantic
 from pydantic_core import from_json
 
 from van_deploy.config import ServiceSettings
-from van_deploy.errors import InputError
+from van_deploy.errors import ConversionError, InputError
 from van_deploy.runners.network import TensorSpec
 from van_deploy.schema import OpenSchema, validate
 from van_deploy.serve.triton import DATATYPES
 
 MIB = 2**20
 BODIES_FULL = "The requests that are being received use all the memory they may."
-SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib."
-SEND_BYTES = "Send binary tensors, or start the server with a higher --max-json-mib."
+SEND_LESS = "Send fewer or smaller images, or start the server with a higher --max-body-mib"
+SEND_BYTES = "Send binary tensors, or start the server with a higher --max-json-mib"
 
 MAX_HEAD_BYTES, MAX_HEADERS = 16 * 2**10, 100  # of one request, request line included
 MAX_PIPELINED = 16  # waiting requests of one connection
 # Each chunk of a body costs a call, independent of its size: after so many, chunks must have
 # this size on average.
 FREE_CHUNKS, MIN_CHUNK_BYTES = 200, 64
+
+# httptools drops the body of a request with this header, which Java's client sends by default to
+# offer HTTP/2. The server may ignore the offer (RFC 9110, section 7.8).
+UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
 
 T = TypeVar("T")
 Executor = Literal["here", "thread", "process"]
@@ -122,12 +127,16 @@ class BodyReader:
 
     Attributes:
         quota: bytes of all bodies in memory.
+        max_body: bytes of the largest body.
+        max_json: bytes of the largest body of JSON.
         draining: whether the server is shutting down; further bodies are refused.
     """
 
     def __init__(self, settings: ServiceSettings) -> None:
-        self._settings, self._pool, self.draining = settings, _create_pool(), False
+        self._timeout_s, self._pool, self.draining = settings.read_timeout_s, _create_pool(), False
         self.quota = Quota(round(MIB * settings.max_held_mib), BODIES_FULL, 503)
+        self.max_body = min(round(MIB * settings.max_body_mib), self.quota.limit)
+        self.max_json = min(round(MIB * settings.max_json_mib), self.quota.limit)
 
     async def read(
         self, request: Request, stack: contextlib.ExitStack, *, is_json: bool = False
@@ -145,8 +154,7 @@ class BodyReader:
         """
         if self.draining:
             raise RequestError("The server is shutting down.", status=503)
-        settings, chunks = self._settings, list[bytes]()
-        limit = round(MIB * (settings.max_json_mib if is_json else settings.max_body_mib))
+        chunks, limit = list[bytes](), self.max_json if is_json else self.max_body
         size, complete = int(request.headers.get("content-length", "0")), False
 
         async def collect() -> None:
@@ -165,13 +173,14 @@ class BodyReader:
                     chunks.append(chunk)
 
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(collect(), settings.read_timeout_s)
+            await asyncio.wait_for(collect(), self._timeout_s)
             complete = True
         if size > limit:
             remedy = SEND_BYTES if is_json else SEND_LESS
+            remedy += " and --max-held-mib." if limit == self.quota.limit else "."
             raise RequestError(f"The request is larger than {limit:,} bytes.", remedy, 413)
         if not complete:
-            text = f"The request was not complete after {settings.read_timeout_s:g} s."
+            text = f"The request was not complete after {self._timeout_s:g} s."
             raise RequestError(text, status=408)
         kind = request.headers.get("content-type", "").lower()
         encoding = request.headers.get("content-encoding", "identity").lower()
@@ -225,7 +234,7 @@ def _initialise_worker() -> None:
 
 
 def limited_protocol(timeout_s: float) -> Any:
-    """Return uvicorn's HTTP protocol class with limits that uvicorn does not have.
+    """Return uvicorn's HTTP protocol class, without upgrades and with limits that it does not have.
 
     The head of a request has a limit of time and of size. Each header and each chunk of a body
     costs a call: a megabyte in chunks of one byte would block the event loop for seconds.
@@ -235,6 +244,7 @@ def limited_protocol(timeout_s: float) -> Any:
     class Limited(HttpToolsProtocol):
         # Bytes of an incomplete head (-1 in a body); chunks and bytes of a body.
         head = chunks = size = 0
+        complete = False  # whether the next byte begins another request
         timer: Any = None
 
         def connection_made(self, transport: Any) -> None:
@@ -254,12 +264,16 @@ def limited_protocol(timeout_s: float) -> Any:
                 room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
                 piece, data = data[:room], data[room:]
                 self.head += len(piece) if self.head >= 0 else 0
+                if self.head >= 0 or self.complete:
+                    head, end, body = piece.partition(b"\r\n\r\n")
+                    piece = UPGRADE.sub(b"\r\nIgnored:", head) + end + body
                 super().data_received(piece)
                 if self.head >= MAX_HEAD_BYTES:
                     self.send_400_response("The head of the request is too large.")
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            self.complete = False
             if self.head < 0:
                 self.wait_for_head()
 
@@ -269,6 +283,10 @@ def limited_protocol(timeout_s: float) -> Any:
             if len(self.headers) > MAX_HEADERS or len(self.pipeline) == MAX_PIPELINED:
                 raise ValueError("too many")  # answered with 400 by uvicorn
             super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self.complete = True
 
         def on_body(self, body: bytes) -> None:
             self.size += len(body)
@@ -355,11 +373,18 @@ def parse_request(
 
 def encode_response(
     request: InferRequest, outputs: Mapping[str, Values], model: str
-) -> tuple[bytes, int | None]:
-    """Return the response body, and the length of its JSON if binary tensors follow it."""
+) -> tuple[bytes, dict[str, str]]:
+    """Return the body and the headers of a response: JSON, and binary tensors if requested.
+
+    Raises:
+        ConversionError: a requested output is NaN or infinite.
+    """
     entries, tail = list[dict[str, Any]](), list[bytes]()
     for output in request.outputs:
         values = outputs[output.name]
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            text = f"'{model}' computed NaN or infinite values of '{output.name}'."
+            raise ConversionError(text, "Check the artifact with `van-deploy verify`.")
         kind, shape = DATATYPES[str(values.dtype)], list(values.shape)
         entry: dict[str, Any] = {"name": output.name, "datatype": kind, "shape": shape}
         if request.is_binary(output):
@@ -370,8 +395,10 @@ def encode_response(
         entries.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": "1", "outputs": entries}
     document |= {"id": request.id} if request.id else {}
-    head = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-    return b"".join([head, *tail]), len(head) if tail else None
+    head = json.dumps(document, separators=(",", ":")).encode()
+    headers = {"content-type": "application/octet-stream" if tail else "application/json"}
+    headers |= {"inference-header-content-length": str(len(head))} if tail else {}
+    return b"".join([head, *tail]), headers
 
 
 def _read_tensor(entry: _Input, tail: memoryview, spec: TensorSpec, max_batch: int) -> Values:

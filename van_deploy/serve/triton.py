@@ -196,6 +196,7 @@ def model_config(
         environment: execution environment of the Python backend.
     """
     network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
+    dims = list(network.native_shape)  # a warm-up and a CUDA graph have no dynamic dimensions
     largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
@@ -206,9 +207,9 @@ def model_config(
         for spec in (network.input, *network.outputs)
     )
     parameters = {"EXECUTION_ENV_PATH": environment, THREADS_KEY: str(settings.threads or "")}
-    shape = {model_input["name"]: {"dim": model_input["dims"]}}
+    shape = {network.input.name: {"dim": dims}}
     cuda = {"graphs": True, "graph_spec": [{"batch_size": n, "input": shape} for n in static]}
-    zeros = {key: model_input[key] for key in ("data_type", "dims")} | {"zero_data": True}
+    zeros = {"data_type": model_input["data_type"], "dims": dims, "zero_data": True}
     return {
         "name": model.name,
         "backend": model.backend,
@@ -227,7 +228,6 @@ def model_config(
             "max_queue_delay_microseconds": settings.queue_delay_us,
             "default_queue_policy": {
                 "max_queue_size": settings.queue_limit,
-                "timeout_action": "REJECT",
                 "default_timeout_microseconds": 1000 * settings.queue_timeout_ms,
             },
         },
@@ -248,27 +248,22 @@ def releases() -> dict[str, Any]:
 
 def check_release(release: str, model: TritonModel) -> Finding:
     """Check whether a Triton release can load a model."""
-
-    def finding(outcome: bool | None, detail: str) -> Finding:
-        return Finding(f"{model.name}: release", outcome, detail)
-
     key, title = ("tensorrt", "TensorRT") if model.sidecar else ("onnxruntime", "ONNX Runtime")
     version = releases()["releases"].get(release, {}).get(key)
+    detail, outcome = f"Triton {release} has {title} {version}", None
     if model.backend == "python":
-        return finding(True, "the execution environment contains ONNX Runtime")
-    if version == "none":
-        return finding(False, f"Triton {release} was shipped without an ONNX Runtime backend")
-    if not version:
-        return finding(None, f"not checked: the {title} version of Triton {release} is not known")
-    prefix = f"Triton {release} has {title} {version}"
-    if model.sidecar:
+        outcome, detail = True, "the execution environment contains ONNX Runtime"
+    elif version == "none":
+        outcome, detail = False, f"Triton {release} was shipped without an ONNX Runtime backend"
+    elif not version:
+        detail = f"not checked: the {title} version of Triton {release} is not known"
+    elif model.sidecar:
         built = model.sidecar.backend_version
-        return finding(f"{built}.".startswith(f"{version}."), f"{prefix}; the plan needs {built}")
-    graph = model.network.bundle.artifact(model.network.name).graph
-    opset, ir_version = (graph.opset, graph.ir_version) if graph else (0, 0)
-    newest = releases()["onnx"].get(version.rpartition(".")[0], (0, 0))
-    return finding(
-        opset <= newest[0] and ir_version <= newest[1],
-        f"{prefix}; it loads opset {newest[0]} and IR version {newest[1]} at most, the graph has "
-        f"opset {opset} and IR version {ir_version}",
-    )
+        outcome = f"{built}.".startswith(f"{version}.")
+        detail += f"; the plan needs {built}"
+    elif graph := model.network.bundle.artifact(model.network.name).graph:
+        opset, ir_version = releases()["onnx"].get(version.rpartition(".")[0], (0, 0))
+        outcome = graph.opset <= opset and graph.ir_version <= ir_version
+        detail += f"; it loads opset {opset} and IR version {ir_version} at most, the graph has "
+        detail += f"opset {graph.opset} and IR version {graph.ir_version}"
+    return Finding(f"{model.name}: release", outcome, detail)

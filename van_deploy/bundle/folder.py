@@ -1,19 +1,31 @@
-"""Open a bundle for reading and verify files against its manifest."""
+"""Open a bundle, verify files against its manifest, lock its folder, and commit drafts atomically.
+
+A commit is one rename, followed by moves that any later process can finish.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from van_deploy.bundle.commit import LOCK, PENDING, SIGNATURE, finish_commit, locked
+from filelock import FileLock, Timeout
+
+from van_deploy.documents import parse_json, read_text_file
 from van_deploy.errors import BundleError
-from van_deploy.files import check_external_files, external_files, file_sha256
-from van_deploy.manifest import MANIFEST, Artifact, Manifest, read_manifest
+from van_deploy.files import check_external_files, external_files, file_sha256, write_atomic
+from van_deploy.manifest import MANIFEST, Artifact, Manifest, read_manifest, require_relative_path
+
+SIGNATURE = "manifest.json.sig"  # in the bundle's folder; see van_deploy.signing
+LOCK, PENDING, STAGING = ".lock", ".pending", ".staging-"
+_REMOVED = ".gone"  # in a committed draft: the list of files to remove
+LOCK_WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -102,19 +114,44 @@ class Bundle:
             only_file: verify the main file only.
 
         Raises:
-            BundleError: a file is missing or its digest is not the manifest's.
+            BundleError: a file is missing or its digest is not the manifest's, or another command
+                changed the bundle since it was opened.
             InputError: the artifact's weights are in a file that is not in the manifest.
         """
         artifact = self.artifact(name)
         for relative, expected in artifact.files.items():
             if relative == artifact.file or not only_file:
-                verify(self.path / relative, expected)
+                self.verify(relative, expected)
         path = self.path / artifact.file
         if artifact.kind in {"onnx", "serving"}:
             folder = PurePosixPath(artifact.file).parent
             names = [posixpath.relpath(file, folder) for file in artifact.files]
             check_external_files(path, external_files(path), names)
         return path
+
+    def verify(self, relative: str, expected: str) -> None:
+        """Check that a file has the SHA-256 ``expected`` (hexadecimal).
+
+        Raises:
+            BundleError: the file is missing or has another digest, or another command changed the
+                bundle since it was opened.
+        """
+        path = self.path / relative
+        actual = file_sha256(path) if path.is_file() else ""
+        if actual == expected:
+            return
+        if Bundle.open(self.path).manifest != self.manifest:
+            raise BundleError(
+                f"The bundle '{self.path}' was changed while this command was using it.",
+                "Run the command again.",
+            )
+        raise BundleError(
+            f"'{path}' was changed after the manifest was written: "
+            f"its SHA-256 is {actual[:12]}..., the manifest has {expected[:12]}...."
+            if actual
+            else f"'{path}' is in the manifest, but the file is missing.",
+            "Restore the file, or create the bundle again with `van-deploy export`.",
+        )
 
     def rebuild_reason(self, name: str, made_with: Mapping[str, Any]) -> str:
         """Return why an artifact has to be built, or "" if it exists with the same cache key.
@@ -159,7 +196,7 @@ class Bundle:
         messages = []
         for relative, expected in self.digests.items():
             try:
-                verify(self.path / relative, expected)
+                self.verify(relative, expected)
             except BundleError as error:  # noqa: PERF203 - report every file
                 messages.append(error.message)
         return messages
@@ -178,21 +215,84 @@ class Bundle:
         return sorted(unlisted)
 
 
-def verify(path: Path, expected: str) -> None:
-    """Check that the file at ``path`` has the SHA-256 ``expected`` (hexadecimal).
+def refuse_links(folder: Path, path: Path) -> None:
+    """Refuse to write through a symbolic link, which could point outside the bundle.
 
     Raises:
-        BundleError: the file is missing or has another digest.
+        BundleError: ``path``, or a folder between it and the bundle, is a symbolic link.
     """
-    if not path.is_file():
+    while path != folder:
+        if path.is_symlink():
+            raise BundleError(
+                f"'{path}' is a link, and its target would be overwritten.",
+                "Do not use this bundle: van-deploy creates no symbolic links.",
+            )
+        path = path.parent
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock for the duration of a ``with`` block.
+
+    Raises:
+        BundleError: another process holds the lock for longer than :data:`LOCK_WAIT_S` seconds,
+            or the lock file is a link.
+        OSError: the folder is read-only, or the lock file is a folder.
+    """
+    refuse_links(folder, folder / LOCK)  # acquiring a lock truncates the file
+    try:
+        with FileLock(folder / LOCK, timeout=LOCK_WAIT_S):
+            yield
+    except Timeout as error:
         raise BundleError(
-            f"'{path}' is in the manifest, but the file is missing.",
-            "Restore the file, or create the bundle again with `van-deploy export`.",
-        )
-    actual = file_sha256(path)
-    if actual != expected:
+            f"Another process has been writing '{folder}' for over {LOCK_WAIT_S:.0f} s.",
+            "Wait for it to end, or use another folder.",
+        ) from error
+
+
+def commit(folder: Path, staging: Path, manifest: str, removed: Sequence[str]) -> None:
+    """Commit the files in ``staging``: one rename, then the moves.
+
+    Args:
+        folder: of the bundle.
+        staging: folder inside it, with the new files at their relative paths.
+        manifest: text of the new manifest.
+        removed: files of the bundle that are not in the new manifest.
+    """
+    write_atomic(staging / MANIFEST, manifest)
+    write_atomic(staging / _REMOVED, json.dumps(removed))
+    staging.rename(folder / PENDING)
+    finish_commit(folder)
+
+
+def finish_commit(folder: Path) -> None:
+    """Move a committed draft's files to their final paths; can be repeated after any failure."""
+    pending = folder / PENDING
+    if not pending.is_dir():
+        return
+    refuse_links(folder, pending)
+    listing = pending / _REMOVED
+    try:
+        text = read_text_file(listing) if listing.exists() else "[]"
+        names = [require_relative_path(str(name)) for name in parse_json(text)]
+    except (OSError, ValueError, TypeError) as error:
         raise BundleError(
-            f"'{path}' was changed after the manifest was written: "
-            f"its SHA-256 is {actual[:12]}..., the manifest has {expected[:12]}....",
-            "Restore the file, or create the bundle again with `van-deploy export`.",
-        )
+            f"'{listing}', of an interrupted command, is damaged: {error}.",
+            "Create the bundle again with `van-deploy export`.",
+        ) from error
+    try:
+        for removed in (folder / name for name in names):
+            refuse_links(folder, removed.parent)
+            removed.unlink(missing_ok=True)
+        files = [path for path in pending.rglob("*") if path.is_file() and path != listing]
+        for path in sorted(files, key=lambda path: path.name == MANIFEST):  # the manifest last
+            target = folder / path.relative_to(pending)
+            refuse_links(folder, target.parent)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        shutil.rmtree(pending)
+    except (IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        raise BundleError(
+            f"The pending changes in '{pending}' do not fit the bundle: {error}.",
+            "Do not use this bundle: van-deploy did not write these files. Create it again.",
+        ) from error
