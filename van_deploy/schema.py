@@ -15,16 +15,17 @@ create it again.
 import dataclasses
 import difflib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import pydantic
+import pydantic_core
 from pydantic import AfterValidator, Field
 from pydantic._internal._model_construction import ModelMetaclass
-from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 from typing_extensions import dataclass_transform
 
 from van_deploy import documents
@@ -164,9 +165,14 @@ def validate(
             limits; one sentence about the first mistake.
     """
     try:
-        text = values if isinstance(values, bytes) else to_json(values, inf_nan_mode="constants")
+        _refuse_empty_paths(model, values)
+        text = (
+            values
+            if isinstance(values, bytes)
+            else pydantic_core.to_json(values, inf_nan_mode="constants")
+        )
         return model.model_validate_json(text, strict=True)
-    except PydanticSerializationError as failure:
+    except pydantic_core.PydanticSerializationError as failure:
         raise UsageError(
             f"A value cannot be written as TOML or JSON: {failure}.",
             "Use numbers, texts, paths, lists and tables.",
@@ -180,6 +186,21 @@ def validate(
         error, where, remedy = UsageError, "", VALUE_REMEDY
     sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), mistake.message)
     raise error(f"{where}: {mistake.message}" if where else sentence, mistake.remedy or remedy)
+
+
+def _refuse_empty_paths(table: type[Schema], values: Any, *place: str) -> None:
+    """Raise for an empty path, which pathlib takes for the working folder."""
+    for name, field in table.model_fields.items() if isinstance(values, Mapping) else ():
+        key = field_key(name, field)
+        value, inner = values.get(key), nested_table(field.annotation)
+        if isinstance(value, str) and not value and is_path(field):
+            kind = pydantic_core.PydanticCustomError(
+                "empty_path", "should be a path; . is the working folder"
+            )
+            mistake = pydantic_core.InitErrorDetails(type=kind, loc=(*place, key), input=value)
+            raise pydantic.ValidationError.from_exception_data(key, [mistake])
+        if inner is not None and issubclass(inner, Schema):
+            _refuse_empty_paths(inner, value, *place, key)
 
 
 def read_document(
@@ -229,18 +250,34 @@ def path_argument(name: str, value: str | Path) -> Path:
     """Return an argument of a call as a path.
 
     Raises:
-        UsageError: it is neither a text nor a path, also of another library.
+        UsageError: it is empty, or neither a text nor a path, also of another library.
     """
-    try:
-        return Path(value)
-    except TypeError:
-        text = f"'{name}=' is {reprlib.repr(value)}: it should be a path."
-        raise UsageError(text, VALUE_REMEDY) from None
+    return Path(text_argument(name, value))
 
 
 def optional_path(name: str, value: str | Path | None) -> Path | None:
-    """Return an argument as :func:`path_argument` does; None if it is None or empty."""
-    return path_argument(name, value) if value else None
+    """Return an argument as :func:`path_argument` does, or None."""
+    return None if value is None else path_argument(name, value)
+
+
+def text_argument(name: str, value: str | Path) -> str:
+    """Return an argument as :func:`path_argument` does, with its own spelling (``./mine``)."""
+    is_text = isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
+    return str(os.fspath(value)) if is_text and value != "" else _refuse(name, value, "a path")
+
+
+def bool_argument(name: str, value: bool) -> bool:
+    """Return an argument of a call.
+
+    Raises:
+        UsageError: it is neither True nor False.
+    """
+    return value if isinstance(value, bool) else _refuse(name, value, "true or false")
+
+
+def _refuse(name: str, value: object, kind: str) -> NoReturn:
+    text = f"'{name}=' is {reprlib.repr(value)}: it should be {kind}."
+    raise UsageError(text, VALUE_REMEDY)
 
 
 def read_toml_document(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
@@ -281,6 +318,11 @@ def nested_table(annotation: Any) -> type[Any] | None:
     return next(filter(None, map(nested_table, get_args(annotation))), None)
 
 
+def is_path(field: pydantic.fields.FieldInfo) -> bool:
+    """Return whether the value of a field is a path."""
+    return Path in (field.annotation, *get_args(field.annotation))
+
+
 class ValidationMessage:
     """Message of the first validation error in a document.
 
@@ -290,7 +332,9 @@ class ValidationMessage:
         has_key_name: whether the user wrote the key outside the document.
     """
 
-    def __init__(self, model: type[Schema], error: ErrorDetails, key_names: KeyNames) -> None:
+    def __init__(
+        self, model: type[Schema], error: pydantic_core.ErrorDetails, key_names: KeyNames
+    ) -> None:
         self._key_names, self.has_key_name, self.remedy = key_names, False, ""
         is_unknown = error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}
         unknown = len(error["loc"]) - is_unknown  # index of a key that may look like a branch

@@ -17,23 +17,17 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
 @each(
     ("options", "message"),
     [
-        ("sm_90 --backend tensorrt-rtx", "does not build for sm_90"),
-        ("sm_89 --version-compatible", "has no --version-compatible"),
-        ("sm_89 --timing-cache x", "has no --timing-cache"),
-        ("sm_89 --hardware-compatibility ampere-plus", "has no --hardware-compatibility"),
+        ("--target sm_90 --backend tensorrt-rtx", "does not build for sm_90"),
+        ("--target sm_89 --version-compatible", "has no --version-compatible"),
+        ("--target sm_89 --timing-cache x", "has no --timing-cache"),
+        ("--target sm_89 --hardware-compatibility ampere-plus", "has no --hardware-compatibility"),
+        *[("", "needs a target GPU, and none is given")] * (nvidia_driver() is None),
     ],
 )
 def test_unsupported_options_write_nothing(
     cli: Cli, digits_bundle: Bundle, options: str, message: str
 ) -> None:
-    words = ("build", digits_bundle.path, "--target", *options.split())
-    assert message in cli.fails(2, *words)
-
-
-@pytest.mark.skipif(nvidia_driver() is not None, reason="there is an NVIDIA driver here")
-def test_build_without_target_needs_a_gpu(cli: Cli, digits_bundle: Bundle) -> None:
-    output = cli.fails(2, "build", digits_bundle.path)
-    assert "needs a target GPU, and none is given" in output
+    assert message in cli.fails(2, "build", digits_bundle.path, *options.split())
 
 
 def test_missing_precision_is_made_and_built_for_two_targets(

@@ -1,30 +1,27 @@
 """``van-deploy quantize``: its tables, its JSON, and its exit codes."""
 
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
+from tests.artifacts import Copy
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
 from van_deploy.checks import gates
 from van_deploy.cli.console import print_result
 from van_deploy.report.sections_checks import quantize_blocks
 
-FAST = ("--no-bias-correction", "--no-equalize", "--threads", "1")
-
-
-@pytest.fixture(scope="module")
-def bundle(digits_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("quantize") / "van_digits"
-    return Path(shutil.copytree(digits_bundle.path, copy))
-
 
 def test_int8_prints_three_precisions_and_a_recommendation(
-    cli: Cli, bundle: Path, capsys: pytest.CaptureFixture[str]
+    cli: Cli,
+    copy_bundle: Copy,
+    digits_bundle: Bundle,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    result = cli("quantize", bundle, *FAST)
+    options = ("--no-bias-correction", "--no-equalize", "--threads", 1)
+    command = ("quantize", copy_bundle(digits_bundle), *options)
+    result = cli(*command)
     assert result.exit_code == 0
     lines = [line.split() for line in result.stdout.partition("evaluated on")[0].splitlines()]
     assert [words[0] for words in lines if words[-1:] == ["PASS"]] == ["FP16", "INT8"]
@@ -32,8 +29,8 @@ def test_int8_prints_three_precisions_and_a_recommendation(
     judged = "102 held-out images of 512 of 1437 training images of handwritten digits"
     assert f"evaluated on            {judged}" in result.stdout
     assert "int8: built: new" in result.stderr
-    assert "int8: reused: " in cli("quantize", bundle, *FAST).stderr
-    found = cli.document("quantize", bundle, *FAST)
+    assert "int8: reused: " in cli(*command).stderr
+    found = cli.document(*command)
     assert (found["artifact"], found["passed"]) == ("int8", True)
     row = found["facts"]["comparison"][-1]
     top1, (low, high) = row["correct"] / row["images"], row["top1_interval"]
@@ -48,12 +45,6 @@ def test_int8_prints_three_precisions_and_a_recommendation(
     shown = f"{100 * top1:.2f} {100 * low:.2f} to {100 * high:.2f} 116.06 PASS"
     assert words[-6:] == shown.split()
     assert "INCONCLUSIVE  SQNR: odd" in text
-
-
-def test_result_below_its_gate_exits_with_1(
-    cli: Cli, bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     limits = replace(gates.CLASSES["int8"], sqnr_db=90.0)
     monkeypatch.setitem(gates.CLASSES, "int8", limits)
-    output = cli.fails(1, "quantize", bundle, "--method", "minmax", *FAST)
-    assert "INT8 fails its gate: " in output
+    assert "INT8 fails its gate: " in cli.fails(1, *command, "--method", "minmax")

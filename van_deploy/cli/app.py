@@ -10,11 +10,12 @@ reads these lines from the source without importing the commands, which is faste
 """
 
 import ast
+import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -57,8 +58,7 @@ OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
     errno.ENOTDIR: (INPUT, "A part of that path is a file, not a folder: check it."),
     errno.EISDIR: (INPUT, "That is a folder, not a file: check the path."),
 }
-EXPORT_PACKAGES = {"torch", "timm", "torchvision", "onnxscript", "onnxsim", "onnx_ir"}
-EXPORT_PACKAGES |= {"safetensors", "huggingface_hub"}
+EXPORT_PACKAGES = "torch timm torchvision onnxscript onnxsim onnx_ir safetensors huggingface_hub"
 
 
 class CommandGroup(TyperGroup):
@@ -78,27 +78,15 @@ class CommandGroup(TyperGroup):
                 summary = summaries[_function_name(name)]
                 self.commands[name] = TyperCommand(name, help=summary, rich_help_panel=panel)
 
-    def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
-        """Run the command, and exit with the code of its error.
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Return the context of the arguments; prints the help and the version."""
+        with _errors_as_exit_codes():
+            return super().make_context(*arguments, **options)
 
-        Raises:
-            typer.Exit: the command failed for a reason that the user can fix.
-        """
-        try:
+    def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
+        """Run the command, and exit with the code of its error."""
+        with _errors_as_exit_codes():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print_error("Interrupted.")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # Redirect stdout, so that closing it at exit does not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(BROKEN_PIPE) from None
-        except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
-            error = user_error(failure)
-            if error is None:
-                raise
-            print_error(error.message, error.remedy)
-            raise typer.Exit(error.exit_code) from failure
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command in ``args``, with its options."""
@@ -111,6 +99,30 @@ class CommandGroup(TyperGroup):
             program.command(name)(with_options(getattr(functions, _function_name(name))))
             self.commands[name] = typer.main.get_command(program)
         return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    """Print an error in the block that the user can fix, and exit with its code.
+
+    Raises:
+        typer.Exit: there was such an error.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_error("Interrupted.")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Redirect stdout, so that closing it at exit does not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
+        error = user_error(failure)
+        if error is None:
+            raise
+        print_error(error.message, error.remedy)
+        raise typer.Exit(error.exit_code) from failure
 
 
 def _function_name(name: str) -> str:
@@ -140,7 +152,11 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            metavar="",
+            help="Print the version and exit.",
         ),
     ] = False,
 ) -> None:
@@ -160,7 +176,7 @@ def user_error(failure: BaseException) -> VanDeployError | None:
         return failure
     text = str(failure)
     package = (getattr(failure, "name", None) or "").partition(".")[0]
-    if isinstance(failure, ModuleNotFoundError) and package in EXPORT_PACKAGES:
+    if isinstance(failure, ModuleNotFoundError) and package in EXPORT_PACKAGES.split():
         return MissingDependency(
             f"This needs {package}, which is not installed.",
             "Install all packages with `pip install van-deploy`; requirements-runtime.txt is only "
@@ -199,6 +215,8 @@ def main() -> NoReturn:
     except OSError as error:  # deleted: native libraries abort in it
         print_error(f"The working folder cannot be used: {error.strerror}.", "Change to another.")
         raise SystemExit(InputError.exit_code) from error
+    if not os.environ.get("COLUMNS", "").strip("0").isdigit():  # 0: some terminals' unknown width
+        os.environ.pop("COLUMNS", None)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # unsupported characters become '?'
             stream.reconfigure(errors="replace")

@@ -128,7 +128,5 @@ def _console(file: IO[str]) -> Console:
     """Return a console for ``file``; its width is fixed if that is not a terminal."""
     from van_deploy.report.render_rich import HarmlessConsole
 
-    console = HarmlessConsole(file=file)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = HarmlessConsole(file=file, width=PIPE_WIDTH)
-    return console
+    has_width = file.isatty() or "COLUMNS" in os.environ
+    return HarmlessConsole(file=file, width=None if has_width else PIPE_WIDTH)
