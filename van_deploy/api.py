@@ -448,9 +448,8 @@ def export(
     from van_deploy import exporting, pipeline
 
     recipe = resolve_recipe(model, parse_changes(EXPORT, options))
-    own_images = schema.optional_path("images", images)
-    settings = config.RunSettings(images=own_images, offline=offline, force=force)
-    folder = schema.optional_path("output", output)
+    images, folder = schema.optional_path("images", images), schema.optional_path("output", output)
+    settings = config.RunSettings(images=images, offline=offline, force=force)
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = folder or Path("dist") / loaded.name
     return Exported(pipeline.export_recipe(loaded, recipe, folder, settings, progress))
@@ -481,8 +480,8 @@ def run_recipe(
     settings, values = parse_settings(config.RunSettings, options), changes or {}
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"'changes=' is {values!r}: it should be a table.", schema.VALUE_REMEDY)
-    changed = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}
-    recipe = resolve_recipe(recipe, changed)
+    new = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}
+    recipe = resolve_recipe(recipe, new)
     folder = schema.optional_path("output", output)
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = folder or Path("dist") / loaded.name

@@ -41,23 +41,23 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 OTHER_PLACE = "choose another place"
-MISSING, INPUT = MissingDependency, InputError
-OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
-    errno.ENOSPC: (MISSING, f"Free some space there, or {OTHER_PLACE}."),
-    errno.EDQUOT: (MISSING, f"Your quota is used up: free some space, or {OTHER_PLACE}."),
-    errno.EROFS: (MISSING, f"That file system is read-only: {OTHER_PLACE}."),
-    errno.EACCES: (MISSING, f"Change the permissions, or {OTHER_PLACE}."),
-    errno.EPERM: (MISSING, f"Change the permissions, or {OTHER_PLACE}."),
-    errno.EMFILE: (MISSING, "Raise the limit on open files (`ulimit -n`)."),
-    errno.ENFILE: (MISSING, "The machine has too many files open: close other programs."),
-    errno.EFBIG: (MISSING, f"Raise the limit on file sizes (`ulimit -f`), or {OTHER_PLACE}."),
-    errno.EIO: (MISSING, f"The disk or its network fails: try again, or {OTHER_PLACE}."),
-    errno.ESTALE: (MISSING, "The network file system lost the file: try again."),
-    errno.ENAMETOOLONG: (INPUT, "Choose a shorter name."),
-    errno.ELOOP: (INPUT, "The links there lead in a circle: remove one of them."),
-    errno.ENOTDIR: (INPUT, "A part of that path is a file, not a folder: check it."),
-    errno.EISDIR: (INPUT, "That is a folder, not a file: check the path."),
+OS_REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: f"Free some space there, or {OTHER_PLACE}.",
+    errno.EDQUOT: f"Your quota is used up: free some space, or {OTHER_PLACE}.",
+    errno.EROFS: f"That file system is read-only: {OTHER_PLACE}.",
+    errno.EACCES: f"Change the permissions, or {OTHER_PLACE}.",
+    errno.EPERM: f"Change the permissions, or {OTHER_PLACE}.",
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`).",
+    errno.ENFILE: "The machine has too many files open: close other programs.",
+    errno.EFBIG: f"Raise the limit on file sizes (`ulimit -f`), or {OTHER_PLACE}.",
+    errno.EIO: f"The disk or its network fails: try again, or {OTHER_PLACE}.",
+    errno.ESTALE: "The network file system lost the file: try again.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "The links there lead in a circle: remove one of them.",
+    errno.ENOTDIR: "A part of that path is a file, not a folder: check it.",
+    errno.EISDIR: "That is a folder, not a file: check the path.",
 }
+INPUT_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 EXPORT_PACKAGES = "torch timm torchvision onnxscript onnxsim onnx_ir safetensors huggingface_hub"
 
 
@@ -152,11 +152,7 @@ def _root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version",
-            callback=_print_version,
-            is_eager=True,
-            metavar="",
-            help="Print the version and exit.",
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -189,17 +185,17 @@ def user_error(failure: BaseException) -> VanDeployError | None:
             "Use a smaller batch or image size, close other programs, or use a larger machine.",
         )
     if isinstance(failure, OSError) and (number := failure.errno or 0) in OS_REMEDIES:
-        kind, remedy = OS_REMEDIES[number]
+        kind = InputError if number in INPUT_ERRORS else MissingDependency
         name = failure.filename2 or failure.filename  # of a copy, the destination
         place = f" '{str(name)[:200]}'" if name else ""
-        return kind(f"Cannot write or read{place}: {os.strerror(number)}.", remedy)
+        return kind(f"Cannot write or read{place}: {os.strerror(number)}.", OS_REMEDIES[number])
     if "No usable temporary directory found" in text:
         return MissingDependency(
             "There is no writable folder for temporary files.",
             "Set the environment variable TMPDIR to one.",
         )
     if "No space left on device" in text:
-        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC][1])
+        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC])
     return None
 
 

@@ -93,12 +93,8 @@ def progress_bar(first: str = "Loading PyTorch") -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = _console(sys.stderr)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        TimeElapsedColumn(),
-    )
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(30)]
+    columns.append(TimeElapsedColumn())
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(first, total=None)

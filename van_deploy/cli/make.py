@@ -6,15 +6,8 @@ from typing import Annotated
 import typer
 
 from van_deploy import config
+from van_deploy.cli import options as cli
 from van_deploy.cli.console import Output, print_note
-from van_deploy.cli.options import (
-    Force,
-    OpenBundle,
-    OptionValues,
-    OutputFolder,
-    RequireSignature,
-    load_bundle,
-)
 from van_deploy.config.named_options import EXPORT, RUN, Changes
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
@@ -30,9 +23,9 @@ def export(
         ),
     ],
     changes: Annotated[Changes, EXPORT],
-    options: Annotated[OptionValues, config.ExportRunSettings],
+    options: Annotated[cli.OptionValues, config.ExportRunSettings],
     progress: Progress,
-    output: OutputFolder = None,
+    output: cli.OutputFolder = None,
 ) -> Output:
     """Export a VAN to ONNX with a dynamic batch, checked against PyTorch at every batch size.
 
@@ -48,9 +41,9 @@ def export(
 
 
 def quantize(
-    bundle: OpenBundle,
-    options: Annotated[OptionValues, config.QuantizeSettings],
-    force: Force = False,
+    bundle: cli.OpenBundle,
+    options: Annotated[cli.OptionValues, config.QuantizeSettings],
+    force: cli.Force = False,
 ) -> Output:
     """Add an FP16, BF16 or INT8 graph to a bundle, compared with FP32.
 
@@ -66,14 +59,14 @@ def quantize(
 
 
 def build(
-    options: Annotated[OptionValues, config.BuildSettings],
-    fleet: Annotated[OptionValues, config.FleetSettings],
+    options: Annotated[cli.OptionValues, config.BuildSettings],
+    fleet: Annotated[cli.OptionValues, config.FleetSettings],
     progress: Progress,
     bundle: Annotated[
         Path | None, typer.Argument(help="A bundle that `van-deploy export` made.")
     ] = None,
-    force: Force = False,
-    require_signature: RequireSignature = None,
+    force: cli.Force = False,
+    require_signature: cli.RequireSignature = None,
 ) -> Output:
     """Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.
 
@@ -93,7 +86,7 @@ def build(
         return _build_matrix(fleet.table.matrix, fleet.table, force, progress)
     if bundle is None:
         raise UsageError("A bundle is required.", "Give one, or a fleet file with --matrix.")
-    target = load_bundle(bundle, require_signature, progress)
+    target = cli.load_bundle(bundle, require_signature, progress)
     report = target.build(force=force, **options)
     from van_deploy.report.sections_model import build_blocks
 
@@ -136,9 +129,9 @@ def run(
         typer.Argument(help="A recipe (van_b1, van_digits, mine.toml), or a model as in `export`."),
     ],
     changes: Annotated[Changes, RUN],
-    options: Annotated[OptionValues, config.RunSettings],
+    options: Annotated[cli.OptionValues, config.RunSettings],
     progress: Progress,
-    output: OutputFolder = None,
+    output: cli.OutputFolder = None,
 ) -> Output:
     """Run a recipe: export, quantise, build engines, verify and evaluate.
 
@@ -148,8 +141,7 @@ def run(
     from van_deploy.recipe import resolve_recipe
     from van_deploy.report.sections_model import run_blocks
 
-    changed = resolve_recipe(recipe, changes)
-    result = api.run_recipe(changed, output, progress=progress, **options)
+    result = api.run_recipe(resolve_recipe(recipe, changes), output, progress=progress, **options)
     failure = GateFailed(
         f"The bundle '{result.bundle.path}' was written and does not pass its gates.",
         "See the rows above; `van-deploy drift` finds the module.",

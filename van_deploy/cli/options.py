@@ -33,9 +33,7 @@ from van_deploy.errors import UsageError
 from van_deploy.schema import validate
 
 if TYPE_CHECKING:
-    from van_deploy.api import Bundle
-
-    OpenBundle = Bundle
+    from van_deploy.api import Bundle as OpenBundle
 else:
     OpenBundle = Annotated[Any, "open bundle"]
 
@@ -140,7 +138,7 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> Bundle:
+def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> OpenBundle:
     """Return a bundle. Errors: :class:`van_deploy.api.Bundle`."""
     from van_deploy.api import open_bundle
 
@@ -152,17 +150,14 @@ def _parse_options(
 ) -> Any:
     """Return the options on the command line; those of a schema are validated."""
     values = {o: _parse_value(options[o], v) for o, v in arguments.items() if v is not None}
-    changes = {}
-    for name, value in values.items():  # with the option as the user wrote it
-        flag = options[name].flags[0]
-        source = f"--no-{flag[2:]}" if value is False else flag
-        changes[options[name].place] = named.Change(value, source)
+    flags = {o: option.flags[0] for o, option in options.items()}
+    flags |= {o: f"--no-{flags[o][2:]}" for o, value in values.items() if value is False}
+    changes = {options[o].place: named.Change(v, flags[o]) for o, v in values.items()}
     if schema is None:
         return changes
     result = OptionValues(values)
-    result.flags = [change.source for change in changes.values()]
-    key_names = {option.place: option.flags[0] for option in options.values()}
-    key_names |= {place: change.source for place, change in changes.items()}
+    result.flags = [flags[o] for o in values]
+    key_names = {option.place: flags[o] for o, option in options.items()}
     result.table = validate(schema, named.apply_changes({}, changes), key_names=key_names)
     return result
 
