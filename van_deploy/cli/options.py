@@ -33,7 +33,9 @@ from van_deploy.errors import UsageError
 from van_deploy.schema import validate
 
 if TYPE_CHECKING:
-    from van_deploy.api import Bundle as OpenBundle
+    from van_deploy.api import Bundle
+
+    OpenBundle = Bundle
 else:
     OpenBundle = Annotated[Any, "open bundle"]
 
@@ -138,7 +140,7 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> OpenBundle:
+def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> Bundle:
     """Return a bundle. Errors: :class:`van_deploy.api.Bundle`."""
     from van_deploy.api import open_bundle
 
