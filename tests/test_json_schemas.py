@@ -27,10 +27,9 @@ def test_schemas_are_strict_and_described(name: str) -> None:
 def test_real_documents_are_valid_and_changed_ones_are_not(digits_bundle: Bundle) -> None:
     manifest = json.loads((digits_bundle.path / MANIFEST).read_text())
     validate_json_output(manifest, "manifest")
-    changes: tuple[dict[str, object], ...] = ({"parameters": "many"}, {"more": 1}, {"weights": {}})
-    for change in changes:
+    for key, value in {"parameters": "many", "more": 1, "weights": {}}.items():
         with pytest.raises(AssertionError, match=r"^manifest --json: \$"):
-            validate_json_output({**manifest, **change}, "manifest")
+            validate_json_output({**manifest, key: value}, "manifest")
     listed = plain(list_variants())
     listed[0]["top1_percent"] = "inf"  # JSON cannot spell infinity
     validate_json_output(listed, "list")

@@ -19,15 +19,11 @@ from van_deploy.documents import tomllib
 ROOT = Path(__file__).parent.parent
 SHIPPED = {".css", ".html", ".js", ".json", ".md", ".npz", ".py", ".pyi", ".safetensors", ".toml"}
 DATA_PACKAGES = {"export": "van_deploy/recipes", "calibration": "van_deploy/calibration_sets"}
-OPTIONAL = (
-    *("onnxruntime", "tensorrt", "tensorrt_rtx", "openvino", "ray"),
-    *("cryptography", "uvicorn", "prometheus_client", "tritonclient"),
-    *("sklearn", "skimage", "scipy", "hypothesis", "pytest"),
-)
-HEAVY = (
-    *("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim", "numpy", "PIL", "rich"),
-    *("onnxruntime", "tensorrt", "tensorrt_rtx"),
-)
+RUNTIMES = ["onnxruntime", "tensorrt", "tensorrt_rtx"]
+OPTIONAL = [*RUNTIMES, "openvino", "ray", "cryptography", "uvicorn", "prometheus_client"]
+OPTIONAL += ["tritonclient", "sklearn", "skimage", "scipy", "hypothesis", "pytest"]
+HEAVY = [*RUNTIMES, "torch", "torchvision", "timm", "onnx", "onnxscript", "onnxsim"]
+HEAVY += ["numpy", "PIL", "rich"]
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from tests.each import each
 from van_deploy import config
 from van_deploy.config import BatchRange, QuantizeSettings, Recipe
 from van_deploy.config import named_options as named
-from van_deploy.config.named_options import EXPORT, RUN, parse_changes
+from van_deploy.config.named_options import EXPORT, RUN, parse_assignments, parse_changes
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.model.variants import VARIANTS
-from van_deploy.recipe import builtin_files, parse_assignments, read_recipe, resolve_recipe
+from van_deploy.recipe import builtin_files, read_recipe, resolve_recipe
 from van_deploy.schema import validate
 
 

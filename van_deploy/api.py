@@ -7,13 +7,13 @@ Functions and methods have the options of the command of the same name as keywor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from van_deploy import bundle as disk
-from van_deploy import config
+from van_deploy import config, schema
 from van_deploy.bench.benchmark import benchmark_bundle
 from van_deploy.bench.document import BenchReport, save_to_bundle
 from van_deploy.checks import regression
@@ -30,9 +30,8 @@ from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
 from van_deploy.report.files import document_of_bundle, write_report
 from van_deploy.runners.network import Network, original_network, require_classifier
-from van_deploy.schema import VALUE_REMEDY, optional_path, path_argument, read_document
 from van_deploy.serve.package import PackageReport, package
-from van_deploy.serve.predict import Prediction, find_sources, predict
+from van_deploy.serve.predict import Image, Prediction, find_sources, predict
 from van_deploy.signing import open_signed_bundle
 from van_deploy.stopwatch import Progress, no_progress
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from van_deploy.pipeline import ExportReport, RunResult
     from van_deploy.precision.pipeline import QuantizeResult
 
-Image = str | Path | bytes
 Result = TypeVar("Result")
 
 
@@ -136,8 +134,12 @@ class Bundle:
         require_signature: str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        self.path, self.progress, self.remarks = path_argument("path", path), progress, list[str]()
-        self._key = optional_path("require_signature", require_signature)
+        self.path, self.progress, self.remarks = (
+            schema.path_argument("path", path),
+            progress,
+            list[str](),
+        )
+        self._key = schema.optional_path("require_signature", require_signature)
         self.path = self.load().path
 
     def load(self) -> disk.Bundle:
@@ -181,6 +183,7 @@ class Bundle:
         from van_deploy.precision.pipeline import quantize_bundle
 
         settings = parse_settings(config.QuantizeSettings, options)
+        force = schema.bool_argument("force", force)
         return quantize_bundle(self.load().path, settings, force=force, progress=self.progress)
 
     def build(self, *, force: bool = False, **options: Unpack[kw.BuildOptions]) -> BuildReport:
@@ -197,6 +200,7 @@ class Bundle:
         from van_deploy.building import build_bundle
 
         settings = parse_settings(config.BuildSettings, options)
+        force = schema.bool_argument("force", force)
         report = build_bundle(self.load(), settings, force=force, progress=self.progress)
         if self._key is not None and any(o.outcome == "built" for o in report.outcomes):
             self.remarks.append(
@@ -224,7 +228,9 @@ class Bundle:
         Raises:
             VanDeployError: as :func:`~van_deploy.checks.evaluate.evaluate_bundle`.
         """
-        bundle, folder = self.load(), {"images": images} if images else {}
+        if images is not None and "images" in options:
+            raise UsageError("'images=' is given twice.", "Give one folder.")
+        bundle, folder = self.load(), {} if images is None else {"images": images}
         settings = parse_settings(config.EvaluationSettings, {**options, **folder})
         gates, loaded = _load_gates(settings.recipe), self._load_original(bundle, settings.weights)
         report = evaluate_bundle(bundle, loaded, settings, gates, self.progress)
@@ -254,11 +260,11 @@ class Bundle:
             VanDeployError: as :meth:`verify` and :meth:`evaluate`.
         """
         bundle, settings = self.load(), parse_settings(config.CheckSettings, options)
-        file, progress = path_argument("baseline", baseline), self.progress
+        file, progress = schema.path_argument("baseline", baseline), self.progress
         gates, saved = _load_gates(settings.recipe), None
-        if not update:
+        if not schema.bool_argument("update", update):
             remedy = regression.UPDATE_REMEDY
-            saved = read_document(regression.Baseline, file, "baseline", InputError, remedy)
+            saved = schema.read_document(regression.Baseline, file, "baseline", InputError, remedy)
         loaded, samples = self._load_reference(bundle, settings)
         shared = shared_settings(settings)
         verification = config.VerifySettings(**shared)
@@ -291,13 +297,14 @@ class Bundle:
             VanDeployError: as :func:`~van_deploy.bench.benchmark.benchmark_bundle`.
         """
         bundle, settings = self.load(), parse_settings(config.BenchSettings, options)
+        save = schema.bool_argument("save", save)
         report = benchmark_bundle(bundle, settings, progress=self.progress)
         if save and self._key is None:
             save_to_bundle(report, bundle)
         return report
 
     def predict(
-        self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
+        self, images: Image | Iterable[Image], **options: Unpack[kw.PredictOptions]
     ) -> Predictions:
         """Return the classes of images: files, folders, or the bytes of a file.
 
@@ -314,7 +321,7 @@ class Bundle:
         return Predictions(self.path, settings.artifact, rate, predictions)
 
     def stream(
-        self, images: Image | Sequence[Image], **options: Unpack[kw.PredictOptions]
+        self, images: Image | Iterable[Image], **options: Unpack[kw.PredictOptions]
     ) -> Iterator[Prediction]:
         """Yield predictions one by one.
 
@@ -324,9 +331,7 @@ class Bundle:
         settings = parse_settings(config.PredictSettings, options)
         bundle = self.load()
         require_classifier(bundle, "predict")
-        is_list = isinstance(images, Iterable) and not isinstance(images, Image)
-        given: Any = images
-        sources = find_sources(given if is_list else [given])
+        sources = find_sources(images)
         with Network(bundle, settings.artifact, settings, threads=settings.threads) as network:
             predictions = predict(network, sources, settings.top_k, settings.batch)
             for done, prediction in enumerate(predictions, 1):
@@ -353,7 +358,8 @@ class Bundle:
             UsageError: ``output`` contains something else.
         """
         settings = parse_settings(config.PackageSettings, options)
-        return package(self.load(), optional_path("output", output), settings, only_check)
+        only_check = schema.bool_argument("only_check", only_check)
+        return package(self.load(), schema.optional_path("output", output), settings, only_check)
 
     def report(self, output: str | Path | None = None) -> WrittenReport:
         """Write a report of the bundle as one HTML file, and as Markdown next to it.
@@ -364,7 +370,7 @@ class Bundle:
         Raises:
             InputError: ``output`` cannot be written.
         """
-        bundle, file = self.load(), optional_path("output", output)
+        bundle, file = self.load(), schema.optional_path("output", output)
         document = document_of_bundle(bundle)
         files = write_report(document, bundle, file)
         return WrittenReport(document.state, document.note, tuple(files))
@@ -442,9 +448,8 @@ def export(
     from van_deploy import exporting, pipeline
 
     recipe = resolve_recipe(model, parse_changes(EXPORT, options))
-    own_images = optional_path("images", images)
-    settings = config.RunSettings(images=own_images, offline=offline, force=force)
-    folder = optional_path("output", output)
+    images, folder = schema.optional_path("images", images), schema.optional_path("output", output)
+    settings = config.RunSettings(images=images, offline=offline, force=force)
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = folder or Path("dist") / loaded.name
     return Exported(pipeline.export_recipe(loaded, recipe, folder, settings, progress))
@@ -474,10 +479,10 @@ def run_recipe(
 
     settings, values = parse_settings(config.RunSettings, options), changes or {}
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"'changes=' is {values!r}: it should be a table.", VALUE_REMEDY)
-    changed = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}
-    recipe = resolve_recipe(recipe, changed)
-    folder = optional_path("output", output)
+        raise UsageError(f"'changes=' is {values!r}: it should be a table.", schema.VALUE_REMEDY)
+    new = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}
+    recipe = resolve_recipe(recipe, new)
+    folder = schema.optional_path("output", output)
     loaded = exporting.load_model(recipe, offline=settings.offline, progress=progress)
     folder = folder or Path("dist") / loaded.name
     return pipeline.run_recipe(loaded, recipe, folder, settings, progress)

@@ -82,10 +82,10 @@ class EvaluationOptions(TypedDict, total=False):
     class_order: Literal["strings", "natural", "index", "names"] | None
     label_files: bool
     limit: int | None
-    batch: int
-    workers: int
     on: Literal["here", "ray"]
     ray_address: str
+    batch: int
+    workers: int
 
 class ExportOptions(TypedDict, total=False):
     name: str

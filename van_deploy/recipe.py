@@ -9,24 +9,24 @@ A calibration set selects the images that calibrate INT8; ``calibration/`` has t
 """
 
 import difflib
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from van_deploy.config import Recipe
 from van_deploy.config.fields import PathOrNameMarker, Table, option
-from van_deploy.config.named_options import Change, Changes, explicit_values, parse_recipe
-from van_deploy.documents import tomllib
-from van_deploy.errors import RecipeError, UsageError
+from van_deploy.config.named_options import Changes, explicit_values, parse_recipe
+from van_deploy.errors import RecipeError
 from van_deploy.model.variants import find_variant
 from van_deploy.schema import (
     Settings,
     field_key,
+    is_path,
     nested_table,
     path_argument,
     read_toml_document,
     read_toml_tables,
+    text_argument,
 )
 
 RECIPES, CALIBRATION_SETS = "van_deploy.recipes", "van_deploy.calibration_sets"
@@ -115,11 +115,11 @@ def resolve_recipe(model: str | Path | Recipe, changes: Changes = NO_CHANGES) ->
 
     Raises:
         RecipeError: the recipe is invalid.
-        UsageError: a change is invalid.
+        UsageError: a change is invalid, or the model is neither a text nor a path.
     """
     if isinstance(model, Recipe):
         return parse_recipe(explicit_values(model), changes)
-    name = str(model)
+    name = text_argument("model", model)
     if variant := find_variant(name):
         name = variant.name
     if name.endswith(".toml") or name in builtin_files():
@@ -146,31 +146,6 @@ def read_recipe(path: str | Path, changes: Changes = NO_CHANGES) -> Recipe:
     return parse_recipe(tables, changes, f"The recipe '{path}'")
 
 
-def parse_assignments(assignments: Iterable[str]) -> Changes:
-    """Return the changes of ``KEY=VALUE`` assignments.
-
-    The value is TOML, else text: ``model.weights=mine.pth`` needs no quotation marks.
-
-    Raises:
-        UsageError: an assignment has no ``=`` or no key.
-    """
-    changes: Changes = {}
-    for text in assignments:
-        key, equals, text_value = text.partition("=")
-        place = tuple(part.strip() for part in key.split("."))
-        if not equals or not all(place):
-            raise UsageError(
-                f"--set '{text}' is not an assignment.",
-                "Write KEY=VALUE, such as --set engines.tf32=false.",
-            )
-        try:
-            value = tomllib.loads(f"value = {text_value}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text_value
-        changes[place] = Change(value, f"--set {'.'.join(place)}")
-    return changes
-
-
 def load_calibration_set(name: str) -> CalibrationSet:
     """Return the built-in calibration set ``name``, or the set in a TOML file.
 
@@ -193,7 +168,6 @@ def _resolve_paths_(values: Any, schema: type[Settings], folder: Path) -> None:
         if inner is not None:
             _resolve_paths_(value, inner, folder)
         elif isinstance(value, str) and value:
-            is_path = Path in (field.annotation, *get_args(field.annotation))
             is_path_or_name = any(isinstance(one, PathOrNameMarker) for one in field.metadata)
-            if is_path or (is_path_or_name and (folder / value).exists()):
+            if is_path(field) or (is_path_or_name and (folder / value).exists()):
                 values[key] = str(folder / value)

@@ -15,16 +15,17 @@ create it again.
 import dataclasses
 import difflib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import pydantic
+import pydantic_core
 from pydantic import AfterValidator, Field
 from pydantic._internal._model_construction import ModelMetaclass
-from pydantic_core import ErrorDetails, PydanticSerializationError, to_json
 from typing_extensions import dataclass_transform
 
 from van_deploy import documents
@@ -164,22 +165,43 @@ def validate(
             limits; one sentence about the first mistake.
     """
     try:
-        text = values if isinstance(values, bytes) else to_json(values, inf_nan_mode="constants")
+        _refuse_empty_paths(model, values)
+        text = (
+            values
+            if isinstance(values, bytes)
+            else pydantic_core.to_json(values, inf_nan_mode="constants")
+        )
         return model.model_validate_json(text, strict=True)
-    except PydanticSerializationError as failure:
+    except pydantic_core.PydanticSerializationError as failure:
         raise UsageError(
             f"A value cannot be written as TOML or JSON: {failure}.",
             "Use numbers, texts, paths, lists and tables.",
         ) from None
     except pydantic.ValidationError as failure:
-        mistake = ValidationMessage(model, failure.errors(include_url=False)[0], key_names or {})
+        mistake = failure.errors(include_url=False)[0]
     except UsageError as failure:  # a nested table was created by a validator
         message = f"{where}: {failure.message}" if where else failure.message
         raise error(message, failure.remedy) from None
-    if mistake.has_key_name:
+    message, advice, is_outside = _describe_mistake(model, mistake, key_names or {})
+    if is_outside:
         error, where, remedy = UsageError, "", VALUE_REMEDY
-    sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), mistake.message)
-    raise error(f"{where}: {mistake.message}" if where else sentence, mistake.remedy or remedy)
+    sentence = re.sub("^(the|it) ", lambda word: word[0].capitalize(), message)
+    raise error(f"{where}: {message}" if where else sentence, advice or remedy)
+
+
+def _refuse_empty_paths(table: type[Schema], values: Any, *place: str) -> None:
+    """Raise for an empty path, which pathlib takes for the working folder."""
+    for name, field in table.model_fields.items() if isinstance(values, Mapping) else ():
+        key = field_key(name, field)
+        value, inner = values.get(key), nested_table(field.annotation)
+        if isinstance(value, str) and not value and is_path(field):
+            kind = pydantic_core.PydanticCustomError(
+                "empty_path", "should be a path; . is the working folder"
+            )
+            mistake = pydantic_core.InitErrorDetails(type=kind, loc=(*place, key), input=value)
+            raise pydantic.ValidationError.from_exception_data(key, [mistake])
+        if inner is not None and issubclass(inner, Schema):
+            _refuse_empty_paths(inner, value, *place, key)
 
 
 def read_document(
@@ -229,18 +251,34 @@ def path_argument(name: str, value: str | Path) -> Path:
     """Return an argument of a call as a path.
 
     Raises:
-        UsageError: it is neither a text nor a path, also of another library.
+        UsageError: it is empty, or neither a text nor a path, also of another library.
     """
-    try:
-        return Path(value)
-    except TypeError:
-        text = f"'{name}=' is {reprlib.repr(value)}: it should be a path."
-        raise UsageError(text, VALUE_REMEDY) from None
+    return Path(text_argument(name, value))
 
 
 def optional_path(name: str, value: str | Path | None) -> Path | None:
-    """Return an argument as :func:`path_argument` does; None if it is None or empty."""
-    return path_argument(name, value) if value else None
+    """Return an argument as :func:`path_argument` does, or None."""
+    return None if value is None else path_argument(name, value)
+
+
+def text_argument(name: str, value: str | Path) -> str:
+    """Return an argument as :func:`path_argument` does, with its own spelling (``./mine``)."""
+    is_text = isinstance(value, str | os.PathLike) and isinstance(os.fspath(value), str)
+    return str(os.fspath(value)) if is_text and value != "" else _refuse(name, value, "a path")
+
+
+def bool_argument(name: str, value: bool) -> bool:
+    """Return an argument of a call.
+
+    Raises:
+        UsageError: it is neither True nor False.
+    """
+    return value if isinstance(value, bool) else _refuse(name, value, "true or false")
+
+
+def _refuse(name: str, value: object, kind: str) -> NoReturn:
+    text = f"'{name}=' is {reprlib.repr(value)}: it should be {kind}."
+    raise UsageError(text, VALUE_REMEDY)
 
 
 def read_toml_document(model: type[Model], path: Path, what: str, error: type[InputError]) -> Model:
@@ -281,69 +319,71 @@ def nested_table(annotation: Any) -> type[Any] | None:
     return next(filter(None, map(nested_table, get_args(annotation))), None)
 
 
-class ValidationMessage:
-    """Message of the first validation error in a document.
+def is_path(field: pydantic.fields.FieldInfo) -> bool:
+    """Return whether the value of a field is a path."""
+    return Path in (field.annotation, *get_args(field.annotation))
 
-    Attributes:
-        message: one sentence.
-        remedy: what to do next; "" if the message is enough.
-        has_key_name: whether the user wrote the key outside the document.
+
+def _describe_mistake(
+    model: type[Schema], error: pydantic_core.ErrorDetails, key_names: KeyNames
+) -> tuple[str, str, bool]:
+    """Return the message of a validation error, and what else to know about it.
+
+    Returns:
+        One sentence; what to do next, "" if the sentence is enough; and whether the user wrote
+        a key in these texts outside the document.
     """
+    is_unknown = error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}
+    unknown = len(error["loc"]) - is_unknown  # index of a key that may look like a branch
+    location = [
+        part
+        for index, part in enumerate(error["loc"])
+        if index == unknown or not _is_union_branch(part)
+    ]
+    outside = list[str]()
 
-    def __init__(self, model: type[Schema], error: ErrorDetails, key_names: KeyNames) -> None:
-        self._key_names, self.has_key_name, self.remedy = key_names, False, ""
-        is_unknown = error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}
-        unknown = len(error["loc"]) - is_unknown  # index of a key that may look like a branch
-        self._location = [
-            part
-            for index, part in enumerate(error["loc"])
-            if index == unknown or not _is_union_branch(part)
-        ]
-        key = self._key_name(self._location)
-        conflict = error.get("ctx", {}).get("error")
-        if isinstance(conflict, ConflictError):
-            self.message = self._fill(conflict.message)
-            self.remedy = self._fill(conflict.remedy)
-        elif is_unknown:
-            self.message = f"the key '{key}' is unknown."
-            self.remedy = self._suggestion(model, key)
-        elif error["type"] == "missing":
-            self.message = f"'{key}' is missing."
-        else:
-            text = _TYPE_ERRORS.get(error["type"]) or re.sub(
-                r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", error["msg"]
-            )
-            value = reprlib.repr(error["input"])
-            self.message = f"'{key}' is {value}: it {text}." if key else f"it {text}."
-
-    def _key_name(self, location: list[str | int]) -> str:
-        """Return a key as the user wrote it, and set ``has_key_name``."""
+    def key_name(location: list[str | int]) -> str:
+        """Return a key as the user wrote it."""
         for length in range(len(location), 0, -1):
-            name = self._key_names.get(tuple(map(str, location[:length])))
+            name = key_names.get(tuple(map(str, location[:length])))
             if name is not None:
-                self.has_key_name = True
+                outside.append(name)
                 inner = [part for part in location[length:] if isinstance(part, str)]
                 return ".".join([name.rstrip("="), *inner]) if inner else name
         return ".".join(map(str, location))[:200]
 
-    def _fill(self, text: str) -> str:
+    def fill(text: str) -> str:
         """Return a text with its placeholders replaced by keys as the user wrote them."""
-        return re.sub(
-            r"\{([\w.]+)\}", lambda key: self._key_name([*self._location, *key[1].split(".")]), text
-        )
+        return re.sub(r"\{([\w.]+)\}", lambda m: key_name([*location, *m[1].split(".")]), text)
 
-    def _suggestion(self, model: type[Schema], key: str) -> str:
-        """Return the nearest known key, or all known keys."""
-        *location, name = self._location
-        table: type[Any] | None = model
-        for part in location:  # else an index in a list, or a key of a mapping
-            if table is not None and part in _key_types(table):
-                table = nested_table(_key_types(table)[str(part)])
-        known = list(_key_types(table)) if table is not None else []
-        near = difflib.get_close_matches(str(name), known, n=1)
-        if near:
-            return f"Did you mean '{key.replace(str(name), near[0])}'?"
-        return f"Known keys: {', '.join(known)}."
+    key, remedy = key_name(location), ""
+    conflict = error.get("ctx", {}).get("error")
+    if isinstance(conflict, ConflictError):
+        message, remedy = fill(conflict.message), fill(conflict.remedy)
+    elif is_unknown:
+        message, remedy = f"the key '{key}' is unknown.", _suggestion(model, location, key)
+    elif error["type"] == "missing":
+        message = f"'{key}' is missing."
+    else:
+        text = _TYPE_ERRORS.get(error["type"]) or re.sub(
+            r"^(Input|Value error,|String|List|Tuple|Dictionary) ?", "", error["msg"]
+        )
+        message = f"'{key}' is {reprlib.repr(error['input'])}: " * bool(key) + f"it {text}."
+    return message, remedy, bool(outside)
+
+
+def _suggestion(model: type[Schema], location: list[str | int], key: str) -> str:
+    """Return the nearest known key, or all known keys."""
+    *outer, name = location
+    table: type[Any] | None = model
+    for part in outer:  # else an index in a list, or a key of a mapping
+        if table is not None and part in _key_types(table):
+            table = nested_table(_key_types(table)[str(part)])
+    known = list(_key_types(table)) if table is not None else []
+    near = difflib.get_close_matches(str(name), known, n=1)
+    if near:
+        return f"Did you mean '{key.replace(str(name), near[0])}'?"
+    return f"Known keys: {', '.join(known)}."
 
 
 def _is_union_branch(part: str | int) -> bool:

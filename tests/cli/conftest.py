@@ -1,5 +1,6 @@
 """A bundle that may be changed, and changes of the files in it."""
 
+import importlib.util
 import io
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tests.artifacts import Copy, Subject
 from van_deploy.files import file_sha256
 
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 ALLOW = "--allow-inconclusive"  # the images of the tests are too few for INT8
 
 

@@ -50,6 +50,8 @@ def test_help_lists_every_command_with_its_options_and_an_example(cli: Cli) -> N
         ("bench", "--batches INTEGER,... Batch sizes. Unless given, a static graph"),
         ("bench", "[default: 3.0; above 0]"),
         ("build", "--batch MIN:OPT:MAX,... Batch sizes"),
+        ("serve", "--instances INTEGER Batches that run at the same time, per model. [default: 1;"),
+        ("sign", "* --key PATH The private key"),
         ("build", "[auto, tensorrt, tensorrt-rtx, inductor; default: auto]"),
         ("quantize", "--precision -p fp16|bf16|int8 Precision to make. [default: int8]"),
         ("quantize", "─ Images ─"),
@@ -87,7 +89,6 @@ def os_error(number: int) -> OSError:
         (RuntimeError(ALLOC), 3, f"{NO_MEMORY} ([enforce", "Use a smaller batch"),
         (RuntimeError("std::bad_alloc"), 3, NO_MEMORY, "Use a smaller batch"),
         (os_error(errno.EFBIG), 3, "'dist/place'", "ulimit -f"),
-        (os_error(errno.EIO), 3, "'dist/place'", "choose another place"),
         (os_error(errno.ENAMETOOLONG), 5, "'dist/place'", "Choose a shorter name."),
         (os_error(errno.ELOOP), 5, "'dist/place'", "circle"),
         (os_error(errno.ENOTDIR), 5, "'dist/place'", "is a file, not a folder"),
@@ -112,21 +113,27 @@ def test_bugs_keep_their_traceback(error: Exception) -> None:
     assert failing(error).exception is error
 
 
-@each("arguments", [("list",), ("list", "--json")])
-def test_broken_pipe_prints_nothing(arguments: tuple[str, ...]) -> None:
+@each("arguments", ["list", "list --json", "--version"])
+def test_closed_pipe_and_full_disk(arguments: str) -> None:
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "van_deploy", *arguments]
-    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(write)
-    assert (result.returncode, result.stderr) == (128 + signal.SIGPIPE, "")
+    command = [sys.executable, "-m", "van_deploy", *arguments.split()]
+    for output, expected in (
+        (write, (128 + signal.SIGPIPE, "")),
+        (os.open("/dev/full", os.O_WRONLY), (3, "error: Cannot write or read: No space left on")),
+    ):
+        with open(output, "w") as stdout:
+            result = subprocess.run(
+                command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert (result.returncode, result.stderr[: len(expected[1])]) == expected
 
 
 def test_output_without_unicode_and_without_docstrings(cli: Cli) -> None:
     assert cli.passes("--version") == f"van-deploy {__version__}\n"
     command = [sys.executable, "-OO", "-m", "van_deploy", "--help"]
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=ascii_only)
+    odd = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "COLUMNS": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=odd)
     assert "doctor" in result.stdout
 
 

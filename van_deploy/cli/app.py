@@ -10,11 +10,12 @@ reads these lines from the source without importing the commands, which is faste
 """
 
 import ast
+import contextlib
 import errno
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -40,25 +41,24 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 OTHER_PLACE = "choose another place"
-MISSING, INPUT = MissingDependency, InputError
-OS_REMEDIES: Mapping[int, tuple[type[VanDeployError], str]] = {
-    errno.ENOSPC: (MISSING, f"Free some space there, or {OTHER_PLACE}."),
-    errno.EDQUOT: (MISSING, f"Your quota is used up: free some space, or {OTHER_PLACE}."),
-    errno.EROFS: (MISSING, f"That file system is read-only: {OTHER_PLACE}."),
-    errno.EACCES: (MISSING, f"Change the permissions, or {OTHER_PLACE}."),
-    errno.EPERM: (MISSING, f"Change the permissions, or {OTHER_PLACE}."),
-    errno.EMFILE: (MISSING, "Raise the limit on open files (`ulimit -n`)."),
-    errno.ENFILE: (MISSING, "The machine has too many files open: close other programs."),
-    errno.EFBIG: (MISSING, f"Raise the limit on file sizes (`ulimit -f`), or {OTHER_PLACE}."),
-    errno.EIO: (MISSING, f"The disk or its network fails: try again, or {OTHER_PLACE}."),
-    errno.ESTALE: (MISSING, "The network file system lost the file: try again."),
-    errno.ENAMETOOLONG: (INPUT, "Choose a shorter name."),
-    errno.ELOOP: (INPUT, "The links there lead in a circle: remove one of them."),
-    errno.ENOTDIR: (INPUT, "A part of that path is a file, not a folder: check it."),
-    errno.EISDIR: (INPUT, "That is a folder, not a file: check the path."),
+OS_REMEDIES: Mapping[int, str] = {
+    errno.ENOSPC: f"Free some space there, or {OTHER_PLACE}.",
+    errno.EDQUOT: f"Your quota is used up: free some space, or {OTHER_PLACE}.",
+    errno.EROFS: f"That file system is read-only: {OTHER_PLACE}.",
+    errno.EACCES: f"Change the permissions, or {OTHER_PLACE}.",
+    errno.EPERM: f"Change the permissions, or {OTHER_PLACE}.",
+    errno.EMFILE: "Raise the limit on open files (`ulimit -n`).",
+    errno.ENFILE: "The machine has too many files open: close other programs.",
+    errno.EFBIG: f"Raise the limit on file sizes (`ulimit -f`), or {OTHER_PLACE}.",
+    errno.EIO: f"The disk or its network fails: try again, or {OTHER_PLACE}.",
+    errno.ESTALE: "The network file system lost the file: try again.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.ELOOP: "The links there lead in a circle: remove one of them.",
+    errno.ENOTDIR: "A part of that path is a file, not a folder: check it.",
+    errno.EISDIR: "That is a folder, not a file: check the path.",
 }
-EXPORT_PACKAGES = {"torch", "timm", "torchvision", "onnxscript", "onnxsim", "onnx_ir"}
-EXPORT_PACKAGES |= {"safetensors", "huggingface_hub"}
+INPUT_ERRORS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
+EXPORT_PACKAGES = "torch timm torchvision onnxscript onnxsim onnx_ir safetensors huggingface_hub"
 
 
 class CommandGroup(TyperGroup):
@@ -78,27 +78,15 @@ class CommandGroup(TyperGroup):
                 summary = summaries[_function_name(name)]
                 self.commands[name] = TyperCommand(name, help=summary, rich_help_panel=panel)
 
-    def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
-        """Run the command, and exit with the code of its error.
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Return the context of the arguments; prints the help and the version."""
+        with _errors_as_exit_codes():
+            return super().make_context(*arguments, **options)
 
-        Raises:
-            typer.Exit: the command failed for a reason that the user can fix.
-        """
-        try:
+    def invoke(self, ctx: Any) -> object:  # typer.Context, or Click's own in older Typers
+        """Run the command, and exit with the code of its error."""
+        with _errors_as_exit_codes():
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            print_error("Interrupted.")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            # Redirect stdout, so that closing it at exit does not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(BROKEN_PIPE) from None
-        except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
-            error = user_error(failure)
-            if error is None:
-                raise
-            print_error(error.message, error.remedy)
-            raise typer.Exit(error.exit_code) from failure
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command in ``args``, with its options."""
@@ -111,6 +99,30 @@ class CommandGroup(TyperGroup):
             program.command(name)(with_options(getattr(functions, _function_name(name))))
             self.commands[name] = typer.main.get_command(program)
         return super().resolve_command(ctx, args)
+
+
+@contextlib.contextmanager
+def _errors_as_exit_codes() -> Iterator[None]:
+    """Print an error in the block that the user can fix, and exit with its code.
+
+    Raises:
+        typer.Exit: there was such an error.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_error("Interrupted.")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        # Redirect stdout, so that closing it at exit does not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(BROKEN_PIPE) from None
+    except (VanDeployError, MemoryError, OSError, RuntimeError, ImportError) as failure:
+        error = user_error(failure)
+        if error is None:
+            raise
+        print_error(error.message, error.remedy)
+        raise typer.Exit(error.exit_code) from failure
 
 
 def _function_name(name: str) -> str:
@@ -160,7 +172,7 @@ def user_error(failure: BaseException) -> VanDeployError | None:
         return failure
     text = str(failure)
     package = (getattr(failure, "name", None) or "").partition(".")[0]
-    if isinstance(failure, ModuleNotFoundError) and package in EXPORT_PACKAGES:
+    if isinstance(failure, ModuleNotFoundError) and package in EXPORT_PACKAGES.split():
         return MissingDependency(
             f"This needs {package}, which is not installed.",
             "Install all packages with `pip install van-deploy`; requirements-runtime.txt is only "
@@ -173,17 +185,17 @@ def user_error(failure: BaseException) -> VanDeployError | None:
             "Use a smaller batch or image size, close other programs, or use a larger machine.",
         )
     if isinstance(failure, OSError) and (number := failure.errno or 0) in OS_REMEDIES:
-        kind, remedy = OS_REMEDIES[number]
+        kind = InputError if number in INPUT_ERRORS else MissingDependency
         name = failure.filename2 or failure.filename  # of a copy, the destination
         place = f" '{str(name)[:200]}'" if name else ""
-        return kind(f"Cannot write or read{place}: {os.strerror(number)}.", remedy)
+        return kind(f"Cannot write or read{place}: {os.strerror(number)}.", OS_REMEDIES[number])
     if "No usable temporary directory found" in text:
         return MissingDependency(
             "There is no writable folder for temporary files.",
             "Set the environment variable TMPDIR to one.",
         )
     if "No space left on device" in text:
-        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC][1])
+        return MissingDependency(f"Cannot write: {text}", OS_REMEDIES[errno.ENOSPC])
     return None
 
 
@@ -199,6 +211,8 @@ def main() -> NoReturn:
     except OSError as error:  # deleted: native libraries abort in it
         print_error(f"The working folder cannot be used: {error.strerror}.", "Change to another.")
         raise SystemExit(InputError.exit_code) from error
+    if not os.environ.get("COLUMNS", "").strip("0").isdigit():  # 0: some terminals' unknown width
+        os.environ.pop("COLUMNS", None)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # unsupported characters become '?'
             stream.reconfigure(errors="replace")

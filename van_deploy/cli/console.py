@@ -93,12 +93,8 @@ def progress_bar(first: str = "Loading PyTorch") -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = _console(sys.stderr)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=30),
-        TimeElapsedColumn(),
-    )
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(30)]
+    columns.append(TimeElapsedColumn())
     hidden = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(first, total=None)
@@ -128,7 +124,5 @@ def _console(file: IO[str]) -> Console:
     """Return a console for ``file``; its width is fixed if that is not a terminal."""
     from van_deploy.report.render_rich import HarmlessConsole
 
-    console = HarmlessConsole(file=file)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = HarmlessConsole(file=file, width=PIPE_WIDTH)
-    return console
+    has_width = file.isatty() or "COLUMNS" in os.environ
+    return HarmlessConsole(file=file, width=None if has_width else PIPE_WIDTH)

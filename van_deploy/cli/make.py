@@ -5,17 +5,9 @@ from typing import Annotated
 
 import typer
 
+from van_deploy import config
+from van_deploy.cli import options as cli
 from van_deploy.cli.console import Output, print_note
-from van_deploy.cli.options import (
-    Force,
-    OpenBundle,
-    OptionValues,
-    OutputFolder,
-    RequireSignature,
-    Set,
-    load_bundle,
-)
-from van_deploy.config import BuildSettings, FleetSettings, QuantizeSettings, RunSettings
 from van_deploy.config.named_options import EXPORT, RUN, Changes
 from van_deploy.documents import plain
 from van_deploy.errors import ConversionError, GateFailed, UsageError
@@ -31,34 +23,27 @@ def export(
         ),
     ],
     changes: Annotated[Changes, EXPORT],
+    options: Annotated[cli.OptionValues, config.ExportRunSettings],
     progress: Progress,
-    output: OutputFolder = None,
-    images: Annotated[
-        Path | None,
-        typer.Option(help="Folder of images to check on; sample photographs by default."),
-    ] = None,
-    assignments: Set = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
-    force: Force = False,
+    output: cli.OutputFolder = None,
 ) -> Output:
     """Export a VAN to ONNX with a dynamic batch, checked against PyTorch at every batch size.
 
     Example: van-deploy export van_b1 --output dist/van_b1
     """
     from van_deploy import api
-    from van_deploy.recipe import parse_assignments, resolve_recipe
+    from van_deploy.recipe import resolve_recipe
     from van_deploy.report.sections_model import export_blocks
 
-    recipe = resolve_recipe(model, changes | parse_assignments(assignments or ()))
-    bundle = api.export(
-        recipe, output, images=images, offline=offline, force=force, progress=progress
-    )
+    bundle = api.export(resolve_recipe(model, changes), output, progress=progress, **options)
     notes = [f"note: {note}" for note in bundle.result.notes]
     return Output(bundle.done, export_blocks, notes, None if bundle else typer.Exit(1))
 
 
 def quantize(
-    bundle: OpenBundle, options: Annotated[OptionValues, QuantizeSettings], force: Force = False
+    bundle: cli.OpenBundle,
+    options: Annotated[cli.OptionValues, config.QuantizeSettings],
+    force: cli.Force = False,
 ) -> Output:
     """Add an FP16, BF16 or INT8 graph to a bundle, compared with FP32.
 
@@ -74,14 +59,14 @@ def quantize(
 
 
 def build(
-    options: Annotated[OptionValues, BuildSettings],
-    fleet: Annotated[OptionValues, FleetSettings],
+    options: Annotated[cli.OptionValues, config.BuildSettings],
+    fleet: Annotated[cli.OptionValues, config.FleetSettings],
     progress: Progress,
     bundle: Annotated[
         Path | None, typer.Argument(help="A bundle that `van-deploy export` made.")
     ] = None,
-    force: Force = False,
-    require_signature: RequireSignature = None,
+    force: cli.Force = False,
+    require_signature: cli.RequireSignature = None,
 ) -> Output:
     """Build engines from a bundle: TensorRT plans, or packages of PyTorch's Inductor.
 
@@ -101,7 +86,7 @@ def build(
         return _build_matrix(fleet.table.matrix, fleet.table, force, progress)
     if bundle is None:
         raise UsageError("A bundle is required.", "Give one, or a fleet file with --matrix.")
-    target = load_bundle(bundle, require_signature, progress)
+    target = cli.load_bundle(bundle, require_signature, progress)
     report = target.build(force=force, **options)
     from van_deploy.report.sections_model import build_blocks
 
@@ -113,7 +98,9 @@ def build(
     return Output(report, build_blocks, [*report.remarks, *warnings, *target.remarks])
 
 
-def _build_matrix(path: Path, fleet: FleetSettings, force: bool, progress: Progress) -> Output:
+def _build_matrix(
+    path: Path, fleet: config.FleetSettings, force: bool, progress: Progress
+) -> Output:
     """Build a fleet; fails if an engine failed."""
     from van_deploy.building import build_fleet
     from van_deploy.report.sections_model import build_blocks, cell_name
@@ -142,21 +129,19 @@ def run(
         typer.Argument(help="A recipe (van_b1, van_digits, mine.toml), or a model as in `export`."),
     ],
     changes: Annotated[Changes, RUN],
-    options: Annotated[OptionValues, RunSettings],
+    options: Annotated[cli.OptionValues, config.RunSettings],
     progress: Progress,
-    output: OutputFolder = None,
-    assignments: Set = None,
+    output: cli.OutputFolder = None,
 ) -> Output:
     """Run a recipe: export, quantise, build engines, verify and evaluate.
 
     Example: van-deploy run export/mine.toml --output dist/mine
     """
     from van_deploy import api
-    from van_deploy.recipe import parse_assignments, resolve_recipe
+    from van_deploy.recipe import resolve_recipe
     from van_deploy.report.sections_model import run_blocks
 
-    changed = resolve_recipe(recipe, changes | parse_assignments(assignments or ()))
-    result = api.run_recipe(changed, output, progress=progress, **options)
+    result = api.run_recipe(resolve_recipe(recipe, changes), output, progress=progress, **options)
     failure = GateFailed(
         f"The bundle '{result.bundle.path}' was written and does not pass its gates.",
         "See the rows above; `van-deploy drift` finds the module.",

@@ -4,7 +4,7 @@ Annotations of a function's parameters add options to its command:
 
 - :data:`OpenBundle`: the argument ``BUNDLE`` and ``--require-signature``;
 - ``Annotated[OptionValues, Table]``: validated options of a table in :mod:`van_deploy.config`;
-- ``Annotated[Changes, EXPORT]``: options that change a recipe.
+- ``Annotated[Changes, EXPORT]``: options that change a recipe, and ``--set``.
 
 The parameter ``progress`` receives the progress display. Every command has ``--json`` and prints
 the :class:`~van_deploy.cli.console.Output` that its function returns; a function with the
@@ -18,33 +18,16 @@ import enum
 import functools
 import inspect
 import operator
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    TypeAlias,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 import typer
 
 from van_deploy.cli.console import Output, print_output, progress_bar
+from van_deploy.config import named_options as named
 from van_deploy.config.fields import cli_option, format_range
-from van_deploy.config.named_options import (
-    Change,
-    Changes,
-    NamedOption,
-    apply_changes,
-    named_options,
-)
 from van_deploy.config.sizes import BatchRange, SizeRange
 from van_deploy.errors import UsageError
 from van_deploy.schema import validate
@@ -52,12 +35,12 @@ from van_deploy.schema import validate
 if TYPE_CHECKING:
     from van_deploy.api import Bundle
 
-    OpenBundle: TypeAlias = Bundle
+    OpenBundle = Bundle
 else:
     OpenBundle = Annotated[Any, "open bundle"]
 
 MAX_CHOICES_WIDTH = 24  # columns; longer lists are in the help text
-TYPE_NAMES = {int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
+TYPE_NAMES = {bool: "", int: "INTEGER", float: "NUMBER", Path: "PATH", BatchRange: "MIN:OPT:MAX"}
 TYPE_NAMES[SizeRange] = TYPE_NAMES[BatchRange]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
@@ -66,7 +49,7 @@ OutputFolder = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder of the bundle; dist/NAME by default.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Rebuild everything even if nothing changed.")]
-Set = Annotated[
+Assignments = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
@@ -99,15 +82,17 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
     """Return a function with the signature that Typer needs for all options of ``function``."""
     hints = get_type_hints(function, include_extras=True)
     arguments = inspect.signature(function).parameters
-    tables: dict[str, tuple[Any, Mapping[str, NamedOption]]] = {}
+    tables: dict[str, tuple[Any, Mapping[str, named.NamedOption]]] = {}
     parameters: list[inspect.Parameter] = []
     for name, parameter in arguments.items():
         hint = hints[name]
         kind, source = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
-        if kind in (OptionValues, Changes):
-            options = named_options(source) if kind is OptionValues else source
+        if kind in (OptionValues, named.Changes):
+            options = named.named_options(source) if kind is OptionValues else source
             tables[name] = (source if kind is OptionValues else None), options
             parameters += [_parameter(option) for option in options.values()]
+            if kind is named.Changes:
+                parameters.append(_keyword("assignments", Assignments, None))
         elif source == "open bundle":
             parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
         elif name != "progress":
@@ -122,6 +107,8 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
     def command(**values: Any) -> None:
         for name, (schema, options) in tables.items():
             values[name] = _parse_options(schema, options, {o: values.pop(o) for o in options})
+            if schema is None:
+                values[name] |= named.parse_assignments(values.pop("assignments") or ())
         if "as_json" in arguments:
             function(**values)
             return
@@ -161,33 +148,34 @@ def load_bundle(bundle: Path, require_signature: Path | None, progress: Any) -> 
 
 
 def _parse_options(
-    schema: Any, options: Mapping[str, NamedOption], arguments: Mapping[str, Any]
-) -> object:
+    schema: Any, options: Mapping[str, named.NamedOption], arguments: Mapping[str, Any]
+) -> Any:
     """Return the options on the command line; those of a schema are validated."""
     values = {o: _parse_value(options[o], v) for o, v in arguments.items() if v is not None}
-    changes = {
-        options[o].place: Change(value, _flag(options[o], value)) for o, value in values.items()
-    }
+    flags = {o: option.flags[0] for o, option in options.items()}
+    flags |= {o: f"--no-{flags[o][2:]}" for o, value in values.items() if value is False}
+    changes = {options[o].place: named.Change(v, flags[o]) for o, v in values.items()}
     if schema is None:
         return changes
     result = OptionValues(values)
-    result.flags = [change.source for change in changes.values()]
-    key_names = {option.place: option.flags[0] for option in options.values()}
-    key_names |= {place: change.source for place, change in changes.items()}
-    result.table = validate(schema, apply_changes({}, changes), key_names=key_names)
+    result.flags = [flags[o] for o in values]
+    key_names = {option.place: flags[o] for o, option in options.items()}
+    result.table = validate(schema, named.apply_changes({}, changes), key_names=key_names)
     return result
 
 
 def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    """Return a parameter for Typer, whose path may not be empty."""
-    kind, *info = get_args(annotation) if get_origin(annotation) is Annotated else [annotation]
+    """Return a parameter for Typer: its path may not be empty, and its help names its type."""
+    kind, info = get_args(annotation)
     if kind in (Path, Path | None):
-        info[0].parser = path
+        info.parser = path
+    if isinstance(info, typer.models.OptionInfo) and info.metavar is None:
+        info.metavar = _metavar(_kind(kind))
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword_only, default=default, annotation=annotation)
 
 
-def _parameter(option: NamedOption) -> inspect.Parameter:
+def _parameter(option: named.NamedOption) -> inspect.Parameter:
     """Return an option for Typer: a text, which its table validates later."""
     kind = _kind(option.field.annotation)
     choices = _choices(kind)
@@ -201,7 +189,7 @@ def _parameter(option: NamedOption) -> inspect.Parameter:
         *flags,
         help=(option.field.description or "").replace("[", "\\[")
         + _help_suffix(option, choices if is_long else []),
-        metavar="" if kind is bool else "NAME" if is_long else _metavar(kind),
+        metavar="NAME" if is_long else _metavar(kind),
         rich_help_panel=option.panel or None,
         show_default=False,
     )
@@ -209,12 +197,12 @@ def _parameter(option: NamedOption) -> inspect.Parameter:
     return _keyword(option.name, annotation, inspect.Parameter.empty if required else None)
 
 
-def _help_suffix(option: NamedOption, choices: list[str]) -> str:
+def _help_suffix(option: named.NamedOption, choices: list[str]) -> str:
     """Return the choices, the default and the limits of an option for the help."""
     text, value = "", None
     if not option.field.is_required():
         value = option.field.get_default(call_default_factory=True, validated_data={})
-    if value not in (None, "", (), False, True):
+    if value not in (None, "", ()) and not isinstance(value, bool):
         values = value if isinstance(value, tuple) else (value,)
         text = ",".join(str(getattr(one, "value", one)) for one in values)
     limits = {
@@ -229,7 +217,7 @@ def _help_suffix(option: NamedOption, choices: list[str]) -> str:
 
 def _kind(annotation: Any) -> Any:
     """Return the type in an annotation, without None and without limits."""
-    if get_origin(annotation) in (types.UnionType, Union):
+    if type(None) in get_args(annotation):
         return _kind(next(kind for kind in get_args(annotation) if kind is not type(None)))
     if get_origin(annotation) is Annotated:
         inner, *metadata = get_args(annotation)
@@ -255,11 +243,9 @@ def _metavar(kind: Any) -> str:
     return "|".join(_choices(kind)) or TYPE_NAMES.get(kind, "TEXT")
 
 
-def _parse_value(option: NamedOption, value: Any) -> Any:
+def _parse_value(option: named.NamedOption, value: Any) -> Any:
     """Return a value on the command line as a file would have it, if it can be parsed."""
     kind = _kind(option.field.annotation)
-    if kind is Path:
-        return path(value)
     if get_origin(kind) is not tuple:
         return _parse_number(kind, value)
     inner = _kind(get_args(kind)[0])
@@ -273,8 +259,3 @@ def _parse_number(kind: Any, text: Any) -> Any:
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
-
-
-def _flag(option: NamedOption, value: Any) -> str:
-    """Return the option as the user wrote it."""
-    return option.flags[0] if value is not False else f"--no-{option.flags[0][2:]}"

@@ -18,6 +18,7 @@ from van_deploy.config.commands import (
     CheckSettings,
     DriftSettings,
     EvaluationSettings,
+    ExportRunSettings,
     FleetSettings,
     PackageSettings,
     PredictSettings,

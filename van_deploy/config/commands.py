@@ -74,6 +74,24 @@ class _Allowances(Table):
     allow_inconclusive: bool = option(False)
 
 
+class _Cluster(Table):
+    """Where the work is done.
+
+    Attributes:
+        on: This machine, or a Ray cluster.
+        ray_address: Address of the Ray cluster; by default the local one.
+    """
+
+    on: Literal["here", "ray"] = option("here")
+    ray_address: str = option("")
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Yield the address of a cluster that is not used, besides the base's conflicts."""
+        yield from super().conflicts()
+        if self.ray_address and self.on != "ray":
+            yield "{ray_address} needs {on} ray.", "Add {on} ray, or remove {ray_address}."
+
+
 class _Artifacts(Table):
     """The artifacts to check.
 
@@ -120,15 +138,13 @@ class VerifySettings(_Check, _Artifacts, _Samples, _Allowances):
     modules: bool = option(True)
 
 
-class EvaluationSettings(EvaluateSettings, _Check, _Artifacts, _Allowances):
+class EvaluationSettings(_Cluster, EvaluateSettings, _Check, _Artifacts, _Allowances):
     """The options of ``van-deploy evaluate``.
 
     Attributes:
         images: Labelled images: one folder per class, ImageNet's own layout, or an .npz.
         batch: Images per batch.
         workers: Threads that decode images; 0 for one per core.
-        on: This machine, or a Ray cluster.
-        ray_address: Address of the Ray cluster; by default the local one.
     """
 
     PANEL = EXECUTION
@@ -136,8 +152,6 @@ class EvaluationSettings(EvaluateSettings, _Check, _Artifacts, _Allowances):
     images: Path = option(..., panel="")
     batch: int = option(32, ge=1)
     workers: int = option(0, ge=0)
-    on: Literal["here", "ray"] = option("here")
-    ray_address: str = option("")
 
 
 class DriftSettings(_Weights, _Artifacts):
@@ -190,8 +204,8 @@ class CheckSettings(_Check, _Samples, _Allowances):
             yield f"{name} needs {{evaluate}}.", "Give the folder of images, too."
 
 
-class RunSettings(RunnerSettings, _Allowances):
-    """How to run a recipe.
+class ExportRunSettings(Table):
+    """How to export.
 
     Attributes:
         images: Folder of images to check on; sample photographs by default.
@@ -199,30 +213,29 @@ class RunSettings(RunnerSettings, _Allowances):
         force: Rebuild everything even if nothing changed.
     """
 
-    PANEL = ""
-
     images: Path | None = option(None)
     offline: bool = option(False)
     force: bool = option(False)
 
 
-class FleetSettings(Table):
+class RunSettings(ExportRunSettings, RunnerSettings, _Allowances):
+    """How to run a recipe."""
+
+
+class FleetSettings(_Cluster):
     """Many engines at once: options of ``van-deploy build``.
 
     Attributes:
         matrix: Build bundles x precisions x targets of this TOML file.
-        on: Build the matrix on this machine, or on a Ray cluster.
-        ray_address: Address of the Ray cluster; by default the local one.
     """
 
     PANEL = "Many engines"
 
     matrix: Path | None = option(None)
-    on: Literal["here", "ray"] = option("here")
-    ray_address: str = option("")
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
-        """Yield a Ray cluster without a matrix."""
+        """Yield a Ray cluster without a matrix, besides the base's conflicts."""
+        yield from super().conflicts()
         if self.matrix is None and self.on != "here":
             yield "{on} needs {matrix}.", "Write a fleet file, and give it with {matrix}."
 

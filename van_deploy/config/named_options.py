@@ -1,7 +1,7 @@
 """Options by name, for command lines and keyword arguments."""
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from van_deploy.config.fields import cli_option
 from van_deploy.config.recipe_tables import Recipe
 from van_deploy.config.sizes import BatchRange
+from van_deploy.documents import tomllib
 from van_deploy.errors import RecipeError, UsageError
 from van_deploy.schema import Settings, field_key, validate
 
@@ -112,6 +113,31 @@ def parse_changes(options: Mapping[str, NamedOption], values: Mapping[str, Any])
                 f"Did you mean '{near[0]}='?" if near else f"Known keys: {', '.join(options)}.",
             )
     return {options[name].place: Change(value, f"{name}=") for name, value in values.items()}
+
+
+def parse_assignments(assignments: Iterable[str]) -> Changes:
+    """Return the changes of ``KEY=VALUE`` assignments.
+
+    The value is TOML, else text: ``model.weights=mine.pth`` needs no quotation marks.
+
+    Raises:
+        UsageError: an assignment has no ``=`` or no key.
+    """
+    changes: Changes = {}
+    for text in assignments:
+        key, equals, text_value = text.partition("=")
+        place = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(place):
+            raise UsageError(
+                f"--set '{text}' is not an assignment.",
+                "Write KEY=VALUE, such as --set engines.tf32=false.",
+            )
+        try:
+            value = tomllib.loads(f"value = {text_value}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text_value
+        changes[place] = Change(value, f"--set {'.'.join(place)}")
+    return changes
 
 
 def parse_recipe(tables: dict[str, Any], changes: Changes, where: str = "") -> Recipe:

@@ -29,6 +29,7 @@ from van_deploy.model.metadata import Values, read_metadata
 from van_deploy.model.preprocess import OFFICIAL, Preprocessing
 from van_deploy.model.van import HEAD_LAYERS, VAN, random_van, sha256_of_state
 from van_deploy.model.variants import VanConfig, Variant, WeightsSource, find_variant, get_variant
+from van_deploy.schema import text_argument
 
 ALL_STAGES = (0, 1, 2, 3)
 _COMPLETE_HINT = "Save the state dict of one complete VAN."
@@ -56,7 +57,7 @@ class LoadedVan:
 
 
 def load_van(
-    spec: str,
+    spec: str | Path,
     *,
     weights: str | None = None,
     expect_sha256: str | None = None,
@@ -87,13 +88,15 @@ def load_van(
             by default all four of a checkpoint without a head.
 
     Raises:
-        UsageError: the arguments are contradictory, or a variant has no public weights.
+        UsageError: ``spec`` is empty or no text, the arguments are contradictory, or a variant has
+            no public weights.
         CheckpointError: the weights or their metadata cannot be used.
         DownloadError: the download failed, or the file has another digest.
 
     >>> load_van("van_b0", weights="random", seed=1).config.depths
     (3, 3, 5, 2)
     """
+    spec = text_argument("spec", spec)
     overrides = {**(preprocessing or {}), "layer_norm_eps": layer_norm_eps, "head": head}
     overrides |= {"out_indices": out_indices, "class_names": () if own_labels else None}
     overrides = {name: value for name, value in overrides.items() if value is not None}

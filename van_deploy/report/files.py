@@ -234,10 +234,12 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
         output: the HTML file; the Markdown file is written to the same folder.
 
     Raises:
-        InputError: ``output`` ends in ``.md``, or cannot be written.
+        InputError: ``output`` is a folder, ends in ``.md``, or cannot be written.
         BundleError: the bundle cannot be written.
     """
     html = output or bundle.path / "report.html"
+    if html.is_dir():
+        raise InputError(f"'{html}' is a folder.", "Give the path of the HTML file.")
     markdown = html.with_suffix(".md")
     if html == markdown:
         raise InputError(f"'{html}' is the name of the Markdown file.", "Use --output FILE.html.")

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import IOBase
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +14,9 @@ from van_deploy.errors import ImageError, UsageError
 from van_deploy.model.preprocess import Pixels, pixels_from_image
 from van_deploy.runners.network import NamedClass, Network
 from van_deploy.schema import path_argument
+
+Image = str | Path | bytes
+ONE_IMAGE = (str, bytes, bytearray, memoryview, IOBase)  # iterable, and not a list of images
 
 
 @dataclass(frozen=True)
@@ -29,18 +34,20 @@ class Prediction:
     error: str | None = None
 
 
-def find_sources(images: Iterable[str | Path | bytes]) -> tuple[Path | bytes, ...]:
+def find_sources(images: Image | Iterable[Image]) -> tuple[Path | bytes, ...]:
     """Return image files and bytes in the given order, with the files of each folder.
 
     Args:
-        images: files, folders (searched recursively), or the bytes of a file.
+        images: files, folders (searched recursively), or the bytes of a file; one, or several.
 
     Raises:
         ImageError: a file or folder does not exist, or a folder contains no image.
         UsageError: an image is neither a path nor bytes.
     """
     sources: list[Path | bytes] = []
-    for image in images:
+    is_one = isinstance(images, ONE_IMAGE) or not isinstance(images, Iterable)
+    several: Any = (images,) if is_one else images
+    for image in several:
         if isinstance(image, bytes):
             sources.append(image)
         elif not (path := path_argument("images", image)).exists():
@@ -75,7 +82,7 @@ def predict(
     while chunk := list(islice(remaining, batch)):
         pixels, errors = list[Pixels](), list[str | None]()
         for source in chunk:
-            label = "Standard input" if isinstance(source, bytes) else ""
+            label = "The data" if isinstance(source, bytes) else ""
             try:
                 image = open_image(source, channels=network.preprocessing.channels, name=label)
                 pixels.append(pixels_from_image(image, network.preprocessing))
