@@ -20,7 +20,7 @@ from van_deploy.checks.evaluate import ECE_BINS, GroundTruth, Predictions
 from van_deploy.checks.gates import AllowOptions, Finding, GateReport, Limit, Loss, Outcome
 from van_deploy.checks.regression import ROUNDS, WARMUP_ROUNDS, paired_ratio
 from van_deploy.config import GateProfile
-from van_deploy.metrics import Task, compare, find_flips, probabilities
+from van_deploy.metrics import Task, compare, decisions, find_flips, probabilities
 
 PASS, FAIL, INCONCLUSIVE = Outcome.PASS, Outcome.FAIL, Outcome.INCONCLUSIVE
 SINGLE, BINARY, MULTI = Task.SINGLE_LABEL, Task.BINARY, Task.MULTI_LABEL
@@ -109,6 +109,7 @@ def test_skips_and_undecided_findings_need_their_own_option(
     ("numeric", "actual", "recorded", "rules", "message"),
     [
         ("fp16", noisy(44.0), None, ["SQNR"], "44.0 dB is below 45.0 dB (floor for "),
+        ("fp16", noisy(44.98), None, ["SQNR"], "44.98 dB is below 45.00 dB (floor for "),
         ("int8", noisy(35.0), 38.9, ["SQNR"], "(38.9 dB recorded at creation, minus 3)"),
         ("int8", noisy(19.0), 21.0, ["SQNR"], "(floor for int8)"),
         ("int8", noisy(38.0), 38.9, [], ""),
@@ -191,6 +192,18 @@ def test_an_interval_that_touches_the_limit_and_the_number_that_decides() -> Non
     assert needed is not None
     more = gates.paired_loss(round(6 * needed / 400), round(3 * needed / 400), needed)
     assert gates.check_loss(more, INT8).outcome is PASS
+
+
+@each(("classes", "shift"), [(10, 3), (2, 1), (1, 1)])
+def test_a_loss_with_wrong_labels_is_undecided(classes: int, shift: int) -> None:
+    rng, task = np.random.default_rng(0), Task.of(classes)
+    logits = 3 * rng.normal(size=(900, classes))
+    right = decisions(logits, task)[:, 0]
+    for labels, outcome in ((right, PASS), ((right + shift) % max(classes, 2), INCONCLUSIVE)):
+        _, result = measure(task, labels, logits, logits, "int8")
+        assert result.outcome is outcome
+        assert ("check the labels and --class-order" in result.reason) is (outcome is not PASS)
+        assert measure(task, labels, logits, logits, "fp16")[1].outcome is PASS, "by its logits"
 
 
 @settings(deadline=None)

@@ -77,6 +77,8 @@ def test_a_perturbed_block_is_found_by_all_gates(cli: Cli, perturbed: Path, base
     stages = cli.passes("drift", perturbed, "--level", "stage", "--artifact", "int8", "--top", "2")
     rows = [line.split()[0] for line in stages.splitlines() if line.startswith("stage")]
     assert (rows[0], len(rows)) == ("stage", 3)
+    modules = ("--level", "module", "--artifact", "int8", "--against", "golden", "--top", "30")
+    assert "int8: modules, the worst 30" in cli.passes("drift", perturbed, *modules)
     words, before = ("check", perturbed, "--baseline", baseline), baseline.read_text()
     outcomes = outcomes_of(cli.document(*words, "--allow-skip", "accuracy", code=1))
     failed = {name for name, outcome in outcomes.items() if outcome == "fail"}
@@ -109,6 +111,7 @@ def test_skipped_engines_fail_unless_they_are_allowed(
     cli: Cli, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
     add_plan(Bundle.open(path))
+    assert f"modules of '{PLAN}' cannot be compared" in cli.fails(2, "drift", path, "--artifact", PLAN)
     engines = ("--allow-skip", "engines")
     verify = ("verify", path, "--no-modules", "--artifact", PLAN, "--artifact")
     output = cli.fails(1, *verify, "fp32")
@@ -191,6 +194,10 @@ def test_check_compares_with_the_baseline(
     text = summary.read_text()
     assert text.startswith("what another step wrote\n## ❌ van-deploy: van_digits failed")
     assert "| ❌ FAIL | baseline/fp16/SQNR |" in text
+    for option in ("--summary", "--junit"):
+        assert "cannot be written: No such" in cli.fails(5, *words[:4], option, "/proc/none/file")
+    written = cli.fails(5, *words[:3], "/proc/none/file", "--update")
+    assert "'/proc/none/file' cannot be written: No such file" in written
     assert JUnitXml.fromfile(str(junit)).failures == 3, "including what is undecided"
 
 

@@ -35,7 +35,7 @@ from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
 from van_deploy.checks.outputs import check_graph, check_new_graph, plain_onnx_artifacts
 from van_deploy.config import DriftSettings, GateProfile
-from van_deploy.errors import BundleError, GateFailed
+from van_deploy.errors import BundleError, GateFailed, UsageError
 from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.metrics import Array, decibels, signal_and_noise
 from van_deploy.runners.base import Images
@@ -45,11 +45,11 @@ from van_deploy.stopwatch import Progress
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-NOT_INSTRUMENTED = (
-    "extra outputs would prevent fusion in its runtime: see its logits in `van-deploy verify`"
-)
+NOT_INSTRUMENTED = {
+    "serving": "its input is pixels: see its outputs in `van-deploy verify`",
+    "engine": "extra outputs would prevent fusion: see its logits in `van-deploy verify`",
+}
 IMAGES_AT_ONCE = 2  # more than one, to detect a graph with a fixed batch of one
-MAX_ROWS = 10
 
 Level = Literal["stage", "block", "module"]
 
@@ -259,10 +259,9 @@ class ArtifactDrift:
 
     @property
     def worst_names(self) -> list[str]:
-        """Names of the worst parts: those with a fault first, then by isolated SQNR."""
-        measured = [row for row in self.rows if row.isolated_db is not None]
-        worst = sorted(measured, key=lambda row: (not row.fault, row.level))
-        return [row.name for row in worst[:MAX_ROWS]]
+        """Names of the measured parts: those with a fault first, then by isolated SQNR."""
+        measured = [row for row in self.rows if row.fault or row.isolated_db is not None]
+        return [row.name for row in sorted(measured, key=lambda row: (not row.fault, row.level))]
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,16 @@ def drift_of_bundle(
     Raises:
         BundleError: an artifact is missing, or does not match the manifest.
         GateFailed: there is no original network, and ``model.onnx`` fails its gate.
+        UsageError: an artifact in the settings has no modules to compare.
     """
+    plain, entries = plain_onnx_artifacts(bundle), dict[str, ArtifactDrift]()
+    for name in settings.artifacts:
+        if bundle.artifact(name).name not in plain:
+            raise UsageError(
+                f"The modules of '{name}' cannot be compared: only those of ONNX files with "
+                "normalised input can.",
+                f"Use one of {', '.join(plain)}; `van-deploy verify` checks the others.",
+            )
     noise_db, outputs = samples.noise_db, samples.outputs
     chain = [DriftRow("PyTorch float32", noise_db, note="float32 noise")]
     progress("Reference outputs")
@@ -320,7 +328,6 @@ def drift_of_bundle(
         note = f"folded weights in float32; relative error of folding {reference.folding:.0e}"
         sqnr = outputs.sqnr_db(samples.logits, rows)
         chain.append(DriftRow("rewritten, float64", sqnr, note=note))
-    plain, entries = plain_onnx_artifacts(bundle), {}
     for name in settings.artifacts or [n for n in plain if loaded is not None or n != "fp32"]:
         progress(f"Each {settings.level} of '{name}'")
         artifact = bundle.artifact(name)
@@ -334,7 +341,6 @@ def drift_of_bundle(
         rows_with_faults = (replace(r, fault="; ".join(faults.get(r.name, ()))) for r in parts)
         entries[name] = ArtifactDrift(name, tuple(rows_with_faults))
     for name in bundle.artifacts:
-        row = DriftRow(name, note=NOT_INSTRUMENTED)
         if name in plain:
             try:
                 with Network(bundle, name) as network:
@@ -342,6 +348,9 @@ def drift_of_bundle(
                 row = DriftRow(name, outputs.sqnr_db(samples.logits, rows))
             except Exception as error:  # ONNX Runtime raises bare exception types
                 row = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
+        else:
+            note = NOT_INSTRUMENTED.get(bundle.artifact(name).kind, NOT_INSTRUMENTED["engine"])
+            row = DriftRow(name, note=note)
         chain.append(row)
     descriptions = samples.description, reference.description
     return DriftReport(settings.level, *descriptions, tuple(chain), entries)

@@ -187,6 +187,7 @@ def compare_predictions(
     allowed, task = gates.allowed_loss(numeric, profile), truth.task
     labels, total = truth.labels, len(truth.labels)
     changes: tuple[Mapping[str, int], ...] = ()
+    undecided = ""
     if task is Task.MULTI_LABEL:
         reference, actual = (_label_counts(each, labels) for each in (before, after))
 
@@ -200,6 +201,7 @@ def compare_predictions(
         won = int((~correct & still_correct).sum())
         loss = gates.paired_loss(int((correct & ~still_correct).sum()), won, total)
         changes = _changed_classes(labels, correct, still_correct)
+        undecided = gates.chance_fault(int(correct.sum()), total, truth.classes)
     signal = float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
@@ -207,7 +209,7 @@ def compare_predictions(
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
     lossy, metric = gates.CLASSES[numeric].lossy, "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [] if lossy else gates.check_near_lossless(sqnr, floor, flips, task)
-    findings.append(gates.check_loss(loss, allowed, metric, lossy))
+    findings.append(gates.check_loss(loss, allowed, metric, lossy, undecided))
     pairs = Counter((flip.expected, flip.actual) for flip in flips)
     most_common = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MAX_ROWS]
     confusions = tuple((*pair, count) for pair, count in most_common)
@@ -342,6 +344,7 @@ def evaluate_bundle(
             "`van-deploy verify` compares the values.",
         )
     images, labels = _labelled_set(settings, task, loaded)
+    noise_db = samples_for(bundle, None if bundle.manifest.golden else loaded, None).noise_db
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
     start, total = time.perf_counter(), len(images)
     with Networks(bundle, loaded, settings) as networks:
@@ -361,7 +364,6 @@ def evaluate_bundle(
     for name in networks.runners:
         columns = zip(*(predicted[name] for predicted in pieces), strict=True)
         predictions[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
-    noise_db = samples_for(bundle, None if bundle.manifest.golden else loaded, None).noise_db
     truth = GroundTruth(labels[np.sort(rows)], loaded.config.num_classes, task, noise_db, rules)
     return EvaluateReport(
         images=images.description,

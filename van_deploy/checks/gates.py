@@ -26,7 +26,13 @@ from typing import ClassVar
 
 from van_deploy.config import GateProfile
 from van_deploy.documents import Verdict, limit_lines
-from van_deploy.intervals import Interval, mcnemar_exact, tango_interval, unseen_share
+from van_deploy.intervals import (
+    Interval,
+    mcnemar_exact,
+    tango_interval,
+    unseen_share,
+    wilson_interval,
+)
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
 # ``fp32`` may be this much noisier than PyTorch's own float32 against its float64: another order
@@ -297,9 +303,12 @@ def check_minimum(
     rule: str, value: float, limit: Limit, unit: str = "dB", where: str = ""
 ) -> Finding:
     """Return PASS if ``value`` is at least the limit, FAIL if it is below or NaN."""
-    fault = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
-    outcome, message = (Outcome.PASS, "") if value >= limit.value else (Outcome.FAIL, fault)
-    return Finding(rule, outcome, message, value, limit, unit)
+    if value >= limit.value:
+        return Finding(rule, Outcome.PASS, "", value, limit, unit)
+    pairs = ((f"{value:.{digits}f}", f"{limit.value:.{digits}f}") for digits in range(1, 10))
+    shown, least = next((pair for pair in pairs if pair[0] != pair[1]), (f"{value}", f"{limit.value}"))
+    message = f"{where}{rule} {shown} {unit} is below {least} {unit} ({limit.origin})"
+    return Finding(rule, Outcome.FAIL, message, value, limit, unit)
 
 
 # --- limits ----------------------------------------------------------------------------------
@@ -463,17 +472,42 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def check_loss(loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = True) -> Finding:
+def chance_fault(hits: int, images: int, classes: int) -> str:
+    """Return why the labels cannot show a loss, or "" if PyTorch's top-1 is above chance.
+
+    Wrong labels, such as classes in another order, change with neither network.
+
+    Args:
+        hits: images that PyTorch classifies correctly.
+        images: number of images.
+        classes: number of logits; 1 for a binary network.
+    """
+    low, high = (100 * end for end in wilson_interval(hits, images))
+    chance = 100 / max(classes, 2)
+    if low > chance:
+        return ""
+    return (
+        f"PyTorch's own top-1 ({low:.2f} to {high:.2f} % on {images} images) is not shown to be "
+        f"above chance, {chance:g} %: check the labels and --class-order, or give more images"
+    )
+
+
+def check_loss(
+    loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = True, undecided: str = ""
+) -> Finding:
     """Return the result of the non-inferiority test of an artifact's accuracy.
 
     PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
     beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
+    ``undecided`` is a reason why the others cannot PASS, see :func:`chance_fault`.
     """
     low, high = loss.interval
     message = f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images"
     message += f", {allowed.value:g} allowed ({allowed.origin})"
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
-    if lossy and low <= allowed.value < high:
+    if lossy and undecided and low <= allowed.value:
+        outcome, message = Outcome.INCONCLUSIVE, undecided
+    elif lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)
         message += (

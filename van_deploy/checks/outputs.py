@@ -134,7 +134,8 @@ class Networks(ExitStack):
             if isinstance(network, Finding):
                 self.skipped[name] = network
             elif OUTPUT_NAME not in {output.name for output in network.outputs}:
-                self.skipped[name] = gates.skipped_finding("runs", "it has no output 'logits'")
+                why = "it has no output 'logits', so its accuracy is not measured"
+                self.skipped[name] = gates.skipped_finding("runs", why, "accuracy")
             else:
                 self._artifacts[name] = self.enter_context(network)
                 precision = bundle.artifact(name).precision

@@ -196,6 +196,8 @@ def _drop_stale(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, lis
         fresh[name] = dict(entry)
         for key in {*BY_ARTIFACT} & {*entry} if gone else ():
             fresh[name][key] = {n: one for n, one in entry[key].items() if n not in gone}
+        if "chain" in entry:
+            fresh[name]["chain"] = [row for row in entry["chain"] if row["name"] not in gone]
     try:
         bench = portable(plain(read_report(path)))
     except InputError:
@@ -252,7 +254,11 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 
 def append_summary(report: CheckReport, path: Path) -> None:
-    """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``."""
+    """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     rejected = [row.finding for row in report.rows if not report.allowed.accepts(row.finding)]
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
@@ -261,9 +267,7 @@ def append_summary(report: CheckReport, path: Path) -> None:
         note=f"{len(report.rows)} rows",
         sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(markdown_from_document(document, level=2))
+    write_text(path, markdown_from_document(document, level=2), append=True)
 
 
 def write_junit(report: CheckReport, path: Path) -> None:
@@ -295,15 +299,19 @@ def write_junit(report: CheckReport, path: Path) -> None:
     write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and create its folder.
+def write_text(path: Path, text: str, *, append: bool = False) -> None:
+    """Write a text file, or append to it, and create its folder.
 
     Raises:
         InputError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        if append:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write_atomic(path, text)
     except OSError as error:
         raise InputError(
             f"'{path}' cannot be written: {error.strerror or error}.", "Choose another file."
