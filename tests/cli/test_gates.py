@@ -111,7 +111,9 @@ def test_skipped_engines_fail_unless_they_are_allowed(
     cli: Cli, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
     add_plan(Bundle.open(path))
-    assert f"modules of '{PLAN}' cannot be compared" in cli.fails(2, "drift", path, "--artifact", PLAN)
+    assert f"modules of '{PLAN}' cannot be compared" in cli.fails(
+        2, "drift", path, "--artifact", PLAN
+    )
     engines = ("--allow-skip", "engines")
     verify = ("verify", path, "--no-modules", "--artifact", PLAN, "--artifact")
     output = cli.fails(1, *verify, "fp32")

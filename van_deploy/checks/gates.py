@@ -306,7 +306,9 @@ def check_minimum(
     if value >= limit.value:
         return Finding(rule, Outcome.PASS, "", value, limit, unit)
     pairs = ((f"{value:.{digits}f}", f"{limit.value:.{digits}f}") for digits in range(1, 10))
-    shown, least = next((pair for pair in pairs if pair[0] != pair[1]), (f"{value}", f"{limit.value}"))
+    shown, least = next(
+        (pair for pair in pairs if pair[0] != pair[1]), (f"{value}", f"{limit.value}")
+    )
     message = f"{where}{rule} {shown} {unit} is below {least} {unit} ({limit.origin})"
     return Finding(rule, Outcome.FAIL, message, value, limit, unit)
 
