@@ -96,7 +96,7 @@ def test_skips_and_undecided_findings_need_their_own_option(
     shown, alone = Finding("a", PASS), finding.outcome is INCONCLUSIVE
     images = Finding("preprocessing/0.png", PASS)
     for allowed in (AllowOptions(), AllowOptions(("accuracy", "speed"))):
-        assert Report(allowed, shown, finding).failed == ["b"]
+        assert Report(allowed, shown, finding).rejected == [("b", finding)]
         assert not Report(allowed, shown, finding)
     everything = AllowOptions(("engines", "runtimes", "accuracy", "speed"), True)
     assert Report(everything, shown, finding).passed is (needs is not None)
@@ -202,7 +202,9 @@ def test_a_loss_with_wrong_labels_is_undecided(classes: int, shift: int) -> None
     for labels, outcome in ((right, PASS), ((right + shift) % max(classes, 2), INCONCLUSIVE)):
         _, result = measure(task, labels, logits, logits, "int8")
         assert result.outcome is outcome
-        assert ("check the labels and --class-order" in result.reason) is (outcome is not PASS)
+        assert ("above chance: check labels, --class-order" in result.reason) is (
+            outcome is not PASS
+        )
         assert measure(task, labels, logits, logits, "fp16")[1].outcome is PASS, "by its logits"
 
 

@@ -137,6 +137,12 @@ def test_skipped_engines_fail_unless_they_are_allowed(
     assert suites.failures == 0
     skipped = {c.name for s in suites for c in s if any(isinstance(r, Skipped) for r in c.result)}
     assert skipped == {f"verify/{PLAN}", *(f"{name}/top-{k}" for name in NAMES for k in (1, 5))}
+    with edited(path / "manifest.json") as manifest:
+        del manifest["artifacts"]["fp16"]
+    kinds = ("accuracy", "--allow-skip", "speed", "--allow-skip", "runtimes")
+    output = cli.fails(1, *check, "engines", "--allow-skip", *kinds)
+    assert "error: Failed: 'baseline/fp16'." in output
+    assert "this artifact is in the baseline and not in the bundle" in output
 
 
 @each(
@@ -201,18 +207,6 @@ def test_check_compares_with_the_baseline(
     written = cli.fails(5, *words[:3], "/proc/none/file", "--update")
     assert "'/proc/none/file' cannot be written: No such file" in written
     assert JUnitXml.fromfile(str(junit)).failures == 3, "including what is undecided"
-
-
-def test_check_fails_on_a_deleted_artifact_with_all_skips_allowed(
-    cli: Cli, path: Path, baseline: Path
-) -> None:
-    with edited(path / "manifest.json") as manifest:
-        del manifest["artifacts"]["fp16"]
-    kinds = ("engines", "runtimes", "accuracy", "speed")
-    allow = [word for kind in kinds for word in ("--allow-skip", kind)]
-    output = cli.fails(1, "check", path, "--baseline", baseline, *allow)
-    assert "error: Failed: 'baseline/fp16'." in output
-    assert "this artifact is in the baseline and not in the bundle" in output
 
 
 def test_check_refuses_a_baseline_of_something_else(

@@ -45,10 +45,7 @@ from van_deploy.stopwatch import Progress
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-NOT_INSTRUMENTED = {
-    "serving": "its input is pixels: see its outputs in `van-deploy verify`",
-    "engine": "extra outputs would prevent fusion: see its logits in `van-deploy verify`",
-}
+NOT_INSTRUMENTED = "only its own outputs are compared: see `van-deploy verify`"
 IMAGES_AT_ONCE = 2  # more than one, to detect a graph with a fixed batch of one
 
 Level = Literal["stage", "block", "module"]
@@ -191,10 +188,11 @@ def drift_of_artifact(
 
     def channel_affine(name: str, ndim: int) -> list[Any]:
         """Return factor and shift: the artifact's tensor is ``(reference - shift) / factor``."""
-        if f"{name}.factor" not in channels:
-            return [1.0, 0.0]
-        shape = (1, -1, *(1,) * (ndim - 2))
-        return [channels[f"{name}.{key}"].reshape(shape) for key in ("factor", "shift")]
+        pair = (
+            channels.get(f"{name}.factor", np.ones(1)),
+            channels.get(f"{name}.shift", np.zeros(1)),
+        )
+        return [values.reshape(1, -1, *(1,) * (ndim - 2)) for values in pair]
 
     try:
         channels: dict[str, Array] = {}  # recorded by the quantiser
@@ -233,8 +231,7 @@ def part_name(node: str, level: Level, modules: Iterable[str] = ()) -> str:
     """
     if level == "module":
         return max((m for m in modules if f"{node}.".startswith(f"{m}.")), key=len, default="")
-    unit = _UNIT.match(node)
-    if unit is None:
+    if (unit := _UNIT.match(node)) is None:
         return ""
     stage = unit["embed"] or unit["block"] or unit["norm"]
     return f"stage{stage}" if level == "stage" and stage else unit[0]
@@ -311,9 +308,8 @@ def drift_of_bundle(
     for name in settings.artifacts:
         if bundle.artifact(name).name not in plain:
             raise UsageError(
-                f"The modules of '{name}' cannot be compared: only those of ONNX files with "
-                "normalised input can.",
-                f"Use one of {', '.join(plain)}; `van-deploy verify` checks the others.",
+                f"The modules of '{name}' cannot be compared; those of {', '.join(plain)} can.",
+                "Use one of these names; `van-deploy verify` compares the others' outputs.",
             )
     noise_db, outputs = samples.noise_db, samples.outputs
     chain = [DriftRow("PyTorch float32", noise_db, note="float32 noise")]
@@ -341,6 +337,7 @@ def drift_of_bundle(
         rows_with_faults = (replace(r, fault="; ".join(faults.get(r.name, ()))) for r in parts)
         entries[name] = ArtifactDrift(name, tuple(rows_with_faults))
     for name in bundle.artifacts:
+        row = DriftRow(name, note=NOT_INSTRUMENTED)
         if name in plain:
             try:
                 with Network(bundle, name) as network:
@@ -348,9 +345,6 @@ def drift_of_bundle(
                 row = DriftRow(name, outputs.sqnr_db(samples.logits, rows))
             except Exception as error:  # ONNX Runtime raises bare exception types
                 row = DriftRow(name, note=f"does not run: {one_line(error)[:200]}")
-        else:
-            note = NOT_INSTRUMENTED.get(bundle.artifact(name).kind, NOT_INSTRUMENTED["engine"])
-            row = DriftRow(name, note=note)
         chain.append(row)
     descriptions = samples.description, reference.description
     return DriftReport(settings.level, *descriptions, tuple(chain), entries)

@@ -26,13 +26,7 @@ from typing import ClassVar
 
 from van_deploy.config import GateProfile
 from van_deploy.documents import Verdict, limit_lines
-from van_deploy.intervals import (
-    Interval,
-    mcnemar_exact,
-    tango_interval,
-    unseen_share,
-    wilson_interval,
-)
+from van_deploy.intervals import Interval, mcnemar_exact, tango_interval, unseen_share
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
 # ``fp32`` may be this much noisier than PyTorch's own float32 against its float64: another order
@@ -218,7 +212,7 @@ class GateReport(Verdict):
     @property
     def passed(self) -> bool:
         """Whether the command exits with 0: an artifact ran, and every finding is accepted."""
-        return self.ran and not self.failed
+        return self.ran and not self.rejected
 
     @property
     def ran(self) -> bool:
@@ -227,10 +221,9 @@ class GateReport(Verdict):
         return any(finding.outcome is not Outcome.SKIPPED for finding in findings)
 
     @property
-    def failed(self) -> list[str]:
-        """Names of the subjects with a finding that is not accepted."""
-        pairs = self.named_findings()
-        return list(dict.fromkeys(name for name, f in pairs if not self.allowed.accepts(f)))
+    def rejected(self) -> list[tuple[str, Finding]]:
+        """The findings that are not accepted, each with the name of its subject."""
+        return [pair for pair in self.named_findings() if not self.allowed.accepts(pair[1])]
 
 
 DEFAULT_PROFILE = GateProfile()
@@ -474,41 +467,27 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
 
 
-def chance_fault(hits: int, images: int, classes: int) -> str:
-    """Return why the labels cannot show a loss, or "" if PyTorch's top-1 is above chance.
-
-    Wrong labels, such as classes in another order, change with neither network.
-
-    Args:
-        hits: images that PyTorch classifies correctly.
-        images: number of images.
-        classes: number of logits; 1 for a binary network.
-    """
-    low, high = (100 * end for end in wilson_interval(hits, images))
-    chance = 100 / max(classes, 2)
-    if low > chance:
-        return ""
-    return (
-        f"PyTorch's own top-1 ({low:.2f} to {high:.2f} % on {images} images) is not shown to be "
-        f"above chance, {chance:g} %: check the labels and --class-order, or give more images"
-    )
-
-
 def check_loss(
-    loss: Loss, allowed: Limit, metric: str = "top-1", lossy: bool = True, undecided: str = ""
+    loss: Loss,
+    allowed: Limit,
+    metric: str = "top-1",
+    lossy: bool = True,
+    at_chance: bool = False,
 ) -> Finding:
     """Return the result of the non-inferiority test of an artifact's accuracy.
 
     PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
     beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
-    ``undecided`` is a reason why the others cannot PASS, see :func:`chance_fault`.
+    With ``at_chance`` PyTorch's own top-1 is not shown to be above chance. Then the labels may be
+    wrong, such as those of another class order, and no loss against them is evidence for a PASS.
     """
     low, high = loss.interval
     message = f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images"
     message += f", {allowed.value:g} allowed ({allowed.origin})"
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
-    if lossy and undecided and low <= allowed.value:
-        outcome, message = Outcome.INCONCLUSIVE, undecided
+    if lossy and at_chance and low <= allowed.value:
+        outcome = Outcome.INCONCLUSIVE
+        message += "; PyTorch's top-1 is not shown to be above chance: check labels, --class-order"
     elif lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)

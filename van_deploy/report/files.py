@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.checks.gates import outcome_of
+from van_deploy.checks.regression import CheckReport
 from van_deploy.config.sizes import format_size
 from van_deploy.documents import limit_lines, plain
 from van_deploy.errors import BundleError, InputError
@@ -23,9 +24,6 @@ from van_deploy.report import sections_bench, sections_checks, sections_model
 from van_deploy.report.document import Block, Document, Entry, state_text, table
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
-
-if TYPE_CHECKING:
-    from van_deploy.checks.regression import CheckReport
 
 # State, name and message of a check.
 Verdict = tuple[str, str, str]
@@ -259,11 +257,11 @@ def append_summary(report: CheckReport, path: Path) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    rejected = [row.finding for row in report.rows if not report.allowed.accepts(row.finding)]
+    rejected = outcome_of(finding for _, finding in report.rejected)
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
-        state="PASS" if report.passed else state_text(outcome_of(rejected).value),
+        state="PASS" if report.passed else state_text(rejected.value),
         note=f"{len(report.rows)} rows",
         sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )
