@@ -99,6 +99,8 @@ def test_every_row_of_a_batch_and_its_limit(digits: Subject) -> None:
     verdict = check_outputs(run, samples, (1, 20, 32), floor, 30.0)
     limits = [f.limit.value for f in verdict.findings if f.rule == "SQNR" and f.limit]
     assert limits == [27.0, 20.0, 27.0], "20 images are 16 and the first four again"
+    limits = [f.limit.value for f in verdict.findings if f.rule == "batch invariance" and f.limit]
+    assert limits == [26.0, 26.0], "more than the floor of INT8"
     wrong = 20
     for sizes, classes, message in (  # noqa: B007 - read by run()
         ((1, 32), 10, "SQNR "),

@@ -2,18 +2,18 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from junitparser import JUnitXml, Skipped
 
 import van_deploy as vd
 from tests.artifacts import Subject
 from tests.checks import faults
-from tests.checks.conftest import overwrite_artifact
+from tests.checks.conftest import spoil
 from tests.cli.conftest import ALLOW, npz, replace_file
 from tests.conftest import Cli
 from tests.each import each
@@ -34,9 +34,8 @@ def outcomes_of(document: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture
 def perturbed(path: Path) -> Path:
     """Return a bundle in whose FP16 graph one block differs by 1 %."""
-    bundle = Bundle.open(path)
-    model = faults.perturb_block(onnx.load(bundle.verified_path("fp16")), "block3.1")
-    return overwrite_artifact(bundle, "fp16", model).path
+    spoil(path, "fp16", partial(faults.perturb_block, block="block3.1"))
+    return path
 
 
 def test_verify_passes_and_is_recorded(cli: Cli, path: Path) -> None:

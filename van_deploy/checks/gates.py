@@ -166,7 +166,7 @@ class Finding:
         skip: for SKIPPED, the kind that ``--allow-skip`` can name: ``engines`` (this machine
             lacks the GPU), ``runtimes`` (the runtime or provider is not installed or has another
             version), ``accuracy`` and ``speed`` (the baseline has values that this run did not
-            measure); "" if no option allows it.
+            measure; an artifact without logits has no accuracy); "" if no option allows it.
     """
 
     rule: str

@@ -16,8 +16,6 @@ from van_deploy.report import sections_checks as sections
 if TYPE_CHECKING:
     from van_deploy.checks.gates import GateReport
 
-FILES = "Files"
-
 
 def _failure(report: GateReport, done: str) -> GateFailed | None:
     if report:
@@ -72,13 +70,13 @@ def check(
         bool, typer.Option("--update", help="Write the measured values to the baseline.")
     ] = False,
     junit: Annotated[
-        Path | None, typer.Option(help="Write JUnit XML.", rich_help_panel=FILES)
+        Path | None, typer.Option(help="Write JUnit XML.", rich_help_panel="Files")
     ] = None,
     summary: Annotated[
         Path | None,
         typer.Option(
             help="Append a summary in GitHub's Markdown, such as to $GITHUB_STEP_SUMMARY.",
-            rich_help_panel=FILES,
+            rich_help_panel="Files",
         ),
     ] = None,
 ) -> Output:
