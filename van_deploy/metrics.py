@@ -159,10 +159,9 @@ def cosine(reference: Array, actual: Array) -> Array:
     array([1., 0.])
     """
     first, second = np.linalg.norm(reference, axis=1), np.linalg.norm(actual, axis=1)
-    norms = first * second
-    dots = np.einsum("nk,nk->n", reference, actual)
-    both_zero = ((first == 0) & (second == 0)).astype(np.float64)
-    return np.where(norms > 0, dots / np.where(norms > 0, norms, 1.0), both_zero)
+    norms, both_zero = first * second, (first == 0) & (second == 0)
+    dots: Array = np.einsum("nk,nk->n", reference, actual)
+    return dots / np.where(norms == 0, 1.0, norms) + both_zero
 
 
 def probabilities(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
@@ -174,15 +173,12 @@ def probabilities(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
         return softmax(logits)
     if task is Task.REGRESSION:
         return logits
-    values = np.asarray(logits)
-    small = np.exp(-np.abs(values))  # never overflows
-    return np.where(values >= 0, 1 / (1 + small), small / (1 + small))
+    return np.exp(-np.logaddexp(0, -np.asarray(logits)))  # never overflows
 
 
 def softmax(logits: Array) -> Array:
     """Return the softmax of each row, ``(N, K)``."""
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
+    return np.exp(_log_softmax(logits))
 
 
 def kl_divergence(reference: Array, actual: Array) -> Array:
@@ -228,9 +224,7 @@ def decision_margins(logits: Array, task: Task = Task.SINGLE_LABEL) -> Array:
     """
     if task is not Task.SINGLE_LABEL or logits.shape[1] < 2:
         return np.abs(logits[:, :0] if task is Task.REGRESSION else logits)
-    first_two = np.partition(logits, -2, axis=1)[:, -2:]
-    margins: Array = first_two[:, 1:] - first_two[:, :1]
-    return margins
+    return np.diff(np.partition(logits, -2, axis=1)[:, -2:], axis=1)
 
 
 def decisions(logits: Array, task: Task = Task.SINGLE_LABEL) -> npt.NDArray[np.int64]:
@@ -238,8 +232,7 @@ def decisions(logits: Array, task: Task = Task.SINGLE_LABEL) -> npt.NDArray[np.i
 
     Rows with a NaN or an infinity have -1.
     """
-    single = task is Task.SINGLE_LABEL
-    labels = logits.argmax(axis=1)[:, None] if single else (logits >= 0)
+    labels = logits.argmax(axis=1)[:, None] if task is Task.SINGLE_LABEL else logits >= 0
     finite = np.isfinite(logits).all(axis=1, keepdims=True)
     return np.where(finite, labels, -1).astype(np.int64)
 

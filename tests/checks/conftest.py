@@ -30,6 +30,12 @@ def overwrite_artifact(bundle: Bundle, name: str, model: ModelProto) -> Bundle:
     return Bundle.open(bundle.path)
 
 
+def spoil(path: Path, name: str, fault: Callable[[ModelProto], ModelProto]) -> None:
+    """Give an artifact's graph a fault, and its file in the manifest the new digest."""
+    bundle = Bundle.open(path)
+    overwrite_artifact(bundle, name, fault(onnx.load(bundle.verified_path(name))))
+
+
 def tiny_bundle(folder: Path, classes: int, problem: str = "", **options: Any) -> Path:
     """Return the bundle of a tiny network with random weights, 32 x 32 pixels."""
     config = VanConfig((8, 12, 16, 24), (1, 1, 1, 1), (4, 4, 2, 2), num_classes=classes)

@@ -112,13 +112,6 @@ def change_epsilon(model: ModelProto) -> ModelProto:
     return model
 
 
-def remove_bias(model: ModelProto) -> ModelProto:
-    """Set the bias of one convolution to 0."""
-    bias = initializers(model)["block2.1.mlp.fc1.bias"]
-    set_values(bias, np.zeros(bias.dims))
-    return model
-
-
 def zero_channel(model: ModelProto) -> ModelProto:
     """Set the output channel with the largest weights to 0: 12 dB or more in INT8."""
     tensors, layer = initializers(model), "block1.0.mlp.fc2"

@@ -89,30 +89,27 @@ def test_embedded_graphs(
     assert verdict.outcome is (FAIL if failed else PASS)
 
 
-@each(
-    ("sizes", "classes", "message"),
-    [((1, 32), 10, "SQNR "), ((32,), 10, "SQNR "), ((1, 32), 9, "the output has shape (32, 9)")],
-)
-def test_every_row_of_a_batch_larger_than_the_samples(
-    digits: Subject, sizes: tuple[int, ...], classes: int, message: str
-) -> None:
+def test_every_row_of_a_batch_and_its_limit(digits: Subject) -> None:
     def run(of: Samples, images: npt.NDArray[np.int64]) -> dict[str, np.ndarray]:
         logits = of.logits[images]
-        logits[20:] = 0.0
+        logits[wrong:] = 0.0
         return {"logits": logits[:, :classes] if len(images) > 1 else logits}
 
-    verdict = check_outputs(run, digits.samples, sizes, Limit(20.0, "floor for int8"))
-    assert verdict.reason.startswith(f"batch 32: {message}")
-    assert (verdict.batches[-1].batch, verdict.batches[-1].outcome) == (32, FAIL)
-
-
-def test_the_record_is_of_every_image_once(digits: Subject) -> None:
-    def run(of: Samples, images: npt.NDArray[np.int64]) -> dict[str, np.ndarray]:
-        return {"logits": of.logits[images]}
-
-    verdict = check_outputs(run, digits.samples, (1, 20, 32), Limit(20.0, "floor for int8"), 30.0)
+    samples, floor, wrong, classes = digits.samples, Limit(20.0, "floor for int8"), 99, 10
+    verdict = check_outputs(run, samples, (1, 20, 32), floor, 30.0)
     limits = [f.limit.value for f in verdict.findings if f.rule == "SQNR" and f.limit]
     assert limits == [27.0, 20.0, 27.0], "20 images are 16 and the first four again"
+    limits = [f.limit.value for f in verdict.findings if f.rule == "batch invariance" and f.limit]
+    assert limits == [26.0, 26.0], "more than the floor of INT8"
+    wrong = 20
+    for sizes, classes, message in (  # noqa: B007 - read by run()
+        ((1, 32), 10, "SQNR "),
+        ((32,), 10, "SQNR "),
+        ((1, 32), 9, "the output has shape (32, 9)"),
+    ):
+        verdict = check_outputs(run, samples, sizes, floor)
+        assert verdict.reason.startswith(f"batch 32: {message}")
+        assert (verdict.batches[-1].batch, verdict.batches[-1].outcome) == (32, FAIL)
 
 
 def test_a_part_of_the_golden_samples_has_no_record(digits: Subject) -> None:
@@ -141,6 +138,7 @@ PLACED: list[tuple[str, Fault, str]] = [
     *(("fp16", partial(faults.perturb_block, block=b), b) for b in DIGITS_BLOCKS[::4]),
     *(("fp32", partial(faults.perturb_block, block=b), b) for b in DIGITS_BLOCKS[::8]),
     *(("fp16", faults.overflow_fp16(tensor), tensor) for tensor in ("norm1", "norm4")),
+    ("int8", partial(faults.multiply_scale, layer="block2.1.mlp.fc2", factor=8), "block2.1"),
 ]
 
 
@@ -156,16 +154,6 @@ def test_drift_reports_the_block_of_a_fault(
     assert drift(digits, bundle, "broken").artifacts["broken"].worst_names[0] == block
     overflows = sum(finding.message.count(OVERFLOW) for finding in verdict.findings)
     assert overflows == block.startswith("norm")
-
-
-def test_drift_reports_a_faulty_scale(digits: Subject, broken: Broken) -> None:
-    layer = "block2.1.mlp.fc2"
-    model = faults.multiply_scale(digits.graph("int8"), layer, 8)
-    bundle = broken(digits, "int8", "int8", model)
-    found = drift(digits, bundle, "int8", level="module").artifacts["int8"]
-    assert found.worst_names[0] == layer
-    (fault,) = (row.fault for row in found.rows if row.name == layer)
-    assert "times the scale of least error on the golden images" in fault
 
 
 @each(

@@ -2,18 +2,18 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from junitparser import JUnitXml, Skipped
 
 import van_deploy as vd
 from tests.artifacts import Subject
 from tests.checks import faults
-from tests.checks.conftest import overwrite_artifact
+from tests.checks.conftest import spoil
 from tests.cli.conftest import ALLOW, npz, replace_file
 from tests.conftest import Cli
 from tests.each import each
@@ -34,9 +34,8 @@ def outcomes_of(document: dict[str, Any]) -> dict[str, str]:
 @pytest.fixture
 def perturbed(path: Path) -> Path:
     """Return a bundle in whose FP16 graph one block differs by 1 %."""
-    bundle = Bundle.open(path)
-    model = faults.perturb_block(onnx.load(bundle.verified_path("fp16")), "block3.1")
-    return overwrite_artifact(bundle, "fp16", model).path
+    spoil(path, "fp16", partial(faults.perturb_block, block="block3.1"))
+    return path
 
 
 def test_verify_passes_and_is_recorded(cli: Cli, path: Path) -> None:
@@ -77,6 +76,8 @@ def test_a_perturbed_block_is_found_by_all_gates(cli: Cli, perturbed: Path, base
     stages = cli.passes("drift", perturbed, "--level", "stage", "--artifact", "int8", "--top", "2")
     rows = [line.split()[0] for line in stages.splitlines() if line.startswith("stage")]
     assert (rows[0], len(rows)) == ("stage", 3)
+    modules = ("--level", "module", "--artifact", "int8", "--against", "golden", "--top", "30")
+    assert "int8: modules, the worst 30" in cli.passes("drift", perturbed, *modules)
     words, before = ("check", perturbed, "--baseline", baseline), baseline.read_text()
     outcomes = outcomes_of(cli.document(*words, "--allow-skip", "accuracy", code=1))
     failed = {name for name, outcome in outcomes.items() if outcome == "fail"}
@@ -109,6 +110,9 @@ def test_skipped_engines_fail_unless_they_are_allowed(
     cli: Cli, path: Path, baseline: Path, tmp_path: Path
 ) -> None:
     add_plan(Bundle.open(path))
+    assert f"modules of '{PLAN}' cannot be compared" in cli.fails(
+        2, "drift", path, "--artifact", PLAN
+    )
     engines = ("--allow-skip", "engines")
     verify = ("verify", path, "--no-modules", "--artifact", PLAN, "--artifact")
     output = cli.fails(1, *verify, "fp32")
@@ -132,6 +136,12 @@ def test_skipped_engines_fail_unless_they_are_allowed(
     assert suites.failures == 0
     skipped = {c.name for s in suites for c in s if any(isinstance(r, Skipped) for r in c.result)}
     assert skipped == {f"verify/{PLAN}", *(f"{name}/top-{k}" for name in NAMES for k in (1, 5))}
+    with edited(path / "manifest.json") as manifest:
+        del manifest["artifacts"]["fp16"]
+    kinds = ("accuracy", "--allow-skip", "speed", "--allow-skip", "runtimes")
+    output = cli.fails(1, *check, "engines", "--allow-skip", *kinds)
+    assert "error: Failed: 'baseline/fp16'." in output
+    assert "this artifact is in the baseline and not in the bundle" in output
 
 
 @each(
@@ -191,19 +201,11 @@ def test_check_compares_with_the_baseline(
     text = summary.read_text()
     assert text.startswith("what another step wrote\n## ❌ van-deploy: van_digits failed")
     assert "| ❌ FAIL | baseline/fp16/SQNR |" in text
+    for option in ("--summary", "--junit"):
+        assert "cannot be written: No such" in cli.fails(5, *words[:4], option, "/proc/none/file")
+    written = cli.fails(5, *words[:3], "/proc/none/file", "--update")
+    assert "'/proc/none/file' cannot be written: No such file" in written
     assert JUnitXml.fromfile(str(junit)).failures == 3, "including what is undecided"
-
-
-def test_check_fails_on_a_deleted_artifact_with_all_skips_allowed(
-    cli: Cli, path: Path, baseline: Path
-) -> None:
-    with edited(path / "manifest.json") as manifest:
-        del manifest["artifacts"]["fp16"]
-    kinds = ("engines", "runtimes", "accuracy", "speed")
-    allow = [word for kind in kinds for word in ("--allow-skip", kind)]
-    output = cli.fails(1, "check", path, "--baseline", baseline, *allow)
-    assert "error: Failed: 'baseline/fp16'." in output
-    assert "this artifact is in the baseline and not in the bundle" in output
 
 
 def test_check_refuses_a_baseline_of_something_else(

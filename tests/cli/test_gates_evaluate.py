@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import pytest
-from onnx import ModelProto
 from PIL import Image
 
 from tests.artifacts import Subject
 from tests.checks import faults
-from tests.checks.conftest import overwrite_artifact, tiny_bundle
+from tests.checks.conftest import spoil, tiny_bundle
 from tests.cli.conftest import ALLOW
 from tests.conftest import Cli
 from van_deploy.bundle import Bundle
@@ -51,7 +49,7 @@ def test_unreadable_images_are_reported(
 def test_negated_logits_fail(cli: Cli, digits: Subject, path: Path, images: int) -> None:
     """Top-1 falls from 80 % to 0 %, on five images too."""
     for name in ("fp16", "int8"):
-        overwrite_artifact(Bundle.open(path), name, faults.negate_logits(digits.graph(name)))
+        spoil(path, name, faults.negate_logits)
     words = ("--images", digits.labelled, "--limit", str(images), ALLOW)
     losses = cli.document("evaluate", path, *words, code=1)["losses"]
     outcomes = {name: loss["outcome"] for name, loss in losses.items()}
@@ -84,7 +82,7 @@ def test_ray_gives_the_same_result(cli: Cli, digits: Subject, path: Path) -> Non
     ray.init(num_cpus=2, object_store_memory=100 << 20, **quiet)
     try:
         there = cli.document(*words, ALLOW, "--on", "ray")
-        overwrite_artifact(Bundle.open(path), "int8", faults.negate_logits(digits.graph("int8")))
+        spoil(path, "int8", faults.negate_logits)
         changed = cli.document(*words, ALLOW, "--on", "ray", code=1)
     finally:
         ray.shutdown()
@@ -112,10 +110,6 @@ def write_labels(folder: Path, classes: int, problem: str, labels: Labels) -> tu
     return ("evaluate", path, "--images", images, "--labels", folder / "labels.txt")
 
 
-def break_graph(bundle: Path, fault: Callable[[ModelProto], ModelProto]) -> None:
-    overwrite_artifact(Bundle.open(bundle), "fp32", fault(onnx.load(bundle / "model.onnx")))
-
-
 def test_binary_network(cli: Cli, tmp_path: Path) -> None:
     # Three labels of twelve differ from the network's decisions.
     words = write_labels(tmp_path, 1, "", lambda n, row: str(1 - row[0] if n < 3 else row[0]))
@@ -123,7 +117,7 @@ def test_binary_network(cli: Cli, tmp_path: Path) -> None:
     assert report["task"] == "binary"
     assert {a["top1"] for a in report["accuracy"].values()} == {0.75}
     assert report["accuracy"]["fp32"]["top5"] is None
-    break_graph(words[1], faults.negate_logits)
+    spoil(words[1], "fp32", faults.negate_logits)
     broken = cli.document(*words, code=1)
     assert broken["accuracy"]["fp32"]["top1"] == 0.25
     assert broken["losses"]["fp32"]["flips"] == 12
@@ -136,7 +130,7 @@ def test_multi_label_network(cli: Cli, tmp_path: Path) -> None:
     accuracy = report["accuracy"]["fp32"]
     assert (report["task"], accuracy["metric"]) == ("multi-label", "F1 (micro)")
     assert (accuracy["top1"], accuracy["top5"], accuracy["ece"]) == (1.0, None, None)
-    break_graph(words[1], faults.zero_logits)
+    spoil(words[1], "fp32", faults.zero_logits)
     output = cli.fails(1, *words)
     assert "error: Failed: 'fp32'." in output
     assert "F1 (micro) %" in output

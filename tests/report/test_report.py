@@ -195,10 +195,18 @@ def test_the_state_is_not_better_than_that_of_any_command(
 
 def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
-    edit_json(folder / MANIFEST, "checks evaluate artifacts_sha256 fp32", "0" * 64)
+    with edited(folder / MANIFEST) as manifest:
+        drift, evaluated = (manifest["checks"][name] for name in ("drift", "evaluate"))
+        for entry in (drift, evaluated):
+            entry["artifacts_sha256"]["fp32"] = "0" * 64
+        drift["artifacts"]["other"] = drift["artifacts"]["fp32"]
     document = report_of(folder)
-    message = "evaluate of fp32: measured on another file; run `van-deploy evaluate` again"
-    assert document.notices == doc.notices("STALE", [message])
+    message = "{0} of fp32: measured on another file; run `van-deploy {0}` again"
+    messages = [message.format(command) for command in ("drift", "evaluate")]
+    assert document.notices == doc.notices("STALE", messages)
+    chain = document.sections["Drift"][1]
+    assert isinstance(chain, doc.Table)
+    assert [row[0] for row in chain.rows] == ["PyTorch float32", "rewritten, float64"]
     assert document.state == "INCONCLUSIVE"
     assert "top-1 of fp32" not in markdown_from_document(document)
     html = html_from_document(document)

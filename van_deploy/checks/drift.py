@@ -35,7 +35,7 @@ from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
 from van_deploy.checks.outputs import check_graph, check_new_graph, plain_onnx_artifacts
 from van_deploy.config import DriftSettings, GateProfile
-from van_deploy.errors import BundleError, GateFailed
+from van_deploy.errors import BundleError, GateFailed, UsageError
 from van_deploy.graph.names import INPUT_NAME, module_of
 from van_deploy.metrics import Array, decibels, signal_and_noise
 from van_deploy.runners.base import Images
@@ -45,11 +45,8 @@ from van_deploy.stopwatch import Progress
 if TYPE_CHECKING:
     from van_deploy.model.checkpoint import LoadedVan
 
-NOT_INSTRUMENTED = (
-    "extra outputs would prevent fusion in its runtime: see its logits in `van-deploy verify`"
-)
+NOT_INSTRUMENTED = "only its own outputs are compared: see `van-deploy verify`"
 IMAGES_AT_ONCE = 2  # more than one, to detect a graph with a fixed batch of one
-MAX_ROWS = 10
 
 Level = Literal["stage", "block", "module"]
 
@@ -191,10 +188,11 @@ def drift_of_artifact(
 
     def channel_affine(name: str, ndim: int) -> list[Any]:
         """Return factor and shift: the artifact's tensor is ``(reference - shift) / factor``."""
-        if f"{name}.factor" not in channels:
-            return [1.0, 0.0]
-        shape = (1, -1, *(1,) * (ndim - 2))
-        return [channels[f"{name}.{key}"].reshape(shape) for key in ("factor", "shift")]
+        pair = (
+            channels.get(f"{name}.factor", np.ones(1)),
+            channels.get(f"{name}.shift", np.zeros(1)),
+        )
+        return [values.reshape(1, -1, *(1,) * (ndim - 2)) for values in pair]
 
     try:
         channels: dict[str, Array] = {}  # recorded by the quantiser
@@ -233,8 +231,7 @@ def part_name(node: str, level: Level, modules: Iterable[str] = ()) -> str:
     """
     if level == "module":
         return max((m for m in modules if f"{node}.".startswith(f"{m}.")), key=len, default="")
-    unit = _UNIT.match(node)
-    if unit is None:
+    if (unit := _UNIT.match(node)) is None:
         return ""
     stage = unit["embed"] or unit["block"] or unit["norm"]
     return f"stage{stage}" if level == "stage" and stage else unit[0]
@@ -259,10 +256,9 @@ class ArtifactDrift:
 
     @property
     def worst_names(self) -> list[str]:
-        """Names of the worst parts: those with a fault first, then by isolated SQNR."""
-        measured = [row for row in self.rows if row.isolated_db is not None]
-        worst = sorted(measured, key=lambda row: (not row.fault, row.level))
-        return [row.name for row in worst[:MAX_ROWS]]
+        """Names of the measured parts: those with a fault first, then by isolated SQNR."""
+        measured = [row for row in self.rows if row.fault or row.isolated_db is not None]
+        return [row.name for row in sorted(measured, key=lambda row: (not row.fault, row.level))]
 
 
 @dataclass(frozen=True)
@@ -306,7 +302,15 @@ def drift_of_bundle(
     Raises:
         BundleError: an artifact is missing, or does not match the manifest.
         GateFailed: there is no original network, and ``model.onnx`` fails its gate.
+        UsageError: an artifact in the settings has no modules to compare.
     """
+    plain, entries = plain_onnx_artifacts(bundle), dict[str, ArtifactDrift]()
+    for name in settings.artifacts:
+        if bundle.artifact(name).name not in plain:
+            raise UsageError(
+                f"The modules of '{name}' cannot be compared; those of {', '.join(plain)} can.",
+                "Use one of these names; `van-deploy verify` compares the others' outputs.",
+            )
     noise_db, outputs = samples.noise_db, samples.outputs
     chain = [DriftRow("PyTorch float32", noise_db, note="float32 noise")]
     progress("Reference outputs")
@@ -320,7 +324,6 @@ def drift_of_bundle(
         note = f"folded weights in float32; relative error of folding {reference.folding:.0e}"
         sqnr = outputs.sqnr_db(samples.logits, rows)
         chain.append(DriftRow("rewritten, float64", sqnr, note=note))
-    plain, entries = plain_onnx_artifacts(bundle), {}
     for name in settings.artifacts or [n for n in plain if loaded is not None or n != "fp32"]:
         progress(f"Each {settings.level} of '{name}'")
         artifact = bundle.artifact(name)

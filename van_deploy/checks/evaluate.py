@@ -186,7 +186,7 @@ def compare_predictions(
     floor = gates.sqnr_floor(numeric, truth.noise_db, profile)
     allowed, task = gates.allowed_loss(numeric, profile), truth.task
     labels, total = truth.labels, len(truth.labels)
-    changes: tuple[Mapping[str, int], ...] = ()
+    changes, at_chance = tuple[Mapping[str, int], ...](), False
     if task is Task.MULTI_LABEL:
         reference, actual = (_label_counts(each, labels) for each in (before, after))
 
@@ -200,6 +200,7 @@ def compare_predictions(
         won = int((~correct & still_correct).sum())
         loss = gates.paired_loss(int((correct & ~still_correct).sum()), won, total)
         changes = _changed_classes(labels, correct, still_correct)
+        at_chance = wilson_interval(int(correct.sum()), total)[0] <= 1 / max(truth.classes, 2)
     signal = float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
@@ -207,7 +208,7 @@ def compare_predictions(
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
     lossy, metric = gates.CLASSES[numeric].lossy, "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [] if lossy else gates.check_near_lossless(sqnr, floor, flips, task)
-    findings.append(gates.check_loss(loss, allowed, metric, lossy))
+    findings.append(gates.check_loss(loss, allowed, metric, lossy, at_chance))
     pairs = Counter((flip.expected, flip.actual) for flip in flips)
     most_common = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MAX_ROWS]
     confusions = tuple((*pair, count) for pair, count in most_common)
@@ -342,6 +343,7 @@ def evaluate_bundle(
             "`van-deploy verify` compares the values.",
         )
     images, labels = _labelled_set(settings, task, loaded)
+    noise_db = samples_for(bundle, None if bundle.manifest.golden else loaded, None).noise_db
     rows, unreadable, pieces = list[int](), list[tuple[int, str]](), list[dict[str, Predictions]]()
     start, total = time.perf_counter(), len(images)
     with Networks(bundle, loaded, settings) as networks:
@@ -357,11 +359,10 @@ def evaluate_bundle(
             f"None of the {total} images could be read; the first: {unreadable[0][1]}",
             "Give readable images with --images.",
         )
-    order, predictions = np.argsort(rows), {}
+    order, predictions = np.argsort(rows), dict[str, Predictions]()
     for name in networks.runners:
         columns = zip(*(predicted[name] for predicted in pieces), strict=True)
         predictions[name] = Predictions(*(np.concatenate(column)[order] for column in columns))
-    noise_db = samples_for(bundle, None if bundle.manifest.golden else loaded, None).noise_db
     truth = GroundTruth(labels[np.sort(rows)], loaded.config.num_classes, task, noise_db, rules)
     return EvaluateReport(
         images=images.description,

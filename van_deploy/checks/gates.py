@@ -166,7 +166,7 @@ class Finding:
         skip: for SKIPPED, the kind that ``--allow-skip`` can name: ``engines`` (this machine
             lacks the GPU), ``runtimes`` (the runtime or provider is not installed or has another
             version), ``accuracy`` and ``speed`` (the baseline has values that this run did not
-            measure); "" if no option allows it.
+            measure; an artifact without logits has no accuracy); "" if no option allows it.
     """
 
     rule: str
@@ -212,7 +212,7 @@ class GateReport(Verdict):
     @property
     def passed(self) -> bool:
         """Whether the command exits with 0: an artifact ran, and every finding is accepted."""
-        return self.ran and not self.failed
+        return self.ran and not self.rejected
 
     @property
     def ran(self) -> bool:
@@ -221,10 +221,9 @@ class GateReport(Verdict):
         return any(finding.outcome is not Outcome.SKIPPED for finding in findings)
 
     @property
-    def failed(self) -> list[str]:
-        """Names of the subjects with a finding that is not accepted."""
-        pairs = self.named_findings()
-        return list(dict.fromkeys(name for name, f in pairs if not self.allowed.accepts(f)))
+    def rejected(self) -> list[tuple[str, Finding]]:
+        """The findings that are not accepted, each with the name of its subject."""
+        return [pair for pair in self.named_findings() if not self.allowed.accepts(pair[1])]
 
 
 DEFAULT_PROFILE = GateProfile()
@@ -297,9 +296,14 @@ def check_minimum(
     rule: str, value: float, limit: Limit, unit: str = "dB", where: str = ""
 ) -> Finding:
     """Return PASS if ``value`` is at least the limit, FAIL if it is below or NaN."""
-    fault = f"{where}{rule} {value:.1f} {unit} is below {limit.value:.1f} {unit} ({limit.origin})"
-    outcome, message = (Outcome.PASS, "") if value >= limit.value else (Outcome.FAIL, fault)
-    return Finding(rule, outcome, message, value, limit, unit)
+    if value >= limit.value:
+        return Finding(rule, Outcome.PASS, "", value, limit, unit)
+    pairs = ((f"{value:.{digits}f}", f"{limit.value:.{digits}f}") for digits in range(1, 10))
+    shown, least = next(
+        (pair for pair in pairs if pair[0] != pair[1]), (f"{value}", f"{limit.value}")
+    )
+    message = f"{where}{rule} {shown} {unit} is below {least} {unit} ({limit.origin})"
+    return Finding(rule, Outcome.FAIL, message, value, limit, unit)
 
 
 # --- limits ----------------------------------------------------------------------------------
@@ -469,17 +473,23 @@ def check_loss(
     metric: str = "top-1",
     lossy: bool = True,
     option: str = "",
+    at_chance: bool = False,
 ) -> Finding:
     """Return the result of the non-inferiority test of an artifact's accuracy.
 
     PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
     beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
+    With ``at_chance`` PyTorch's own top-1 is not shown to be above chance. Then the labels may be
+    wrong, such as those of another class order, and no loss against them is evidence for a PASS.
     """
     low, high = loss.interval
     message = f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images"
     message += f", {allowed.value:g} allowed ({allowed.origin})"
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
-    if lossy and low <= allowed.value < high:
+    if lossy and at_chance and low <= allowed.value:
+        outcome = Outcome.INCONCLUSIVE
+        message += "; PyTorch's top-1 is not shown to be above chance: check labels, --class-order"
+    elif lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)
         message += (

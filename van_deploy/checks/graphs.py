@@ -236,20 +236,17 @@ def _scale_ratio(quantize: NodeProto, stored: Mapping[str, Array], values: Array
     info, middle = np.iinfo(zero.dtype), int(zero)
     ends = (max(info.min, -info.max), info.max)
 
-    def best(candidates: Array) -> int:
-        errors = []
-        for candidate in candidates:
-            codes = np.clip(np.rint(values / candidate) + middle, *ends)
-            errors.append(np.square(values - (codes - middle) * candidate).sum())
-        return int(np.argmin(errors))
+    def error(candidate: float) -> float:
+        codes = np.clip(np.rint(values / candidate) + middle, *ends)
+        return float(np.square(values - (codes - middle) * candidate).sum())
 
     above = float(values.max()) / max(ends[1] - middle, 1)
     below = float(values.min()) / min(ends[0] - middle, -1)
     reach = max(above, below, SMALLEST_SCALE)
     grid = np.geomspace(reach / CANDIDATES, reach * 1.05, CANDIDATES)
-    index = best(grid)
+    index = int(np.argmin([*map(error, grid)]))
     around = np.geomspace(grid[max(index - 1, 0)], grid[min(index + 1, CANDIDATES - 1)], 9)
-    return float(scale) / float(around[best(around)])
+    return float(scale) / float(min(around, key=error))
 
 
 def _check_activation_scales(

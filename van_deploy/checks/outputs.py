@@ -51,8 +51,7 @@ def shared_settings(settings: config.CheckSettings | config.RunSettings) -> dict
 
 def plain_onnx_artifacts(bundle: Bundle) -> list[str]:
     """Return the names of the ONNX artifacts from normalised images to logits."""
-    entries = bundle.artifacts.items()
-    return [name for name, one in entries if one.kind == "onnx" and one.embedded == "none"]
+    return [n for n, a in bundle.artifacts.items() if a.kind == "onnx" and a.embedded == "none"]
 
 
 def select_artifacts(bundle: Bundle, names: Sequence[str]) -> list[str]:
@@ -134,7 +133,7 @@ class Networks(ExitStack):
             if isinstance(network, Finding):
                 self.skipped[name] = network
             elif OUTPUT_NAME not in {output.name for output in network.outputs}:
-                self.skipped[name] = gates.skipped_finding("runs", "it has no output 'logits'")
+                self.skipped[name] = gates.skipped_finding("runs", "it has no logits", "accuracy")
             else:
                 self._artifacts[name] = self.enter_context(network)
                 precision = bundle.artifact(name).precision

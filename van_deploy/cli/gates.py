@@ -11,25 +11,19 @@ from van_deploy.cli.console import Output
 from van_deploy.cli.options import OpenBundle, OptionValues
 from van_deploy.config import CheckSettings, DriftSettings, EvaluationSettings, VerifySettings
 from van_deploy.errors import GateFailed
+from van_deploy.report import sections_checks as sections
 
 if TYPE_CHECKING:
-    from van_deploy.checks.evaluate import EvaluateReport
-    from van_deploy.checks.regression import CheckReport
-    from van_deploy.checks.verify import VerifyReport
-
-FILES = "Files"
+    from van_deploy.checks.gates import GateReport
 
 
-def _failure(report: VerifyReport | EvaluateReport | CheckReport, done: str) -> GateFailed | None:
-    from van_deploy.checks.gates import Outcome
-    from van_deploy.report.sections_checks import failure_text
-
+def _failure(report: GateReport, done: str) -> GateFailed | None:
     if report:
         return None
     findings = report.named_findings()
-    is_wrong = done != "checked" and any(f.outcome is Outcome.FAIL for _, f in findings)
+    is_wrong = done != "checked" and any(f.outcome.value == "fail" for _, f in findings)
     remedy = "See the rows above" + "; `van-deploy drift` finds the module" * is_wrong + "."
-    return GateFailed(failure_text(report, done), remedy)
+    return GateFailed(sections.failure_text(report, done), remedy)
 
 
 def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings]) -> Output:
@@ -38,10 +32,10 @@ def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings])
     Example: van-deploy verify dist/van_b1 --images photos/
     """
     report, names = bundle.verify(**options), bundle.manifest.class_names
-    from van_deploy.report.sections_checks import verify_blocks
-
     failure = _failure(report, "verified")
-    return Output(report, lambda document: verify_blocks(document, names), bundle.remarks, failure)
+    return Output(
+        report, lambda document: sections.verify_blocks(document, names), bundle.remarks, failure
+    )
 
 
 def evaluate(bundle: OpenBundle, options: Annotated[OptionValues, EvaluationSettings]) -> Output:
@@ -50,9 +44,7 @@ def evaluate(bundle: OpenBundle, options: Annotated[OptionValues, EvaluationSett
     Example: van-deploy evaluate dist/van_b1 --images imagenet/val
     """
     report = bundle.evaluate(**options)
-    from van_deploy.report.sections_checks import evaluate_blocks
-
-    return Output(report, evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
+    return Output(report, sections.evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
 
 
 def drift(
@@ -67,9 +59,7 @@ def drift(
     Example: van-deploy drift dist/van_b1 --level module --top 10
     """
     report = bundle.drift(**options)
-    from van_deploy.report.sections_checks import drift_blocks
-
-    return Output(report, lambda document: drift_blocks(document, top), bundle.remarks)
+    return Output(report, lambda document: sections.drift_blocks(document, top), bundle.remarks)
 
 
 def check(
@@ -80,13 +70,13 @@ def check(
         bool, typer.Option("--update", help="Write the measured values to the baseline.")
     ] = False,
     junit: Annotated[
-        Path | None, typer.Option(help="Write JUnit XML.", rich_help_panel=FILES)
+        Path | None, typer.Option(help="Write JUnit XML.", rich_help_panel="Files")
     ] = None,
     summary: Annotated[
         Path | None,
         typer.Option(
             help="Append a summary in GitHub's Markdown, such as to $GITHUB_STEP_SUMMARY.",
-            rich_help_panel=FILES,
+            rich_help_panel="Files",
         ),
     ] = None,
 ) -> Output:
@@ -96,11 +86,10 @@ def check(
     """
     report = bundle.check(baseline, update=update, **options)
     from van_deploy.report.files import append_summary, write_junit
-    from van_deploy.report.sections_checks import check_blocks
 
     if junit is not None:
         write_junit(report, junit)
     if summary is not None:
         append_summary(report, summary)
     notes = [f"Wrote {baseline}; review and commit it."] if update and report else []
-    return Output(report, check_blocks, notes, _failure(report, "checked"))
+    return Output(report, sections.check_blocks, notes, _failure(report, "checked"))

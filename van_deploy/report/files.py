@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
 from van_deploy.bundle import Bundle, edit_bundle
 from van_deploy.checks.gates import outcome_of
+from van_deploy.checks.regression import CheckReport
 from van_deploy.config.sizes import format_size
 from van_deploy.documents import limit_lines, plain
 from van_deploy.errors import BundleError, InputError
@@ -23,9 +24,6 @@ from van_deploy.report import sections_bench, sections_checks, sections_model
 from van_deploy.report.document import Block, Document, Entry, state_text, table
 from van_deploy.report.render_html import html_from_document
 from van_deploy.report.render_markdown import markdown_from_document
-
-if TYPE_CHECKING:
-    from van_deploy.checks.regression import CheckReport
 
 # State, name and message of a check.
 Verdict = tuple[str, str, str]
@@ -196,6 +194,8 @@ def _drop_stale(bundle: Bundle, checks: Entry) -> tuple[Entry, Entry | None, lis
         fresh[name] = dict(entry)
         for key in {*BY_ARTIFACT} & {*entry} if gone else ():
             fresh[name][key] = {n: one for n, one in entry[key].items() if n not in gone}
+        if "chain" in entry:
+            fresh[name]["chain"] = [row for row in entry["chain"] if row["name"] not in gone]
     try:
         bench = portable(plain(read_report(path)))
     except InputError:
@@ -254,18 +254,20 @@ def write_report(document: Document, bundle: Bundle, output: Path | None) -> lis
 
 
 def append_summary(report: CheckReport, path: Path) -> None:
-    """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``."""
-    rejected = [row.finding for row in report.rows if not report.allowed.accepts(row.finding)]
+    """Append a check to a GitHub Markdown file such as ``$GITHUB_STEP_SUMMARY``.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    rejected = outcome_of(finding for _, finding in report.rejected)
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
-        state="PASS" if report.passed else state_text(outcome_of(rejected).value),
+        state="PASS" if report.passed else state_text(rejected.value),
         note=f"{len(report.rows)} rows",
         sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(markdown_from_document(document, level=2))
+    write_text(path, markdown_from_document(document, level=2), append=True)
 
 
 def write_junit(report: CheckReport, path: Path) -> None:
@@ -297,15 +299,19 @@ def write_junit(report: CheckReport, path: Path) -> None:
     write_text(path, f'<?xml version="1.0" encoding="UTF-8"?>\n{text}\n')
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file and create its folder.
+def write_text(path: Path, text: str, *, append: bool = False) -> None:
+    """Write a text file, or append to it, and create its folder.
 
     Raises:
         InputError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+        if append:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write_atomic(path, text)
     except OSError as error:
         raise InputError(
             f"'{path}' cannot be written: {error.strerror or error}.", "Choose another file."

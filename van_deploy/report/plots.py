@@ -74,9 +74,8 @@ def rows_chart(marks: Sequence[Mark], label: str) -> str:
     left = EDGE + CHARACTER * max((len(m.name) for m in marks), default=0) + 10
     right = WIDTH - EDGE - CHARACTER * max((len(m.text) for m in marks), default=0) - 10
     bottom = EDGE + ROW * len(marks)
-    limits = [mark.limit for mark in marks if mark.limit is not None]
-    ends = [end for mark in marks for end in (mark.x, *(mark.interval or ()))]
-    scale = _Scale([0.0, *ends, *limits], left, right)
+    values = (value for mark in marks for value in (mark.x, mark.limit, *(mark.interval or ())))
+    scale = _Scale([0.0, *(value for value in values if value is not None)], left, right)
     parts = [scale.axis_svg(label, EDGE, bottom)]
     for index, mark in enumerate(marks):
         middle, colour = EDGE + ROW * (index + 0.5), f"var(--series-{mark.colour})"

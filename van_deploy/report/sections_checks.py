@@ -211,14 +211,15 @@ def failure_text(report: GateReport, verb: str) -> str:
         report: the report.
         verb: past participle for the case that nothing ran, such as ``verified``.
     """
-    failed = [pair for pair in report.named_findings() if not report.allowed.accepts(pair[1])]
     for outcome, sentence in FAILURES.items():
-        names = [f"'{name}'" for name, finding in failed if finding.outcome.value == outcome]
+        names = [
+            f"'{name}'" for name, finding in report.rejected if finding.outcome.value == outcome
+        ]
         if names:
             return sentence.format(", ".join(limit_lines([*dict.fromkeys(names)], MAX_NAMES)))
     if report.ran:
-        name, finding = failed[0]
-        others = f", and {len(failed) - 1} more," if len(failed) > 1 else ""
+        (name, finding), *more = report.rejected
+        others = f", and {len(more)} more," if more else ""
         remedy = f"; --allow-skip {finding.skip} accepts that" if finding.skip else ""
         return f"'{name}'{others} was not checked ({finding.message}){remedy}."
     return f"No artifact could be run on this machine, so nothing was {verb}."
