@@ -249,6 +249,11 @@ def test_noise_is_labelled_and_inconclusive_results_do_not_pass(
     assert (result.passed, result.facts["recommendation_reason"]) == (False, "INT8 is undecided")
     again = quantize_bundle(bundle, settings.with_changes(allow_inconclusive=True))
     assert (again.reused, again.passed) == (True, True)
+    for digit in range(10):  # labels of another order are no evidence for a small loss
+        shutil.copytree(heldout / str(digit), tmp_path / "other" / str((digit + 1) % 10))
+    other = quantize_bundle(bundle, settings.with_changes(evaluate=tmp_path / "other"))
+    (row,) = [row for row in other.facts["comparison"] if row["requested"]]
+    assert "PyTorch's top-1 is not shown to be above chance" in row["inconclusive"][0]
 
 
 def test_one_unreadable_image_is_listed_and_more_are_rejected(

@@ -200,7 +200,7 @@ def compare_predictions(
         won = int((~correct & still_correct).sum())
         loss = gates.paired_loss(int((correct & ~still_correct).sum()), won, total)
         changes = _changed_classes(labels, correct, still_correct)
-        at_chance = wilson_interval(int(correct.sum()), total)[0] <= 1 / max(truth.classes, 2)
+        at_chance = gates.is_at_chance(int(correct.sum()), total, truth.classes)
     signal = float(before.power.mean())
     sqnr = metrics.decibels(signal, float(after.noise.mean()))
     margins = before.margins / (math.sqrt(signal) or 1.0)  # in RMS logits
@@ -208,7 +208,7 @@ def compare_predictions(
     flips = metrics.flips_between(before.classes, after.classes, margins, explained)
     lossy, metric = gates.CLASSES[numeric].lossy, "F1" if task is Task.MULTI_LABEL else "top-1"
     findings = [] if lossy else gates.check_near_lossless(sqnr, floor, flips, task)
-    findings.append(gates.check_loss(loss, allowed, metric, lossy, at_chance))
+    findings.append(gates.check_loss(loss, allowed, metric, lossy, at_chance=at_chance))
     pairs = Counter((flip.expected, flip.actual) for flip in flips)
     most_common = sorted(pairs.items(), key=lambda entry: (-entry[1], entry[0]))[:MAX_ROWS]
     confusions = tuple((*pair, count) for pair, count in most_common)

@@ -26,7 +26,13 @@ from typing import ClassVar
 
 from van_deploy.config import GateProfile
 from van_deploy.documents import Verdict, limit_lines
-from van_deploy.intervals import Interval, mcnemar_exact, tango_interval, unseen_share
+from van_deploy.intervals import (
+    Interval,
+    mcnemar_exact,
+    tango_interval,
+    unseen_share,
+    wilson_interval,
+)
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
 # ``fp32`` may be this much noisier than PyTorch's own float32 against its float64: another order
@@ -465,6 +471,14 @@ def paired_loss(lost: int, won: int, images: int) -> Loss:
     low, high = tango_interval(lost, won, images)
     loss = 100 * (lost - won) / images if images else math.nan
     return Loss(images, loss, (100 * low, 100 * high), lost, won, mcnemar_exact(lost, won))
+
+
+def is_at_chance(correct: int, images: int, classes: int) -> bool:
+    """Return whether ``correct`` of ``images`` labels do not show a top-1 above chance.
+
+    The lower end of Wilson's interval is then at most one in ``classes``, or in two.
+    """
+    return wilson_interval(correct, images)[0] <= 1 / max(classes, 2)
 
 
 def check_loss(

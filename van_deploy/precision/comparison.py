@@ -92,7 +92,10 @@ def compare_precisions(
     if providers:
         timed = [session(c.model, fuse=True, timed_on=providers) for c in candidates]
         latencies = _interleaved_ms(timed, next(images.read(images.evaluation, 1))[0])
-    expected, rows = logits[0], []
+    expected, at_chance, rows = logits[0], False, []
+    if labels is not None:
+        correct = int((decisions(expected, task)[:, 0] == labels).sum())
+        at_chance = gates.is_at_chance(correct, *expected.shape)
     for candidate, actual, ms in zip(candidates, logits, latencies, strict=True):
         figures, findings = outputs.compare(expected, actual), list[gates.Finding]()
         profile = rules.of(candidate.precision)
@@ -112,9 +115,9 @@ def compare_precisions(
                 won = 0 if labels is None else count_lost_labels(actual, expected, labels, task)
                 metric = "agreement" if labels is None else "top-1"
                 loss = gates.paired_loss(lost, won, len(expected))
-                findings.append(gates.check_loss(loss, allowed, metric, lossy, option))
-        correct = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
-        rows.append(_row(candidate, figures, findings, correct, ms))
+                findings.append(gates.check_loss(loss, allowed, metric, lossy, option, at_chance))
+        hits = None if labels is None else int((decisions(actual, task)[:, 0] == labels).sum())
+        rows.append(_row(candidate, figures, findings, hits, ms))
     return rows
 
 
