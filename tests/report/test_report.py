@@ -179,6 +179,7 @@ def test_failed_checks_come_first_and_have_a_colour(
     ("place", "value", "state", "row"),
     [
         ("checks verify passed", False, "INCONCLUSIVE", "PASS verify fp32"),  # as by a skip
+        ("checks verify artifacts", {}, "INCONCLUSIVE", "PASS files"),  # of other artifacts only
         ("artifacts fp32 quantization", quantized(), "INCONCLUSIVE", "INCONCLUSIVE quantize fp32"),
         ("artifacts fp32 quantization", quantized(WRONG), "FAIL", "FAIL quantize fp32"),
     ],

@@ -22,6 +22,8 @@ from van_deploy.manifest import (
 )
 from van_deploy.provenance import current_timestamp
 
+LOCK_ATTEMPTS = 10
+
 
 @dataclass
 class Draft:
@@ -187,14 +189,25 @@ def _acquire_lock(folder: Path, lock: contextlib.ExitStack, *, create: bool) -> 
     The process that held the lock before may have failed and removed the new folder together
     with the lock file. The folder is then created again.
     """
-    while True:
+    for _ in range(LOCK_ATTEMPTS):
         created = _prepare(folder, create=create)
-        # The lock file is not found if the folder was removed while this process waited.
-        with contextlib.ExitStack() as attempt, contextlib.suppress(FileNotFoundError):
-            attempt.enter_context(locked(folder))
+        with contextlib.ExitStack() as attempt:
+            try:
+                attempt.enter_context(locked(folder))
+            except FileNotFoundError:  # removed while this process waited
+                continue
+            except BaseException:
+                if created:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
+                raise
             if (folder / LOCK).exists():
                 lock.push(attempt.pop_all())
                 return created
+    raise BundleError(
+        f"Other processes create and remove '{folder}' repeatedly.",
+        "Wait for them to end, or use another --output DIR.",
+    )
 
 
 def _artifact_files(artifacts: Mapping[str, Artifact]) -> set[str]:

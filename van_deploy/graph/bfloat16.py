@@ -6,21 +6,21 @@ after each operator with a BF16 result a Cast to BF16 and back. A GPU computes a
 in FP32 and rounds results to BF16; a kernel that fuses several operators rounds less often.
 """
 
+import ml_dtypes
 import numpy as np
-import onnx_ir as ir
-from onnx import ModelProto, TensorProto, shape_inference
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
 
 BF16_EMULATED = "BF16 emulated"  # label in reports
-FLOAT, BFLOAT16 = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
 
 
 def has_bf16(model: ModelProto) -> bool:
     """Return whether a graph has BF16 weights or inputs, or a Cast to BF16."""
-    graph, bf16 = model.graph, TensorProto.BFLOAT16
+    graph = model.graph
     return (
-        any(tensor.data_type == bf16 for tensor in graph.initializer)
-        or any(value.type.tensor_type.elem_type == bf16 for value in graph.input)
-        or any(a.name == "to" and a.i == bf16 for node in graph.node for a in node.attribute)
+        any(tensor.data_type == BFLOAT16 for tensor in graph.initializer)
+        or any(value.type.tensor_type.elem_type == BFLOAT16 for value in graph.input)
+        or any(a.name == "to" and a.i == BFLOAT16 for node in graph.node for a in node.attribute)
     )
 
 
@@ -32,40 +32,46 @@ def emulate_bf16(model: ModelProto) -> ModelProto:
     """
     if not has_bf16(model):
         return model
-    result = ir.from_proto(shape_inference.infer_shapes(model))
+    inferred = shape_inference.infer_shapes(model).graph
+    bf16_names = {
+        value.name
+        for value in (*inferred.input, *inferred.value_info, *inferred.output)
+        if value.type.tensor_type.elem_type == BFLOAT16
+    }
+    result = ModelProto()
+    result.CopyFrom(model)
     graph = result.graph
-    for weight in graph.initializers.values():
-        if weight.dtype is BFLOAT16 and weight.const_value is not None:
-            values = weight.const_value.numpy().astype(np.float32)
-            weight.const_value, weight.dtype = ir.tensor(values, name=weight.name), FLOAT
-    for node in graph:
-        if "to" in node.attributes and node.attributes["to"].value == BFLOAT16:
-            node.attributes["to"] = ir.AttrInt64("to", FLOAT)
-    for value in (*graph.inputs, *[output for node in graph for output in node.outputs]):
-        if value.dtype is BFLOAT16:
-            _round_to_bf16_(graph, value)
-    return ir.to_proto(result)
+    graph.ClearField("node")
+    graph.ClearField("value_info")
+    for tensor in graph.initializer:
+        if tensor.data_type == BFLOAT16:
+            weights = numpy_helper.to_array(tensor).astype(ml_dtypes.bfloat16)
+            tensor.CopyFrom(numpy_helper.from_array(weights.astype(np.float32), tensor.name))
+    rounded = {i.name: f"{i.name}.rounded" for i in graph.input if i.name in bf16_names}
+    for name, new in rounded.items():
+        graph.node.extend(_round_to_bf16(name, new))
+    for value in (*graph.input, *graph.output):
+        if value.name in bf16_names:
+            value.type.tensor_type.elem_type = FLOAT
+    for original in model.graph.node:
+        node = graph.node.add()
+        node.CopyFrom(original)
+        for index, name in enumerate(node.input):
+            node.input[index] = rounded.get(name, name)
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == BFLOAT16:
+                attribute.i = FLOAT
+        for index, name in enumerate(original.output):
+            if name in bf16_names:
+                node.output[index] = f"{name}.exact"
+                graph.node.extend(_round_to_bf16(f"{name}.exact", name))
+    return result
 
 
-def _round_to_bf16_(graph: ir.Graph, value: ir.Value) -> None:
-    """Insert two Casts after a tensor, to BF16 and back; the second output gets its name."""
-    name, producer, uses = str(value.name), value.producer(), list(value.uses())
-    value.dtype = FLOAT
-    if producer is None:  # inputs keep their names
-        name = f"{name}.rounded"
-    else:
-        value.name = f"{name}.exact"
-    bf16, rounded = ir.val(f"{name}.bf16", BFLOAT16, value.shape), ir.val(name, FLOAT, value.shape)
-    casts = [
-        ir.node("Cast", [value], {"to": BFLOAT16}, outputs=[bf16], name=f"{name}.to_bf16"),
-        ir.node("Cast", [bf16], {"to": FLOAT}, outputs=[rounded], name=f"{name}.from_bf16"),
+def _round_to_bf16(source: str, target: str) -> list[NodeProto]:
+    """Return two Casts that round the FP32 tensor ``source`` to BF16 and back into ``target``."""
+    bf16 = f"{target}.bf16"
+    return [
+        helper.make_node("Cast", [source], [bf16], name=f"{target}.to_bf16", to=BFLOAT16),
+        helper.make_node("Cast", [bf16], [target], name=f"{target}.from_bf16", to=FLOAT),
     ]
-    if producer is None:
-        graph.insert_before(graph[0], casts)
-    else:
-        graph.insert_after(producer, casts)
-    for user, index in uses:
-        user.replace_input_with(index, rounded)
-    for index, output in enumerate(graph.outputs):
-        if output is value:
-            graph.outputs[index] = rounded

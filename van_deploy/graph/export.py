@@ -189,14 +189,17 @@ def _remove_source_paths_(model: ir.Model) -> None:
 @contextlib.contextmanager
 def _silence_exporter() -> Iterator[None]:
     """Suppress the exporter's messages and warnings; errors are still raised."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 # --- network from the graph ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import ModelProto, TensorProto, ValueInfoProto
 from onnx.helper import tensor_dtype_to_np_dtype
@@ -89,7 +89,9 @@ def tensor_bytes(model: ModelProto) -> int:
 
 
 def _weight_bytes(tensor: TensorProto) -> int:
-    return math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth / 8)
+    packed = re.search(r"(?:INT|FLOAT)([246])(?!\d)", TensorProto.DataType.Name(tensor.data_type))
+    bits = int(packed[1]) if packed else 8 * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.ceil(math.prod(tensor.dims) * bits / 8)
 
 
 def simplify_onnx(

@@ -75,14 +75,17 @@ def _document(bundle: Bundle) -> Document:
     problems = [("FAIL", "files", problem) for problem in portable(bundle.problems())]
     message = f"all {len(bundle.digests)} have the manifest's SHA-256"
     verdicts = [*(problems or [("PASS", "files", message)]), *_verdicts(manifest)]
-    # Such as a skip that no option accepts; a FAIL has a row.
-    undecided = stale or any(check.get("passed") is False for check in manifest["checks"].values())
+    checks, artifacts = manifest["checks"], manifest["artifacts"]
+    others = {*artifacts} - {*checks.get("verify", {"artifacts": artifacts})["artifacts"]}
+    # A check that did not pass has, for example, a skip that no option accepts; a FAIL has a row.
+    undecided = stale or others or any(one.get("passed") is False for one in checks.values())
     states = Counter(state for state, _, _ in verdicts)
     state = next(state for state in STATES if states[state])
     words = [f"{states['PASS']} of {len(verdicts)} checks passed"]
     words += [f"{states[one]} {word}" for one, word in STATES.items() if word and states[one]]
     words += [f"{len(stale)} stale"] * bool(stale)
-    precisions = dict.fromkeys(e["precision"].upper() for e in manifest["artifacts"].values())
+    words += [f"not verified: {', '.join(sorted(others))}"] * bool(others)
+    precisions = dict.fromkeys(one["precision"].upper() for one in artifacts.values())
     size, network = format_size(manifest["preprocessing"]["image_size"]), manifest["architecture"]
     gives = "feature maps" if network["out_indices"] else f"{network['num_classes']} classes"
     again = (f"{what}; run `van-deploy {command}` again" for command, what in stale)

@@ -328,7 +328,7 @@ def preload_cuda_libraries() -> None:
         from cuda import pathfinder
 
         for name in LIBRARIES:
-            with contextlib.suppress(RuntimeError):  # the session reports which one is required
+            with contextlib.suppress(RuntimeError, OSError):  # the session reports what is missing
                 pathfinder.load_nvidia_dynamic_lib(name)
 
 
