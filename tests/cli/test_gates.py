@@ -186,6 +186,7 @@ def test_check_compares_with_the_baseline(
 
     with edited(baseline) as values:  # a near-tie of 60 images may change by chance
         values["artifacts"]["fp32"]["top-1"]["value"] += 100 / 60
+        values["artifacts"]["fp32"]["SQNR"] |= {"value": 300.0, "instruction_set": "another"}
     report = cli.document(*words, "--junit", junit, ALLOW)
     total = len(report["rows"])
     assert report["counts"] == {"pass": total - 1, "fail": 0, "inconclusive": 1, "skipped": 0}
@@ -222,7 +223,7 @@ def test_check_refuses_a_baseline_of_something_else(
         (text.replace('"van_digits"', '"van_b1"'), (), "another model: van_b1, this run has van"),
         (text.replace(weights, "0" * 64), (), "other weights: 000000000000, this run has "),
         (text.replace(reference, "0" * 64), (), "other reference outputs or class names: 0000"),
-        (text.replace("line/4", "line/2"), (), "this version reads 'van-deploy/baseline/4'."),
+        (text.replace("line/5", "line/2"), (), "this version reads 'van-deploy/baseline/5'."),
         ('{"stranger": 1, ' + text[1:], (), "the key 'stranger' is unknown."),
         (text[:-10], (), "is damaged: "),
     ):

@@ -188,14 +188,18 @@ class NetworkVerdict(gates.CheckResult):
     batches: tuple[BatchRow, ...] = ()
 
 
-def record_key(runner: str, numeric: str) -> str:
-    """Return the key under which an artifact's SQNR on the golden samples is recorded.
+def instruction_set(runner: str, numeric: str) -> str:
+    """Return the instruction set that an artifact's SQNR depends on; "" for none.
 
-    On a CPU, the noise of float32 and the saturation of INT8 kernels depend on the instruction
-    set.
+    On a CPU, the noise of float32 and the saturation of INT8 kernels depend on it.
     """
     exact = runner == ORT_CPU and numeric in ("fp32", "int8")
-    return "/".join([runner, numeric, *(f for f in cpu().features if exact and f in CPU_FEATURES)])
+    return "/".join(f for f in cpu().features if exact and f in CPU_FEATURES)
+
+
+def record_key(runner: str, numeric: str) -> str:
+    """Return the key under which an artifact's SQNR on the golden samples is recorded."""
+    return "/".join(filter(None, [runner, numeric, instruction_set(runner, numeric)]))
 
 
 def batch_sizes(batch: config.BatchRange) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from van_deploy.checks import gates
 from van_deploy.checks.evaluate import EvaluateReport
 from van_deploy.checks.gates import Finding, Limit, Outcome, skipped_finding
 from van_deploy.checks.golden import Samples
-from van_deploy.checks.outputs import inputs_for, open_artifact
+from van_deploy.checks.outputs import inputs_for, instruction_set, open_artifact
 from van_deploy.checks.verify import VerifyReport
 from van_deploy.config import RunnerSettings
 from van_deploy.errors import InputError
@@ -57,11 +57,13 @@ class Measurement(Schema):
         value: the value.
         interval: 95 % interval of a speed.
         runner: runner and numeric class of an SQNR.
+        instruction_set: of the CPU, where the SQNR depends on it.
     """
 
     value: float
     interval: tuple[PositiveFloat, PositiveFloat] | None = None
     runner: Text = ""
+    instruction_set: Text = ""
 
 
 class Baseline(VersionedSchema):
@@ -80,7 +82,7 @@ class Baseline(VersionedSchema):
         artifacts: values by artifact and rule.
     """
 
-    schema_: Literal["van-deploy/baseline/4"] = Field("van-deploy/baseline/4", alias="schema")
+    schema_: Literal["van-deploy/baseline/5"] = Field("van-deploy/baseline/5", alias="schema")
     model: Text
     weights_sha256: Text
     samples_sha256: Text
@@ -107,7 +109,11 @@ def baseline_from(
         values = artifacts.setdefault(name, {})
         if verdict.comparison is not None:
             sqnr = max(-MAX_DB, min(MAX_DB, round(verdict.comparison.sqnr_db, 3)))
-            values["SQNR"] = Measurement(value=sqnr, runner=f"{verdict.runner}, {verdict.numeric}")
+            values["SQNR"] = Measurement(
+                value=sqnr,
+                runner=f"{verdict.runner}, {verdict.numeric}",
+                instruction_set=instruction_set(verdict.runner, verdict.numeric),
+            )
         if evaluate is not None and (accuracy := evaluate.accuracy.get(name)) is not None:
             # Rounded, so that equal shares are equal numbers.
             metric = accuracy.metric.partition(" ")[0]
@@ -117,7 +123,7 @@ def baseline_from(
         if name in speed:
             values["speed"] = speed[name]
     return Baseline(
-        schema="van-deploy/baseline/4",
+        schema="van-deploy/baseline/5",
         model=bundle.name,
         weights_sha256=bundle.manifest.weights.sha256,
         samples_sha256=hashlib.sha256(samples.inputs.tobytes()).hexdigest(),
@@ -275,24 +281,34 @@ def compare_with_baseline(
                 missing = "this artifact is in the baseline and not in the bundle"
                 rows.append(CheckRow(f"baseline/{name}", gates.pass_or_fail("artifact", missing)))
                 continue
+            floor, kind = verify.artifacts[name].limit, kinds.get(name, "")
             for rule, old in values.items():
                 current, images = now.artifacts[name].get(rule), now.evaluation_images
-                finding = _compare_value(rule, old, current, images, kinds.get(name, ""))
+                finding = _compare_value(rule, old, current, images, floor, kind)
                 rows.append(CheckRow(f"baseline/{name}/{rule}", finding, old.value))
         new = tuple(name for name in now.artifacts if name not in then.artifacts)
     return CheckReport(now.model, tuple(rows), new, verify.images, verify.allowed, now)
 
 
 def _compare_value(
-    rule: str, then: Measurement, now: Measurement | None, images: int, kind: str
+    rule: str,
+    then: Measurement,
+    now: Measurement | None,
+    images: int,
+    floor: Limit | None,
+    kind: str,
 ) -> Finding:
     """Compare a value with the baseline.
+
+    On a CPU with another instruction set the SQNR of correct artifacts differs by more than the
+    margin of a baseline: there the artifact's own limit applies.
 
     Args:
         rule: name of the value.
         then: value in the baseline.
         now: value of this run; None if it was not measured.
         images: size of the evaluation set.
+        floor: the artifact's own limit on the SQNR.
         kind: kind of skip, if the artifact was not run.
     """
     if rule == "SQNR" and (now is None or now.runner != then.runner):
@@ -316,6 +332,8 @@ def _compare_value(
         return Finding(rule, outcome, message, now.value, limit, "x")
     if rule == "SQNR":
         limit = Limit(then.value - drop, f"baseline minus {drop:g}")
+        if floor is not None and now.instruction_set != then.instruction_set:
+            limit = replace(floor, origin=f"{floor.origin}; the baseline is of another processor")
         return gates.check_minimum(rule, now.value, limit)
     slack = gates.chance_label_changes(images)
     origin = f"baseline minus {slack} of {images} images, which may change by chance"
