@@ -36,7 +36,7 @@ from van_deploy.intervals import (
 from van_deploy.metrics import Array, Flip, Task, find_flips, sqnr_db, worst_row_sqnr_db
 
 # ``fp32`` may be this much noisier than PyTorch's own float32 against its float64: another order
-# of summation, on another processor, costs 3 to 17 dB on trained VANs (docs/gates.md).
+# of summation, on another processor, costs 3 to 17 dB on trained VANs.
 NOISE_MARGIN_DB = 20.0
 
 # 20 log10(2^24). Noise below float32's own roundoff is chance and does not raise the limit.
