@@ -182,6 +182,8 @@ VALUES: list[tuple[tuple[str, object], str]] = [
     (("preprocessing mean", [10**400] * 3), "'preprocessing.mean.0' is"),
     (("architecture out_indices", [9]), "out_indices"),
     (("architecture depths", [-1, 2, 2, 2]), "invalid depths"),
+    (("architecture depths", [2, 2, 2]), "3 depths, not 4"),
+    (("architecture strides", [4, 0, 2, 2]), "invalid strides"),
     (("architecture num_classes", 0), "invalid num_classes"),
     (("architecture in_chans", 4), "it has preprocessing to 3 channels for a network"),
     (("class_names", ["a"]), "damaged: it has 1 class names for 1000 classes"),

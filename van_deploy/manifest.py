@@ -17,7 +17,7 @@ from van_deploy.documents import MAX_TEXT_LENGTH
 from van_deploy.errors import BundleError
 from van_deploy.files import content_key
 from van_deploy.model.preprocess import Preprocessing
-from van_deploy.model.variants import VanConfig, WeightsSource
+from van_deploy.model.variants import STAGES, VanConfig, WeightsSource
 from van_deploy.schema import (
     Count,
     FileName,
@@ -33,6 +33,7 @@ from van_deploy.schema import (
 SCHEMA: Final = "van-deploy/bundle/3"
 MANIFEST = "manifest.json"
 REBUILD_REMEDY = "Create the bundle again in another folder with `van-deploy export`."
+PER_STAGE = ("embed_dims", "depths", "mlp_ratios", "strides", "patch_sizes")
 MAX_NAME_BYTES = 255  # of one file name, on all common file systems
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -195,8 +196,11 @@ class GoldenInfo(Schema):
 def _check_architecture(config: VanConfig) -> VanConfig:
     if set(config.out_indices) - set(range(len(config.embed_dims))):
         raise ValueError("has invalid out_indices")
+    for name in PER_STAGE:
+        if (count := len(getattr(config, name))) != STAGES:
+            raise ValueError(f"has {count} {name}, not {STAGES}")
     classes = () if config.out_indices else ("num_classes",)
-    for name in ("in_chans", "embed_dims", "depths", "mlp_ratios", "lka_kernels", *classes):
+    for name in ("in_chans", *PER_STAGE, "lka_kernels", *classes):
         numbers = getattr(config, name)
         if any(not 0 < n < 2**31 for n in (numbers if isinstance(numbers, tuple) else (numbers,))):
             raise ValueError(f"has invalid {name}")
