@@ -192,15 +192,17 @@ VALUES: list[tuple[tuple[str, object], str]] = [
 ]
 
 
-def test_classes_that_artifacts_were_not_made_with_are_refused(
+def test_graphs_and_classes_that_artifacts_do_not_have_are_refused(
     digits_bundle: Bundle, copy_bundle: Copy
 ) -> None:
     logits = "artifacts fp32 graph outputs logits shape"
     for keys, value, message in (
         ("class_names", [*"9876543210"], "has other class names than those 'fp32' was made with"),
         (logits, ["batch", 11], "has 10 classes; the logits of 'fp32' have 11"),
+        ("artifacts fp32 graph inputs", {}, "graph 'fp32' without outputs or with no single input"),
+        ("artifacts fp32 graph outputs", {}, "graph 'fp32' without outputs"),
     ):
-        path = copy_bundle(digits_bundle, keys)
+        path = copy_bundle(digits_bundle, f"{keys}{value}")
         edit_json(path / MANIFEST, keys, value)
         with pytest.raises(BundleError, match=message):
             Bundle.open(path)

@@ -278,12 +278,15 @@ class Manifest(NetworkInfo, VersionedSchema):
 
     @model_validator(mode="after")
     def _check_artifacts(self) -> Manifest:
-        """Refuse class names or a number of classes that the artifacts were not made with."""
+        """Refuse graphs of another form, and classes that the artifacts were not made with."""
         for name, entry in self.artifacts.items():
+            graph = entry.graph
+            if graph and (len(graph.inputs) != 1 or not graph.outputs):
+                raise ValueError(f"has a graph '{name}' without outputs or with no single input")
             recorded = entry.made_with.get("class names")
             if recorded not in (None, content_key({"names": self.class_names or ()})):
                 raise ValueError(f"has other class names than those '{name}' was made with")
-            logits = entry.graph.outputs.get("logits") if entry.graph else None
+            logits = graph.outputs.get("logits") if graph else None
             if logits and logits.shape[-1] != self.architecture.num_classes:
                 raise ValueError(
                     f"has {self.architecture.num_classes} classes; the logits of '{name}' have "
