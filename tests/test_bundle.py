@@ -184,6 +184,7 @@ VALUES: list[tuple[tuple[str, object], str]] = [
     (("architecture depths", [-1, 2, 2, 2]), "invalid depths"),
     (("architecture depths", [2, 2, 2]), "3 depths, not 4"),
     (("architecture strides", [4, 0, 2, 2]), "invalid strides"),
+    (("architecture num_classes", 10**400), "it has a number beyond 4.6e+18"),
     (("architecture num_classes", 0), "invalid num_classes"),
     (("architecture in_chans", 4), "it has preprocessing to 3 channels for a network"),
     (("class_names", ["a"]), "damaged: it has 1 class names for 1000 classes"),

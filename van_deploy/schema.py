@@ -432,7 +432,7 @@ def _check_dataclass(value: Any) -> Any:
         if isinstance(leaf, str):
             _check_text(leaf)
         elif isinstance(leaf, int | float) and abs(leaf) > MAX_NUMBER:
-            raise ValueError(f"has the number {leaf:.3g}")
+            raise ValueError(f"has a number beyond {MAX_NUMBER:.1e}")
     return value
 
 
