@@ -133,11 +133,8 @@ class Bundle:
         require_signature: str | Path | None = None,
         progress: Progress = no_progress,
     ) -> None:
-        self.path, self.progress, self.remarks = (
-            schema.path_argument("path", path),
-            progress,
-            list[str](),
-        )
+        self.path, self.progress = schema.path_argument("path", path), progress
+        self.remarks = list[str]()
         self._key = schema.optional_path("require_signature", require_signature)
         self.path = self.load().path
 

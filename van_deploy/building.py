@@ -6,6 +6,7 @@ that fails its gate is never selected.
 """
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -302,10 +303,8 @@ def _call_seconds(runner: Runner, images: npt.NDArray[Any], device: str) -> floa
     """Return the time of a call: of launches queued on the GPU, as in ``bench``, or on the CPU."""
     if not runner.on_gpu:
         runner.run(images)  # compiles and tunes
-        return (
-            min(repeat_for(MIN_S, MIN_CALLS, lambda: Timer().time_ms(lambda: runner.run(images))))
-            / 1e3
-        )
+        call = functools.partial(Timer().time_ms, lambda: runner.run(images))
+        return min(repeat_for(MIN_S, MIN_CALLS, call)) / 1e3
     with contextlib.closing(runner.resident_batch(images)) as resident:
         timer, monitor = timer_for(resident, device), gpu_monitor(device)
         fields = time_resident(resident, len(images), timer, monitor, MIN_S, MIN_CALLS)

@@ -15,7 +15,8 @@ from tests.checks import faults
 from tests.checks.conftest import spoil, tiny_bundle
 from tests.cli.conftest import ALLOW
 from tests.conftest import Cli
-from van_deploy.bundle import Bundle
+from tests.json_documents import edited
+from van_deploy.bundle import MANIFEST, Bundle
 from van_deploy.checks.golden import samples_for
 from van_deploy.runners.network import original_network
 
@@ -70,6 +71,16 @@ def test_too_few_images_are_inconclusive(
     cli.passes(*words, ALLOW)
     (finding,) = cli.document(*words, "--recipe", recipe)["losses"]["int8"]["findings"]
     assert finding["limit"] == {"value": 7.0, "origin": "recipe [gates.int8]"}
+
+
+def test_artifacts_without_logits_are_skipped(cli: Cli, digits: Subject, path: Path) -> None:
+    with edited(path / MANIFEST) as manifest:
+        outputs = manifest["artifacts"]["fp16"]["graph"]["outputs"]
+        outputs["probabilities"] = outputs.pop("logits")
+    words = ("--images", digits.labelled, "--artifact", "fp16", "--artifact", "fp32")
+    output = cli.fails(1, "evaluate", path, *words)
+    assert "'fp16' was not checked (it has no logits); --allow-skip accuracy" in output
+    cli.passes("evaluate", path, *words, "--allow-skip", "accuracy")
 
 
 @pytest.mark.slow

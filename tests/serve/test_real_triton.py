@@ -70,6 +70,21 @@ def triton(
         yield running
 
 
+def test_metadata_and_configuration_match_the_package(triton: TritonServer) -> None:
+    with http.InferenceServerClient(triton.http) as client:
+        assert client.is_server_ready()
+        assert client.is_model_ready(NAME, "1")
+        metadata, config = client.get_model_metadata(NAME), client.get_model_config(NAME)
+    assert metadata["platform"] == "python"
+    shapes = {t["name"]: [int(n) for n in t["shape"]] for t in metadata["inputs"]}
+    assert shapes == {"pixels": [-1, 64, 64, 3]}
+    names = ["logits", "probabilities", "top5_classes", "top5_probabilities"]
+    assert [t["name"] for t in metadata["outputs"]] == names
+    (group,) = config["instance_group"]
+    assert (group["count"], group["kind"]) == (2, "KIND_CPU")
+    assert config["parameters"]["intra_op_thread_count"]["string_value"] == "1"
+
+
 @each("module", [http, grpc])
 def test_results_match_the_artifact(
     module: Any, triton: TritonServer, pixels: Any, expected: Any
