@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from supply_chain.reference import generated_files
@@ -173,7 +174,13 @@ INVALID: list[tuple[object, str]] = [
     ({"opst": 20}, "The key 'opst=' is unknown."),
     ({"batch": "1:2"}, "'batch=' is '1:2': it should be min:opt:max"),
     ({"precision": ["int4"]}, "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-    ({"outputs": object()}, "A value cannot be written as TOML or JSON: Unable to serialize"),
+    (["engine.tf32=false"], "'--set engine.tf32' is unknown. Did you mean '--set engines.tf32'?"),
+    (["export.set=3"], "'--set export.set' is unknown. Did you mean '--set export.opset'?"),
+    (["export.opset.x=3"], "'--set export.opset.x' is {'x': 3}: it should be a whole number."),
+    ({"opset": np.int64(18)}, "'opset=' is np.int64(18): it should be Python's own number or bool"),
+    ({"std": np.ones(3)}, "'std=' is array([1., 1., 1.]): it should be Python's own number"),
+    ({"labels": "\udcff"}, "'labels=' is '\\udcff': it should be Python's own number or bool, a"),
+    ({"batch": {"mn": object()}}, "'batch.mn' is <object obj"),
 ]
 
 
