@@ -175,6 +175,11 @@ INVALID: list[tuple[object, str]] = [
     ({"batch": "1:2"}, "'batch=' is '1:2': it should be min:opt:max"),
     ({"precision": ["int4"]}, "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
     (["engine.tf32=false"], "'--set engine.tf32' is unknown. Did you mean '--set engines.tf32'?"),
+    (["export.dynamic_size.min=96"], "'export.dynamic_size.opt' is missing."),
+    (
+        [f"export.dynamic_size.{k}" for k in ("min=96", "opt=64", "max=96")],
+        "The size range 96:64:96 is not min <= opt <= max. Give three rising values",
+    ),
     (["export.set=3"], "'--set export.set' is unknown. Did you mean '--set export.opset'?"),
     (["export.opset.x=3"], "'--set export.opset.x' is {'x': 3}: it should be a whole number."),
     ({"opset": np.int64(18)}, "'opset=' is np.int64(18): it should be Python's own number or bool"),

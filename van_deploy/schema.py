@@ -356,14 +356,16 @@ def _describe_mistake(
         """Return a text with its placeholders replaced by keys as the user wrote them."""
         return re.sub(r"\{([\w.]+)\}", lambda m: key_name([*location, *m[1].split(".")]), text)
 
-    remedy, conflict = "", error.get("ctx", {}).get("error")
+    conflict = error.get("ctx", {}).get("error")
+    text = conflict.message if isinstance(conflict, ConflictError) else ""
+    key, remedy, place = key_name(location), "", tuple(map(str, location))
+    table = place[:-1] if error["type"] == "missing" else place
+    if table and not outside and "{" not in text:  # a key outside, as batch.max, made this table
+        outside += [name for inner, name in key_names.items() if inner[: len(table)] == table]
+        key = outside[0] if outside and table == place else key
     if isinstance(conflict, ConflictError):
-        return fill(conflict.message), fill(conflict.remedy), bool(outside)
-    key, place = key_name(location), tuple(map(str, location))
-    if place and not outside:  # a key outside, such as --set engine.tf32, made a table there
-        outside += [name for made, name in key_names.items() if made[: len(place)] == place]
-        key = outside[0] if outside else key
-    if is_unknown:
+        message, remedy = fill(text), fill(conflict.remedy)
+    elif is_unknown:
         message, remedy = f"the key '{key}' is unknown.", _suggestion(model, location, key)
     elif error["type"] == "missing":
         message = f"'{key}' is missing."
