@@ -104,7 +104,9 @@ def test_paths_are_relative_to_the_recipe(path: Path, tmp_path: Path) -> None:
     assert recipe.evaluate.labels == tmp_path / "labels.txt"
 
 
-def test_calibration_is_a_folder_or_a_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_and_weights_are_a_path_or_a_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(path.parent)
     Path("train").mkdir()
     train = {"calibration": "train"}
@@ -116,6 +118,9 @@ def test_calibration_is_a_folder_or_a_name(path: Path, monkeypatch: pytest.Monke
         path.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
         recipe = read_recipe(Path(path.name), parse_changes(RUN, changes))
         assert (recipe.model.weights, recipe.precision.sources) == ("owner/name", sources)
+    Path("van_b0").touch()
+    path.write_text("model = {weights = './van_b0'}")
+    assert read_recipe(path.name).model.weights == "./van_b0"  # the file, not the variant
 
 
 def test_fp16_ignores_options_of_int8(path: Path) -> None:
