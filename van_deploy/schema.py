@@ -12,6 +12,7 @@ is their schema and version. A file of another version is refused; the message s
 create it again.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -165,12 +166,8 @@ def validate(
             or is not JSON; one sentence about the first mistake.
     """
     try:
-        _refuse_values(model, values)
-        text = (
-            values
-            if isinstance(values, bytes)
-            else pydantic_core.to_json(values, inf_nan_mode="constants")
-        )
+        text = values if isinstance(values, bytes) else _to_json(values)
+        _refuse_values(model, values, bool(text))
         return model.model_validate_json(text, strict=True)
     except pydantic.ValidationError as failure:
         mistake = failure.errors(include_url=False)[0]
@@ -184,17 +181,22 @@ def validate(
     raise error(f"{where}: {message}" if where else sentence, advice or remedy)
 
 
-def _refuse_values(table: type[Schema], values: Any, *place: str) -> None:
+def _to_json(value: object) -> bytes:
+    """Return a value as JSON, or nothing if it, or a part of it, cannot be written."""
+    with contextlib.suppress(pydantic_core.PydanticSerializationError):
+        return pydantic_core.to_json(value, inf_nan_mode="constants")
+    return b""
+
+
+def _refuse_values(table: type[Schema], values: Any, is_json: bool, *place: str) -> None:
     """Raise for a value that is not JSON, or an empty path, which is pathlib's working folder."""
     fields = {field_key(name, field): field for name, field in table.model_fields.items()}
     for key, value in values.items() if isinstance(values, Mapping) else ():
         field, text = fields.get(key), ""
         inner = nested_table(field.annotation) if field else None
         if inner is not None and issubclass(inner, Schema):
-            _refuse_values(inner, value, *place, key)
-        try:
-            pydantic_core.to_json(value)
-        except pydantic_core.PydanticSerializationError:
+            _refuse_values(inner, value, is_json, *place, key)
+        if not is_json and not _to_json(value):
             text = "should be Python's own number or bool, a UTF-8 text or path, or a list of these"
         if field and isinstance(value, str) and not value and is_path(field):
             text = "should be a path; . is the working folder"
