@@ -100,6 +100,7 @@ WRONG_TYPES: list[tuple[Callable[[Path], object], str]] = [
     (lambda _: vd.export("van_digits", offline=cast(Any, "no")), "'offline=' is 'no': it should"),
     (lambda _: vd.run_recipe("van_digits", cast(Any, 3)), "'output=' is 3: it should be a path."),
     (lambda _: vd.run_recipe("van_digits", changes=cast(Any, {3: 4})), "'changes=' is {3: 4}: it"),
+    (lambda _: vd.run_recipe("van_digits", changes=cast(Any, [])), "'changes=' is []: it should b"),
     (lambda _: vd.read_recipe(cast(Any, 3)), "'path=' is 3: it should be a path."),
     (lambda _: vd.load_van(cast(Any, 3)), "'spec=' is 3: it should be a path."),
     (lambda _: vd.open_bundle(""), "'path=' is '': it should be a path."),
@@ -130,6 +131,7 @@ def test_bytes_and_files_give_the_same_prediction(digits_bundle: Bundle) -> None
     assert predictions.passed
     first, second = predictions
     assert (first.source, second.source, first.top) == (str(file), "-", second.top)
+    assert not bundle.predict([])
     predictions = bundle.predict(b"no image")
     assert (bool(predictions), predictions.unreadable) == (False, 1)
     assert str(next(iter(predictions)).error).startswith("The data cannot be read as an image")

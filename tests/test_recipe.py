@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from supply_chain.reference import generated_files
@@ -103,7 +104,9 @@ def test_paths_are_relative_to_the_recipe(path: Path, tmp_path: Path) -> None:
     assert recipe.evaluate.labels == tmp_path / "labels.txt"
 
 
-def test_calibration_is_a_folder_or_a_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_and_weights_are_a_path_or_a_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(path.parent)
     Path("train").mkdir()
     train = {"calibration": "train"}
@@ -115,6 +118,9 @@ def test_calibration_is_a_folder_or_a_name(path: Path, monkeypatch: pytest.Monke
         path.write_text(f"[model]\nweights='owner/name'\n[precision]\n{text}")
         recipe = read_recipe(Path(path.name), parse_changes(RUN, changes))
         assert (recipe.model.weights, recipe.precision.sources) == ("owner/name", sources)
+    Path("van_b0").touch()
+    path.write_text("model = {weights = './van_b0'}")
+    assert read_recipe(path.name).model.weights == "./van_b0"  # the file, not the variant
 
 
 def test_fp16_ignores_options_of_int8(path: Path) -> None:
@@ -173,7 +179,18 @@ INVALID: list[tuple[object, str]] = [
     ({"opst": 20}, "The key 'opst=' is unknown."),
     ({"batch": "1:2"}, "'batch=' is '1:2': it should be min:opt:max"),
     ({"precision": ["int4"]}, "'precision=' is 'int4': it should be 'fp16', 'bf16' or 'int8'."),
-    ({"outputs": object()}, "A value cannot be written as TOML or JSON: Unable to serialize"),
+    (["engine.tf32=false"], "'--set engine.tf32' is unknown. Did you mean '--set engines.tf32'?"),
+    (["export.dynamic_size.min=96"], "'export.dynamic_size.opt' is missing."),
+    (
+        [f"export.dynamic_size.{k}" for k in ("min=96", "opt=64", "max=96")],
+        "The size range 96:64:96 is not min <= opt <= max. Give three rising values",
+    ),
+    (["export.set=3"], "'--set export.set' is unknown. Did you mean '--set export.opset'?"),
+    (["export.opset.x=3"], "'--set export.opset.x' is {'x': 3}: it should be a whole number."),
+    ({"opset": np.int64(18)}, "'opset=' is np.int64(18): it should be Python's own number or bool"),
+    ({"std": np.ones(3)}, "'std=' is array([1., 1., 1.]): it should be Python's own number"),
+    ({"labels": "\udcff"}, "'labels=' is '\\udcff': it should be Python's own number or bool, a"),
+    ({"batch": {"mn": object()}}, "'batch.mn' is <object obj"),
 ]
 
 

@@ -69,8 +69,8 @@ class Predictions(Verdict):
 
     @property
     def passed(self) -> bool:
-        """Whether every image could be read."""
-        return not self.unreadable
+        """Whether there are images, and every one could be read."""
+        return bool(self.predictions) and not self.unreadable
 
     def __len__(self) -> int:
         """Return the number of predictions."""
@@ -303,7 +303,7 @@ class Bundle:
     ) -> Predictions:
         """Return the classes of images: files, folders, or the bytes of a file.
 
-        ``passed`` if every image could be read.
+        ``passed`` if there are images, and every one could be read.
 
         Raises:
             UsageError: an image is neither a path nor bytes.
@@ -472,7 +472,8 @@ def run_recipe(
     """
     from van_deploy import exporting, pipeline
 
-    settings, values = parse_settings(config.RunSettings, options), changes or {}
+    settings = parse_settings(config.RunSettings, options)
+    values = {} if changes is None else changes
     if not isinstance(values, Mapping) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"'changes=' is {values!r}: it should be a table.", schema.VALUE_REMEDY)
     new = {tuple(key.split(".")): Change(value, key) for key, value in values.items()}

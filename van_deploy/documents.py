@@ -57,7 +57,7 @@ def require_regular_file(path: Path | int) -> None:
         raise DocumentError("it is not a regular file")
 
 
-def read_text_file(path: Path, max_bytes: int = MAX_BYTES) -> str:
+def read_text_file(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
@@ -70,9 +70,9 @@ def read_text_file(path: Path, max_bytes: int = MAX_BYTES) -> str:
 
     with open(path, "rb", opener=open_nonblocking) as file:
         require_regular_file(file.fileno())
-        content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise DocumentError(f"it has more than {max_bytes:,} bytes")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise DocumentError(f"it has more than {MAX_BYTES:,} bytes")
     try:
         return content.decode()
     except UnicodeDecodeError as error:

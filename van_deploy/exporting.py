@@ -160,11 +160,17 @@ def export_bundle(
             draft.description = _network_info(loaded, recipe, info)
             old = draft.artifacts.get("fp32", artifact).files.get(golden.GOLDEN_FILE)
             draft.record(artifact.model_copy(update={"files": files, "made_with": key}))
-            fp32 = draft.artifacts["fp32"]
-            if old != fp32.files.get(golden.GOLDEN_FILE):  # records on the previous samples
+            fp32, ranges = draft.artifacts["fp32"], (recipe.batch, recipe.export.dynamic_size)
+            has_new_samples = old != fp32.files.get(golden.GOLDEN_FILE)
+            if has_new_samples:  # records on the previous samples
                 for name, other in draft.artifacts.items():
                     draft.artifacts[name] = other.model_copy(update={"golden_sqnr_db": {}})
                 draft.artifacts["fp32"] = fp32
+            if has_new_samples or (
+                before and ranges != (before.manifest.batch, before.manifest.sizes)
+            ):
+                for name in ("verify", "drift"):  # of the previous samples, batches or sizes
+                    draft.checks.pop(name, None)
     elif before is not None and before.manifest.weights != loaded.source:
         with edit_bundle(output) as draft:  # the weights were moved
             draft.description = _network_info(loaded, recipe, before.manifest.golden)

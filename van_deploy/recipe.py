@@ -142,7 +142,8 @@ def read_recipe(path: str | Path, changes: Changes = NO_CHANGES) -> Recipe:
     """
     path = path_argument("path", path)
     tables = read_toml_tables(path, "recipe", RecipeError)
-    _resolve_paths_(tables, Recipe, path.parent)
+    if path.parent != Path():  # else the same, also "./van_b1", which is not the variant
+        _resolve_paths_(tables, Recipe, path.parent)
     return parse_recipe(tables, changes, f"The recipe '{path}'")
 
 

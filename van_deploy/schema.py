@@ -12,6 +12,7 @@ is their schema and version. A file of another version is refused; the message s
 create it again.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -161,22 +162,13 @@ def validate(
             these is a :class:`UsageError` without ``where``.
 
     Raises:
-        error: a key is unknown or missing, or a value has the wrong type or exceeds its
-            limits; one sentence about the first mistake.
+        error: a key is unknown or missing, or a value has the wrong type, exceeds its limits
+            or is not JSON; one sentence about the first mistake.
     """
     try:
-        _refuse_empty_paths(model, values)
-        text = (
-            values
-            if isinstance(values, bytes)
-            else pydantic_core.to_json(values, inf_nan_mode="constants")
-        )
+        text = values if isinstance(values, bytes) else _to_json(values)
+        _refuse_values(model, values, bool(text))
         return model.model_validate_json(text, strict=True)
-    except pydantic_core.PydanticSerializationError as failure:
-        raise UsageError(
-            f"A value cannot be written as TOML or JSON: {failure}.",
-            "Use numbers, texts, paths, lists and tables.",
-        ) from None
     except pydantic.ValidationError as failure:
         mistake = failure.errors(include_url=False)[0]
     except UsageError as failure:  # a nested table was created by a validator
@@ -189,19 +181,29 @@ def validate(
     raise error(f"{where}: {message}" if where else sentence, advice or remedy)
 
 
-def _refuse_empty_paths(table: type[Schema], values: Any, *place: str) -> None:
-    """Raise for an empty path, which pathlib takes for the working folder."""
-    for name, field in table.model_fields.items() if isinstance(values, Mapping) else ():
-        key = field_key(name, field)
-        value, inner = values.get(key), nested_table(field.annotation)
-        if isinstance(value, str) and not value and is_path(field):
-            kind = pydantic_core.PydanticCustomError(
-                "empty_path", "should be a path; . is the working folder"
-            )
-            mistake = pydantic_core.InitErrorDetails(type=kind, loc=(*place, key), input=value)
-            raise pydantic.ValidationError.from_exception_data(key, [mistake])
+def _to_json(value: object) -> bytes:
+    """Return a value as JSON, or nothing if it, or a part of it, cannot be written."""
+    with contextlib.suppress(pydantic_core.PydanticSerializationError):
+        return pydantic_core.to_json(value, inf_nan_mode="constants")
+    return b""
+
+
+def _refuse_values(table: type[Schema], values: Any, is_json: bool, *place: str) -> None:
+    """Raise for a value that is not JSON, or an empty path, which is pathlib's working folder."""
+    fields = {field_key(name, field): field for name, field in table.model_fields.items()}
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        field, text = fields.get(key), ""
+        inner = nested_table(field.annotation) if field else None
         if inner is not None and issubclass(inner, Schema):
-            _refuse_empty_paths(inner, value, *place, key)
+            _refuse_values(inner, value, is_json, *place, key)
+        if not is_json and not _to_json(value):
+            text = "should be Python's own number or bool, a UTF-8 text or path, or a list of these"
+        if field and isinstance(value, str) and not value and is_path(field):
+            text = "should be a path; . is the working folder"
+        if text:
+            kind = pydantic_core.PydanticCustomError("value", text)
+            mistake = pydantic_core.InitErrorDetails(type=kind, loc=(*place, str(key)), input=value)
+            raise pydantic.ValidationError.from_exception_data(table.__name__, [mistake])
 
 
 def read_document(
@@ -356,10 +358,15 @@ def _describe_mistake(
         """Return a text with its placeholders replaced by keys as the user wrote them."""
         return re.sub(r"\{([\w.]+)\}", lambda m: key_name([*location, *m[1].split(".")]), text)
 
-    key, remedy = key_name(location), ""
     conflict = error.get("ctx", {}).get("error")
+    text = conflict.message if isinstance(conflict, ConflictError) else ""
+    key, remedy, place = key_name(location), "", tuple(map(str, location))
+    table = place[:-1] if error["type"] == "missing" else place
+    if table and not outside and "{" not in text:  # a key outside, as batch.max, made this table
+        outside += [name for inner, name in key_names.items() if inner[: len(table)] == table]
+        key = outside[0] if outside and table == place else key
     if isinstance(conflict, ConflictError):
-        message, remedy = fill(conflict.message), fill(conflict.remedy)
+        message, remedy = fill(text), fill(conflict.remedy)
     elif is_unknown:
         message, remedy = f"the key '{key}' is unknown.", _suggestion(model, location, key)
     elif error["type"] == "missing":
@@ -382,7 +389,8 @@ def _suggestion(model: type[Schema], location: list[str | int], key: str) -> str
     known = list(_key_types(table)) if table is not None else []
     near = difflib.get_close_matches(str(name), known, n=1)
     if near:
-        return f"Did you mean '{key.replace(str(name), near[0])}'?"
+        right = re.sub(rf"(?<![\w-]){re.escape(str(name))}(?![\w-])", near[0], key, count=1)
+        return f"Did you mean '{right}'?"
     return f"Known keys: {', '.join(known)}."
 
 

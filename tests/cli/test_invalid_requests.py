@@ -51,6 +51,8 @@ NO_GPU = [("build BUNDLE", 2, "needs a target GPU, and none is given")]
         ("export ''", 2, "'model=' is '': it should be a path."),
         ("info ''", 2, "'spec=' is '': it should be a path."),
         ("report BUNDLE --output .", 5, "'.' is a folder. Give the path of the HTML file."),
+        ("report BUNDLE --output BUNDLE/manifest.json", 5, "manifest.json' is a file of a bundle."),
+        ("report BUNDLE --output BUNDLE/golden/0.png", 5, "golden/0.png' is a file of a bundle."),
         ("evaluate BUNDLE --images x --ray-address a", 2, "--ray-address needs --on ray. Add --on"),
         ("export van_digits --output= ", 2, "A path is empty. Give a path"),
         ("verify ''", 2, "A path is empty. Give a path"),

@@ -213,7 +213,7 @@ def test_labels_and_what_latency_depends_on_are_inputs(
     assert third.reason == "changed since: threads"
 
 
-def test_options_of_int8_do_not_rebuild_and_new_golden_samples_drop_the_old_records(
+def test_options_of_int8_do_not_rebuild_and_new_golden_samples_drop_the_old_results(
     results: dict[str, QuantizeResult],
     settings: QuantizeSettings,
     copy_bundle: Copy,
@@ -223,9 +223,13 @@ def test_options_of_int8_do_not_rebuild_and_new_golden_samples_drop_the_old_reco
     same = settings.with_changes(precision="fp16", method="minmax", evaluations=2)  # of INT8 only
     assert quantize_bundle(path, same, rules=GateSettings(int8=GateProfile(top1_loss=9))).reused
     assert Bundle.open(path).artifact("fp16").golden_sqnr_db
-    vd.export("van_digits", path, images=heldout, batch=str(BATCHES))
-    assert Bundle.open(path).artifact("fp16").golden_sqnr_db == {}
-    assert Bundle.open(path).artifact("fp32").golden_sqnr_db
+    for batch in (str(BATCHES), "1:2:9"):  # new samples; then only new batches
+        vd.open_bundle(path).verify(modules=False)
+        exported = vd.export("van_digits", path, images=heldout, batch=batch)
+        assert not exported.result.reused
+        assert "verify" not in exported.manifest.checks
+        assert Bundle.open(path).artifact("fp16").golden_sqnr_db == {}
+        assert Bundle.open(path).artifact("fp32").golden_sqnr_db
 
 
 def test_noise_is_labelled_and_inconclusive_results_do_not_pass(

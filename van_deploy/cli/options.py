@@ -2,7 +2,7 @@
 
 Annotations of a function's parameters add options to its command:
 
-- :data:`OpenBundle`: the argument ``BUNDLE`` and ``--require-signature``;
+- ``bundle: OpenBundle``: the argument ``BUNDLE`` and ``--require-signature``;
 - ``Annotated[OptionValues, Table]``: validated options of a table in :mod:`van_deploy.config`;
 - ``Annotated[Changes, EXPORT]``: options that change a recipe, and ``--set``.
 
@@ -93,12 +93,12 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
             parameters += [_parameter(option) for option in options.values()]
             if kind is named.Changes:
                 parameters.append(_keyword("assignments", Assignments, None))
-        elif source == "open bundle":
-            parameters.append(_keyword("bundle", BundlePath, inspect.Parameter.empty))
+        elif hint == OpenBundle:
+            parameters.append(_keyword(name, BundlePath, inspect.Parameter.empty))
         elif name != "progress":
             parameters.append(_keyword(name, hint, parameter.default))
-    bundles = [name for name in arguments if hints[name] == OpenBundle]
-    if bundles:
+    opens_bundle = hints.get("bundle") == OpenBundle
+    if opens_bundle:
         parameters.append(_keyword("require_signature", RequireSignature, None))
     if "as_json" not in arguments:
         parameters.append(_keyword("as_json", AsJson, False))
@@ -113,11 +113,11 @@ def with_options(function: Callable[..., Output | None]) -> Callable[..., None]:
             function(**values)
             return
         as_json = values.pop("as_json")
-        has_progress = bool(bundles) or "progress" in arguments
+        has_progress = opens_bundle or "progress" in arguments
         with progress_bar() if has_progress else contextlib.nullcontext() as progress:
-            for name in bundles:
+            if opens_bundle:
                 key = values.pop("require_signature")
-                values[name] = load_bundle(values.pop("bundle"), key, progress)
+                values["bundle"] = load_bundle(values["bundle"], key, progress)
             if "progress" in arguments:
                 values["progress"] = progress
             result = function(**values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -12,7 +14,7 @@ from typing import Any
 
 from van_deploy import __version__
 from van_deploy.bench.document import BENCH_FILE, read_report
-from van_deploy.bundle import Bundle, edit_bundle
+from van_deploy.bundle import MANIFEST, Bundle, edit_bundle
 from van_deploy.checks.gates import outcome_of
 from van_deploy.checks.regression import CheckReport
 from van_deploy.config.sizes import format_size
@@ -306,9 +308,14 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
     """Write a text file, or append to it, and create its folder.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or belongs to a bundle.
     """
+    place = Path(os.path.abspath(path))
     try:
+        for folder in place.parents:
+            with contextlib.suppress(BundleError):  # not a bundle
+                if place.relative_to(folder).as_posix() in {MANIFEST, *Bundle.open(folder).digests}:
+                    raise InputError(f"'{path}' is a file of a bundle.", "Choose another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         if append:
             with path.open("a", encoding="utf-8") as file:
