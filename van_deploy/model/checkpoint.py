@@ -190,11 +190,11 @@ def read_weights(path: Path, container: str | None = None) -> Checkpoint:
 
 def _copy_as_float32(name: str, tensor: Tensor) -> Tensor:
     """Return a validated float32 copy."""
-    dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.is_cpu
-    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        problem = "claims more elements than the file contains, or is not a dense CPU tensor"
-    elif not tensor.is_floating_point():
+    dense = tensor.layout == torch.strided and tensor.is_cpu
+    if not tensor.is_floating_point():
         problem = "is not floating point: pass the weights from before quantisation"
+    elif not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        problem = "claims more elements than the file contains, or is not a dense CPU tensor"
     else:
         copied = tensor.to(torch.float32, copy=True).contiguous()
         limits = torch.stack(torch.aminmax(copied)) if copied.numel() else torch.zeros(2)
