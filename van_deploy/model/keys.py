@@ -220,8 +220,8 @@ def official_names(network: NetworkMatch) -> tuple[dict[str, str], Notes]:
             names[name] = f"head.{name.removeprefix(head_prefix)}"
         else:
             unused = has_prefix and network.format == "transformers" and module == "layernorm"
-            unused = unused or name in buffers or _IGNORED.fullmatch(inner)
-            (ignored if unused else unknown).append(name)
+            is_known = unused or name in buffers or _IGNORED.fullmatch(inner)
+            (ignored if is_known else unknown).append(name)
     notes = []
     if not any(name.startswith("head.") for name in names.values()):
         notes.append(f"a backbone ({network.format} names), without a classification head")
