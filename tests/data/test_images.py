@@ -184,6 +184,7 @@ ANIMATION: dict[str, Any] = {"save_all": True, "append_images": [SECOND]}
         (encode(Image.fromarray(SIXTEEN), "TIFF"), SCALED),
         (encode(BIG, "TIFF", tiffinfo=BIG_TAGS), SCALED),
         (encode(Image.fromarray(SIXTEEN), "TIFF").replace(BLACK, WHITE), ImageOps.invert(SCALED)),
+        (b"P5 3 2 65535\n" + SIXTEEN.astype(">u2").tobytes(), SCALED),
         (twelve_bits(), Image.fromarray(np.array([[255, 128]], np.uint8))),
     ],
 )

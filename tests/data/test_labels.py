@@ -142,8 +142,9 @@ def test_empty_class_folders(names: Any, empty: Any, classes: int, labels: Any, 
 
 @each("order", ["strings", "natural", "index", "names"])
 def test_impossible_order(order: str, make: Make) -> None:
-    message = f"--class-order {order} is not possible: 2 of the 2"
-    assert message in label_error(make("x", "y"), 3, class_order=order)
+    error = error_of(ImageError, label_images, make("x", "y"), 3, class_order=order)
+    assert f"--class-order {order} is not possible: 2 of the 2" in error.message
+    assert str(error).partition("\n")[2].startswith("Give --labels FILE, or export again")
 
 
 # --- labels files ----------------------------------------------------------------------------

@@ -98,6 +98,10 @@ def test_variant_with_a_checkpoint(shared_checkpoint: Path, checkpoint: Path) ->
         ("van_digits", {"expect_sha256": "0" * 64}, DownloadError, "is another file: its SHA"),
         ("./absent.pth", {}, CheckpointError, r"absent\.pth cannot be read: No such file"),
         ("weights/absent.pth", {}, CheckpointError, r"weights/absent\.pth cannot be read: No"),
+        ("~no-such-user/absent.pth", {}, CheckpointError, r"absent\.pth cannot be read: No such"),
+        ("/dev/zero", {}, CheckpointError, "/dev/zero cannot be read: it is not a regular file"),
+        (f"./{300 * 'a'}.pth", {}, CheckpointError, "cannot be read: File name too long"),
+        (300 * "a", {}, UsageError, "There is no VAN variant and no file called 'aaa"),
     ],
 )
 def test_invalid_requests(spec: str, options: Any, error: Any, message: str) -> None:

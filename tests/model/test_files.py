@@ -284,7 +284,7 @@ def test_revisions(hub: FakeHub) -> None:
     assert "Revision" in download_error(f"{REPO}@v2")
 
 
-def test_missing_files_and_digests(hub: FakeHub) -> None:
+def test_missing_files_and_digests(hub: FakeHub, tmp_path: Path) -> None:
     for spec in ("nobody/nothing", "nobody/nothing:w.pth"):
         assert f"is not available from {hub.url}" in download_error(spec)
         assert "RepositoryNotFoundError" in download_error(spec)
@@ -296,6 +296,9 @@ def test_missing_files_and_digests(hub: FakeHub) -> None:
     file.path.write_bytes(b"damaged")
     assert f"the hub announced {DIGEST}" in download_error(REPO)
     assert find_weights(REPO).path.read_bytes() == CONTENT
+    own = tmp_path / ("0" * 64)  # the name means nothing outside the cache
+    own.write_bytes(CONTENT)
+    assert find_weights(str(own)).sha256 == DIGEST
     hub.gated.add(REPO)
     assert "GatedRepoError" in download_error(REPO)  # even if it is cached
 

@@ -22,6 +22,7 @@ PREFIXES = dict.fromkeys(("", "_orig_mod.", "backbone.", "_forward_module."), ""
 PREFIXES |= {"module.": "_orig_mod.", "net.": "_checkpoint_wrapped_module."}
 PREFIXES |= {"a.b.c.": "_fsdp_wrapped_module."}
 LKA = "block1.0.attn.spatial_gating_unit"
+ONE = torch.ones(1)
 
 
 @pytest.fixture
@@ -57,13 +58,14 @@ def test_name_formats(tmp_path: Path, state: State, tiny: VAN, prefix: str, targ
     names = with_prefix(prefix, rename(state, target))
     wrapped = {n.replace("mlp.", f"mlp.{PREFIXES[prefix]}"): tensor for n, tensor in names.items()}
     wrapped |= {"n_averaged": torch.tensor(9), "criterion.weight": torch.ones(5)}
-    wrapped |= {f"{prefix}total_ops": torch.zeros(1), "val_accuracy.tp": torch.zeros(5)}
+    averaged = f"ema_{next(iter(names)).replace('.', '_')}"  # of mmcv 1's EMAHook
+    wrapped |= {f"{prefix}total_ops": torch.zeros(1), "val_acc.tp": ONE, averaged: ONE}
     assert has_equal_outputs(load(tmp_path, wrapped), tiny)
     checkpoint = read(tmp_path, wrapped)
     assert checkpoint.format == target
     assert all(torch.equal(tensor, state[name]) for name, tensor in checkpoint.tensors.items())
     (note,) = checkpoint.notes
-    assert note.endswith(f"n_averaged, criterion.weight, {prefix}total_ops, val_accuracy.tp")
+    assert note.endswith(f"criterion.weight, {prefix}total_ops, val_acc.tp, {averaged}")
 
 
 @each(
@@ -73,6 +75,7 @@ def test_name_formats(tmp_path: Path, state: State, tiny: VAN, prefix: str, targ
         ("mmpretrain", "", None, "a backbone (mmpretrain names), without"),
         ("transformers", "", "layernorm.weight", "are not the network's: layernorm.weight"),
         ("official", "backbone.", "rpn_head.conv.weight", "the network's: rpn_head.conv.weight"),
+        ("official", "module.backbone.", "module.neck.weight", "network's: module.neck.weight"),
     ],
 )
 def test_backbones_ignore_other_modules(
@@ -103,7 +106,10 @@ def mixed(state: State, other: str) -> State:
     return {n: t for n, t in state.items() if n not in first} | rename(first, other)
 
 
-ONE = torch.ones(1)
+def quantised(state: State) -> Tensor:
+    return torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)
+
+
 SEVERAL = (
     "official names under 'state_dict.a', transformers names under 'state_dict.b'. "
     "Select one: --container state_dict.a or --container state_dict.b;"
@@ -140,9 +146,14 @@ SEVERAL = (
         ({"head.bias": torch.full((5,), 1e300, dtype=torch.float64)}, "head.bias contains NaN o"),
         ({"patch_embed2.norm.running_var": torch.linspace(-1, 1, 12)}, "running_var is negative"),
         ({"head.weight": torch.ones(5, 24, dtype=torch.int8)}, "head.weight is not floating point"),
+        (
+            lambda s: s | {"head.weight": quantised(s)},
+            "head.weight is not floating point: pass the",
+        ),
         ({"head.weight": ONE.expand(10**9, 24)}, "claims more elements than the file contains"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:torch.quantize")
 def test_invalid_state_dicts(tmp_path: Path, state: State, change: Any, message: str) -> None:
     kind = CheckpointError if isinstance(change, dict | str) else VanDeployError
     if isinstance(change, dict):

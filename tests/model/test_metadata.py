@@ -238,6 +238,7 @@ def test_preprocessing_in_several_places(load: Load) -> None:
         ({"classes": 5, "class_names": None}, None),
         ({"classes": np.array(NAMES, object), "cfg": {"classes": 5}, **args(classes=None)}, NAMES),
         ({"classes": "names.txt"}, None),
+        ({"classes": {*NAMES}}, None),
         ({"classes": [1, 2, 3, 4, 5]}, list("12345")),
     ],
 )
@@ -245,6 +246,8 @@ def test_class_names(load: Load, inside: Content, names: list[str] | None) -> No
     loaded = load(inside)
     assert loaded.class_names == (tuple(names) if names else None)
     assert any(note.startswith("class names from ") for note in loaded.source.notes) == bool(names)
+    unused = isinstance(inside.get("classes"), str | set)
+    assert any("in the file is not a list" in note for note in loaded.source.notes) == unused
 
 
 def test_one_logit_and_none(tmp_path: Path, tiny_config: VanConfig) -> None:
@@ -278,11 +281,11 @@ NETWORK: list[tuple[Content, str]] = [
     (timm(num_features=7), "num_features is 7; this network needs 24"),
     (timm(model_args={"depths": [1, 1, 1, 1]}), "depths is (1, 1, 1, 1); this"),
     (timm(model_args={"act_layer": "relu"}), "unsupported keys: act_layer"),
-    (cfg(input_size=[1, 64, 64]), "in_chans is 1; this network needs 3"),
+    (cfg(input_size=[1, 64, 64]), "input_size[0] is 1; this network needs 3"),
     (cfg(pad_mode="edge"), "unsupported keys: pad_mode"),
     (cfg(label_offset=1), "label_offset is 1; this network needs 0"),
     (hf(model_args=[1]), "model_args is [1]; this network needs a table"),
-    (hf(input_size=5), "in_chans is 5; this network needs 3"),
+    (hf(input_size=5), "input_size[0] is 5; this network needs 3"),
     (args(bn_eps=1e-3), "bn_eps is 0.001; this"),
     (args(gp="max"), "gp is 'max'; this network needs avg or fast or"),
     (args(model_kwargs={"a": 1}), "model_kwargs is {'a': 1}; this"),

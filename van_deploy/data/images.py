@@ -269,7 +269,7 @@ def _convert(image: Image.Image, mode: str, max_pixels: int) -> Image.Image:
         raise ValueError("its 4th channel is not marked as transparency")
     ImageOps.exif_transpose(image, in_place=True)  # makes no copy if there is nothing to do
     upright: Image.Image = image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in {"PNG", "PPM"}):
         bits = np.ravel(tags.get(TiffImagePlugin.BITSPERSAMPLE, 16))[0]
         white = (1 << int(bits)) - 1  # 4095 for 12 bits
         values = np.asarray(image).astype(np.float64) * (255 / white)

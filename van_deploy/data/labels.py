@@ -228,9 +228,10 @@ def _label_by_order(
         for column, name in enumerate(orders, 1):
             examples = ", ".join(f"{row[0]!r} is class {row[column]}" for row in rows[:3])
             message += f"\n  {name}: {examples} ({CLASS_ORDERS[name]})"
-    remedy = f"Give --class-order {' or '.join(orders or CLASS_ORDERS)}, --labels FILE, or export "
-    remedy += "again with --labels NAMES.txt: one folder name per line in the order of the logits "
-    raise ImageError(message, f"{remedy}(including empty folders for classes without images).")
+    choice = f"--class-order {' or '.join(orders)}, " if orders else ""
+    remedy = f"Give {choice}--labels FILE, or export again with --labels NAMES.txt: one folder "
+    remedy += "name per line in the order of the logits (including those without images)."
+    raise ImageError(message, remedy)
 
 
 # --- text files ------------------------------------------------------------------------------

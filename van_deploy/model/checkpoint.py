@@ -10,6 +10,7 @@ in a note, or an error; every parameter comes from the file. Notes for the user 
 :attr:`~van_deploy.model.variants.WeightsSource.notes`.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -102,7 +103,7 @@ def load_van(
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if not 0 < overrides.get("layer_norm_eps", 1e-6) < 1:
         raise UsageError(f"layer_norm_eps {layer_norm_eps} is not between 0 and 1.", "Give 1e-6.")
-    is_path = re.search(r"[/\\]", spec) or WEIGHTS_SUFFIX.search(spec) or Path(spec).exists()
+    is_path = re.search(r"[/\\]", spec) or WEIGHTS_SUFFIX.search(spec) or os.path.exists(spec)
     is_variant = find_variant(spec) is not None
     variant = get_variant(spec) if is_variant or not (is_path or spec == EMBEDDED_NAME) else None
     if variant and weights == "random" and not (expect_sha256 or container or head):
@@ -117,7 +118,7 @@ def load_van(
         notes: Notes = ()
         if variant and not weights:
             weights, expect_sha256 = variant.weights, expect_sha256 or variant.sha256
-            if Path(spec).exists():
+            if os.path.exists(spec):
                 notes = (f"the public weights are used, not the path '{spec}' (give './{spec}')",)
         location = weights or (str(EMBEDDED_WEIGHTS) if spec == EMBEDDED_NAME else spec)
         file = find_weights(location, expect_sha256, offline)
@@ -190,11 +191,11 @@ def read_weights(path: Path, container: str | None = None) -> Checkpoint:
 
 def _copy_as_float32(name: str, tensor: Tensor) -> Tensor:
     """Return a validated float32 copy."""
-    dense = tensor.layout == torch.strided and not tensor.is_quantized and tensor.is_cpu
-    if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        problem = "claims more elements than the file contains, or is not a dense CPU tensor"
-    elif not tensor.is_floating_point():
+    dense = tensor.layout == torch.strided and tensor.is_cpu
+    if not tensor.is_floating_point():
         problem = "is not floating point: pass the weights from before quantisation"
+    elif not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        problem = "claims more elements than the file contains, or is not a dense CPU tensor"
     else:
         copied = tensor.to(torch.float32, copy=True).contiguous()
         limits = torch.stack(torch.aminmax(copied)) if copied.numel() else torch.zeros(2)

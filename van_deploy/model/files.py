@@ -82,10 +82,11 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
         DownloadError: no network, repository, file, permission or disk space, or the digest
             is not the one that the hub announced or the expected one.
     """
-    path, repo, source = Path(spec).expanduser(), _REPO.fullmatch(spec), spec
+    path, repo, source = Path(os.path.expanduser(spec)), _REPO.fullmatch(spec), spec
     stem, official, note = WEIGHTS_SUFFIX.sub("", path.name), False, ""
-    is_file = path.exists() or (WEIGHTS_SUFFIX.search(spec) and not (repo and repo["file"]))
-    if path.is_dir():
+    # unlike Path's methods, those of os.path return False for a name that is too long
+    is_file = os.path.exists(path) or (WEIGHTS_SUFFIX.search(spec) and not (repo and repo["file"]))
+    if os.path.isdir(path):
         stem = path.resolve().name
         path /= _select_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
     elif is_file or spec.startswith((".", "/", "~")):
@@ -99,11 +100,14 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
         official = owner.lower() == "visual-attention-network"
         source = f"{repo['repo']}/{path.name}"
     digest, blob, files = "", path.resolve(), list[Path]()
-    with contextlib.suppress(OSError):  # load_file reports the error
+    with contextlib.suppress(OSError, ValueError):  # load_file reports the error
+        require_regular_file(path)  # a pipe or a device may not end
         digest = file_sha256(path)
         files = [f for f in (path.parent / CONFIG, path.parent / PROCESSOR) if f.exists()]
-    # The hub names large files' blobs by their SHA-256.
-    if digest and re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != digest:
+    # The hub names large files' blobs in its cache by their SHA-256.
+    is_cached = Path(constants.HF_HUB_CACHE).resolve() in blob.parents
+    is_blob = is_cached and re.fullmatch("[0-9a-f]{64}", blob.name)
+    if digest and is_blob and blob.name != digest:
         with contextlib.suppress(OSError):  # the cache may be read-only
             blob.unlink()
         message = f"{source} is damaged: its SHA-256 is {digest}, the hub announced {blob.name}."

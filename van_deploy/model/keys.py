@@ -65,7 +65,7 @@ _IGNORED = re.compile(
     r"|(criterion|.*loss|(train|val|valid|test)_\w+|\w*(metric|accuracy|acc|f1|auroc)s?)(\..+|$)"
 )
 # The other modules of OpenMMLab's segmenters and detectors.
-_NECKS_AND_HEADS = re.compile(r"(neck|panoptic_\w+|\w+_head)\b")
+_NECKS_AND_HEADS = re.compile(r"(module\.)?(neck|panoptic_\w+|\w+_head)\b")
 # Modules around others, of torch.compile, activation checkpointing and FSDP.
 _WRAPPERS = re.compile(r"(?<=\.)_(orig_mod|(checkpoint|fsdp)_wrapped_module)\.")
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
@@ -206,6 +206,8 @@ def official_names(network: NetworkMatch) -> tuple[dict[str, str], Notes]:
         modules |= {row[column].format(**index): row[0].format(**index) for row in _STAGE_MODULES}
     suffix, head = _HEADS[column]
     head_prefix = f"{prefix.removesuffix(suffix)}{head}." if prefix.endswith(suffix) else None
+    # mmcv 1's EMAHook stores the other of the averaged and the raw weights as buffers of the model
+    buffers = {f"ema_{name.replace('.', '_')}" for name in network.tensors}
     names: dict[str, str] = {}
     ignored: list[str] = []  # also Transformers' last LayerNorm, which its forward does not use
     unknown: list[str] = []
@@ -218,7 +220,8 @@ def official_names(network: NetworkMatch) -> tuple[dict[str, str], Notes]:
             names[name] = f"head.{name.removeprefix(head_prefix)}"
         else:
             unused = has_prefix and network.format == "transformers" and module == "layernorm"
-            (ignored if unused or _IGNORED.fullmatch(inner) else unknown).append(name)
+            is_known = unused or name in buffers or _IGNORED.fullmatch(inner)
+            (ignored if is_known else unknown).append(name)
     notes = []
     if not any(name.startswith("head.") for name in names.values()):
         notes.append(f"a backbone ({network.format} names), without a classification head")

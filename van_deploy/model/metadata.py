@@ -213,7 +213,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         return {}
     arguments, cfg = (_table(where, content, key) for key in ("model_args", "pretrained_cfg"))
     size = (cfg or content).get("input_size") or [None]
-    values = {**content, "in_chans": size[0] if isinstance(size, list) else size, **arguments}
+    values = {**content, "input_size[0]": size[0] if isinstance(size, list) else size, **arguments}
     values["label_offset"] = (cfg or content).get("label_offset")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if v is not None}
     name = str(values.get("architecture", "")).partition(".")[0]
@@ -224,6 +224,7 @@ def _read_config_json(config: VanConfig, content: Values, notes: list[str]) -> d
         # a backbone's file may still have the number of classes of its head
         "num_classes": (config.num_classes or values.get("num_classes"),),
         "num_features": (config.embed_dims[-1],),
+        "input_size[0]": (config.in_chans,),
         "architecture": (name if is_custom else config.variant,),
         "model_type": ("van",),
         "label_offset": (0,),
@@ -331,8 +332,8 @@ def _read_class_names(
             match = _NAMES_KEY.fullmatch(key)
             if not match or (key == "label2id" and "id2label" in values):  # without repeated names
                 continue
-            if isinstance(value, str) and value:
-                notes.append(f"{key} in {table} is a text, not a list, and is not used")
+            if isinstance(value, str | set) and value:
+                notes.append(f"{key} in {table} is not a list or a table, and is not used")
             where = f"{key} in {table}"
             if names := _parse_class_names(value, bool(match["is_inverse"]), where, classes):
                 sources.setdefault(names, where)

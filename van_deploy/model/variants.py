@@ -22,7 +22,6 @@ from van_deploy.config.sizes import ImageSize, height_width
 from van_deploy.errors import UsageError
 
 STAGES = 4
-Numbers = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -190,11 +189,11 @@ class Variant:
     aliases: tuple[str, ...] = ()
 
 
-def _public(name: str, dims: Numbers, depths: Numbers, top1: float, size: str) -> Variant:
+def _public(name: str, config: VanConfig, top1: float, size: str) -> Variant:
     """Return a variant with public weights, whose file name has the size and accuracy."""
     repo = f"Visual-Attention-Network/VAN-{size.title()}-original"
     weights = f"{repo}:van_{size}_{top1 * 10:.0f}.pth.tar"
-    return Variant(name, VanConfig(dims, depths), top1, weights, aliases=(f"van_{size}",))
+    return Variant(name, config, top1, weights, aliases=(f"van_{size}",))
 
 
 _USUAL = (64, 128, 320, 512)
@@ -203,10 +202,10 @@ _NOTE = "Only mmpretrain has weights (b5, b6: ImageNet-21K's): give --weights FI
 VARIANTS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        _public("van_b0", (32, 64, 160, 256), (3, 3, 5, 2), 75.4, "tiny"),
-        _public("van_b1", _USUAL, (2, 2, 4, 2), 81.1, "small"),
-        _public("van_b2", _USUAL, (3, 3, 12, 3), 82.8, "base"),
-        _public("van_b3", _USUAL, (3, 5, 27, 3), 83.9, "large"),
+        _public("van_b0", VanConfig((32, 64, 160, 256), (3, 3, 5, 2)), 75.4, "tiny"),
+        _public("van_b1", VanConfig(_USUAL, (2, 2, 4, 2)), 81.1, "small"),
+        _public("van_b2", VanConfig(_USUAL, (3, 3, 12, 3)), 82.8, "base"),
+        _public("van_b3", VanConfig(_USUAL, (3, 5, 27, 3)), 83.9, "large"),
         Variant("van_b4", VanConfig(_USUAL, (3, 6, 40, 3)), 84.1, weights_note=_NOTE),
         Variant("van_b5", VanConfig((96, 192, 480, 768), (3, 3, 24, 3)), weights_note=_NOTE),
         Variant("van_b6", VanConfig((96, 192, 384, 768), (6, 6, 90, 6)), weights_note=_NOTE),
