@@ -326,19 +326,27 @@ def numeric_class(precision: str, *, tf32: bool = False) -> str:
     return "tf32" if precision == "fp32" and tf32 else precision
 
 
-def sqnr_floor(numeric: str, noise_db: float, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+def sqnr_floor(
+    numeric: str, noise_db: float, profile: GateProfile = DEFAULT_PROFILE, offset_db: float = 0.0
+) -> Limit:
     """Return the minimum SQNR of the logits.
 
     Args:
         numeric: the numeric class.
         noise_db: SQNR of PyTorch's float32 against its float64 on the same images.
         profile: limits of the recipe, which take precedence.
+        offset_db: for a regression, how far the signal is above the differences between images
+            (:func:`van_deploy.metrics.offset_db`). It raises the floor, at most to that of FP32.
     """
+    own = min(noise_db, ROUNDOFF_DB)
     value, origin = CLASSES[numeric].sqnr_db, f"floor for {numeric}"
+    exact = max(own - NOISE_MARGIN_DB, value)
     if numeric == "fp32":
-        own = min(noise_db, ROUNDOFF_DB)
-        value = max(own - NOISE_MARGIN_DB, value)
+        value = exact
         origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {NOISE_MARGIN_DB:g}"
+    elif offset_db:
+        value = min(value + offset_db, exact)
+        origin += f" plus {offset_db:.1f} dB for the mean over the images"
     return _recipe_limit_or(profile.sqnr_db, numeric, value, origin)
 
 

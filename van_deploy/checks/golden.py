@@ -40,14 +40,23 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
-from van_deploy.checks.gates import PREPROCESSING, RESIZE_LIMIT, Finding, pass_or_fail
+from van_deploy.checks.gates import (
+    DEFAULT_PROFILE,
+    PREPROCESSING,
+    RESIZE_LIMIT,
+    Finding,
+    Limit,
+    pass_or_fail,
+    sqnr_floor,
+)
+from van_deploy.config import GateProfile
 from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
 from van_deploy.data.images import Batch, decode_item, image_set, open_image
 from van_deploy.data.samples import sample_set, verification_images
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.manifest import GoldenInfo
-from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
+from van_deploy.metrics import Array, Comparison, Task, compare, offset_db, sqnr_db
 from van_deploy.model.preprocess import Pixels, Preprocessing, normalise, pixels_from_image
 from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
@@ -120,6 +129,11 @@ class OutputLayout:
         parts = self.parts(actual)
         return min(sqnr_db(part, parts[name]) for name, part in self.parts(expected).items())
 
+    def offset_db(self, expected: Array) -> float:
+        """Return :func:`~van_deploy.metrics.offset_db` of a regression's values, else 0."""
+        is_regression = self.task is Task.REGRESSION and not self.widths
+        return offset_db(expected) if is_regression else 0.0
+
     def compare(self, expected: Array, actual: Array) -> Comparison:
         """Return the metrics of the logits, or of the worst map."""
         pairs = zip(self.parts(expected).values(), self.parts(actual).values(), strict=True)
@@ -169,6 +183,10 @@ class Samples:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.inputs)
+
+    def sqnr_floor(self, numeric: str, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+        """Return the minimum SQNR of an artifact's logits on these images."""
+        return sqnr_floor(numeric, self.noise_db, profile, self.outputs.offset_db(self.logits))
 
     def first(self, count: int) -> Samples:
         """Return the first ``count`` images, or all if there are fewer."""
