@@ -220,6 +220,10 @@ class GateReport(Verdict):
         """Whether the command exits with 0: an artifact ran, and every finding is accepted."""
         return self.ran and not self.rejected
 
+    def accepts(self, finding: Finding) -> bool:
+        """Return whether a finding is accepted: no skip is if no artifact ran."""
+        return self.allowed.accepts(finding) and (self.ran or finding.outcome is Outcome.PASS)
+
     @property
     def ran(self) -> bool:
         """Whether an artifact ran; the decoding of images is no artifact."""
@@ -229,7 +233,7 @@ class GateReport(Verdict):
     @property
     def rejected(self) -> list[tuple[str, Finding]]:
         """The findings that are not accepted, each with the name of its subject."""
-        return [pair for pair in self.named_findings() if not self.allowed.accepts(pair[1])]
+        return [pair for pair in self.named_findings() if not self.accepts(pair[1])]
 
 
 DEFAULT_PROFILE = GateProfile()
