@@ -505,8 +505,8 @@ def check_loss(
 
     PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
     beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
-    With ``at_chance`` PyTorch's own top-1 is not shown to be above chance. Then the labels may be
-    wrong, such as those of another class order, and no loss against them is evidence for a PASS.
+    With ``at_chance`` PyTorch's own accuracy is not shown to be above chance. Then the labels may
+    be wrong, such as those of another class order, and no loss is evidence for a PASS.
     """
     low, high = loss.interval
     message = f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images"
@@ -514,7 +514,8 @@ def check_loss(
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
     if lossy and at_chance and low <= allowed.value:
         outcome = Outcome.INCONCLUSIVE
-        message += "; PyTorch's top-1 is not shown to be above chance: check labels, --class-order"
+        check = f"check labels{', --class-order' * (metric != 'F1')}"
+        message += f"; PyTorch's {metric} is not shown to be above chance: {check}"
     elif lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)
