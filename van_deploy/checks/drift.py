@@ -188,11 +188,8 @@ def drift_of_artifact(
 
     def channel_affine(name: str, ndim: int) -> list[Any]:
         """Return factor and shift: the artifact's tensor is ``(reference - shift) / factor``."""
-        pair = (
-            channels.get(f"{name}.factor", np.ones(1)),
-            channels.get(f"{name}.shift", np.zeros(1)),
-        )
-        return [values.reshape(1, -1, *(1,) * (ndim - 2)) for values in pair]
+        shape, no_affine = (1, -1, *(1,) * (ndim - 2)), {"factor": np.ones(1), "shift": np.zeros(1)}
+        return [channels.get(f"{name}.{n}", v).reshape(shape) for n, v in no_affine.items()]
 
     try:
         channels: dict[str, Array] = {}  # recorded by the quantiser

@@ -196,11 +196,6 @@ class AllowOptions:
     skip: tuple[str, ...] = ()
     inconclusive: bool = False
 
-    def accepts(self, finding: Finding) -> bool:
-        """Return whether a finding is a PASS or is allowed."""
-        ok = {Outcome.SKIPPED: finding.skip in self.skip, Outcome.INCONCLUSIVE: self.inconclusive}
-        return ok.get(finding.outcome, finding.outcome is Outcome.PASS)
-
 
 class GateReport(Verdict):
     """Base of the reports whose findings decide a command's exit code.
@@ -221,8 +216,12 @@ class GateReport(Verdict):
         return self.ran and not self.rejected
 
     def accepts(self, finding: Finding) -> bool:
-        """Return whether a finding is accepted: no skip is if no artifact ran."""
-        return self.allowed.accepts(finding) and (self.ran or finding.outcome is Outcome.PASS)
+        """Return whether a finding is a PASS, or is allowed and an artifact ran."""
+        if finding.outcome is Outcome.SKIPPED:
+            return self.ran and finding.skip in self.allowed.skip
+        if finding.outcome is Outcome.INCONCLUSIVE:
+            return self.allowed.inconclusive
+        return finding.outcome is Outcome.PASS
 
     @property
     def ran(self) -> bool:

@@ -40,15 +40,7 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
-from van_deploy.checks.gates import (
-    DEFAULT_PROFILE,
-    PREPROCESSING,
-    RESIZE_LIMIT,
-    Finding,
-    Limit,
-    pass_or_fail,
-    sqnr_floor,
-)
+from van_deploy.checks import gates
 from van_deploy.config import GateProfile
 from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
 from van_deploy.data.images import Batch, decode_item, image_set, open_image
@@ -184,9 +176,10 @@ class Samples:
         """Return the number of images."""
         return len(self.inputs)
 
-    def sqnr_floor(self, numeric: str, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+    def sqnr_floor(self, numeric: str, profile: GateProfile = gates.DEFAULT_PROFILE) -> gates.Limit:
         """Return the minimum SQNR of an artifact's logits on these images."""
-        return sqnr_floor(numeric, self.noise_db, profile, self.outputs.offset_db(self.logits))
+        offset_db = self.outputs.offset_db(self.logits)
+        return gates.sqnr_floor(numeric, self.noise_db, profile, offset_db)
 
     def first(self, count: int) -> Samples:
         """Return the first ``count`` images, or all if there are fewer."""
@@ -380,7 +373,7 @@ def golden_samples(bundle: Bundle) -> Samples:
         ) from error
 
 
-def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
+def check_originals(bundle: Bundle, samples: Samples) -> list[gates.Finding]:
     """Return whether this machine decodes the encoded originals to the same pixels.
 
     Raises:
@@ -393,11 +386,12 @@ def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         bundle.verify(place, bundle.digests[place])
         pixels = _pixels(path, bundle.manifest.preprocessing).astype(int)
         change = float(np.abs(pixels - np.asarray(samples.pixels)[row]).max())
+        rule, limit = f"{gates.PREPROCESSING}{path.name}", gates.RESIZE_LIMIT
         fault = (
             f"'{path.name}', decoded and resized on this machine, differs by {change:g} of 255 "
             f"from golden sample {row}: the decoder or the preprocessing differs"
-        ) * (change > RESIZE_LIMIT.value)
-        findings.append(pass_or_fail(f"{PREPROCESSING}{path.name}", fault, change, RESIZE_LIMIT))
+        ) * (change > limit.value)
+        findings.append(gates.pass_or_fail(rule, fault, change, limit))
     return findings
 
 

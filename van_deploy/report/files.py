@@ -155,9 +155,10 @@ def _verdicts(manifest: Entry) -> Iterator[Verdict]:
     for name, verdict in checks.get("verify", {}).get("artifacts", {}).items():
         comparison, limit, message = verdict["comparison"], verdict["limit"], verdict["reason"]
         if verdict["outcome"] == "pass" and comparison and limit:
+            flips = f", {len(verdict['flips'])} label flips"
             message = (
                 f"SQNR {float(comparison['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
-                f"{limit['origin']}), {len(verdict['flips'])} label flips"
+                f"{limit['origin']}){flips * (comparison['top1_agreement'] is not None)}"
             )
         yield state_text(verdict["outcome"]), f"verify {name}", message
     evaluated = checks.get("evaluate", {})
