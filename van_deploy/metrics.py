@@ -137,6 +137,18 @@ def sqnr_db(reference: Array, actual: Array) -> float:
     return decibels(*signal_and_noise(reference, actual))
 
 
+def offset_db(values: Array) -> float:
+    """Return how far the values ``(N, K)`` are above their differences between rows, in dB.
+
+    Constant outputs have this SQNR. A single row has no differences: 0.
+
+    >>> round(offset_db(np.array([[55.0], [45.0]])), 2)
+    20.04
+    """
+    mean = np.broadcast_to(values.mean(axis=0), values.shape)
+    return sqnr_db(values, mean) if len(values) > 1 else 0.0
+
+
 def rms(logits: Array) -> float:
     """Return the root mean square of all logits."""
     return math.sqrt(float(np.square(np.asarray(logits, np.float64)).mean()))

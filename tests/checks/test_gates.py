@@ -103,6 +103,7 @@ def test_skips_and_undecided_findings_need_their_own_option(
     if needs is not None:
         assert Report(needs, shown, finding)
         assert Report(needs, images, finding).passed is alone, "a skip alone is no PASS"
+        assert Report(needs, images, finding).accepts(finding) is alone
 
 
 @each(
@@ -186,17 +187,19 @@ def test_an_interval_that_touches_the_limit_and_the_number_that_decides() -> Non
     assert gates.check_loss(more, INT8).outcome is PASS
 
 
-@each(("classes", "shift"), [(10, 3), (2, 1), (1, 1)])
-def test_a_loss_with_wrong_labels_is_undecided(classes: int, shift: int) -> None:
-    rng, task = np.random.default_rng(0), Task.of(classes)
-    logits = 3 * rng.normal(size=(900, classes))
-    right = decisions(logits, task)[:, 0]
-    for labels, outcome in ((right, PASS), ((right + shift) % max(classes, 2), INCONCLUSIVE)):
+@each(
+    ("task", "classes", "shift"), [(SINGLE, 10, 3), (SINGLE, 2, 1), (BINARY, 1, 1), (MULTI, 4, 1)]
+)
+def test_a_loss_with_wrong_labels_is_undecided(task: Task, classes: int, shift: int) -> None:
+    logits = 3 * np.random.default_rng(0).normal(size=(900, classes))
+    right = decisions(logits, task)
+    other = np.roll(right, shift, axis=1) if task is MULTI else (right + shift) % max(classes, 2)
+    advice = "above chance: check labels" + ", --class-order" * (task is not MULTI)
+    for truth, outcome in ((right, PASS), (other, INCONCLUSIVE)):
+        labels = truth if task is MULTI else truth[:, 0]
         _, result = measure(task, labels, logits, logits, "int8")
         assert result.outcome is outcome
-        assert ("above chance: check labels, --class-order" in result.reason) is (
-            outcome is not PASS
-        )
+        assert result.reason.endswith(advice) is (outcome is not PASS)
         assert measure(task, labels, logits, logits, "fp16")[1].outcome is PASS, "by its logits"
 
 
@@ -316,7 +319,7 @@ def test_f1_interval_resamples_images_and_few_equal_ones_are_undecided() -> None
     logits = np.where(rng.random((30, 1)) < 0.2, 1 - 2 * one, 2 * one - 1).repeat(200, axis=1)
     low, high = measure(MULTI, one.repeat(200, axis=1), logits, logits)[0].top1_interval
     assert high - low > 0.15
-    logits = np.array([[1.0, -1.0, 2.0]] * 5)
+    logits = np.array([[1.0, -1.0, 2.0]] * 3 + [[-1.0, 1.0, -2.0]] * 2)
     accuracy, found = measure(MULTI, logits > 0, logits, logits, "int8")
     assert (found.outcome, accuracy.top1_interval[1]) == (INCONCLUSIVE, 1.0)
     assert found.loss.interval == pytest.approx((-43.4, 43.4), abs=0.1)

@@ -14,10 +14,11 @@ from tests.checks.conftest import Broken
 from tests.checks.faults import Fault
 from tests.each import each
 from van_deploy.checks.gates import RECORD_MARGIN_DB, Limit, Outcome, outcome_of
+from van_deploy.checks.golden import OutputLayout
 from van_deploy.checks.outputs import check_graph, check_new_graph
 from van_deploy.checks.verify import verify_bundle
 from van_deploy.config import VerifySettings
-from van_deploy.metrics import sqnr_db
+from van_deploy.metrics import Task, sqnr_db
 from van_deploy.runners.onnxruntime import OnnxRuntimeRunner
 
 INT8 = Limit(20.0, "floor for int8")
@@ -86,6 +87,19 @@ def test_a_correct_quantiser_is_far_from_the_bounds(whole: Subject) -> None:
     assert found["median scale"] == pytest.approx(1.0, abs=0.15)
     assert found["spread of scales"] <= 0.05
     assert bad == []
+
+
+@each("precision", ["fp32", "fp16", "int8"])
+def test_constant_values_of_a_regression_fail(digits: Subject, precision: str) -> None:
+    logits, regression = digits.samples.logits + 100, OutputLayout(task=Task.REGRESSION)
+    samples = replace(digits.samples, logits=logits, outputs=regression)
+    shifted = faults.inserted("logits", ("Add", [np.float32(100)]))
+    same = ("Mul", [np.float32(0)]), ("Add", [logits.mean(axis=0).astype(np.float32)])
+    constant = faults.inserted("logits", *same)
+    for fault, outcome in ((shifted, Outcome.PASS), (constant, Outcome.FAIL)):
+        verdict, _ = check_new_graph(fault(digits.graph(precision)), precision, samples)
+        assert verdict.outcome is outcome, verdict.reason
+    assert sqnr_db(logits, logits.mean(axis=0)[None].repeat(16, axis=0)) > INT8.value
 
 
 def test_an_overflow_on_the_last_image_fails(digits: Subject) -> None:

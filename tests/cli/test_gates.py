@@ -127,6 +127,9 @@ def test_skipped_engines_fail_unless_they_are_allowed(
         assert "No artifact could be run on this machine, so nothing was" in cli.fails(1, *words)
     junit = tmp_path / "junit.xml"
     check = ("check", path, "--baseline", baseline, "--junit", junit, "--allow-skip")
+    every = ("runtimes", *engines, "--allow-skip", "accuracy")
+    assert "No artifact could be run" in cli.fails(1, *check, *every, "--runner", "ort-cuda")
+    assert JUnitXml.fromfile(str(junit)).failures > 4, "what runs nothing allows no skip"
     assert f"'gate/verify/{PLAN}' was not checked (engine" in cli.fails(1, *check, "accuracy")
     assert JUnitXml.fromfile(str(junit)).failures == 1
     cli.fails(1, *check, "engines")

@@ -17,11 +17,13 @@ from tests.conftest import Cli
 from tests.each import each
 from tests.precision.test_int8 import parts
 from van_deploy import errors
-from van_deploy.bundle import Bundle, edit_bundle
+from van_deploy.bundle import MANIFEST, Bundle, edit_bundle
 from van_deploy.config import GateProfile, GateSettings, QuantizeSettings
 from van_deploy.data.images import ImageSet, image_set
+from van_deploy.files import file_sha256
 from van_deploy.intervals import wilson_interval
 from van_deploy.model.embedded import write_digits_folder
+from van_deploy.precision import pipeline
 from van_deploy.precision.images import choose_images, select_images, split
 from van_deploy.precision.pipeline import QuantizeResult, quantize_bundle
 from van_deploy.recipe import CALIBRATION_SETS, ImageSelection, builtin_files, load_calibration_set
@@ -96,6 +98,21 @@ def test_all_precisions_are_saved_and_pass(results: dict[str, QuantizeResult]) -
     timed = results["int8-cpu"]  # for a CPU the time decides
     assert lines(timed)["int8"]["ms_per_image"] > 0
     assert timed.facts["recommended"] in {"fp32", "int8"}
+
+
+@each("wrong", [False, True], fresh="bundle")
+def test_no_recommendation_beside_a_failed_golden_check(
+    bundle: Path, settings: QuantizeSettings, monkeypatch: pytest.MonkeyPatch, wrong: bool
+) -> None:
+    monkeypatch.setattr(pipeline, "recommend", lambda _, chosen: (chosen["name"], "faster"))
+    file, manifest = bundle / "golden.npz", bundle / MANIFEST
+    if wrong:
+        digest, arrays = file_sha256(file), dict(np.load(file))
+        np.savez(file, **arrays | {"logits": -arrays["logits"]})
+        manifest.write_text(manifest.read_text().replace(digest, file_sha256(file)))
+    result = quantize_bundle(bundle, settings.with_changes(precision="fp16"))
+    assert result.passed is not wrong
+    assert result.facts["recommended"] == (None if wrong else "fp16")
 
 
 def test_techniques_and_files_match_the_facts(results: dict[str, QuantizeResult]) -> None:

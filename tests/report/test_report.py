@@ -194,6 +194,15 @@ def test_the_state_is_not_better_than_that_of_any_command(
     assert row in [f"{found[0]} {found[1]}" for found in rows_of(document, "Verdicts")]
 
 
+def test_values_without_decisions_have_no_label_flips(full: Bundle, copy_bundle: Copy) -> None:
+    folder = copy_bundle(full)
+    for flips in (True, False):
+        sections = report_of(folder).sections
+        for title in ("Verdicts", "Verification"):
+            assert ("label flips" in str(sections[title])) is flips
+        edit_json(folder / MANIFEST, "checks verify artifacts fp32 comparison top1_agreement", None)
+
+
 def test_stale_results_are_listed_at_the_top(full: Bundle, copy_bundle: Copy) -> None:
     folder = copy_bundle(full)
     with edited(folder / MANIFEST) as manifest:

@@ -30,7 +30,7 @@ import numpy as np
 import onnx
 
 from van_deploy.bundle import Artifact, Bundle
-from van_deploy.checks.gates import DEFAULT_PROFILE, Outcome, sqnr_floor
+from van_deploy.checks.gates import DEFAULT_PROFILE, Outcome
 from van_deploy.checks.golden import Samples
 from van_deploy.checks.graphs import FED, isolated, one_line, quiet_session, run_taps, with_taps
 from van_deploy.checks.outputs import check_graph, check_new_graph, plain_onnx_artifacts
@@ -188,11 +188,8 @@ def drift_of_artifact(
 
     def channel_affine(name: str, ndim: int) -> list[Any]:
         """Return factor and shift: the artifact's tensor is ``(reference - shift) / factor``."""
-        pair = (
-            channels.get(f"{name}.factor", np.ones(1)),
-            channels.get(f"{name}.shift", np.zeros(1)),
-        )
-        return [values.reshape(1, -1, *(1,) * (ndim - 2)) for values in pair]
+        shape, no_affine = (1, -1, *(1,) * (ndim - 2)), {"factor": np.ones(1), "shift": np.zeros(1)}
+        return [channels.get(f"{name}.{n}", v).reshape(shape) for n, v in no_affine.items()]
 
     try:
         channels: dict[str, Array] = {}  # recorded by the quantiser
@@ -311,8 +308,8 @@ def drift_of_bundle(
                 f"The modules of '{name}' cannot be compared; those of {', '.join(plain)} can.",
                 "Use one of these names; `van-deploy verify` compares the others' outputs.",
             )
-    noise_db, outputs = samples.noise_db, samples.outputs
-    chain = [DriftRow("PyTorch float32", noise_db, note="float32 noise")]
+    outputs = samples.outputs
+    chain = [DriftRow("PyTorch float32", samples.noise_db, note="float32 noise")]
     progress("Reference outputs")
     reference = module_reference(bundle, samples, loaded, DEFAULT_PROFILE)
     if isinstance(reference, str):
@@ -330,7 +327,7 @@ def drift_of_bundle(
         parts = drift_of_artifact(bundle, artifact, reference, samples.inputs, settings.level)
         method = str(artifact.quantization.get("method", "mse"))
         model, faults = onnx.load(bundle.verified_path(name)), dict[str, list[str]]()
-        floor = sqnr_floor(artifact.precision, noise_db)
+        floor = samples.sqnr_floor(artifact.precision)
         for module, fault in check_graph(model, artifact.precision, samples, floor, method)[1]:
             part = part_name(module, settings.level, (part.name for part in parts))
             faults.setdefault(part, []).append(fault)

@@ -195,6 +195,9 @@ def compare_predictions(
 
         interval = bootstrap_interval(f1_loss, total, 100.0)
         loss = gates.Loss(total, f1_loss(np.arange(total)), interval)
+        # Hits beyond those of predictions that do not depend on the image.
+        surplus = ((before.classes == 1) * (labels - labels.mean(axis=0))).sum(axis=1)
+        at_chance = bootstrap_interval(lambda rows: float(surplus[rows].mean()), total, 0.0)[0] <= 0
     else:
         correct, still_correct = (each.classes[:, 0] == labels for each in (before, after))
         won = int((~correct & still_correct).sum())

@@ -196,11 +196,6 @@ class AllowOptions:
     skip: tuple[str, ...] = ()
     inconclusive: bool = False
 
-    def accepts(self, finding: Finding) -> bool:
-        """Return whether a finding is a PASS or is allowed."""
-        ok = {Outcome.SKIPPED: finding.skip in self.skip, Outcome.INCONCLUSIVE: self.inconclusive}
-        return ok.get(finding.outcome, finding.outcome is Outcome.PASS)
-
 
 class GateReport(Verdict):
     """Base of the reports whose findings decide a command's exit code.
@@ -220,6 +215,14 @@ class GateReport(Verdict):
         """Whether the command exits with 0: an artifact ran, and every finding is accepted."""
         return self.ran and not self.rejected
 
+    def accepts(self, finding: Finding) -> bool:
+        """Return whether a finding is a PASS, or is allowed and an artifact ran."""
+        if finding.outcome is Outcome.SKIPPED:
+            return self.ran and finding.skip in self.allowed.skip
+        if finding.outcome is Outcome.INCONCLUSIVE:
+            return self.allowed.inconclusive
+        return finding.outcome is Outcome.PASS
+
     @property
     def ran(self) -> bool:
         """Whether an artifact ran; the decoding of images is no artifact."""
@@ -229,7 +232,7 @@ class GateReport(Verdict):
     @property
     def rejected(self) -> list[tuple[str, Finding]]:
         """The findings that are not accepted, each with the name of its subject."""
-        return [pair for pair in self.named_findings() if not self.allowed.accepts(pair[1])]
+        return [pair for pair in self.named_findings() if not self.accepts(pair[1])]
 
 
 DEFAULT_PROFILE = GateProfile()
@@ -326,19 +329,27 @@ def numeric_class(precision: str, *, tf32: bool = False) -> str:
     return "tf32" if precision == "fp32" and tf32 else precision
 
 
-def sqnr_floor(numeric: str, noise_db: float, profile: GateProfile = DEFAULT_PROFILE) -> Limit:
+def sqnr_floor(
+    numeric: str, noise_db: float, profile: GateProfile = DEFAULT_PROFILE, offset_db: float = 0.0
+) -> Limit:
     """Return the minimum SQNR of the logits.
 
     Args:
         numeric: the numeric class.
         noise_db: SQNR of PyTorch's float32 against its float64 on the same images.
         profile: limits of the recipe, which take precedence.
+        offset_db: for a regression, how far the signal is above the differences between images
+            (:func:`van_deploy.metrics.offset_db`). It raises the floor, at most to that of FP32.
     """
+    own = min(noise_db, ROUNDOFF_DB)
     value, origin = CLASSES[numeric].sqnr_db, f"floor for {numeric}"
+    exact = max(own - NOISE_MARGIN_DB, value)
     if numeric == "fp32":
-        own = min(noise_db, ROUNDOFF_DB)
-        value = max(own - NOISE_MARGIN_DB, value)
+        value = exact
         origin = f"PyTorch's own float32 noise, {own:.1f} dB, minus {NOISE_MARGIN_DB:g}"
+    elif offset_db:
+        value = min(value + offset_db, exact)
+        origin += f" plus {offset_db:.1f} dB for the mean over the images"
     return _recipe_limit_or(profile.sqnr_db, numeric, value, origin)
 
 
@@ -493,8 +504,8 @@ def check_loss(
 
     PASS if the upper end of the interval is within the allowed loss, FAIL if the lower end is
     beyond it, else INCONCLUSIVE. Artifacts of classes that are not lossy PASS unless they FAIL.
-    With ``at_chance`` PyTorch's own top-1 is not shown to be above chance. Then the labels may be
-    wrong, such as those of another class order, and no loss against them is evidence for a PASS.
+    With ``at_chance`` PyTorch's own accuracy is not shown to be above chance. Then the labels may
+    be wrong, such as those of another class order, and no loss is evidence for a PASS.
     """
     low, high = loss.interval
     message = f"{low:+.2f} to {high:+.2f} pp of {metric} lost on {loss.images} images"
@@ -502,7 +513,8 @@ def check_loss(
     outcome = Outcome.FAIL if low > allowed.value else Outcome.PASS
     if lossy and at_chance and low <= allowed.value:
         outcome = Outcome.INCONCLUSIVE
-        message += "; PyTorch's top-1 is not shown to be above chance: check labels, --class-order"
+        check = f"check labels{', --class-order' * (metric != 'F1')}"
+        message += f"; PyTorch's {metric} is not shown to be above chance: {check}"
     elif lossy and low <= allowed.value < high:
         outcome = Outcome.INCONCLUSIVE
         needed = images_to_decide(loss, allowed.value)

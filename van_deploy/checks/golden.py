@@ -40,14 +40,15 @@ import numpy as np
 import numpy.typing as npt
 
 from van_deploy.bundle import Bundle, Draft
-from van_deploy.checks.gates import PREPROCESSING, RESIZE_LIMIT, Finding, pass_or_fail
+from van_deploy.checks import gates
+from van_deploy.config import GateProfile
 from van_deploy.config.sizes import ImageSize, SizeRange, format_size, height_width
 from van_deploy.data.images import Batch, decode_item, image_set, open_image
 from van_deploy.data.samples import sample_set, verification_images
 from van_deploy.errors import BundleError, ImageError
 from van_deploy.graph.names import OUTPUT_NAME
 from van_deploy.manifest import GoldenInfo
-from van_deploy.metrics import Array, Comparison, Task, compare, sqnr_db
+from van_deploy.metrics import Array, Comparison, Task, compare, offset_db, sqnr_db
 from van_deploy.model.preprocess import Pixels, Preprocessing, normalise, pixels_from_image
 from van_deploy.model.variants import STAGES, VanConfig
 from van_deploy.runners.base import Images
@@ -120,6 +121,11 @@ class OutputLayout:
         parts = self.parts(actual)
         return min(sqnr_db(part, parts[name]) for name, part in self.parts(expected).items())
 
+    def offset_db(self, expected: Array) -> float:
+        """Return :func:`~van_deploy.metrics.offset_db` of a regression's values, else 0."""
+        is_regression = self.task is Task.REGRESSION and not self.widths
+        return offset_db(expected) if is_regression else 0.0
+
     def compare(self, expected: Array, actual: Array) -> Comparison:
         """Return the metrics of the logits, or of the worst map."""
         pairs = zip(self.parts(expected).values(), self.parts(actual).values(), strict=True)
@@ -169,6 +175,11 @@ class Samples:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.inputs)
+
+    def sqnr_floor(self, numeric: str, profile: GateProfile = gates.DEFAULT_PROFILE) -> gates.Limit:
+        """Return the minimum SQNR of an artifact's logits on these images."""
+        offset_db = self.outputs.offset_db(self.logits)
+        return gates.sqnr_floor(numeric, self.noise_db, profile, offset_db)
 
     def first(self, count: int) -> Samples:
         """Return the first ``count`` images, or all if there are fewer."""
@@ -362,7 +373,7 @@ def golden_samples(bundle: Bundle) -> Samples:
         ) from error
 
 
-def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
+def check_originals(bundle: Bundle, samples: Samples) -> list[gates.Finding]:
     """Return whether this machine decodes the encoded originals to the same pixels.
 
     Raises:
@@ -375,11 +386,12 @@ def check_originals(bundle: Bundle, samples: Samples) -> list[Finding]:
         bundle.verify(place, bundle.digests[place])
         pixels = _pixels(path, bundle.manifest.preprocessing).astype(int)
         change = float(np.abs(pixels - np.asarray(samples.pixels)[row]).max())
+        rule, limit = f"{gates.PREPROCESSING}{path.name}", gates.RESIZE_LIMIT
         fault = (
             f"'{path.name}', decoded and resized on this machine, differs by {change:g} of 255 "
             f"from golden sample {row}: the decoder or the preprocessing differs"
-        ) * (change > RESIZE_LIMIT.value)
-        findings.append(pass_or_fail(f"{PREPROCESSING}{path.name}", fault, change, RESIZE_LIMIT))
+        ) * (change > limit.value)
+        findings.append(gates.pass_or_fail(rule, fault, change, limit))
     return findings
 
 

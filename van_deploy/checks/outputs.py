@@ -242,7 +242,7 @@ def check_new_graph(
         ConversionError: ONNX Runtime rejects the graph.
     """
     graph, record = onnx.load(model) if isinstance(model, Path) else model, {}
-    floor, fixed = gates.sqnr_floor(precision, samples.noise_db, profile), fixed_batch(graph)
+    floor, fixed = samples.sqnr_floor(precision, profile), fixed_batch(graph)
     with OnnxRuntimeRunner(model, arena=False) as runner:
         sizes = (fixed,) if fixed else sizes
         verdict = check_outputs(lambda of, i: runner.run_all(of.inputs[i]), samples, sizes, floor)

@@ -262,8 +262,7 @@ def compare_with_baseline(
         for name, loss in evaluate.losses.items():
             finding = replace(loss.findings[-1], outcome=loss.outcome, message=loss.reason)
             rows.append(CheckRow(f"gate/evaluate/{name}", finding))
-        skipped = evaluate.skipped.items()
-        rows += [CheckRow(f"gate/evaluate/{name}", finding) for name, finding in skipped]
+        rows += [CheckRow(f"gate/evaluate/{name}", one) for name, one in evaluate.skipped.items()]
     if then is not None:
         evaluated = then.evaluation_sha256 and now.evaluation_sha256
         for name, difference in MUST_MATCH.items():

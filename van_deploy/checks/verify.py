@@ -138,7 +138,7 @@ def verify_bundle(
             progress(f"'{name}', tensors")
             method = str(artifact.quantization.get("method", "mse"))
             model, profile = onnx.load(bundle.verified_path(name)), rules.of(numeric)
-            floor = gates.sqnr_floor(numeric, samples.noise_db, profile)
+            floor = samples.sqnr_floor(numeric, profile)
             findings += outputs.check_graph(model, numeric, samples, floor, method)[0]
             if settings.modules and (loaded is not None or name != "fp32"):
                 progress(f"'{name}', modules")
@@ -178,7 +178,7 @@ def _run_checks(
                 lambda of, rows: network.run(outputs.inputs_for(network, of, rows)),
                 replace(samples, others=tuple(sizes)),
                 [first, *(size for size in more if network.supports_batch(size))],
-                gates.sqnr_floor(numeric, samples.noise_db, rules.of(numeric)),
+                samples.sqnr_floor(numeric, rules.of(numeric)),
                 records.get(outputs.record_key(network.runner, numeric)),
             )
     except Exception as error:  # the runtimes raise bare exception types

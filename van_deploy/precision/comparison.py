@@ -100,7 +100,8 @@ def compare_precisions(
         figures, findings = outputs.compare(expected, actual), list[gates.Finding]()
         profile = rules.of(candidate.precision)
         if candidate.precision != "fp32":
-            floor = gates.sqnr_floor(candidate.precision, np.inf, profile)
+            offset = outputs.offset_db(expected)
+            floor = gates.sqnr_floor(candidate.precision, np.inf, profile, offset)
             findings = [gates.check_minimum("SQNR", figures.sqnr_db, floor)]
             if images.has_evaluation_set and figures.top1_agreement is not None:
                 lossy = candidate.precision in gates.LOSSY

@@ -157,9 +157,10 @@ def _verdicts(manifest: Entry) -> Iterator[Verdict]:
     for name, verdict in checks.get("verify", {}).get("artifacts", {}).items():
         comparison, limit, message = verdict["comparison"], verdict["limit"], verdict["reason"]
         if verdict["outcome"] == "pass" and comparison and limit:
+            flips = f", {len(verdict['flips'])} label flips"
             message = (
                 f"SQNR {float(comparison['sqnr_db']):.1f} dB (limit {float(limit['value']):.1f}: "
-                f"{limit['origin']}), {len(verdict['flips'])} label flips"
+                f"{limit['origin']}){flips * (comparison['top1_agreement'] is not None)}"
             )
         yield state_text(verdict["outcome"]), f"verify {name}", message
     evaluated = checks.get("evaluate", {})
@@ -265,11 +266,12 @@ def append_summary(report: CheckReport, path: Path) -> None:
         InputError: the file cannot be written.
     """
     rejected = outcome_of(finding for _, finding in report.rejected)
+    failures = () if report.passed else (sections_checks.failure_text(report, "checked"),)
     document = Document(
         title=f"van-deploy: {report.model} {'passed' if report.passed else 'failed'}",
         subtitle=report.images,
         state="PASS" if report.passed else state_text(rejected.value),
-        note=f"{len(report.rows)} rows",
+        note=" ".join([f"{len(report.rows)} rows.", *failures]),
         sections={"Gates and baseline": sections_checks.check_blocks(plain(report))},
     )
     write_text(path, markdown_from_document(document, level=2), append=True)
@@ -289,7 +291,7 @@ def write_junit(report: CheckReport, path: Path) -> None:
         if kind not in suites:
             suites[kind] = child(root, "testsuite", name=suite)
         case = child(suites[kind], "testcase", classname=suite, name=name, time="0")
-        if not report.allowed.accepts(finding):
+        if not report.accepts(finding):
             message = f"{prefixes.get(finding.outcome.value, '')}{finding.message}"
             failure = child(case, "failure", message=message, type="gate")
             failure.text = f"baseline {row.baseline}, now {finding.value}: {message}"

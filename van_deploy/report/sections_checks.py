@@ -42,7 +42,8 @@ def verify_blocks(entry: Entry, names: Sequence[str] | None = None) -> list[Bloc
     for row in ran:
         levels = (b["invariance_db"] for b in row["batches"] if b["invariance_db"] is not None)
         row["invariance"] = min(map(float, levels), default=None)
-        row["flipped"] = len(row["flips"]) if row["comparison"] else None
+        decided = row["comparison"] and row["comparison"]["top1_agreement"] is not None
+        row["flipped"] = len(row["flips"]) if decided else None
         if limit := row["limit"]:
             text = f"{limit['value']:.1f} dB, {limit['origin']}"
             limits.append(f"{row['about']} (class {row['numeric']}): {text}")

@@ -273,7 +273,8 @@ def _engine_blocks(one: Entry) -> list[Block]:
 def build_blocks(report: Entry) -> list[Block]:
     """Return the tuning candidates, a table of the engines, and the failures."""
     states = {"built": "OK", "reused": "HERE", "failed": "FAIL"}
-    rows, failed, bundles = [], [], {one["cell"]["bundle"] for one in report["outcomes"]}
+    bundles = {one["cell"]["bundle"] for one in report["outcomes"]}
+    rows, failed, replaced = [], [], []
     for one in report["outcomes"]:
         record, name = one["sidecar"] or one["package"] or {}, cell_name(one["cell"])
         size = record.get("plan_bytes", record.get("file_bytes"))
@@ -281,6 +282,8 @@ def build_blocks(report: Entry) -> list[Block]:
         row = {"state": states[one["outcome"]], "name": one["engine"] or name}
         bundle = one["cell"]["bundle"] if len(bundles) > 1 else None
         rows.append({**record, **row, "bundle": bundle, "size": size, "batch": batch})
+        if one["replaced"]:
+            replaced.append(f"{one['engine']} replaced the one with {one['replaced']}")
         if one["error"]:
             failed.append(f"{name}: {one['error']['message']} {one['error']['remedy']}")
     tuned = [
@@ -298,14 +301,7 @@ def build_blocks(report: Entry) -> list[Block]:
             "state state; bundle name; engine = name name; batch name; size bytes; "
             "build s = build_seconds .1f; memory = peak_memory_bytes bytes",
         ),
-        *notices(
-            "WARNING",
-            (
-                f"{one['engine']} replaced the one with {one['replaced']}"
-                for one in report["outcomes"]
-                if one["replaced"]
-            ),
-        ),
+        *notices("WARNING", replaced),
         *notices("FAIL", failed),
     ]
 
