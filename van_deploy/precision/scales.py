@@ -198,6 +198,11 @@ def observe_ranges(
             stack.callback(hook.remove)
         for images in batches:
             network.model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
+    for name, block in network.model.named_blocks():
+        if block.skip_gain is not None:  # a multiply, which no module computes
+            read = ranges[network.reads[f"{name}.attn.proj_1"]]
+            ends = np.array([read.minimum, read.maximum]) * block.skip_gain.double().numpy()
+            ranges[f"{name}.mul"] = ChannelRange(ends.min(0), ends.max(0), read.counts[:, :0])
     return ranges
 
 
