@@ -327,6 +327,12 @@ def test_tensorrt_graph_matches_the_plan_and_has_explicit_qdq(
     weights = [v for n, v in values.items() if n.endswith("weight.int8")]
     assert [int(np.abs(w.astype(int)).max()) for w in weights] == [127] * 45
     assert not [n for n in values if n not in {i for m in graph.graph.node for i in m.input}]
+    some = {"block2.0.mlp.fc2": "FP16 cannot represent its input"}  # nor that of its affine
+    values, makers = parts(qdq.qdq_for_tensorrt(digits.graph, plan, kept=some))
+    for block, kind in ((0, np.float32), (1, np.float16)):
+        names = (f"block2.{block}.mlp.fc2.{one}.by" for one in ("Mul", "Add"))
+        assert [values[name].dtype for name in names] == [kind, kind]
+    assert makers["block2.0.mlp.fc2.mul"].input[0] == "block2.0.mlp.act.fp32"
     layers = layers_in_scope(digits.network.model, ("all",))  # readers with one scale share a pair
     every = make_plan(QuantizationPlan(digits.network), digits.ranges, layers)
     counts = operator_counts(qdq.qdq_for_tensorrt(digits.graph, every, rest="fp32"))
