@@ -82,7 +82,7 @@ def test_public_names_differ_from_modules() -> None:
 def test_bundle_sees_other_changes(copy_bundle: Copy, digits_bundle: Bundle) -> None:
     path = copy_bundle(digits_bundle)
     first, second = vd.open_bundle(path), vd.open_bundle(path)
-    result = first.quantize(precision="fp16", equalize=False, threads=1)
+    result = first.quantize(precision="fp16", threads=1)
     assert (result.passed, bool(result), result.artifact) == (True, True, "fp16")
     assert second.artifacts == ["fp32", "fp16"]
     assert second.manifest.name == second.name == "van_digits"

@@ -126,12 +126,12 @@ def test_calibration_and_weights_are_a_path_or_a_name(
 def test_fp16_ignores_options_of_int8(path: Path) -> None:
     path.write_text(
         "[precision]\nmake=['fp16', 'int8']\nmethod='minmax'\nscope=['all']\nrest='fp32'\n"
-        "keep=['block1.0']\nequalize=false\nmax_drop=0.5\n"
+        "keep=['block1.0']\nkeep_defaults=false\nequalize=false\nmax_drop=0.5\n"
     )
     int8, half = (read_recipe(path).precision.of(name) for name in ("int8", "fp16"))
     assert (int8.method, int8.scope, int8.rest, int8.max_drop) == ("minmax", ("all",), "fp32", 0.5)
-    assert half == QuantizeSettings(precision="fp16", keep=("block1.0",))
-    assert (int8.keep, int8.equalize) == (half.keep, False)
+    assert half == QuantizeSettings(precision="fp16", keep=("block1.0",), keep_defaults=False)
+    assert (int8.keep, int8.equalize, int8.keep_defaults) == (half.keep, False, True)
 
 
 SHORT_FORMS: list[tuple[dict[str, Any], int]] = [

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,3 +143,16 @@ def test_audit_keeps_overflowing_nodes_and_recommends_bf16(digits: Digits) -> No
     half = fp16.bf16_from_fp32(loud, fp16.fp32_nodes(loud, fp16.DEFAULT_KEEP))
     for graph in (fp16.fp16_from_fp32(loud, kept), half):
         assert sqnr_db(run(loud, images), run(graph, images)) > 45
+
+
+def test_audit_covers_tensors_that_no_module_computes(digits: Digits) -> None:
+    network = replace(digits.network, model=copy.deepcopy(digits.network.model))
+    last = network.model.stage_blocks(2)[-1]
+    last.skip_gain = torch.full((len(last.mlp.fc2.weight),), -1e5)
+    graph = onnx_from_van(network.model, 64)
+    ranges = observe_ranges(network, batches(digits.train), ())
+    read = ranges["block2.0"]
+    assert ranges["block2.1.mul"].maximum == pytest.approx(-1e5 * read.minimum)
+    assert ranges["block2.1.mul"].minimum == pytest.approx(-1e5 * read.maximum)
+    kept = fp16.audit_ranges(graph, ranges, ())["fp32_nodes"]
+    assert {"block2.1.mul", "norm2.transpose", "norm2.layernormalization"} <= set(kept)

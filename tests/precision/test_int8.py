@@ -276,12 +276,14 @@ def test_techniques_improve_the_sqnr_and_do_not_change_the_original(
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_sequential_heads_and_pointwise_large_kernels_are_quantised() -> None:
+def test_sequential_heads_grey_images_and_pointwise_large_kernels_are_quantised() -> None:
     head = ("batchnorm", 16, "relu", 5)
-    config = VanConfig((8,) * 4, (1,) * 4, (2,) * 4, num_classes=5, lka_kernels=(5, 1), head=head)
-    images = smooth_images(8, 3, 32)
+    config = VanConfig(
+        (8,) * 4, (1,) * 4, (2,) * 4, num_classes=5, in_chans=1, lka_kernels=(5, 1), head=head
+    )
+    images = smooth_images(8, 1, 32)
     folded = fold_van(random_van(config), images[:1]).model
-    model = onnx_from_van(folded, 32)
+    model = onnx_from_van(folded, 32, 1)
     network = van_from_onnx(model, config)
     layers = layers_in_scope(network.model, ("all", "head"))
     assert layers[-2:] == ("head.1", "head.3")
@@ -294,6 +296,8 @@ def test_sequential_heads_and_pointwise_large_kernels_are_quantised() -> None:
     graph = qdq.qdq_for_cpu(model, plan)
     checker.check_model(graph, full_check=True)
     assert sqnr_db(logits(plan, images.numpy()), run(graph, images.numpy())) > 25
+    stem = parts(graph)[0]["patch_embed1.proj.weight.int8"]  # of one channel, yet not depth-wise
+    assert scales.pair_sums(stem).max() <= scales.PAIR_LIMIT
 
 
 # --- graphs ----------------------------------------------------------------------------------
@@ -323,6 +327,12 @@ def test_tensorrt_graph_matches_the_plan_and_has_explicit_qdq(
     weights = [v for n, v in values.items() if n.endswith("weight.int8")]
     assert [int(np.abs(w.astype(int)).max()) for w in weights] == [127] * 45
     assert not [n for n in values if n not in {i for m in graph.graph.node for i in m.input}]
+    some = {"block2.0.mlp.fc2": "FP16 cannot represent its input"}  # nor that of its affine
+    values, makers = parts(qdq.qdq_for_tensorrt(digits.graph, plan, kept=some))
+    for block, kind in ((0, np.float32), (1, np.float16)):
+        names = (f"block2.{block}.mlp.fc2.{one}.by" for one in ("Mul", "Add"))
+        assert [values[name].dtype for name in names] == [kind, kind]
+    assert makers["block2.0.mlp.fc2.mul"].input[0] == "block2.0.mlp.act.fp32"
     layers = layers_in_scope(digits.network.model, ("all",))  # readers with one scale share a pair
     every = make_plan(QuantizationPlan(digits.network), digits.ranges, layers)
     counts = operator_counts(qdq.qdq_for_tensorrt(digits.graph, every, rest="fp32"))
@@ -364,7 +374,7 @@ def test_integer_kernels_match_the_qdq_graph_for_a_cpu(
             assert all(makers[n].op_type == "DequantizeLinear" for n in node.input)
             assert readers[node.output[0]].op_type == "QuantizeLinear"
     for name, value in values.items():
-        if name.endswith("weight.int8"):
+        if name.endswith("weight.int8") and value.shape[1] > 1:  # not depth-wise
             assert scales.pair_sums(value).max() <= scales.PAIR_LIMIT
         assert not name.endswith("bias.int32") or np.abs(value.astype(float)).max() < 2**31
     for name in ("patch_embed2.proj", "block2.0.attn.proj_2", "block2.0.mlp.fc2"):

@@ -42,6 +42,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> QuantizeSettings:
 
 
 @pytest.fixture(scope="module")
+def half(settings: QuantizeSettings) -> QuantizeSettings:
+    """Return settings of FP16."""
+    return settings.with_changes(precision="fp16", equalize=True, bias_correction=True)
+
+
+@pytest.fixture(scope="module")
 def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits_folder(tmp_path_factory.mktemp("digits") / "heldout", "heldout", 40)
 
@@ -58,13 +64,16 @@ def bundle(digits_bundle: Bundle, copy_bundle: Copy) -> Path:
 
 @pytest.fixture(scope="module")
 def results(
-    digits_bundle: Bundle, settings: QuantizeSettings, tmp_path_factory: pytest.TempPathFactory
+    digits_bundle: Bundle,
+    settings: QuantizeSettings,
+    half: QuantizeSettings,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, QuantizeResult]:
     """Return the results of all precisions of one bundle; tests must not change them."""
     path = Path(shutil.copytree(digits_bundle.path, tmp_path_factory.mktemp("results") / "b"))
     every = [
-        settings.with_changes(precision="fp16"),
-        settings.with_changes(precision="bf16"),
+        half,
+        half.with_changes(precision="bf16"),
         settings.with_changes(equalize=True, bias_correction=True),
         settings.with_changes(target="cpu"),
     ]
@@ -230,15 +239,11 @@ def test_labels_and_what_latency_depends_on_are_inputs(
     assert third.reason == "changed since: threads"
 
 
-def test_options_of_int8_do_not_rebuild_and_new_golden_samples_drop_the_old_results(
-    results: dict[str, QuantizeResult],
-    settings: QuantizeSettings,
-    copy_bundle: Copy,
-    heldout: Path,
+def test_gates_of_int8_do_not_rebuild_and_new_golden_samples_drop_the_old_results(
+    results: dict[str, QuantizeResult], half: QuantizeSettings, copy_bundle: Copy, heldout: Path
 ) -> None:
     path = copy_bundle(results["fp16"].bundle)
-    same = settings.with_changes(precision="fp16", method="minmax", evaluations=2)  # of INT8 only
-    assert quantize_bundle(path, same, rules=GateSettings(int8=GateProfile(top1_loss=9))).reused
+    assert quantize_bundle(path, half, rules=GateSettings(int8=GateProfile(top1_loss=9))).reused
     assert Bundle.open(path).artifact("fp16").golden_sqnr_db
     for batch in (str(BATCHES), "1:2:9"):  # new samples; then only new batches
         vd.open_bundle(path).verify(modules=False)
@@ -298,7 +303,7 @@ def test_one_unreadable_image_is_listed_and_more_are_rejected(
 
 
 def test_failed_quantisation_does_not_change_the_bundle(
-    bundle: Path, settings: QuantizeSettings, heldout: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, half: QuantizeSettings, heldout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(errors.BundleError):
         quantize_bundle(bundle / "none", PLAIN)
@@ -309,10 +314,10 @@ def test_failed_quantisation_does_not_change_the_bundle(
         with pytest.raises(
             errors.ConversionError, match=f"17; {precision} needs {oldest} or newer"
         ):
-            quantize_bundle(bundle, settings.with_changes(precision=precision))
+            quantize_bundle(bundle, half.with_changes(precision=precision))
     monkeypatch.setattr("van_deploy.precision.fp16.FP16_LARGEST", 50.0)
     with pytest.raises(errors.GateFailed, match="FP16 cannot represent every tensor"):
-        quantize_bundle(bundle, settings.with_changes(precision="fp16", strict=True))
+        quantize_bundle(bundle, half.with_changes(strict=True))
     assert list(Bundle.open(bundle).artifacts) == ["fp32"]
 
 

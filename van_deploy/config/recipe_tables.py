@@ -24,8 +24,10 @@ ONLY_TENSORRT = (
 )
 HARDWARE, PLAN = "Hardware", "Plan contents"
 LEAVE_OUT = "Remove one of them."
-FOR_INT8 = ("max_drop", "noise", "scope", "rest")  # refused for other precisions
-UNUSED = (*FOR_INT8, "method", "equalize", "bias_correction", "evaluations")  # by them
+FOR_INT8 = (
+    *("max_drop", "evaluations", "noise", "scope", "rest"),
+    *("method", "equalize", "bias_correction"),
+)
 
 # timm's names of Pillow's filters.
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
@@ -276,6 +278,9 @@ class _Quantization(Table):
         if self.equalize and not self.bias_correction:
             message = "{equalize} shifts channels and needs corrected biases ({bias_correction})."
             yield message, "Switch off {equalize}, too."
+        if self.max_drop is None and (evaluations := self.first_set("evaluations")):
+            message = f"{evaluations} limits the search for {{max_drop}}, which is not set."
+            yield message, f"Give {{max_drop}}, too, or remove {evaluations}."
         if "auto" in self.scope and (len(self.scope) > 1 or self.max_drop is not None):
             other = "other scopes" if len(self.scope) > 1 else "{max_drop}"
             message = f"{{scope}} auto times whole scopes, and conflicts with {other}."
@@ -324,7 +329,6 @@ class QuantizeSettings(_Quantization, _One):
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Yield options of another precision, besides the base's conflicts."""
-        yield from super().conflicts()
         int8, half = self.first_set(*FOR_INT8), self.first_set("strict")
         if self.precision != "int8" and int8:
             message = f"{int8} is for INT8, and {{precision}} is {self.precision}."
@@ -338,6 +342,10 @@ class QuantizeSettings(_Quantization, _One):
         if self.precision == "bf16" and half:
             message = f"{half} is for FP16, and {{precision}} is bf16."
             yield message, f"Remove {half}: BF16 has the range of FP32."
+        if self.precision == "int8" and self.rest_precision == "fp32" and not self.keep_defaults:
+            message = "{keep_defaults} is for FP16 and BF16, and what is not INT8 is FP32."
+            yield message, "Remove {keep_defaults}."
+        yield from super().conflicts()
 
     @property
     def artifact(self) -> str:
@@ -364,8 +372,10 @@ class PrecisionSettings(_Quantization, _Several):
         Raises:
             UsageError: two options conflict.
         """
-        others = {"target", *UNUSED} if precision != "int8" else set()
+        others = {"target", *FOR_INT8} if precision != "int8" else set()
         others |= {"strict"} if precision == "bf16" else set()
+        if precision == "int8" and self.rest_precision == "fp32":
+            others.add("keep_defaults")
         names = (name for name in _Quantization.model_fields if name not in others)
         return QuantizeSettings(precision=precision, **{n: getattr(self, n) for n in names})
 

@@ -45,8 +45,8 @@ def embed_preprocessing(
     """Return a copy of ``model`` from pixels to ``outputs``; the batch stays dynamic.
 
     Args:
-        model: a graph from ``images (batch, C, S, S)`` to ``logits (batch, K)``, of any
-            precision.
+        model: a graph from ``images (batch, C, S, S)`` to ``logits (batch, K)``, both float32,
+            of any precision inside.
         preprocessing: the normalisation that ``images`` needs.
         embedding: ``uint8``, ``normalize``, or ``none``, which leaves the input unchanged.
         outputs: a subset of ``logits``, ``probabilities`` and ``top5``. ``probabilities``
@@ -93,9 +93,6 @@ def _prepend_(model: ModelProto, preprocessing: Preprocessing, embedding: str) -
         constant = np.array(getattr(preprocessing, step), np.float32).reshape(1, -1, 1, 1)
         _store_(model, f"preprocess.{step}", constant)
         value = _node(nodes, operator, [value, f"preprocess.{step}"], f"preprocess.by_{step}")
-    network_dtype = images.type.tensor_type.elem_type
-    if network_dtype != TensorProto.FLOAT:
-        _node(nodes, "Cast", [value], "preprocess.to_network", to=network_dtype)
     nodes[-1].output[0] = images.name
     nodes += graph.node
     graph.ClearField("node")
@@ -110,17 +107,15 @@ def _append_(model: ModelProto, outputs: Sequence[str], task: Task) -> None:
     logits = ValueInfoProto()
     logits.CopyFrom(graph.output[0])
     batch, classes = _shape(logits)
-    scores = logits.name
-    if logits.type.tensor_type.elem_type != TensorProto.FLOAT:
-        scores = _node(nodes, "Cast", [scores], "answer.float", to=TensorProto.FLOAT)
     if task is Task.SINGLE_LABEL:
-        _node(nodes, "Softmax", [scores], PROBABILITIES, axis=1)
+        _node(nodes, "Softmax", [OUTPUT_NAME], PROBABILITIES, axis=1)
     else:
-        _node(nodes, "Identity" if task is Task.REGRESSION else "Sigmoid", [scores], PROBABILITIES)
+        activation = "Identity" if task is Task.REGRESSION else "Sigmoid"
+        _node(nodes, activation, [OUTPUT_NAME], PROBABILITIES)
     top = min(TOP, int(classes))
     if "top5" in outputs:  # of the logits: a saturated softmax has ties
         _store_(model, "answer.k", np.array([top], np.int64))
-        _node(nodes, "TopK", [scores, "answer.k"], "answer.top_logits", TOP_CLASSES, axis=1)
+        _node(nodes, "TopK", [OUTPUT_NAME, "answer.k"], "answer.top_logits", TOP_CLASSES, axis=1)
         _node(nodes, "GatherElements", [PROBABILITIES, TOP_CLASSES], TOP_PROBABILITIES, axis=1)
     graph.node.extend(nodes)
     info, floats = helper.make_tensor_value_info, TensorProto.FLOAT

@@ -236,8 +236,8 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
         model = RewrittenVan(VAN(config)).eval()
     for stage in config.stages:  # modules that folding removes
         model.get_submodule(f"patch_embed{stage}").norm = nn.Identity()
-        for block in model.stage_blocks(stage):
-            block.norm1 = block.norm2 = block.layer_scale_1 = block.layer_scale_2 = None
+    for _, block in model.named_blocks():
+        block.norm1 = block.norm2 = block.layer_scale_1 = block.layer_scale_2 = None
     nodes = {node.name: node for node in graph.graph.node}
     constants = {tensor.name: tensor for tensor in graph.graph.initializer}
 
@@ -267,12 +267,10 @@ def van_from_onnx(graph: ModelProto, config: VanConfig) -> RebuiltVan:
             f"The graph is not a folded VAN of this architecture: {problem}.",
             "FP16 and INT8 need the folded network: export it again without --no-fold.",
         )
-    for stage in config.stages:
-        for index, block in enumerate(model.stage_blocks(stage)):
-            multiply = nodes.get(f"block{stage}.{index}.mul")
-            if multiply is not None:
-                factors = [constant(multiply, index) for index in (0, 1)]
-                block.skip_gain = next(f for f in factors if f is not None).reshape(-1)
+    for name, block in model.named_blocks():
+        if (multiply := nodes.get(f"{name}.mul")) is not None:
+            factors = [constant(multiply, index) for index in (0, 1)]
+            block.skip_gain = next(f for f in factors if f is not None).reshape(-1)
     reads = {n.name: n.input[0] for n in graph.graph.node if n.op_type in {"Conv", "Gemm"}}
     tensors = {tensor: (name, False) for name, tensor in reads.items()}
     modules = {name for name, _ in model.named_modules()}

@@ -35,6 +35,7 @@ the original network. Without any rewrite it computes exactly the original.
 import copy
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -146,6 +147,12 @@ class RewrittenVan(nn.Module):
         blocks: nn.ModuleList = self.get_submodule(f"block{stage}")
         return list(blocks)
 
+    def named_blocks(self, *stages: int) -> Iterator[tuple[str, RewrittenBlock]]:
+        """Yield the blocks of the given stages (default: all) with their module paths."""
+        for stage in stages or self.config.stages:
+            for index, block in enumerate(self.stage_blocks(stage)):
+                yield f"block{stage}.{index}", block
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Map normalised images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``.
 
@@ -226,7 +233,7 @@ def fold_van(model: VAN, images: Tensor, *, fold: bool = True) -> FoldReport:
         _rewrite_(rewritten)
     pairs = zip(_float64_outputs(rewritten, images), expected, strict=True)
     remaining = _count_batchnorms(rewritten)
-    blocks = [block for stage in model.config.stages for block in rewritten.stage_blocks(stage)]
+    blocks = [block for _, block in rewritten.named_blocks()]
     scales = [scale for b in blocks for scale in (b.layer_scale_1, b.layer_scale_2)]
     return FoldReport(
         model=rewritten.float().requires_grad_(False),

@@ -25,7 +25,7 @@ make the weights that follow harder to quantise.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import cast
 
@@ -34,7 +34,6 @@ import torch
 from torch import Tensor, nn
 
 from van_deploy.graph.export import RebuiltVan
-from van_deploy.graph.fold import RewrittenBlock, RewrittenVan
 from van_deploy.precision.plan import QuantizationPlan
 from van_deploy.precision.scales import ChannelAffine, ChannelRange, Floats, percentile_range
 
@@ -91,7 +90,7 @@ def equalize(
         _absorb_affine_(consumer, affine)
         result.affines[tensor] = affine
 
-    for name, block in _blocks(result.network.model):
+    for name, block in result.network.model.named_blocks():
         unit, mlp = f"{name}.attn.spatial_gating_unit", f"{name}.mlp"
         sites = (
             (f"{unit}.conv0", f"{unit}.conv0", f"{unit}.conv_spatial"),
@@ -137,7 +136,7 @@ def _shift_stream_(
     Every convolution that adds to the stream subtracts the new centre in its bias, and the last
     addition restores the original stream.
     """
-    blocks = dict(_blocks(result.network.model, stage))
+    blocks = dict(result.network.model.named_blocks(stage))
     embed = f"patch_embed{stage}.proj"
     readers = [f"{name}.{part}" for name in blocks for part in ("attn.proj_1", "mlp.fc1")]
     sources = [f"{name}.{part}" for name in blocks for part in ("attn.proj_2", "mlp.fc2")]
@@ -182,10 +181,3 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 def _set_bias_(conv: nn.Conv2d, bias: Tensor) -> None:
     if conv.bias is not None or bias.any():
         conv.bias = nn.Parameter(bias.float(), requires_grad=False)
-
-
-def _blocks(model: RewrittenVan, *stages: int) -> Iterator[tuple[str, RewrittenBlock]]:
-    """Yield the blocks of the given stages (default: all) with their module paths."""
-    for stage in stages or model.config.stages:
-        for index, block in enumerate(model.stage_blocks(stage)):
-            yield f"block{stage}.{index}", block

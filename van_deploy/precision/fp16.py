@@ -96,6 +96,9 @@ def audit_ranges(
     """
     graph = ir.from_proto(model).graph
     largest = {name: record.largest for name, record in ranges.items()}
+    for node in (node for node in graph if node.op_type == "Transpose"):  # of the same values
+        names = [str(value.name) for value in (*node.inputs, *node.outputs) if value is not None]
+        largest |= dict.fromkeys(names, max(largest.get(name, 0.0) for name in names))
     activations = [value for node in graph for value in node.outputs]
     weights = [v for v in graph.initializers.values() if v.dtype is FLOAT]
     problems, reasons = list[dict[str, Any]](), dict[str, str]()

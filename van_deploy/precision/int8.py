@@ -294,10 +294,8 @@ def search_fp16_layers(
     while len(trials) < limit and passing in trials and passing - failing > 1:
         middle = (failing + passing) // 2
         failing, passing = (failing, middle) if meets_budget(middle) else (middle, passing)
-    excluded = passing
-    if not (excluded in trials and trials[excluded]["within_budget"]):
-        best = min(trials.values(), key=lambda trial: (trial["lost"], trial["excluded"]))
-        excluded = best["excluded"]
+    best = min(trials.values(), key=lambda t: (not t["within_budget"] and t["lost"], t["excluded"]))
+    excluded = best["excluded"]
     reasons = {
         layer.name: f"isolated SQNR {layer.sqnr_db:.1f} dB for {100 * layer.share:.1f} % "
         f"of the work, rank {rank} of {len(ranking)}"
@@ -311,5 +309,5 @@ def search_fp16_layers(
         "trials": list(trials.values()),
         "excluded": reasons,
         "share": sum(layer.share for layer in ranking[excluded:]),
-        "passed": trials[excluded]["within_budget"],
+        "passed": best["within_budget"],
     }

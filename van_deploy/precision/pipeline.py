@@ -13,7 +13,6 @@ from van_deploy.bundle import Artifact, Bundle, Origin, edit_bundle
 from van_deploy.checks.golden import OutputLayout, golden_samples
 from van_deploy.checks.outputs import check_new_graph
 from van_deploy.config import GateSettings, QuantizeSettings
-from van_deploy.config.recipe_tables import UNUSED
 from van_deploy.documents import Verdict, plain
 from van_deploy.environment.hardware import cpu
 from van_deploy.errors import ConversionError, MissingDependency, UsageError
@@ -149,8 +148,7 @@ class _QuantizeJob:
     def cache_key(self) -> dict[str, Any]:
         """Return the inputs that determine the result."""
         bundle, images, golden = self.bundle, self.images, self.bundle.manifest.golden
-        ignored = OTHER_KEYS if self.settings.precision == "int8" else (*OTHER_KEYS, *UNUSED)
-        settings = {k: v for k, v in self.settings.as_dict().items() if k not in ignored}
+        settings = {k: v for k, v in self.settings.as_dict().items() if k not in OTHER_KEYS}
         sets = (images.calibration, images.held_out, images.evaluation)
         is_timed = self.settings.target == "cpu" or self.settings.scope == ("auto",)
         return {

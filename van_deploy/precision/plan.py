@@ -199,9 +199,9 @@ def make_plan(
             output = scales.per_channel_quantizer(ranges[name], affines.get(name, scales.IDENTITY))
         elif not _IN_HEAD.match(name):
             output = quantizer(name)
-        plans[name] = LayerPlan(
-            source, scales.cpu_weight_scales(weight, bias, source.scale), output
-        )
+        depthwise = getattr(network.model.get_submodule(name), "groups", 1) > 1
+        weights = scales.cpu_weight_scales(weight, bias, source.scale, depthwise=depthwise)
+        plans[name] = LayerPlan(source, weights, output)
     if target == "cpu":
         gates = _gates(layers)
         plans |= {gate: LayerPlan(quantizer(network.reads[f"{gate}.conv0"])) for gate in gates}
@@ -253,9 +253,7 @@ def fake_quantized(plan: QuantizationPlan, *only: str) -> Iterator[nn.Module]:
         yield plan.network.model
 
 
-def logits(
-    plan: QuantizationPlan, images: scales.Images, *only: str, batch: int = 16
-) -> scales.Images:
+def logits(plan: QuantizationPlan, images: scales.Images, *only: str) -> scales.Images:
     """Return the logits ``(N, K)`` of ``images (N, C, H, W)`` with ``only`` some layers quantised.
 
     A backbone returns the sketches of its feature maps.
@@ -264,8 +262,8 @@ def logits(
     outputs = OutputLayout.of(config, (height, width))
     batches = []
     with fake_quantized(plan, *only) as model, torch.inference_mode():
-        for start in range(0, len(images), batch):
-            results = model(_channels_last(images[start : start + batch]))
+        for inputs in _channels_last(images).split(16):
+            results = model(inputs)
             results = results if isinstance(results, tuple) else (results,)
             named = {n: y.numpy() for n, y in zip(config.output_names, results, strict=True)}
             batches.append(outputs.rows(named))

@@ -42,11 +42,13 @@ def qdq_for_tensorrt(
         model: the FP32 graph that the plan's network was rebuilt from; it stays unchanged.
         plan: the quantised layers and their scales.
         rest: type of the other nodes, ``fp16`` (from opset 19 on) or ``fp32``.
-        kept: with ``fp16``, nodes that stay FP32.
+        kept: with ``fp16``, nodes that stay FP32, and with them the affines before them.
     """
     model = _with_parameters(model, plan)
     if rest == "fp16":
-        model = fp16_from_fp32(model, kept)
+        layers = [name for name in plan.inserted if name in kept]
+        affines = [f"{name}.{node}" for name in layers for node in ("mul/Mul", "add/Add")]
+        model = fp16_from_fp32(model, {*kept, *affines})
     writer = _GraphWriter(model)
     for node, layer in writer.planned_nodes(plan):
         if layer.weight_scales is not None:

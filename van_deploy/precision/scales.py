@@ -8,7 +8,8 @@ calibration method selects the scale:
 
 ==============  =================================================================
 ``minmax``      represents the largest magnitude: nothing is clipped
-``percentile``  represents the magnitude that 99.999 % of all values do not exceed
+``percentile``  represents the range that at most 0.001 % of all values exceed at each end,
+                to within half a bin
 ``mse``         has the smallest squared error over the histogram, including clipping
 ==============  =================================================================
 """
@@ -198,6 +199,11 @@ def observe_ranges(
             stack.callback(hook.remove)
         for images in batches:
             network.model(torch.from_numpy(images).contiguous(memory_format=torch.channels_last))
+    for name, block in network.model.named_blocks():
+        if block.skip_gain is not None:  # a multiply, which no module computes
+            read = ranges[network.reads[f"{name}.attn.proj_1"]]
+            ends = np.array([read.minimum, read.maximum]) * block.skip_gain.double().numpy()
+            ranges[f"{name}.mul"] = ChannelRange(ends.min(0), ends.max(0), read.counts[:, :0])
     return ranges
 
 
@@ -229,30 +235,31 @@ def pair_sums(weight: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return each output channel's largest ``|w + v|`` of two neighbouring weights, ``(O,)``.
 
     Neighbours are in the order in which ONNX Runtime multiplies them: kernel row, kernel column,
-    input channel. A depth-wise convolution accumulates in 32 bits and needs no limit.
+    input channel.
 
     >>> pair_sums(np.array([[3.0, 4.0, -5.0, 1.0]]))
     array([7.])
     """
-    if weight.shape[1] == 1:
-        return np.zeros(len(weight))
     rows = np.moveaxis(weight.astype(np.float64), 1, -1).reshape(len(weight), -1)
     rows = np.pad(rows, ((0, 0), (0, rows.shape[1] % 2)))
     return np.asarray(np.abs(rows[:, ::2] + rows[:, 1::2]).max(axis=1))
 
 
-def cpu_weight_scales(weight: Floats, bias: Floats, activation_scale: Floats) -> Images:
+def cpu_weight_scales(
+    weight: Floats, bias: Floats, activation_scale: Floats, *, depthwise: bool = False
+) -> Images:
     """Return each output channel's scale ``(O,)``, large enough for ONNX Runtime's kernels.
 
     The sum of two products does not overflow (:data:`PAIR_LIMIT`; rounding increases a sum by at
-    most one), and the bias fits into 32 bits. Scales stay FP32, so channels with tiny weights keep
-    their scale.
+    most one), and the bias fits into 32 bits. A depth-wise convolution accumulates in 32 bits; a
+    stem of one input channel does not. Scales stay FP32, so channels with tiny weights keep their
+    scale.
     """
     bias_limit = np.abs(bias) / (float(activation_scale) * LARGEST_BIAS)
     weight_limit = np.abs(weight.reshape(len(weight), -1)).max(axis=1) / INT8_LIMIT
-    overflow_limit = np.maximum(pair_sums(weight) / (PAIR_LIMIT - 1), bias_limit)
-    scales = np.maximum(np.maximum(weight_limit, overflow_limit), SMALLEST_FP32_SCALE)
-    return scales.astype(np.float32)
+    pair_limit = 0.0 if depthwise else pair_sums(weight) / (PAIR_LIMIT - 1)
+    limits = (weight_limit, pair_limit, bias_limit, SMALLEST_FP32_SCALE)
+    return np.asarray(functools.reduce(np.maximum, limits), np.float32)
 
 
 def quantize_weight(weight: Floats, scales: Floats) -> npt.NDArray[np.int8]:
@@ -326,7 +333,8 @@ def per_channel_quantizer(record: ChannelRange, affine: ChannelAffine = IDENTITY
 def percentile_range(record: ChannelRange, percentile: float) -> tuple[Floats, Floats]:
     """Return the lower and upper end of each channel, ``(C,)``, that contain ``percentile`` %.
 
-    Each end excludes at most ``100 - percentile`` % of the values, in whole bins.
+    Each end is the centre of a bin (at most the extreme value); the bins beyond it contain at most
+    ``100 - percentile`` % of the values.
     """
     low, high = _percentile_ends(bin_values()[None], record.counts, percentile)
     return np.maximum(low, record.minimum), np.minimum(high, record.maximum)
