@@ -463,12 +463,13 @@ def test_draining_or_full_server_returns_503(digits: Bundle, image: bytes) -> No
 def test_graph_of_any_size_is_served_at_the_size_of_the_bundle(
     dynamic_size: Bundle, image: bytes
 ) -> None:
-    with serving(dynamic_size) as server, client_of(server) as client:
+    with serving(dynamic_size, threads=1) as server, client_of(server) as client:
         (served,) = client.get_model_metadata(BYTES)["inputs"]
         assert served["shape"] == [-1, 64, 96, 3]
         (served,) = client.get_model_config(BYTES)["input"]
         assert served["dims"] == [64, 96, 3]
         assert send(server, "/predict?compare=1", image)[1]["pytorch"]["largest_difference"] < 1e-5
+        assert server.service._original.loaded_runner.threads == 1
 
 
 @each("binary", [True, False])
