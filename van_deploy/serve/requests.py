@@ -247,21 +247,16 @@ def limited_protocol(timeout_s: float) -> Any:
     class Limited(HttpToolsProtocol):
         # Bytes of an incomplete head (-1 in a body); chunks and bytes of a body.
         head = chunks = size = 0
-        complete = False  # whether the next byte begins another request
         timer: Any = None  # for the client to send
         write_timer: Any = None  # for the client to read
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.wait_for_head()
+            self.abort_after(timeout_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.timer.cancel()
             super().connection_lost(exc)
-
-        def wait_for_head(self) -> None:
-            self.head = self.chunks = self.size = 0
-            self.abort_after(timeout_s)
 
         def abort_after(self, seconds: float) -> None:
             if self.timer:
@@ -286,7 +281,7 @@ def limited_protocol(timeout_s: float) -> Any:
                 room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
                 piece, data = data[:room], data[room:]
                 self.head += len(piece) if self.head >= 0 else 0
-                if self.head >= 0 or self.complete:
+                if self.head >= 0:
                     head, end, body = piece.partition(b"\r\n\r\n")
                     piece = UPGRADE.sub(b"\r\nIgnored:", head) + end + body
                 super().data_received(piece)
@@ -295,9 +290,7 @@ def limited_protocol(timeout_s: float) -> Any:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self.complete = False
-            if self.head < 0:
-                self.wait_for_head()
+            self.abort_after(timeout_s)
 
         def on_headers_complete(self) -> None:
             self.head = -1
@@ -308,7 +301,7 @@ def limited_protocol(timeout_s: float) -> Any:
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
-            self.complete = True
+            self.head = self.chunks = self.size = 0
 
         def on_body(self, body: bytes) -> None:
             self.size += len(body)
