@@ -86,7 +86,6 @@ class RequestError(InputError):
 
     def __init__(self, message: str, remedy: str = "", status: int = 400) -> None:
         super().__init__(message, remedy)
-        self.args = (message, remedy, status)  # so that it can be pickled in another process
         self.status = status
 
 
