@@ -248,8 +248,8 @@ def test_package_command_and_detection_of_changes(
     assert "does not match the bundle: files." in cli.fails(1, *words, "--check")
     cli.passes(*words)
     added = package / "models/added"
-    for add in (lambda: added.symlink_to(digits.path), lambda: os.mkfifo(added)):
-        add()
+    for is_link in (True, False):
+        added.symlink_to(digits.path) if is_link else os.mkfifo(added)
         assert failed() == {"files": "models/added: missing, changed or added"}
         added.unlink()
     (tmp_path / "current").symlink_to(digits.path)
