@@ -34,10 +34,10 @@ IGNORED = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache", "d
 AREAS = {
     "gates": ("checks/*.py metrics.py intervals.py api.py", "cli/gates*.py pipeline.py"),
     "fold": ("graph/*.py", "pipeline.py"),
-    "precision": ("precision/*.py", "cli/quantize.py"),
+    "precision": ("precision/*.py", "cli/make.py"),
     "labels": ("data/*.py", "cli/gates*.py precision/*.py"),
     "bundle": ("bundle/*.py files.py manifest.py signing.py", "bundle.py pipeline.py *.py"),
-    "engine": ("engine/*.py", "cli/build.py runners/*.py"),
+    "engine": ("engine/*.py", "cli/make.py runners/*.py"),
 }
 PAIRS: tuple[tuple[type[ast.AST], type[ast.AST]], ...] = (
     *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.In, ast.NotIn)),

@@ -60,6 +60,7 @@ NO_GPU = [("build BUNDLE", 2, "needs a target GPU, and none is given")]
         ("evaluate BUNDLE --images x --ray-address a", 2, "--ray-address needs --on ray. Add --on"),
         ("export van_digits --output= ", 2, "A path is empty. Give a path"),
         ("verify ''", 2, "A path is empty. Give a path"),
+        ("serve BUNDLE --host= ", 2, "'--host' is '': it should have at least 1 character."),
         ("predict BUNDLE ''", 2, "A path is empty. Give a path"),
         ("drift BUNDLE --against golden --images x", 2, "--images needs --against weights."),
         ("check BUNDLE --baseline x --class-order names", 2, "--class-order needs --evaluate."),

@@ -27,7 +27,7 @@ from van_deploy.config import ServiceSettings
 from van_deploy.errors import UsageError
 from van_deploy.model.preprocess import normalise
 from van_deploy.runners.network import Network, TensorSpec
-from van_deploy.serve.app import limit_malloc_retention
+from van_deploy.serve.app import Response, limit_malloc_retention
 from van_deploy.serve.models import ServedModel, ServerMetrics, Service
 from van_deploy.serve.requests import RequestError, parse_request
 
@@ -163,6 +163,7 @@ INVALID_TENSORS: list[tuple[bytes, str]] = [
     (b"[]", "The request: it should be a table"),
     (b'{"inputs": []}', "Send exactly one input, 'pixels'."),
     (tensor(CLASSES), "outputs.0.parameters.classification' is 2"),
+    (tensor([{"name": "logits"}] * 2), "The request has an output twice."),
     (tensor([{"name": "boxes"}]), "no output 'boxes'; the model has logits"),
     (tensor(name="images"), "Send exactly one input, 'pixels'."),
     (tensor(datatype="INT8"), "is UINT8, not 'INT8'"),
@@ -210,16 +211,22 @@ def test_invalid_requests_are_refused(server: Running, case: Any) -> None:
     assert (actual, message in answer["error"]) == (status, True), answer
 
 
-def test_float16_overflow_and_long_strings_are_refused() -> None:
+def test_float16_overflow_long_strings_and_bytes_after_numbers_are_refused() -> None:
     """A NumPy array of strings would use 400,000 bytes for each number."""
-    for datatype, dtype, data, message in (
-        ("FP16", "float16", [70_000], "not finite"),
-        ("FP32", "float32", ["x" * 100_000, *[1] * 1000], "give 1001 numbers"),
-    ):
-        body = tensor(name="x", shape=[1, len(data)], datatype=datatype, data=data)
+    long, given = ["x" * 100_000, *[1] * 1000], "binary_data_size is None, and 8 were sent"
+    cases: list[tuple[str, str, list[Any], dict[str, Any], bytes, str]] = [
+        ("FP16", "float16", [70_000], {}, b"", "not finite"),
+        ("FP32", "float32", long, {}, b"", "give 1001 numbers"),
+        ("FP32", "float32", [1, 2], {}, bytes(8), given),
+        ("FP32", "float32", [1], {"outputs": [1] * 20_000}, b"", "outputs.0' is 1: it should be a"),
+        ("FP32", "float32", [1], {"shape": ["a"] * 20_000}, b"", "shape.0' is 'a': it should be a"),
+    ]
+    for datatype, dtype, data, changes, tail, message in cases:
+        described = {"name": "x", "shape": [1, len(data)], "datatype": datatype, "data": data}
+        body = tensor(**{**described, **changes})
         tracemalloc.start()
         with pytest.raises(RequestError, match=message):
-            parse_request(body, len(body), TensorSpec("x", dtype, (len(data),)), [], 1)
+            parse_request(body + tail, len(body), TensorSpec("x", dtype, (len(data),)), [], 1)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < max(MIB, 10 * len(body))
@@ -309,6 +316,27 @@ def test_slow_pipelined_and_aborted_requests(digits: Bundle, image: bytes) -> No
     assert b"not complete after 0.5 s" in answer
     assert received.count(b"HTTP/1.1 200") <= 17
     assert b"HTTP/1.1 400" in received
+
+
+def test_clients_that_do_not_read_or_do_not_end_an_answered_request_lose_their_connection(
+    digits: Bundle,
+) -> None:
+    endless, closing = post_head(10**9).replace(b"/predict", b"/v3"), b"Connection: close\r\n"
+    with serving(digits) as server:
+        server.app._routes["/v2/health/live"] = lambda _: Response(bytes(8 * MIB))
+        for sent in (endless, HEAD + b"\r\n", HEAD + closing + b"\r\n", (HEAD + b"\r\n") * 2):
+            with connected(server) as client:
+                wait_until(lambda: server.app.connections)
+                (connection,) = server.app.connections
+                connection.timeout_keep_alive = 0.5  # type: ignore[attr-defined]
+                client.sendall(sent)
+
+                def disconnected(client: socket.socket = client, sent: bytes = sent) -> bool:
+                    with contextlib.suppress(ConnectionError):
+                        client.sendall(b"x" * (sent is endless))
+                    return not server.app.connections
+
+                wait_until(disconnected)
 
 
 def test_memory_of_all_bodies_is_limited_and_released(digits: Bundle, image: bytes) -> None:
@@ -435,12 +463,13 @@ def test_draining_or_full_server_returns_503(digits: Bundle, image: bytes) -> No
 def test_graph_of_any_size_is_served_at_the_size_of_the_bundle(
     dynamic_size: Bundle, image: bytes
 ) -> None:
-    with serving(dynamic_size) as server, client_of(server) as client:
+    with serving(dynamic_size, threads=1) as server, client_of(server) as client:
         (served,) = client.get_model_metadata(BYTES)["inputs"]
         assert served["shape"] == [-1, 64, 96, 3]
         (served,) = client.get_model_config(BYTES)["input"]
         assert served["dims"] == [64, 96, 3]
         assert send(server, "/predict?compare=1", image)[1]["pytorch"]["largest_difference"] < 1e-5
+        assert server.service._original.loaded_runner.threads == 1
 
 
 @each("binary", [True, False])

@@ -3,6 +3,7 @@
 ``test_real_triton.py`` loads packages in a real Triton server.
 """
 
+import os
 import re
 import runpy
 import subprocess
@@ -245,6 +246,12 @@ def test_package_command_and_detection_of_changes(
         change()
         assert failed() == {"files": f"{file}: missing, changed or added"}
     assert "does not match the bundle: files." in cli.fails(1, *words, "--check")
+    cli.passes(*words)
+    added = package / "models/added"
+    for is_link in (True, False):
+        added.symlink_to(digits.path) if is_link else os.mkfifo(added)
+        assert failed() == {"files": "models/added: missing, changed or added"}
+        added.unlink()
     (tmp_path / "current").symlink_to(digits.path)
     (tmp_path / "latest").symlink_to(tmp_path / f"{digits.path.name}-triton")
     linked = open_bundle(tmp_path / "current").package()

@@ -430,7 +430,7 @@ class ServeSettings(ServiceSettings):
         port: Port; 0 for a free one.
     """
 
-    host: str = option("127.0.0.1")
+    host: str = option("127.0.0.1", min_length=1)
     port: int = option(8000, ge=0, le=65535)
 
 

@@ -288,7 +288,8 @@ class Service:
 
     @functools.cached_property
     def _original(self) -> Network:
-        return self._stack.enter_context(Network(self.bundle, PYTORCH))
+        threads = self.settings.threads
+        return self._stack.enter_context(Network(self.bundle, PYTORCH, threads=threads))
 
     def _run_pytorch(self, pixels: Pixels, top: Sequence[NamedClass]) -> dict[str, Any]:
         """Return the original network's probabilities of some classes of the same image."""

@@ -183,8 +183,9 @@ def check_package(path: Path, bundle: Bundle) -> PackageReport:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    """Return the SHA-256 of every file in a folder; "" for pipes and for links that are no file."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return {p.relative_to(folder).as_posix(): file_sha256(p) if p.is_file() else "" for p in found}
 
 
 def _write_package(

@@ -53,6 +53,7 @@ T = TypeVar("T")
 Executor = Literal["here", "thread", "process"]
 Count = Annotated[int, pydantic.Field(strict=True, ge=0)]
 Values = npt.NDArray[Any]
+FIRST_ERROR = pydantic.FailFast()  # a list of every error would use a kilobyte for each
 
 
 @dataclass
@@ -85,7 +86,6 @@ class RequestError(InputError):
 
     def __init__(self, message: str, remedy: str = "", status: int = 400) -> None:
         super().__init__(message, remedy)
-        self.args = (message, remedy, status)  # so that it can be pickled in another process
         self.status = status
 
 
@@ -236,35 +236,51 @@ def _initialise_worker() -> None:
 def limited_protocol(timeout_s: float) -> Any:
     """Return uvicorn's HTTP protocol class, without upgrades and with limits that it does not have.
 
-    The head of a request has a limit of time and of size. Each header and each chunk of a body
-    costs a call: a megabyte in chunks of one byte would block the event loop for seconds.
+    The head of a request has a limit of time and of size. uvicorn's time for idle connections also
+    limits the time in which a client reads a response and ends the body of an answered request.
+    Each header and each chunk of a body costs a call: a megabyte in chunks of one byte would block
+    the event loop for seconds.
     """
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     class Limited(HttpToolsProtocol):
         # Bytes of an incomplete head (-1 in a body); chunks and bytes of a body.
         head = chunks = size = 0
-        complete = False  # whether the next byte begins another request
-        timer: Any = None
+        timer: Any = None  # for the client to send
+        write_timer: Any = None  # for the client to read
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.wait_for_head()
+            self.abort_after(timeout_s)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.timer.cancel()
             super().connection_lost(exc)
 
-        def wait_for_head(self) -> None:
-            self.head = self.chunks = self.size = 0
-            self.timer = self.loop.call_later(timeout_s, self.transport.close)
+        def abort_after(self, seconds: float) -> None:
+            if self.timer:
+                self.timer.cancel()
+            self.timer = self.loop.call_later(seconds, self.transport.abort)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.write_timer = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.write_timer.cancel()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            if self.cycle.response_complete or self.transport.is_closing():
+                self.abort_after(self.timeout_keep_alive)
 
         def data_received(self, data: bytes) -> None:
             while data and self.parser is not None and not self.transport.is_closing():
                 room = MAX_HEAD_BYTES - self.head if self.head >= 0 else len(data)
                 piece, data = data[:room], data[room:]
                 self.head += len(piece) if self.head >= 0 else 0
-                if self.head >= 0 or self.complete:
+                if self.head >= 0:
                     head, end, body = piece.partition(b"\r\n\r\n")
                     piece = UPGRADE.sub(b"\r\nIgnored:", head) + end + body
                 super().data_received(piece)
@@ -273,20 +289,18 @@ def limited_protocol(timeout_s: float) -> Any:
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
-            self.complete = False
-            if self.head < 0:
-                self.wait_for_head()
+            self.abort_after(timeout_s)
 
         def on_headers_complete(self) -> None:
             self.head = -1
-            self.timer.cancel()
             if len(self.headers) > MAX_HEADERS or len(self.pipeline) == MAX_PIPELINED:
                 raise ValueError("too many")  # answered with 400 by uvicorn
+            self.timer.cancel()
             super().on_headers_complete()
 
         def on_message_complete(self) -> None:
             super().on_message_complete()
-            self.complete = True
+            self.head = self.chunks = self.size = 0
 
         def on_body(self, body: bytes) -> None:
             self.size += len(body)
@@ -320,7 +334,7 @@ class _Input(_Output):
     """One input; its values are in ``data`` or follow the JSON as bytes."""
 
     datatype: str
-    shape: list[Count]
+    shape: Annotated[list[Count], FIRST_ERROR]
     data: Any = None
 
 
@@ -328,8 +342,8 @@ class InferRequest(OpenSchema):
     """The JSON of an inference request."""
 
     id: str = ""
-    inputs: tuple[_Input, ...]
-    outputs: tuple[_Output, ...] = ()
+    inputs: Annotated[tuple[_Input, ...], FIRST_ERROR]
+    outputs: Annotated[tuple[_Output, ...], FIRST_ERROR] = ()
     parameters: _Parameters = _Parameters()
 
     def is_binary(self, output: _Output) -> bool:
@@ -367,6 +381,8 @@ def parse_request(
         text = f"There is no output {unknown[0][:99]!r}; the model has {', '.join(names)}."
         raise RequestError(text)
     requested = request.outputs or tuple(_Output(name=name) for name in names)
+    if len({output.name for output in request.outputs}) < len(request.outputs):
+        raise RequestError("The request has an output twice.")
     rows = _read_tensor(request.inputs[0], memoryview(body)[json_length:], spec, max_batch)
     return rows, request.model_copy(update={"inputs": (), "outputs": requested})
 
@@ -413,7 +429,7 @@ def _read_tensor(entry: _Input, tail: memoryview, spec: TensorSpec, max_batch: i
         )
     expected = math.prod(shape) * np.dtype(spec.dtype).itemsize
     size = entry.parameters.binary_data_size
-    if size is None:
+    if size is None and not tail:
         values = _array_from_json(entry.data, spec, shape)
     elif size == len(tail) == expected:
         values = np.frombuffer(tail, dtype=spec.dtype).reshape(shape)
