@@ -88,10 +88,8 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
                 pass
             assert server.returncode == 0, written  # stopped as by a service manager
             continue
-        stdin = None
-        if "<" in words:
-            at = words.index("<")
-            words, stdin = words[:at], Path(words[at + 1]).read_bytes()
+        stdin = Path(words.pop()).read_bytes() if "<" in words else None
+        words = [word for word in words if word != "<"]
         shorter = () if "--paper-limits" in words else SHORTER.get(words[0], ())  # times nothing
         result = cli(*words, *shorter, stdin=stdin)
         headers |= table_headers(result.output)
