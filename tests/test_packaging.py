@@ -47,12 +47,14 @@ def test_wheel_contents_and_size(wheel: zipfile.ZipFile) -> None:
     assert sum(item.compress_size for item in wheel.infolist()) < 3 * 2**20
 
 
-def test_extras_have_one_onnxruntime_each() -> None:
+def test_extras_have_one_onnxruntime_each_and_are_on_the_first_page() -> None:
     """The packages ``onnxruntime`` and ``onnxruntime-gpu`` have the same module."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     tables = {"": project["dependencies"], **project["optional-dependencies"]}
     found = [name for name, lines in tables.items() for line in lines if "onnxruntime" in line]
     assert found == ["cpu", "gpu"]
+    install = (ROOT / "README.md").read_text().partition("Install with")[2].partition("##")[0]
+    assert set(tables) - {""} <= set(re.findall(r"\w+", install))
 
 
 def test_make_targets_on_the_pages_exist() -> None:

@@ -1,4 +1,4 @@
-"""Every ``van-deploy`` command in README, docs and SECURITY.md is run as it is written.
+"""Every ``van-deploy`` command of the pages, and every example of a help text, is run as written.
 
 ``van_digits`` takes the place of the variants, so that nothing is downloaded here
 (``tests/model/test_files.py`` downloads and exports them); small files take the place of the
@@ -24,11 +24,9 @@ from van_deploy.model.van import random_van
 from van_deploy.model.variants import VanConfig
 
 ROOT = Path(__file__).parent.parent
-PAGES = [
-    page
-    for page in (ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")))
-    if "van-deploy " in page.read_text(encoding="utf-8")
-]
+KINDS = ("*.md", "docs/*.md", "van_deploy/cli/*.py")
+FILES = sorted(file for kind in KINDS for file in ROOT.glob(kind))
+EXAMPLE = re.compile(r"^    Example: van-deploy (.*)$", re.MULTILINE)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELLS = ("", "sh", "bash", "console")
 HEADER = re.compile(r"^(\S.*)\n─{9}", re.MULTILINE)  # of a table in a sample of output
@@ -40,12 +38,13 @@ SHORTER = {"bench": ("--seconds", "0.05", "--limit", "0.5", "--runners", "ort-cp
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return the words of every ``van-deploy`` command in the shell blocks of a page."""
-    blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
-    text = "\n".join(block for language, block in blocks if language in SHELLS)
-    lines = text.replace("\\\n", " ").splitlines()
+    """Return the words of every command in the examples and shell blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    blocks = "\n".join(block for language, block in BLOCK.findall(text) if language in SHELLS)
+    lines = blocks.replace("\\\n", " ").splitlines()
     every = (shlex.split(line.removeprefix("$ "), comments=True) for line in lines)
-    return [words[1:] for words in every if words[:1] == ["van-deploy"]]
+    examples = (shlex.split(example) for example in EXAMPLE.findall(text))
+    return [*examples, *(words[1:] for words in every if words[:1] == ["van-deploy"])]
 
 
 def table_headers(text: str) -> set[str]:
@@ -78,7 +77,7 @@ def workspace(tmp_path: Path, precisions_bundle: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [f for f in FILES if commands(f)], ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> None:
     driver, headers = nvidia_driver(), set[str]()
     has_gpu = driver is not None and bool(driver.gpus)
@@ -89,10 +88,8 @@ def test_every_command_of_a_page_runs(cli: Cli, workspace: Path, page: Path) -> 
                 pass
             assert server.returncode == 0, written  # stopped as by a service manager
             continue
-        stdin = None
-        if "<" in words:
-            at = words.index("<")
-            words, stdin = words[:at], Path(words[at + 1]).read_bytes()
+        stdin = Path(words.pop()).read_bytes() if "<" in words else None
+        words = [word for word in words if word != "<"]
         shorter = () if "--paper-limits" in words else SHORTER.get(words[0], ())  # times nothing
         result = cli(*words, *shorter, stdin=stdin)
         headers |= table_headers(result.output)

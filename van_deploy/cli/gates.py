@@ -29,7 +29,7 @@ def _failure(report: GateReport, done: str) -> GateFailed | None:
 def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings]) -> Output:
     """Compare every artifact with PyTorch: logits, batch sizes, label flips, and each module.
 
-    Example: van-deploy verify dist/van_b1 --images photos/
+    Example: van-deploy verify dist/van_b1 --against weights --images val/
     """
     report, names = bundle.verify(**options), bundle.manifest.class_names
     failure = _failure(report, "verified")
@@ -41,7 +41,7 @@ def verify(bundle: OpenBundle, options: Annotated[OptionValues, VerifySettings])
 def evaluate(bundle: OpenBundle, options: Annotated[OptionValues, EvaluationSettings]) -> Output:
     """Measure top-1 and top-5 of PyTorch and every artifact, and the loss of accuracy.
 
-    Example: van-deploy evaluate dist/van_b1 --images imagenet/val
+    Example: van-deploy evaluate dist/van_b1 --images val/
     """
     report = bundle.evaluate(**options)
     return Output(report, sections.evaluate_blocks, bundle.remarks, _failure(report, "evaluated"))
@@ -82,7 +82,7 @@ def check(
 ) -> Output:
     """Check a bundle against its gates and a baseline; exit code 1 if a value is worse.
 
-    Example: van-deploy check dist/van_b1 --baseline baseline.json --junit junit.xml
+    Example: van-deploy check dist/van_b1 --baseline baseline.json --update
     """
     report = bundle.check(baseline, update=update, **options)
     from van_deploy.report.files import append_summary, write_junit

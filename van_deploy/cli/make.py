@@ -135,7 +135,7 @@ def run(
 ) -> Output:
     """Run a recipe: export, quantise, build engines, verify and evaluate.
 
-    Example: van-deploy run export/mine.toml --output dist/mine
+    Example: van-deploy run mine.toml --output dist/mine
     """
     from van_deploy import api
     from van_deploy.recipe import resolve_recipe
