@@ -103,7 +103,7 @@ def build_bundle(
     """
     host = detect_host(device=gpu_index(settings.device or "cpu") or 0)
     if settings.tune:
-        return _tune(bundle, settings, host, progress)
+        return _tune(bundle, settings, host, force, progress)
     if settings.backend == INDUCTOR:
         packages = []
         for one in package_settings(bundle, settings, host):
@@ -229,13 +229,14 @@ def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Ca
 
 
 def _tune(
-    bundle: Bundle, settings: config.BuildSettings, host: Host, progress: Progress
+    bundle: Bundle, settings: config.BuildSettings, host: Host, force: bool, progress: Progress
 ) -> BuildReport:
     """Build the fastest candidate that passes its gate.
 
     Raises:
         MissingDependency: no device can time the candidates.
         ConversionError: no candidate was built and passes its gate.
+        VanDeployError: all candidates failed for the same reason, such as a missing compiler.
     """
     if host.gpu is None and settings.device != "cpu":
         raise MissingDependency(
@@ -243,7 +244,8 @@ def _tune(
             "Run it on the GPU that will serve, or without --tune. To time packages for this CPU, "
             "use --backend inductor --device cpu.",
         )
-    candidates, results = tuning_candidates(bundle, settings), []
+    candidates, results = tuning_candidates(bundle, settings), list[CandidateResult]()
+    errors = list[VanDeployError]()
     with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
         for number, candidate in enumerate(candidates, 1):
             progress(f"{number} of {len(candidates)}: {candidate.description}")
@@ -252,27 +254,31 @@ def _tune(
             try:
                 results.append(measure_candidate(copy, candidate))
             except VanDeployError as error:
+                errors.append(error)
                 results.append(CandidateResult(candidate.description, error=error.message))
             finally:
                 shutil.rmtree(copy)
     passing = [result for result in results if result.passed and result.latency_ms]
+    if len(errors) == len(results) and len({error.message for error in errors}) == 1:
+        raise errors[0]
     if not passing:
-        reasons = "; ".join(f"{result.candidate}: {result.error}" for result in results)
+        reasons = "; ".join(f"{result.candidate}: {result.error.rstrip('.')}" for result in results)
         raise ConversionError(
             f"No candidate passes its gate: {reasons}.", "See `van-deploy verify`."
         )
     best = results.index(min(passing, key=lambda result: result.latency_ms or 0.0))
     results[best] = replace(results[best], selected=True)
-    return replace(_build_candidate(bundle.path, candidates[best]), tuned=tuple(results))
+    built = _build_candidate(bundle.path, candidates[best], force=force)
+    return replace(built, tuned=tuple(results))
 
 
-def _build_candidate(path: Path, candidate: Candidate) -> BuildReport:
+def _build_candidate(path: Path, candidate: Candidate, *, force: bool = False) -> BuildReport:
     """Build a candidate; one with an INT8 scope makes its graph first."""
     if candidate.scope:
         images = candidate.settings.images
         int8 = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
         quantize_bundle(path, int8, force=True)
-    return build_bundle(Bundle.open(path), candidate.settings, force=False, progress=no_progress)
+    return build_bundle(Bundle.open(path), candidate.settings, force=force, progress=no_progress)
 
 
 def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
