@@ -9,13 +9,11 @@ import pytest
 
 import van_deploy
 from tests.artifacts import Copy
-from tests.conftest import Cli
 from tests.each import each
-from tests.json_documents import edit_json
 from van_deploy import building
 from van_deploy.bench.gpu import Timer
 from van_deploy.building import Candidate, CandidateResult, tuning_candidates
-from van_deploy.bundle import MANIFEST, Bundle
+from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import samples_for
 from van_deploy.config import BatchRange, BuildSettings
 from van_deploy.config.sizes import SizeRange
@@ -39,7 +37,13 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
             {"precisions": ("int8",), "optimization_level": 3, "images": Path("images")},
             [f"int8 {scope}{t}" for scope in ("pointwise", "deep", "all") for t in LEVELS[:2]],
         ),
+        (
+            {"precisions": ("fp16",), "tiling": "moderate"},
+            [f"fp16, level {level}, tiling moderate" for level in (3, 5)],
+        ),
         ({**RANGE, "device": "cpu"}, [*PRECISIONS]),
+        ({**FIXED, "fused_kernels": True, "precisions": ("bf16",)}, [f"bf16{FUSED}"]),
+        ({**RANGE, "max_autotune": True}, [p + MAX for p in PRECISIONS]),
         ({**RANGE, "device": "cuda:0"}, [p + t for p in PRECISIONS for t in ("", MAX)]),
         (
             {**FIXED, "device": "cuda:0"},
@@ -91,30 +95,6 @@ def test_fastest_passing_candidate_is_built(
     times.update(dict.fromkeys(times, (1.0, False)))
     with pytest.raises(ConversionError, match=r"pointwise, .*: TensorRT built no plan; int8 deep"):
         van_deploy.open_bundle(folder).build(**options, images=folder)
-
-
-INDUCTOR = "--backend inductor --device cpu"
-
-
-@each(
-    ("size", "words", "code", "message"),
-    [
-        ("", f"{INDUCTOR} --precision int8", 5, "An Inductor package computes in fp32, fp16, bf16"),
-        ("", INDUCTOR, 3, "Inductor needs the C++ compiler 'no-compiler', which is not installed."),
-        ("64:64x96:96", INDUCTOR, 2, "Inductor packages support classifiers with one image size"),
-    ],
-)
-def test_tuning_that_no_candidate_supports(
-    digits_bundle: Bundle, copy_bundle: Copy, cli: Cli, monkeypatch: pytest.MonkeyPatch, **case: str
-) -> None:
-    """The error is that of the candidates, as without ``--tune``."""
-    size, words, code, message = case.values()
-    folder = copy_bundle(digits_bundle, str(code))
-    if size:
-        edit_json(folder / MANIFEST, "sizes", size)
-    monkeypatch.setenv("CXX", "no-compiler" if code == 3 else "c++")
-    output = cli.fails(int(code), f"build --tune {words}", folder)
-    assert message in output
 
 
 def test_tuning_with_dynamic_sizes(

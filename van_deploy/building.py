@@ -195,8 +195,8 @@ class Candidate(NamedTuple):
 def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Candidate]:
     """Return the candidates: every precision, INT8 scope and search option of the backend.
 
-    Precisions are the requested ones, or all in the bundle. INT8 scopes besides the bundle's own
-    need images to calibrate on.
+    A search option that the user gives is that of every candidate. Precisions are the requested
+    ones, or all in the bundle. INT8 scopes besides the bundle's own need images to calibrate on.
     """
     inductor, precisions = settings.backend == INDUCTOR, settings.precisions
     if "precisions" not in settings.model_fields_set:
@@ -204,17 +204,19 @@ def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Ca
         precisions = PRECISIONS if inductor else graphs
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     level = settings.optimization_level
+    tilings = (settings.tiling,) if "tiling" in settings.model_fields_set else ("none", "full")
     searches: dict[str, dict[str, Any]] = {
         f", level {level}, tiling {tiling}": {"optimization_level": level, "tiling": tiling}
         for level in ((3, 5) if level is None else (level,))
-        for tiling in ("none", "full")
+        for tiling in tilings
     }
     if inductor:
-        searches = {"": {}}
-        if settings.device != "cpu":
-            searches[", max-autotune"] = {"max_autotune": True}
-        if settings.device != "cpu" and batch.min == batch.max:
-            searches[", fused kernels"] = {"fused_kernels": True}
+        names = {"max_autotune": ", max-autotune", "fused_kernels": ", fused kernels"}
+        given = "".join(suffix for name, suffix in names.items() if getattr(settings, name))
+        searches = {given: {}}
+        if not given and settings.device != "cpu":
+            tried = list(names)[: 1 + (batch.min == batch.max)]
+            searches |= {names[name]: {name: True} for name in tried}
     candidates = []
     for precision in precisions:
         scopes = SCOPES if precision == "int8" and settings.images is not None else ("",)
