@@ -63,7 +63,7 @@ def test_fastest_passing_candidate_is_built(
 ) -> None:
     """The fastest candidate fails its gate, and another cannot be built."""
     times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
-    folder, kept = copy_bundle(precisions_bundle), []
+    folder, kept = copy_bundle(precisions_bundle), list[Any]()
 
     def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
         assert copy != folder, "candidates are built in a copy"

@@ -257,11 +257,6 @@ class Network:
         emulated = getattr(self.loaded_runner, "emulates_bf16", False)
         return f"{self.runner}, {BF16_EMULATED}" if emulated else self.runner
 
-    @property
-    def native_shape(self) -> tuple[int, ...]:
-        """Shape of one input row, with the bundle's own size for dynamic sides."""
-        return self.input_shape(self.preprocessing.sides)
-
     def input_shape(self, sides: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of one input row, with ``sides`` for a dynamic height and width."""
         dynamic = iter(sides)

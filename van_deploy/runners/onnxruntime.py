@@ -164,8 +164,7 @@ class OnnxRuntimeRunner(Runner):
             with suppress_logging(ort) if self.on_gpu else contextlib.nullcontext():
                 self._session, self.emulates_bf16 = create_session(self.model, options, providers)
         except Exception as error:
-            full = errors.is_out_of_memory(error)
-            if self.on_gpu and not full and not is_cuda_usable(ort):
+            if self.on_gpu and not (errors.is_out_of_memory(error) or is_cuda_usable(ort)):
                 raise MissingDependency(
                     f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it.",
                     f"It needs CUDA {getattr(ort, 'cuda_version', '')} and cuDNN 9: "

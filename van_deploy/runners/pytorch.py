@@ -170,8 +170,7 @@ class InductorRunner(Runner):
         return TorchBatch(self._call, images, self.device)
 
     def _check(self, images: npt.NDArray[Any]) -> None:
-        sidecar = self.sidecar
-        check_input(images, sidecar.input_shape[1:], np.float32, [sidecar.batch])
+        check_input(images, self.sidecar.input_shape[1:], np.float32, [self.sidecar.batch])
 
 
 class TorchBatch:
