@@ -120,6 +120,14 @@ def copy_bundle(tmp_path: Path) -> Copy:
     return copy
 
 
+@pytest.fixture(scope="session")
+def dynamic_size(artifact_cache: ArtifactCache) -> Bundle:
+    """Return a bundle whose graphs take any height and width; do not change it."""
+    sizes = {"image_size": "64x96", "dynamic_size": "64:64x96:96x128"}
+    options = {"embed_preprocess": "uint8", "outputs": ["logits"], **sizes}
+    return Bundle.open(artifact_cache("dynamic_size", export_network, **options))
+
+
 @pytest.fixture
 def with_plans(uint8_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> PlanMaker:
     """Return a function that adds stand-ins for plans to a new copy of ``uint8_bundle``.

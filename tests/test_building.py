@@ -16,6 +16,7 @@ from van_deploy.building import Candidate, CandidateResult, tuning_candidates
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import samples_for
 from van_deploy.config import BatchRange, BuildSettings
+from van_deploy.config.sizes import SizeRange
 from van_deploy.engine.backend import Host
 from van_deploy.errors import ConversionError
 from van_deploy.runners.base import ResidentBatch
@@ -36,7 +37,13 @@ PRECISIONS, MAX, FUSED = ("fp32", "fp16", "bf16"), ", max-autotune", ", fused ke
             {"precisions": ("int8",), "optimization_level": 3, "images": Path("images")},
             [f"int8 {scope}{t}" for scope in ("pointwise", "deep", "all") for t in LEVELS[:2]],
         ),
+        (
+            {"precisions": ("fp16",), "tiling": "moderate"},
+            [f"fp16, level {level}, tiling moderate" for level in (3, 5)],
+        ),
         ({**RANGE, "device": "cpu"}, [*PRECISIONS]),
+        ({**FIXED, "fused_kernels": True, "precisions": ("bf16",)}, [f"bf16{FUSED}"]),
+        ({**RANGE, "max_autotune": True}, [p + MAX for p in PRECISIONS]),
         ({**RANGE, "device": "cuda:0"}, [p + t for p in PRECISIONS for t in ("", MAX)]),
         (
             {**FIXED, "device": "cuda:0"},
@@ -56,12 +63,12 @@ def test_fastest_passing_candidate_is_built(
 ) -> None:
     """The fastest candidate fails its gate, and another cannot be built."""
     times = {"fp16": (3.0, True), "deep": (2.0, True), "all": (1.0, False)}
-    folder, kept = copy_bundle(precisions_bundle), []
+    folder, kept = copy_bundle(precisions_bundle), list[Any]()
 
     def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
         assert copy != folder, "candidates are built in a copy"
         if candidate.scope == "pointwise":
-            raise ConversionError("TensorRT built no plan")
+            raise ConversionError("TensorRT built no plan.")
         precision = candidate.settings.precisions[0]
         milliseconds, passed = times[candidate.scope or precision]
         return CandidateResult(candidate.description, precision, 8, milliseconds, 1.0, 50.0, passed)
@@ -70,19 +77,58 @@ def test_fastest_passing_candidate_is_built(
         kept.append((settings.precisions, settings.tiling, settings.tune))
         return []
 
+    def build_cells(*_: object, force: bool, **more: object) -> list[Any]:
+        kept.append(force)
+        return []
+
     monkeypatch.setattr(building, "detect_host", lambda **_: Host("a GPU", "sm_90"))
     monkeypatch.setattr("van_deploy.engine.fleet.engine_cells", planned)
+    monkeypatch.setattr("van_deploy.engine.fleet.build_cells", build_cells)
     monkeypatch.setattr(building, "quantize_bundle", lambda _, how, **__: kept.append(how.scope))
     monkeypatch.setattr(building, "measure_candidate", measure_candidate)
     options: Any = {"tune": True, "precisions": ["fp16", "int8"], "optimization_level": 3}
     monkeypatch.chdir(folder)
-    rows = van_deploy.open_bundle(".").build(**options, images=folder).tuned
+    rows = van_deploy.open_bundle(".").build(**options, images=folder, force=True).tuned
     assert [row.candidate for row in rows if row.selected] == ["int8 deep, level 3, tiling none"]
-    assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan"}
-    assert kept == [("deep",), (("int8",), "none", False)]
+    assert {row.error for row in rows if "point" in row.candidate} == {"TensorRT built no plan."}
+    assert kept == [("deep",), (("int8",), "none", False), True]
     times.update(dict.fromkeys(times, (1.0, False)))
-    with pytest.raises(ConversionError, match="No candidate passes its gate"):
+    with pytest.raises(ConversionError, match=r"pointwise, .*: TensorRT built no plan; int8 deep"):
         van_deploy.open_bundle(folder).build(**options, images=folder)
+
+
+def test_tuning_with_dynamic_sizes(
+    dynamic_size: Bundle, copy_bundle: Copy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every candidate is a real plan for the sizes of the bundle; only the timing needs a GPU."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    folder = copy_bundle(dynamic_size)
+    sizes, latency_ms = list[Any](), iter((2.0, 1.0))
+
+    def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:
+        (built,) = building._build_candidate(copy, candidate).outcomes
+        bundle, plan = Bundle.open(copy), built.sidecar
+        samples = samples_for(bundle, None, None)
+        images = building._timed_images(Network(bundle, built.engine), samples, 4)
+        assert plan is not None
+        sizes.append((images.shape, plan.options.dynamic_size, plan.options.tiling))
+        return CandidateResult(
+            candidate.description, built.engine, 4, next(latency_ms), passed=True
+        )
+
+    monkeypatch.setattr(building, "detect_host", lambda **_: Host("a GPU", "sm_89"))
+    monkeypatch.setattr(building, "measure_candidate", measure_candidate)
+    target: Any = {"backend": "tensorrt-rtx", "targets": ["sm_89"], "optimization_level": 3}
+    report = van_deploy.open_bundle(folder).build(tune=True, **target)
+    expected = SizeRange(64, (64, 96), (96, 128))
+    assert sizes == [((4, 3, 64, 96), expected, tiling) for tiling in ("none", "full")]
+    assert [row.selected for row in report.tuned] == [False, True]
+    (outcome,) = report.outcomes
+    assert outcome.sidecar is not None
+    assert (outcome.sidecar.options.dynamic_size, outcome.sidecar.options.tiling) == (
+        expected,
+        "full",
+    )
 
 
 def test_candidate_is_timed_on_golden_samples_in_its_input_format(uint8_bundle: Bundle) -> None:

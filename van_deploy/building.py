@@ -103,7 +103,7 @@ def build_bundle(
     """
     host = detect_host(device=gpu_index(settings.device or "cpu") or 0)
     if settings.tune:
-        return _tune(bundle, settings, host, progress)
+        return _tune(bundle, settings, host, force, progress)
     if settings.backend == INDUCTOR:
         packages = []
         for one in package_settings(bundle, settings, host):
@@ -195,8 +195,8 @@ class Candidate(NamedTuple):
 def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Candidate]:
     """Return the candidates: every precision, INT8 scope and search option of the backend.
 
-    Precisions are the requested ones, or all in the bundle. INT8 scopes besides the bundle's own
-    need images to calibrate on.
+    A search option that the user gives is that of every candidate. Precisions are the requested
+    ones, or all in the bundle. INT8 scopes besides the bundle's own need images to calibrate on.
     """
     inductor, precisions = settings.backend == INDUCTOR, settings.precisions
     if "precisions" not in settings.model_fields_set:
@@ -204,17 +204,19 @@ def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Ca
         precisions = PRECISIONS if inductor else graphs
     batch = (settings.profiles or (bundle.manifest.batch,))[0]
     level = settings.optimization_level
+    tilings = (settings.tiling,) if "tiling" in settings.model_fields_set else ("none", "full")
     searches: dict[str, dict[str, Any]] = {
         f", level {level}, tiling {tiling}": {"optimization_level": level, "tiling": tiling}
         for level in ((3, 5) if level is None else (level,))
-        for tiling in ("none", "full")
+        for tiling in tilings
     }
     if inductor:
-        searches = {"": {}}
-        if settings.device != "cpu":
-            searches[", max-autotune"] = {"max_autotune": True}
-        if settings.device != "cpu" and batch.min == batch.max:
-            searches[", fused kernels"] = {"fused_kernels": True}
+        names = {"max_autotune": ", max-autotune", "fused_kernels": ", fused kernels"}
+        given = "".join(suffix for name, suffix in names.items() if getattr(settings, name))
+        searches = {given: {}}
+        if not given and settings.device != "cpu":
+            tried = list(names)[: 1 + (batch.min == batch.max)]
+            searches |= {names[name]: {name: True} for name in tried}
     candidates = []
     for precision in precisions:
         scopes = SCOPES if precision == "int8" and settings.images is not None else ("",)
@@ -229,13 +231,14 @@ def tuning_candidates(bundle: Bundle, settings: config.BuildSettings) -> list[Ca
 
 
 def _tune(
-    bundle: Bundle, settings: config.BuildSettings, host: Host, progress: Progress
+    bundle: Bundle, settings: config.BuildSettings, host: Host, force: bool, progress: Progress
 ) -> BuildReport:
     """Build the fastest candidate that passes its gate.
 
     Raises:
         MissingDependency: no device can time the candidates.
         ConversionError: no candidate was built and passes its gate.
+        VanDeployError: all candidates failed for the same reason, such as a missing compiler.
     """
     if host.gpu is None and settings.device != "cpu":
         raise MissingDependency(
@@ -243,7 +246,8 @@ def _tune(
             "Run it on the GPU that will serve, or without --tune. To time packages for this CPU, "
             "use --backend inductor --device cpu.",
         )
-    candidates, results = tuning_candidates(bundle, settings), []
+    candidates, results = tuning_candidates(bundle, settings), list[CandidateResult]()
+    errors = list[VanDeployError]()
     with tempfile.TemporaryDirectory(prefix="van-deploy-tuning-") as folder:
         for number, candidate in enumerate(candidates, 1):
             progress(f"{number} of {len(candidates)}: {candidate.description}")
@@ -252,27 +256,31 @@ def _tune(
             try:
                 results.append(measure_candidate(copy, candidate))
             except VanDeployError as error:
+                errors.append(error)
                 results.append(CandidateResult(candidate.description, error=error.message))
             finally:
                 shutil.rmtree(copy)
     passing = [result for result in results if result.passed and result.latency_ms]
+    if len(errors) == len(results) and len({error.message for error in errors}) == 1:
+        raise errors[0]
     if not passing:
-        reasons = "; ".join(f"{result.candidate}: {result.error}" for result in results)
+        reasons = "; ".join(f"{result.candidate}: {result.error.rstrip('.')}" for result in results)
         raise ConversionError(
             f"No candidate passes its gate: {reasons}.", "See `van-deploy verify`."
         )
     best = results.index(min(passing, key=lambda result: result.latency_ms or 0.0))
     results[best] = replace(results[best], selected=True)
-    return replace(_build_candidate(bundle.path, candidates[best]), tuned=tuple(results))
+    built = _build_candidate(bundle.path, candidates[best], force=force)
+    return replace(built, tuned=tuple(results))
 
 
-def _build_candidate(path: Path, candidate: Candidate) -> BuildReport:
+def _build_candidate(path: Path, candidate: Candidate, *, force: bool = False) -> BuildReport:
     """Build a candidate; one with an INT8 scope makes its graph first."""
     if candidate.scope:
         images = candidate.settings.images
         int8 = config.QuantizeSettings(precision="int8", scope=(candidate.scope,), images=images)
         quantize_bundle(path, int8, force=True)
-    return build_bundle(Bundle.open(path), candidate.settings, force=False, progress=no_progress)
+    return build_bundle(Bundle.open(path), candidate.settings, force=force, progress=no_progress)
 
 
 def measure_candidate(copy: Path, candidate: Candidate) -> CandidateResult:

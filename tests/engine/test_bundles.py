@@ -184,11 +184,14 @@ REQUESTS = [
     ("--device cuda:7", 3, "A package for cuda:7 is compiled on the GPU that will run it"),
     ("--device tpu", 2, "'--device' is 'tpu'"),
     ("--device cpu --fused-kernels", 2, "The fused kernels run on a GPU, in fp16 or"),
+    ("--device cpu --max-autotune", 2, "--max-autotune times the kernels of a GPU"),
     ("--tune", 3, "--tune cannot time candidates: no NVIDIA GPU"),
+    ("--tune --device cpu --precision int8", 5, "error: An Inductor package computes in fp32"),
     ("--backend auto --device cpu", 2, "--device cpu is an option of Inductor"),
     ("--backend auto --max-autotune", 2, "--max-autotune is an option of Inductor"),
     ("--backend auto --fused-kernels", 2, "--fused-kernels is an option of Inductor"),
     ("--device cpu", 3, "'no-such-compiler', which is not installed"),
+    ("--tune --device cpu", 3, "error: Inductor needs the C++ compiler 'no-such-compiler', which"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Packages and hardware of this machine, probes, requirements of tasks and package conflicts."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Cli
+from tests.conftest import ROOT, Cli
 from tests.each import each
 from van_deploy.environment import doctor, hardware, packages
 from van_deploy.environment.doctor import CUDA, REQUIREMENTS, Environment
@@ -38,6 +39,16 @@ def with_driver(env: Environment, driver: Driver | None, **changes: Any) -> Envi
     items = tuple(replace(item, **parts.get(item.name, {})) for item in env.components)
     fields = {"providers": (CUDA,), "trials": {}, **changes}
     return replace(env, driver=driver, components=items, **fields)
+
+
+def test_package_that_ends_the_interpreter_is_named(tmp_path: Path) -> None:
+    crash = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
+    (tmp_path / "torch.py").write_text(crash)  # the first package that doctor imports
+    paths = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    words = [sys.executable, "-m", "van_deploy", "doctor"]
+    done = subprocess.run(words, env={**os.environ, **paths}, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert f'File "{tmp_path}/torch.py", line 1 in <module>' in done.stderr
 
 
 def test_versions_are_those_of_the_imported_modules(env: Environment) -> None:

@@ -17,7 +17,7 @@ from van_deploy.errors import BundleError, ConversionError, MissingDependency
 from van_deploy.graph.embed import TOP_CLASSES, TOP_PROBABILITIES
 from van_deploy.runners.base import Outputs
 from van_deploy.runners.network import Network, SkipReason, TensorSpec
-from van_deploy.runners.pytorch import single_torch_thread
+from van_deploy.runners.pytorch import single_torch_thread, torch_errors
 from van_deploy.serve.predict import predict
 
 PLAN = "plan-sm_89"
@@ -93,6 +93,21 @@ def test_skip_reasons_without_a_gpu(bundle: Bundle, cli: Cli) -> None:
     image = bundle.path / "golden/0.png"
     for words in (("predict", bundle.path, image), ("serve", bundle.path, "--port", "0")):
         assert "CUDAExecutionProvider" in cli.fails(3, *words, "--runner", "ort-cuda")
+
+
+@each(
+    ("text", "kind", "message"),
+    [
+        ("CUDA out of memory. Tried to allocate", MissingDependency, "GPU is out of memory"),
+        ("CUDA error: x\nmore", ConversionError, r"PyTorch failed \(a batch of 2\): CUDA error: x"),
+        ("cuDNN error: CUDNN_STATUS", ConversionError, "cuDNN error: CUDNN_STATUS"),
+        ("run() API call failed at model.h, line 1", ConversionError, "API call failed at"),
+        ("a bug in this program", RuntimeError, "a bug in this program"),
+    ],
+)
+def test_failures_of_pytorch_become_project_errors(text: str, kind: Any, message: str) -> None:
+    with pytest.raises(kind, match=message), torch_errors("a batch of 2"):
+        raise RuntimeError(text)
 
 
 def test_threads_of_the_original_network(bundle: Bundle) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -41,6 +42,10 @@ def test_missing_and_broken_providers_are_refused(
         pytest.warns(UserWarning, match="not in available provider"),
         pytest.raises(MissingDependency, match=f"has {CUDA} but could not start it(.|\n)*cuDNN 9"),
     ):
+        runner.__enter__()
+    full = Mock(side_effect=RuntimeError("CUDA failure 2: out of memory"))
+    monkeypatch.setattr("van_deploy.runners.onnxruntime.create_session", full)
+    with pytest.raises(MissingDependency, match="The GPU is out of memory"):
         runner.__enter__()
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.artifacts import ArtifactCache, export_network
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
 from van_deploy.checks.golden import golden_samples
@@ -27,14 +26,6 @@ from van_deploy.serve.models import Service
 def digits(uint8_bundle: Bundle) -> Bundle:
     """Return a bundle of ``van_digits`` with all outputs in its uint8 graph; do not change it."""
     return uint8_bundle
-
-
-@pytest.fixture(scope="session")
-def dynamic_size(artifact_cache: ArtifactCache) -> Bundle:
-    """Return a bundle whose graphs take any height and width; do not change it."""
-    sizes = {"image_size": "64x96", "dynamic_size": "64:64x96:96x128"}
-    options = {"embed_preprocess": "uint8", "outputs": ["logits"], **sizes}
-    return Bundle.open(artifact_cache("dynamic_size", export_network, **options))
 
 
 def write_package(folder: Path, bundle: Bundle, *artifacts: str, **options: Any) -> Path:

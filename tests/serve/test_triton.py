@@ -18,6 +18,7 @@ import yaml
 from google.protobuf import text_format
 from PIL import Image
 
+from tests.artifacts import Copy
 from tests.conftest import Cli
 from tests.each import each
 from tests.json_documents import edit_json
@@ -25,6 +26,7 @@ from tests.plans import PlanMaker, add_plan
 from tests.serve.conftest import Running, top5_of, write_package
 from van_deploy.api import open_bundle
 from van_deploy.bundle import Bundle
+from van_deploy.config.sizes import SizeRange
 from van_deploy.data.images import open_image
 from van_deploy.errors import ConversionError, InputError, UsageError
 from van_deploy.model.preprocess import pixels_from_image
@@ -102,6 +104,21 @@ def test_configuration_of_plans_with_static_and_dynamic_profiles(
     for field in ["name", "input", "output", "version_policy", "dynamic_batching", "model_warmup"]:
         config.ClearField(field)
     assert config == text_format.Parse(PLANS, schema.ModelConfig())
+
+
+def test_warm_up_of_a_plan_that_was_not_built_for_the_native_size(
+    dynamic_size: Bundle, copy_bundle: Copy, tmp_path: Path
+) -> None:
+    """TensorRT refuses sizes outside the profile, and Triton then does not load the model."""
+    folder = copy_bundle(dynamic_size)
+    for target, sizes in (("sm_86", "64:64x96:96x128"), ("sm_89", "96:96x128:128")):
+        options = {"dynamic_size": SizeRange.model_validate(sizes)}
+        bundle = add_plan(Bundle.open(folder), target, options=options)
+    for name, dims in (("plan-sm_86", [3, 64, 96]), ("plan-sm_89", [3, 96, 128])):
+        config = config_of(write_package(tmp_path / name, bundle, name), "van_digits-fp32")
+        assert [list(one.inputs["images"].dims) for one in config.model_warmup] == [dims] * 2
+    with pytest.raises(UsageError, match="their sidecars differ in dynamic_size"):
+        write_package(tmp_path, bundle, "plan-sm_86", "plan-sm_89")
 
 
 def test_preferred_batch_sizes_come_from_the_benchmark(with_plans: PlanMaker) -> None:

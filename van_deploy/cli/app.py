@@ -12,6 +12,7 @@ reads these lines from the source without importing the commands, which is faste
 import ast
 import contextlib
 import errno
+import faulthandler
 import importlib
 import os
 import sys
@@ -206,6 +207,7 @@ def main() -> NoReturn:
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115 - stays open
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    faulthandler.enable()  # names the package whose native code ends the process
     try:
         os.getcwd()
     except OSError as error:  # deleted: native libraries abort in it

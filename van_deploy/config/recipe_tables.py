@@ -495,7 +495,7 @@ class BuildSettings(EngineSettings):
             bf16.
         device: Device to build on: cuda:N, or cpu (inductor); by default cuda:0, or cpu for
             inductor without a GPU.
-        max_autotune: Choose Inductor's kernels by timing them, which takes minutes.
+        max_autotune: Choose Inductor's GPU kernels by timing them, which takes minutes.
         fused_kernels: Compile a package with this project's fused kernels: FP16 or BF16 on a GPU,
             one batch size.
         tune: Build candidate settings (precision, INT8 scope, optimization level, tiling,

@@ -86,6 +86,11 @@ def package_settings(bundle: Bundle, settings: BuildSettings, host: Host) -> lis
             f"'{bundle.path}' has feature maps or dynamic sizes.",
             "Build an engine, with --backend tensorrt or tensorrt-rtx.",
         )
+    if settings.max_autotune and device == "cpu":
+        raise UsageError(
+            "--max-autotune times the kernels of a GPU, and the package is for the CPU.",
+            "Omit --max-autotune, or build on a GPU.",
+        )
     fusable = device != "cpu" and "fp32" not in settings.precisions and batch.min == batch.max
     if settings.fused_kernels and not fusable:
         raise UsageError(

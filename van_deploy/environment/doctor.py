@@ -27,7 +27,7 @@ NO_GPU = "Run this where `nvidia-smi` lists a GPU that CUDA_VISIBLE_DEVICES does
 PROBE_TIMEOUT_S = 120.0
 
 _ALLOCATE = "cuda = m.require_cuda(); cuda.call('cudaFree', cuda.call('cudaMalloc', 1))"
-_CREATE_SESSION = "assert m.is_provider_usable(m.require_onnxruntime(), m.CUDA, quiet=False)"
+_CREATE_SESSION = "assert m.is_cuda_usable(m.require_onnxruntime(), quiet=False)"
 # Probes by requirement: a module, imported as ``m``, and code that must succeed.
 PROBES: Mapping[str, tuple[str, str]] = {
     "gpu": ("van_deploy.runners.cuda", _ALLOCATE),

@@ -232,7 +232,8 @@ def _engine_blocks(one: Entry) -> list[Block]:
     layer_table = table(layers[:MAX_LAYERS], columns, title)
     if sidecar is None:
         warning = notices("WARNING", ["it has no sidecar: the origin of this plan is unknown"])
-        return [*properties(one, file), *warning, *layer_table]
+        skipped = [f"layers: {one['layers_skipped']}"] * bool(one["layers_skipped"])
+        return [*properties(one, file), *warning, *(layer_table or notices("SKIPPED", skipped))]
     options = sidecar.get("options", {}).items()
     options = {key: v for key, v in options if v is not False and v not in (None, "none")}
     build = {**one, **sidecar, "options": options, "log": one.get("log")}

@@ -257,11 +257,10 @@ class Network:
         emulated = getattr(self.loaded_runner, "emulates_bf16", False)
         return f"{self.runner}, {BF16_EMULATED}" if emulated else self.runner
 
-    @property
-    def native_shape(self) -> tuple[int, ...]:
-        """Shape of one input row, with the bundle's own size for dynamic sides."""
-        sides = iter(self.preprocessing.sides)
-        return tuple(next(sides) if length < 0 else length for length in self.input.shape)
+    def input_shape(self, sides: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of one input row, with ``sides`` for a dynamic height and width."""
+        dynamic = iter(sides)
+        return tuple(next(dynamic) if length < 0 else length for length in self.input.shape)
 
     @property
     def on_gpu(self) -> bool:

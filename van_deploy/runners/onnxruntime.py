@@ -164,7 +164,7 @@ class OnnxRuntimeRunner(Runner):
             with suppress_logging(ort) if self.on_gpu else contextlib.nullcontext():
                 self._session, self.emulates_bf16 = create_session(self.model, options, providers)
         except Exception as error:
-            if self.on_gpu and not is_provider_usable(ort, CUDA):
+            if self.on_gpu and not (errors.is_out_of_memory(error) or is_cuda_usable(ort)):
                 raise MissingDependency(
                     f"ONNX Runtime {ort.__version__} has {CUDA} but could not start it.",
                     f"It needs CUDA {getattr(ort, 'cuda_version', '')} and cuDNN 9: "
@@ -275,21 +275,20 @@ def _project_error(
     return kind(f"ONNX Runtime {failure}: {error}", remedy)
 
 
-def is_provider_usable(ort: Any, provider: str, *, quiet: bool = True) -> bool:
-    """Return whether a session with one operator runs on an execution provider.
+def is_cuda_usable(ort: Any, *, quiet: bool = True) -> bool:
+    """Return whether a session with one operator runs on the CUDA provider.
 
     ONNX Runtime silently omits a provider whose libraries do not load from the session, with a
     warning only; ``quiet`` suppresses it.
     """
-    if provider == CUDA:
-        preload_cuda_libraries()
+    preload_cuda_libraries()
     graph = "one (float[1] x) => (float[1] y) { y = Relu(x) }"
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {graph}')
     options = ort.SessionOptions()
     options.log_severity_level = 4 if quiet else 2
     with suppress_logging(ort) if quiet else contextlib.nullcontext():
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
-    if provider not in session.get_providers():
+        session = ort.InferenceSession(model.SerializeToString(), options, providers=[CUDA])
+    if CUDA not in session.get_providers():
         return False
     session.run(None, {"x": np.zeros(1, np.float32)})
     return True

@@ -8,6 +8,7 @@ compared with this machine.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,8 +170,7 @@ class InductorRunner(Runner):
         return TorchBatch(self._call, images, self.device)
 
     def _check(self, images: npt.NDArray[Any]) -> None:
-        sidecar = self.sidecar
-        check_input(images, sidecar.input_shape[1:], np.float32, [sidecar.batch])
+        check_input(images, self.sidecar.input_shape[1:], np.float32, [self.sidecar.batch])
 
 
 class TorchBatch:
@@ -264,17 +264,19 @@ def torch_device(device: str) -> torch.device:
 
 @contextlib.contextmanager
 def torch_errors(operation: str) -> Iterator[None]:
-    """Convert CUDA failures in PyTorch into this project's errors."""
+    """Convert failures of CUDA and of compiled packages into this project's errors."""
     try:
         yield
     except RuntimeError as error:
         if "out of memory" in str(error):
             raise out_of_memory(f"PyTorch, {operation}") from error
-        if "CUDA error" not in str(error):
+        # A compiled package may report only "API call failed", with the cause on stderr.
+        if not re.search("CUDA error|cuDNN error|API call failed", str(error)):
             raise
         raise ConversionError(
-            f"CUDA failed in PyTorch ({operation}): {str(error).splitlines()[0]}",
-            "Run `van-deploy doctor`; after an illegal access the process must be restarted.",
+            f"PyTorch failed ({operation}): {str(error).splitlines()[0]}",
+            "See the output above, and run `van-deploy doctor`. After an illegal access the "
+            "process must be restarted.",
         ) from error
 
 

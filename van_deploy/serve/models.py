@@ -98,7 +98,8 @@ class ServedModel:
     def __init__(self, network: Network, settings: ServiceSettings, metrics: ServerMetrics) -> None:
         self.network, self._delay_s = network, settings.max_delay_ms / 1e3
         # Only rows of one size can run in one batch.
-        network.input = replace(network.input, shape=network.native_shape)
+        shape = network.input_shape(network.preprocessing.sides)
+        network.input = replace(network.input, shape=shape)
         self.name = served_name(network.bundle, network.name)
         running = network.max_batch * settings.instances
         limit = settings.queue_limit or max(QUEUE_IMAGES, 2 * running)

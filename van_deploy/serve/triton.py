@@ -18,6 +18,7 @@ from typing import Any
 
 from van_deploy.bundle import Bundle
 from van_deploy.config import TritonSettings
+from van_deploy.config.sizes import height_width
 from van_deploy.documents import read_toml_file
 from van_deploy.engine.sidecar import Sidecar
 from van_deploy.errors import InputError, UsageError
@@ -147,8 +148,9 @@ def _model_from_plans(network: Network, model_name: str, names: Sequence[str]) -
     paths = [network.bundle.verified_path(name) for name in names]
     sidecars = [Sidecar.load(path) for path in paths]
     first, label = sidecars[0], " and ".join(f"'{name}'" for name in names)
-    equal = ("inputs", "outputs", "profiles", "onnx_sha256", "backend_version")
-    different = [key for key in equal if len({str(getattr(s, key)) for s in sidecars}) > 1]
+    equal = ("inputs", "outputs", "profiles", "dynamic_size", "onnx_sha256", "backend_version")
+    facts = [{**vars(sidecar.options), **dict(sidecar)} for sidecar in sidecars]
+    different = [key for key in equal if len({str(fact[key]) for fact in facts}) > 1]
     if different:
         raise UsageError(
             f"{label} cannot be one Triton model: their sidecars differ in {', '.join(different)}.",
@@ -196,7 +198,12 @@ def model_config(
         environment: execution environment of the Python backend.
     """
     network, profiles = model.network, model.sidecar.profiles if model.sidecar else ()
-    dims = list(network.native_shape)  # a warm-up and a CUDA graph have no dynamic dimensions
+    # A warm-up and a CUDA graph have no dynamic dimensions: a size that the plan was built for.
+    sides = network.preprocessing.sides
+    sizes = model.sidecar.options.dynamic_size if model.sidecar else None
+    if sizes is not None and not sizes.contains(sides):
+        sides = height_width(sizes.opt)
+    dims = list(network.input_shape(sides))
     largest = network.max_batch
     static = [profile.max for profile in profiles if profile.min == profile.max]
     ends = {rows for profile in profiles for rows in (profile.min, profile.max)} or {1, largest}
