@@ -1,7 +1,7 @@
 """Run the benchmarks of this project and write their tables to docs/benchmarks.md.
 
     python -m benchmarks                          # all sections
-    python -m benchmarks --only running,export    # some sections; the others are not changed
+    python -m benchmarks --only startup,export    # some sections; the others are not changed
     python -m benchmarks --only export variant=van_b0 rounds=1
 
 Each section is a function that runs in its own process and returns a
@@ -36,7 +36,7 @@ def _sections() -> dict[str, Callable[..., Table]]:
     from benchmarks import accuracy, serve, speed
 
     sections = (
-        *(speed.export, speed.running, speed.rivals),
+        *(speed.startup, speed.export, speed.running, speed.rivals),
         *(accuracy.gates, accuracy.precision, accuracy.ablation, serve.serve),
     )
     return {section.__name__: section for section in sections}

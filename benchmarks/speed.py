@@ -1,4 +1,4 @@
-"""Time of the export, and of networks in the runtimes of a CPU.
+"""Time of commands, and of networks in the runtimes of a CPU.
 
 The peak memory of a process includes that of the process that starts it, so PyTorch is imported
 only where it is needed.
@@ -8,6 +8,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.table import Table, measure_process, run_van_deploy
@@ -22,6 +23,17 @@ RIVALS = {
 }
 
 
+def startup(rounds: int = 9) -> Table:
+    """Startup time.
+
+    Wall time and peak memory of whole commands, each in a new process.
+    """
+    commands = ("--help", "list", "export --help")
+    return time_commands(
+        {f"van-deploy {c}": f"-m van_deploy {c}".split() for c in commands}, rounds
+    )
+
+
 def export(variant: str = "van_b1", rounds: int = 2) -> Table:
     """Export time and memory.
 
@@ -30,16 +42,22 @@ def export(variant: str = "van_b1", rounds: int = 2) -> Table:
     van-deploy also checks the rewrites in float64 and the result in ONNX Runtime.
     """
     others = "import sys, benchmarks.exporters as e; e.export_with_torch(*sys.argv[1:])"
-    ours = f"-m van_deploy export {variant} --weights random -o".split()
+    ours = f"-m van_deploy export {variant} --weights random -o FOLDER".split()
     commands = {
-        f"{variant}: torch.onnx.export and onnxsim": ["-c", others, variant],
+        f"{variant}: torch.onnx.export and onnxsim": ["-c", others, variant, "FOLDER"],
         f"{variant}: van-deploy export": ours,
     }
+    return time_commands(commands, rounds)
+
+
+def time_commands(commands: Mapping[str, Sequence[str]], rounds: int) -> Table:
+    """Run the commands of Python alternately; ``FOLDER`` in them is an empty folder."""
     table = Table(("command", "runs", "median s", "fastest s", "peak memory GB"))
     costs: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
     for name in [*commands] * rounds:
         with tempfile.TemporaryDirectory(prefix="van-deploy-bench-") as folder:
-            costs[name].append(measure_process([sys.executable, *commands[name], folder]))
+            words = [folder if word == "FOLDER" else word for word in commands[name]]
+            costs[name].append(measure_process([sys.executable, *words]))
     for name, processes in costs.items():
         seconds, peaks = zip(*processes, strict=True)
         times = f"{statistics.median(seconds):.3f}", f"{min(seconds):.3f}"
