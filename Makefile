@@ -18,7 +18,7 @@ READY := .venv/.van-deploy
 TESTED := $(READY)-test-$(RUNTIME)
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage mutate reference format lint audit check pins bench gpu-report fuzz faults clean
+.PHONY: setup demo test test-full test-gpu triton test-min test-pythons coverage mutate reference format lint audit check pins bench gpu-report fuzz faults public-weights clean
 
 setup: $(TESTED)
 
@@ -120,6 +120,11 @@ fuzz: $(TESTED)
 
 faults: $(TESTED)
 	$(BIN)/python -m reliability --only faults,load
+
+# On a host with a network; IMAGENET=FOLDER measures the published top-1, too. Not run against
+# the real hub yet.
+public-weights: setup
+	$(BIN)/python -m training.public_weights $(if $(IMAGENET),--imagenet $(IMAGENET))
 
 clean:
 	rm -rf build dist gpu-report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,8 +1,8 @@
 """Every ``van-deploy`` command of the pages, and every example of a help text, is run as written.
 
 ``van_digits`` takes the place of the variants, so that nothing is downloaded here
-(``tests/model/test_checkpoint.py`` downloads them from a local hub); small files take the place
-of the user's. Commands that need a GPU run as well: without one they end with exit code 3, or gates
+(``tests/model/test_files.py`` downloads and exports them); small files take the place of the
+user's. Commands that need a GPU run as well: without one they end with exit code 3, or gates
 report what they skipped.
 """
 

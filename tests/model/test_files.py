@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections import defaultdict
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,10 +20,12 @@ from safetensors.torch import save, save_file
 from tests.each import each
 from tests.errors import error_of
 from tests.model.conftest import FakeHub, torch_bytes
+from training import public_weights
 from van_deploy.errors import CheckpointError, DownloadError, UsageError
 from van_deploy.model.checkpoint import read_weights
 from van_deploy.model.files import find_weights, load_file
 from van_deploy.model.van import VAN
+from van_deploy.model.variants import VARIANT_NAMES, VARIANTS, find_cached_weights
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -328,3 +331,45 @@ def test_selection_of_weights_file_and_configs(hub: FakeHub, tmp_path: Path) -> 
         (tmp_path / "config.json").write_bytes(content)
         message = error_of(CheckpointError, find_weights, str(tmp_path)).message
         assert "config.json cannot be read: " in message
+
+
+# --- the public weights ----------------------------------------------------------------------
+
+
+def test_public_weights_script(published: bytes, monkeypatch: Any, capsys: Any) -> None:
+    results = {"export": (0, ""), "verify": (0, ""), "evaluate": (0, "")}
+    monkeypatch.setattr(public_weights, "run_command", lambda name, *_: results[name])
+
+    def output(code: int, *arguments: str) -> str:
+        assert public_weights.main(arguments) == code
+        return capsys.readouterr().out
+
+    assert [*map(find_cached_weights, VARIANTS.values())] == [None] * len(VARIANTS)
+    digest = hashlib.sha256(published).hexdigest()
+    first = output(0, "van_b0")
+    assert f"sha256    {digest}\n  pinned    (not yet: pin the line above)" in first
+    assert "top-1     not measured (no --imagenet)\nvan_b0: passed" in first
+    cached = find_cached_weights(VARIANTS["van_b0"])
+    assert cached is not None
+    assert cached.read_bytes() == published
+    for top1, code in ((0.754, 0), (0.74, 1)):
+        results["evaluate"] = (0, f'{{"accuracy": {{"fp32": {{"top1": {top1}}}}}}}')
+        measured = output(code, "van_b0", "--imagenet", "val")
+    assert "van_b0: top-1 is 74.00 %, published 75.4 %" in measured
+    results["verify"] = (1, "")
+    assert "van_b0: verify ended with exit code 1" in output(1, "van_b0", "--imagenet", "val")
+    assert "van_b1: Visual-Attention-Network/VAN-Small-original/" in output(1, "van_b1")
+    with pytest.raises(SystemExit, match="2"):
+        public_weights.main(["van_b9"])
+    pinned = replace(VARIANTS["van_b0"], sha256="0" * 64)
+    monkeypatch.setitem(VARIANT_NAMES, "van_b0", pinned)
+    assert f"its SHA-256 is {digest}, expected: {'0' * 64}." in output(1, "van_b0")
+
+
+@pytest.mark.slow
+def test_public_weights_end_to_end(published: bytes, tmp_path: Path, capfd: Any) -> None:
+    assert public_weights.main(["van_b0", "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "van_b0" / "model.onnx").exists()
+    text = capfd.readouterr().out
+    assert "export    passed" in text
+    assert "verify    passed" in text
