@@ -24,6 +24,7 @@ from van_deploy.config import BenchSettings, Budget
 from van_deploy.documents import plain
 from van_deploy.environment.hardware import cpu, nvidia_driver
 from van_deploy.errors import BundleError, InputError, MissingDependency, UsageError
+from van_deploy.report.files import write_text
 from van_deploy.report.sections_bench import bench_blocks
 from van_deploy.runners.base import CudaOptions
 from van_deploy.runners.onnxruntime import CUDA
@@ -110,6 +111,9 @@ def test_bench_command_saves_compares_and_prints_the_report(
     assert "ort-cpu/fp32" in table
     assert "roofline" in table.lower()
     assert read_report(output) == read_report(bundle / "bench.json")
+    write_text(bundle / "bench.json", output.read_text())  # `--output BUNDLE/bench.json`
+    with pytest.raises(InputError, match=r"bench.json' is a file of a bundle"):
+        write_text(bundle / "bench.json", "{}")
     summary = Bundle.open(bundle).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1]
     options = ("--no-roofline", "--no-save", "--compare", output)

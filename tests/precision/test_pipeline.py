@@ -111,7 +111,7 @@ def test_all_precisions_are_saved_and_pass(results: dict[str, QuantizeResult]) -
 
 @each("wrong", [False, True], fresh="bundle")
 def test_no_recommendation_beside_a_failed_golden_check(
-    bundle: Path, settings: QuantizeSettings, monkeypatch: pytest.MonkeyPatch, wrong: bool
+    bundle: Path, half: QuantizeSettings, monkeypatch: pytest.MonkeyPatch, wrong: bool
 ) -> None:
     monkeypatch.setattr(pipeline, "recommend", lambda _, chosen: (chosen["name"], "faster"))
     file, manifest = bundle / "golden.npz", bundle / MANIFEST
@@ -119,7 +119,7 @@ def test_no_recommendation_beside_a_failed_golden_check(
         digest, arrays = file_sha256(file), dict(np.load(file))
         np.savez(file, **arrays | {"logits": -arrays["logits"]})
         manifest.write_text(manifest.read_text().replace(digest, file_sha256(file)))
-    result = quantize_bundle(bundle, settings.with_changes(precision="fp16"))
+    result = quantize_bundle(bundle, half)
     assert result.passed is not wrong
     assert result.facts["recommended"] == (None if wrong else "fp16")
 

@@ -310,13 +310,15 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
     """Write a text file, or append to it, and create its folder.
 
     Raises:
-        InputError: the file cannot be written, or belongs to a bundle.
+        InputError: the file cannot be written, or it belongs to a bundle and would change.
     """
     place = Path(os.path.abspath(path))
     try:
         for folder in place.parents:
             with contextlib.suppress(BundleError):  # not a bundle
-                if place.relative_to(folder).as_posix() in {MANIFEST, *Bundle.open(folder).digests}:
+                listed = {MANIFEST, *Bundle.open(folder).digests}
+                is_listed = place.relative_to(folder).as_posix() in listed
+                if is_listed and (append or path.read_bytes() != text.encode()):
                     raise InputError(f"'{path}' is a file of a bundle.", "Choose another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         if append:
