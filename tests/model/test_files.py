@@ -284,7 +284,9 @@ def test_revisions(hub: FakeHub) -> None:
     assert "Revision" in download_error(f"{REPO}@v2")
 
 
-def test_missing_files_and_digests(hub: FakeHub, tmp_path: Path) -> None:
+def test_missing_files_and_digests(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for spec in ("nobody/nothing", "nobody/nothing:w.pth"):
         assert f"is not available from {hub.url}" in download_error(spec)
         assert "RepositoryNotFoundError" in download_error(spec)
@@ -298,7 +300,11 @@ def test_missing_files_and_digests(hub: FakeHub, tmp_path: Path) -> None:
     assert find_weights(REPO).path.read_bytes() == CONTENT
     own = tmp_path / ("0" * 64)  # the name means nothing outside the cache
     own.write_bytes(CONTENT)
-    assert find_weights(str(own)).sha256 == DIGEST
+    (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "loop.pth"))
+        assert find_weights(str(own)).sha256 == DIGEST
+        assert find_weights(str(tmp_path / "loop.pth")).sha256 == "", "load_file reports the error"
     hub.gated.add(REPO)
     assert "GatedRepoError" in download_error(REPO)  # even if it is cached
 

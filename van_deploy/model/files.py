@@ -84,13 +84,14 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
     """
     path, repo, source = Path(os.path.expanduser(spec)), _REPO.fullmatch(spec), spec
     stem, official, note = WEIGHTS_SUFFIX.sub("", path.name), False, ""
-    # unlike Path's methods, those of os.path return False for a name that is too long
+    # Unlike Path's methods, those of os.path raise no error for long names and loops of links.
     is_file = os.path.exists(path) or (WEIGHTS_SUFFIX.search(spec) and not (repo and repo["file"]))
     if os.path.isdir(path):
-        stem = path.resolve().name
+        stem = Path(os.path.realpath(path)).name
         path /= _select_file([e.name for e in path.iterdir() if e.is_file()], f"{path}/")
     elif is_file or spec.startswith((".", "/", "~")):
-        stem = path.resolve().parent.name if stem.lower() in _GENERIC_STEMS else stem
+        folder = Path(os.path.realpath(path)).parent
+        stem = folder.name if stem.lower() in _GENERIC_STEMS else stem
     elif repo is None:
         message = f"'{spec}' is not an existing file, a repository (owner/name) or 'random'."
         raise UsageError(message, "Give a path, a Hugging Face repository (owner/name), or random.")
@@ -99,13 +100,13 @@ def find_weights(spec: str, expect_sha256: str | None = None, offline: bool = Fa
         path, note = _download(repo["repo"], repo["revision"] or "main", repo["file"], offline)
         official = owner.lower() == "visual-attention-network"
         source = f"{repo['repo']}/{path.name}"
-    digest, blob, files = "", path.resolve(), list[Path]()
+    digest, blob, files = "", Path(os.path.realpath(path)), list[Path]()
     with contextlib.suppress(OSError, ValueError):  # load_file reports the error
         require_regular_file(path)  # a pipe or a device may not end
         digest = file_sha256(path)
         files = [f for f in (path.parent / CONFIG, path.parent / PROCESSOR) if f.exists()]
     # The hub names large files' blobs in its cache by their SHA-256.
-    is_cached = Path(constants.HF_HUB_CACHE).resolve() in blob.parents
+    is_cached = Path(os.path.realpath(constants.HF_HUB_CACHE)) in blob.parents
     is_blob = is_cached and re.fullmatch("[0-9a-f]{64}", blob.name)
     if digest and is_blob and blob.name != digest:
         with contextlib.suppress(OSError):  # the cache may be read-only

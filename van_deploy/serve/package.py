@@ -116,7 +116,7 @@ def package(
             f"'{folder}' exists and is not a package.",
             "Nothing was written. Give an empty or a new folder with --output DIR.",
         )
-    target = folder.resolve()  # a link stays a link
+    target = Path(os.path.realpath(folder))  # a link stays a link
     if os.path.ismount(target) or Path.cwd().is_relative_to(target):
         raise UsageError(
             f"'{folder}' cannot be replaced: the working folder is in it, or it is a mount point.",
