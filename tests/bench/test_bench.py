@@ -112,8 +112,10 @@ def test_bench_command_saves_compares_and_prints_the_report(
     assert "roofline" in table.lower()
     assert read_report(output) == read_report(bundle / "bench.json")
     write_text(bundle / "bench.json", output.read_text())  # `--output BUNDLE/bench.json`
-    with pytest.raises(InputError, match=r"bench.json' is a file of a bundle"):
-        write_text(bundle / "bench.json", "{}")
+    (tmp_path / "link").symlink_to(bundle / "golden")
+    for file in (bundle / "bench.json", tmp_path / "link/0.png"):
+        with pytest.raises(InputError, match="' is a file of a bundle"):
+            write_text(file, "{}")
     summary = Bundle.open(bundle).manifest.checks["bench"]
     assert [row["batch"] for row in summary["rows"]] == [1]
     options = ("--no-roofline", "--no-save", "--compare", output)

@@ -178,8 +178,8 @@ class Samples:
 
     def sqnr_floor(self, numeric: str, profile: GateProfile = gates.DEFAULT_PROFILE) -> gates.Limit:
         """Return the minimum SQNR of an artifact's logits on these images."""
-        offset_db = self.outputs.offset_db(self.logits)
-        return gates.sqnr_floor(numeric, self.noise_db, profile, offset_db)
+        offset = self.outputs.offset_db(self.logits)
+        return gates.sqnr_floor(numeric, self.noise_db, profile, offset)
 
     def first(self, count: int) -> Samples:
         """Return the first ``count`` images, or all if there are fewer."""

@@ -312,13 +312,14 @@ def write_text(path: Path, text: str, *, append: bool = False) -> None:
     Raises:
         InputError: the file cannot be written, or it belongs to a bundle and would change.
     """
-    place = Path(os.path.abspath(path))
+    # Links may lead into a bundle; one that is the file itself is replaced, unless appended to.
+    real = os.path.realpath
+    place = Path(real(path)) if append else Path(real(path.parent), path.name)
     try:
-        for folder in place.parents:
+        is_same = not append and place.is_file() and place.read_bytes() == text.encode()
+        for folder in () if is_same else place.parents:
             with contextlib.suppress(BundleError):  # not a bundle
-                listed = {MANIFEST, *Bundle.open(folder).digests}
-                is_listed = place.relative_to(folder).as_posix() in listed
-                if is_listed and (append or path.read_bytes() != text.encode()):
+                if place.relative_to(folder).as_posix() in {MANIFEST, *Bundle.open(folder).digests}:
                     raise InputError(f"'{path}' is a file of a bundle.", "Choose another file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         if append:
